@@ -1,0 +1,151 @@
+"""Reads the BTF of an object: numpy dtypes of C structs, and where global variables lie.
+
+The C struct is the one definition of every record; the Python side derives its layout from here,
+so the two cannot drift. Format: the kernel's Documentation/bpf/btf.rst.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+_MAGIC: Final = 0xEB9F
+_INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _FWD, _TYPEDEF = 1, 2, 3, 4, 5, 6, 7, 8
+_VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO, _VAR, _DATASEC = 9, 10, 11, 12, 13, 14, 15
+_FLOAT, _DECL_TAG, _TYPE_TAG, _ENUM64 = 16, 17, 18, 19
+_TRANSPARENT: Final = {_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG, _VAR}
+_INT_SIGNED: Final = 1
+_INT_BOOL: Final = 4
+
+# Bytes that follow a type's 12-byte head: a fixed part, and a part for each of its members.
+_TAIL_BYTES: Final = {
+    _INT: (4, 0),
+    _ARRAY: (12, 0),
+    _STRUCT: (0, 12),
+    _UNION: (0, 12),
+    _ENUM: (0, 8),
+    _FUNC_PROTO: (0, 8),
+    _VAR: (4, 0),
+    _DATASEC: (0, 12),
+    _DECL_TAG: (4, 0),
+    _ENUM64: (0, 12),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Type:
+    name: str
+    kind: int
+    size_or_type: int
+    tail: bytes
+
+    def members(self) -> list[tuple[int, int, int]]:
+        """The members' three words: of a struct, name offset, type and bit offset; of a section,
+        type, offset and size."""
+        return list(struct.iter_unpack("=III", self.tail))
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A global variable: its section, its offset there in bytes, and its layout."""
+
+    section: str
+    offset: int
+    dtype: np.dtype[np.generic]
+
+
+class Btf:
+    """The types of one object, from the raw bytes of its BTF."""
+
+    def __init__(self, raw: bytes) -> None:
+        try:
+            magic, _, _, header_bytes, type_off, type_bytes, str_off, str_bytes = (
+                struct.unpack_from("=HBBIIIII", raw)
+            )
+        except struct.error as error:
+            raise ValueError("the BTF is truncated") from error
+        strings_end = header_bytes + str_off + str_bytes
+        if magic != _MAGIC or len(raw) < max(strings_end, header_bytes + type_off + type_bytes):
+            raise ValueError("the BTF is damaged or truncated")
+        self._strings = raw[header_bytes + str_off : strings_end]
+        self._types = [_Type("void", 0, 0, b"")]
+        position, end = header_bytes + type_off, header_bytes + type_off + type_bytes
+        while position < end:
+            name_off, info, size_or_type = struct.unpack_from("=III", raw, position)
+            kind, members = info >> 24 & 0x1F, info & 0xFFFF
+            fixed, each = _TAIL_BYTES.get(kind, (0, 0))
+            tail_end = position + 12 + fixed + each * members
+            self._types.append(
+                _Type(self._name(name_off), kind, size_or_type, raw[position + 12 : tail_end])
+            )
+            position = tail_end
+
+    def _name(self, offset: int) -> str:
+        return self._strings[offset : self._strings.index(b"\0", offset)].decode()
+
+    def dtype(self, type_id: int) -> np.dtype[np.generic]:
+        """The numpy layout of a type: integers, enums, floats, bools, structs, arrays of them; an
+        array of `char` is a byte string. Raises TypeError for what has no fixed layout."""
+        btf_type = self._types[type_id]
+        kind = btf_type.kind
+        if kind in _TRANSPARENT:
+            return self.dtype(btf_type.size_or_type)
+        if kind == _INT:
+            encoding = struct.unpack("=I", btf_type.tail)[0] >> 24 & 0xF
+            if encoding & _INT_BOOL:
+                return np.dtype(np.bool_)
+            return np.dtype(f"{'i' if encoding & _INT_SIGNED else 'u'}{btf_type.size_or_type}")
+        if kind in (_ENUM, _ENUM64):
+            return np.dtype(f"u{btf_type.size_or_type}")
+        if kind == _FLOAT:
+            return np.dtype(f"f{btf_type.size_or_type}")
+        if kind == _ARRAY:
+            element, _, length = struct.unpack("=III", btf_type.tail)
+            if self._is_char(element):
+                return np.dtype(f"S{length}")
+            return np.dtype((self.dtype(element), (length,)))
+        if kind == _STRUCT:
+            members = btf_type.members()
+            return np.dtype(
+                {
+                    "names": [self._name(name_off) for name_off, _, _ in members],
+                    "formats": [self.dtype(member) for _, member, _ in members],
+                    "offsets": [(bits & 0xFFFFFF) // 8 for _, _, bits in members],
+                    "itemsize": btf_type.size_or_type,
+                }
+            )
+        raise TypeError(f"BTF type {btf_type.name or type_id} (kind {kind}) has no record layout")
+
+    def _is_char(self, type_id: int) -> bool:
+        btf_type = self._types[type_id]
+        if btf_type.kind in _TRANSPARENT:
+            return self._is_char(btf_type.size_or_type)
+        return btf_type.kind == _INT and btf_type.name == "char"
+
+    def struct_dtype(self, name: str) -> np.dtype[np.generic]:
+        """The layout of `struct NAME`. Raises KeyError where the object has no such struct."""
+        for type_id, btf_type in enumerate(self._types):
+            if btf_type.kind == _STRUCT and btf_type.name == name:
+                return self.dtype(type_id)
+        raise KeyError(f"the object's BTF has no struct {name}")
+
+    def has_struct(self, name: str) -> bool:
+        """Whether there is a `struct NAME`."""
+        return any(t.kind == _STRUCT and t.name == name for t in self._types)
+
+    @cached_property
+    def variables(self) -> dict[str, Variable]:
+        """The global variables by name."""
+        found = {}
+        for section in self._types:
+            if section.kind != _DATASEC or section.name in (".maps", "license"):
+                continue
+            for type_id, offset, _ in section.members():
+                found[self._types[type_id].name] = Variable(
+                    section.name, offset, self.dtype(type_id)
+                )
+        return found

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+/*
+ * One empty program for each kind of hook: what can be loaded and attached, the kernel can do.
+ * bpf_fentry_test1 is the kernel's own function for trying fentry; nothing calls it by itself.
+ */
+#include "include/kernel.bpf.h"
+
+SEC("tp_btf/sched_process_exec")
+int coral_p_tp_btf(void *ctx)
+{
+	return 0;
+}
+
+SEC("raw_tp/sched_process_exec")
+int coral_p_raw_tp(void *ctx)
+{
+	return 0;
+}
+
+SEC("tracepoint/sched/sched_process_exec")
+int coral_p_tp(void *ctx)
+{
+	return 0;
+}
+
+SEC("kprobe/bpf_fentry_test1")
+int coral_p_kprobe(void *ctx)
+{
+	return 0;
+}
+
+SEC("fentry/bpf_fentry_test1")
+int coral_p_fentry(void *ctx)
+{
+	return 0;
+}
+
+SEC("iter/task")
+int coral_p_iter(void *ctx)
+{
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "GPL";

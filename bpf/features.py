@@ -1,0 +1,189 @@
+"""What the running kernel lets us do, found by trying, with the reason for each no.
+
+Never by version number: distributions back-port, strip and lock down. A probe loads and attaches
+an empty program, or makes a small map, and undoes it at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, version
+from bpf.object import BpfObject, object_path
+
+VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
+_PROBE_OBJECT: Final = "features"
+_CAPABILITIES: Final = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_TRACEFS: Final = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+_STATS_RUN_TIME: Final = 0
+
+# Hook kinds, best first, with the program that tries each.
+HOOKS: Final = {
+    "tp_btf": "coral_p_tp_btf",
+    "raw_tp": "coral_p_raw_tp",
+    "tracepoint": "coral_p_tp",
+    "fentry": "coral_p_fentry",
+    "kprobe": "coral_p_kprobe",
+    "iterator": "coral_p_iter",
+}
+# Map kinds, by their number in enum bpf_map_type.
+MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One thing a kernel can or cannot do; `reason` is empty where it can."""
+
+    name: str
+    available: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What was found on this machine. `obstacle` is why eBPF cannot be used at all, or empty."""
+
+    kernel_release: str
+    libbpf_version: str
+    capabilities: frozenset[str]
+    features: tuple[Feature, ...]
+    obstacle: str = ""
+
+    def __getitem__(self, name: str) -> Feature:
+        return next(
+            (feature for feature in self.features if feature.name == name),
+            Feature(name, False, self.obstacle or f"{name} was not tried"),
+        )
+
+    @property
+    def cap_bpf(self) -> bool:
+        """Whether this process may load programs: CAP_BPF, or CAP_SYS_ADMIN, which implies it."""
+        return bool(self.capabilities & {"CAP_BPF", "CAP_SYS_ADMIN"})
+
+    def missing(self, names: Iterable[str]) -> list[Feature]:
+        """Those of NAMES that this machine does not have."""
+        return [feature for name in names if not (feature := self[name]).available]
+
+
+@cache
+def probe() -> Features:
+    """Tries everything, once for the life of the process: about 100 ms. Never raises."""
+    capabilities = _effective_capabilities()
+    obstacle = _obstacle(capabilities)
+    found: tuple[Feature, ...] = ()
+    if not obstacle:
+        found = (
+            _btf(),
+            *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
+            *(_try(name, _make_map(number)) for name, number in MAPS.items()),
+            _elements_on_demand(),
+            _try("run_time_stats", _enable_stats),
+        )
+    return Features(
+        platform.release(),
+        "" if obstacle else version(),
+        capabilities,
+        found,
+        obstacle,
+    )
+
+
+def _obstacle(capabilities: frozenset[str]) -> str:
+    if sys.platform != "linux":
+        return f"eBPF needs Linux; this is {platform.system()}"
+    try:
+        version()
+    except LibbpfMissingError as error:
+        return str(error)
+    if not object_path(_PROBE_OBJECT).exists():
+        return f"{object_path(_PROBE_OBJECT).name} is not built: run `make setup`"
+    if not capabilities & {"CAP_BPF", "CAP_SYS_ADMIN"}:
+        return "this process has neither CAP_BPF nor CAP_SYS_ADMIN: run the agent as root"
+    return ""
+
+
+def _effective_capabilities() -> frozenset[str]:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return frozenset()
+    for line in status.splitlines():
+        if line.startswith("CapEff:"):
+            mask = int(line.split()[1], 16)
+            return frozenset(name for name, bit in _CAPABILITIES.items() if mask >> bit & 1)
+    return frozenset()
+
+
+def _try(name: str, attempt: Callable[[], None]) -> Feature:
+    try:
+        attempt()
+    except BpfError as error:
+        return Feature(name, False, _reason(error))
+    return Feature(name, True)
+
+
+def _reason(error: BpfError) -> str:
+    code = errno.errorcode.get(error.errno, str(error.errno))
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return f"{code}: not permitted here (a missing capability, kernel lockdown, or a policy)"
+    said = log_tail(error.log, 1)
+    if "create tracepoint" in said and not _tracefs_is_mounted():
+        return "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
+    if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, 524):
+        return f"{code}: not in this kernel's configuration" + (f" ({said})" if said else "")
+    return f"{code}: {said or error.what}"
+
+
+def _tracefs_is_mounted() -> bool:
+    return any(Path(root, "events").is_dir() for root in _TRACEFS)
+
+
+def _attach_probe(program: str) -> Callable[[], None]:
+    def attempt() -> None:
+        with BpfObject(_PROBE_OBJECT, programs=(program,)) as probe_object:
+            probe_object.attach(tries=1)
+
+    return attempt
+
+
+def _make_map(number: int) -> Callable[[], None]:
+    def attempt() -> None:
+        verdict = call("libbpf_probe_bpf_map_type", number, None)
+        if verdict != 1:
+            raise BpfError("making a map", -verdict if verdict < 0 else errno.EOPNOTSUPP)
+
+    return attempt
+
+
+def _enable_stats() -> None:
+    fd = call("bpf_enable_stats", _STATS_RUN_TIME)
+    if fd < 0:
+        raise BpfError("turning run-time statistics on", -fd)
+    os.close(fd)
+
+
+def _btf() -> Feature:
+    if VMLINUX_BTF.exists():
+        return Feature("btf", True)
+    return Feature("btf", False, f"{VMLINUX_BTF} is missing: the kernel lacks CONFIG_DEBUG_INFO_BTF")
+
+
+def _elements_on_demand() -> Feature:
+    """Whether programs may make hash elements as they need them, from any context (Linux 6.1).
+
+    The allocator that made this safe is a type of its own, which the kernel's BTF names.
+    """
+    name = "elements_on_demand"
+    try:
+        present = b"\0bpf_mem_alloc\0" in VMLINUX_BTF.read_bytes()
+    except OSError as error:
+        return Feature(name, False, f"unknown without BTF: {error.strerror}")
+    return Feature(name, present, "" if present else "the kernel has no bpf_mem_alloc")

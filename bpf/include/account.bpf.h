@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * One idiom: what a program wanted to report, and what it could not. Every collector carries this
+ * map; nothing is dropped without a number in it.
+ */
+#pragma once
+
+#include "kernel.bpf.h"
+
+struct account {
+	__u64 produced; /* records meant for the ring buffer, lost ones included */
+	__u64 lost;	/* of these: refused, because the ring buffer was full */
+	__u64 map_full; /* calls not counted, because a map had no room or the kernel no memory */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct account);
+} account SEC(".maps");
+
+static __always_inline struct account *account_of_cpu(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&account, &zero);
+}
+
+static __always_inline void account_map_full(void)
+{
+	struct account *a = account_of_cpu();
+
+	if (a)
+		a->map_full++;
+}

@@ -1,0 +1,267 @@
+"""A compiled eBPF object: chosen programs, set options, loaded, attached, closed.
+
+    with BpfObject("syscall_stats", programs=("coral_enter_btf", ...), options={"selection": 1}) as o:
+        o.attach()
+        keys, values = o.map("stats").read()
+
+On leaving the block nothing of it is left in the kernel, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from ctypes import byref, c_size_t, c_uint32
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpf.btf import Btf
+from bpf.libbpf import (
+    AttachError,
+    BpfError,
+    LoadError,
+    call,
+    call_pointer,
+    call_string,
+    capture_log,
+    last_errno,
+)
+from bpf.maps import HashMap, fdinfo
+from bpf.ring import RingReader
+
+BPF_F_NO_PREALLOC: Final = 1
+_VERIFIER_LOG_BYTES: Final = 1 << 20
+_ATTACH_BACKOFF_S: Final = 0.02
+_ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
+
+
+class ProgramStats(NamedTuple):
+    """What the kernel says of one loaded program; times count only while statistics are on."""
+
+    run_time_ns: int
+    run_count: int
+    recursion_misses: int
+    verified_instructions: int
+
+
+def object_path(name: str) -> Path:
+    """Where the object NAME lies: beside this file, or in the directory CORAL_BPF_OBJECTS."""
+    directory = os.environ.get(_ENV_OBJECT_DIR)
+    return (Path(directory) if directory else Path(__file__).parent) / f"{name}.bpf.o"
+
+
+class BpfObject:
+    """One object, and the only owner of all that it has in the kernel.
+
+    `programs` are loaded, the others are not. `options` set the C program's `const volatile`
+    globals; `map_entries` and `map_flags` change maps before they are made. A name that the object
+    does not have is a KeyError. Nothing touches the kernel before `load`.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        *,
+        programs: Sequence[str],
+        options: Mapping[str, object] | None = None,
+        map_entries: Mapping[str, int] | None = None,
+        map_flags: Mapping[str, int] | None = None,
+    ) -> None:
+        self.path = name if isinstance(name, Path) else object_path(name)
+        self._chosen = tuple(programs)
+        self._options = dict(options or {})
+        self._map_entries = dict(map_entries or {})
+        self._map_flags = dict(map_flags or {})
+        self._object = 0
+        self._programs: dict[str, int] = {}
+        self._maps: dict[str, int] = {}
+        self._links: list[int] = []
+        self._rings: list[RingReader] = []
+        self._sections: dict[str, mmap.mmap] = {}
+
+    def __enter__(self) -> BpfObject:
+        try:
+            self.load()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self) -> None:
+        """Opens the object, sets its options, loads its programs and maps. Raises `LoadError`."""
+        with capture_log() as said:
+            self._object = call_pointer("bpf_object__open_file", os.fsencode(self.path), None)
+            if not self._object:
+                raise LoadError(f"opening {self.path.name}", last_errno(), said())
+            self.btf = self._read_btf()
+            self._programs = dict(self._children("program"))
+            self._maps = dict(self._children("map"))
+            logs = self._configure()
+            error = -call("bpf_object__load", self._object)
+            if error:
+                verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
+                raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
+
+    def _read_btf(self) -> Btf:
+        size = c_uint32()
+        btf = call_pointer("bpf_object__btf", self._object)
+        raw = call_pointer("btf__raw_data", btf, byref(size)) if btf else 0
+        if not raw:
+            raise LoadError(f"{self.path.name} has no BTF: compile it with -g")
+        try:
+            return Btf(ctypes.string_at(raw, size.value))
+        except ValueError as error:
+            raise LoadError(f"{self.path.name}: {error}") from error
+
+    def _children(self, kind: str) -> Iterator[tuple[str, int]]:
+        child = 0
+        while child := call_pointer(f"bpf_object__next_{kind}", self._object, child or None):
+            yield call_string(f"bpf_{kind}__name", child), child
+
+    def _configure(self) -> list[ctypes.Array[ctypes.c_char]]:
+        for name in self._chosen:
+            self._programs[name]  # a KeyError names the one that is not there
+        logs = []
+        for name, program in self._programs.items():
+            call("bpf_program__set_autoload", program, name in self._chosen)
+            if name in self._chosen:
+                # libbpf loads without a log first, and asks for one only when that fails.
+                logs.append(ctypes.create_string_buffer(_VERIFIER_LOG_BYTES))
+                call("bpf_program__set_log_buf", program, logs[-1], c_size_t(_VERIFIER_LOG_BYTES))
+        for name, entries in self._map_entries.items():
+            call("bpf_map__set_max_entries", self._maps[name], entries)
+        for name, flags in self._map_flags.items():
+            call("bpf_map__set_map_flags", self._maps[name], flags)
+        for name, value in self._options.items():
+            self._set_option(name, value)
+        return logs
+
+    def _section_map(self, section: str) -> int:
+        return next(m for name, m in self._maps.items() if name.endswith(section))
+
+    def _set_option(self, name: str, value: object) -> None:
+        """Writes into the initial value of the section that the global NAME lies in."""
+        variable = self.btf.variables[name]
+        size = c_size_t()
+        address = call_pointer(
+            "bpf_map__initial_value", self._section_map(variable.section), byref(size)
+        )
+        memory = (ctypes.c_char * size.value).from_address(address)
+        np.ndarray((), variable.dtype, memory, variable.offset)[...] = value
+
+    def _variable(self, name: str) -> NDArray[Any]:
+        variable = self.btf.variables[name]
+        if variable.section not in self._sections:
+            bpf_map = self._section_map(variable.section)
+            self._sections[variable.section] = mmap.mmap(
+                call("bpf_map__fd", bpf_map), call("bpf_map__value_size", bpf_map)
+            )
+        return np.ndarray((), variable.dtype, self._sections[variable.section], variable.offset)
+
+    def read_variable(self, name: str) -> Any:  # noqa: ANN401  its type is the C type's
+        """The value that a global variable of the loaded programs has now."""
+        return self._variable(name)[()]
+
+    def write_variable(self, name: str, value: object) -> None:
+        """Sets a global variable of the loaded programs; they see it at their next read."""
+        self._variable(name)[...] = value
+
+    def attach(self, tries: int = 3) -> None:
+        """Attaches every chosen program, each tried TRIES times with a growing pause between.
+        Raises `AttachError`; what was attached before it stays until `close`."""
+        for name in self._chosen:
+            self._attach(name, tries)
+
+    def _attach(self, name: str, tries: int) -> None:
+        for attempt in range(tries):
+            if attempt:
+                time.sleep(_ATTACH_BACKOFF_S * 2**attempt)
+            with capture_log() as said:
+                link = call_pointer("bpf_program__attach", self._programs[name])
+                if link:
+                    self._links.append(link)
+                    return
+                error, log = last_errno(), said()
+        raise AttachError(f"attaching {name} ({tries} tries)", error, log)
+
+    def map(self, name: str) -> HashMap:
+        """A map of the loaded object, with dtypes from its BTF. KeyError where there is none."""
+        bpf_map = self._maps[name]
+        return HashMap(
+            name,
+            call("bpf_map__fd", bpf_map),
+            call("bpf_map__type", bpf_map),
+            self.btf.dtype(call("bpf_map__btf_key_type_id", bpf_map)),
+            self.btf.dtype(call("bpf_map__btf_value_type_id", bpf_map)),
+        )
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of a map whose elements are not records (cgroup arrays, for one)."""
+        return call("bpf_map__fd", self._maps[name])
+
+    def write_fd(self, name: str, index: int, fd: int) -> None:
+        """Puts a descriptor (a cgroup's) into an array map that holds them."""
+        key, value = c_uint32(index), c_uint32(fd)
+        error = -call("bpf_map_update_elem", self.map_fd(name), byref(key), byref(value), 0)
+        if error:
+            raise BpfError(f"writing map {name}", error)
+
+    def ring(self, name: str, record: str) -> RingReader:
+        """The reader of a ring buffer whose records are `struct RECORD`; closed with the object."""
+        bpf_map = self._maps[name]
+        try:
+            reader = RingReader(
+                call("bpf_map__fd", bpf_map),
+                call("bpf_map__max_entries", bpf_map),
+                self.btf.struct_dtype(record),
+            )
+        except OSError as error:
+            raise LoadError(f"mapping ring {name}", error.errno or errno.EIO) from error
+        self._rings.append(reader)
+        return reader
+
+    @property
+    def map_memory_bytes(self) -> int:
+        """What the kernel charges for all maps of the object."""
+        fds = (call("bpf_map__fd", bpf_map) for bpf_map in self._maps.values())
+        return sum(fdinfo(fd).get("memlock", 0) for fd in fds if fd >= 0)
+
+    def program_stats(self) -> dict[str, ProgramStats]:
+        """The kernel's figures of each loaded program."""
+        found = {}
+        for name in self._chosen:
+            info = fdinfo(call("bpf_program__fd", self._programs[name]))
+            found[name] = ProgramStats(
+                info.get("run_time_ns", 0),
+                info.get("run_cnt", 0),
+                info.get("recursion_misses", 0),
+                info.get("verified_insns", 0),
+            )
+        return found
+
+    def detach(self) -> None:
+        """Detaches every program; maps stay readable until `close`."""
+        while self._links:
+            call("bpf_link__destroy", self._links.pop())
+
+    def close(self) -> None:
+        """Detaches, and gives everything back to the kernel. Safe to call twice, or unloaded."""
+        self.detach()
+        while self._rings:
+            self._rings.pop().close()
+        while self._sections:
+            self._sections.popitem()[1].close()
+        if self._object:
+            call_pointer("bpf_object__close", self._object)
+            self._object = 0
+            self._programs, self._maps = {}, {}

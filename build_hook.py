@@ -1,0 +1,92 @@
+"""Builds what is compiled: every bpf/*.bpf.c with clang, every .proto with grpcio-tools.
+
+Run by `pip install` (as hatchling's build hook) and by `make` (as a program). The outputs lie
+beside their sources; the wheel carries them, git does not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT = Path(__file__).resolve().parent
+TARGET_ARCH = {"x86_64": "x86", "aarch64": "arm64"}
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-sign-compare")
+
+
+def clang_command(source: Path, output: Path, arch: str | None = None) -> list[str]:
+    """The command that compiles one eBPF source for this machine's processor, or for ARCH (`x86`,
+    `arm64`). SystemExit, with what to install, where there is no clang."""
+    clang = os.environ.get("CLANG") or shutil.which("clang")
+    if not clang:
+        raise SystemExit("clang is missing: apt-get install clang libbpf-dev (or set CLANG)")
+    # Debian keeps asm/types.h in a directory that clang does not search for the bpf target.
+    multiarch = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
+    return [
+        clang,
+        *("-target", "bpf", "-mcpu=v3", "-O2", "-g"),
+        f"-D__TARGET_ARCH_{arch or TARGET_ARCH[platform.machine()]}",
+        *WARNINGS,
+        f"-I{ROOT / 'bpf'}",
+        *("-idirafter", f"/usr/include/{multiarch}"),
+        *("-c", str(source), "-o", str(output)),
+    ]
+
+
+def build_objects() -> None:
+    """Compiles each bpf/NAME.bpf.c to bpf/NAME.bpf.o."""
+    for source in sorted((ROOT / "bpf").glob("*.bpf.c")):
+        result = subprocess.run(
+            clang_command(source, source.with_suffix(".o")),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            hint = ""
+            if "bpf/bpf_helpers.h" in result.stderr or "linux/bpf.h" in result.stderr:
+                hint = "\nheaders are missing: apt-get install libbpf-dev linux-libc-dev"
+            raise SystemExit(f"clang refuses {source.name}:\n{result.stderr}{hint}")
+
+
+def build_stubs() -> None:
+    """Generates the message classes beside each .proto."""
+    from grpc_tools import protoc
+
+    protos = [str(path) for path in sorted((ROOT / "proto").rglob("*.proto"))]
+    well_known = Path(protoc.__file__).parent / "_proto"
+    out = ROOT / "proto"
+    if protoc.main(
+        ["protoc", f"-I{out}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", *protos]
+    ):
+        raise SystemExit("protoc refuses the .proto files, see above")
+
+
+def build_all() -> None:
+    """Builds the objects and the stubs."""
+    if sys.platform == "linux":  # elsewhere the agent runs, and says that it has no kernel for it
+        build_objects()
+    build_stubs()
+
+
+class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """hatchling's way in."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Builds before the wheel's files are gathered. The wheel is for one processor: the
+        objects are."""
+        build_all()
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+
+if __name__ == "__main__":
+    build_all()

@@ -1,0 +1,183 @@
+"""The options of collectors: `map<string, string>` on the wire, typed and checked here.
+
+An options class is a frozen dataclass whose fields are made by `option`. A bad value is an
+`OptionError` that names the field, the value and what is accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class OptionError(ValueError):
+    """A config key or value that is not accepted."""
+
+    def __init__(self, name: str, value: str, accepts: str) -> None:
+        self.name, self.value, self.accepts = name, value, accepts
+        super().__init__(f'config["{name}"]: {value!r} is not accepted; give {accepts}')
+
+
+class UnknownOptionError(ValueError):
+    """A config key that the collector does not have."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f' (did you mean "{near[0]}"?)' if near else ""
+        super().__init__(
+            f'config["{name}"]: there is no such option{hint}; accepted are {", ".join(names)}'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Parser:
+    """How a text becomes a value; `parse` raises ValueError for what it does not accept."""
+
+    accepts: str
+    parse: Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option, as help and documentation show it."""
+
+    name: str
+    accepts: str
+    default: str
+    description: str
+
+
+def option(parser: Parser, default: str, description: str) -> Any:  # noqa: ANN401
+    """A field of an options class. DEFAULT is text, as a request would give it; "" is the
+    parser's own empty value where it has one."""
+    return dataclasses.field(
+        default=parser.parse(default),
+        metadata={"parser": parser, "default": default, "description": description},
+    )
+
+
+def describe(options_type: type) -> tuple[Option, ...]:
+    """The options of a class, in its own order."""
+    return tuple(
+        Option(
+            field.name,
+            field.metadata["parser"].accepts,
+            field.metadata["default"],
+            field.metadata["description"],
+        )
+        for field in dataclasses.fields(options_type)
+    )
+
+
+def parse_options(options_type: type[T], config: Mapping[str, str]) -> T:
+    """CONFIG as an instance of OPTIONS_TYPE. Raises `OptionError` or `UnknownOptionError`."""
+    fields = {field.name: field for field in dataclasses.fields(options_type)}  # type: ignore[arg-type]
+    values = {}
+    for name, text in config.items():
+        if name not in fields:
+            raise UnknownOptionError(name, fields)
+        parser: Parser = fields[name].metadata["parser"]
+        try:
+            values[name] = parser.parse(text)
+        except ValueError as error:
+            raise OptionError(name, text, str(error) or parser.accepts) from error
+    return options_type(**values)
+
+
+def parse_duration_s(text: str) -> float:
+    """`500ms`, `1s`, `1.5m`, `2h`, or plain seconds. Raises ValueError."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError("a duration such as 500ms, 30s or 5m")
+    return float(match[1]) * _SECONDS[match[2] or "s"]
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest of the forms that `parse_duration_s` takes."""
+    if seconds and seconds < 1:
+        return f"{seconds * 1000:g}ms"
+    if seconds >= 60 and seconds % 60 == 0:
+        return f"{seconds / 60:g}m"
+    return f"{seconds:g}s"
+
+
+def duration(least_s: float, most_s: float) -> Parser:
+    """A duration in seconds, within bounds."""
+    accepts = f"a duration from {format_duration(least_s)} to {format_duration(most_s)}"
+
+    def parse(text: str) -> float:
+        try:
+            seconds = parse_duration_s(text)
+        except ValueError:
+            raise ValueError(accepts) from None
+        if not least_s <= seconds <= most_s:
+            raise ValueError(accepts)
+        return seconds
+
+    return Parser(accepts, parse)
+
+
+def integer(least: int, most: int) -> Parser:
+    """A whole number, within bounds."""
+    accepts = f"a whole number from {least} to {most}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text.strip()) or not least <= int(text) <= most:
+            raise ValueError(accepts)
+        return int(text)
+
+    return Parser(accepts, parse)
+
+
+def boolean() -> Parser:
+    """`true` or `false`."""
+    accepts = "true or false"
+
+    def parse(text: str) -> bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(accepts)
+        return text.lower() == "true"
+
+    return Parser(accepts, parse)
+
+
+def choice(*values: str) -> Parser:
+    """One of VALUES, or nothing."""
+    accepts = " or ".join(values)
+
+    def parse(text: str) -> str:
+        if text and text not in values:
+            raise ValueError(accepts)
+        return text
+
+    return Parser(accepts, parse)
+
+
+def text(accepts: str, most_bytes: int) -> Parser:
+    """Any text of at most MOST_BYTES."""
+
+    def parse(value: str) -> str:
+        if len(value.encode()) > most_bytes:
+            raise ValueError(accepts)
+        return value
+
+    return Parser(accepts, parse)
+
+
+def items(each: Callable[[str], T], accepts: str) -> Parser:
+    """A comma-separated list as a tuple; EACH raises ValueError for an item it does not accept."""
+
+    def parse(value: str) -> tuple[T, ...]:
+        return tuple(each(item.strip()) for item in value.split(",") if item.strip())
+
+    return Parser(accepts, parse)

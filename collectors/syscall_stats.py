@@ -1,0 +1,359 @@
+"""System calls by process and name: calls, errors by class, latency. Source: syscall_stats.bpf.c.
+
+The kernel's figures only grow; each drain reads them all at once and subtracts the drain before.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+from bpf import BpfObject, Features, HashMap
+from bpf.maps import sum_over_cpus
+from bpf.object import BPF_F_NO_PREALLOC
+from collectors import errno_class, syscall_table
+from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support
+from collectors.options import Option, describe, duration, integer, items, option, parse_options
+from collectors.targets import TargetOptions, Targets
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+
+LATENCY_FIRST: Final = 6  # as in syscall_stats.bpf.c
+LATENCY_SLOTS: Final = 32
+OTHER: Final = "other"
+
+_NEEDS: Final = ("task_storage", "percpu_hash")
+# Hooks, best first, with what each one's programs are called.
+_HOOKS: Final = {"tp_btf": "btf", "raw_tp": "raw"}
+_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_exit", "coral_enter")
+# Columns of the matrix of counters that a drain subtracts.
+_TOTAL_NS, _ERRORS, _LATENCY = 0, 1, 1 + len(errno_class.NAMES)
+_COLUMNS: Final = _LATENCY + LATENCY_SLOTS
+# Upper bounds of the Prometheus histogram, as exponents of two, in ns: 256 ns to 17 s, times four.
+_BUCKET_EXPONENTS: Final = tuple(range(8, 35, 2))
+
+
+def _syscall(name: str) -> str:
+    if name not in syscall_table.numbers():
+        raise ValueError(f"names of system calls, comma-separated; this kernel has no {name!r}")
+    return name
+
+
+@dataclass(frozen=True)
+class SyscallStatsOptions(TargetOptions):
+    """The options of `syscall_stats`."""
+
+    interval: float = option(duration(0.1, 60), "1s", "how often figures are sent")
+    include: tuple[str, ...] = option(
+        items(_syscall, "names of system calls, comma-separated"), "", "count these calls only"
+    )
+    exclude: tuple[str, ...] = option(
+        items(_syscall, "names of system calls, comma-separated"), "", "count all but these calls"
+    )
+    top: int = option(
+        integer(0, 10240),
+        "0",
+        "rows an interval: the busiest by time, the rest added up in one row `other`; 0: all",
+    )
+
+    @property
+    def syscall_filter(self) -> Mapping[str, object]:
+        """The read-only globals that say which calls to count."""
+        names = self.include or self.exclude
+        mask = np.zeros(syscall_table.NR_UNKNOWN // 64, np.uint64)
+        for name in names:
+            number = syscall_table.numbers()[name]
+            mask[number // 64] |= np.uint64(1 << number % 64)
+        return {
+            "filter_syscalls": bool(names),
+            "filter_includes": bool(self.include),
+            "syscall_mask": mask,
+        }
+
+
+class SyscallStatsCollector(Collector):
+    """Counts the system calls of the processes it was asked to watch."""
+
+    kind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+
+    def __init__(
+        self, options: SyscallStatsOptions, service: ServiceProcesses | None, features: Features
+    ) -> None:
+        self._options = options
+        self._targets = Targets(options, service)
+        hook = next((hook for hook in _HOOKS if features[hook].available), "tp_btf")
+        on_demand = features["elements_on_demand"].available
+        self._object = BpfObject(
+            "syscall_stats",
+            programs=[f"{name}_{_HOOKS[hook]}" for name in _PROGRAMS],
+            options={
+                **self._targets.object_options,
+                **options.syscall_filter,
+                "error_class": errno_class.table(),
+            },
+            map_flags={} if on_demand else {"stats": 0, "targets": 0},
+        )
+        self._counters = _Counters()
+        self._map_full = 0
+        self._read_at_ns = 0
+
+    @classmethod
+    def options(cls) -> Sequence[Option]:
+        return describe(SyscallStatsOptions)
+
+    @classmethod
+    def create(
+        cls, config: Mapping[str, str], service: ServiceProcesses | None, features: Features
+    ) -> SyscallStatsCollector:
+        return cls(parse_options(SyscallStatsOptions, config), service, features)
+
+    @classmethod
+    def support(cls, features: Features) -> Support:
+        if features.obstacle:
+            return Support(False, reason=features.obstacle)
+        if missing := features.missing(("btf", *_NEEDS)):
+            return Support(False, reason="; ".join(f"{m.name}: {m.reason}" for m in missing))
+        refused = []
+        for hook in _HOOKS:
+            if features[hook].available:
+                return Support(True, hook, "; ".join(refused))
+            refused.append(f"{hook}: {features[hook].reason}")
+        return Support(False, reason="; ".join(refused))
+
+    @classmethod
+    def measures(cls, max_series: int) -> SyscallMeasures:
+        return SyscallMeasures(max_series)
+
+    @property
+    def label(self) -> str:
+        return self._targets.label
+
+    @property
+    def bpf_object(self) -> BpfObject:
+        return self._object
+
+    @property
+    def interval_s(self) -> float:
+        return self._options.interval
+
+    def exit_fds(self) -> Sequence[int]:
+        return self._targets.exit_fds
+
+    def open(self) -> None:
+        self._object.load()
+        self._stats: HashMap = self._object.map("stats")
+        self._account = self._object.map("account")
+        self._object.attach()
+        self._targets.fill(self._object)
+        self._read_at_ns = time.time_ns()
+
+    def drain(self) -> Batch:
+        interval = int(self._object.read_variable("interval"))
+        self._object.write_variable("interval", (interval + 1) & 0xFFFFFFFF)
+        # Before the counters: of a process seen as ended here, the counters are its last.
+        names, ended = self._targets.read()
+        keys, values = self._stats.read()
+        started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
+        increase = self._counters.advance(keys, values, interval)
+        if ended:
+            self._forget(ended, keys)
+        return Batch(
+            rows_of(increase, names, self._options.top),
+            started_at_ns,
+            self._read_at_ns,
+            self._losses(),
+        )
+
+    def _forget(self, tgids: Sequence[int], keys: NDArray[Any]) -> None:
+        self._stats.delete(keys[np.isin(keys["tgid"], tgids)])
+        self._counters.forget(tgids)
+        self._targets.forget(tgids)
+
+    def _losses(self) -> Mapping[int, int]:
+        _, account = self._account.read()
+        uncounted = int(sum_over_cpus(account, "map_full")[0])
+        total = uncounted + self._targets.unfollowed(self._object)
+        lost, self._map_full = total - self._map_full, total
+        return {pb.Loss.STAGE_MAP_FULL: lost} if lost else {}
+
+    def close(self) -> None:
+        self._targets.close()
+        self._object.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Increase:
+    """What one interval added, for n pairs of process and system call that made a call in it."""
+
+    tgids: NDArray[np.uint32]  # (n,)
+    numbers: NDArray[np.uint32]  # (n,)
+    max_ns: NDArray[np.uint64]  # (n,)
+    counters: NDArray[np.uint64]  # (n, 41): total ns, errors by class, latency slots
+
+    @property
+    def calls(self) -> NDArray[np.uint64]:
+        """Calls, of shape (n,): the sum of the latency histogram."""
+        calls: NDArray[np.uint64] = self.counters[:, _LATENCY:].sum(axis=1)
+        return calls
+
+    def take(self, index: NDArray[Any]) -> Increase:
+        """The rows at INDEX."""
+        return Increase(
+            self.tgids[index], self.numbers[index], self.max_ns[index], self.counters[index]
+        )
+
+
+class _Counters:
+    """The figures as they were read last, by key."""
+
+    def __init__(self) -> None:
+        self._keys = np.empty(0, np.uint64)  # sorted
+        self._values = np.empty((0, _COLUMNS), np.uint64)
+
+    def advance(self, keys: NDArray[Any], values: NDArray[Any], interval: int) -> Increase:
+        """Takes in what was read: keys (n,), values (n, CPUs); returns what it adds to the reading
+        before."""
+        packed = keys["tgid"].astype(np.uint64) << np.uint64(32) | keys["nr"]
+        order = np.argsort(packed)
+        packed, keys, values = packed[order], keys[order], values[order]
+        current = np.empty((len(keys), _COLUMNS), np.uint64)
+        current[:, _TOTAL_NS] = sum_over_cpus(values, "total_ns")
+        current[:, _ERRORS:_LATENCY] = sum_over_cpus(values, "errors")
+        current[:, _LATENCY:] = sum_over_cpus(values, "latency")
+
+        increase = current.copy()
+        if len(self._keys) and len(packed):
+            at = np.searchsorted(self._keys, packed).clip(max=len(self._keys) - 1)
+            known = self._keys[at] == packed
+            increase[known] -= self._values[at[known]]
+        self._keys, self._values = packed, current
+
+        slot = interval & 1
+        of_interval = values["max_interval"][:, :, slot] == interval
+        max_ns = np.where(of_interval, values["max_ns"][:, :, slot], 0).max(axis=1, initial=0)
+        active = increase[:, _LATENCY:].any(axis=1)
+        return Increase(
+            keys["tgid"][active], keys["nr"][active], max_ns[active], increase[active]
+        )
+
+    def forget(self, tgids: Sequence[int]) -> None:
+        """Drops the figures of processes that have ended."""
+        kept = ~np.isin(self._keys >> np.uint64(32), np.array(tgids, np.uint64))
+        self._keys, self._values = self._keys[kept], self._values[kept]
+
+
+def rows_of(increase: Increase, names: Mapping[int, str], top: int = 0) -> list[pb.SyscallStats]:
+    """Messages, busiest first by time. TOP > 0: at most so many, the last one the sum of the rest."""
+    order = np.argsort(increase.counters[:, _TOTAL_NS])[::-1]
+    rest = order[max(top - 1, 0) :] if top and len(order) > top else order[:0]
+    shown = increase.take(order[: len(order) - len(rest)])
+    rows = [
+        _row(syscall_table.name_of(number), max_ns, counters, tgid, names.get(tgid, ""), number)
+        for tgid, number, max_ns, counters in zip(
+            shown.tgids.tolist(),
+            shown.numbers.tolist(),
+            shown.max_ns.tolist(),
+            shown.counters,
+            strict=True,
+        )
+    ]
+    if len(rest):
+        rows.append(
+            _row(OTHER, int(increase.max_ns[rest].max()), increase.counters[rest].sum(axis=0))
+        )
+    return rows
+
+
+def _row(
+    name: str,
+    max_ns: int,
+    counters: NDArray[np.uint64],
+    tgid: int = 0,
+    comm: str = "",
+    number: int = 0,
+) -> pb.SyscallStats:
+    total_ns = int(counters[_TOTAL_NS])
+    latency = counters[_LATENCY:]
+    slots_used = int(latency.nonzero()[0][-1]) + 1
+    errors = counters[_ERRORS:_LATENCY]
+    row = pb.SyscallStats(
+        syscall_name=name,
+        call_count=int(latency.sum()),
+        total_duration_us=total_ns // 1000,
+        total_duration_ns=total_ns,
+        max_duration_ns=max_ns,
+        latency_ns=pb.Log2Histogram(
+            first_exponent=LATENCY_FIRST, slots=LATENCY_SLOTS, counts=latency[:slots_used].tolist()
+        ),
+    )
+    if tgid:
+        row.pid, row.syscall_number = tgid, number
+        row.labels["pid"], row.labels["comm"] = str(tgid), comm
+    if errors.any():
+        row.error_count = int(errors.sum())
+        for index in errors.nonzero()[0].tolist():
+            row.errors_by_class[errno_class.NAMES[index]] = int(errors[index])
+    return row
+
+
+class SyscallMeasures(Measures):
+    """Calls, errors and latency by service and system call, for as long as the agent lives."""
+
+    def __init__(self, max_series: int) -> None:
+        self._max_series = max_series
+        self._lock = threading.Lock()  # a scrape runs in a thread of its own
+        self._series: dict[tuple[str, str], NDArray[np.uint64]] = {}
+
+    def observe(self, service: str, batch: Batch) -> None:
+        with self._lock:
+            for row in batch.rows:
+                if isinstance(row, pb.SyscallStats):
+                    self._add(service, row)
+
+    def _add(self, service: str, row: pb.SyscallStats) -> None:
+        key = (service, row.syscall_name)
+        if key not in self._series and len(self._series) >= self._max_series:
+            key = (OTHER, OTHER)
+        series = self._series.setdefault(key, np.zeros(_COLUMNS, np.uint64))
+        series[_TOTAL_NS] += np.uint64(row.total_duration_ns)
+        for name, count in row.errors_by_class.items():
+            series[_ERRORS + errno_class.NAMES.index(name)] += np.uint64(count)
+        counts = row.latency_ns.counts
+        series[_LATENCY : _LATENCY + len(counts)] += np.array(counts, np.uint64)
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            series = {key: value.copy() for key, value in self._series.items()}
+        calls = CounterMetricFamily(
+            "coral_syscall_calls", "System calls that ended.", labels=("service", "syscall")
+        )
+        errors = CounterMetricFamily(
+            "coral_syscall_errors",
+            "System calls that failed, by class of errno.",
+            labels=("service", "syscall", "class"),
+        )
+        seconds = HistogramMetricFamily(
+            "coral_syscall_duration_seconds",
+            "Time from a system call's start to its end.",
+            labels=("service", "syscall"),
+        )
+        for labels, counters in series.items():
+            latency = counters[_LATENCY:].cumsum()
+            calls.add_metric(labels, int(latency[-1]))
+            buckets = [
+                (f"{2**exponent / 1e9:.9g}", float(latency[exponent - LATENCY_FIRST - 1]))
+                for exponent in _BUCKET_EXPONENTS
+            ]
+            buckets.append(("+Inf", float(latency[-1])))
+            seconds.add_metric(labels, buckets, float(counters[_TOTAL_NS]) / 1e9)
+            for index, name in enumerate(errno_class.NAMES):
+                if counters[_ERRORS + index]:
+                    errors.add_metric((*labels, name), int(counters[_ERRORS + index]))
+        return (calls, errors, seconds)
