@@ -65,7 +65,14 @@ def build_stubs() -> None:
     well_known = Path(protoc.__file__).parent / "_proto"
     out = ROOT / "proto"
     if protoc.main(
-        ["protoc", f"-I{out}", f"-I{well_known}", f"--python_out={out}", f"--pyi_out={out}", *protos]
+        [
+            "protoc",
+            f"-I{out}",
+            f"-I{well_known}",
+            f"--python_out={out}",
+            f"--pyi_out={out}",
+            *protos,
+        ]
     ):
         raise SystemExit("protoc refuses the .proto files, see above")
 
@@ -85,7 +92,9 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         objects are."""
         build_all()
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = (
+            f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        )
 
 
 if __name__ == "__main__":

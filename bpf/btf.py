@@ -87,7 +87,7 @@ class Btf:
     def _name(self, offset: int) -> str:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode()
 
-    def dtype(self, type_id: int) -> np.dtype[np.generic]:
+    def dtype(self, type_id: int) -> np.dtype[np.generic]:  # noqa: PLR0911  one for each kind
         """The numpy layout of a type: integers, enums, floats, bools, structs, arrays of them; an
         array of `char` is a byte string. Raises TypeError for what has no fixed layout."""
         btf_type = self._types[type_id]

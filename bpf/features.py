@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Final
 
 from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, version
-from bpf.object import BpfObject, object_path
+from bpf.object import BpfObject, enable_run_time_stats, object_path
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
 _CAPABILITIES: Final = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _TRACEFS: Final = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
-_STATS_RUN_TIME: Final = 0
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
@@ -164,16 +163,15 @@ def _make_map(number: int) -> Callable[[], None]:
 
 
 def _enable_stats() -> None:
-    fd = call("bpf_enable_stats", _STATS_RUN_TIME)
-    if fd < 0:
-        raise BpfError("turning run-time statistics on", -fd)
-    os.close(fd)
+    os.close(enable_run_time_stats())
 
 
 def _btf() -> Feature:
     if VMLINUX_BTF.exists():
         return Feature("btf", True)
-    return Feature("btf", False, f"{VMLINUX_BTF} is missing: the kernel lacks CONFIG_DEBUG_INFO_BTF")
+    return Feature(
+        "btf", False, f"{VMLINUX_BTF} is missing: the kernel lacks CONFIG_DEBUG_INFO_BTF"
+    )
 
 
 def _elements_on_demand() -> Feature:

@@ -79,7 +79,9 @@ class BpfError(Exception):
         self.what = what
         self.errno = errno_
         self.log = log
-        reason = f": {errno.errorcode.get(errno_, errno_)} ({os.strerror(errno_)})" if errno_ else ""
+        reason = (
+            f": {errno.errorcode.get(errno_, errno_)} ({os.strerror(errno_)})" if errno_ else ""
+        )
         tail = log_tail(log)
         super().__init__(f"{what}{reason}" + (f"\n{tail}" if tail else ""))
 
@@ -129,7 +131,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-@_PRINT_CALLBACK
+@_PRINT_CALLBACK  # type: ignore[untyped-decorator]
 def _print_callback(_level: int, fmt: bytes, va_list: int) -> int:
     # A va_list arrives as a pointer on x86-64 (an array type) and on arm64 (a large struct).
     if _said.lines is not None:
@@ -142,7 +144,8 @@ def _print_callback(_level: int, fmt: bytes, va_list: int) -> int:
 @contextmanager
 def capture_log() -> Iterator[Callable[[], str]]:
     """Collects what libbpf prints in this thread; yields a function that returns it so far."""
-    _said.lines = lines = []
+    lines: list[str] = []
+    _said.lines = lines
     try:
         yield lambda: "".join(lines)
     finally:

@@ -1,6 +1,6 @@
 """A compiled eBPF object: chosen programs, set options, loaded, attached, closed.
 
-    with BpfObject("syscall_stats", programs=("coral_enter_btf", ...), options={"selection": 1}) as o:
+    with BpfObject("syscall_stats", programs=("coral_enter_btf", "coral_exit_btf")) as o:
         o.attach()
         keys, values = o.map("stats").read()
 
@@ -13,11 +13,12 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import byref, c_size_t, c_uint32
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ from bpf.ring import RingReader
 BPF_F_NO_PREALLOC: Final = 1
 _VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
+_STATS_RUN_TIME: Final = 0
 _ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
 
 
@@ -55,6 +57,15 @@ def object_path(name: str) -> Path:
     """Where the object NAME lies: beside this file, or in the directory CORAL_BPF_OBJECTS."""
     directory = os.environ.get(_ENV_OBJECT_DIR)
     return (Path(directory) if directory else Path(__file__).parent) / f"{name}.bpf.o"
+
+
+def enable_run_time_stats() -> int:
+    """Turns the kernel's run-time statistics on, for all programs of the machine, until the
+    returned descriptor is closed. Raises `BpfError`."""
+    fd = call("bpf_enable_stats", _STATS_RUN_TIME)
+    if fd < 0:
+        raise BpfError("turning run-time statistics on", -fd)
+    return fd
 
 
 class BpfObject:
@@ -80,13 +91,15 @@ class BpfObject:
         self._map_entries = dict(map_entries or {})
         self._map_flags = dict(map_flags or {})
         self._object = 0
+        # The figures are read from another thread than the one that closes.
+        self._lock = threading.Lock()
         self._programs: dict[str, int] = {}
         self._maps: dict[str, int] = {}
         self._links: list[int] = []
         self._rings: list[RingReader] = []
         self._sections: dict[str, mmap.mmap] = {}
 
-    def __enter__(self) -> BpfObject:
+    def __enter__(self) -> Self:
         try:
             self.load()
         except BaseException:
@@ -156,7 +169,7 @@ class BpfObject:
         address = call_pointer(
             "bpf_map__initial_value", self._section_map(variable.section), byref(size)
         )
-        memory = (ctypes.c_char * size.value).from_address(address)
+        memory = memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
         np.ndarray((), variable.dtype, memory, variable.offset)[...] = value
 
     def _variable(self, name: str) -> NDArray[Any]:
@@ -233,20 +246,22 @@ class BpfObject:
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for all maps of the object."""
-        fds = (call("bpf_map__fd", bpf_map) for bpf_map in self._maps.values())
-        return sum(fdinfo(fd).get("memlock", 0) for fd in fds if fd >= 0)
+        with self._lock:
+            fds = [call("bpf_map__fd", bpf_map) for bpf_map in self._maps.values()]
+            return sum(fdinfo(fd).get("memlock", 0) for fd in fds if fd >= 0)
 
     def program_stats(self) -> dict[str, ProgramStats]:
-        """The kernel's figures of each loaded program."""
+        """The kernel's figures of each loaded program; empty once closed."""
         found = {}
-        for name in self._chosen:
-            info = fdinfo(call("bpf_program__fd", self._programs[name]))
-            found[name] = ProgramStats(
-                info.get("run_time_ns", 0),
-                info.get("run_cnt", 0),
-                info.get("recursion_misses", 0),
-                info.get("verified_insns", 0),
-            )
+        with self._lock:
+            for name in self._chosen if self._programs else ():
+                info = fdinfo(call("bpf_program__fd", self._programs[name]))
+                found[name] = ProgramStats(
+                    info.get("run_time_ns", 0),
+                    info.get("run_cnt", 0),
+                    info.get("recursion_misses", 0),
+                    info.get("verified_insns", 0),
+                )
         return found
 
     def detach(self) -> None:
@@ -261,7 +276,8 @@ class BpfObject:
             self._rings.pop().close()
         while self._sections:
             self._sections.popitem()[1].close()
-        if self._object:
-            call_pointer("bpf_object__close", self._object)
-            self._object = 0
+        with self._lock:
             self._programs, self._maps = {}, {}
+            if self._object:
+                call_pointer("bpf_object__close", self._object)
+                self._object = 0

@@ -14,27 +14,27 @@
 #include "include/maps.bpf.h"
 #include "include/targets.bpf.h"
 
-#define NR_SYSCALLS  1024 /* numbers from here on count as NR_SYSCALLS: none is defined */
-#define NR_COMPAT    4096 /* added to the number of a call by the 32-bit way in */
+#define NR_SYSCALLS   1024 /* numbers from here on count as NR_SYSCALLS: none is defined */
+#define NR_COMPAT     4096 /* added to the number of a call by the 32-bit way in */
 #define LATENCY_SLOTS 32
 #define LATENCY_FIRST 6 /* slot 0: below 2^7 ns; the last: from 2^37 ns, two minutes, on */
 #define ERROR_CLASSES 8
-#define MAX_ERRNO    4095
+#define MAX_ERRNO     4095
 
 #if defined(__TARGET_ARCH_x86)
-#define TS_COMPAT 0x2
+#define TS_COMPAT	     0x2
 #define task_is_compat(task) ((task)->thread_info.status & TS_COMPAT)
-#define NR_EXIT	      60
-#define NR_EXIT_GROUP 231
-#define NR_EXECVE     59
-#define NR_EXECVEAT   322
+#define NR_EXIT		     60
+#define NR_EXIT_GROUP	     231
+#define NR_EXECVE	     59
+#define NR_EXECVEAT	     322
 #elif defined(__TARGET_ARCH_arm64)
-#define TIF_32BIT      (1 << 22)
+#define TIF_32BIT	     (1 << 22)
 #define task_is_compat(task) ((task)->thread_info.flags & TIF_32BIT)
-#define NR_EXIT	      93
-#define NR_EXIT_GROUP 94
-#define NR_EXECVE     221
-#define NR_EXECVEAT   281
+#define NR_EXIT		     93
+#define NR_EXIT_GROUP	     94
+#define NR_EXECVE	     221
+#define NR_EXECVEAT	     281
 #else
 #error "this processor's system call numbers are not known"
 #endif
@@ -53,14 +53,14 @@ struct syscall_key {
 	__u32 nr;
 };
 
-/* Errors stand before the histogram, and are written after it: a reader that copies upward sees
- * no error whose call it does not see. The calls are the histogram's sum. */
+/* Written from the end to the start, and copied by readers from the start to the end: whoever sees
+ * an error sees its call, whoever sees a call sees its time. The calls are the histogram's sum. */
 struct syscall_stats {
+	__u64 errors[ERROR_CLASSES];
+	__u64 latency[LATENCY_SLOTS];
 	__u64 total_ns;
 	__u64 max_ns[2];
 	__u32 max_interval[2];
-	__u64 errors[ERROR_CLASSES];
-	__u64 latency[LATENCY_SLOTS];
 };
 
 struct call {
@@ -122,9 +122,11 @@ static __always_inline void count(struct task_struct *task, __u32 nr, __u64 late
 		account_map_full();
 		return;
 	}
-	s->latency[log2_slot(latency_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
-	s->total_ns += latency_ns;
 	count_max(s, latency_ns);
+	s->total_ns += latency_ns;
+	barrier();
+	s->latency[log2_slot(latency_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
+	barrier();
 	if (ret < 0 && ret >= -MAX_ERRNO)
 		count_error(s, ret);
 }

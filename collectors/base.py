@@ -22,7 +22,7 @@ from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 # Until the first events are out, a collector looks this often, so that whoever asked sees within
 # a blink that it works; from then on at its interval.
-FIRST_LOOK_S = 0.02
+FIRST_LOOK_S = 0.01
 
 T = TypeVar("T")
 

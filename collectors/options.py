@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_MINUTE_S: Final = 60
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -106,8 +107,8 @@ def format_duration(seconds: float) -> str:
     """The shortest of the forms that `parse_duration_s` takes."""
     if seconds and seconds < 1:
         return f"{seconds * 1000:g}ms"
-    if seconds >= 60 and seconds % 60 == 0:
-        return f"{seconds / 60:g}m"
+    if seconds >= _MINUTE_S and seconds % _MINUTE_S == 0:
+        return f"{seconds / _MINUTE_S:g}m"
     return f"{seconds:g}s"
 
 

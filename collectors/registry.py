@@ -18,7 +18,7 @@ _PREFIX: Final = "EBPF_COLLECTOR_KIND_"
 
 def kind_name(kind: int) -> str:
     """`syscall_stats` and its like: the kind's name as users write it."""
-    return pb.EbpfCollectorKind.Name(kind).removeprefix(_PREFIX).lower()  # type: ignore[arg-type]
+    return pb.EbpfCollectorKind.Name(kind).removeprefix(_PREFIX).lower()
 
 
 def kind_of(name: str) -> int:

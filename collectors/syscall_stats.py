@@ -18,7 +18,6 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from bpf import BpfObject, Features, HashMap
 from bpf.maps import sum_over_cpus
-from bpf.object import BPF_F_NO_PREALLOC
 from collectors import errno_class, syscall_table
 from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support
 from collectors.options import Option, describe, duration, integer, items, option, parse_options
@@ -120,7 +119,7 @@ class SyscallStatsCollector(Collector):
             return Support(False, reason=features.obstacle)
         if missing := features.missing(("btf", *_NEEDS)):
             return Support(False, reason="; ".join(f"{m.name}: {m.reason}" for m in missing))
-        refused = []
+        refused: list[str] = []
         for hook in _HOOKS:
             if features[hook].available:
                 return Support(True, hook, "; ".join(refused))
@@ -233,15 +232,14 @@ class _Counters:
             at = np.searchsorted(self._keys, packed).clip(max=len(self._keys) - 1)
             known = self._keys[at] == packed
             increase[known] -= self._values[at[known]]
+        active = increase[:, _LATENCY:].any(axis=1)
+        # A call whose time is in and which is not itself in yet: all of it next time.
+        current[~active] -= increase[~active]
         self._keys, self._values = packed, current
 
-        slot = interval & 1
-        of_interval = values["max_interval"][:, :, slot] == interval
-        max_ns = np.where(of_interval, values["max_ns"][:, :, slot], 0).max(axis=1, initial=0)
-        active = increase[:, _LATENCY:].any(axis=1)
-        return Increase(
-            keys["tgid"][active], keys["nr"][active], max_ns[active], increase[active]
-        )
+        increase = increase[active]
+        max_ns = _bounded(_max_ns(values[active], interval), increase)
+        return Increase(keys["tgid"][active], keys["nr"][active], max_ns, increase)
 
     def forget(self, tgids: Sequence[int]) -> None:
         """Drops the figures of processes that have ended."""
@@ -249,13 +247,42 @@ class _Counters:
         self._keys, self._values = self._keys[kept], self._values[kept]
 
 
+def _max_ns(values: NDArray[Any], interval: int) -> NDArray[np.uint64]:
+    """The greatest latency over all CPUs since INTERVAL began: values (n, CPUs) become (n,)."""
+    recent = (interval & 0xFFFFFFFF, (interval + 1) & 0xFFFFFFFF)
+    kept = np.where(np.isin(values["max_interval"], recent), values["max_ns"], 0)
+    max_ns: NDArray[np.uint64] = kept.max(axis=(1, 2), initial=0)
+    return max_ns
+
+
+def _bounded(max_ns: NDArray[np.uint64], increase: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """MAX_NS as far as the histogram and the total of the same calls allow it.
+
+    Around the change of interval a maximum can fall to the neighbouring one, while its call does
+    not: a few hundred microseconds lie between that change and the read.
+    """
+    latency = increase[:, _LATENCY:]
+    last_slot = LATENCY_SLOTS - 1 - (latency[:, ::-1] != 0).argmax(axis=1)
+    edges = np.append(2 ** np.arange(LATENCY_FIRST, LATENCY_FIRST + LATENCY_SLOTS), 2**62)
+    edges[0] = 0
+    lower, upper = edges[last_slot].astype(np.uint64), edges[last_slot + 1].astype(np.uint64)
+    return max_ns.clip(lower, np.minimum(upper, increase[:, _TOTAL_NS]))
+
+
 def rows_of(increase: Increase, names: Mapping[int, str], top: int = 0) -> list[pb.SyscallStats]:
-    """Messages, busiest first by time. TOP > 0: at most so many, the last one the sum of the rest."""
+    """Messages, busiest first by time; of TOP > 0, at most so many, the last the rest's sum."""
     order = np.argsort(increase.counters[:, _TOTAL_NS])[::-1]
     rest = order[max(top - 1, 0) :] if top and len(order) > top else order[:0]
     shown = increase.take(order[: len(order) - len(rest)])
     rows = [
-        _row(syscall_table.name_of(number), max_ns, counters, tgid, names.get(tgid, ""), number)
+        _row(
+            syscall_table.name_of(number),
+            max_ns,
+            counters,
+            tgid=tgid,
+            comm=names.get(tgid, ""),
+            number=number,
+        )
         for tgid, number, max_ns, counters in zip(
             shown.tgids.tolist(),
             shown.numbers.tolist(),
@@ -275,6 +302,7 @@ def _row(
     name: str,
     max_ns: int,
     counters: NDArray[np.uint64],
+    *,
     tgid: int = 0,
     comm: str = "",
     number: int = 0,

@@ -66,7 +66,9 @@ class TargetOptions:
         boolean(), "false", "end the session when the processes it began with have ended"
     )
     from_exec: bool = option(
-        boolean(), "false", "of the processes in `pid`, count from their next exec on, this included"
+        boolean(),
+        "false",
+        "of the processes in `pid`, count from their next exec on, this included",
     )
 
     def check(self, service: ServiceProcesses | None) -> None:
@@ -74,11 +76,15 @@ class TargetOptions:
         named = [name for name in ("pid", "comm", "cgroup", "scope") if getattr(self, name)]
         if len(named) > 1:
             raise OptionError(
-                named[1], str(getattr(self, named[1])), f"only one of pid, comm, cgroup, scope; {named[0]} is given too"
+                named[1],
+                str(getattr(self, named[1])),
+                f"only one of pid, comm, cgroup, scope; {named[0]} is given too",
             )
         if not named and not service:
             raise OptionError(
-                "scope", "", 'a service_name, or one of pid, comm, cgroup, or "host" for every process of the machine'
+                "scope",
+                "",
+                'a service_name, or one of pid, comm, cgroup, or scope "host" for all processes',
             )
         if self.until_exit and named not in (["pid"], []):
             raise OptionError("until_exit", "true", "it with pid or a service_name only")
@@ -164,7 +170,7 @@ class Targets:
         """Command names by tgid, and the tgids that have ended."""
         tgids, targets = self._map.read()
         names = {
-            int(tgid): comm.decode(errors="replace")
+            int(tgid): comm.split(b"\0")[0].decode(errors="replace")
             for tgid, comm in zip(tgids.tolist(), targets["comm"].tolist(), strict=True)
         }
         return names, [int(tgid) for tgid in tgids[targets["state"] == _STATE_EXITED]]

@@ -29,7 +29,7 @@ struct target {
 
 const volatile __u32 selection = SELECT_TARGETS;
 const volatile bool follow_children = true;
-const volatile bool select_comm = false;	    /* adopt what execs to this name */
+const volatile bool select_comm = false;	   /* adopt what execs to this name */
 const volatile char wanted_comm[COMM_BYTES] = {0}; /* padded with zeros */
 
 struct {

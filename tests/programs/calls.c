@@ -61,7 +61,10 @@ static void make_calls(const char *name, long count)
 		for (long i = 0; i < count; i++) {
 			long ret;
 
-			__asm__ volatile("int $0x80" : "=a"(ret) : "a"(64L) : "memory", "r8", "r9", "r10", "r11");
+			__asm__ volatile("int $0x80"
+					 : "=a"(ret)
+					 : "a"(64L)
+					 : "memory", "r8", "r9", "r10", "r11");
 		}
 #endif
 	else

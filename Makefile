@@ -1,0 +1,70 @@
+# The front desk. `make help` says what there is; every target does its own set-up.
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
+TEST_PACKAGES := gcc libc6-dev strace bpftool procps
+BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools
+COMPILED := $(wildcard bpf/*.bpf.c bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
+C_SOURCES := $(wildcard bpf/*.bpf.c bpf/include/*.h tests/programs/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
+
+.PHONY: help setup demo run test lint format docs bench clean
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+
+setup: $(VENV)/.run ## install what is missing, make .venv, build
+
+demo: setup ## watch a real HTTP service through a real agent for 10 s
+	$(BIN)/coral demo
+
+run: setup ## run the agent in the foreground
+	$(BIN)/coral agent
+
+test: $(VENV)/.dev build/prometheus/prometheus ## run every test; as root, the kernel's too
+	@deploy/packages $(TEST_PACKAGES)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## check style, types, imports and C format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+
+format: $(VENV)/.dev ## put Python and C into their format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
+
+docs: $(VENV)/.dev ## write the pages that are generated from the code
+	$(BIN)/python -m docs.generate
+
+bench: $(VENV)/.dev ## measure beside bpftrace, bcc, libbpf-tools and strace
+	@deploy/packages $(BENCH_PACKAGES)
+	$(BIN)/python -m benchmarks.run
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name '*.bpf.o' -delete -o -name '*_pb2.py*' -delete -o -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@deploy/packages $(RUN_PACKAGES)
+	@echo "# making $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml $(COMPILED) | $(VENV)/bin/python
+	@echo "# installing the agent into $(VENV), compiling its eBPF programs"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
+	@echo "# installing the agent and what tests it into $(VENV), compiling its eBPF programs"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.run
+
+# Only the program: Debian's package would start a service of its own.
+build/prometheus/prometheus:
+	@deploy/packages --extract prometheus build/prometheus

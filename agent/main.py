@@ -1,0 +1,88 @@
+"""The agent's process: start up, serve until told to stop, shut down."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from agent import logs, metrics
+from agent.config import Config, ConfigError, load
+from agent.server import Server
+from agent.supervisor import Supervisor
+from collectors.registry import kind_name
+
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_EXIT_CONFIG: Final = 2
+
+
+def main(config_path: Path | None, flags: dict[str, object]) -> int:
+    """Runs the agent; returns the process's exit status."""
+    try:
+        config = load(config_path, flags=flags)
+        logs.configure(config.log_format, config.log_level)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(config))
+    except ConfigError as error:
+        print(f"coral agent: {error}", file=sys.stderr)
+        return _EXIT_CONFIG
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop  # noqa: PLC0415  it is not made for every platform
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+async def _serve(config: Config) -> None:
+    stopping = _stop_on_signal()
+    async with AsyncExitStack() as stack:
+        supervisor = await stack.enter_async_context(Supervisor(config))
+        metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
+        server = await stack.enter_async_context(Server(supervisor, config))
+        log.info(
+            "listening", agent=config.name, grpc=server.addresses, metrics=metrics_address or None
+        )
+        await _report_capabilities(supervisor)
+        await stopping
+        log.info("stopping", sessions=len(supervisor.sessions))
+    log.info("stopped")
+
+
+def _stop_on_signal() -> asyncio.Future[None]:
+    """A future that the first signal completes; the second ends the process at once. Then too
+    nothing stays attached: the kernel detaches what a dead process held."""
+    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[None] = loop.create_future()
+
+    def on_signal(number: int) -> None:
+        if stopping.done():
+            os._exit(128 + number)
+        stopping.set_result(None)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    return stopping
+
+
+async def _report_capabilities(supervisor: Supervisor) -> None:
+    for name, support in (await supervisor.capabilities()).items():
+        if support.supported:
+            log.info("collector available", kind=name, hook=support.hook)
+        else:
+            log.warning("collector not possible here", kind=name, reason=support.reason)
+    for name in supervisor.config.policy.collectors:
+        if name not in {kind_name(kind) for kind in supervisor.measures}:
+            log.warning("policy.collectors names a collector that this agent lacks", kind=name)

@@ -1,0 +1,245 @@
+"""The gRPC face of the supervisor: requests in, refusals as status codes, frames out as bytes.
+
+No logic of its own. The handlers are bound by the service's descriptor, because what streams send
+is encoded already: their serialiser is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from typing import Any, Final, Never
+
+import grpc
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.errors import (
+    DeniedError,
+    InvalidRequestError,
+    LimitError,
+    NotFoundError,
+    RefusedError,
+    UnsupportedError,
+)
+from agent.streams import Frame
+from agent.supervisor import Session, StartRequest, Supervisor
+from bpf import BpfError
+from collectors.registry import COLLECTORS
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_CODES: Final[dict[type[RefusedError], grpc.StatusCode]] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFoundError: grpc.StatusCode.NOT_FOUND,
+    LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeniedError: grpc.StatusCode.PERMISSION_DENIED,
+}
+
+
+class EbpfService:
+    """One method for each RPC of the contract, of the same name."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    async def StartCollector(  # noqa: N802  the RPC's name
+        self, request: pb.StartEbpfCollectorRequest, context: Context
+    ) -> pb.StartEbpfCollectorResponse:
+        """Starts a collector; see the contract."""
+        name = self._supervisor.config.name
+        if request.agent_id not in ("", name):
+            await _refuse(
+                context,
+                NotFoundError(
+                    f"agent_id: {request.agent_id!r} is not here; this agent is {name!r}"
+                ),
+            )
+        wanted = StartRequest(
+            request.kind,
+            request.service_name,
+            dict(request.config),
+            _seconds(request.duration) if request.HasField("duration") else None,
+        )
+        try:
+            session = await self._supervisor.start(wanted)
+        except UnsupportedError as error:
+            return pb.StartEbpfCollectorResponse(supported=False, error=str(error))
+        except (RefusedError, BpfError) as error:
+            await _refuse(context, error)
+        log.info("collector started", peer=context.peer(), session=session.id)
+        return pb.StartEbpfCollectorResponse(
+            collector_id=session.id, expires_at=_timestamp(session.expires_at), supported=True
+        )
+
+    async def StopCollector(  # noqa: N802
+        self, request: pb.StopEbpfCollectorRequest, context: Context
+    ) -> pb.StopEbpfCollectorResponse:
+        """Ends a collector; see the contract."""
+        try:
+            await self._supervisor.stop(request.collector_id)
+        except RefusedError as error:
+            await _refuse(context, error)
+        log.info("collector stopped", peer=context.peer(), session=request.collector_id)
+        return pb.StopEbpfCollectorResponse(success=True)
+
+    async def RenewCollector(  # noqa: N802
+        self, request: pb.RenewCollectorRequest, context: Context
+    ) -> pb.RenewCollectorResponse:
+        """Moves a deadline; see the contract."""
+        duration_s = _seconds(request.duration) if request.HasField("duration") else None
+        try:
+            session = self._supervisor.renew(request.collector_id, duration_s)
+        except RefusedError as error:
+            await _refuse(context, error)
+        return pb.RenewCollectorResponse(expires_at=_timestamp(session.expires_at))
+
+    async def GetCapabilities(  # noqa: N802
+        self, _request: pb.GetCapabilitiesRequest, _context: Context
+    ) -> pb.EbpfCapabilities:
+        """What can run here; see the contract."""
+        features = await self._supervisor.features()
+        answer = pb.EbpfCapabilities(
+            kernel_version=features.kernel_release,
+            btf_available=features["btf"].available,
+            cap_bpf=features.cap_bpf,
+            agent_id=self._supervisor.config.name,
+            agent_version=version("coral-ebpf-agent"),
+            libbpf_version=features.libbpf_version,
+            features=[
+                pb.KernelFeature(name=f.name, available=f.available, reason=f.reason)
+                for f in features.features
+            ],
+        )
+        for kind, collector in COLLECTORS.items():
+            support = collector.support(features)
+            answer.collectors.add(
+                kind=kind,
+                supported=support.supported,
+                hook=support.hook,
+                reason=support.reason,
+                options=[
+                    pb.CollectorOption(
+                        name=o.name,
+                        accepts=o.accepts,
+                        default_value=o.default,
+                        description=o.description,
+                    )
+                    for o in collector.options()
+                ],
+            )
+            if support.supported:
+                answer.available_collectors.append(kind)  # type: ignore[arg-type]
+        answer.supported = bool(answer.available_collectors)
+        if not answer.supported:
+            answer.unsupported_reason = features.obstacle or "no collector can run on this kernel"
+        return answer
+
+    async def ListCollectors(  # noqa: N802
+        self, _request: pb.ListCollectorsRequest, _context: Context
+    ) -> pb.ListCollectorsResponse:
+        """The collectors at work; see the contract."""
+        return pb.ListCollectorsResponse(
+            collectors=[_info(s) for s in self._supervisor.sessions.values() if s.started_at]
+        )
+
+    async def StreamEvents(  # noqa: N802
+        self, request: pb.EbpfEventStreamRequest, context: Context
+    ) -> None:
+        """Events, one a message; see the contract."""
+        async for frame in self._frames(request, context):
+            for event in frame.events():
+                await context.write(event)
+
+    async def StreamEventBatches(  # noqa: N802
+        self, request: pb.EbpfEventStreamRequest, context: Context
+    ) -> None:
+        """Events in batches; see the contract."""
+        async for frame in self._frames(request, context):
+            await context.write(frame.wire)
+
+    async def _frames(
+        self, request: pb.EbpfEventStreamRequest, context: Context
+    ) -> AsyncIterator[Frame]:
+        try:
+            session = self._supervisor.find(request.collector_id)
+        except RefusedError as error:
+            await _refuse(context, error)
+        subscription = session.subscribe(context.peer())
+        try:
+            # A caller that has the headers knows that it is subscribed.
+            await context.send_initial_metadata(())
+            async for frame in subscription:
+                yield frame
+        finally:
+            subscription.close()
+
+
+def handlers(service: EbpfService) -> grpc.GenericRpcHandler:
+    """The service's handlers. Messages of streams are bytes already."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE.full_name,
+        {method.name: _handler(service, method) for method in SERVICE.methods},
+    )
+
+
+def _handler(service: EbpfService, method: Any) -> grpc.RpcMethodHandler[Any, Any]:  # noqa: ANN401
+    behaviour: Callable[..., Any] = getattr(service, method.name)
+    request: Any = getattr(pb, method.input_type.name)
+    response: Any = getattr(pb, method.output_type.name)
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler(
+            behaviour, request_deserializer=request.FromString, response_serializer=None
+        )
+    return grpc.unary_unary_rpc_method_handler(
+        behaviour,
+        request_deserializer=request.FromString,
+        response_serializer=response.SerializeToString,
+    )
+
+
+async def _refuse(context: Context, error: RefusedError | BpfError) -> Never:
+    code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)  # type: ignore[arg-type]
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        log.warning("refused", peer=context.peer(), code=code.name, reason=str(error))
+    await context.abort(code, str(error))
+    raise AssertionError("abort returned")
+
+
+def _info(session: Session) -> pb.CollectorInfo:
+    info = pb.CollectorInfo(
+        collector_id=session.id,
+        kind=session.kind,
+        service_name=session.service_name,
+        started_at=_timestamp(session.started_at),
+        expires_at=_timestamp(session.expires_at),
+        config=session.config,
+        produced=session.channel.produced,
+        map_memory_bytes=session.collector.bpf_object.map_memory_bytes,
+    )
+    for subscription in session.channel.subscriptions:
+        account = subscription.account
+        info.subscribers.add(
+            peer=subscription.peer,
+            queued_events=account.queued,
+            queued_bytes=account.queued_bytes,
+            delivered=account.delivered,
+            lost=sum(account.lost.values()),
+        )
+    return info
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _timestamp(unix_s: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(unix_s * 1e9))
+    return timestamp

@@ -1,0 +1,355 @@
+"""The supervisor: sessions under leases, on one TaskGroup. It can be used as a library.
+
+    async with Supervisor() as supervisor:
+        session = await supervisor.start(StartRequest("syscall_stats", config={"pid": "1234"}))
+        async for frame in session.subscribe():
+            ...
+
+It knows nothing of gRPC. One session's failure never touches another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+
+from agent.config import Config
+from agent.errors import (
+    DeniedError,
+    InvalidRequestError,
+    LimitError,
+    NotFoundError,
+    UnsupportedError,
+)
+from agent.program_stats import ProgramStatsSampler
+from agent.resolve import resolve
+from agent.streams import Channel, Header, Subscription
+from bpf import BpfObject, Features, probe
+from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support, in_thread
+from collectors.options import OptionError, UnknownOptionError, format_duration
+from collectors.registry import COLLECTORS, kind_name, kind_of
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
+
+_ENDED_KEPT: Final = 1000
+_TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
+
+Reason = pb.SessionEnd.Reason
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """What to start. KIND is a kind's name or number; DURATION_S None takes the agent's default."""
+
+    kind: str | int
+    service_name: str = ""
+    config: Mapping[str, str] = field(default_factory=dict)
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a session ended."""
+
+    reason: pb.SessionEnd.Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        name = pb.SessionEnd.Reason.Name(self.reason).removeprefix("REASON_")
+        return f"{name}: {self.detail}" if self.detail else name
+
+
+class Session:
+    """One collector at work, its lease and its stream."""
+
+    def __init__(self, collector: Collector, request: StartRequest, config: Config) -> None:
+        self.id = str(uuid.uuid4())
+        self.kind = collector.kind
+        self.collector = collector
+        self.config = dict(request.config)
+        self.service_name = request.service_name or collector.label
+        self.lease_s = lease_s(request.duration_s, config)
+        self.started_at = self.expires_at = 0.0  # Unix time in seconds
+        self.end: End | None = None
+        limits = config.limits
+        header = Header(self.id, self.kind, config.name, self.service_name)
+        self.channel = Channel(header, limits.replay_bytes, limits.subscriber_queue_bytes)
+        self.ended = asyncio.Event()
+        self.wanted_end: End | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.lease: asyncio.Timeout | None = None
+
+    def subscribe(self, peer: str = "") -> Subscription:
+        """A stream of this session's frames, from its first event if that is still kept."""
+        return self.channel.subscribe(peer)
+
+    def renew(self, lease_s_: float) -> None:
+        """Moves the deadline to so many seconds from now."""
+        self.expires_at = time.time() + lease_s_
+        if self.lease:
+            self.lease.reschedule(asyncio.get_running_loop().time() + lease_s_)
+
+    async def stop(self, end: End) -> None:
+        """Ends the session for the reason END, and returns when nothing of it is left."""
+        if not self.wanted_end and self.task:
+            self.wanted_end = end
+            self.task.cancel()
+        await self.ended.wait()
+
+
+class Supervisor:
+    """Starts, renews and ends sessions. Use it as a context manager: leaving it ends them all."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self.sessions: dict[str, Session] = {}
+        self.started: Counter[int] = Counter()  # by kind
+        self.ends: Counter[tuple[int, int]] = Counter()  # by kind and reason
+        self.events: Counter[int] = Counter()  # by kind
+        self.lost: Counter[tuple[int, int]] = Counter()  # by kind and stage; see `losses`
+        self.measures: dict[int, Measures] = {
+            kind: collector.measures(self.config.limits.prometheus_series)
+            for kind, collector in COLLECTORS.items()
+        }
+        self.program_stats = ProgramStatsSampler(self._objects)
+        self._ended: OrderedDict[str, End] = OrderedDict()
+        self._measured: dict[tuple[int, str], str] = {}  # the session that feeds Prometheus
+        self._starting = 0
+        self._closing = False
+        self._tasks = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        self._sampler = self._tasks.create_task(self.program_stats.run())
+        return self
+
+    async def __aexit__(
+        self,
+        _type: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        await self.shutdown()
+        self._sampler.cancel()
+        # Sessions raise nothing: what is under way is the caller's own, and stays as it is.
+        await self._tasks.__aexit__(None, None, None)
+
+    async def shutdown(self) -> None:
+        """Ends every session for AGENT_SHUTDOWN; nothing can be started afterwards."""
+        self._closing = True
+        end = End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
+        await asyncio.gather(*(session.stop(end) for session in tuple(self.sessions.values())))
+
+    async def features(self) -> Features:
+        """What this kernel can do; found at the first call, in a thread."""
+        return await in_thread(probe)
+
+    async def capabilities(self) -> Mapping[str, Support]:
+        """Of each kind of collector, whether it can run here, by which hook, or why not."""
+        features = await self.features()
+        return {
+            kind_name(kind): collector.support(features) for kind, collector in COLLECTORS.items()
+        }
+
+    async def start(self, request: StartRequest) -> Session:
+        """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
+        `BpfError` when the kernel refuses; nothing is left of it then."""
+        collector_type = self._admit(request)
+        self._starting += 1
+        try:
+            features = await self.features()
+            support = collector_type.support(features)
+            if not support.supported:
+                raise UnsupportedError(f"{kind_name(collector_type.kind)}: {support.reason}")
+            service = await self._resolve(request)
+            try:
+                collector = collector_type.create(request.config, service, features)
+            except (OptionError, UnknownOptionError) as error:
+                raise InvalidRequestError(str(error)) from error
+            session = Session(collector, request, self.config)
+            await self._launch(session)
+        finally:
+            self._starting -= 1
+        return session
+
+    def _admit(self, request: StartRequest) -> type[Collector]:
+        """Everything that can be refused without looking at the machine."""
+        kind = _kind(request.kind)
+        config, policy = self.config, self.config.policy
+        if self._closing:
+            raise LimitError("the agent is shutting down")
+        if policy.collectors and kind_name(kind) not in policy.collectors:
+            raise DeniedError(
+                f"kind: {kind_name(kind)} is not allowed by this agent's policy.collectors, "
+                f"{', '.join(policy.collectors)}"
+            )
+        if request.config.get("scope") == "host" and not policy.host_scope:
+            raise DeniedError(
+                "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope"
+            )
+        lease_s(request.duration_s, config)
+        if kind not in COLLECTORS:
+            raise UnsupportedError(
+                f"this agent has no {kind_name(kind)} collector; it has "
+                + ", ".join(map(kind_name, COLLECTORS))
+            )
+        most = config.limits.concurrent_collectors
+        at_work = len(self.sessions) + self._starting
+        if at_work >= most:
+            raise LimitError(
+                f"limits.concurrent_collectors is {most}, and {at_work} are at work: stop one, or "
+                f"wait for its lease to end, before you start this {kind_name(kind)}"
+            )
+        return COLLECTORS[kind]
+
+    async def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
+        if not request.service_name or _TARGET_KEYS & request.config.keys():
+            return None
+        return await in_thread(lambda: resolve(request.service_name, self.config.services))
+
+    async def _launch(self, session: Session) -> None:
+        attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.sessions[session.id] = session
+        session.task = self._tasks.create_task(
+            self._run(session, attached), name=f"session {session.id}"
+        )
+        try:
+            await attached
+        except asyncio.CancelledError:  # the caller went away: nobody would know this session
+            await session.stop(End(pb.SessionEnd.REASON_STOPPED, "the caller went away"))
+            raise
+        self.started[session.kind] += 1
+        log.info(
+            "session started",
+            session=session.id,
+            kind=kind_name(session.kind),
+            service=session.service_name,
+            lease=format_duration(session.lease_s),
+        )
+
+    async def _run(self, session: Session, attached: asyncio.Future[None]) -> None:
+        """The life of a session. Raises nothing but its own cancellation."""
+
+        def on_attached() -> None:
+            session.started_at = time.time()
+            session.renew(session.lease_s)
+            if not attached.done():
+                attached.set_result(None)
+
+        end = End(pb.SessionEnd.REASON_TARGET_EXITED)
+        failure: Exception | None = None
+        try:
+            async with asyncio.timeout(None) as session.lease:
+                await session.collector.run(
+                    lambda batch: self._publish(session, batch), on_attached
+                )
+        except asyncio.CancelledError:
+            end = session.wanted_end or End(pb.SessionEnd.REASON_AGENT_SHUTDOWN)
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends this session alone
+            lease = session.lease
+            if isinstance(error, TimeoutError) and lease and lease.expired():
+                end = End(pb.SessionEnd.REASON_EXPIRED)
+            else:
+                end = End(pb.SessionEnd.REASON_FAILED, str(error))
+                failure = error
+        finally:
+            self._finish(session, end)
+            if not attached.done():
+                attached.set_exception(failure or NotFoundError(f"the session ended: {end}"))
+
+    def _publish(self, session: Session, batch: Batch) -> None:
+        if not batch:
+            return
+        session.channel.publish(batch)
+        self.events[session.kind] += len(batch.rows)
+        for stage, count in batch.losses.items():
+            self.lost[session.kind, stage] += count
+        # Two sessions that watch the same service would count its calls twice.
+        feeds = self._measured.setdefault((session.kind, session.service_name), session.id)
+        if feeds == session.id:
+            self.measures[session.kind].observe(session.service_name, batch)
+
+    def _finish(self, session: Session, end: End) -> None:
+        session.end = end
+        session.channel.end(end.reason, end.detail, time.time_ns())
+        del self.sessions[session.id]
+        self._ended[session.id] = end
+        while len(self._ended) > _ENDED_KEPT:
+            self._ended.popitem(last=False)
+        if self._measured.get((session.kind, session.service_name)) == session.id:
+            del self._measured[session.kind, session.service_name]
+        self.ends[session.kind, end.reason] += 1
+        for stage, count in session.channel.subscribers_lost.items():
+            self.lost[session.kind, stage] += count
+        session.ended.set()
+        event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info
+        event("session ended", session=session.id, kind=kind_name(session.kind), end=str(end))
+
+    def find(self, session_id: str) -> Session:
+        """The session of that id. Raises `NotFoundError`; of one that has ended, with how."""
+        if session := self.sessions.get(session_id):
+            return session
+        if end := self._ended.get(session_id):
+            raise NotFoundError(f"collector_id: {session_id} has ended: {end}")
+        raise NotFoundError(f"collector_id: this agent knows no collector {session_id!r}")
+
+    async def stop(self, session_id: str) -> None:
+        """Ends a session. Raises `NotFoundError`."""
+        await self.find(session_id).stop(End(pb.SessionEnd.REASON_STOPPED))
+
+    def renew(self, session_id: str, duration_s: float | None = None) -> Session:
+        """Gives a session a new lease from now on. Raises `NotFoundError`,
+        `InvalidRequestError`."""
+        session = self.find(session_id)
+        session.renew(lease_s(duration_s, self.config))
+        return session
+
+    def losses(self) -> Counter[tuple[int, int]]:
+        """Events lost so far, by kind and stage, of sessions that ended and of those at work."""
+        total = self.lost.copy()
+        for session in tuple(self.sessions.values()):
+            for stage, count in tuple(session.channel.subscribers_lost.items()):
+                total[session.kind, stage] += count
+        return total
+
+    def _objects(self) -> Iterator[tuple[int, BpfObject]]:
+        for session in self.sessions.values():
+            if session.started_at:
+                yield session.kind, session.collector.bpf_object
+
+
+def lease_s(duration_s: float | None, config: Config) -> float:
+    """The lease that a request gets, in seconds. Raises `InvalidRequestError`."""
+    most = config.limits.max_duration
+    if duration_s is None:
+        return min(config.limits.default_duration, most)
+    if not 0 < duration_s <= most:
+        raise InvalidRequestError(
+            f"duration: {format_duration(duration_s)} is not accepted; give more than 0s and at "
+            f"most {format_duration(most)}, this agent's limits.max_duration"
+        )
+    return duration_s
+
+
+def _kind(kind: str | int) -> int:
+    accepted = "one of " + ", ".join(
+        f"{name} ({number})" for name, number in pb.EbpfCollectorKind.items() if number
+    )
+    if isinstance(kind, str):
+        try:
+            return kind_of(kind)
+        except ValueError:
+            pass
+    elif kind and kind in pb.EbpfCollectorKind.values():
+        return kind
+    raise InvalidRequestError(f"kind: {kind!r} is not accepted; give {accepted}")

@@ -1,0 +1,1 @@
+"""The `coral` command, on the client."""

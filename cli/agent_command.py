@@ -1,0 +1,49 @@
+"""`coral agent`: the one place where the command line reaches over to the node's side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Where gRPC listens: unix:PATH or 127.0.0.1:PORT; repeatable."
+    "  [default: unix:/run/coral/agent.sock]",
+)
+@click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    help="Where /metrics is served, '' for nowhere.  [default: 127.0.0.1:9464]",
+)
+@click.option(
+    "--config",
+    "config_path",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A YAML file; see docs/configuration.md.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    help="Log lines for people, or for machines.  [default: console]",
+)
+def agent(
+    listen: tuple[str, ...], metrics: str | None, config_path: Path | None, log_format: str | None
+) -> None:
+    """Run the agent of this machine, in the foreground."""
+    from agent.main import main  # noqa: PLC0415  no other command needs the node's side
+
+    flags: dict[str, object] = {}
+    if listen:
+        flags["listen"] = list(listen)
+    if metrics is not None:
+        flags["metrics"] = metrics
+    if log_format:
+        flags["log_format"] = log_format
+    sys.exit(main(config_path, flags))

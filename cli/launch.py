@@ -1,0 +1,69 @@
+"""Starts a command that waits for a word before it becomes what it was asked to be.
+
+So a collector can be attached first, and counts from the command's exec on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from asyncio.subprocess import Process
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+EXIT_NOT_FOUND: Final = 127
+# Reads a byte, then execs; leaves without a word when the pipe closes first.
+_HELD: Final = (
+    "import os,sys;os.read(int(sys.argv[1]),1) or os._exit(0);os.execv(sys.argv[2],sys.argv[3:])"
+)
+
+
+class HeldCommand:
+    """A command that has a process id, and has not begun."""
+
+    def __init__(self, process: Process, release_fd: int) -> None:
+        self._process = process
+        self._release_fd = release_fd
+
+    @classmethod
+    async def start(cls, command: Sequence[str]) -> HeldCommand:
+        """Starts it held. Exits with 127, as a shell does, where there is no such command."""
+        path = shutil.which(command[0])
+        if path is None:
+            click.echo(f"coral: {command[0]}: there is no such command", err=True)
+            sys.exit(EXIT_NOT_FOUND)
+        read_fd, release_fd = os.pipe()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", "-c", _HELD, str(read_fd), path, *command,
+            pass_fds=(read_fd,),
+        )  # fmt: skip
+        os.close(read_fd)
+        return cls(process, release_fd)
+
+    @property
+    def pid(self) -> int:
+        """The process id, before and after it begins."""
+        return self._process.pid
+
+    def release(self) -> None:
+        """Lets it begin."""
+        os.write(self._release_fd, b"x")
+        self._close()
+
+    def abandon(self) -> None:
+        """Ends it if it has not begun."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._release_fd >= 0:
+            os.close(self._release_fd)
+            self._release_fd = -1
+
+    async def wait(self) -> int:
+        """Its exit status, as a shell would tell it."""
+        status = await self._process.wait()
+        return status if status >= 0 else 128 - status

@@ -1,0 +1,137 @@
+"""The table of `syscall_stats`: rows of batches added up by system call, and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+from cli.common import kind_name
+from client import Histogram
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+
+_BAR_WIDTH: Final = 20
+_QUANTILES: Final = {"P50": 0.5, "P95": 0.95, "P99": 0.99}
+_EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
+
+
+@dataclass
+class SyscallRow:
+    """One system call, added up over processes and intervals."""
+
+    calls: int = 0
+    errors: int = 0
+    total_ns: int = 0
+    latency: Histogram = field(default_factory=Histogram)
+
+
+@dataclass
+class SyscallTotals:
+    """Rows by the name of the system call, and how long they were gathered."""
+
+    rows: dict[str, SyscallRow] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, batch: pb.EbpfEventBatch) -> None:
+        """Adds a batch."""
+        self.seconds += (batch.interval_end_ns - batch.interval_start_ns) / 1e9
+        for stats in batch.syscall_stats:
+            row = self.rows.setdefault(stats.syscall_name, SyscallRow())
+            row.calls += stats.call_count
+            row.errors += stats.error_count
+            row.total_ns += stats.total_duration_ns
+            row.latency.add(stats.latency_ns, stats.max_duration_ns)
+
+    def busiest(self) -> list[tuple[str, SyscallRow]]:
+        """By time spent."""
+        return sorted(self.rows.items(), key=lambda item: -item[1].total_ns)
+
+    def table(self, most_rows: int | None = None) -> Table:
+        """For a terminal."""
+        table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+        table.add_column("SYSCALL")
+        for column in ("CALLS", "CALLS/S", "ERRORS", *_QUANTILES, "MAX", "TIME"):
+            table.add_column(column, justify="right")
+        table.add_column("", width=_BAR_WIDTH)
+        all_ns = sum(row.total_ns for row in self.rows.values()) or 1
+        busiest = self.busiest()
+        for name, row in busiest[:most_rows]:
+            share = row.total_ns / all_ns
+            table.add_row(
+                name,
+                f"{row.calls:,}",
+                f"{row.calls / self.seconds:,.0f}" if self.seconds else "",
+                Text(f"{row.errors:,}", "red" if row.errors else "dim"),
+                *(format_ns(row.latency.quantile_ns(q)) for q in _QUANTILES.values()),
+                format_ns(row.latency.max_ns),
+                f"{share:.1%}",
+                Text(bar(share, _BAR_WIDTH), "cyan"),
+            )
+        if most_rows is not None and len(busiest) > most_rows:
+            table.add_row(Text(f"and {len(busiest) - most_rows} more", "dim"))
+        return table
+
+    def lines(self) -> Iterator[str]:
+        """For a pipe: columns of fixed width, no colour."""
+        all_ns = sum(row.total_ns for row in self.rows.values()) or 1
+        for name, row in self.busiest():
+            quantiles = " ".join(
+                f"{format_ns(row.latency.quantile_ns(q)):>8}" for q in _QUANTILES.values()
+            )
+            rate = row.calls / self.seconds if self.seconds else 0
+            yield (
+                f"{name:<20} {row.calls:>10} {rate:>10.0f} {row.errors:>8} {quantiles} "
+                f"{format_ns(row.latency.max_ns):>8} {row.total_ns / all_ns:>6.1%}"
+            )
+
+
+HEADER: Final = (
+    f"{'SYSCALL':<20} {'CALLS':>10} {'CALLS/S':>10} {'ERRORS':>8} "
+    f"{'P50':>8} {'P95':>8} {'P99':>8} {'MAX':>8} {'TIME':>6}"
+)
+
+
+def as_records(batch: pb.EbpfEventBatch) -> Iterable[dict[str, Any]]:
+    """Each row as plain data, with its quantiles."""
+    for index, stats in enumerate(batch.syscall_stats):
+        latency = Histogram()
+        latency.add(stats.latency_ns, stats.max_duration_ns)
+        yield {
+            "collector": kind_name(batch.kind),
+            "service": batch.service_name,
+            "seq": batch.first_seq + index,
+            "interval_start_ns": batch.interval_start_ns,
+            "interval_end_ns": batch.interval_end_ns,
+            "pid": stats.pid,
+            "comm": stats.labels.get("comm", ""),
+            "syscall": stats.syscall_name,
+            "calls": stats.call_count,
+            "errors": stats.error_count,
+            "errors_by_class": dict(stats.errors_by_class),
+            "total_ns": stats.total_duration_ns,
+            "max_ns": stats.max_duration_ns,
+            **{
+                f"{name.lower()}_ns": round(latency.quantile_ns(q))
+                for name, q in _QUANTILES.items()
+            },
+        }
+
+
+def format_ns(ns: float) -> str:
+    """Three digits and a unit: 870ns, 4.21µs, 12.5ms, 1.20s."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            value = ns / size
+            digits = 2 if value < 10 else 1 if value < 100 else 0  # noqa: PLR2004
+            return f"{value:.{digits}f}{unit}"
+    return f"{ns:.0f}ns"
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of SHARE (0 to 1) of WIDTH cells, to an eighth of a cell."""
+    eighths = round(share * width * 8)
+    full, part = divmod(eighths, 8)
+    return "█" * full + (_EIGHTHS[part] if part else "")

@@ -1,0 +1,340 @@
+"""`coral tap`: start a collector on a target, show what it sees, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Final, Protocol
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cli.common import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    DurationType,
+    agent_option,
+    echo_data,
+    output_option,
+    run,
+)
+from cli.launch import HeldCommand
+from cli.syscalls import HEADER, SyscallTotals, as_records
+from client import AgentClient
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+
+_LEASE_BAR_WIDTH: Final = 30
+_LINES_AROUND_TABLE: Final = 6
+_REFRESH_PER_S: Final = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to watch: a service, or what the collector's config says, or a command to start."""
+
+    name: str
+    service_name: str = ""
+    config: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+
+
+def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> Target:
+    """TARGET as users write it. Raises a usage error unless exactly one thing is named."""
+    if (target is not None) + bool(command) + host != 1:
+        raise click.UsageError(
+            "name one thing to watch: a service, pid:N, cgroup:PATH, comm:NAME, --host, or a "
+            "command to start after --"
+        )
+    if host:
+        return Target("host", config={"scope": "host"})
+    if command:
+        config = {"from_exec": "true", "until_exit": "true"}
+        return Target(
+            " ".join(command),
+            service_name=PurePath(command[0]).name,
+            config=config,
+            command=tuple(command),
+        )
+    assert target is not None  # noqa: S101  the count above says so
+    key, colon, value = target.partition(":")
+    if colon and key in ("pid", "cgroup", "comm"):
+        return Target(target, config={key: value})
+    return Target(target, service_name=target)
+
+
+class _TapCommand(click.Command):
+    """Takes what stands after `--` for a command to start, which click would not tell apart."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            ctx.obj = tuple(args[at + 1 :])
+            args = args[:at]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "[OPTIONS] TARGET | -- COMMAND [ARG]...")
+
+
+@click.command(cls=_TapCommand)
+@click.argument("target", required=False)
+@click.option("--host", is_flag=True, help="Watch every process of the machine.")
+@click.option("--syscall-stats", is_flag=True, help="System calls: counts, errors, latency.")
+@click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
+@click.option("-i", "--interval", metavar="DURATION", help="How often figures come.  [default: 1s]")
+@click.option("--include", metavar="NAMES", help="Only these system calls, comma-separated.")
+@click.option("--exclude", metavar="NAMES", help="All but these system calls.")
+@click.option(
+    "-c",
+    "--config",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any other option of the collector; `coral capabilities` lists them.",
+)
+@agent_option
+@output_option
+@click.pass_context
+def tap(
+    ctx: click.Context,
+    *,
+    target: str | None,
+    host: bool,
+    syscall_stats: bool,
+    duration: float | None,
+    interval: str | None,
+    include: str | None,
+    exclude: str | None,
+    options: tuple[str, ...],
+    address: str,
+    output: str,
+) -> None:
+    """Watch a service, a process, a cgroup or a command, and see what it does.
+
+    TARGET is a service's name, pid:N, cgroup:PATH or comm:NAME. A command after -- is started, and
+    watched from its exec on, with what it starts itself. Ctrl-C stops the collector and prints the
+    totals.
+    """
+    if not syscall_stats:
+        raise click.UsageError("name what to collect: --syscall-stats")
+    wanted = parse_target(target, ctx.obj or (), host=host)
+    config = dict(wanted.config)
+    given = {"interval": interval, "include": include, "exclude": exclude}
+    config |= {name: value for name, value in given.items() if value is not None}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise click.UsageError(f"--config {option}: KEY=VALUE is expected")
+        config[key] = value
+    run(_tap(wanted, config, duration, address, output))
+
+
+async def _tap(
+    target: Target, config: dict[str, str], duration_s: float | None, address: str, output: str
+) -> int:
+    held = await HeldCommand.start(target.command) if target.command else None
+    try:
+        if held:
+            config["pid"] = str(held.pid)
+        async with AgentClient(address) as agent:
+            started = await agent.start(
+                pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+                service_name=target.service_name,
+                config=config,
+                duration_s=duration_s,
+            )
+            if not started.supported:
+                click.echo(f"coral: this cannot run here: {started.error}", err=True)
+                return EXIT_ERROR
+            tapped = _Tapped(target.name, started)
+            view = _view(output, tapped)
+            end = await _follow(agent, tapped, view, held)
+        view.finish()
+    finally:
+        if held:
+            held.abandon()
+    if held and not tapped.interrupted:
+        status = await held.wait()
+        if status:
+            return status
+    if tapped.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_ERROR if end == pb.SessionEnd.REASON_FAILED else 0
+
+
+class _Tapped:
+    """What is known of the tap so far."""
+
+    def __init__(self, target: str, started: pb.StartEbpfCollectorResponse) -> None:
+        self.target = target
+        self.collector_id = started.collector_id
+        self.started_at = time.time()
+        self.expires_at = started.expires_at.ToNanoseconds() / 1e9
+        self.latest = SyscallTotals()
+        self.totals = SyscallTotals()
+        self.lost: Counter[str] = Counter()
+        self.end: pb.SessionEnd | None = None
+        self.interrupted = False
+
+    def add(self, batch: pb.EbpfEventBatch) -> None:
+        """Takes a batch in."""
+        for loss in batch.losses:
+            self.lost[pb.Loss.Stage.Name(loss.stage).removeprefix("STAGE_").lower()] += loss.count
+        if batch.count:
+            self.latest = SyscallTotals()
+            self.latest.add(batch)
+            self.totals.add(batch)
+        if batch.HasField("end"):
+            self.end = batch.end
+
+    @property
+    def end_text(self) -> str:
+        """How it ended, for people."""
+        if not self.end:
+            return "the agent went away"
+        reason = pb.SessionEnd.Reason.Name(self.end.reason).removeprefix("REASON_")
+        text = reason.lower().replace("_", " ")
+        return f"{text}: {self.end.detail}" if self.end.detail else text
+
+
+class _View(Protocol):
+    """One way to show a tap."""
+
+    def update(self, batch: pb.EbpfEventBatch) -> None:
+        """Shows what a batch brought."""
+
+    def finish(self) -> None:
+        """Shows the end and the totals."""
+
+
+def _view(output: str, tapped: _Tapped) -> _View:
+    if output != "table":
+        return _DataView(tapped, output)
+    return _LiveView(tapped) if sys.stdout.isatty() else _PlainView(tapped)
+
+
+async def _follow(
+    agent: AgentClient, tapped: _Tapped, view: _View, held: HeldCommand | None
+) -> pb.SessionEnd.Reason | None:
+    """Shows batches until the session's end. The first Ctrl-C stops the collector, and what it
+    still had is shown too."""
+    stopping: set[asyncio.Task[Any]] = set()
+
+    def on_interrupt() -> None:
+        tapped.interrupted = True
+        stopping.add(asyncio.create_task(agent.stop(tapped.collector_id)))
+        loop.remove_signal_handler(signal.SIGINT)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    try:
+        async with agent.subscribe(tapped.collector_id) as stream:
+            if held:
+                held.release()
+            async for batch in stream:
+                tapped.add(batch)
+                view.update(batch)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    await asyncio.gather(*stopping, return_exceptions=True)
+    return tapped.end.reason if tapped.end else None
+
+
+class _DataView:
+    """One object a row, for programs."""
+
+    def __init__(self, tapped: _Tapped, output: str) -> None:
+        self._tapped = tapped
+        self._output = output
+
+    def update(self, batch: pb.EbpfEventBatch) -> None:
+        for record in as_records(batch):
+            echo_data(record, self._output)
+        for loss in batch.losses:
+            stage = pb.Loss.Stage.Name(loss.stage).removeprefix("STAGE_").lower()
+            echo_data({"lost": loss.count, "stage": stage}, self._output)
+
+    def finish(self) -> None:
+        end = self._tapped.end
+        reason = pb.SessionEnd.Reason.Name(end.reason).removeprefix("REASON_") if end else "UNKNOWN"
+        echo_data({"end": reason.lower(), "detail": end.detail if end else ""}, self._output)
+
+
+class _PlainView:
+    """Rows of fixed width as they come, for a pipe."""
+
+    def __init__(self, tapped: _Tapped) -> None:
+        self._tapped = tapped
+
+    def update(self, batch: pb.EbpfEventBatch) -> None:
+        if batch.count:
+            clock = time.strftime("%H:%M:%S", time.localtime(batch.interval_end_ns / 1e9))
+            click.echo(f"\n{clock}  {self._tapped.target}\n{HEADER}")
+            for line in self._tapped.latest.lines():
+                click.echo(line)
+
+    def finish(self) -> None:
+        tapped = self._tapped
+        click.echo(f"\ntotals of {tapped.totals.seconds:.1f}s, {tapped.end_text}\n{HEADER}")
+        for line in tapped.totals.lines():
+            click.echo(line)
+        for stage, count in tapped.lost.items():
+            click.echo(f"lost {count} ({stage})")
+
+
+class _LiveView:
+    """A table that is drawn anew with every interval, for a terminal."""
+
+    def __init__(self, tapped: _Tapped) -> None:
+        self._tapped = tapped
+        self._console = Console()
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=_REFRESH_PER_S,
+            transient=True,
+        )
+        self._live.start()
+
+    def update(self, batch: pb.EbpfEventBatch) -> None:
+        if batch.count:
+            self._live.refresh()
+
+    def finish(self) -> None:
+        self._live.stop()
+        tapped = self._tapped
+        self._console.print(
+            f"[bold]totals[/] of {tapped.totals.seconds:.1f}s, {tapped.end_text}", highlight=False
+        )
+        self._console.print(tapped.totals.table())
+        self._console.print(self._losses())
+
+    def _render(self) -> RenderableType:
+        rows = max(self._console.height - _LINES_AROUND_TABLE, 1)
+        return Group(self._lease(), Text(), self._tapped.latest.table(rows), self._losses())
+
+    def _lease(self) -> RenderableType:
+        tapped = self._tapped
+        lease_s = tapped.expires_at - tapped.started_at
+        left_s = max(tapped.expires_at - time.time(), 0)
+        line = Table.grid(padding=(0, 2))
+        line.add_row(
+            Text(tapped.target, "bold"),
+            ProgressBar(lease_s, lease_s - left_s, width=_LEASE_BAR_WIDTH),
+            Text(f"{left_s:.0f}s left, Ctrl-C stops", "dim"),
+        )
+        return line
+
+    def _losses(self) -> Text:
+        lost = ", ".join(f"{count} {stage}" for stage, count in self._tapped.lost.items())
+        return Text(f"lost: {lost}", "red") if lost else Text()

@@ -1,0 +1,9 @@
+"""The Python client of the contract: connect, start, subscribe, stop.
+
+It shares the generated messages with the agent, and nothing else.
+"""
+
+from client.client import DEFAULT_ADDRESS, AgentClient, AgentError, default_address
+from client.histogram import Histogram
+
+__all__ = ["DEFAULT_ADDRESS", "AgentClient", "AgentError", "Histogram", "default_address"]

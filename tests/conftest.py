@@ -1,0 +1,79 @@
+"""Fixtures, and the rule for tests that need the kernel: they run, or say why not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import bpf
+from tests.support import ROOT, Calls, RunningAgent, loaded, running_agent, wait_until
+
+_ran = {"passed": 0, "failed": 0, "skipped": 0}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    obstacle = bpf.probe().obstacle
+    if not obstacle and os.geteuid() != 0:
+        obstacle = "not root"
+    for item in items:
+        if {"kernel", "e2e"} & set(Path(item.path).parts):
+            item.add_marker("kernel")
+            if obstacle:
+                item.add_marker(pytest.mark.skip(reason=f"needs eBPF: {obstacle}"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "kernel" in report.keywords and (report.when == "call" or report.outcome != "passed"):
+        _ran[report.outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(
+        f"tests on the real kernel: {_ran['passed']} passed, {_ran['failed']} failed, "
+        f"{_ran['skipped']} skipped"
+    )
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with tests/programs compiled."""
+    directory = tmp_path_factory.mktemp("programs")
+    for source in (ROOT / "tests/programs").glob("*.c"):
+        subprocess.run(
+            ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", directory / source.stem],
+            check=True,
+        )  # fmt: skip
+    return directory
+
+
+@pytest.fixture
+def calls(programs: Path) -> Iterator[Callable[..., Calls]]:
+    """Starts `calls` with the given arguments, waiting to be let go; none outlives the test."""
+    started: list[Calls] = []
+
+    def start(*arguments: object, threads: int = 1) -> Calls:
+        started.append(Calls(programs / "calls", *arguments, threads=threads))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[RunningAgent]:
+    """An agent with the default configuration."""
+    with running_agent(tmp_path / "agent") as running:
+        yield running
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails unless the kernel holds exactly the programs, maps and links that it held before."""
+    before = loaded()
+    yield
+    wait_until(lambda: loaded() == before)

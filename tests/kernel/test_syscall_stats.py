@@ -1,0 +1,183 @@
+"""`syscall_stats` against programs that make exactly N calls."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import bpf
+from collectors.syscall_stats import SyscallStatsCollector
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import Calls, totals
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@contextmanager
+def collecting(hook: str = "tp_btf", **config: str) -> Iterator[SyscallStatsCollector]:
+    features = bpf.probe()
+    if hook != "tp_btf":
+        kept = tuple(f for f in features.features if f.name != "tp_btf")
+        features = bpf.Features(
+            features.kernel_release, features.libbpf_version, features.capabilities, kept
+        )
+    collector = SyscallStatsCollector.create(config, None, features)
+    try:
+        collector.open()
+        yield collector
+    finally:
+        collector.close()
+
+
+def rows_until_exit(collector: SyscallStatsCollector, running: Calls) -> list[pb.SyscallStats]:
+    """Lets it run, drains many times meanwhile and once after its end."""
+    running.go()
+    rows: list[pb.SyscallStats] = []
+    drains = 0
+    while Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        rows += _rows(collector)
+        drains += 1
+    rows += _rows(collector)
+    assert drains >= 3, "the program ended too soon to be seen over several intervals"
+    return rows
+
+
+def _rows(collector: SyscallStatsCollector) -> list[pb.SyscallStats]:
+    batch = collector.drain()
+    assert not batch.losses
+    return [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
+
+
+def of(rows: list[pb.SyscallStats], name: str) -> list[pb.SyscallStats]:
+    return [row for row in rows if row.syscall_name == name]
+
+
+@pytest.mark.parametrize("hook", ["tp_btf", "raw_tp"])
+def test_counts_are_exact_over_intervals_and_cpus(hook: str, calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", 500_000, "openat", 500, threads=2)
+    with collecting(hook, pid=str(running.pid)) as collector:
+        rows = rows_until_exit(collector, running)
+    counted = totals(rows)
+    assert counted["getppid"] == 1_000_000
+    assert counted["openat"] == 1_000
+    assert sum(row.error_count for row in of(rows, "openat")) == 1_000
+    assert sum(row.errors_by_class["not_found"] for row in of(rows, "openat")) == 1_000
+    assert sum(row.error_count for row in of(rows, "getppid")) == 0
+    assert len(of(rows, "getppid")) >= 3
+    for row in rows:
+        assert sum(row.latency_ns.counts) == row.call_count
+        assert row.pid == running.pid
+        assert row.labels["comm"] == "calls"
+        assert row.max_duration_ns <= row.total_duration_ns
+
+
+def test_total_time_is_what_the_program_measured(calls: Callable[..., Calls]) -> None:
+    running = calls("nanosleep", 1_000)
+    with collecting(pid=str(running.pid)) as collector:
+        rows = of(rows_until_exit(collector, running), "nanosleep")
+    made = running.finish()
+    assert sum(row.call_count for row in rows) == 1_000
+    assert sum(row.total_duration_ns for row in rows) == pytest.approx(
+        made.ns["nanosleep"], rel=0.02
+    )
+    # One millisecond and what the timer adds: from 2^19 to 2^22 ns.
+    slots = [sum(row.latency_ns.counts[i] for row in rows if len(row.latency_ns.counts) > i)
+             for i in range(32)]  # fmt: skip
+    first = rows[0].latency_ns.first_exponent
+    assert sum(slots[20 - 1 - first : 22 - first]) >= 990
+    assert min(row.max_duration_ns for row in rows if row.call_count) >= 1_000_000
+
+
+def test_calls_by_the_32_bit_way_in_are_counted_apart(calls: Callable[..., Calls]) -> None:
+    if sys.platform != "linux" or not hasattr(sys, "maxsize"):
+        pytest.skip("x86-64 only")
+    running = calls("getppid", 300_000, "getppid32", 1_000, "futile", 7)
+    with collecting(pid=str(running.pid)) as collector:
+        counted = totals(rows_until_exit(collector, running))
+    assert counted["compat_64"] == 1_000
+    assert counted["getppid"] == 300_000
+    assert counted["unknown"] == 7
+
+
+def test_only_the_target_is_seen(calls: Callable[..., Calls]) -> None:
+    target, other = calls("getppid", 300_000), calls("getppid", 300_000)
+    with collecting(pid=str(target.pid)) as collector:
+        other.go()
+        rows = rows_until_exit(collector, target)
+        other.finish()
+        rows += _rows(collector)
+    assert {row.pid for row in rows} == {target.pid}
+    assert totals(rows)["getppid"] == 300_000
+
+
+def test_include_and_exclude_filter_in_the_kernel(calls: Callable[..., Calls]) -> None:
+    first = calls("getppid", 300_000, "openat", 100)
+    with collecting(pid=str(first.pid), include="openat") as collector:
+        assert totals(rows_until_exit(collector, first)) == {"openat": 100}
+    second = calls("openat", 100, "getppid", 300_000)
+    with collecting(pid=str(second.pid), exclude="getppid") as collector:
+        counted = totals(rows_until_exit(collector, second))
+    assert counted["openat"] == 100
+    assert "getppid" not in counted
+    assert counted["exit_group"] == 1
+
+
+def test_rows_beyond_top_are_added_up(calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", 300_000, "openat", 1_000, "write", 1_000)
+    with collecting(pid=str(running.pid), top="1") as collector:
+        running.go()
+        running.finish()
+        rows = _rows(collector)
+    assert [row.syscall_name for row in rows] == ["other"]
+    assert rows[0].call_count >= 302_000
+    assert sum(rows[0].latency_ns.counts) == rows[0].call_count
+
+
+def test_the_longest_call_is_the_intervals_own(calls: Callable[..., Calls]) -> None:
+    running = calls("nanosleep", 3, "getppid", 200_000)
+    with collecting(pid=str(running.pid)) as collector:
+        running.go()
+        running.finish()
+        first = _rows(collector)
+        again = calls("getppid", 10)
+        again.kill()
+        second = _rows(collector)
+    assert max(row.max_duration_ns for row in first) >= 1_000_000
+    assert second == []
+
+
+def test_a_process_that_has_ended_leaves_no_entry(calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", 300_000)
+    with collecting(pid=str(running.pid)) as collector:
+        rows_until_exit(collector, running)
+        running.finish()
+        deadline = time.monotonic() + 5
+        while len(collector.bpf_object.map("targets").read()[0]):
+            assert time.monotonic() < deadline
+            collector.drain()
+        assert len(collector.bpf_object.map("stats").read()[0]) == 0
+
+
+def test_a_full_map_is_counted(
+    calls: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = bpf.BpfObject.__init__
+
+    def small(self: bpf.BpfObject, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs, map_entries={"stats": 1})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bpf.BpfObject, "__init__", small)
+    running = calls("openat", 5, "getppid", 1_000, "write", 50)
+    with collecting(pid=str(running.pid), include="openat,getppid,write") as collector:
+        running.go()
+        running.finish()
+        batch = collector.drain()
+    rows = [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
+    # The program makes its last write for its own report.
+    assert totals(rows) == {"openat": 5}
+    assert batch.losses == {pb.Loss.STAGE_MAP_FULL: 1_000 + 50 + 1}
