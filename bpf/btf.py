@@ -51,11 +51,11 @@ class _Type:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A global variable: its section, its offset there in bytes, and its layout."""
+    """A global variable: its section, its offset there in bytes, and the id of its type."""
 
     section: str
     offset: int
-    dtype: np.dtype[np.generic]
+    type_id: int
 
 
 class Btf:
@@ -145,7 +145,5 @@ class Btf:
             if section.kind != _DATASEC or section.name in (".maps", "license"):
                 continue
             for type_id, offset, _ in section.members():
-                found[self._types[type_id].name] = Variable(
-                    section.name, offset, self.dtype(type_id)
-                )
+                found[self._types[type_id].name] = Variable(section.name, offset, type_id)
         return found

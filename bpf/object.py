@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bpf.btf import Btf
+from bpf.btf import Btf, Variable
 from bpf.libbpf import (
     AttachError,
     BpfError,
@@ -162,24 +162,28 @@ class BpfObject:
     def _section_map(self, section: str) -> int:
         return next(m for name, m in self._maps.items() if name.endswith(section))
 
+    def _described(self, name: str) -> tuple[Variable, np.dtype[np.generic]]:
+        variable = self.btf.variables[name]
+        return variable, self.btf.dtype(variable.type_id)
+
     def _set_option(self, name: str, value: object) -> None:
         """Writes into the initial value of the section that the global NAME lies in."""
-        variable = self.btf.variables[name]
+        variable, dtype = self._described(name)
         size = c_size_t()
         address = call_pointer(
             "bpf_map__initial_value", self._section_map(variable.section), byref(size)
         )
         memory = memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
-        np.ndarray((), variable.dtype, memory, variable.offset)[...] = value
+        np.ndarray((), dtype, memory, variable.offset)[...] = value
 
     def _variable(self, name: str) -> NDArray[Any]:
-        variable = self.btf.variables[name]
+        variable, dtype = self._described(name)
         if variable.section not in self._sections:
             bpf_map = self._section_map(variable.section)
             self._sections[variable.section] = mmap.mmap(
                 call("bpf_map__fd", bpf_map), call("bpf_map__value_size", bpf_map)
             )
-        return np.ndarray((), variable.dtype, self._sections[variable.section], variable.offset)
+        return np.ndarray((), dtype, self._sections[variable.section], variable.offset)
 
     def read_variable(self, name: str) -> Any:  # noqa: ANN401  its type is the C type's
         """The value that a global variable of the loaded programs has now."""

@@ -61,13 +61,10 @@ def _demo(stack: ExitStack, directory: Path, duration_s: float) -> int:
     with log_path.open("w") as log:
         agent = stack.enter_context(
             _process(
-                [
-                    *_coral("agent", "--listen", address, "--metrics", "127.0.0.1:0"),
-                    "--config",
-                    str(config),
-                    "--log-format",
-                    "json",
-                ],
+                _coral(
+                    *("agent", "--listen", address, "--metrics", "127.0.0.1:0"),
+                    *("--config", str(config), "--log-format", "json"),
+                ),
                 stderr=log,
             )
         )
@@ -75,11 +72,10 @@ def _demo(stack: ExitStack, directory: Path, duration_s: float) -> int:
 
     _say(f"coral tap {_SERVICE} --syscall-stats --duration {duration_s:g}s")
     tap = subprocess.run(
-        [
-            *_coral("tap", _SERVICE, "--syscall-stats", "--duration", f"{duration_s}s"),
-            "--agent",
-            address,
-        ],
+        _coral(
+            *("tap", _SERVICE, "--syscall-stats", "--duration", f"{duration_s}s"),
+            *("--agent", address),
+        ),
         check=False,
     )
 
@@ -91,7 +87,7 @@ def _demo(stack: ExitStack, directory: Path, duration_s: float) -> int:
 
     agent.terminate()
     status = agent.wait()
-    _say(f"the agent has stopped with status {status}; no program of it is left in the kernel")
+    _say(f"the agent has stopped with status {status}; its programs left the kernel with it")
     return tap.returncode or status or (not shown)
 
 

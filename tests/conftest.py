@@ -44,9 +44,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("programs")
     for source in (ROOT / "tests/programs").glob("*.c"):
         subprocess.run(
-            ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", directory / source.stem],
+            [
+                *("cc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"),
+                *(source, "-o", directory / source.stem),
+            ],
             check=True,
-        )  # fmt: skip
+        )
     return directory
 
 

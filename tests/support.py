@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import yaml
+from google.protobuf.message import Message
 
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -97,18 +98,17 @@ class RunningAgent:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(10)
 
-    def call(
-        self, method: str, request: object, metadata: Sequence[tuple[str, str]] = ()
-    ) -> object:
+    def call(self, method: str, request: Message, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """A unary call with the types of the contract; raises grpc.RpcError."""
         types = pb.DESCRIPTOR.services_by_name["EbpfService"].methods_by_name[method]
         answer = getattr(pb, types.output_type.name)
         with grpc.insecure_channel(self.address) as channel:
-            return channel.unary_unary(
+            call: Any = channel.unary_unary(
                 f"/{SERVICE}/{method}",
-                request_serializer=lambda r: r.SerializeToString(),
+                request_serializer=type(request).SerializeToString,
                 response_deserializer=answer.FromString,
-            )(request, metadata=metadata, timeout=20)
+            )
+            return call(request, metadata=tuple(metadata), timeout=20)
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+/*
+ * For the tests of the ring drain and of BTF layouts: one record for each getppid of one process,
+ * numbered; every `discard_each`th is discarded; what the ring refuses is counted.
+ */
+#include "include/kernel.bpf.h"
+
+#define NR_GETPPID 110
+
+enum colour {
+	RED,
+	GREEN,
+};
+
+struct point {
+	__s16 x;
+	__s16 y;
+};
+
+struct record {
+	__u64 seq;
+	__u32 tgid;
+	__s32 negative;
+	char name[8];
+	struct point points[2];
+	bool flag;
+	__u8 bytes[3];
+	enum colour colour;
+};
+
+const volatile __u32 wanted_tgid = 0;
+const volatile __u32 discard_each = 0;
+
+__u64 seq = 0;
+__u64 lost = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} ring SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 20000);
+	__type(key, __u32);
+	__type(value, struct point);
+} points SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, 20000);
+	__type(key, struct point);
+	__type(value, __u32);
+} counts SEC(".maps");
+
+const struct record *unused __attribute__((unused));
+
+SEC("raw_tp/sys_enter")
+int BPF_PROG(ring_enter, void *regs, long id)
+{
+	struct record *record;
+	__u64 number;
+
+	if (id != NR_GETPPID || bpf_get_current_pid_tgid() >> 32 != wanted_tgid)
+		return 0;
+	number = __sync_fetch_and_add(&seq, 1);
+	record = bpf_ringbuf_reserve(&ring, sizeof(*record), 0);
+	if (!record) {
+		__sync_fetch_and_add(&lost, 1);
+		return 0;
+	}
+	record->seq = number;
+	record->tgid = wanted_tgid;
+	record->negative = -7;
+	__builtin_memcpy(record->name, "coral", 6);
+	record->points[0] = (struct point){1, -2};
+	record->points[1] = (struct point){3, -4};
+	record->flag = true;
+	record->colour = GREEN;
+	if (discard_each && number % discard_each == 0)
+		bpf_ringbuf_discard(record, 0);
+	else
+		bpf_ringbuf_submit(record, 0);
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "GPL";
