@@ -33,6 +33,7 @@ lint: $(VENV)/.dev ## check style, types, imports and C format
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+	$(BIN)/python -m docs.generate --check
 
 format: $(VENV)/.dev ## put Python and C into their format
 	$(BIN)/ruff check --fix .

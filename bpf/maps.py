@@ -127,21 +127,22 @@ class HashMap:
         return keys, values
 
     def _keys(self) -> list[NDArray[Any]]:
-        # Collected first: a key that goes while the map is walked sends the walk to its start.
+        # Collected first: a walk whose current key is removed meanwhile begins again at the start.
         keys: list[NDArray[Any]] = []
         seen: set[bytes] = set()
-        current = None
-        while True:
+        current, revisited = None, 0
+        while revisited <= len(seen):
             following = np.empty(1, self.key_dtype)
             pointer = None if current is None else current.ctypes.data
             if call("bpf_map_get_next_key", self.fd, pointer, following.ctypes.data):
-                return keys
-            if following.tobytes() not in seen:
+                break
+            if following.tobytes() in seen:
+                revisited += 1
+            else:
                 seen.add(following.tobytes())
                 keys.append(following)
-            elif current is not None and len(seen) > len(keys):
-                return keys
             current = following
+        return keys
 
     def read_one(self, key: object) -> NDArray[Any] | None:
         """The value of one key, of shape (), or (CPUs,) of a per-CPU map; None where absent."""
