@@ -65,7 +65,9 @@ def _by_rule(name: str, rule: ServiceRule) -> list[int]:
         except OptionError as error:
             raise NotFoundError(f"services.{name}.cgroup: {error}") from error
         return sorted(
-            int(line) for procs in directory.rglob("cgroup.procs") for line in procs.open()
+            int(tgid)
+            for procs in directory.rglob("cgroup.procs")
+            for tgid in procs.read_text().split()
         )
     try:
         tgid = int(Path(rule.pid_file).read_text())
