@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
 TEST_PACKAGES := gcc libc6-dev strace bpftool procps
-BENCH_PACKAGES := $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools
+BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/*.bpf.c bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
 C_SOURCES := $(wildcard bpf/*.bpf.c bpf/include/*.h tests/programs/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
 

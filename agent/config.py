@@ -21,6 +21,7 @@ from collectors.options import format_duration, parse_duration_s
 
 ENV_PREFIX: Final = "CORAL__"
 DEFAULT_SOCKET: Final = "unix:/run/coral/agent.sock"
+MAX_PORT: Final = 65535  # gRPC takes a greater one too, and listens at its remainder
 _SIZE: Final = re.compile(r"(\d+)(KiB|MiB|GiB)?")
 _UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VALUE_PATH: Final = re.compile(r" - at (?:key in )?`\$\.?(.*?)`$")

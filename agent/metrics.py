@@ -22,7 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from agent.config import ConfigError
+from agent.config import MAX_PORT, ConfigError
 from agent.supervisor import Supervisor
 from collectors.base import Measures
 from collectors.registry import COLLECTORS, kind_name
@@ -49,7 +49,7 @@ def serve(address: str, supervisor: Supervisor) -> Iterator[str]:
         yield ""
         return
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or int(port) > MAX_PORT:
         raise ConfigError(f"metrics: {address!r} is not accepted; give HOST:PORT, or nothing")
     try:
         server, thread = start_http_server(int(port), host.strip("[]"), registry(supervisor))

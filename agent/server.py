@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from agent.config import Config, ConfigError
+from agent.config import MAX_PORT, Config, ConfigError
 from agent.service import SERVICE, EbpfService, handlers
 from agent.supervisor import Supervisor
 
@@ -49,7 +49,11 @@ class Server:
         reflection.enable_server_reflection(
             (SERVICE.full_name, reflection.SERVICE_NAME, _HEALTH_NAME), self._server
         )
-        self.addresses = [self._bind(address) for address in config.listen]
+        try:
+            self.addresses = [self._bind(address) for address in config.listen]
+        except ConfigError:
+            self._unlink()
+            raise
 
     def _bind(self, address: str) -> str:
         """Binds one address; returns it with the port that was taken. Raises `ConfigError`."""
@@ -63,7 +67,6 @@ class Server:
             host = _loopback_host(address)
             port = self._server.add_insecure_port(address)
         except (RuntimeError, OSError) as error:
-            self._unlink()
             raise ConfigError(f"listen: {address}: {error}") from error
         return f"{host}:{port}"
 
@@ -127,7 +130,7 @@ class _Umask:
 def _loopback_host(address: str) -> str:
     """The host of ADDRESS, if it is this machine's own. Raises `ConfigError`."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not port.isdigit() or int(port) > MAX_PORT:
         raise ConfigError(f"listen: {address!r} is not accepted; give unix:PATH or 127.0.0.1:PORT")
     plain = host.strip("[]")
     try:

@@ -6,9 +6,11 @@ is encoded already: their serialiser is the identity.
 
 from __future__ import annotations
 
+import string
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any, Final, Never
+from urllib.parse import quote
 
 import grpc
 import structlog
@@ -34,6 +36,10 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+# Clients take 8 KiB of trailing metadata, and a status's text is percent-encoded there.
+_STATUS_BYTES: Final = 4096
+_SENT_AS_IT_IS: Final = string.punctuation.replace("%", "") + " "
 
 _CODES: Final[dict[type[RefusedError], grpc.StatusCode]] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -208,8 +214,19 @@ async def _refuse(context: Context, error: RefusedError | BpfError) -> Never:
     code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)  # type: ignore[arg-type]
     if code is grpc.StatusCode.PERMISSION_DENIED:
         log.warning("refused", peer=context.peer(), code=code.name, reason=str(error))
-    await context.abort(code, str(error))
+    if isinstance(error, BpfError):
+        log.error("refused by the kernel", peer=context.peer(), what=error.what, said=error.log)
+    await context.abort(code, _fitting(str(error)))
     raise AssertionError("abort returned")
+
+
+def _fitting(text: str) -> str:
+    """TEXT, without its middle where it would be more than a client takes: a caller whose value is
+    quoted in it would get a transport's error then, in place of the refusal."""
+    if len(quote(text, safe=_SENT_AS_IT_IS)) <= _STATUS_BYTES:
+        return text
+    plain = text.encode("ascii", "backslashreplace").decode()
+    return f"{plain[: _STATUS_BYTES // 4]} [...] {plain[-_STATUS_BYTES // 4 :]}"
 
 
 def _info(session: Session) -> pb.CollectorInfo:

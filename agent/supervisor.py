@@ -176,9 +176,9 @@ class Supervisor:
             except (OptionError, UnknownOptionError) as error:
                 raise InvalidRequestError(str(error)) from error
             session = Session(collector, request, self.config)
-            await self._launch(session)
         finally:
             self._starting -= 1
+        await self._launch(session)  # counted among the sessions from its first step on
         return session
 
     def _admit(self, request: StartRequest) -> type[Collector]:

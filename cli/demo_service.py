@@ -12,7 +12,7 @@ import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from typing import Final
+from typing import Any, Final
 
 PATHS: Final = ("/index.html", "/catalogue.html", "/basket.html", "/missing.html")
 _CLIENTS: Final = 3
@@ -26,10 +26,17 @@ class _QuietHandler(SimpleHTTPRequestHandler):
         """Nothing: the demonstration has the terminal."""
 
 
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *args: Any) -> None:
+        """Says nothing of a client that is gone: the load is ended in the middle of a request."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*args)
+
+
 def serve(directory: str) -> None:
     """Serves until it is ended."""
     handler = partial(_QuietHandler, directory=directory)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _QuietServer(("127.0.0.1", 0), handler) as server:
         print(server.server_port, flush=True)
         server.serve_forever()
 

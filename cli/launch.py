@@ -16,10 +16,24 @@ from typing import Final
 import click
 
 EXIT_NOT_FOUND: Final = 127
-# Reads a byte, then execs; leaves without a word when the pipe closes first.
-_HELD: Final = (
-    "import os,sys;os.read(int(sys.argv[1]),1) or os._exit(0);os.execv(sys.argv[2],sys.argv[3:])"
-)
+EXIT_NOT_EXECUTABLE: Final = 126
+# Reads a byte, then execs; leaves without a word when the pipe closes first. What Python changed
+# for itself, the command must not find: LC_CTYPE, ignored signals, a descriptor too many.
+_HELD: Final = f"""
+import os, signal, sys
+release_fd, path, *command = sys.argv[1:]
+with open(f"/proc/{{os.getppid()}}/environ", "rb") as file:
+    given = dict(item.split(b"=", 1) for item in file.read().split(b"\\0") if b"=" in item)
+os.set_inheritable(int(release_fd), False)
+os.read(int(release_fd), 1) or os._exit(0)
+for number in signal.SIGPIPE, signal.SIGXFSZ:
+    signal.signal(number, signal.SIG_DFL)
+try:
+    os.execve(path, command, given)
+except OSError as error:
+    os.write(2, f"coral: {{path}}: {{error.strerror}}\\n".encode())
+    os._exit({EXIT_NOT_EXECUTABLE})
+"""
 
 
 class HeldCommand:

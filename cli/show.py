@@ -75,7 +75,9 @@ def _yes(value: bool) -> Text:
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
+    first, *others = columns
+    table.add_column(first, no_wrap=True)  # a name or an id, to be copied
+    for column in others:
         table.add_column(column, overflow="fold")
     return table
 

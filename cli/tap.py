@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Final, Protocol
@@ -30,7 +31,7 @@ from cli.common import (
 )
 from cli.launch import HeldCommand
 from cli.syscalls import HEADER, SyscallTotals, as_records
-from client import AgentClient
+from client import AgentClient, AgentError
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _LEASE_BAR_WIDTH: Final = 30
@@ -157,8 +158,13 @@ async def _tap(
                 click.echo(f"coral: this cannot run here: {started.error}", err=True)
                 return EXIT_ERROR
             tapped = _Tapped(target.name, started)
-            view = _view(output, tapped)
-            end = await _follow(agent, tapped, view, held)
+            try:
+                view = _view(output, tapped)
+                end = await _follow(agent, tapped, view, held)
+            finally:
+                if not tapped.end:  # whatever ended this, a closed pipe for one
+                    with suppress(AgentError):
+                        await agent.stop(tapped.collector_id)
         view.finish()
     finally:
         if held:

@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 from google.protobuf.message import Message
 from prometheus_client import Metric
 
-from bpf import BpfObject, Features
+from bpf import BpfObject, Features, LoadError
 from collectors.options import Option
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -139,16 +139,36 @@ class Collector(ABC):
         what it watches has ended. Either way drains once more, and closes."""
         opened = False
         try:
-            await in_thread(self.open)
+            await in_thread(self._open)
             opened = True
             attached()
             await self._drain_until_exit(emit)
         finally:
             try:
                 if opened:
-                    emit(await in_thread(self.drain))
+                    await self._drain(emit)
             finally:
                 await in_thread(self.close)
+
+    def _open(self) -> None:
+        try:
+            self.open()
+        except KeyError as error:
+            raise LoadError(
+                f"{self.bpf_object.path.name} has no {error}: it is of another version of this "
+                "agent, or damaged"
+            ) from error
+
+    async def _drain(self, emit: Emit) -> bool:
+        """Drains and emits; whether there was anything. A cancellation meanwhile comes after:
+        what was drained is in no map any more, and would be lost without a number."""
+        drained: list[Batch] = []
+        try:
+            await in_thread(lambda: drained.append(self.drain()))
+        finally:
+            for batch in drained:
+                emit(batch)
+        return bool(drained[0])
 
     async def _drain_until_exit(self, emit: Emit) -> None:
         loop = asyncio.get_running_loop()
@@ -175,11 +195,8 @@ class Collector(ABC):
                     async with asyncio.timeout_at(tick):
                         await exited.wait()
                 except TimeoutError:
-                    batch = await in_thread(self.drain)
-                    if batch:
-                        emit(batch)
-                        if not seen:
-                            seen, tick = True, loop.time()
+                    if await self._drain(emit) and not seen:
+                        seen, tick = True, loop.time()
         finally:
             for fd in waiting:
                 loop.remove_reader(fd)

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 import bpf
-from tests.support import ROOT, Calls, RunningAgent, loaded, running_agent, wait_until
+from tests.support import (
+    ROOT,
+    Calls,
+    RunningAgent,
+    loaded,
+    nothing_new_since,
+    running_agent,
+    wait_until,
+)
 
 _ran = {"passed": 0, "failed": 0, "skipped": 0}
 
@@ -76,7 +84,7 @@ def agent(tmp_path: Path) -> Iterator[RunningAgent]:
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """Fails unless the kernel holds exactly the programs, maps and links that it held before."""
+    """Fails unless every program, map and link that the kernel holds was there before."""
     before = loaded()
     yield
-    wait_until(lambda: loaded() == before)
+    wait_until(lambda: nothing_new_since(before))

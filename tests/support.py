@@ -5,25 +5,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
+from urllib.request import urlopen
 
 import grpc
+import psutil
 import yaml
 from google.protobuf.message import Message
+from prometheus_client.parser import text_string_to_metric_families
 
+from collectors import syscall_table
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICE = "coral.mesh.v1.EbpfService"
+KINDS = ("prog", "map", "link")
 
 T = TypeVar("T")
 
@@ -155,12 +161,42 @@ def running_agent(
 
 
 def loaded() -> dict[str, set[int]]:
-    """The ids of every eBPF program, map and link of this machine, as bpftool tells them."""
-    found = {}
-    for kind in ("prog", "map", "link"):
-        out = subprocess.run(["bpftool", "-j", kind, "list"], capture_output=True, check=True)
-        found[kind] = {item["id"] for item in json.loads(out.stdout or b"[]")}
+    """The ids of every eBPF program, map and link of this machine, as bpftool tells them, but for
+    those that processes hold which these tests did not start."""
+    found = {kind: _listed(kind) for kind in KINDS}
+    this = psutil.Process()
+    ours = {this.pid, *(child.pid for child in this.children(recursive=True))}
+    for pid in set(psutil.pids()) - ours:
+        for kind, ids in held_by(pid).items():
+            found[kind] -= ids
     return found
+
+
+def nothing_new_since(before: Mapping[str, set[int]]) -> bool:
+    """Whether everything that is loaded now was loaded BEFORE."""
+    return all(ids <= before[kind] for kind, ids in loaded().items())
+
+
+def _listed(kind: str) -> set[int]:
+    def listed() -> bytes:
+        run = subprocess.run(["bpftool", "-j", kind, "list"], capture_output=True, check=False)
+        # It fails when an object goes while it is listed.
+        return b"" if run.returncode else run.stdout or b"[]"
+
+    return {item["id"] for item in json.loads(wait_until(listed))}
+
+
+def held_by(pid: int) -> dict[str, set[int]]:
+    """The ids of the eBPF programs, maps and links that a process holds open."""
+    held: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    with suppress(OSError):  # it may end meanwhile
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # and close
+                if "bpf" in str(descriptor.readlink()):
+                    info = Path(f"/proc/{pid}/fdinfo/{descriptor.name}").read_text()
+                    for kind, number in re.findall(r"^(\w+)_id:\s+(\d+)$", info, re.MULTILINE):
+                        held.get(kind, set()).add(int(number))
+    return held
 
 
 def totals(rows: Iterable[pb.SyscallStats]) -> Counter[str]:
@@ -169,3 +205,229 @@ def totals(rows: Iterable[pb.SyscallStats]) -> Counter[str]:
     for row in rows:
         counted[row.syscall_name] += row.call_count
     return counted
+
+
+@contextmanager
+def streaming(
+    agent: RunningAgent, method: str, request: Message, metadata: Sequence[tuple[str, str]] = ()
+) -> Iterator[Iterator[Any]]:
+    """The messages of a server-streaming call; inside the block the subscription stands. A refusal
+    is a grpc.RpcError at the first message."""
+    types = pb.DESCRIPTOR.services_by_name["EbpfService"].methods_by_name[method]
+    answer = getattr(pb, types.output_type.name)
+    with grpc.insecure_channel(agent.address) as channel:
+        call: Any = channel.unary_stream(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=answer.FromString,
+        )(request, metadata=tuple(metadata), timeout=20)
+        try:
+            call.initial_metadata()
+            yield call
+        finally:
+            call.cancel()
+
+
+def code_and_text(
+    agent: RunningAgent, method: str, request: Message, metadata: Sequence[tuple[str, str]] = ()
+) -> tuple[grpc.StatusCode, str]:
+    """How a call that must not succeed is refused."""
+    types = pb.DESCRIPTOR.services_by_name["EbpfService"].methods_by_name[method]
+    try:
+        if types.server_streaming:
+            with streaming(agent, method, request, metadata) as messages:
+                answer: object = list(messages)
+        else:
+            answer = agent.call(method, request, metadata)
+    except grpc.RpcError as error:
+        refusal: Any = error
+        return refusal.code(), refusal.details()
+    raise AssertionError(f"{method} was not refused: {answer}")
+
+
+def scrape(agent: RunningAgent) -> str:
+    """What the agent answers to Prometheus, as text."""
+    with urlopen(f"http://{agent.metrics}/metrics", timeout=10) as response:
+        text: str = response.read().decode()
+    return text
+
+
+def samples(text: str, name: str, **labels: str) -> dict[frozenset[tuple[str, str]], float]:
+    """The samples of one metric that have LABELS, by all their labels."""
+    return {
+        frozenset(sample.labels.items()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    }
+
+
+def sample(agent: RunningAgent, name: str, **labels: str) -> float:
+    """The one sample that a scrape has of NAME with LABELS."""
+    (value,) = samples(scrape(agent), name, **labels).values()
+    return value
+
+
+def coral(*arguments: object) -> list[str]:
+    """The command line of `coral`, warnings being errors; the environment it is installed in is
+    this one, whatever the working directory."""
+    return [sys.executable, "-W", "error", "-m", "cli.main", *map(str, arguments)]
+
+
+class Watch:
+    """A collector at work on a real agent, and a subscriber of it: what has come so far."""
+
+    def __init__(
+        self,
+        agent: RunningAgent,
+        started: pb.StartEbpfCollectorResponse,
+        messages: Iterator[pb.EbpfEventBatch],
+    ) -> None:
+        self.collector_id = started.collector_id
+        self.expires_at_s = started.expires_at.ToNanoseconds() / 1e9
+        self.batches: list[pb.EbpfEventBatch] = []
+        self.rows: list[pb.SyscallStats] = []
+        self.losses: Counter[int] = Counter()
+        self.end: pb.SessionEnd | None = None
+        self._agent = agent
+        self._messages = messages
+
+    def read(self) -> pb.EbpfEventBatch:
+        """Waits for the next batch."""
+        batch = next(self._messages)
+        self.batches.append(batch)
+        self.rows += batch.syscall_stats
+        for loss in batch.losses:
+            self.losses[loss.stage] += loss.count
+        if batch.HasField("end"):
+            self.end = batch.end
+        return batch
+
+    def calls_of(self, name: str) -> int:
+        """How often the system call of that name was counted so far."""
+        return totals(self.rows)[name]
+
+    def read_until_calls(self, name: str, count: int) -> None:
+        """Reads until so many calls of that name have come, and not one more."""
+        while self.calls_of(name) < count:
+            self.read()
+        assert self.calls_of(name) == count
+
+    def read_to_end(self) -> pb.SessionEnd:
+        """Reads all there is; how the session ended."""
+        while not self.end:
+            self.read()
+        assert list(self._messages) == []
+        assert not self.losses
+        return self.end
+
+    def stop(self) -> list[pb.SyscallStats]:
+        """Stops the collector; every row of its life."""
+        self._agent.call(
+            "StopCollector", pb.StopEbpfCollectorRequest(collector_id=self.collector_id)
+        )
+        assert self.read_to_end().reason == pb.SessionEnd.REASON_STOPPED
+        return self.rows
+
+
+def start_collector(
+    agent: RunningAgent, duration_s: float = 60.0, **config: str
+) -> pb.StartEbpfCollectorResponse:
+    """Starts `syscall_stats`."""
+    request = pb.StartEbpfCollectorRequest(kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config=config)
+    request.duration.FromNanoseconds(int(duration_s * 1e9))
+    started = agent.call("StartCollector", request)
+    assert isinstance(started, pb.StartEbpfCollectorResponse)
+    assert started.supported
+    return started
+
+
+@contextmanager
+def watching(agent: RunningAgent, duration_s: float = 60.0, **config: str) -> Iterator[Watch]:
+    """`syscall_stats` at work, with a subscriber. Ends it, if it has not ended."""
+    started = start_collector(agent, duration_s, **{"interval": "100ms", **config})
+    request = pb.EbpfEventStreamRequest(collector_id=started.collector_id)
+    with streaming(agent, "StreamEventBatches", request) as messages:
+        watch = Watch(agent, started, messages)
+        try:
+            yield watch
+        finally:
+            if collectors_at_work(agent).get(started.collector_id):
+                stop = pb.StopEbpfCollectorRequest(collector_id=started.collector_id)
+                agent.call("StopCollector", stop)
+
+
+def collectors_at_work(agent: RunningAgent) -> dict[str, pb.CollectorInfo]:
+    """What ListCollectors answers, by id."""
+    answer = agent.call("ListCollectors", pb.ListCollectorsRequest())
+    assert isinstance(answer, pb.ListCollectorsResponse)
+    return {info.collector_id: info for info in answer.collectors}
+
+
+class Puppet:
+    """A Python process that does, line by line, what it is told; by itself it calls getppid
+    never. It ends with the block."""
+
+    def __init__(self) -> None:
+        script = (
+            "import os, sys, time\nfor line in sys.stdin:\n    exec(line)\n    print(flush=True)"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self.do("pass")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        with self._process:
+            pass
+
+    def begin(self, code: str) -> None:
+        """Has it do CODE; does not wait."""
+        assert self._process.stdin
+        self._process.stdin.write(code + "\n")
+        self._process.stdin.flush()
+
+    def do(self, code: str) -> None:
+        """Has it do CODE, and waits until it is done."""
+        self.begin(code)
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "\n"
+
+    def getppid(self, times: int) -> None:
+        """Has it make so many calls of getppid, and waits until they are made."""
+        self.do(f"for _ in range({times}): os.getppid()")
+
+    def is_in(self, name: str) -> bool:
+        """Whether it is in the system call of that name now."""
+        call = Path(f"/proc/{self.pid}/syscall").read_text().split()
+        return call[0] == str(syscall_table.numbers()[name])
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is dead."""
+        self._process.kill()
+        self._process.wait()
+
+    def leave(self) -> int:
+        """Waits until it has ended by itself, when it has done all; its exit status."""
+        self._process.communicate(timeout=10)
+        return self._process.returncode
+
+
+class Vitals(NamedTuple):
+    """What a process holds."""
+
+    descriptors: int
+    threads: int
+
+    @classmethod
+    def of(cls, pid: int) -> Vitals:
+        process = Path(f"/proc/{pid}")
+        return cls(len(list((process / "fd").iterdir())), len(list((process / "task").iterdir())))

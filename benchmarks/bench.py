@@ -1,0 +1,160 @@
+"""What every section gets: a directory, the traced program, an agent, a voice for progress."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.text import Text
+
+from build_hook import clang_command
+from client import AgentClient
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import Calls, RunningAgent, running_agent, wait_until
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+ENDLESS_CALLS: Final = 1_000_000_000_000
+_LEASE_S: Final = 120.0
+
+
+class BenchError(Exception):
+    """The bench cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run. DIRECTORY is the run's own and goes with it."""
+
+    directory: Path
+    console: Console
+    kernel_source: Path | None  # what bcc is told to compile against; None: it finds its own
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        self.console.print(Text(f"  {text}", "dim"))
+
+    @contextmanager
+    def calls(self, count: int, name: str = "getppid") -> Iterator[Calls]:
+        """tests/programs/calls.c, waiting to make COUNT calls; ended with the block. It has one CPU
+        for itself as far as the scheduler can help it: moving costs more than what is measured."""
+        program = self.directory / "calls"
+        if not program.exists():
+            compile_calls(program)
+        running = Calls(program, name, count)
+        try:
+            os.sched_setaffinity(running.pid, {max(os.sched_getaffinity(0))})
+            yield running
+        finally:
+            running.kill()
+
+    @contextmanager
+    def agent(self) -> Iterator[RunningAgent]:
+        """A real agent on a socket of its own, that has looked at the kernel; stopped with the
+        block."""
+        with running_agent(self.directory / "agent", {}) as agent:
+            wait_until(lambda: b"collector available" in agent.log_path.read_bytes())
+            yield agent
+            agent.stop()
+
+    def environment(self) -> dict[str, str]:
+        """The environment that peers get."""
+        lent = {"BCC_KERNEL_SOURCE": str(self.kernel_source)} if self.kernel_source else {}
+        return {**os.environ, "PYTHONUNBUFFERED": "1", **lent}
+
+
+class Tap:
+    """A collector at work on one process, and its subscriber."""
+
+    def __init__(self) -> None:
+        self.rows: list[pb.SyscallStats] = []
+        self.batches = 0
+        self.lost = 0
+        self._arrived = asyncio.Event()
+
+    async def until_batches(self, count: int) -> None:
+        """Waits until so many batches with rows have come."""
+        async with asyncio.timeout(20):
+            while self.batches < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    async def _read(self, stream: AsyncIterator[pb.EbpfEventBatch]) -> None:
+        async for batch in stream:
+            self.rows.extend(batch.syscall_stats)
+            self.batches += bool(batch.syscall_stats)
+            self.lost += sum(loss.count for loss in batch.losses)
+            self._arrived.set()
+
+    @classmethod
+    @asynccontextmanager
+    async def on(cls, client: AgentClient, pid: int, **config: str) -> AsyncIterator[Tap]:
+        """Watches a process. After the block the rows are all there are."""
+        tap = cls()
+        started = await start_syscall_stats(client, pid, **config)
+        async with client.subscribe(started.collector_id) as stream:
+            reading = asyncio.create_task(tap._read(stream))
+            try:
+                yield tap
+            finally:
+                await client.stop(started.collector_id)
+                await reading
+
+
+async def start_syscall_stats(
+    client: AgentClient, pid: int, **config: str
+) -> pb.StartEbpfCollectorResponse:
+    """Starts our collector on a process. Raises `BenchError` where this kernel cannot."""
+    started = await client.start(
+        pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+        config={"pid": str(pid), **config},
+        duration_s=_LEASE_S,
+    )
+    if not started.supported:
+        raise BenchError(started.error)
+    return started
+
+
+def compile_calls(program: Path) -> None:
+    """Compiles the traced program."""
+    source = ROOT / "tests/programs/calls.c"
+    subprocess.run(["cc", "-O2", "-pthread", source, "-o", program], check=True)
+
+
+def compile_empty(directory: Path) -> Path:
+    """Compiles the two empty programs."""
+    output = directory / "empty.bpf.o"
+    subprocess.run(clang_command(ROOT / "benchmarks/empty.bpf.c", output), check=True)
+    return output
+
+
+async def per_call_ns(calls: Calls, count: int) -> float:
+    """Lets the traced program begin and waits for its end; its own figure, in ns per call, less
+    what it waited for a CPU that others had: that is no cost of being traced."""
+    ended = asyncio.Event()
+    loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(calls.pid)
+    waited_before_ns = _waited_ns(calls.pid)
+    loop.add_reader(pidfd, ended.set)
+    try:
+        calls.go()
+        await ended.wait()
+        waited_ns = _waited_ns(calls.pid) - waited_before_ns
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+    return (calls.finish().ns["getppid"] - waited_ns) / count
+
+
+def _waited_ns(pid: int) -> int:
+    """How long a process has stood in a CPU's queue, that has ended and was not waited for too; 0
+    where the kernel does not count it (CONFIG_SCHED_INFO)."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+    except FileNotFoundError:
+        return 0

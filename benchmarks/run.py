@@ -1,0 +1,108 @@
+"""Measures coral beside its peers, on processes that it starts itself, and prints tables.
+
+    python -m benchmarks.run [--json FILE] [SECTION ...]
+
+A section is a module with `async def measure(bench) -> Report` and a line in SECTIONS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+import bpf
+from benchmarks import cost, kernel, memory, startup
+from benchmarks.bench import Bench, BenchError
+from benchmarks.report import Report, show
+
+SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
+    "startup": startup.measure,
+    "memory": memory.measure,
+    "cost": cost.measure,
+}
+
+_NEEDED: Final = ("cc", "clang", "bpftool")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the named sections, or all; returns the process's exit status. An aim that is not met
+    is shown, and is no failure: the machine may be busy."""
+    options = _parse(arguments)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    # What a caller ignores, every process we start would ignore: peers stop at SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Ends as Ctrl-C does: what was started is ended, what was mounted unmounted.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _check_can_trace()
+        machine = kernel.machine()  # now, for the load is others' now, and ours afterwards
+        for what, value in machine.items():
+            console.print(f"{what:<7} {value}")
+        reports = _run(options.sections or list(SECTIONS), console)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        written = {
+            "machine": machine,
+            "sections": {name: report.as_json() for name, report in reports.items()},
+        }
+        options.json.write_text(json.dumps(written, indent=2) + "\n")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there too")
+    options = parser.parse_args(arguments)
+    for name in options.sections:
+        if name not in SECTIONS:
+            parser.error(f"there is no section {name!r}; there are {', '.join(SECTIONS)}")
+    return options
+
+
+def _check_can_trace() -> None:
+    if os.geteuid() != 0:
+        raise BenchError("loading eBPF programs takes root: run it with sudo")
+    if obstacle := bpf.probe().obstacle:
+        raise BenchError(obstacle)
+    if missing := [program for program in _NEEDED if not shutil.which(program)]:
+        raise BenchError(f"missing: {', '.join(missing)}; `make bench` installs them")
+
+
+def _run(names: Sequence[str], console: Console) -> dict[str, Report]:
+    began_at = time.monotonic()
+    reports: dict[str, Report] = {}
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coral-bench-")))
+        kernel_source, about_headers = kernel.headers_for_bcc(directory)
+        about_tracefs = stack.enter_context(kernel.tracefs())
+        bench = Bench(directory, console, kernel_source)
+        for remark in filter(None, (about_tracefs, about_headers)):
+            console.print(f"note    {remark}")
+        for name in names:
+            console.print(f"\n{name}: measuring", style="dim")
+            reports[name] = asyncio.run(SECTIONS[name](bench))
+            show(reports[name], console)
+    console.print(f"\nmeasured in {time.monotonic() - began_at:.0f} s")
+    return reports
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""What a real Prometheus, and its linter, make of /metrics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+from urllib.error import URLError
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import (
+    ROOT,
+    Calls,
+    RunningAgent,
+    running_agent,
+    sample,
+    samples,
+    scrape,
+    start_collector,
+    streaming,
+    totals,
+    wait_until,
+    watching,
+)
+
+ENDS: Final = {"expired", "stopped", "failed", "preempted", "agent_shutdown", "target_exited"}
+STAGES: Final = {"kernel_buffer", "map_full", "rate_limit", "subscriber_queue", "replay_evicted"}
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def program(name: str) -> Path:
+    """Prometheus's own program of that name."""
+    built = ROOT / "build/prometheus" / name
+    found = str(built) if built.exists() else shutil.which(name)
+    assert found, f"{name} is missing: make build/prometheus/prometheus"
+    return Path(found)
+
+
+@contextmanager
+def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str], list[Any]]]:
+    """A Prometheus that scrapes AGENT five times a second; yields a function that queries it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    config = {
+        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+        "scrape_configs": [
+            {"job_name": "coral", "static_configs": [{"targets": [agent.metrics]}]},
+        ],
+    }
+    directory.mkdir()
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                program("prometheus"),
+                f"--config.file={directory}/prometheus.yml",
+                f"--storage.tsdb.path={directory}/data",
+                f"--web.listen-address={address}",
+            ],
+            stderr=log,
+        )
+
+    def query(expression: str) -> list[Any]:
+        assert process.poll() is None, (directory / "log").read_text()
+        try:
+            url = f"http://{address}/api/v1/query?query={quote(expression)}"
+            with urlopen(url, timeout=10) as response:
+                answer = json.load(response)
+        except URLError:  # it is starting
+            return []
+        assert answer["status"] == "success"
+        found: list[Any] = answer["data"]["result"]
+        return found
+
+    try:
+        yield query
+    finally:
+        process.kill()
+        process.wait()
+
+
+def value_of(result: list[Any]) -> float | None:
+    """The value of a query that has one sample at most."""
+    if not result:
+        return None
+    (one,) = result
+    return float(one["value"][1])
+
+
+def linted(text: str) -> tuple[int, str]:
+    """The verdict of `promtool check metrics`: its exit status and its complaints."""
+    result = subprocess.run(
+        [program("promtool"), "check", "metrics"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_prometheus_has_the_exact_count_of_calls(
+    agent: RunningAgent, calls: Callable[..., Calls], tmp_path: Path
+) -> None:
+    running = calls("getppid", 123_456, "openat", 78)
+    with prometheus(tmp_path / "prometheus", agent) as query:
+        start_collector(agent, pid=str(running.pid), interval="100ms", until_exit="true")
+        running.go()
+        running.finish()
+        of = '{service="calls",syscall="getppid"}'
+        wait_until(
+            lambda: value_of(query(f"sum(coral_syscall_calls_total{of})")) == 123_456, timeout_s=20
+        )
+        seconds = "coral_syscall_duration_seconds"
+        assert value_of(query(f"sum({seconds}_count{of})")) == 123_456
+        assert value_of(query(f'sum({seconds}_bucket{of[:-1]},le="+Inf"}})')) == 123_456
+        assert 0 < (value_of(query(f"sum({seconds}_sum{of})")) or 0) < 60
+        (errors,) = query('coral_syscall_errors_total{service="calls",syscall="openat"}')
+        assert errors["metric"]["class"] == "not_found"
+        assert value_of([errors]) == 78
+    # It stored what it scraped: no sample was a duplicate, or out of order.
+    assert "ingesting" not in (tmp_path / "prometheus/log").read_text()
+
+
+def test_promtool_has_no_complaint_while_a_collector_works_or_after(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    assert linted(scrape(agent)) == (0, "")
+    running = calls("getppid", 1_000, "openat", 10, "nanosleep", 1_000)
+    with watching(agent, pid=str(running.pid)) as watch:
+        running.go()
+        watch.read_until_calls("getppid", 1_000)
+        while not watch.calls_of("nanosleep"):
+            watch.read()
+        assert sample(agent, "coral_agent_sessions_active", kind="syscall_stats") == 1
+        assert linted(scrape(agent)) == (0, "")
+        running.finish()
+        watch.stop()
+    assert sample(agent, "coral_agent_sessions_active", kind="syscall_stats") == 0
+    assert linted(scrape(agent)) == (0, "")
+
+
+def test_the_agents_own_figures_follow_its_sessions(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    def own(name: str, **labels: str) -> float:
+        return sample(agent, f"coral_agent_{name}", kind="syscall_stats", **labels)
+
+    assert [own(name) for name in ("sessions_active", "subscribers", "map_memory_bytes")] == [0] * 3
+    assert [own(name) for name in ("sessions_started_total", "events_total")] == [0] * 2
+
+    running, quiet = calls("getppid", 1_000), calls()
+    pid = str(running.pid)
+    with watching(agent, pid=pid) as watch, watching(agent, pid=pid, until_exit="true") as other:
+        request = pb.EbpfEventStreamRequest(collector_id=watch.collector_id)
+        assert own("subscribers") == 2
+        with streaming(agent, "StreamEvents", request):
+            assert own("subscribers") == 3
+        wait_until(lambda: own("subscribers") == 2)
+        assert own("sessions_active") == own("sessions_started_total") == 2
+        listed = agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors
+        assert own("map_memory_bytes") == sum(info.map_memory_bytes for info in listed) > 0
+        running.go()
+        running.finish()
+        assert other.read_to_end().reason == pb.SessionEnd.REASON_TARGET_EXITED
+        watch.stop()
+    start_collector(agent, 0.05, pid=str(quiet.pid))
+    wait_until(lambda: own("sessions_active") == 0)
+
+    ended = {reason: own("sessions_ended_total", reason=reason) for reason in ENDS}
+    assert ended == dict.fromkeys(ENDS, 0) | {"stopped": 1, "target_exited": 1, "expired": 1}
+    assert own("sessions_started_total") == 3
+    assert own("subscribers") == own("map_memory_bytes") == 0
+    assert watch.end
+    assert other.end
+    assert own("events_total") == watch.end.produced + other.end.produced > 0
+    assert {stage: own("events_lost_total", stage=stage) for stage in STAGES} == dict.fromkeys(
+        STAGES, 0
+    )
+
+
+def test_the_runs_of_programs_are_told_by_program(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    """They are sampled every few seconds."""
+    runs_total = "coral_agent_program_runs_total"
+    running = calls("getppid", 200_000_000)
+    with watching(agent, pid=str(running.pid)):
+        running.go()
+        text = wait_until(
+            lambda: text if samples(text := scrape(agent), runs_total) else "", timeout_s=15
+        )
+        running.kill()
+    runs = _by_program(samples(text, runs_total))
+    seconds = _by_program(samples(text, "coral_agent_program_run_seconds_total"))
+    (hook,) = {name.rpartition("_")[2] for name in runs}
+    watched = ("enter", "exit", "fork", "exec", "gone")
+    assert runs.keys() == seconds.keys() == {f"coral_{when}_{hook}" for when in watched}
+    # A tenth of a second holds tens of thousands of calls, and a run takes 1 ns to 10 us.
+    for when in ("enter", "exit"):
+        name = f"coral_{when}_{hook}"
+        assert runs[name] > 10_000
+        assert 1e-9 < seconds[name] / runs[name] < 1e-5
+
+
+def _by_program(found: Mapping[frozenset[tuple[str, str]], float]) -> dict[str, float]:
+    assert {dict(labels)["kind"] for labels in found} == {"syscall_stats"}
+    return {dict(labels)["program"]: value for labels, value in found.items()}
+
+
+def test_no_label_names_a_process(agent: RunningAgent, calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", 10)
+    with watching(agent, pid=str(running.pid)) as watch:
+        running.go()
+        watch.read_until_calls("getppid", 10)
+        text = scrape(agent)
+        running.finish()
+    labels = [
+        label
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+        for label in one.labels.items()
+    ]
+    assert ("service", "calls") in labels
+    assert not {name for name, _ in labels} & {"pid", "tgid", "tid", "collector_id", "session"}
+    assert str(running.pid) not in {value for _, value in labels}
+
+
+def test_beyond_the_series_that_are_allowed_the_rest_is_one_and_the_sum_stays_exact(
+    calls: Callable[..., Calls], tmp_path: Path
+) -> None:
+    config = {"limits": {"prometheus_series": 3}}
+    jobs = {"getppid": 5_000, "openat": 300, "write": 200, "futile": 10}
+    running = calls(*(word for job in jobs.items() for word in job))
+    with (
+        running_agent(tmp_path / "capped", config) as agent,
+        watching(agent, pid=str(running.pid), until_exit="true") as watch,
+    ):
+        running.go()
+        running.finish()
+        watch.read_to_end()
+        text = scrape(agent)
+    counted = totals(watch.rows)
+    assert (counted["getppid"], counted["openat"], counted["unknown"]) == (5_000, 300, 10)
+    series = {
+        (dict(labels)["service"], dict(labels)["syscall"]): count
+        for labels, count in samples(text, "coral_syscall_calls_total").items()
+    }
+    rest = series.pop(("other", "other"))
+    assert len(series) == 3
+    assert series == {("calls", name): counted[name] for _, name in series}
+    assert rest == counted.total() - sum(series.values()) > 0
+    observed = samples(text, "coral_syscall_duration_seconds_count")
+    assert len(observed) == 4
+    assert sum(observed.values()) == counted.total()
+    errors = samples(text, "coral_syscall_errors_total")
+    assert sum(errors.values()) == sum(row.error_count for row in watch.rows)

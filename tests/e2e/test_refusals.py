@@ -1,0 +1,848 @@
+"""What a caller sees when something is wrong (docs: design §8), over gRPC, from real agents.
+
+Every refusal is told by its code and its text, and leaves nothing behind: no program, map or link
+in the kernel, no session, no open file, while the agent lives on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import pytest
+import yaml
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from build_hook import clang_command
+from collectors.targets import cgroup2_mount
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import (
+    ROOT,
+    Calls,
+    RunningAgent,
+    code_and_text,
+    running_agent,
+    sample,
+    streaming,
+    totals,
+    wait_until,
+)
+
+SYSCALL_STATS: Final = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+HTTP_LATENCY: Final = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
+AGENT_ID: Final = "node-7"
+TOKEN: Final = "correct horse battery staple"
+AUTHORIZED: Final = (("authorization", f"Bearer {TOKEN}"),)
+NO_ONE: Final = "no-such-comm"
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+KINDS: Final = (
+    "one of EBPF_COLLECTOR_KIND_SYSCALL_STATS (1), EBPF_COLLECTOR_KIND_HTTP_LATENCY (2), "
+    "EBPF_COLLECTOR_KIND_CPU_PROFILE (3), EBPF_COLLECTOR_KIND_TCP_METRICS (4)"
+)
+OPTIONS: Final = (
+    "cgroup, comm, exclude, follow_children, from_exec, include, interval, pid, scope, top, "
+    "until_exit"
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("refusals")
+
+
+@pytest.fixture(scope="module")
+def agent(directory: Path) -> Iterator[RunningAgent]:
+    """One agent for the whole module: what it refuses must not wear it down."""
+    services = {
+        "checkout": {"pid_file": str(directory / "checkout.pid")},
+        "idle": {"comm": NO_ONE},
+    }
+    config = {"agent_id": AGENT_ID, "services": services}
+    with running_agent(directory / "agent", config) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(agent: RunningAgent) -> Iterator[None]:
+    with leaving_nothing(agent):
+        yield
+
+
+@contextmanager
+def leaving_nothing(agent: RunningAgent) -> Iterator[None]:
+    """Fails unless the living agent has as many sessions (none) and open files as it had before.
+    Whatever it loaded or attached, it would hold open."""
+    has_tried_the_kernel(agent)
+    before = _open_files(agent)
+    yield
+    assert not agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors
+    with suppress(AssertionError):
+        wait_until(lambda: _open_files(agent) == before)
+    assert _open_files(agent) == before
+
+
+def has_tried_the_kernel(agent: RunningAgent) -> None:
+    """Waits for the end of what an agent does in the kernel when it starts."""
+    wait_until(lambda: "collector available" in agent.log_path.read_text())
+
+
+def _open_files(agent: RunningAgent) -> Counter[str]:
+    """The agent's open files but for sockets: those are its callers' connections."""
+    found: Counter[str] = Counter()
+    for link in Path(f"/proc/{agent.process.pid}/fd").iterdir():
+        try:
+            found[str(link.readlink())] += 1
+        except FileNotFoundError:
+            continue
+    return Counter({name: n for name, n in found.items() if not name.startswith("socket:")})
+
+
+def start_request(
+    config: Mapping[str, object] | None = None,
+    *,
+    kind: int = SYSCALL_STATS,
+    duration_s: float | None = None,
+    agent_id: str = "",
+    service_name: str = "",
+) -> pb.StartEbpfCollectorRequest:
+    request = pb.StartEbpfCollectorRequest(
+        kind=kind,  # type: ignore[arg-type]
+        agent_id=agent_id,
+        service_name=service_name,
+        config={name: str(value) for name, value in (config or {}).items()},
+    )
+    if duration_s is not None:
+        request.duration.FromNanoseconds(int(duration_s * 1e9))
+    return request
+
+
+def start(agent: RunningAgent, config: Mapping[str, object]) -> str:
+    """Starts a syscall_stats collector; its id."""
+    answer = agent.call("StartCollector", start_request(config))
+    assert answer.supported
+    return str(answer.collector_id)
+
+
+def stop(agent: RunningAgent, collector_id: str) -> None:
+    agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=collector_id))
+
+
+def serves_a_good_request(agent: RunningAgent, running: Calls) -> None:
+    """A collector of RUNNING counts exactly the calls that it makes."""
+    collector_id = start(agent, {"pid": running.pid, "until_exit": "true"})
+    request = pb.EbpfEventStreamRequest(collector_id=collector_id)
+    with streaming(agent, "StreamEventBatches", request) as batches:
+        running.go()
+        made = running.finish()
+        counted = totals(row for batch in batches for row in batch.syscall_stats)
+    assert {name: counted[name] for name in made.calls} == dict(made.calls)
+
+
+# A field that is not accepted
+
+
+@pytest.mark.parametrize("kind", [0, 99])
+def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(
+    kind: int, agent: RunningAgent
+) -> None:
+    assert code_and_text(agent, "StartCollector", start_request({"scope": "host"}, kind=kind)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"kind: {kind} is not accepted; give {KINDS}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("interval", "soon", "a duration from 100ms to 1m"),
+        ("interval", "99ms", "a duration from 100ms to 1m"),
+        ("interval", "2m", "a duration from 100ms to 1m"),
+        ("until_exit", "yes", "true or false"),
+        ("top", "-1", "a whole number from 0 to 10240"),
+        ("top", "1e3", "a whole number from 0 to 10240"),
+        ("scope", "world", "host"),
+        ("comm", "sixteen-bytes-xx", "a command name of at most 15 bytes"),
+        ("pid", "self", "process ids, such as 1234 or 1234,5678"),
+        ("pid", "0", "process ids, such as 1234 or 1234,5678"),
+        (
+            "include",
+            "openat,opennot",
+            "names of system calls, comma-separated; this kernel has no 'opennot'",
+        ),
+    ],
+)
+def test_a_malformed_value_is_refused_with_what_is_accepted(
+    name: str, value: str, accepted: str, agent: RunningAgent
+) -> None:
+    assert code_and_text(agent, "StartCollector", start_request({name: value})) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f'config["{name}"]: {value!r} is not accepted; give {accepted}',
+    )
+
+
+def test_a_cgroup_that_does_not_exist_is_refused(agent: RunningAgent) -> None:
+    mount = cgroup2_mount()
+    why = f" below {mount}; there is none at this path"
+    if mount is None:
+        why = ": no cgroup2 hierarchy is mounted here"
+    assert code_and_text(agent, "StartCollector", start_request({"cgroup": "/no/such"})) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            "config[\"cgroup\"]: '/no/such' is not accepted; give the path of a cgroup v2 "
+            f"directory{why}"
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("intervall", ' (did you mean "interval"?)'), ("colour", "")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_and_all_that_there_are(
+    key: str, hint: str, agent: RunningAgent
+) -> None:
+    assert code_and_text(agent, "StartCollector", start_request({"scope": "host", key: "1"})) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f'config["{key}"]: there is no such option{hint}; accepted are {OPTIONS}',
+    )
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "told"), [(0, "0s"), (-1, "-1000ms"), (300.5, "300.5s"), (3600, "60m")]
+)
+def test_a_duration_beyond_the_limits_is_refused_with_the_limits(
+    duration_s: float, told: str, agent: RunningAgent
+) -> None:
+    request = start_request({"scope": "host"}, duration_s=duration_s)
+    assert code_and_text(agent, "StartCollector", request) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            f"duration: {told} is not accepted; give more than 0s and at most 5m, this agent's "
+            "limits.max_duration"
+        ),
+    )
+
+
+def test_a_lease_cannot_be_renewed_beyond_the_limits_and_stays_as_it_was(
+    agent: RunningAgent,
+) -> None:
+    answer = agent.call("StartCollector", start_request({"pid": os.getpid()}, duration_s=60))
+    request = pb.RenewCollectorRequest(
+        collector_id=answer.collector_id, duration=Duration(seconds=301)
+    )
+    assert code_and_text(agent, "RenewCollector", request) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            "duration: 301s is not accepted; give more than 0s and at most 5m, this agent's "
+            "limits.max_duration"
+        ),
+    )
+    (listed,) = agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors
+    assert listed.expires_at == answer.expires_at
+    stop(agent, answer.collector_id)
+
+
+def test_a_process_that_has_ended_is_refused(agent: RunningAgent) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert code_and_text(agent, "StartCollector", start_request({"pid": process.pid})) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            f"config[\"pid\"]: '{process.pid}' is not accepted; give the ids of processes that run "
+            f"now: {process.pid} does not"
+        ),
+    )
+
+
+def test_a_thread_is_refused_with_its_process(agent: RunningAgent) -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        told = code_and_text(agent, "StartCollector", start_request({"pid": thread.native_id}))
+    finally:
+        done.set()
+        thread.join()
+    assert told == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            f"config[\"pid\"]: '{thread.native_id}' is not accepted; give the ids of processes: "
+            f"{thread.native_id} is a thread of process {os.getpid()}"
+        ),
+    )
+
+
+def test_two_targets_at_once_are_refused(agent: RunningAgent) -> None:
+    request = start_request({"pid": os.getpid(), "comm": "nginx"})
+    assert code_and_text(agent, "StartCollector", request) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            "config[\"comm\"]: 'nginx' is not accepted; give only one of pid, comm, cgroup, scope; "
+            "pid is given too"
+        ),
+    )
+
+
+def test_no_target_is_refused_with_the_ways_to_name_one(agent: RunningAgent) -> None:
+    assert code_and_text(agent, "StartCollector", start_request()) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            "config[\"scope\"]: '' is not accepted; give a service_name, or one of pid, comm, "
+            'cgroup, or scope "host" for all processes'
+        ),
+    )
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "\n"])
+def test_a_refusal_of_a_very_long_value_still_reaches_the_caller(
+    letter: str, agent: RunningAgent
+) -> None:
+    code, text = code_and_text(agent, "StartCollector", start_request({"comm": letter * 100_000}))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert text.startswith('config["comm"]: \'')
+    assert " [...] " in text
+    assert text.endswith("is not accepted; give a command name of at most 15 bytes")
+
+
+# Something that is not here
+
+
+def test_another_agents_id_is_not_found_with_this_agents(agent: RunningAgent) -> None:
+    request = start_request({"scope": "host"}, agent_id="node-8")
+    assert code_and_text(agent, "StartCollector", request) == (
+        grpc.StatusCode.NOT_FOUND,
+        "agent_id: 'node-8' is not here; this agent is 'node-7'",
+    )
+
+
+def test_an_unknown_service_is_not_found_with_the_nearest_names(agent: RunningAgent) -> None:
+    code, text = code_and_text(agent, "StartCollector", start_request(service_name="chekout"))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert text.startswith(
+        "service_name: no process belongs to 'chekout', as a configured service, systemd unit, "
+        "container, pod or listening command; the nearest names are checkout"
+    )
+
+
+def test_a_configured_service_without_processes_is_not_found(agent: RunningAgent) -> None:
+    assert code_and_text(agent, "StartCollector", start_request(service_name="idle")) == (
+        grpc.StatusCode.NOT_FOUND,
+        "service_name: 'idle' is configured, and no process matches its rule now",
+    )
+
+
+def requests_for(collector_id: str) -> Mapping[str, Message]:
+    """Every method that takes a collector's id, with a request for it."""
+    return {
+        "StopCollector": pb.StopEbpfCollectorRequest(collector_id=collector_id),
+        "RenewCollector": pb.RenewCollectorRequest(collector_id=collector_id),
+        "StreamEvents": pb.EbpfEventStreamRequest(collector_id=collector_id),
+        "StreamEventBatches": pb.EbpfEventStreamRequest(collector_id=collector_id),
+    }
+
+
+@pytest.mark.parametrize("collector_id", ["", "5f3a"])
+def test_an_unknown_collector_is_not_found(collector_id: str, agent: RunningAgent) -> None:
+    for method, request in requests_for(collector_id).items():
+        assert code_and_text(agent, method, request) == (
+            grpc.StatusCode.NOT_FOUND,
+            f"collector_id: this agent knows no collector {collector_id!r}",
+        )
+
+
+@pytest.mark.parametrize("end", ["STOPPED", "EXPIRED", "TARGET_EXITED"])
+def test_an_ended_collector_is_not_found_and_says_how_it_ended(
+    end: str, agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 1)
+    request = start_request(
+        {"pid": running.pid, "until_exit": str(end == "TARGET_EXITED").lower()},
+        duration_s=0.05 if end == "EXPIRED" else None,
+    )
+    collector_id = agent.call("StartCollector", request).collector_id
+    if end == "STOPPED":
+        stop(agent, collector_id)
+    if end == "TARGET_EXITED":
+        running.go()
+        running.finish()
+    wait_until(lambda: not agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors)
+    for method, request_ in requests_for(collector_id).items():
+        assert code_and_text(agent, method, request_) == (
+            grpc.StatusCode.NOT_FOUND,
+            f"collector_id: {collector_id} has ended: {end}",
+        )
+
+
+# Something that this machine or this agent cannot do
+
+
+def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
+    agent: RunningAgent,
+) -> None:
+    answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=HTTP_LATENCY))
+    assert answer == pb.StartEbpfCollectorResponse(
+        supported=False, error="this agent has no http_latency collector; it has syscall_stats"
+    )
+
+
+BODY_OF_EXIT: Final = "int on_sys_exit(long ret)\n{\n"
+UNCHECKED_POINTER: Final = """\
+	__u32 key = ret;
+	struct target *found = bpf_map_lookup_elem(&targets, &key);
+
+	found->state = TARGET_EXITED;
+"""
+ENDLESS_LOOP: Final = """\
+	for (volatile int i = 1; i; i++)
+		;
+"""
+
+
+def objects(directory: Path, edit: Callable[[str], str]) -> Path:
+    """DIRECTORY with the agent's objects, where syscall_stats is made of an edited source."""
+    original = (ROOT / "bpf/syscall_stats.bpf.c").read_text()
+    source = directory / "syscall_stats.bpf.c"
+    source.write_text(edit(original))
+    assert source.read_text() != original
+    subprocess.run(clang_command(source, source.with_suffix(".o")), check=True)
+    shutil.copy(ROOT / "bpf/features.bpf.o", directory)
+    return directory
+
+
+@contextmanager
+def refusing_agent(directory: Path, objects_: Path) -> Iterator[RunningAgent]:
+    """An agent with those objects, which must leave nothing behind while it lives."""
+    environment = {"CORAL_BPF_OBJECTS": str(objects_)}
+    with (
+        running_agent(directory / "agent", environment=environment) as agent,
+        leaving_nothing(agent),
+    ):
+        yield agent
+
+
+def test_what_the_verifier_rejects_is_told_with_its_last_lines(tmp_path: Path) -> None:
+    edited = objects(
+        tmp_path, lambda source: source.replace(BODY_OF_EXIT, BODY_OF_EXIT + UNCHECKED_POINTER)
+    )
+    with refusing_agent(tmp_path, edited) as agent:
+        request = start_request({"pid": os.getpid()})
+        code, text = code_and_text(agent, "StartCollector", request)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    first, *tail = text.splitlines()
+    assert first == "loading syscall_stats.bpf.o: EACCES (Permission denied)"
+    assert len(tail) == 12
+    assert tail[-2] == "R0 invalid mem access 'map_value_or_null'"
+    assert tail[-1].startswith("processed ")
+    # The agent's log has all that the verifier said, from the first instruction on.
+    (logged,) = [line for line in agent.log() if line["event"] == "refused by the kernel"]
+    assert str(logged["said"]).rstrip().endswith("\n".join(tail))
+    assert "\n0: " in str(logged["said"])
+    assert "\n0: " not in text
+
+
+def test_a_hook_that_cannot_be_taken_is_tried_three_times_and_detaches_the_others(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    edited = objects(
+        tmp_path,
+        lambda source: re.sub(
+            r'SEC\("(tp_btf|raw_tp)/sys_enter"\)', 'SEC("raw_tp/coral_no_such")', source
+        ),
+    )
+    with refusing_agent(tmp_path, edited) as agent:
+        request = start_request({"pid": os.getpid()})
+        code, text = code_and_text(agent, "StartCollector", request)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert re.fullmatch(
+            r"attaching coral_enter_(btf|raw) \(3 tries\): ENOENT \(No such file or directory\)\n"
+            r"libbpf: prog 'coral_enter_\1': failed to attach to raw tracepoint 'coral_no_such': "
+            r"No such file or directory",
+            text,
+        )
+        assert sample(agent, "coral_agent_sessions_ended_total", reason="failed") == 1
+        # The agent is as good as before: with the right object the same request succeeds.
+        shutil.copy(ROOT / "bpf/syscall_stats.bpf.o", edited)
+        serves_a_good_request(agent, calls("getppid", 1_000))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda _: b"", "is not a proper ELF object"),
+        (lambda data: b"#!/bin/sh\n" + data, "is not a proper ELF object"),
+        (lambda data: data[: len(data) // 2], "failed to get section names strings"),
+    ],
+    ids=["empty", "not-an-object", "truncated"],
+)
+def test_a_damaged_object_is_refused_with_its_name(
+    damage: Callable[[bytes], bytes], said: str, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / "bpf/features.bpf.o", tmp_path)
+    data = (ROOT / "bpf/syscall_stats.bpf.o").read_bytes()
+    (tmp_path / "syscall_stats.bpf.o").write_bytes(damage(data))
+    with refusing_agent(tmp_path, tmp_path) as agent:
+        request = start_request({"pid": os.getpid()})
+        code, text = code_and_text(agent, "StartCollector", request)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert text.startswith("opening syscall_stats.bpf.o: ")
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("name", "renamed", "lacking"),
+    [
+        (r"coral_enter_(btf|raw)", r"coral_begin_\1", r"\bcoral_enter_(btf|raw)\b"),
+        (r"(&|} )stats\b", r"\1figures", r"\bstats\b"),
+    ],
+    ids=["program", "map"],
+)
+def test_an_object_of_another_version_is_refused_with_what_it_lacks(
+    name: str, renamed: str, lacking: str, tmp_path: Path
+) -> None:
+    edited = objects(tmp_path, lambda source: re.sub(name, renamed, source))
+    with refusing_agent(tmp_path, edited) as agent:
+        request = start_request({"pid": os.getpid()})
+        code, text = code_and_text(agent, "StartCollector", request)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "syscall_stats.bpf.o" in text
+    assert re.search(lacking, text)
+
+
+# Limits
+
+
+def test_more_collectors_than_the_limit_are_refused_with_the_limit_and_the_request(
+    tmp_path: Path,
+) -> None:
+    # The environment goes before the file.
+    config = {"limits": {"concurrent_collectors": 3}}
+    environment = {"CORAL__LIMITS__CONCURRENT_COLLECTORS": "1"}
+    with running_agent(tmp_path / "agent", config, environment=environment) as agent:
+        first = start(agent, {"pid": os.getpid()})
+        request = start_request({"pid": os.getpid()})
+        assert code_and_text(agent, "StartCollector", request) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            (
+                "limits.concurrent_collectors is 1, and 1 are at work: stop one, or wait for its "
+                "lease to end, before you start this syscall_stats"
+            ),
+        )
+        stop(agent, first)
+        stop(agent, start(agent, {"pid": os.getpid()}))
+
+
+def test_a_collector_that_is_just_starting_counts_once(tmp_path: Path) -> None:
+    """The verifier takes its time with an endless loop; meanwhile one of two places is free."""
+    edited = objects(
+        tmp_path, lambda source: source.replace(BODY_OF_EXIT, BODY_OF_EXIT + ENDLESS_LOOP)
+    )
+    request = start_request({"pid": os.getpid()})
+    with (
+        running_agent(
+            tmp_path / "agent",
+            {"limits": {"concurrent_collectors": 2}},
+            environment={"CORAL_BPF_OBJECTS": str(edited)},
+        ) as agent,
+        ThreadPoolExecutor() as pool,
+    ):
+        first = pool.submit(code_and_text, agent, "StartCollector", request)
+        wait_until(lambda: sample(agent, "coral_agent_sessions_active") == 1)
+        shutil.copy(ROOT / "bpf/syscall_stats.bpf.o", edited)
+        second = start(agent, {"pid": os.getpid()})
+        assert not first.done(), "the second did not come while the first was starting"
+        stop(agent, second)
+        code, text = first.result()
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "\nBPF program is too large. Processed 1000001 insn\n" in text
+
+
+# Permission
+
+
+def audit(agent: RunningAgent) -> list[tuple[object, object, object, object]]:
+    """Level, code, method and reason of every refusal in the agent's log; each names its peer."""
+    lines = [line for line in agent.log() if line["event"] == "refused"]
+    assert all(str(line["peer"]).startswith(("unix:", "ipv4:127.0.0.1:")) for line in lines)
+    return [(line["level"], line["code"], line.get("method"), line["reason"]) for line in lines]
+
+
+def test_what_the_policy_does_not_allow_is_denied_and_audited(tmp_path: Path) -> None:
+    config = {"policy": {"collectors": ["syscall_stats"], "host_scope": False}}
+    reasons = [
+        "kind: http_latency is not allowed by this agent's policy.collectors, syscall_stats",
+        "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope",
+    ]
+    with running_agent(tmp_path / "agent", config) as agent, leaving_nothing(agent):
+        for request, reason in zip(
+            [start_request({"comm": NO_ONE}, kind=HTTP_LATENCY), start_request({"scope": "host"})],
+            reasons,
+            strict=True,
+        ):
+            assert code_and_text(agent, "StartCollector", request) == (
+                grpc.StatusCode.PERMISSION_DENIED,
+                reason,
+            )
+        assert audit(agent) == [("warning", "PERMISSION_DENIED", None, r) for r in reasons]
+        stop(agent, start(agent, {"comm": NO_ONE}))
+
+
+@pytest.fixture(scope="module")
+def guarded(directory: Path) -> Iterator[RunningAgent]:
+    """An agent on TCP that wants a token."""
+    (directory / "token").write_text(TOKEN + "\n")
+    config = {"auth": {"token_file": str(directory / "token")}}
+    with running_agent(directory / "guarded", config, "--listen", "127.0.0.1:0") as running:
+        assert running.address.startswith("127.0.0.1:")
+        has_tried_the_kernel(running)
+        yield running
+
+
+ALL_METHODS: Final = {
+    method.name: getattr(pb, method.input_type.name)()
+    for method in pb.DESCRIPTOR.services_by_name["EbpfService"].methods
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (None, "authorization: no token"),
+        ("Bearer wrong", "authorization: the token is wrong"),
+        (TOKEN, "authorization: the token is wrong"),
+        (f"Bearer {TOKEN} ", "authorization: the token is wrong"),
+        ("Bearer ", "authorization: the token is wrong"),
+    ],
+)
+def test_without_the_token_every_method_is_refused_and_audited(
+    given: str | None, reason: str, guarded: RunningAgent
+) -> None:
+    audited = len(audit(guarded))
+    metadata = [("authorization", given)] if given else []
+    for method, request in ALL_METHODS.items():
+        assert code_and_text(guarded, method, request, metadata) == (
+            grpc.StatusCode.UNAUTHENTICATED,
+            f"{reason}; send `authorization: Bearer TOKEN` with this agent's token",
+        )
+    assert audit(guarded)[audited:] == [
+        ("warning", "UNAUTHENTICATED", f"/coral.mesh.v1.EbpfService/{method}", reason)
+        for method in ALL_METHODS
+    ]
+    assert TOKEN not in guarded.log_path.read_text()
+
+
+def test_with_the_token_every_method_answers(
+    guarded: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    audited = len(audit(guarded))
+    running = calls("getppid", 10)
+    request = start_request({"pid": running.pid})
+    collector_id = guarded.call("StartCollector", request, AUTHORIZED).collector_id
+    about = requests_for(collector_id)
+    running.go()
+    running.finish()
+    with (
+        streaming(guarded, "StreamEvents", about["StreamEvents"], AUTHORIZED) as events,
+        streaming(
+            guarded, "StreamEventBatches", about["StreamEventBatches"], AUTHORIZED
+        ) as batches,
+    ):
+        listed = guarded.call("ListCollectors", pb.ListCollectorsRequest(), AUTHORIZED)
+        assert [len(info.subscribers) for info in listed.collectors] == [2]
+        guarded.call("GetCapabilities", pb.GetCapabilitiesRequest(), AUTHORIZED)
+        guarded.call("RenewCollector", about["RenewCollector"], AUTHORIZED)
+        guarded.call("StopCollector", about["StopCollector"], AUTHORIZED)
+        assert totals(event.syscall_stats for event in events)["getppid"] == 10
+        assert totals(row for batch in batches for row in batch.syscall_stats)["getppid"] == 10
+    assert len(audit(guarded)) == audited
+
+
+def test_health_needs_no_token(guarded: RunningAgent) -> None:
+    with grpc.insecure_channel(guarded.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "coral.mesh.v1.EbpfService"):
+            request = health_pb2.HealthCheckRequest(service=service)
+            serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+            assert health.Check(request, timeout=10) == serving
+            watch = health.Watch(request, timeout=10)
+            assert next(watch) == serving
+            watch.cancel()
+
+
+def test_reflection_needs_the_token(guarded: RunningAgent) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with grpc.insecure_channel(guarded.address) as channel:
+        reflect: Any = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        with pytest.raises(grpc.RpcError) as refused:
+            next(reflect(iter([request]), timeout=10))
+        refusal: Any = refused.value
+        assert refusal.code() is grpc.StatusCode.UNAUTHENTICATED
+        answer = next(reflect(iter([request]), timeout=10, metadata=AUTHORIZED))
+    names = {service.name for service in answer.list_services_response.service}
+    assert "coral.mesh.v1.EbpfService" in names
+
+
+# An agent that does not start
+
+
+def refused_start(
+    directory: Path,
+    *arguments: str,
+    config: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """What an agent that must refuse to start says, on one line."""
+    path = directory / "agent.yaml"
+    path.write_text(yaml.safe_dump(dict(config or {})))
+    result = subprocess.run(
+        [
+            *(sys.executable, "-W", "error", "-m", "cli.main", "agent"),
+            *("--metrics", "127.0.0.1:0", "--config", str(path), *arguments),
+        ],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    # What gRPC's own library says of a port that is taken comes before.
+    *before, line = result.stderr.splitlines()
+    assert all("add_port.cc" in said for said in before), result.stderr
+    return line
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])
+def test_an_agent_does_not_listen_beyond_loopback(address: str, tmp_path: Path) -> None:
+    socket = tmp_path / "agent.sock"
+    told = refused_start(tmp_path, "--listen", f"unix:{socket}", "--listen", address)
+    assert told == (
+        f"coral agent: listen: '{address}' is beyond loopback, and there is no TLS yet: anybody "
+        "who reaches it could start collectors; give 127.0.0.1:PORT or unix:PATH"
+    )
+    assert not socket.exists()
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1:65536"])
+def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
+    assert refused_start(tmp_path, "--listen", address) == (
+        f"coral agent: listen: '{address}' is not accepted; give unix:PATH or 127.0.0.1:PORT"
+    )
+    assert refused_start(tmp_path, "--metrics", address) == (
+        f"coral agent: metrics: '{address}' is not accepted; give HOST:PORT, or nothing"
+    )
+
+
+def test_a_second_agent_on_the_same_socket_is_refused_and_the_first_goes_on(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    assert refused_start(tmp_path, "--listen", agent.address) == (
+        f"coral agent: listen: {agent.address}: another agent is listening there"
+    )
+    agent.call("ListCollectors", pb.ListCollectorsRequest())
+
+
+def test_a_second_agent_on_the_same_port_is_refused(guarded: RunningAgent, tmp_path: Path) -> None:
+    told = refused_start(tmp_path, "--listen", guarded.address)
+    assert told.startswith(f"coral agent: listen: {guarded.address}: Failed to bind to address ")
+    told = refused_start(
+        tmp_path, "--listen", f"unix:{tmp_path}/agent.sock", "--metrics", guarded.metrics
+    )
+    assert told == f"coral agent: metrics: {guarded.metrics}: Address already in use"
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"limit": {}}, "top level: Object contains unknown field `limit`"),
+        (
+            {"limits": {"concurrent": 1}},
+            "limits: Object contains unknown field `concurrent`",
+        ),
+        (
+            {"services": {"checkout": {"command": "nginx"}}},
+            "services[...]: Object contains unknown field `command`",
+        ),
+        (
+            {"limits": {"max_duration": "soon"}},
+            "limits.max_duration: a duration such as 500ms, 30s or 5m (found 'soon')",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_accepted_is_told_with_the_path_to_the_key(
+    config: Mapping[str, object], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "agent.yaml"
+    assert refused_start(tmp_path, config=config) == f"coral agent: {path}: {told}"
+
+
+def test_a_variable_of_the_environment_that_means_nothing_is_refused(tmp_path: Path) -> None:
+    assert refused_start(tmp_path, environment={"CORAL__LIMITS__CONCURRENT": "1"}) == (
+        "coral agent: CORAL__LIMITS__CONCURRENT: limits: Object contains unknown field `concurrent`"
+    )
+
+
+@pytest.mark.parametrize(("token", "why"), [(None, "No such file or directory"), ("\n", "empty")])
+def test_an_agent_without_its_token_does_not_start(
+    token: str | None, why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "token"
+    if token is not None:
+        path.write_text(token)
+    told = refused_start(
+        tmp_path,
+        *("--listen", f"unix:{tmp_path}/agent.sock"),
+        config={"auth": {"token_file": str(path)}},
+    )
+    assert told.startswith(f"coral agent: auth.token_file: {path}")
+    assert told.endswith(why)
+
+
+# And after all that
+
+
+def test_the_socket_is_its_owners_alone(agent: RunningAgent) -> None:
+    mode = Path(agent.address.removeprefix("unix:")).stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) == 0o600
+
+
+def test_after_every_refusal_a_good_request_is_served(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    serves_a_good_request(agent, calls("getppid", 100_000, "openat", 100))
+
+
+def test_a_service_that_runs_is_found_by_its_name(
+    agent: RunningAgent, directory: Path, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 100)
+    (directory / "checkout.pid").write_text(f"{running.pid}\n")
+    request = start_request({"until_exit": "true"}, service_name="checkout")
+    collector_id = agent.call("StartCollector", request).collector_id
+    subscription = pb.EbpfEventStreamRequest(collector_id=collector_id)
+    with streaming(agent, "StreamEventBatches", subscription) as messages:
+        running.go()
+        running.finish()
+        batches = list(messages)
+    assert {batch.service_name for batch in batches} == {"checkout"}
+    assert {batch.agent_id for batch in batches} == {AGENT_ID}
+    assert totals(row for batch in batches for row in batch.syscall_stats)["getppid"] == 100
+    assert batches[-1].end.reason == pb.SessionEnd.REASON_TARGET_EXITED

@@ -1,0 +1,477 @@
+"""The command line as users meet it: rows, exit statuses, signals, a terminal, a demonstration."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from select import select
+from typing import Any, Final, Self
+
+import psutil
+import pytest
+import yaml
+
+from tests.support import (
+    Calls,
+    Puppet,
+    RunningAgent,
+    collectors_at_work,
+    coral,
+    running_agent,
+    start_collector,
+    wait_until,
+)
+
+ENDLESS: Final = "while True: os.getppid(); time.sleep(0.001)"
+COLUMNS: Final = ["SYSCALL", "CALLS", "CALLS/S", "ERRORS", "P50", "P95", "P99", "MAX", "TIME"]
+ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+    with running_agent(tmp_path_factory.mktemp("tap") / "agent") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def no_collector_left(agent: RunningAgent) -> Iterator[None]:
+    yield
+    assert collectors_at_work(agent) == {}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A `coral` command, to its end."""
+    return subprocess.run(
+        coral(*arguments),
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def tap_arguments(agent: RunningAgent, *arguments: object) -> list[str]:
+    return coral("tap", "--agent", agent.address, "--syscall-stats", "-i", "100ms", *arguments)
+
+
+def tap(agent: RunningAgent, *arguments: object) -> subprocess.Popen[str]:
+    """`coral tap`, started; it is subscribed when this returns."""
+    started = subprocess.Popen(
+        tap_arguments(agent, *arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: subscribers(agent) == 1)
+    return started
+
+
+def subscribers(agent: RunningAgent) -> int:
+    return sum(len(info.subscribers) for info in collectors_at_work(agent).values())
+
+
+def tap_of_calls(agent: RunningAgent, calls: Calls, output: str) -> str:
+    """What a tap of CALLS, which it lets go, prints until the program has ended."""
+    running = tap(agent, f"pid:{calls.pid}", "-c", "until_exit=true", "-o", output)
+    calls.go()
+    calls.finish()
+    out, err = running.communicate(timeout=10)
+    assert (running.returncode, err) == (0, "")
+    return out
+
+
+def check_exact(records: Sequence[dict[str, Any]], pid: int) -> None:
+    """Of `calls getppid 300000 openat 100`: the sums, what every row has, and how it ended."""
+    *rows, end = records
+    assert end == {"end": "target_exited", "detail": ""}
+    counted: Counter[str] = Counter()
+    for row in rows:
+        counted[row["syscall"]] += row["calls"]
+        counted[f"{row['syscall']} errors"] += row["errors"]
+        assert (row["collector"], row["pid"], row["comm"]) == ("syscall_stats", pid, "calls")
+        assert 0 <= row["p50_ns"] <= row["p95_ns"] <= row["p99_ns"] <= row["max_ns"]
+        assert row["max_ns"] <= row["total_ns"]
+        assert row["interval_start_ns"] < row["interval_end_ns"]
+        assert sum(row["errors_by_class"].values()) == row["errors"]
+    assert counted["getppid"] == 300_000
+    assert counted["getppid errors"] == 0
+    assert counted["openat"] == counted["openat errors"] == 100
+    assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_json_is_one_object_a_line_and_adds_up(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 300_000, "openat", 100)
+    lines = tap_of_calls(agent, running, "json").splitlines()
+    check_exact([json.loads(line) for line in lines], running.pid)
+
+
+def test_yaml_is_one_document_a_row_and_adds_up(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 300_000, "openat", 100)
+    documents = list(yaml.safe_load_all(tap_of_calls(agent, running, "yaml")))
+    check_exact(documents, running.pid)
+
+
+def table_rows(lines: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of a plain table by its first one, to the next empty line."""
+    assert lines[0].split() == COLUMNS
+    rows = {}
+    for line in lines[1:]:
+        if not line:
+            break
+        name, *columns = line.split()
+        assert len(columns) == 8
+        rows[name] = columns
+    return rows
+
+
+def test_in_a_pipe_rows_are_plain_and_of_fixed_width(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 300_000, "openat", 100)
+    out = tap_of_calls(agent, running, "table")
+    assert "\x1b" not in out
+    lines = out.splitlines()
+    widths = {len(line) for line in lines if re.search(r"\d%$", line)}
+    assert widths == {len(next(line for line in lines if line.startswith("SYSCALL")))}
+    at = next(i for i, line in enumerate(lines) if line.startswith("totals of "))
+    assert lines[at].endswith(", target exited")
+    totals = table_rows(lines[at + 1 :])
+    assert (totals["getppid"][0], totals["getppid"][2]) == ("300000", "0")
+    assert (totals["openat"][0], totals["openat"][2]) == ("100", "100")
+    intervals = [
+        table_rows(lines[i + 1 :])
+        for i, line in enumerate(lines)
+        if re.fullmatch(rf"\d\d:\d\d:\d\d  pid:{running.pid}", line)
+    ]
+    assert len(intervals) >= 2
+    assert sum(int(rows["getppid"][0]) for rows in intervals if "getppid" in rows) == 300_000
+
+
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 128 + 15)]
+)
+def test_a_command_gives_its_exit_status(script: str, status: int, agent: RunningAgent) -> None:
+    done = run("tap", "--agent", agent.address, "--syscall-stats", "--", "sh", "-c", script)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert ", target exited" in done.stdout
+
+
+def test_a_command_finds_what_it_would_find_without_coral(agent: RunningAgent) -> None:
+    script = "ls /proc/self/fd; grep -E '^Sig(Ign|Blk)' /proc/self/status; pwd; env; cat"
+    command = ["sh", "-c", script]
+    told = []
+    for arguments in (command, tap_arguments(agent, "-o", "json", "--", *command)):
+        done = subprocess.run(
+            arguments,
+            env={"PATH": os.environ["PATH"], "CORAL_TEST": "a=b"},
+            input="from standard input\n",
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told.append([line for line in done.stdout.splitlines() if not line.startswith("{")])
+    assert told[1] == told[0]
+    assert "CORAL_TEST=a=b" in told[0]
+
+
+def test_a_command_that_is_not_there_exits_with_127(agent: RunningAgent) -> None:
+    done = run("tap", "--agent", agent.address, "--syscall-stats", "--", "no-such-command")
+    assert (done.returncode, done.stdout) == (127, "")
+    assert done.stderr == "coral: no-such-command: there is no such command\n"
+
+
+def test_a_command_that_cannot_be_run_exits_with_126(agent: RunningAgent, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF and nothing else")
+    program.chmod(0o755)
+    done = run("tap", "--agent", agent.address, "--syscall-stats", "--", program)
+    assert done.returncode == 126
+    assert done.stderr == f"coral: {program}: Exec format error\n"
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_ctrl_c_stops_the_collector_prints_the_totals_and_exits_with_130(
+    output: str, agent: RunningAgent
+) -> None:
+    with Puppet() as puppet:
+        running = tap(agent, f"pid:{puppet.pid}", "-o", output)
+        puppet.getppid(1234)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=10)
+        assert collectors_at_work(agent) == {}
+    assert (running.returncode, err) == (130, "")
+    if output == "json":
+        *rows, end = map(json.loads, out.splitlines())
+        assert sum(row["calls"] for row in rows if row["syscall"] == "getppid") == 1234
+        assert end["end"] == "stopped"
+    else:
+        heading, *lines = out[out.index("totals of ") :].splitlines()
+        assert heading.endswith(", stopped")
+        assert table_rows(lines)["getppid"][0] == "1234"
+
+
+def test_a_reader_that_closes_the_pipe_leaves_no_collector(agent: RunningAgent) -> None:
+    with Puppet() as puppet:
+        running = tap(agent, f"pid:{puppet.pid}", "-o", "json")
+        assert running.stdout
+        assert running.stderr
+        puppet.getppid(1)
+        assert json.loads(running.stdout.readline())["collector"] == "syscall_stats"
+        running.stdout.close()
+        # Rows are as many as it takes to see that nobody reads them.
+        while running.poll() is None:
+            puppet.getppid(1)
+        assert collectors_at_work(agent) == {}
+        assert running.stderr.read() == ""
+        running.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--syscall-stats",), "name one thing to watch"),
+        (("--syscall-stats", "--host", "pid:1"), "name one thing to watch"),
+        (("--syscall-stats", "pid:1", "--", "true"), "name one thing to watch"),
+        (("pid:1",), "name what to collect: --syscall-stats"),
+        (("--syscall-stats", "pid:1", "-d", "soon"), "'soon' is not a duration; give 500ms, 30s"),
+        (("--syscall-stats", "pid:1", "-c", "top"), "--config top: KEY=VALUE is expected"),
+        (("--syscall-stats", "pid:1", "-o", "xml"), "'xml' is not one of"),
+        (("--syscall-stats", "pid:1", "--fast"), "No such option"),
+    ],
+)
+def test_a_usage_error_exits_with_2_and_says_what_is_expected(
+    arguments: tuple[str, ...], text: str, agent: RunningAgent
+) -> None:
+    done = run("tap", "--agent", agent.address, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ")
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("pid:4194303",), "config[\"pid\"]: '4194303' is not accepted"),
+        (("pid:1", "--include", "nosuch"), "config[\"include\"]: 'nosuch' is not accepted"),
+        (("pid:1", "-c", "tpo=3"), 'config["tpo"]: there is no such option (did you mean "top"?)'),
+        (("pid:1", "-d", "2h"), "duration: 120m is not accepted"),
+        (("no-such-service-here",), "no process belongs to 'no-such-service-here'"),
+        (("cgroup:/no/such",), "config[\"cgroup\"]: '/no/such' is not accepted"),
+    ],
+)
+def test_what_the_agent_refuses_is_one_line_and_exit_status_1(
+    arguments: tuple[str, ...], text: str, agent: RunningAgent
+) -> None:
+    done = run("tap", "--agent", agent.address, "--syscall-stats", *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("coral: ")
+    assert done.stderr.count("\n") == 1
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tap", "--syscall-stats", "pid:1"),
+        ("tap", "--syscall-stats", "--", "touch", "made"),
+        ("capabilities",),
+        ("collectors",),
+        ("stop", "some-id"),
+    ],
+)
+def test_an_agent_that_is_not_there_is_one_line_and_exit_status_1(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    address = f"unix:{tmp_path}/nobody.sock"
+    done = subprocess.run(
+        coral(*arguments),
+        check=False,
+        env={**os.environ, "CORAL_AGENT": address},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"coral: no agent answers at {address}: start one with `coral agent`, or name its address "
+        "with --agent or CORAL_AGENT\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+class Terminal:
+    """A command on a terminal of its own, of 30 lines and 120 columns."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+        environment = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command],
+            env=environment,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        os.close(slave)
+        self.output = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def has_drawn(self, *texts: str) -> bool:
+        """Takes in what was written since; whether all of TEXTS are in what there is so far."""
+        while select([self._master], [], [], 0)[0]:
+            try:
+                self.output += os.read(self._master, 1 << 16).decode(errors="replace")
+            except OSError:  # nobody has it open any more
+                break
+        return all(text in self.text for text in texts)
+
+    @property
+    def text(self) -> str:
+        """All that was ever drawn, without colours and the like."""
+        return ESCAPES.sub("", self.output)
+
+    def press(self, key: str) -> None:
+        os.write(self._master, key.encode())
+
+    def finish(self) -> int:
+        """Waits for the end; the exit status."""
+        wait_until(lambda: self.has_drawn() and self.process.poll() is not None)
+        self.has_drawn()
+        return self.process.returncode
+
+
+def test_a_terminal_shows_a_live_table_and_ctrl_c_leaves_the_totals(agent: RunningAgent) -> None:
+    with Puppet() as puppet:
+        puppet.begin(ENDLESS)
+        with Terminal(tap_arguments(agent, f"pid:{puppet.pid}", "-d", "50s")) as terminal:
+            wait_until(lambda: terminal.has_drawn("s left, Ctrl-C stops", "SYSCALL", "getppid"))
+            shown = terminal.text
+            assert re.search(rf"pid:{puppet.pid} +━+ +(50|4\d)s left, Ctrl-C stops", shown)
+            assert re.search(r"clock_nanosleep +[\d,]+ +[\d,]+ +0 .*\d% +█+", shown)
+            assert re.search(r"getppid +[\d,]+ +[\d,]+ +0 ", shown)
+            assert "totals" not in shown
+            terminal.press("\x03")
+            assert terminal.finish() == 130
+            assert collectors_at_work(agent) == {}
+    totals = terminal.text[terminal.text.index("totals of ") :]
+    heading, header, *rows = totals.splitlines()
+    assert heading.endswith(", stopped")
+    assert header.split()[:4] == ["SYSCALL", "CALLS", "CALLS/S", "ERRORS"]
+    assert any(re.match(r"getppid +[\d,]+ ", row) for row in rows)
+    assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_command_too(agent: RunningAgent) -> None:
+    script = f"import os, time\n{ENDLESS}"
+    command = tap_arguments(agent, "--", sys.executable, "-I", "-S", "-c", script)
+    with Terminal(command) as terminal:
+        wait_until(lambda: terminal.has_drawn("Ctrl-C stops", "getppid"))
+        (child,) = psutil.Process(terminal.process.pid).children()
+        terminal.press("\x03")
+        assert terminal.finish() == 130
+        assert not child.is_running()
+        assert "totals of " in terminal.text
+
+
+def data_of(output: str, *arguments: object) -> Any:
+    """What a command gives in that format."""
+    done = run(*arguments, "-o", output)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout) if output == "json" else yaml.safe_load(done.stdout)
+
+
+def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
+    command = ("capabilities", "--agent", agent.address)
+    told = data_of("json", *command)
+    assert data_of("yaml", *command) == told
+    assert told["supported"] is True
+    assert told["kernel_version"] == os.uname().release
+    assert told["available_collectors"] == ["EBPF_COLLECTOR_KIND_SYSCALL_STATS"]
+    (collector,) = told["collectors"]
+    assert (collector["supported"], collector["hook"]) == (True, "tp_btf")
+    assert {"pid", "comm", "cgroup", "scope", "interval"} < {
+        o["name"] for o in collector["options"]
+    }
+    table = run(*command)
+    assert table.returncode == 0
+    assert f"kernel {os.uname().release}" in table.stdout
+    assert re.search(r"^syscall_stats +yes +tp_btf", table.stdout, re.MULTILINE)
+    assert re.search(r"^ring_buffer +yes|^task_storage +yes", table.stdout, re.MULTILINE)
+
+
+def test_collectors_are_listed_and_stopped_by_their_ids(agent: RunningAgent) -> None:
+    command = ("collectors", "--agent", agent.address)
+    assert run(*command).stdout == "no collector is at work\n"
+    assert data_of("json", *command) == data_of("yaml", *command) == {}
+    with Puppet() as puppet:
+        collector_id = start_collector(agent, pid=str(puppet.pid)).collector_id
+        told = data_of("json", *command)
+        assert data_of("yaml", *command) == told
+        assert [c["collector_id"] for c in told["collectors"]] == [collector_id]
+        assert told["collectors"][0]["config"] == {"pid": str(puppet.pid)}
+        # Whole, to be copied, however narrow the table is.
+        assert re.search(rf"^{collector_id} ", run(*command).stdout, re.MULTILINE)
+        stopped = run("stop", "--agent", agent.address, collector_id)
+        assert (stopped.returncode, stopped.stdout) == (0, f"{collector_id} has ended\n")
+        again = run("stop", "--agent", agent.address, collector_id)
+        assert (again.returncode, again.stdout) == (1, "")
+        assert again.stderr == f"coral: collector_id: {collector_id} has ended: STOPPED\n"
+
+
+def test_the_demo_shows_system_calls_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    demo = subprocess.Popen(
+        coral("demo", "-d", "2s"),
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    started_at = time.monotonic()
+    out, err = demo.communicate(timeout=30)
+    assert (demo.returncode, err) == (0, "")
+    assert time.monotonic() - started_at < 10
+    heading, *lines = out[out.index("totals of ") :].splitlines()
+    assert heading.endswith(", expired")
+    assert int(table_rows(lines)["sendto"][0]) > 100
+    assert re.search(r'coral_syscall_calls_total\{service="shop",syscall="\w+"\} \d', out)
+    assert [p.pid for p in psutil.process_iter() if session_of(p.pid) == demo.pid] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def session_of(pid: int) -> int:
+    """The session of a process; 0 where it has ended."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0

@@ -1,0 +1,105 @@
+"""The supervisor as a library, without gRPC: sessions on the real kernel, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+
+import pytest
+
+from agent.supervisor import Session, StartRequest, Supervisor
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import Puppet, Vitals, held_by, totals
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture
+async def supervisor() -> AsyncIterator[Supervisor]:
+    async with Supervisor() as supervisor:
+        yield supervisor
+
+
+@pytest.fixture
+def puppet() -> Iterator[Puppet]:
+    with Puppet() as puppet:
+        yield puppet
+
+
+def request(puppet: Puppet, duration_s: float | None = None, **config: str) -> StartRequest:
+    return StartRequest(
+        "syscall_stats", config={"pid": str(puppet.pid), **config}, duration_s=duration_s
+    )
+
+
+async def all_rows(session: Session) -> list[pb.SyscallStats]:
+    """Every row that a subscriber gets, to the session's end."""
+    return [
+        row
+        async for frame in session.subscribe()
+        for row in frame.batch.rows
+        if isinstance(row, pb.SyscallStats)
+    ]
+
+
+async def test_200_sessions_leave_no_task_and_no_session(
+    supervisor: Supervisor, puppet: Puppet
+) -> None:
+    async def one_after_another(times: int) -> None:
+        for _ in range(times):
+            session = await supervisor.start(request(puppet))
+            await supervisor.stop(session.id)
+            assert session.task
+            assert session.task.done()
+
+    async def at_once(times: int) -> None:
+        await asyncio.gather(one_after_another(times // 2), one_after_another(times // 2))
+
+    await at_once(20)
+    tasks, descriptors = len(asyncio.all_tasks()), Vitals.of(os.getpid()).descriptors
+    await at_once(200)
+    assert len(asyncio.all_tasks()) == tasks
+    assert Vitals.of(os.getpid()).descriptors == descriptors
+    assert supervisor.sessions == {}
+    assert not any(held_by(os.getpid()).values())
+
+
+async def test_what_a_drain_has_read_is_told_though_the_session_is_stopped_meanwhile(
+    supervisor: Supervisor, puppet: Puppet
+) -> None:
+    for _ in range(5):
+        session = await supervisor.start(request(puppet))
+        interval = partial(session.collector.bpf_object.read_variable, "interval")
+        before = interval()
+        puppet.getppid(1000)
+        while interval() == before:  # noqa: ASYNC110  a drain counts it up, and then reads
+            await asyncio.sleep(0)
+        await supervisor.stop(session.id)
+        assert totals(await all_rows(session))["getppid"] == 1000
+
+
+async def test_leaving_the_supervisor_ends_every_session(puppet: Puppet) -> None:
+    async with Supervisor() as supervisor:
+        sessions = [await supervisor.start(request(puppet)) for _ in range(3)]
+    for session in sessions:
+        assert session.end
+        assert session.end.reason == pb.SessionEnd.REASON_AGENT_SHUTDOWN
+    assert not any(held_by(os.getpid()).values())
+
+
+async def test_a_caller_that_goes_away_while_it_starts_leaves_no_session(
+    supervisor: Supervisor, puppet: Puppet
+) -> None:
+    await supervisor.features()
+    for delay_ms in range(0, 40, 2):
+        starting = asyncio.create_task(supervisor.start(request(puppet)))
+        await asyncio.sleep(delay_ms / 1000)
+        if starting.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+        else:
+            await supervisor.stop(starting.result().id)
+        assert supervisor.sessions == {}
+        assert not any(held_by(os.getpid()).values())
