@@ -31,6 +31,7 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),  # without it a frozen client goes unseen for a minute
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_connection_age_grace_ms", 5_000),
 )
 _HEALTH_NAME: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -42,7 +43,12 @@ class Server:
         self._supervisor = supervisor
         self._sockets: list[_UnixSocket] = []
         interceptors = [_TokenInterceptor(_read_token(config))] if config.auth.token_file else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+        age_ms = int(config.limits.connection_age * 1000)
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            # A call stalled in a write cannot be ended by us; the connection's age ends it.
+            options=(*_OPTIONS, ("grpc.max_connection_age_ms", age_ms)),
+        )
         self._server.add_generic_rpc_handlers((handlers(EbpfService(supervisor)),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

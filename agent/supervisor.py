@@ -15,25 +15,34 @@ import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final, Self
 
 import structlog
 
-from agent.config import Config
+from agent.config import Config, Continuous
 from agent.errors import (
     DeniedError,
     InvalidRequestError,
     LimitError,
     NotFoundError,
+    RefusedError,
     UnsupportedError,
 )
+from agent.limits import CPU_WINDOW_S, Backoff, Candidate, CpuBudget, Priority, first_to_go
 from agent.program_stats import ProgramStatsSampler
 from agent.resolve import resolve
-from agent.streams import Channel, Header, Subscription
-from bpf import BpfObject, Features, probe
-from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support, in_thread
+from agent.streams import Channel, Header, Subscription, Terms
+from bpf import BpfError, BpfObject, Features, probe
+from collectors.base import (
+    Batch,
+    Collector,
+    Measures,
+    ServiceProcesses,
+    Support,
+    in_thread,
+)
 from collectors.options import OptionError, UnknownOptionError, format_duration
 from collectors.registry import COLLECTORS, kind_name, kind_of
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -41,6 +50,9 @@ from proto.coral.mesh.v1 import ebpf_pb2 as pb
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
 _ENDED_KEPT: Final = 1000
+_ENFORCE_EVERY_S: Final = 1.0
+_STEADY_S: Final = 60.0
+_FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDOWN)
 _TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
 
 Reason = pb.SessionEnd.Reason
@@ -54,6 +66,7 @@ class StartRequest:
     service_name: str = ""
     config: Mapping[str, str] = field(default_factory=dict)
     duration_s: float | None = None
+    continuous: bool = False  # no lease: it ends with the agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +90,49 @@ class Session:
         self.collector = collector
         self.config = dict(request.config)
         self.service_name = request.service_name or collector.label
-        self.lease_s = lease_s(request.duration_s, config)
+        self.continuous = request.continuous
+        self.lease_s = None if request.continuous else lease_s(request.duration_s, config)
         self.started_at = self.expires_at = 0.0  # Unix time in seconds
         self.end: End | None = None
         limits = config.limits
         header = Header(self.id, self.kind, config.name, self.service_name)
-        self.channel = Channel(header, limits.replay_bytes, limits.subscriber_queue_bytes)
+        self.channel = Channel(header, limits.replay_bytes)
+        self._limits = limits
         self.ended = asyncio.Event()
         self.wanted_end: End | None = None
         self.task: asyncio.Task[None] | None = None
         self.lease: asyncio.Timeout | None = None
 
-    def subscribe(self, peer: str = "") -> Subscription:
-        """A stream of this session's frames, from its first event if that is still kept."""
-        return self.channel.subscribe(peer)
+    def subscribe(self, terms: Terms | None = None) -> Subscription:
+        """A stream of this session's frames, from its first event if that is still kept. Terms are
+        held within the agent's limits. Raises `InvalidRequestError`."""
+        limits = self._limits
+        terms = terms or Terms()
+        queue_bytes = min(
+            terms.queue_bytes or limits.subscriber_queue_bytes, limits.subscriber_queue_bytes
+        )
+        try:
+            return self.channel.subscribe(
+                replace(
+                    terms,
+                    queue_bytes=queue_bytes,
+                    rate_bytes_s=float(limits.subscriber_bytes_per_second),
+                )
+            )
+        except ValueError as error:
+            raise InvalidRequestError(f"after_seq: {error}") from error
+
+    @property
+    def priority(self) -> Priority:
+        """When it has to go, if a limit is passed."""
+        if any(s.terms.interactive for s in self.channel.subscriptions):
+            return Priority.WATCHED
+        return Priority.CONTINUOUS if self.continuous else Priority.ON_DEMAND
+
+    @property
+    def memory_bytes(self) -> int:
+        """Its maps in the kernel and its buffers here."""
+        return self.collector.bpf_object.map_memory_bytes + self.channel.buffered_bytes
 
     def renew(self, lease_s_: float) -> None:
         """Moves the deadline to so many seconds from now."""
@@ -129,7 +171,14 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        self._sampler = self._tasks.create_task(self.program_stats.run())
+        self._background = [
+            self._tasks.create_task(self.program_stats.run(), name="program statistics"),
+            self._tasks.create_task(self._enforce_limits(), name="limits"),
+            *(
+                self._tasks.create_task(self._keep(rule), name=f"continuous {rule.kind}")
+                for rule in self.config.continuous
+            ),
+        ]
         return self
 
     async def __aexit__(
@@ -139,7 +188,8 @@ class Supervisor:
         _traceback: TracebackType | None,
     ) -> None:
         await self.shutdown()
-        self._sampler.cancel()
+        for task in self._background:
+            task.cancel()
         # Sessions raise nothing: what is under way is the caller's own, and stays as it is.
         await self._tasks.__aexit__(None, None, None)
 
@@ -164,7 +214,7 @@ class Supervisor:
         """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
         `BpfError` when the kernel refuses; nothing is left of it then."""
         collector_type = self._admit(request)
-        self._starting += 1
+        self._starting += not request.continuous
         try:
             features = await self.features()
             support = collector_type.support(features)
@@ -177,8 +227,9 @@ class Supervisor:
                 raise InvalidRequestError(str(error)) from error
             session = Session(collector, request, self.config)
             await self._launch(session)
+            await self._refuse_if_too_large(session)
         finally:
-            self._starting -= 1
+            self._starting -= not request.continuous
         return session
 
     def _admit(self, request: StartRequest) -> type[Collector]:
@@ -203,8 +254,8 @@ class Supervisor:
                 + ", ".join(map(kind_name, COLLECTORS))
             )
         most = config.limits.concurrent_collectors
-        at_work = len(self.sessions) + self._starting
-        if at_work >= most:
+        at_work = self._starting + sum(not s.continuous for s in self.sessions.values())
+        if at_work >= most and not request.continuous:
             raise LimitError(
                 f"limits.concurrent_collectors is {most}, and {at_work} are at work: stop one, or "
                 f"wait for its lease to end, before you start this {kind_name(kind)}"
@@ -233,15 +284,99 @@ class Supervisor:
             session=session.id,
             kind=kind_name(session.kind),
             service=session.service_name,
-            lease=format_duration(session.lease_s),
+            lease=format_duration(session.lease_s) if session.lease_s else "none",
         )
+
+    async def _refuse_if_too_large(self, session: Session) -> None:
+        limit, used = self.config.limits.memory, self.memory_bytes()
+        if used > limit:
+            own = session.memory_bytes
+            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, "limits.memory"))
+            raise LimitError(
+                f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes {own}, "
+                f"which makes {used} in all: ask for smaller buffers, or stop another collector"
+            )
+
+    def memory_bytes(self) -> int:
+        """Maps and buffers of all sessions."""
+        return sum(session.memory_bytes for session in self.sessions.values())
+
+    async def _enforce_limits(self) -> None:
+        """Every second: preempts the session of the lowest priority while a limit is passed, and
+        lets go of subscribers that do not read."""
+        limits = self.config.limits
+        cpu = CpuBudget(limits.cpu_percent)
+        while True:
+            await asyncio.sleep(_ENFORCE_EVERY_S)
+            cpu.add(time.monotonic(), time.process_time() + self.program_stats.total_s)
+            if cpu.exceeded:
+                await self._preempt(
+                    f"limits.cpu_percent is {limits.cpu_percent:g} of one CPU; "
+                    f"{cpu.used_percent:.1f} were used over {CPU_WINDOW_S:g}s"
+                )
+                cpu.restart()
+            if (used := self.memory_bytes()) > limits.memory:
+                await self._preempt(f"limits.memory is {limits.memory} bytes; {used} were used")
+            self._release_stalled(limits.stalled_subscriber)
+
+    async def _preempt(self, detail: str) -> None:
+        session = first_to_go(
+            Candidate(session, session.priority, session.started_at)
+            for session in self.sessions.values()
+            if session.started_at
+        )
+        if session:
+            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))
+
+    def _release_stalled(self, patience_s: float) -> None:
+        now = time.monotonic()
+        for session in self.sessions.values():
+            for subscription in tuple(session.channel.subscriptions):
+                since = subscription.blocked_since
+                if since is not None and now - since > patience_s:
+                    log.warning(
+                        "subscriber let go", session=session.id, peer=subscription.terms.peer
+                    )
+                    subscription.fail(
+                        f"nothing was read for {format_duration(patience_s)}, this agent's "
+                        "limits.stalled_subscriber"
+                    )
+                    subscription.close()
+
+    async def _keep(self, rule: Continuous) -> None:
+        """Keeps a continuous collector at work: again after a failure, with growing pauses."""
+        request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
+        backoff = Backoff()
+        while True:
+            try:
+                session = await self.start(request)
+            except (RefusedError, BpfError) as error:
+                reason = str(error)
+            else:
+                began = time.monotonic()
+                await session.ended.wait()
+                if time.monotonic() - began > _STEADY_S:
+                    backoff.succeeded()
+                reason = str(session.end)
+                if session.end and session.end.reason in _FINAL:
+                    return
+            pause_s = backoff.pause_s()
+            log.warning(
+                "continuous collector is not at work",
+                kind=rule.kind,
+                service=rule.service,
+                reason=reason,
+                again_in=f"{pause_s:.1f}s",
+            )
+            await asyncio.sleep(pause_s)
 
     async def _run(self, session: Session, attached: asyncio.Future[None]) -> None:
         """The life of a session. Raises nothing but its own cancellation."""
 
         def on_attached() -> None:
             session.started_at = time.time()
-            session.renew(session.lease_s)
+            if session.lease_s is not None:
+                session.renew(session.lease_s)
             if not attached.done():
                 attached.set_result(None)
 
@@ -311,6 +446,11 @@ class Supervisor:
         """Gives a session a new lease from now on. Raises `NotFoundError`,
         `InvalidRequestError`."""
         session = self.find(session_id)
+        if session.continuous:
+            raise InvalidRequestError(
+                f"collector_id: {session_id} is continuous, by the agent's configuration: it has "
+                "no lease"
+            )
         session.renew(lease_s(duration_s, self.config))
         return session
 

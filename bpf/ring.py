@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+import select
 from collections.abc import Callable
 from typing import Any, Final, Self
 
@@ -65,6 +66,7 @@ class RingReader:
         )
         self._record_dtype = record_dtype
         self._barrier = _memory_barrier()
+        self._wakeup: select.epoll | None = None
         page = mmap.PAGESIZE
         self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._producer_pages = mmap.mmap(
@@ -72,6 +74,15 @@ class RingReader:
         )
         self._consumer = np.frombuffer(self._consumer_page, np.uint64, 1)
         self._producer = np.frombuffer(self._producer_pages, np.uint64, 1)
+
+    @property
+    def wakeup(self) -> select.epoll:
+        """Readable once for each wake-up that a program asked for, and not for what else there is
+        to drain; poll it to make it unreadable again. Closed with the ring."""
+        if self._wakeup is None:
+            self._wakeup = select.epoll()
+            self._wakeup.register(self.fd, select.EPOLLIN | select.EPOLLET)
+        return self._wakeup
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +126,8 @@ class RingReader:
 
     def close(self) -> None:
         """Unmaps the ring. Safe to call twice."""
+        if self._wakeup is not None:
+            self._wakeup.close()
         if hasattr(self, "_consumer"):
             del self._consumer, self._producer
             self._consumer_page.close()

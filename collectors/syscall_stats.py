@@ -16,11 +16,23 @@ from numpy.typing import NDArray
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-from bpf import BpfObject, Features, HashMap
+from bpf import BpfObject, Features, HashMap, RingReader
 from bpf.maps import sum_over_cpus
 from collectors import errno_class, syscall_table
-from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support
-from collectors.options import Option, describe, duration, integer, items, option, parse_options
+from collectors.base import Batch, Collector, EventRows, Measures, ServiceProcesses, Support
+from collectors.options import (
+    Option,
+    boolean,
+    choice,
+    describe,
+    duration,
+    integer,
+    items,
+    option,
+    parse_options,
+    size,
+)
+from collectors.syscall_calls import CallReader
 from collectors.targets import TargetOptions, Targets
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -28,6 +40,10 @@ LATENCY_FIRST: Final = 6  # as in syscall_stats.bpf.c
 LATENCY_SLOTS: Final = 32
 OTHER: Final = "other"
 
+# Single events: how long one waits at most before it is sent, and how full the ring may get before
+# a program asks for a drain.
+_RING_INTERVAL_S: Final = 0.01
+_RING_WAKEUP_SHARE: Final = 4
 _NEEDS: Final = ("task_storage", "percpu_hash")
 # Hooks, best first, with what each one's programs are called.
 _HOOKS: Final = {"tp_btf": "btf", "raw_tp": "raw"}
@@ -62,6 +78,35 @@ class SyscallStatsOptions(TargetOptions):
         "rows an interval: the busiest by time, the rest added up in one row `other`; 0: all",
     )
 
+    mode: str = option(
+        choice("summaries", "events"), "summaries", "figures of each interval, or every single call"
+    )
+    min_duration: float = option(
+        duration(0, 3600), "0s", "of single events: calls that took at least so long"
+    )
+    errors_only: bool = option(boolean(), "false", "of single events: calls that failed")
+    sample: int = option(
+        integer(1, 1_000_000), "1", "of single events: one in so many, on each CPU"
+    )
+    ring: int = option(
+        size(64 << 10, 256 << 20), "4MiB", "of single events: the ring buffer, a power of two"
+    )
+
+    @property
+    def single_events(self) -> bool:
+        """Whether every call is an event."""
+        return self.mode == "events"
+
+    @property
+    def event_filter(self) -> Mapping[str, object]:
+        """The read-only globals that say which single events to send."""
+        return {
+            "single_events": self.single_events,
+            "errors_only": self.errors_only,
+            "min_duration_ns": int(self.min_duration * 1e9),
+            "sample_every": self.sample,
+        }
+
     @property
     def syscall_filter(self) -> Mapping[str, object]:
         """The read-only globals that say which calls to count."""
@@ -95,10 +140,14 @@ class SyscallStatsCollector(Collector):
             options={
                 **self._targets.object_options,
                 **options.syscall_filter,
+                **options.event_filter,
                 "error_class": errno_class.table(),
+                "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
+            map_entries={"ring": options.ring} if options.single_events else {},
             map_flags={} if on_demand else {"stats": 0, "targets": 0},
         )
+        self._calls: CallReader | None = None
         self._counters = _Counters()
         self._map_full = 0
         self._read_at_ns = 0
@@ -140,7 +189,11 @@ class SyscallStatsCollector(Collector):
 
     @property
     def interval_s(self) -> float:
-        return self._options.interval
+        return _RING_INTERVAL_S if self._options.single_events else self._options.interval
+
+    @property
+    def ring(self) -> RingReader | None:
+        return self._calls.ring if self._calls else None
 
     def exit_fds(self) -> Sequence[int]:
         return self._targets.exit_fds
@@ -149,11 +202,25 @@ class SyscallStatsCollector(Collector):
         self._object.load()
         self._stats: HashMap = self._object.map("stats")
         self._account = self._object.map("account")
+        if self._options.single_events:
+            ring = self._object.ring("ring", "syscall_call")
+            self._calls = CallReader(ring, self._account, self._targets, self._options.sample)
         self._object.attach()
         self._targets.fill(self._object)
         self._read_at_ns = time.time_ns()
 
     def drain(self) -> Batch:
+        return self._drain_calls(self._calls) if self._calls else self._drain_summaries()
+
+    def _drain_calls(self, calls: CallReader) -> Batch:
+        started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
+        losses = self._losses()
+        # Before the drain: a record that is refused in between is told next time.
+        if lost := calls.lost():
+            losses[pb.Loss.STAGE_KERNEL_BUFFER] = lost
+        return Batch(calls.drain(), started_at_ns, self._read_at_ns, losses)
+
+    def _drain_summaries(self) -> Batch:
         interval = int(self._object.read_variable("interval"))
         self._object.write_variable("interval", (interval + 1) & 0xFFFFFFFF)
         # Before the counters: of a process seen as ended here, the counters are its last.
@@ -175,7 +242,7 @@ class SyscallStatsCollector(Collector):
         self._counters.forget(tgids)
         self._targets.forget(tgids)
 
-    def _losses(self) -> Mapping[int, int]:
+    def _losses(self) -> dict[int, int]:
         _, account = self._account.read()
         uncounted = int(sum_over_cpus(account, "map_full")[0])
         total = uncounted + self._targets.unfollowed(self._object)
@@ -183,6 +250,7 @@ class SyscallStatsCollector(Collector):
         return {pb.Loss.STAGE_MAP_FULL: lost} if lost else {}
 
     def close(self) -> None:
+        self._calls = None
         self._targets.close()
         self._object.close()
 
@@ -340,6 +408,8 @@ class SyscallMeasures(Measures):
         self._series: dict[tuple[str, str], NDArray[np.uint64]] = {}
 
     def observe(self, service: str, batch: Batch) -> None:
+        if isinstance(batch.rows, EventRows):
+            return  # filtered and sampled: no measure of the whole
         with self._lock:
             for row in batch.rows:
                 if isinstance(row, pb.SyscallStats):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bpf
+from collectors.base import EventRows
 from collectors.syscall_stats import SyscallStatsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Calls, totals
@@ -50,6 +51,7 @@ def rows_until_exit(collector: SyscallStatsCollector, running: Calls) -> list[pb
 def _rows(collector: SyscallStatsCollector) -> list[pb.SyscallStats]:
     batch = collector.drain()
     assert not batch.losses
+    assert not isinstance(batch.rows, EventRows)
     return [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
 
 
@@ -177,6 +179,7 @@ def test_a_full_map_is_counted(
         running.go()
         running.finish()
         batch = collector.drain()
+    assert not isinstance(batch.rows, EventRows)
     rows = [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
     # The program makes its last write for its own report.
     assert totals(rows) == {"openat": 5}
