@@ -78,6 +78,11 @@ class SyscallStatsOptions(TargetOptions):
         "rows an interval: the busiest by time, the rest added up in one row `other`; 0: all",
     )
 
+    entries: int = option(
+        integer(1, 10240),
+        "10240",
+        "pairs of process and call that are kept; calls of further ones are losses of MAP_FULL",
+    )
     mode: str = option(
         choice("summaries", "events"), "summaries", "figures of each interval, or every single call"
     )
@@ -144,7 +149,10 @@ class SyscallStatsCollector(Collector):
                 "error_class": errno_class.table(),
                 "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
-            map_entries={"ring": options.ring} if options.single_events else {},
+            map_entries={
+                "stats": options.entries,
+                **({"ring": options.ring} if options.single_events else {}),
+            },
             map_flags={} if on_demand else {"stats": 0, "targets": 0},
         )
         self._calls: CallReader | None = None
