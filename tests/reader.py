@@ -3,7 +3,7 @@
     python -m tests.reader ADDRESS COLLECTOR_ID [--after N] [--overflow POLICY] [--until N]
 
 Prints `subscribed`, then, when it is done, one line of JSON: rows, losses by stage, the last
-number, whether every number was accounted for in order, and how the session ended. With --until it leaves,
+number, how many numbers nothing explained, and how the session ended. With --until it leaves,
 without a word to the agent, after the batch that has event number N.
 """
 
