@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct, field
 
 from collectors.options import format_duration, parse_duration_s
@@ -68,6 +67,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     connection_age: Annotated[
         Duration, Meta(description="connections are renewed after so long; clients resume")
     ] = Duration(3600)
+    keepalive: Annotated[
+        Duration, Meta(description="a silent connection is asked for a sign of life after so long")
+    ] = Duration(20)
     replay_bytes: Annotated[
         ByteCount, Meta(description="what a session keeps for subscribers that come later")
     ] = ByteCount(4 << 20)
@@ -171,6 +173,8 @@ def load(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415  a megabyte that an agent without a file never needs
+
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -26,8 +26,9 @@ from agent.errors import (
 )
 from agent.filters import Filter
 from agent.frames import Frame
+from agent.session import Session, StartRequest
 from agent.streams import SubscriptionEndedError, Terms
-from agent.supervisor import Session, StartRequest, Supervisor
+from agent.supervisor import Supervisor
 from bpf import BpfError
 from collectors.registry import COLLECTORS
 from proto.coral.mesh.v1 import ebpf_pb2 as pb

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prometheus_client import Metric
 
 from bpf import BpfObject, Features, RingReader
+from bpf.libbpf import release_memory
 from collectors.options import Option
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -167,6 +168,7 @@ class Collector(ABC):
             await in_thread(self.open)
             opened = True
             attached()
+            await in_thread(release_memory)
             with _Watch(self) as watch:
                 await self._drain_until_exit(watch, emit)
         finally:

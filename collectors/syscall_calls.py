@@ -31,6 +31,7 @@ class CallReader:
         self._sample_every = sample_every
         self._lost = 0
         self._targets_read_at = 0.0
+        self._ended: frozenset[int] = frozenset()
         self._forget_names()
 
     def _forget_names(self) -> None:
@@ -100,9 +101,12 @@ class CallReader:
             return
         self._targets_read_at = now
         names, ended = self._targets.read()
-        self._targets.forget(ended)
-        gone = np.isin(self._pids, ended)
-        self._pids, self._of_pid = self._pids[~gone], self._of_pid[~gone]
+        # Of one that has just ended, calls may still be in the ring: it goes the next time.
+        gone = [tgid for tgid in ended if tgid in self._ended]
+        self._ended = frozenset(ended)
+        self._targets.forget(gone)
+        kept = ~np.isin(self._pids, gone)
+        self._pids, self._of_pid = self._pids[kept], self._of_pid[kept]
         for position, pid in enumerate(self._pids.tolist()):
             if pid in names:  # an exec gives a process another name
                 self._of_pid[position] = self._index(names[pid])
