@@ -156,11 +156,14 @@ def running_agent(
 
 def loaded() -> dict[str, set[int]]:
     """The ids of every eBPF program, map and link of this machine, as bpftool tells them."""
-    found = {}
-    for kind in ("prog", "map", "link"):
-        out = subprocess.run(["bpftool", "-j", kind, "list"], capture_output=True, check=True)
-        found[kind] = {item["id"] for item in json.loads(out.stdout or b"[]")}
-    return found
+    return {kind: wait_until(lambda kind=kind: _listed(kind)) for kind in ("prog", "map", "link")}
+
+
+def _listed(kind: str) -> set[int] | None:
+    out = subprocess.run(["bpftool", "-j", kind, "list"], capture_output=True, check=False)
+    if out.returncode:
+        return None  # one went away while bpftool was walking
+    return {item["id"] for item in json.loads(out.stdout or b"[]")} | {-1}
 
 
 def totals(rows: Iterable[pb.SyscallStats]) -> Counter[str]:
