@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct, field
 
 from collectors.options import format_duration, parse_duration_s
@@ -53,6 +52,25 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Duration,
         Meta(description="the lease where a request names none, if `max_duration` allows it"),
     ] = Duration(300)
+    memory: Annotated[
+        ByteCount, Meta(description="maps in the kernel and buffers here, of all collectors")
+    ] = ByteCount(512 << 20)
+    cpu_percent: Annotated[
+        float,
+        Meta(gt=0, description="of one CPU: the programs' run time and the agent's own, over 10 s"),
+    ] = 5.0
+    subscriber_bytes_per_second: Annotated[
+        ByteCount, Meta(description="the rate of one subscriber; what is over it is a loss")
+    ] = ByteCount(10 << 20)
+    stalled_subscriber: Annotated[
+        Duration, Meta(description="a subscriber that has not read for so long is let go")
+    ] = Duration(30)
+    connection_age: Annotated[
+        Duration, Meta(description="connections are renewed after so long; clients resume")
+    ] = Duration(3600)
+    keepalive: Annotated[
+        Duration, Meta(description="a silent connection is asked for a sign of life after so long")
+    ] = Duration(20)
     replay_bytes: Annotated[
         ByteCount, Meta(description="what a session keeps for subscribers that come later")
     ] = ByteCount(4 << 20)
@@ -92,6 +110,16 @@ class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     pid_file: Annotated[str, Meta(description="the process whose id this file holds")] = ""
 
 
+class Continuous(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A collector that runs as long as the agent does."""
+
+    kind: Annotated[str, Meta(description="the collector")]
+    service: Annotated[str, Meta(description="the service it watches, or its label")] = ""
+    config: Annotated[
+        dict[str, str], Meta(description="its options; values are texts, as in a request")
+    ] = field(default_factory=dict)
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole configuration."""
 
@@ -111,6 +139,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)
+    continuous: Annotated[
+        tuple[Continuous, ...], Meta(description="collectors that run as long as the agent does")
+    ] = ()
     services: Annotated[
         dict[str, ServiceRule], Meta(description="services by name, each with one rule")
     ] = field(default_factory=dict)
@@ -143,6 +174,8 @@ def load(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415  a megabyte that an agent without a file never needs
+
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -234,6 +267,8 @@ def describe(
         yield f"{prefix}{key.name}", _type_name(base), default, description
         if base == dict[str, ServiceRule]:
             yield from describe(ServiceRule, f"{prefix}{key.name}.NAME.")
+        if base == tuple[Continuous, ...]:
+            yield from describe(Continuous, f"{prefix}{key.name}[].")
 
 
 def _show(value: object) -> str:
@@ -249,9 +284,18 @@ def _show(value: object) -> str:
 def _type_name(hint: object) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(hint))
+    if hint == tuple[Continuous, ...]:
+        return "list"
     if get_origin(hint) is tuple:
         return "list of texts"
     if get_origin(hint) is dict:
         return "mapping"
-    names = {str: "text", bool: "boolean", int: "number", Duration: "duration", ByteCount: "size"}
+    names = {
+        str: "text",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        Duration: "duration",
+        ByteCount: "size",
+    }
     return names[hint]  # type: ignore[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import sys
@@ -25,8 +26,13 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _EXIT_CONFIG: Final = 2
 
 
+# mallopt(3): how many arenas glibc may make; each keeps what its threads have freed.
+_M_ARENA_MAX: Final = -8
+
+
 def main(config_path: Path | None, flags: dict[str, object]) -> int:
     """Runs the agent; returns the process's exit status."""
+    _share_one_arena()
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
@@ -36,6 +42,15 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         print(f"coral agent: {error}", file=sys.stderr)
         return _EXIT_CONFIG
     return 0
+
+
+def _share_one_arena() -> None:
+    """One arena for all threads: libbpf reads the kernel's BTF in a thread, and what it frees is
+    given back to the system from the main arena alone. Threads that hold the interpreter's lock
+    do not compete for it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -39,6 +39,7 @@ class ProgramStatsSampler:
     def __init__(self, objects: ObjectsByKind) -> None:
         self._objects = objects
         self._sampled_at: dict[int, float] = {}
+        self.total_s = 0.0
         self.estimates: dict[tuple[int, str], RunEstimate] = defaultdict(RunEstimate)
 
     async def run(self) -> None:
@@ -75,5 +76,7 @@ class ProgramStatsSampler:
     ) -> None:
         for name, stats in after.items():
             estimate = self.estimates[kind, name]
-            estimate.seconds += (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale
+            seconds = (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale
+            estimate.seconds += seconds
+            self.total_s += seconds
             estimate.runs += (stats.run_count - before[name].run_count) * scale

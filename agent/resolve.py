@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from agent.config import ServiceRule
 from agent.errors import NotFoundError
 from collectors.base import ServiceProcesses
@@ -112,6 +110,8 @@ def container_names(component: str) -> Iterator[str]:
 
 
 def _by_listening_comm() -> Mapping[str, set[int]]:
+    import psutil  # noqa: PLC0415  a megabyte that many an agent never needs
+
     found: dict[str, set[int]] = defaultdict(set)
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.pid:

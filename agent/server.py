@@ -18,20 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from agent.config import MAX_PORT, Config, ConfigError
+from agent.config import MAX_PORT, Config, ConfigError, Limits
 from agent.service import SERVICE, EbpfService, handlers
 from agent.supervisor import Supervisor
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
 _GRACE_S: Final = 1.0
-_OPTIONS: Final = (
-    ("grpc.so_reuseport", 0),  # or a second agent would take every other connection, silently
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # without it a frozen client goes unseen for a minute
-    ("grpc.http2.max_pings_without_data", 0),
-)
+_PATIENCE_MS: Final = 5_000
 _HEALTH_NAME: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
@@ -42,7 +36,7 @@ class Server:
         self._supervisor = supervisor
         self._sockets: list[_UnixSocket] = []
         interceptors = [_TokenInterceptor(_read_token(config))] if config.auth.token_file else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+        self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
         self._server.add_generic_rpc_handlers((handlers(EbpfService(supervisor)),))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -91,6 +85,22 @@ class Server:
     def _unlink(self) -> None:
         for unix_socket in self._sockets:
             unix_socket.release()
+
+
+def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
+    """How gRPC keeps connections."""
+    age_ms, keepalive_ms = int(limits.connection_age * 1000), int(limits.keepalive * 1000)
+    patience_ms = min(keepalive_ms, _PATIENCE_MS)
+    return (
+        ("grpc.so_reuseport", 0),  # or a second agent would take every other connection, silently
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", patience_ms),
+        ("grpc.http2.ping_timeout_ms", patience_ms),  # or a frozen client goes unseen for a minute
+        ("grpc.http2.max_pings_without_data", 0),
+        # A call stalled in a write cannot be ended by us; the connection's age ends it.
+        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_grace_ms", min(age_ms, _PATIENCE_MS)),
+    )
 
 
 class _UnixSocket:

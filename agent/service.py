@@ -7,7 +7,8 @@ is encoded already: their serialiser is the identity.
 from __future__ import annotations
 
 import string
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, Final, Never
 from urllib.parse import quote
@@ -25,8 +26,11 @@ from agent.errors import (
     RefusedError,
     UnsupportedError,
 )
-from agent.streams import Frame
-from agent.supervisor import Session, StartRequest, Supervisor
+from agent.filters import Filter
+from agent.frames import Frame
+from agent.session import Session, StartRequest
+from agent.streams import SubscriptionEndedError, Terms
+from agent.supervisor import Supervisor
 from bpf import BpfError
 from collectors.registry import COLLECTORS
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -159,32 +163,48 @@ class EbpfService:
         self, request: pb.EbpfEventStreamRequest, context: Context
     ) -> None:
         """Events, one a message; see the contract."""
-        async for frame in self._frames(request, context):
-            for event in frame.events():
-                await context.write(event)
+        await self._stream(request, context, Frame.events)
 
     async def StreamEventBatches(  # noqa: N802
         self, request: pb.EbpfEventStreamRequest, context: Context
     ) -> None:
         """Events in batches; see the contract."""
-        async for frame in self._frames(request, context):
-            await context.write(frame.wire)
+        await self._stream(request, context, lambda frame: (frame.wire,))
 
-    async def _frames(
-        self, request: pb.EbpfEventStreamRequest, context: Context
-    ) -> AsyncIterator[Frame]:
+    async def _stream(
+        self,
+        request: pb.EbpfEventStreamRequest,
+        context: Context,
+        messages: Callable[[Frame], Iterable[bytes]],
+    ) -> None:
         try:
             session = self._supervisor.find(request.collector_id)
+            subscription = session.subscribe(_terms(request, context.peer()))
         except RefusedError as error:
             await _refuse(context, error)
-        subscription = session.subscribe(context.peer())
         try:
             # A caller that has the headers knows that it is subscribed.
             await context.send_initial_metadata(())
             async for frame in subscription:
-                yield frame
+                for message in messages(frame):
+                    subscription.blocked_since = time.monotonic()
+                    await context.write(message)
+                subscription.blocked_since = None
+        except SubscriptionEndedError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         finally:
             subscription.close()
+
+
+def _terms(request: pb.EbpfEventStreamRequest, peer: str) -> Terms:
+    return Terms(
+        after_seq=request.after_seq,
+        overflow=request.overflow,
+        queue_bytes=request.queue_bytes,
+        wanted=Filter.of(request.filter),
+        interactive=request.interactive,
+        peer=peer,
+    )
 
 
 def handlers(service: EbpfService) -> grpc.GenericRpcHandler:
@@ -235,7 +255,8 @@ def _info(session: Session) -> pb.CollectorInfo:
         kind=session.kind,
         service_name=session.service_name,
         started_at=_timestamp(session.started_at),
-        expires_at=_timestamp(session.expires_at),
+        expires_at=None if session.continuous else _timestamp(session.expires_at),
+        continuous=session.continuous,
         config=session.config,
         produced=session.channel.produced,
         map_memory_bytes=session.collector.bpf_object.map_memory_bytes,
@@ -243,11 +264,17 @@ def _info(session: Session) -> pb.CollectorInfo:
     for subscription in session.channel.subscriptions:
         account = subscription.account
         info.subscribers.add(
-            peer=subscription.peer,
+            peer=subscription.terms.peer,
             queued_events=account.queued,
             queued_bytes=account.queued_bytes,
             delivered=account.delivered,
             lost=sum(account.lost.values()),
+            filtered=account.filtered,
+            lag=session.channel.produced - subscription.last_delivered_seq,
+            losses=[
+                pb.Loss(stage=stage, count=count)  # type: ignore[arg-type]
+                for stage, count in account.lost.items()
+            ],
         )
     return info
 

@@ -3,131 +3,59 @@
 A loop-free core. `Channel` is one session's stream, `Subscription` one reader's end of it; tests
 drive both step by step. The async part only waits (`Subscription.__anext__`).
 
-The account, at every moment and for every subscription:
+The account, at every moment and for every subscription that began after event number S:
 
-    produced = delivered + queued + lost
+    produced - S = delivered + filtered + queued + lost
 
-where `produced` counts the events numbered since the session began, the ones replayed included.
+`produced` counts the events numbered since the session began. Losses in the kernel come on top:
+such events never had a number.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
-from google.protobuf.message import Message
-
-from collectors.base import Batch
+from agent.filters import EVERYTHING, Filter
+from agent.frames import Frame, Header
+from collectors.base import Batch, EventRows
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
+Overflow = pb.EbpfEventStreamRequest.Overflow
+# A message stays below 1 MiB; clients refuse more than 4 MiB by default.
+MAX_ROWS: Final = 16_384
 
-def _fields_by_row_type(message: type[Message], least_number: int) -> dict[str, str]:
-    return {
-        field.message_type.full_name: field.name
-        for field in message.DESCRIPTOR.fields
-        if field.message_type and field.number >= least_number
-    }
+__all__ = ["Account", "Channel", "Frame", "Header", "Subscription", "SubscriptionEndedError"]
 
 
-# Where rows of each message type go. A new collector's message is found here by itself.
-_BATCH_FIELDS: Final = _fields_by_row_type(pb.EbpfEventBatch, 100)
-_EVENT_FIELDS: Final = _fields_by_row_type(pb.EbpfEvent, 10)
+class SubscriptionEndedError(Exception):
+    """The agent has ended this subscription, for a reason that its reader should know."""
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """What every message of one session says of it."""
+class Terms:
+    """How one subscriber wants its stream; `rate_bytes_s` 0 is without limit."""
 
-    collector_id: str
-    kind: pb.EbpfCollectorKind
-    agent_id: str
-    service_name: str
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One message of a stream: `count` events from `first_seq` on, or only losses, or the end.
-
-    `wire` is made once, and shared by every subscriber that it goes to.
-    """
-
-    header: Header
-    first_seq: int
-    batch: Batch
-    end: pb.SessionEnd | None = None
-
-    @property
-    def count(self) -> int:
-        """Events in it."""
-        return len(self.batch.rows)
-
-    @cached_property
-    def wire(self) -> bytes:
-        """The frame as an encoded EbpfEventBatch."""
-        message = pb.EbpfEventBatch(
-            collector_id=self.header.collector_id,
-            kind=self.header.kind,
-            agent_id=self.header.agent_id,
-            service_name=self.header.service_name,
-            first_seq=self.first_seq,
-            count=self.count,
-            interval_start_ns=self.batch.interval_start_ns,
-            interval_end_ns=self.batch.interval_end_ns,
-            losses=self._losses(),
-            end=self.end,
-        )
-        if self.batch.rows:
-            name = _BATCH_FIELDS[self.batch.rows[0].DESCRIPTOR.full_name]
-            getattr(message, name).extend(self.batch.rows)
-        return message.SerializeToString()
-
-    def events(self) -> Iterator[bytes]:
-        """The frame as encoded EbpfEvents, one for each event; losses and the end stand alone."""
-        losses = self._losses()
-        if losses:
-            yield self._event(losses=losses).SerializeToString()
-        for index, row in enumerate(self.batch.rows):
-            event = self._event(seq=self.first_seq + index)
-            payload = getattr(event, _EVENT_FIELDS[row.DESCRIPTOR.full_name])
-            payload.CopyFrom(row)
-            yield event.SerializeToString()
-        if self.end:
-            yield self._event(end=self.end).SerializeToString()
-
-    def _event(
-        self,
-        seq: int = 0,
-        losses: list[pb.Loss] | None = None,
-        end: pb.SessionEnd | None = None,
-    ) -> pb.EbpfEvent:
-        event = pb.EbpfEvent(
-            collector_id=self.header.collector_id,
-            agent_id=self.header.agent_id,
-            service_name=self.header.service_name,
-            seq=seq,
-            losses=losses,
-            end=end,
-        )
-        event.timestamp.FromNanoseconds(self.batch.interval_end_ns)
-        return event
-
-    def _losses(self) -> list[pb.Loss]:
-        return [
-            pb.Loss(stage=stage, count=count)  # type: ignore[arg-type]
-            for stage, count in self.batch.losses.items()
-        ]
+    after_seq: int = 0
+    overflow: Overflow = pb.EbpfEventStreamRequest.OVERFLOW_DROP_OLDEST
+    queue_bytes: int = 8 << 20
+    rate_bytes_s: float = 0
+    wanted: Filter = EVERYTHING
+    interactive: bool = False
+    peer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
     """Where the events of a session are, as one subscriber sees it."""
 
-    produced: int
+    produced: int  # since the subscription's first number
     delivered: int
+    filtered: int
     queued: int
     queued_bytes: int
     lost: Mapping[int, int]  # by pb.Loss.Stage
@@ -136,29 +64,52 @@ class Account:
 class Channel:
     """One session's stream. Keeps the last `replay_bytes` for those who come later."""
 
-    def __init__(self, header: Header, replay_bytes: int, queue_bytes: int) -> None:
+    def __init__(
+        self, header: Header, replay_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.header = header
         self.produced = 0
         self.ended = False
         self.subscriptions: set[Subscription] = set()
         self.subscribers_lost: Counter[int] = Counter()  # by stage, over all there ever were
-        self._queue_bytes = queue_bytes
+        self._clock = clock
         self._replay_bytes = replay_bytes
         self._replay: deque[Frame] = deque()
         self._replayed_bytes = 0
 
+    @property
+    def buffered_bytes(self) -> int:
+        """What is kept for subscribers: the replay, and queued frames that it no longer has."""
+        kept = {id(frame) for frame in self._replay}
+        queued = {
+            id(entry.frame): len(entry.frame.wire)
+            for subscription in self.subscriptions
+            for entry in subscription.entries
+            if id(entry.frame) not in kept
+        }
+        return self._replayed_bytes + sum(queued.values())
+
     def publish(self, batch: Batch) -> None:
-        """Numbers a batch and puts it into every subscriber's queue. Never blocks."""
-        if not batch:
-            return
-        frame = Frame(self.header, self.produced + 1, batch)
-        self.produced += frame.count
-        self._send(frame)
+        """Numbers a batch and puts it into every subscriber's queue. Never blocks. A batch of
+        more rows than a message should hold becomes several."""
+        rows = batch.rows
+        while isinstance(rows, EventRows) and len(rows) > MAX_ROWS:
+            first = replace(rows, records=rows.records[:MAX_ROWS])
+            self._publish(replace(batch, rows=first, losses={}))
+            rows = replace(rows, records=rows.records[MAX_ROWS:])
+            batch = replace(batch, rows=rows)
+        self._publish(batch)
+
+    def _publish(self, batch: Batch) -> None:
+        if batch:
+            frame = Frame.of(self.header, self.produced + 1, batch)
+            self.produced = frame.last_seq
+            self._send(frame)
 
     def end(self, reason: pb.SessionEnd.Reason, detail: str, at_ns: int) -> None:
         """Sends the end as the last frame; afterwards nothing can be published."""
         end = pb.SessionEnd(reason=reason, detail=detail, produced=self.produced)
-        self._send(Frame(self.header, self.produced + 1, Batch((), at_ns, at_ns), end))
+        self._send(Frame.of(self.header, self.produced + 1, Batch((), at_ns, at_ns), end=end))
         self.ended = True
 
     def _send(self, frame: Frame) -> None:
@@ -168,88 +119,198 @@ class Channel:
         self._replayed_bytes += len(frame.wire)
         while self._replayed_bytes > self._replay_bytes and len(self._replay) > 1:
             self._replayed_bytes -= len(self._replay.popleft().wire)
-        for subscription in self.subscriptions:
-            subscription.offer(frame)
+        now = self._clock()
+        for subscription in tuple(self.subscriptions):
+            subscription.offer(frame, now)
 
-    def subscribe(self, peer: str = "") -> Subscription:
-        """A new reader. It starts with what is still kept; what is not is its first loss."""
-        subscription = Subscription(self, peer, self._queue_bytes)
+    def subscribe(self, terms: Terms | None = None) -> Subscription:
+        """A new reader. It starts after the event that it has, with what is still kept; what is
+        not is its first loss. Raises ValueError for a number that was not given out yet."""
+        terms = terms or Terms()
+        if terms.after_seq > self.produced:
+            raise ValueError(f"{terms.after_seq} is beyond {self.produced}, the last event so far")
+        subscription = Subscription(self, terms)
         kept_from = self._replay[0].first_seq if self._replay else self.produced + 1
-        if kept_from > 1:
-            subscription.lose(pb.Loss.STAGE_REPLAY_EVICTED, kept_from - 1)
+        if kept_from > terms.after_seq + 1:
+            subscription.lose(pb.Loss.STAGE_REPLAY_EVICTED, kept_from - 1 - terms.after_seq)
         for frame in self._replay:
-            subscription.offer(frame)
+            subscription.replay(frame)
         self.subscriptions.add(subscription)
         return subscription
 
 
-@dataclass(eq=False)
+@dataclass(slots=True)
+class _Entry:
+    """A frame in a queue, and what was lost right before it."""
+
+    frame: Frame
+    lost_before: Counter[int]
+
+
 class Subscription:
-    """One reader's end: a queue bounded in bytes that drops its oldest events when it is full.
+    """One reader's end: a queue bounded in bytes, and what happens when it is full.
 
     Iterate over it to get frames; the iteration ends after the frame that carries the end. Close
-    it when you stop before that.
+    it when you stop before that. A frame of losses stands where the lost events would have stood.
     """
 
-    channel: Channel
-    peer: str
-    queue_bytes: int
-    delivered: int = 0
-    lost: Counter[int] = field(default_factory=Counter)
-    _untold: Counter[int] = field(default_factory=Counter)
-    _queue: deque[Frame] = field(default_factory=deque)
-    _queued: int = 0
-    _queued_bytes: int = 0
-    _waiter: asyncio.Future[None] | None = None
+    def __init__(self, channel: Channel, terms: Terms) -> None:
+        self.channel = channel
+        self.terms = terms
+        self.delivered = 0
+        self.last_delivered_seq = terms.after_seq
+        self.filtered = 0
+        self.lost: Counter[int] = Counter()
+        self.blocked_since: float | None = None  # since when a write has not come back
+        self.entries: deque[_Entry] = deque()
+        self._queued = 0
+        self._queued_bytes = 0
+        self._losing: Counter[int] = Counter()  # lost after the last entry of the queue
+        self._allowance_bytes = terms.rate_bytes_s
+        self._allowed_at: float | None = None
+        self._failure: str | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
-    def offer(self, frame: Frame) -> None:
-        """Queues a frame. Where there is no room, the oldest events go, and are counted; what is
-        not an event (losses told, the end) is never dropped."""
-        self._queue.append(frame)
+    def replay(self, frame: Frame) -> None:
+        """Queues a frame that was sent before the subscription, from the number it resumes at."""
+        after_seq = self.terms.after_seq
+        if frame.first_seq > after_seq:
+            self._accept(frame.filtered(self.terms.wanted))
+        elif frame.last_seq > after_seq:
+            self._accept(frame.after(after_seq).filtered(self.terms.wanted))
+
+    def offer(self, frame: Frame, now: float) -> None:
+        """Queues a frame, or counts what it cannot: over the rate, or without room."""
+        if self._failure:
+            self.lose(pb.Loss.STAGE_SUBSCRIBER_QUEUE, frame.covered)
+            return
+        frame = frame.filtered(self.terms.wanted)
+        if frame.count and not self._within_rate(len(frame.wire), now):
+            self._drop(frame, pb.Loss.STAGE_RATE_LIMIT)
+        elif self._has_room(frame):
+            self._accept(frame)
+        elif self.terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_DROP_NEWEST:
+            self._drop(frame, pb.Loss.STAGE_SUBSCRIBER_QUEUE)
+        elif self.terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_END:
+            self._drop(frame, pb.Loss.STAGE_SUBSCRIBER_QUEUE)
+            self.fail(
+                f"the queue of {self.terms.queue_bytes} bytes was full: read faster, filter, or "
+                f"choose another overflow policy; the last event delivered was number "
+                f"{self.last_delivered_seq}"
+            )
+        else:
+            self._accept(frame)
+        self._wake()
+
+    def _has_room(self, frame: Frame) -> bool:
+        return (
+            not frame.count
+            or not self.entries
+            or self._queued_bytes + len(frame.wire) <= self.terms.queue_bytes
+        )
+
+    def _within_rate(self, size: int, now: float) -> bool:
+        rate = self.terms.rate_bytes_s
+        if not rate:
+            return True
+        if self._allowed_at is not None:
+            self._allowance_bytes += (now - self._allowed_at) * rate
+        self._allowed_at = now
+        self._allowance_bytes = min(self._allowance_bytes, rate)  # a second's worth, at most
+        if size > self._allowance_bytes:
+            return False
+        self._allowance_bytes -= size
+        return True
+
+    def _accept(self, frame: Frame) -> None:
+        self.filtered += frame.covered - frame.count
+        if not (frame.count or frame.batch.losses or frame.end):
+            return
+        self.entries.append(_Entry(frame, self._losing))
+        self._losing = Counter()
         self._queued += frame.count
         self._queued_bytes += len(frame.wire)
-        while self._queued_bytes > self.queue_bytes and len(self._queue) > 1:
-            oldest = self._queue.popleft()
-            self._remove(oldest)
-            self._untold.update(oldest.batch.losses)
-            if oldest.count:
-                self.lose(pb.Loss.STAGE_SUBSCRIBER_QUEUE, oldest.count)
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
+        while self._queued_bytes > self.terms.queue_bytes and len(self.entries) > 1:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        oldest = self.entries.popleft()
+        self._unqueue(oldest.frame)
+        following = self.entries[0].lost_before
+        following.update(oldest.lost_before)
+        following.update(oldest.frame.batch.losses)
+        if oldest.frame.count:
+            following[pb.Loss.STAGE_SUBSCRIBER_QUEUE] += oldest.frame.count
+            self._count_lost(pb.Loss.STAGE_SUBSCRIBER_QUEUE, oldest.frame.count)
+
+    def _drop(self, frame: Frame, stage: pb.Loss.Stage) -> None:
+        """Counts a frame's events as lost, and keeps the losses that it would have told."""
+        self.filtered += frame.covered - frame.count
+        self._losing.update(frame.batch.losses)
+        self.lose(stage, frame.count)
 
     def lose(self, stage: pb.Loss.Stage, count: int) -> None:
-        """Counts events that this reader will not get; it is told before the next frame."""
+        """Counts events that this reader will not get, where the queue ends now."""
+        if count:
+            self._losing[stage] += count
+            self._count_lost(stage, count)
+
+    def _count_lost(self, stage: pb.Loss.Stage, count: int) -> None:
         self.lost[stage] += count
         self.channel.subscribers_lost[stage] += count
-        self._untold[stage] += count
 
-    def _remove(self, frame: Frame) -> None:
+    def _unqueue(self, frame: Frame) -> None:
         self._queued -= frame.count
         self._queued_bytes -= len(frame.wire)
 
+    def fail(self, reason: str) -> None:
+        """Ends the subscription: frees what it holds, and tells its reader why at its next read."""
+        self._failure = reason
+        for entry in self.entries:
+            self.lose(pb.Loss.STAGE_SUBSCRIBER_QUEUE, entry.frame.count)
+        self._forget_queue()
+        self._wake()
+
+    def _forget_queue(self) -> None:
+        self.entries.clear()
+        self._queued = self._queued_bytes = 0
+
     def take(self) -> Frame | None:
-        """The next frame, or None where there is none yet. Raises EOFError after the end."""
-        if self._untold:
-            losses = dict(self._untold)
-            self._untold.clear()
-            first_seq = self._queue[0].first_seq if self._queue else self.channel.produced + 1
-            at_ns = self._queue[0].batch.interval_start_ns if self._queue else 0
-            return Frame(self.channel.header, first_seq, Batch((), at_ns, at_ns, losses))
-        if self._queue:
-            frame = self._queue.popleft()
-            self._remove(frame)
-            self.delivered += frame.count
-            return frame
-        if self.channel.ended:
-            raise EOFError
-        return None
+        """The next frame, or None where there is none yet. Raises EOFError after the end, and
+        `SubscriptionEndedError` where the agent has ended the subscription."""
+        if self._failure:
+            raise SubscriptionEndedError(self._failure)
+        if not self.entries:
+            if self.channel.ended:
+                raise EOFError
+            return self._losses(self._take_losing(), self.channel.produced + 1)
+        entry = self.entries[0]
+        if entry.lost_before:
+            lost, entry.lost_before = entry.lost_before, Counter()
+            return self._losses(lost, entry.frame.first_seq)
+        self.entries.popleft()
+        self._unqueue(entry.frame)
+        self.delivered += entry.frame.count
+        self.last_delivered_seq = entry.frame.last_seq
+        return entry.frame
+
+    def _take_losing(self) -> Counter[int]:
+        losing, self._losing = self._losing, Counter()
+        return losing
+
+    def _losses(self, counts: Counter[int], first_seq: int) -> Frame | None:
+        if not counts:
+            return None
+        at_ns = time.time_ns()
+        return Frame.of(self.channel.header, first_seq, Batch((), at_ns, at_ns, dict(counts)))
 
     @property
     def account(self) -> Account:
         """Where the session's events are, for this reader."""
         return Account(
-            self.channel.produced,
+            self.channel.produced - self.terms.after_seq,
             self.delivered,
+            self.filtered,
             self._queued,
             self._queued_bytes,
             dict(self.lost),
@@ -258,8 +319,11 @@ class Subscription:
     def close(self) -> None:
         """Leaves the session and frees the queue. Safe to call twice."""
         self.channel.subscriptions.discard(self)
-        self._queue.clear()
-        self._queued = self._queued_bytes = 0
+        self._forget_queue()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def __aiter__(self) -> Subscription:
         return self

@@ -12,28 +12,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
 import structlog
 
-from agent.config import Config
+from agent.config import Config, Continuous
 from agent.errors import (
     DeniedError,
     InvalidRequestError,
     LimitError,
     NotFoundError,
+    RefusedError,
     UnsupportedError,
 )
+from agent.limits import CPU_WINDOW_S, Backoff, Candidate, CpuBudget, first_to_go
 from agent.program_stats import ProgramStatsSampler
 from agent.resolve import resolve
-from agent.streams import Channel, Header, Subscription
-from bpf import BpfObject, Features, probe
-from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support, in_thread
+from agent.session import End, Session, StartRequest, lease_s
+from bpf import BpfError, BpfObject, Features, probe
+from collectors.base import (
+    Batch,
+    Collector,
+    Measures,
+    ServiceProcesses,
+    Support,
+    in_thread,
+)
 from collectors.options import OptionError, UnknownOptionError, format_duration
 from collectors.registry import COLLECTORS, kind_name, kind_of
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -41,69 +48,12 @@ from proto.coral.mesh.v1 import ebpf_pb2 as pb
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
 _ENDED_KEPT: Final = 1000
+_ENFORCE_EVERY_S: Final = 1.0
+_STEADY_S: Final = 60.0
+_FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDOWN)
 _TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
 
 Reason = pb.SessionEnd.Reason
-
-
-@dataclass(frozen=True, slots=True)
-class StartRequest:
-    """What to start. KIND is a kind's name or number; DURATION_S None takes the agent's default."""
-
-    kind: str | int
-    service_name: str = ""
-    config: Mapping[str, str] = field(default_factory=dict)
-    duration_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How a session ended."""
-
-    reason: pb.SessionEnd.Reason
-    detail: str = ""
-
-    def __str__(self) -> str:
-        name = pb.SessionEnd.Reason.Name(self.reason).removeprefix("REASON_")
-        return f"{name}: {self.detail}" if self.detail else name
-
-
-class Session:
-    """One collector at work, its lease and its stream."""
-
-    def __init__(self, collector: Collector, request: StartRequest, config: Config) -> None:
-        self.id = str(uuid.uuid4())
-        self.kind = collector.kind
-        self.collector = collector
-        self.config = dict(request.config)
-        self.service_name = request.service_name or collector.label
-        self.lease_s = lease_s(request.duration_s, config)
-        self.started_at = self.expires_at = 0.0  # Unix time in seconds
-        self.end: End | None = None
-        limits = config.limits
-        header = Header(self.id, self.kind, config.name, self.service_name)
-        self.channel = Channel(header, limits.replay_bytes, limits.subscriber_queue_bytes)
-        self.ended = asyncio.Event()
-        self.wanted_end: End | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.lease: asyncio.Timeout | None = None
-
-    def subscribe(self, peer: str = "") -> Subscription:
-        """A stream of this session's frames, from its first event if that is still kept."""
-        return self.channel.subscribe(peer)
-
-    def renew(self, lease_s_: float) -> None:
-        """Moves the deadline to so many seconds from now."""
-        self.expires_at = time.time() + lease_s_
-        if self.lease:
-            self.lease.reschedule(asyncio.get_running_loop().time() + lease_s_)
-
-    async def stop(self, end: End) -> None:
-        """Ends the session for the reason END, and returns when nothing of it is left."""
-        if not self.wanted_end and self.task:
-            self.wanted_end = end
-            self.task.cancel()
-        await self.ended.wait()
 
 
 class Supervisor:
@@ -129,7 +79,14 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        self._sampler = self._tasks.create_task(self.program_stats.run())
+        self._background = [
+            self._tasks.create_task(self.program_stats.run(), name="program statistics"),
+            self._tasks.create_task(self._enforce_limits(), name="limits"),
+            *(
+                self._tasks.create_task(self._keep(rule), name=f"continuous {rule.kind}")
+                for rule in self.config.continuous
+            ),
+        ]
         return self
 
     async def __aexit__(
@@ -139,7 +96,8 @@ class Supervisor:
         _traceback: TracebackType | None,
     ) -> None:
         await self.shutdown()
-        self._sampler.cancel()
+        for task in self._background:
+            task.cancel()
         # Sessions raise nothing: what is under way is the caller's own, and stays as it is.
         await self._tasks.__aexit__(None, None, None)
 
@@ -164,7 +122,7 @@ class Supervisor:
         """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
         `BpfError` when the kernel refuses; nothing is left of it then."""
         collector_type = self._admit(request)
-        self._starting += 1
+        self._starting += not request.continuous
         try:
             features = await self.features()
             support = collector_type.support(features)
@@ -177,8 +135,9 @@ class Supervisor:
                 raise InvalidRequestError(str(error)) from error
             session = Session(collector, request, self.config)
         finally:
-            self._starting -= 1
+            self._starting -= not request.continuous
         await self._launch(session)  # counted among the sessions from its first step on
+        await self._refuse_if_too_large(session)
         return session
 
     def _admit(self, request: StartRequest) -> type[Collector]:
@@ -203,8 +162,8 @@ class Supervisor:
                 + ", ".join(map(kind_name, COLLECTORS))
             )
         most = config.limits.concurrent_collectors
-        at_work = len(self.sessions) + self._starting
-        if at_work >= most:
+        at_work = self._starting + sum(not s.continuous for s in self.sessions.values())
+        if at_work >= most and not request.continuous:
             raise LimitError(
                 f"limits.concurrent_collectors is {most}, and {at_work} are at work: stop one, or "
                 f"wait for its lease to end, before you start this {kind_name(kind)}"
@@ -233,15 +192,99 @@ class Supervisor:
             session=session.id,
             kind=kind_name(session.kind),
             service=session.service_name,
-            lease=format_duration(session.lease_s),
+            lease=format_duration(session.lease_s) if session.lease_s else "none",
         )
+
+    async def _refuse_if_too_large(self, session: Session) -> None:
+        limit, used = self.config.limits.memory, self.memory_bytes()
+        if used > limit:
+            own = session.memory_bytes
+            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, "limits.memory"))
+            raise LimitError(
+                f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes {own}, "
+                f"which makes {used} in all: ask for smaller buffers, or stop another collector"
+            )
+
+    def memory_bytes(self) -> int:
+        """Maps and buffers of all sessions."""
+        return sum(session.memory_bytes for session in self.sessions.values())
+
+    async def _enforce_limits(self) -> None:
+        """Every second: preempts the session of the lowest priority while a limit is passed, and
+        lets go of subscribers that do not read."""
+        limits = self.config.limits
+        cpu = CpuBudget(limits.cpu_percent)
+        while True:
+            await asyncio.sleep(_ENFORCE_EVERY_S)
+            cpu.add(time.monotonic(), time.process_time() + self.program_stats.total_s)
+            if cpu.exceeded:
+                await self._preempt(
+                    f"limits.cpu_percent is {limits.cpu_percent:g} of one CPU; "
+                    f"{cpu.used_percent:.1f} were used over {CPU_WINDOW_S:g}s"
+                )
+                cpu.restart()
+            if (used := self.memory_bytes()) > limits.memory:
+                await self._preempt(f"limits.memory is {limits.memory} bytes; {used} were used")
+            self._release_stalled(limits.stalled_subscriber)
+
+    async def _preempt(self, detail: str) -> None:
+        session = first_to_go(
+            Candidate(session, session.priority, session.started_at)
+            for session in self.sessions.values()
+            if session.started_at
+        )
+        if session:
+            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))
+
+    def _release_stalled(self, patience_s: float) -> None:
+        now = time.monotonic()
+        for session in self.sessions.values():
+            for subscription in tuple(session.channel.subscriptions):
+                since = subscription.blocked_since
+                if since is not None and now - since > patience_s:
+                    log.warning(
+                        "subscriber let go", session=session.id, peer=subscription.terms.peer
+                    )
+                    subscription.fail(
+                        f"nothing was read for {format_duration(patience_s)}, this agent's "
+                        "limits.stalled_subscriber"
+                    )
+                    subscription.close()
+
+    async def _keep(self, rule: Continuous) -> None:
+        """Keeps a continuous collector at work: again after a failure, with growing pauses."""
+        request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
+        backoff = Backoff()
+        while True:
+            try:
+                session = await self.start(request)
+            except (RefusedError, BpfError) as error:
+                reason = str(error)
+            else:
+                began = time.monotonic()
+                await session.ended.wait()
+                if time.monotonic() - began > _STEADY_S:
+                    backoff.succeeded()
+                reason = str(session.end)
+                if session.end and session.end.reason in _FINAL:
+                    return
+            pause_s = backoff.pause_s()
+            log.warning(
+                "continuous collector is not at work",
+                kind=rule.kind,
+                service=rule.service,
+                reason=reason,
+                again_in=f"{pause_s:.1f}s",
+            )
+            await asyncio.sleep(pause_s)
 
     async def _run(self, session: Session, attached: asyncio.Future[None]) -> None:
         """The life of a session. Raises nothing but its own cancellation."""
 
         def on_attached() -> None:
             session.started_at = time.time()
-            session.renew(session.lease_s)
+            if session.lease_s is not None:
+                session.renew(session.lease_s)
             if not attached.done():
                 attached.set_result(None)
 
@@ -311,6 +354,11 @@ class Supervisor:
         """Gives a session a new lease from now on. Raises `NotFoundError`,
         `InvalidRequestError`."""
         session = self.find(session_id)
+        if session.continuous:
+            raise InvalidRequestError(
+                f"collector_id: {session_id} is continuous, by the agent's configuration: it has "
+                "no lease"
+            )
         session.renew(lease_s(duration_s, self.config))
         return session
 
@@ -326,19 +374,6 @@ class Supervisor:
         for session in self.sessions.values():
             if session.started_at:
                 yield session.kind, session.collector.bpf_object
-
-
-def lease_s(duration_s: float | None, config: Config) -> float:
-    """The lease that a request gets, in seconds. Raises `InvalidRequestError`."""
-    most = config.limits.max_duration
-    if duration_s is None:
-        return min(config.limits.default_duration, most)
-    if not 0 < duration_s <= most:
-        raise InvalidRequestError(
-            f"duration: {format_duration(duration_s)} is not accepted; give more than 0s and at "
-            f"most {format_duration(most)}, this agent's limits.max_duration"
-        )
-    return duration_s
 
 
 def _kind(kind: str | int) -> int:

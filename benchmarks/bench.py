@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from build_hook import clang_command
-from client import AgentClient
+from client import AgentClient, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Calls, RunningAgent, running_agent, wait_until
 
@@ -85,11 +85,11 @@ class Tap:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    async def _read(self, stream: AsyncIterator[pb.EbpfEventBatch]) -> None:
+    async def _read(self, stream: AsyncIterator[Batch]) -> None:
         async for batch in stream:
-            self.rows.extend(batch.syscall_stats)
-            self.batches += bool(batch.syscall_stats)
-            self.lost += sum(loss.count for loss in batch.losses)
+            self.rows.extend(batch.message.syscall_stats)
+            self.batches += bool(batch.message.syscall_stats)
+            self.lost += sum(batch.lost.values())
             self._arrived.set()
 
     @classmethod

@@ -24,7 +24,7 @@ from typing import Final
 from rich.console import Console
 
 import bpf
-from benchmarks import cost, kernel, memory, startup
+from benchmarks import cost, delivery, drain, encoders, kernel, memory, startup
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, show
 
@@ -32,6 +32,9 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "startup": startup.measure,
     "memory": memory.measure,
     "cost": cost.measure,
+    "drain": drain.measure,
+    "delivery": delivery.measure,
+    "encoders": encoders.measure,
 }
 
 _NEEDED: Final = ("cc", "clang", "bpftool")

@@ -16,8 +16,7 @@ from benchmarks import peers
 from benchmarks.bench import ENDLESS_CALLS, ROOT, Bench, start_syscall_stats
 from benchmarks.peers import PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
-from client import AgentClient
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from client import AgentClient, Batch
 
 TIMES: Final = 20
 PEER_TIMES: Final = 5
@@ -100,9 +99,9 @@ async def _start(client: AgentClient, pid: int) -> Start:
     return Start(attached_ms, first_event_ms)
 
 
-async def _first_rows(stream: AsyncIterator[pb.EbpfEventBatch]) -> None:
+async def _first_rows(stream: AsyncIterator[Batch]) -> None:
     async for batch in stream:
-        if batch.syscall_stats:
+        if batch.message.syscall_stats:
             return
     raise AssertionError("the stream ended without an event")
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, version
+from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, release_memory, version
 from bpf.object import BpfObject, enable_run_time_stats, object_path
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
@@ -86,6 +86,7 @@ def probe() -> Features:
             _elements_on_demand(),
             _try("run_time_stats", _enable_stats),
         )
+    release_memory()
     return Features(
         platform.release(),
         "" if obstacle else version(),

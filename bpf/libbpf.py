@@ -180,6 +180,14 @@ def version() -> str:
     return call_string("libbpf_version_string")
 
 
+def release_memory() -> None:
+    """Gives freed memory back to the system. libbpf reads all of the kernel's BTF to load an
+    object, some 20 MB, and glibc would keep it for the life of the process."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 @cache
 def possible_cpus() -> int:
     """How many slots a per-CPU map's value has on this machine."""

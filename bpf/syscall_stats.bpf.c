@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
  * Counts system calls: for each (process, system call) the calls, the errors by class, the total
- * and the greatest latency and a histogram of it. A call is counted when it returns; the two that
- * never do, exit and exit_group, when they begin.
+ * and the greatest latency and a histogram of it. Or, where single events are asked for, writes a
+ * record of each call into the ring. A call is seen when it returns; the two that never do, exit
+ * and exit_group, when they begin.
  *
  * The figures only ever grow; user space reads them at each interval and subtracts what it read
  * before. So nothing has to be cleared under a running program, and no call falls between two
@@ -12,6 +13,7 @@
 #include "include/account.bpf.h"
 #include "include/log2.bpf.h"
 #include "include/maps.bpf.h"
+#include "include/ring.bpf.h"
 #include "include/targets.bpf.h"
 
 #define NR_SYSCALLS   1024 /* numbers from here on count as NR_SYSCALLS: none is defined */
@@ -39,6 +41,10 @@
 #error "this processor's system call numbers are not known"
 #endif
 
+const volatile bool single_events = false;
+const volatile bool errors_only = false;  /* of single events */
+const volatile __u64 min_duration_ns = 0; /* of single events */
+const volatile __u32 sample_every = 1;	  /* of single events, on each CPU, one in so many */
 const volatile bool filter_syscalls = false;
 const volatile bool filter_includes = false; /* the mask says which to count, or which not to */
 const volatile __u64 syscall_mask[NR_SYSCALLS / 64] = {0};
@@ -62,6 +68,21 @@ struct syscall_stats {
 	__u64 max_ns[2];
 	__u32 max_interval[2];
 };
+
+/* One call, as it goes through the ring. */
+struct syscall_call {
+	__u64 ended_ns; /* CLOCK_MONOTONIC */
+	__u64 duration_ns;
+	__s64 return_value;
+	__u32 pid;
+	__u32 tid;
+	__u32 syscall_number;
+	__u32 syscall; /* this and the next: for user space to fill in */
+	__u32 comm;
+	__u32 reserved;
+};
+
+const struct syscall_call *unused_syscall_call __attribute__((unused));
 
 struct call {
 	__u64 start_ns; /* 0: no call is under way that is to be counted */
@@ -96,6 +117,11 @@ static __always_inline bool syscall_is_wanted(__u32 nr)
 	return marked == filter_includes;
 }
 
+static __always_inline bool is_error(long ret)
+{
+	return ret < 0 && ret >= -MAX_ERRNO;
+}
+
 static __always_inline void count_error(struct syscall_stats *s, long ret)
 {
 	s->errors[error_class[-ret] % ERROR_CLASSES]++;
@@ -127,8 +153,47 @@ static __always_inline void count(struct task_struct *task, __u32 nr, __u64 late
 	barrier();
 	s->latency[log2_slot(latency_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
 	barrier();
-	if (ret < 0 && ret >= -MAX_ERRNO)
+	if (is_error(ret))
 		count_error(s, ret);
+}
+
+static __always_inline bool sampled_out(void)
+{
+	struct account *account;
+
+	if (sample_every <= 1)
+		return false;
+	account = account_of_cpu();
+	return !account || account->seen++ % sample_every;
+}
+
+static __always_inline void emit(struct task_struct *task, __u32 nr, __u64 ended_ns,
+				 __u64 duration_ns, long ret)
+{
+	struct syscall_call *record;
+
+	if (duration_ns < min_duration_ns || (errors_only && !is_error(ret)) || sampled_out())
+		return;
+	record = ring_reserve(sizeof(*record));
+	if (!record)
+		return;
+	record->ended_ns = ended_ns;
+	record->duration_ns = duration_ns;
+	record->return_value = ret;
+	record->pid = task->tgid;
+	record->tid = task->pid;
+	record->syscall_number = nr;
+	record->syscall = record->comm = record->reserved = 0;
+	ring_submit(record);
+}
+
+static __always_inline void see(struct task_struct *task, __u32 nr, __u64 ended_ns,
+				__u64 duration_ns, long ret)
+{
+	if (single_events)
+		emit(task, nr, ended_ns, duration_ns, ret);
+	else
+		count(task, nr, duration_ns, ret);
 }
 
 /* The state of the current task's call, made at the first call of a watched process. */
@@ -169,7 +234,7 @@ static __always_inline int on_sys_enter(long id)
 	if (call->armed && nr != NR_EXECVE && nr != NR_EXECVEAT)
 		return 0;
 	if (nr == NR_EXIT || nr == NR_EXIT_GROUP) {
-		count(task, nr, 0, 0);
+		see(task, nr, bpf_ktime_get_ns(), 0, 0);
 		return 0;
 	}
 	call->nr = nr;
@@ -181,11 +246,12 @@ static __always_inline int on_sys_exit(long ret)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct call *call = bpf_task_storage_get(&calls, task, 0, 0);
-	__u64 latency_ns;
+	__u64 ended_ns, duration_ns;
 
 	if (!call || !call->start_ns)
 		return 0;
-	latency_ns = bpf_ktime_get_ns() - call->start_ns;
+	ended_ns = bpf_ktime_get_ns();
+	duration_ns = ended_ns - call->start_ns;
 	call->start_ns = 0;
 	if (call->armed) {
 		struct target *target = target_of(task);
@@ -197,7 +263,7 @@ static __always_inline int on_sys_exit(long ret)
 		if (!syscall_is_wanted(call->nr))
 			return 0;
 	}
-	count(task, call->nr, latency_ns, ret);
+	see(task, call->nr, ended_ns, duration_ns, ret);
 	return 0;
 }
 

@@ -1,23 +1,39 @@
-"""`coral`: the table of commands."""
+"""`coral`: the table of commands. A command's module is imported when it is used: an agent that
+runs for months should not hold what only a terminal needs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Final
+
 import click
 
-from cli.agent_command import agent
-from cli.demo import demo
-from cli.show import capabilities, collectors, stop
-from cli.tap import tap
+COMMANDS: Final[Mapping[str, str]] = {
+    "agent": "cli.agent_command",
+    "capabilities": "cli.show",
+    "collectors": "cli.show",
+    "demo": "cli.demo",
+    "stop": "cli.show",
+    "tap": "cli.tap",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="coral-ebpf-agent", prog_name="coral")
 def main() -> None:
     """See what programs do, through eBPF, without touching them."""
-
-
-for command in (agent, capabilities, collectors, demo, stop, tap):
-    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import errno
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from cli.common import kind_name
-from client import Histogram
+from client import Batch, Histogram
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
+_SLOTS: Final = 64
+_MAX_ERRNO: Final = 4095
 _BAR_WIDTH: Final = 20
 _QUANTILES: Final = {"P50": 0.5, "P95": 0.95, "P99": 0.99}
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
@@ -44,6 +49,22 @@ class SyscallTotals:
             row.errors += stats.error_count
             row.total_ns += stats.total_duration_ns
             row.latency.add(stats.latency_ns, stats.max_duration_ns)
+
+    def add_calls(self, batch: Batch) -> None:
+        """Adds single calls; each counts for as many as its sample stands for."""
+        events, weight = batch.events, batch.message.sample_every or 1
+        self.seconds += (batch.message.interval_end_ns - batch.message.interval_start_ns) / 1e9
+        for index in np.unique(events["syscall"]).tolist():
+            of_call = events[events["syscall"] == index]
+            values, durations = of_call["return_value"], of_call["duration_ns"]
+            row = self.rows.setdefault(str(batch.strings[index]), SyscallRow())
+            row.calls += weight * len(of_call)
+            row.errors += weight * int(((values < 0) & (values >= -_MAX_ERRNO)).sum())
+            row.total_ns += weight * int(durations.sum())
+            slots = np.log2(durations.clip(1)).astype(int)
+            counts = weight * np.bincount(slots, minlength=_SLOTS)
+            latency = pb.Log2Histogram(first_exponent=0, slots=_SLOTS, counts=counts.tolist())
+            row.latency.add(latency, int(durations.max()))
 
     def busiest(self) -> list[tuple[str, SyscallRow]]:
         """By time spent."""
@@ -94,8 +115,52 @@ HEADER: Final = (
 )
 
 
-def as_records(batch: pb.EbpfEventBatch) -> Iterable[dict[str, Any]]:
-    """Each row as plain data, with its quantiles."""
+def as_records(batch: Batch) -> Iterator[dict[str, Any]]:
+    """Each row as plain data: a summary with its quantiles, or a single call."""
+    yield from _summary_records(batch.message)
+    yield from call_records(batch)
+
+
+def call_records(batch: Batch) -> Iterator[dict[str, Any]]:
+    """Each single call as plain data."""
+    events = batch.events
+    if not len(events):
+        return
+    syscalls, comms = batch.strings[events["syscall"]], batch.strings[events["comm"]]
+    sample_every = batch.message.sample_every or 1
+    for event, syscall, comm in zip(
+        events.tolist(), syscalls.tolist(), comms.tolist(), strict=True
+    ):
+        call = dict(zip(events.dtype.names or (), event, strict=True))
+        yield {
+            "collector": kind_name(batch.message.kind),
+            "service": batch.message.service_name,
+            "ended_ns": call["ended_ns"],
+            "pid": call["pid"],
+            "tid": call["tid"],
+            "comm": comm,
+            "syscall": syscall,
+            "return_value": call["return_value"],
+            "duration_ns": call["duration_ns"],
+            "sample_every": sample_every,
+        }
+
+
+def call_line(call: Mapping[str, Any]) -> str:
+    """A single call for people: when, who, what, what came out, how long it took."""
+    seconds, ns = divmod(call["ended_ns"], 10**9)
+    clock = f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{ns // 1000:06d}"
+    value = call["return_value"]
+    failed = -_MAX_ERRNO <= value < 0
+    outcome = errno.errorcode.get(-value, str(value)) if failed else str(value)
+    who = f"{call['comm']}/{call['tid']}"
+    return (
+        f"{clock}  {who:<22} {call['syscall']:<20} = {outcome:<12} "
+        f"{format_ns(call['duration_ns']):>8}"
+    )
+
+
+def _summary_records(batch: pb.EbpfEventBatch) -> Iterator[dict[str, Any]]:
     for index, stats in enumerate(batch.syscall_stats):
         latency = Histogram()
         latency.add(stats.latency_ns, stats.max_duration_ns)

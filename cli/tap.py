@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -30,8 +30,8 @@ from cli.common import (
     run,
 )
 from cli.launch import HeldCommand
-from cli.syscalls import HEADER, SyscallTotals, as_records
-from client import AgentClient, AgentError
+from cli.syscalls import HEADER, SyscallTotals, as_records, call_line, call_records
+from client import AgentClient, AgentError, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _LEASE_BAR_WIDTH: Final = 30
@@ -91,6 +91,7 @@ class _TapCommand(click.Command):
 @click.argument("target", required=False)
 @click.option("--host", is_flag=True, help="Watch every process of the machine.")
 @click.option("--syscall-stats", is_flag=True, help="System calls: counts, errors, latency.")
+@click.option("--events", is_flag=True, help="Every single call, a line each, in place of figures.")
 @click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
 @click.option("-i", "--interval", metavar="DURATION", help="How often figures come.  [default: 1s]")
 @click.option("--include", metavar="NAMES", help="Only these system calls, comma-separated.")
@@ -112,6 +113,7 @@ def tap(
     target: str | None,
     host: bool,
     syscall_stats: bool,
+    events: bool,
     duration: float | None,
     interval: str | None,
     include: str | None,
@@ -132,6 +134,8 @@ def tap(
     config = dict(wanted.config)
     given = {"interval": interval, "include": include, "exclude": exclude}
     config |= {name: value for name, value in given.items() if value is not None}
+    if events:
+        config["mode"] = "events"
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
@@ -159,7 +163,7 @@ async def _tap(
                 return EXIT_ERROR
             tapped = _Tapped(target.name, started)
             try:
-                view = _view(output, tapped)
+                view = _view(output, tapped, config)
                 end = await _follow(agent, tapped, view, held)
             finally:
                 if not tapped.end:  # whatever ended this, a closed pipe for one
@@ -192,16 +196,16 @@ class _Tapped:
         self.end: pb.SessionEnd | None = None
         self.interrupted = False
 
-    def add(self, batch: pb.EbpfEventBatch) -> None:
+    def add(self, batch: Batch) -> None:
         """Takes a batch in."""
-        for loss in batch.losses:
-            self.lost[pb.Loss.Stage.Name(loss.stage).removeprefix("STAGE_").lower()] += loss.count
-        if batch.count:
+        self.lost.update(batch.lost)
+        if len(batch.events):
+            self.totals.add_calls(batch)
+        elif batch.count:
             self.latest = SyscallTotals()
-            self.latest.add(batch)
-            self.totals.add(batch)
-        if batch.HasField("end"):
-            self.end = batch.end
+            self.latest.add(batch.message)
+            self.totals.add(batch.message)
+        self.end = batch.end
 
     @property
     def end_text(self) -> str:
@@ -216,16 +220,18 @@ class _Tapped:
 class _View(Protocol):
     """One way to show a tap."""
 
-    def update(self, batch: pb.EbpfEventBatch) -> None:
+    def update(self, batch: Batch) -> None:
         """Shows what a batch brought."""
 
     def finish(self) -> None:
         """Shows the end and the totals."""
 
 
-def _view(output: str, tapped: _Tapped) -> _View:
+def _view(output: str, tapped: _Tapped, config: Mapping[str, str]) -> _View:
     if output != "table":
         return _DataView(tapped, output)
+    if config.get("mode") == "events":
+        return _CallView(tapped)
     return _LiveView(tapped) if sys.stdout.isatty() else _PlainView(tapped)
 
 
@@ -244,7 +250,8 @@ async def _follow(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, on_interrupt)
     try:
-        async with agent.subscribe(tapped.collector_id) as stream:
+        terms = pb.EbpfEventStreamRequest(interactive=True)
+        async with agent.subscribe(tapped.collector_id, terms) as stream:
             if held:
                 held.release()
             async for batch in stream:
@@ -263,12 +270,11 @@ class _DataView:
         self._tapped = tapped
         self._output = output
 
-    def update(self, batch: pb.EbpfEventBatch) -> None:
+    def update(self, batch: Batch) -> None:
         for record in as_records(batch):
             echo_data(record, self._output)
-        for loss in batch.losses:
-            stage = pb.Loss.Stage.Name(loss.stage).removeprefix("STAGE_").lower()
-            echo_data({"lost": loss.count, "stage": stage}, self._output)
+        for stage, count in batch.lost.items():
+            echo_data({"lost": count, "stage": stage}, self._output)
 
     def finish(self) -> None:
         end = self._tapped.end
@@ -282,9 +288,9 @@ class _PlainView:
     def __init__(self, tapped: _Tapped) -> None:
         self._tapped = tapped
 
-    def update(self, batch: pb.EbpfEventBatch) -> None:
+    def update(self, batch: Batch) -> None:
         if batch.count:
-            clock = time.strftime("%H:%M:%S", time.localtime(batch.interval_end_ns / 1e9))
+            clock = time.strftime("%H:%M:%S", time.localtime(batch.message.interval_end_ns / 1e9))
             click.echo(f"\n{clock}  {self._tapped.target}\n{HEADER}")
             for line in self._tapped.latest.lines():
                 click.echo(line)
@@ -296,6 +302,15 @@ class _PlainView:
             click.echo(line)
         for stage, count in tapped.lost.items():
             click.echo(f"lost {count} ({stage})")
+
+
+class _CallView(_PlainView):
+    """A line for each single call."""
+
+    def update(self, batch: Batch) -> None:
+        lines = [call_line(call) for call in call_records(batch)]
+        if lines:
+            click.echo("\n".join(lines))
 
 
 class _LiveView:
@@ -312,7 +327,7 @@ class _LiveView:
         )
         self._live.start()
 
-    def update(self, batch: pb.EbpfEventBatch) -> None:
+    def update(self, batch: Batch) -> None:
         if batch.count:
             self._live.refresh()
 

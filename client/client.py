@@ -18,6 +18,7 @@ from typing import Any, Final, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from client.batch import Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 DEFAULT_ADDRESS: Final = "unix:/run/coral/agent.sock"
@@ -106,28 +107,35 @@ class AgentClient:
         )
 
     @asynccontextmanager
-    async def subscribe(self, collector_id: str) -> AsyncIterator[AsyncIterator[pb.EbpfEventBatch]]:
+    async def subscribe(
+        self, collector_id: str, terms: pb.EbpfEventStreamRequest | None = None
+    ) -> AsyncIterator[AsyncIterator[Batch]]:
         """A collector's batches, from its first event if that is still kept, to the one that
-        carries the end. Inside the block the subscription stands."""
-        call = self._channel.unary_stream(
+        carries the end. Inside the block the subscription stands. TERMS may ask for another start,
+        a filter, another overflow policy.
+
+        A connection that breaks, or that the agent renews for its age, is made again, and the
+        stream resumed after the last event that was read.
+        """
+        wanted = pb.EbpfEventStreamRequest()
+        if terms:
+            wanted.CopyFrom(terms)
+        wanted.collector_id = collector_id
+        stream = _Stream(self, wanted)
+        await stream.open()
+        try:
+            yield stream.batches()
+        finally:
+            stream.close()
+
+    def stream_call(self, wanted: pb.EbpfEventStreamRequest) -> Any:  # noqa: ANN401
+        """A call of StreamEventBatches whose messages are bytes."""
+        method: Any = self._channel.unary_stream(
             f"/{_SERVICE}/StreamEventBatches",
             request_serializer=pb.EbpfEventStreamRequest.SerializeToString,
-            response_deserializer=pb.EbpfEventBatch.FromString,
-        )(pb.EbpfEventStreamRequest(collector_id=collector_id), metadata=self._metadata)
-        try:
-            await call.initial_metadata()
-            yield self._batches(call)
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
-
-    async def _batches(self, call: Any) -> AsyncIterator[pb.EbpfEventBatch]:  # noqa: ANN401
-        try:
-            async for batch in call:
-                yield batch
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+            response_deserializer=None,
+        )
+        return method(wanted, metadata=self._metadata)
 
     async def _call(self, method: str, request: Message, answer: type[Answer]) -> Answer:
         call: Any = self._channel.unary_unary(
@@ -138,10 +146,11 @@ class AgentClient:
         try:
             response: Answer = await call(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+            raise self.error_of(error) from error
         return response
 
-    def _error(self, error: grpc.aio.AioRpcError) -> AgentError:
+    def error_of(self, error: grpc.aio.AioRpcError) -> AgentError:
+        """What a failed call means, for people."""
         message = error.details() or error.code().name
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             message = (
@@ -149,3 +158,41 @@ class AgentClient:
                 f"address with --agent or {ENV_ADDRESS}"
             )
         return AgentError(error.code(), message)
+
+
+class _Stream:
+    """One subscription, over as many calls as it takes."""
+
+    def __init__(self, agent: AgentClient, wanted: pb.EbpfEventStreamRequest) -> None:
+        self._agent = agent
+        self._wanted = wanted
+        self._call: Any = None
+
+    async def open(self) -> None:
+        """Subscribes; returns when the agent has said that the subscription stands."""
+        self._call = self._agent.stream_call(self._wanted)
+        try:
+            await self._call.initial_metadata()
+        except grpc.aio.AioRpcError as error:
+            self.close()
+            raise self._agent.error_of(error) from error
+
+    async def batches(self) -> AsyncIterator[Batch]:
+        """Every batch, over as many calls as it takes."""
+        while True:
+            try:
+                async for wire in self._call:
+                    batch = Batch.parse(wire)
+                    if batch.last_seq >= batch.first_seq:
+                        self._wanted.after_seq = batch.last_seq
+                    yield batch
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise self._agent.error_of(error) from error
+                await self.open()
+            else:
+                return
+
+    def close(self) -> None:
+        """Leaves."""
+        self._call.cancel()

@@ -8,15 +8,18 @@ a subclass of `Collector`, a line in `registry.py`, a message in the proto.
 from __future__ import annotations
 
 import asyncio
+import select
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from google.protobuf.message import Message
+from numpy.typing import NDArray
 from prometheus_client import Metric
 
-from bpf import BpfObject, Features, LoadError
+from bpf import BpfObject, Features, LoadError, RingReader
+from bpf.libbpf import release_memory
 from collectors.options import Option
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -28,19 +31,36 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class EventRows:
+    """Individual events as one array.
+
+    `records` is of shape (n,), with the fields of `message`, a type of fixed-width fields only;
+    fields that are indices point into `strings`. Each stands for `sample_every` events.
+    """
+
+    message: type[Message]
+    records: NDArray[Any]
+    strings: Sequence[str]
+    sample_every: int = 1
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What a collector has seen in one interval: rows of one message type, and what it lost.
 
     Times are Unix time in nanoseconds. `losses` are counts by `pb.Loss.Stage`.
     """
 
-    rows: Sequence[Message]
+    rows: Sequence[Message] | EventRows
     interval_start_ns: int
     interval_end_ns: int
     losses: Mapping[int, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.losses)
+        return bool(len(self.rows) or self.losses)
 
 
 Emit = Callable[[Batch], None]
@@ -134,18 +154,27 @@ class Collector(ABC):
         session ends. Empty where it should go on."""
         return ()
 
+    @property
+    def ring(self) -> RingReader | None:
+        """The ring that `drain` empties, where it does: then draining is quick enough for the
+        event loop, and a program can ask for it before the interval is over."""
+        return None
+
     async def run(self, emit: Emit, attached: Callable[[], None]) -> None:
         """Opens, calls ATTACHED, then drains and emits at every interval until cancelled, or until
-        what it watches has ended. Either way drains once more, and closes."""
+        what it watches has ended. Either way detaches, drains once more, and closes."""
         opened = False
         try:
             await in_thread(self._open)
             opened = True
             attached()
-            await self._drain_until_exit(emit)
+            await in_thread(release_memory)
+            with _Watch(self) as watch:
+                await self._drain_until_exit(watch, emit)
         finally:
             try:
                 if opened:
+                    await in_thread(self.bpf_object.detach)
                     await self._drain(emit)
             finally:
                 await in_thread(self.close)
@@ -164,42 +193,74 @@ class Collector(ABC):
         what was drained is in no map any more, and would be lost without a number."""
         drained: list[Batch] = []
         try:
-            await in_thread(lambda: drained.append(self.drain()))
+            if self.ring:
+                drained.append(self.drain())
+            else:
+                await in_thread(lambda: drained.append(self.drain()))
         finally:
             for batch in drained:
                 emit(batch)
         return bool(drained[0])
 
-    async def _drain_until_exit(self, emit: Emit) -> None:
+    async def _drain_until_exit(self, watch: _Watch, emit: Emit) -> None:
         loop = asyncio.get_running_loop()
-        exited = asyncio.Event()
-        waiting = set(self.exit_fds())
+        started = tick = loop.time()
+        seen = False
+        while not watch.exited:
+            if seen:
+                tick = max(tick + self.interval_s, loop.time())
+            else:
+                tick = min(loop.time() + FIRST_LOOK_S, started + self.interval_s)
+                seen = tick == started + self.interval_s
+            if await watch.wait_until(tick):
+                continue
+            if await self._drain(emit) and not seen:
+                seen, tick = True, loop.time()
 
-        def on_exit(fd: int) -> None:
-            loop.remove_reader(fd)
-            waiting.discard(fd)
-            if not waiting:
-                exited.set()
 
-        for fd in tuple(waiting):
-            loop.add_reader(fd, on_exit, fd)
+class _Watch:
+    """Waits for the next time to drain: a tick, a program's wake-up, or the end of all targets."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.exited = False
+        self._woken = asyncio.Event()
+        self._running = set(collector.exit_fds())
+        self._ring = collector.ring
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> Self:
+        for fd in self._running:
+            self._loop.add_reader(fd, self._on_exit, fd)
+        if self._ring:
+            self._loop.add_reader(self._ring.wakeup.fileno(), self._on_wakeup, self._ring.wakeup)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._running:
+            self._loop.remove_reader(fd)
+        if self._ring:
+            self._loop.remove_reader(self._ring.wakeup.fileno())
+
+    def _on_exit(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        self._running.discard(fd)
+        self.exited = not self._running
+        if self.exited:
+            self._woken.set()
+
+    def _on_wakeup(self, wakeup: select.epoll) -> None:
+        wakeup.poll(0)
+        self._woken.set()
+
+    async def wait_until(self, tick: float) -> bool:
+        """Waits until TICK, by the loop's clock, or a wake-up; whether all targets have ended."""
         try:
-            started = loop.time()
-            tick, seen = started, False
-            while not exited.is_set():
-                tick = tick + self.interval_s if seen else loop.time() + FIRST_LOOK_S
-                if not seen:
-                    tick = min(tick, started + self.interval_s)
-                    seen = tick >= started + self.interval_s
-                try:
-                    async with asyncio.timeout_at(tick):
-                        await exited.wait()
-                except TimeoutError:
-                    if await self._drain(emit) and not seen:
-                        seen, tick = True, loop.time()
-        finally:
-            for fd in waiting:
-                loop.remove_reader(fd)
+            async with asyncio.timeout_at(tick):
+                await self._woken.wait()
+        except TimeoutError:
+            pass
+        self._woken.clear()
+        return self.exited
 
 
 async def in_thread(function: Callable[[], T]) -> T:

@@ -15,6 +15,9 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
+_SIZE: Final = re.compile(r"(\d+)(KiB|MiB)?")
+_SIZE_UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20}
+
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _MINUTE_S: Final = 60
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -136,6 +139,21 @@ def integer(least: int, most: int) -> Parser:
         if not re.fullmatch(r"-?\d+", text.strip()) or not least <= int(text) <= most:
             raise ValueError(accepts)
         return int(text)
+
+    return Parser(accepts, parse)
+
+
+def size(least_bytes: int, most_bytes: int) -> Parser:
+    """A size in bytes that is a power of two, within bounds."""
+    bounds = f"from {least_bytes >> 10}KiB to {most_bytes >> 20}MiB"
+    accepts = f"a power of two {bounds}, such as 64KiB or 4MiB"
+
+    def parse(text: str) -> int:
+        match = _SIZE.fullmatch(text.strip())
+        count = int(match[1]) * _SIZE_UNITS[match[2]] if match else 0
+        if not least_bytes <= count <= most_bytes or count & (count - 1):
+            raise ValueError(accepts)
+        return count
 
     return Parser(accepts, parse)
 

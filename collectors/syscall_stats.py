@@ -5,38 +5,55 @@ The kernel's figures only grow; each drain reads them all at once and subtracts 
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-from bpf import BpfObject, Features, HashMap
+from bpf import BpfObject, Features, HashMap, RingReader
 from bpf.maps import sum_over_cpus
 from collectors import errno_class, syscall_table
-from collectors.base import Batch, Collector, Measures, ServiceProcesses, Support
-from collectors.options import Option, describe, duration, integer, items, option, parse_options
+from collectors.base import Batch, Collector, ServiceProcesses, Support
+from collectors.options import (
+    Option,
+    boolean,
+    choice,
+    describe,
+    duration,
+    integer,
+    items,
+    option,
+    parse_options,
+    size,
+)
+from collectors.syscall_calls import CallReader
+from collectors.syscall_counters import (
+    ERRORS,
+    LATENCY,
+    LATENCY_FIRST,
+    LATENCY_SLOTS,
+    TOTAL_NS,
+    Counters,
+    Increase,
+)
+from collectors.syscall_measures import SyscallMeasures
 from collectors.targets import TargetOptions, Targets
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
-LATENCY_FIRST: Final = 6  # as in syscall_stats.bpf.c
-LATENCY_SLOTS: Final = 32
 OTHER: Final = "other"
 
+# Single events: how long one waits at most before it is sent, and how full the ring may get before
+# a program asks for a drain. An event is to be with its subscriber within 20 ms; a drain that finds
+# anything costs half a millisecond to a whole one, up to the write to a subscriber.
+_RING_INTERVAL_S: Final = 0.015
+_RING_WAKEUP_SHARE: Final = 4
 _NEEDS: Final = ("task_storage", "percpu_hash")
 # Hooks, best first, with what each one's programs are called.
 _HOOKS: Final = {"tp_btf": "btf", "raw_tp": "raw"}
 _PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_exit", "coral_enter")
-# Columns of the matrix of counters that a drain subtracts.
-_TOTAL_NS, _ERRORS, _LATENCY = 0, 1, 1 + len(errno_class.NAMES)
-_COLUMNS: Final = _LATENCY + LATENCY_SLOTS
-# Upper bounds of the Prometheus histogram, as exponents of two, in ns: 256 ns to 17 s, times four.
-_BUCKET_EXPONENTS: Final = tuple(range(8, 35, 2))
 
 
 def _syscall(name: str) -> str:
@@ -61,6 +78,40 @@ class SyscallStatsOptions(TargetOptions):
         "0",
         "rows an interval: the busiest by time, the rest added up in one row `other`; 0: all",
     )
+
+    entries: int = option(
+        integer(1, 10240),
+        "10240",
+        "pairs of process and call that are kept; calls of further ones are losses of MAP_FULL",
+    )
+    mode: str = option(
+        choice("summaries", "events"), "summaries", "figures of each interval, or every single call"
+    )
+    min_duration: float = option(
+        duration(0, 3600), "0s", "of single events: calls that took at least so long"
+    )
+    errors_only: bool = option(boolean(), "false", "of single events: calls that failed")
+    sample: int = option(
+        integer(1, 1_000_000), "1", "of single events: one in so many, on each CPU"
+    )
+    ring: int = option(
+        size(64 << 10, 256 << 20), "4MiB", "of single events: the ring buffer, a power of two"
+    )
+
+    @property
+    def single_events(self) -> bool:
+        """Whether every call is an event."""
+        return self.mode == "events"
+
+    @property
+    def event_filter(self) -> Mapping[str, object]:
+        """The read-only globals that say which single events to send."""
+        return {
+            "single_events": self.single_events,
+            "errors_only": self.errors_only,
+            "min_duration_ns": int(self.min_duration * 1e9),
+            "sample_every": self.sample,
+        }
 
     @property
     def syscall_filter(self) -> Mapping[str, object]:
@@ -95,11 +146,18 @@ class SyscallStatsCollector(Collector):
             options={
                 **self._targets.object_options,
                 **options.syscall_filter,
+                **options.event_filter,
                 "error_class": errno_class.table(),
+                "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
+            },
+            map_entries={
+                "stats": options.entries,
+                **({"ring": options.ring} if options.single_events else {}),
             },
             map_flags={} if on_demand else {"stats": 0, "targets": 0},
         )
-        self._counters = _Counters()
+        self._calls: CallReader | None = None
+        self._counters = Counters()
         self._map_full = 0
         self._read_at_ns = 0
 
@@ -140,7 +198,11 @@ class SyscallStatsCollector(Collector):
 
     @property
     def interval_s(self) -> float:
-        return self._options.interval
+        return _RING_INTERVAL_S if self._options.single_events else self._options.interval
+
+    @property
+    def ring(self) -> RingReader | None:
+        return self._calls.ring if self._calls else None
 
     def exit_fds(self) -> Sequence[int]:
         return self._targets.exit_fds
@@ -149,11 +211,25 @@ class SyscallStatsCollector(Collector):
         self._object.load()
         self._stats: HashMap = self._object.map("stats")
         self._account = self._object.map("account")
+        if self._options.single_events:
+            ring = self._object.ring("ring", "syscall_call")
+            self._calls = CallReader(ring, self._account, self._targets, self._options.sample)
         self._object.attach()
         self._targets.fill(self._object)
         self._read_at_ns = time.time_ns()
 
     def drain(self) -> Batch:
+        return self._drain_calls(self._calls) if self._calls else self._drain_summaries()
+
+    def _drain_calls(self, calls: CallReader) -> Batch:
+        started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
+        losses = self._losses()
+        # Before the drain: a record that is refused in between is told next time.
+        if lost := calls.lost():
+            losses[pb.Loss.STAGE_KERNEL_BUFFER] = lost
+        return Batch(calls.drain(), started_at_ns, self._read_at_ns, losses)
+
+    def _drain_summaries(self) -> Batch:
         interval = int(self._object.read_variable("interval"))
         self._object.write_variable("interval", (interval + 1) & 0xFFFFFFFF)
         # Before the counters: of a process seen as ended here, the counters are its last.
@@ -175,7 +251,7 @@ class SyscallStatsCollector(Collector):
         self._counters.forget(tgids)
         self._targets.forget(tgids)
 
-    def _losses(self) -> Mapping[int, int]:
+    def _losses(self) -> dict[int, int]:
         _, account = self._account.read()
         uncounted = int(sum_over_cpus(account, "map_full")[0])
         total = uncounted + self._targets.unfollowed(self._object)
@@ -183,95 +259,14 @@ class SyscallStatsCollector(Collector):
         return {pb.Loss.STAGE_MAP_FULL: lost} if lost else {}
 
     def close(self) -> None:
+        self._calls = None
         self._targets.close()
         self._object.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Increase:
-    """What one interval added, for n pairs of process and system call that made a call in it."""
-
-    tgids: NDArray[np.uint32]  # (n,)
-    numbers: NDArray[np.uint32]  # (n,)
-    max_ns: NDArray[np.uint64]  # (n,)
-    counters: NDArray[np.uint64]  # (n, 41): total ns, errors by class, latency slots
-
-    @property
-    def calls(self) -> NDArray[np.uint64]:
-        """Calls, of shape (n,): the sum of the latency histogram."""
-        calls: NDArray[np.uint64] = self.counters[:, _LATENCY:].sum(axis=1)
-        return calls
-
-    def take(self, index: NDArray[Any]) -> Increase:
-        """The rows at INDEX."""
-        return Increase(
-            self.tgids[index], self.numbers[index], self.max_ns[index], self.counters[index]
-        )
-
-
-class _Counters:
-    """The figures as they were read last, by key."""
-
-    def __init__(self) -> None:
-        self._keys = np.empty(0, np.uint64)  # sorted
-        self._values = np.empty((0, _COLUMNS), np.uint64)
-
-    def advance(self, keys: NDArray[Any], values: NDArray[Any], interval: int) -> Increase:
-        """Takes in what was read: keys (n,), values (n, CPUs); returns what it adds to the reading
-        before."""
-        packed = keys["tgid"].astype(np.uint64) << np.uint64(32) | keys["nr"]
-        order = np.argsort(packed)
-        packed, keys, values = packed[order], keys[order], values[order]
-        current = np.empty((len(keys), _COLUMNS), np.uint64)
-        current[:, _TOTAL_NS] = sum_over_cpus(values, "total_ns")
-        current[:, _ERRORS:_LATENCY] = sum_over_cpus(values, "errors")
-        current[:, _LATENCY:] = sum_over_cpus(values, "latency")
-
-        increase = current.copy()
-        if len(self._keys) and len(packed):
-            at = np.searchsorted(self._keys, packed).clip(max=len(self._keys) - 1)
-            known = self._keys[at] == packed
-            increase[known] -= self._values[at[known]]
-        active = increase[:, _LATENCY:].any(axis=1)
-        # A call whose time is in and which is not itself in yet: all of it next time.
-        current[~active] -= increase[~active]
-        self._keys, self._values = packed, current
-
-        increase = increase[active]
-        max_ns = _bounded(_max_ns(values[active], interval), increase)
-        return Increase(keys["tgid"][active], keys["nr"][active], max_ns, increase)
-
-    def forget(self, tgids: Sequence[int]) -> None:
-        """Drops the figures of processes that have ended."""
-        kept = ~np.isin(self._keys >> np.uint64(32), np.array(tgids, np.uint64))
-        self._keys, self._values = self._keys[kept], self._values[kept]
-
-
-def _max_ns(values: NDArray[Any], interval: int) -> NDArray[np.uint64]:
-    """The greatest latency over all CPUs since INTERVAL began: values (n, CPUs) become (n,)."""
-    recent = (interval & 0xFFFFFFFF, (interval + 1) & 0xFFFFFFFF)
-    kept = np.where(np.isin(values["max_interval"], recent), values["max_ns"], 0)
-    max_ns: NDArray[np.uint64] = kept.max(axis=(1, 2), initial=0)
-    return max_ns
-
-
-def _bounded(max_ns: NDArray[np.uint64], increase: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """MAX_NS as far as the histogram and the total of the same calls allow it.
-
-    Around the change of interval a maximum can fall to the neighbouring one, while its call does
-    not: a few hundred microseconds lie between that change and the read.
-    """
-    latency = increase[:, _LATENCY:]
-    last_slot = LATENCY_SLOTS - 1 - (latency[:, ::-1] != 0).argmax(axis=1)
-    edges = np.append(2 ** np.arange(LATENCY_FIRST, LATENCY_FIRST + LATENCY_SLOTS), 2**62)
-    edges[0] = 0
-    lower, upper = edges[last_slot].astype(np.uint64), edges[last_slot + 1].astype(np.uint64)
-    return max_ns.clip(lower, np.minimum(upper, increase[:, _TOTAL_NS]))
-
-
 def rows_of(increase: Increase, names: Mapping[int, str], top: int = 0) -> list[pb.SyscallStats]:
     """Messages, busiest first by time; of TOP > 0, at most so many, the last the rest's sum."""
-    order = np.argsort(increase.counters[:, _TOTAL_NS])[::-1]
+    order = np.argsort(increase.counters[:, TOTAL_NS])[::-1]
     rest = order[max(top - 1, 0) :] if top and len(order) > top else order[:0]
     shown = increase.take(order[: len(order) - len(rest)])
     rows = [
@@ -307,10 +302,10 @@ def _row(
     comm: str = "",
     number: int = 0,
 ) -> pb.SyscallStats:
-    total_ns = int(counters[_TOTAL_NS])
-    latency = counters[_LATENCY:]
+    total_ns = int(counters[TOTAL_NS])
+    latency = counters[LATENCY:]
     slots_used = int(latency.nonzero()[0][-1]) + 1
-    errors = counters[_ERRORS:_LATENCY]
+    errors = counters[ERRORS:LATENCY]
     row = pb.SyscallStats(
         syscall_name=name,
         call_count=int(latency.sum()),
@@ -329,59 +324,3 @@ def _row(
         for index in errors.nonzero()[0].tolist():
             row.errors_by_class[errno_class.NAMES[index]] = int(errors[index])
     return row
-
-
-class SyscallMeasures(Measures):
-    """Calls, errors and latency by service and system call, for as long as the agent lives."""
-
-    def __init__(self, max_series: int) -> None:
-        self._max_series = max_series
-        self._lock = threading.Lock()  # a scrape runs in a thread of its own
-        self._series: dict[tuple[str, str], NDArray[np.uint64]] = {}
-
-    def observe(self, service: str, batch: Batch) -> None:
-        with self._lock:
-            for row in batch.rows:
-                if isinstance(row, pb.SyscallStats):
-                    self._add(service, row)
-
-    def _add(self, service: str, row: pb.SyscallStats) -> None:
-        key = (service, row.syscall_name)
-        if key not in self._series and len(self._series) >= self._max_series:
-            key = (OTHER, OTHER)
-        series = self._series.setdefault(key, np.zeros(_COLUMNS, np.uint64))
-        series[_TOTAL_NS] += np.uint64(row.total_duration_ns)
-        for name, count in row.errors_by_class.items():
-            series[_ERRORS + errno_class.NAMES.index(name)] += np.uint64(count)
-        counts = row.latency_ns.counts
-        series[_LATENCY : _LATENCY + len(counts)] += np.array(counts, np.uint64)
-
-    def collect(self) -> Iterable[Metric]:
-        with self._lock:
-            series = {key: value.copy() for key, value in self._series.items()}
-        calls = CounterMetricFamily(
-            "coral_syscall_calls", "System calls that ended.", labels=("service", "syscall")
-        )
-        errors = CounterMetricFamily(
-            "coral_syscall_errors",
-            "System calls that failed, by class of errno.",
-            labels=("service", "syscall", "class"),
-        )
-        seconds = HistogramMetricFamily(
-            "coral_syscall_duration_seconds",
-            "Time from a system call's start to its end.",
-            labels=("service", "syscall"),
-        )
-        for labels, counters in series.items():
-            latency = counters[_LATENCY:].cumsum()
-            calls.add_metric(labels, int(latency[-1]))
-            buckets = [
-                (f"{2**exponent / 1e9:.9g}", float(latency[exponent - LATENCY_FIRST - 1]))
-                for exponent in _BUCKET_EXPONENTS
-            ]
-            buckets.append(("+Inf", float(latency[-1])))
-            seconds.add_metric(labels, buckets, float(counters[_TOTAL_NS]) / 1e9)
-            for index, name in enumerate(errno_class.NAMES):
-                if counters[_ERRORS + index]:
-                    errors.add_metric((*labels, name), int(counters[_ERRORS + index]))
-        return (calls, errors, seconds)

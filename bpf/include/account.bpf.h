@@ -10,6 +10,7 @@
 struct account {
 	__u64 produced; /* records meant for the ring buffer, lost ones included */
 	__u64 lost;	/* of these: refused, because the ring buffer was full */
+	__u64 seen;	/* candidates for a sample */
 	__u64 map_full; /* calls not counted, because a map had no room or the kernel no memory */
 };
 

@@ -30,6 +30,7 @@ struct signal_struct {
 
 struct task_struct {
 	struct thread_info thread_info;
+	int pid;
 	int tgid;
 	struct task_struct *group_leader;
 	struct signal_struct *signal;

@@ -260,7 +260,7 @@ async def start_and_stop(agent: RunningAgent, pid: int, *, at_once: int, times: 
             async with client.subscribe(started.collector_id) as stream:
                 await client.stop(started.collector_id)
                 batches = [batch async for batch in stream]
-            assert batches[-1].end.reason == pb.SessionEnd.REASON_STOPPED
+            assert batches[-1].message.end.reason == pb.SessionEnd.REASON_STOPPED
 
     async with AgentClient(agent.address) as client, asyncio.TaskGroup() as tasks:
         for _ in range(at_once):

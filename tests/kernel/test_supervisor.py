@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 
-from agent.supervisor import Session, StartRequest, Supervisor
+from agent.session import Session, StartRequest
+from agent.supervisor import Supervisor
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Puppet, Vitals, held_by, totals
 
@@ -39,8 +40,7 @@ async def all_rows(session: Session) -> list[pb.SyscallStats]:
     return [
         row
         async for frame in session.subscribe()
-        for row in frame.batch.rows
-        if isinstance(row, pb.SyscallStats)
+        for row in pb.EbpfEventBatch.FromString(frame.wire).syscall_stats
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bpf
+from collectors.base import EventRows
 from collectors.syscall_stats import SyscallStatsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Calls, totals
@@ -50,6 +51,7 @@ def rows_until_exit(collector: SyscallStatsCollector, running: Calls) -> list[pb
 def _rows(collector: SyscallStatsCollector) -> list[pb.SyscallStats]:
     batch = collector.drain()
     assert not batch.losses
+    assert not isinstance(batch.rows, EventRows)
     return [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
 
 
@@ -161,20 +163,14 @@ def test_a_process_that_has_ended_leaves_no_entry(calls: Callable[..., Calls]) -
         assert len(collector.bpf_object.map("stats").read()[0]) == 0
 
 
-def test_a_full_map_is_counted(
-    calls: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = bpf.BpfObject.__init__
-
-    def small(self: bpf.BpfObject, *args: object, **kwargs: object) -> None:
-        original(self, *args, **kwargs, map_entries={"stats": 1})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(bpf.BpfObject, "__init__", small)
+def test_a_full_map_is_counted(calls: Callable[..., Calls]) -> None:
     running = calls("openat", 5, "getppid", 1_000, "write", 50)
-    with collecting(pid=str(running.pid), include="openat,getppid,write") as collector:
+    config = {"pid": str(running.pid), "include": "openat,getppid,write", "entries": "1"}
+    with collecting(**config) as collector:
         running.go()
         running.finish()
         batch = collector.drain()
+    assert not isinstance(batch.rows, EventRows)
     rows = [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
     # The program makes its last write for its own report.
     assert totals(rows) == {"openat": 5}

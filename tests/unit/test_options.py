@@ -49,7 +49,8 @@ def test_defaults_are_those_of_the_description() -> None:
     assert {option.name: option.default for option in describe(SyscallStatsOptions)} == {
         "pid": "", "comm": "", "cgroup": "", "scope": "", "follow_children": "true",
         "until_exit": "false", "from_exec": "false", "interval": "1s", "include": "",
-        "exclude": "", "top": "0",
+        "exclude": "", "top": "0", "entries": "10240", "mode": "summaries", "min_duration": "0s",
+        "errors_only": "false", "sample": "1", "ring": "4MiB",
     }  # fmt: skip
 
 
@@ -60,6 +61,10 @@ def test_defaults_are_those_of_the_description() -> None:
         ("interval", "2m", "a duration from 100ms to 1m"),
         ("interval", "soon", "a duration from 100ms to 1m"),
         ("top", "-1", "a whole number from 0 to 10240"),
+        ("ring", "100KiB", "a power of two from 64KiB to 256MiB"),
+        ("ring", "4KiB", "a power of two from 64KiB to 256MiB"),
+        ("mode", "both", "summaries or events"),
+        ("sample", "0", "a whole number from 1 to 1000000"),
         ("top", "many", "a whole number from 0 to 10240"),
         ("follow_children", "yes", "true or false"),
         ("scope", "world", "host"),

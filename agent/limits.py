@@ -1,0 +1,91 @@
+"""What the agent may spend, and who has to go when it is too much. Loop-free: figures in, verdicts
+out."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
+
+CPU_WINDOW_S: Final = 10.0
+_BACKOFF_FIRST_S: Final = 1.0
+_BACKOFF_MOST_S: Final = 60.0
+
+
+class Priority(enum.IntEnum):
+    """Who goes first when a limit is passed: the lowest."""
+
+    CONTINUOUS = 0
+    ON_DEMAND = 1
+    WATCHED = 2  # a person is looking
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Generic[S]):
+    """A session that could be preempted."""
+
+    session: S
+    priority: Priority
+    started_at: float
+
+
+def first_to_go(candidates: Iterable[Candidate[S]]) -> S | None:
+    """The session of the lowest priority; of several, the youngest. None where there is none."""
+    ordered = sorted(candidates, key=lambda c: (c.priority, -c.started_at))
+    return ordered[0].session if ordered else None
+
+
+@dataclass
+class CpuBudget:
+    """CPU used over a sliding window, against a share of one CPU in percent."""
+
+    percent: float
+    _samples: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def add(self, at_s: float, used_s: float) -> None:
+        """Takes in that by the time AT_S so much CPU time had been used in all."""
+        self._samples.append((at_s, used_s))
+        while len(self._samples) > 2 and self._samples[1][0] <= at_s - CPU_WINDOW_S:  # noqa: PLR2004
+            self._samples.popleft()
+
+    @property
+    def used_percent(self) -> float | None:
+        """The use over the window; None before the window is full."""
+        if not self._samples:
+            return None
+        (first_at, first_used), (last_at, last_used) = self._samples[0], self._samples[-1]
+        if last_at - first_at < CPU_WINDOW_S:
+            return None
+        return 100 * (last_used - first_used) / (last_at - first_at)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether the window is full and the use in it over the budget."""
+        used = self.used_percent
+        return used is not None and used > self.percent
+
+    def restart(self) -> None:
+        """Begins a new window: what was used before is settled."""
+        self._samples.clear()
+
+
+@dataclass
+class Backoff:
+    """Pauses that double from a second to a minute, each with a jitter of half its length."""
+
+    _next_s: float = _BACKOFF_FIRST_S
+
+    def pause_s(self) -> float:
+        """The next pause."""
+        pause_s, self._next_s = self._next_s, min(2 * self._next_s, _BACKOFF_MOST_S)
+        return pause_s * random.uniform(0.75, 1.25)  # noqa: S311  not a secret
+
+    def succeeded(self) -> None:
+        """Begins again with the shortest pause."""
+        self._next_s = _BACKOFF_FIRST_S

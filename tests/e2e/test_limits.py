@@ -1,0 +1,195 @@
+"""Limits: what is refused, who has to go, what a reader is not sent; each time with the limit's
+name, its value and the use."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from client import AgentClient, AgentError
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.events import (
+    Received,
+    connected,
+    eventually,
+    have_subscribed,
+    info_of,
+    metric,
+    receive,
+    start_events,
+)
+from tests.support import Calls, RunningAgent, running_agent
+
+PREEMPTED = 'coral_agent_sessions_ended_total{kind="syscall_stats",reason="preempted"}'
+STATS = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+
+
+def in_the_kernel(agent: RunningAgent) -> list[str]:
+    """The agent's programs, maps and links: they live as long as its descriptors of them."""
+    descriptors = Path(f"/proc/{agent.process.pid}/fd").iterdir()
+    links = [str(descriptor.readlink()) for descriptor in descriptors]
+    return sorted(link for link in links if "bpf" in link)
+
+
+async def test_a_collector_larger_than_the_memory_limit_is_refused_and_leaves_nothing(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 1_000)
+    with running_agent(tmp_path / "agent", {"limits": {"memory": "1MiB"}}) as agent:
+        async with connected(agent) as client:
+            before = in_the_kernel(agent)
+            with pytest.raises(AgentError) as refused:
+                await start_events(client, running.pid, ring="4MiB")
+            assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            found = re.fullmatch(
+                r"limits\.memory is 1048576 bytes; this syscall_stats takes (\d+), which makes "
+                r"(\d+) in all: ask for smaller buffers, or stop another collector",
+                str(refused.value),
+            )
+            assert found, refused.value
+            assert 4 << 20 < int(found[1]) == int(found[2]) < 8 << 20
+            assert not (await client.collectors()).collectors
+            assert in_the_kernel(agent) == before
+            # There is room for one that is small enough.
+            session = await start_events(
+                client, running.pid, ring="64KiB", include="getppid", until_exit="true"
+            )
+            got = await receive(client, session, None, running.go)
+            assert len(got.events) == 1_000
+        assert in_the_kernel(agent) == before
+
+
+async def test_as_many_collectors_as_the_limit_says_start_at_one_time(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 1)
+    with running_agent(tmp_path / "agent", {"limits": {"concurrent_collectors": 6}}) as agent:
+        async with connected(agent) as client:
+            starts = (start_events(client, running.pid, ring="64KiB") for _ in range(8))
+            answers = await asyncio.gather(*starts, return_exceptions=True)
+            assert len((await client.collectors()).collectors) == 6
+    refusals = [answer for answer in answers if isinstance(answer, AgentError)]
+    assert len(refusals) == 2
+    for refusal in refusals:
+        assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "limits.concurrent_collectors is 6, and 6 are at work" in str(refusal)
+
+
+async def test_the_processor_limit_takes_the_least_important_session_and_says_why(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 1_000_000_000)
+    config = {
+        "limits": {"cpu_percent": 0.01},
+        "continuous": [
+            {"kind": "syscall_stats", "service": "always", "config": {"comm": "coral-nobody"}}
+        ],
+    }
+    with running_agent(tmp_path / "agent", config) as agent:
+        async with connected(agent) as client:
+            pid = {"pid": str(running.pid)}
+            always = await continuous(client)
+            watched = await client.start(STATS, service_name="watched", config=pid)
+            asked_for = await client.start(STATS, service_name="asked for", config=pid)
+            person = pb.EbpfEventStreamRequest(interactive=True)
+
+            def read(
+                collector_id: str, *terms: pb.EbpfEventStreamRequest | None
+            ) -> asyncio.Future[list[Received]]:
+                return asyncio.gather(*(receive(client, collector_id, each) for each in terms))
+
+            first = read(always, None, None)
+            second = read(asked_for.collector_id, None, None)
+            last = read(watched.collector_id, None, person)
+            running.go()
+            for each in await first:
+                assert_preempted_for_processor_time(each)
+            assert metric(agent, PREEMPTED) == 1
+            # The continuous one is tried again by itself; now it is ended for good.
+            await client.stop(await continuous(client))
+            assert not second.done()
+
+            for each in await second:
+                assert_preempted_for_processor_time(each)
+            assert metric(agent, PREEMPTED) == 2
+            with pytest.raises(
+                AgentError, match=r"has ended: PREEMPTED: limits\.cpu_percent is 0\.01"
+            ):
+                await client.stop(asked_for.collector_id)
+
+            assert not last.done()
+            (left,) = (await client.collectors()).collectors
+            assert left.collector_id == watched.collector_id
+            await client.stop(watched.collector_id)
+            for each in await last:
+                assert each.end.reason == pb.SessionEnd.REASON_STOPPED
+                assert each.end.produced > 10
+
+
+async def continuous(client: AgentClient) -> str:
+    """The id of the continuous collector, once it is at work."""
+
+    async def at_work() -> str | None:
+        listed = (await client.collectors()).collectors
+        return next((one.collector_id for one in listed if one.continuous), None)
+
+    return await eventually(at_work) or ""
+
+
+def assert_preempted_for_processor_time(got: Received) -> None:
+    """Fails unless the limit's name, its value and the use were told."""
+    assert got.end.reason == pb.SessionEnd.REASON_PREEMPTED
+    told = re.fullmatch(
+        r"limits\.cpu_percent is 0\.01 of one CPU; (\d+\.\d) were used over 10s", got.end.detail
+    )
+    assert told, got.end.detail
+    assert 1 < float(told[1]) < 200
+
+
+async def test_what_is_over_a_subscribers_rate_is_a_loss_and_its_account_is_exact(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    rate_bytes_s, row_bytes = 64 << 10, 55
+    running = calls("nanosleep", 2_000, "openat", 20, threads=4)
+    config = {"limits": {"subscriber_bytes_per_second": rate_bytes_s}}
+    with running_agent(tmp_path / "agent", config) as agent:
+        async with connected(agent) as client:
+            session = await start_events(client, running.pid, include="nanosleep,openat")
+            openat = pb.EbpfEventStreamRequest(filter=pb.EventFilter(syscalls=["openat"]))
+            every = asyncio.create_task(receive(client, session))
+            few = asyncio.create_task(receive(client, session, openat))
+            await have_subscribed(client, session, 2)
+            began = time.monotonic()
+            running.go()
+
+            async def all_made() -> bool:
+                return (await info_of(client, session)).produced == 8_080
+
+            await eventually(all_made)
+            elapsed_s = time.monotonic() - began
+            accounts = (await info_of(client, session)).subscribers
+            await client.stop(session)
+            got, of_few = await every, await few
+        assert set(got.lost) == {"rate_limit"}
+        assert len(got.events) + got.lost["rate_limit"] == 8_080
+        assert len(got.seqs) == len(got.events) == len(set(got.seqs.tolist()))
+        # A second's worth is saved up, at most.
+        assert row_bytes * len(got.events) <= rate_bytes_s * (elapsed_s + 1)
+        assert row_bytes * len(got.events) > rate_bytes_s * elapsed_s / 2
+
+        assert Counter(of_few.calls.tolist()) == {"openat": 80}
+        assert not of_few.lost
+        told = {
+            (one.delivered, one.filtered, sum(loss.count for loss in one.losses))
+            for one in accounts
+        }
+        assert told == {(len(got.events), 0, got.lost["rate_limit"]), (80, 8_000, 0)}
+        lost = 'coral_agent_events_lost_total{kind="syscall_stats",stage="rate_limit"}'
+        assert metric(agent, lost) == got.lost["rate_limit"]
