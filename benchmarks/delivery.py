@@ -123,7 +123,7 @@ async def measure(bench: Bench) -> Report:
             bench.say(f"round {turn + 1} of {_ROUNDS}: {rates[-1].runs[-1].rate:,.0f}/s")
         agent.stop()
     peer, remarks = _measure_peer(bench)
-    return _report(bench, rates, fans, peer, remarks)
+    return _report(rates, fans, peer, remarks)
 
 
 def _deliver(bench: Bench, agent: RunningAgent, rate: int, subscribers: int) -> Delivered:
@@ -309,20 +309,19 @@ def _wait_attached(process: subprocess.Popen[bytes], pipe: _Pipe) -> None:
 
 
 def _report(
-    bench: Bench,
     rates: Sequence[Runs],
     fans: Sequence[Runs],
     peer: Sequence[Delivered | None],
     remarks: Sequence[str],
 ) -> Report:
     one_reader = fans[0].samples(_agent_ns_a_byte).median
-    rows = [_row(f"coral, 1 subscriber, {one.name}", one) for one in rates]
+    rows = [_row(f"coral, 1 reader, {one.name}", one) for one in rates]
     rows += [
-        _row(f"coral, {one.subscribers} subscriber{'s' * (one.subscribers > 1)}, {one.name}", one)
+        _row(f"coral, {one.subscribers} reader{'s' * (one.subscribers > 1)}, {one.name}", one)
         for one in fans
     ]
     for (rate, _), run in zip(_PEER_RATES, peer, strict=True):
-        name = f"bpftrace, printing into a pipe, {Runs(rate).name}"
+        name = f"bpftrace to a pipe, {Runs(rate).name}"
         rows.append(_row(name, Runs(rate, runs=[run])) if run else (name, *[NOT_HERE] * 8))
     aims = []
     if lossless := [run.rate for one in rates for run in one.runs if _is_lossless(one, run)]:

@@ -85,7 +85,7 @@ async def measure(bench: Bench) -> Report:
             except PeerError as error:
                 way.failure = str(error)
         bench.say(f"round {turn + 1} of {ROUNDS}: {_progress(ways)}")
-    return _report(bench, ways)
+    return _report(ways)
 
 
 def _ours(bench: Bench, count: int) -> Drained:
@@ -185,7 +185,7 @@ def _progress(ways: list[Way]) -> str:
     )
 
 
-def _report(bench: Bench, ways: list[Way]) -> Report:
+def _report(ways: list[Way]) -> Report:
     ours = ways[0]
     cpu_us = ours.samples(lambda run: run.cpu_us)
     lossless = [run.rate for run in ours.runs if run.received == run.produced]

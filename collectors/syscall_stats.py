@@ -48,7 +48,7 @@ OTHER: Final = "other"
 # Single events: how long one waits at most before it is sent, and how full the ring may get before
 # a program asks for a drain. An event is to be with its subscriber within 20 ms; a drain that finds
 # anything costs half a millisecond to a whole one, up to the write to a subscriber.
-_RING_INTERVAL_S: Final = 0.015
+_RING_INTERVAL_S: Final = 0.018
 _RING_WAKEUP_SHARE: Final = 4
 _NEEDS: Final = ("task_storage", "percpu_hash")
 # Hooks, best first, with what each one's programs are called.

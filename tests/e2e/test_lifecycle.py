@@ -269,7 +269,7 @@ async def start_and_stop(agent: RunningAgent, pid: int, *, at_once: int, times: 
 
 def test_a_thousand_collectors_ten_at_a_time_leave_nothing(tmp_path: Path, puppet: Puppet) -> None:
     before = loaded()
-    limits = {"limits": {"concurrent_collectors": 10}}
+    limits = {"limits": {"concurrent_collectors": 10, "cpu_percent": 1000}}
     with running_agent(tmp_path / "agent", limits) as agent:
         asyncio.run(start_and_stop(agent, puppet.pid, at_once=10, times=10))
         warm, warm_kib = Vitals.of(agent.process.pid), resident_kib(agent.process.pid)

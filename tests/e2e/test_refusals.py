@@ -57,8 +57,8 @@ KINDS: Final = (
     "EBPF_COLLECTOR_KIND_CPU_PROFILE (3), EBPF_COLLECTOR_KIND_TCP_METRICS (4)"
 )
 OPTIONS: Final = (
-    "cgroup, comm, exclude, follow_children, from_exec, include, interval, pid, scope, top, "
-    "until_exit"
+    "cgroup, comm, entries, errors_only, exclude, follow_children, from_exec, include, interval, "
+    "min_duration, mode, pid, ring, sample, scope, top, until_exit"
 )
 
 
