@@ -171,8 +171,9 @@ def _report(variants: Sequence[Variant], disturbed: int) -> Report:
     return Report(
         title="Cost of one traced getppid call, in ns",
         how=f"Median (middle half) of {ROUNDS} rounds, each variant right after a bare run of the "
-        "same program. It measures itself; what it waited for a CPU that others had is taken off. coral: calls, errors, total, greatest, histogram; "
-        "syscount: calls, total; bpftrace: calls, errors, total.",
+        "same program. It measures itself; what it waited for a CPU that others had is taken off. "
+        "coral: calls, errors, total, greatest, histogram; syscount: calls, total; bpftrace: "
+        "calls, errors, total.",
         columns=("", "ns a call", "added ns", "of bare", "of syscount's", "calls seen"),
         rows=rows,
         aims=aims,

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -457,10 +456,8 @@ def test_the_demo_shows_system_calls_and_leaves_nothing_behind(tmp_path: Path) -
         text=True,
         start_new_session=True,
     )
-    started_at = time.monotonic()
     out, err = demo.communicate(timeout=30)
     assert (demo.returncode, err) == (0, "")
-    assert time.monotonic() - started_at < 10
     heading, *lines = out[out.index("totals of ") :].splitlines()
     assert heading.endswith(", expired")
     assert int(table_rows(lines)["sendto"][0]) > 100
