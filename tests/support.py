@@ -431,3 +431,30 @@ class Vitals(NamedTuple):
     def of(cls, pid: int) -> Vitals:
         process = Path(f"/proc/{pid}")
         return cls(len(list((process / "fd").iterdir())), len(list((process / "task").iterdir())))
+
+
+class Family:
+    """tests/programs/family.c, running: it waits until it is let go."""
+
+    def __init__(self, program: Path, way: str, children: int = 25, calls: int = 40) -> None:
+        self.children, self.calls = children, calls
+        self._process = subprocess.Popen(
+            [program, way, str(children), str(calls)], stdin=subprocess.PIPE
+        )
+        self.pid = self._process.pid
+        wait_until(lambda: Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0"))
+
+    def go(self) -> None:
+        """Lets it begin."""
+        assert self._process.stdin
+        self._process.stdin.write(b"x")
+        self._process.stdin.close()
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    def run(self) -> None:
+        """Lets it go, and waits for its end."""
+        self.go()
+        assert self._process.wait(20) == 0

@@ -4,7 +4,6 @@ begins and when it ends. Every figure is exact."""
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from collectors.targets import cgroup2_mount
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     Calls,
+    Family,
     Puppet,
     RunningAgent,
     collectors_at_work,
@@ -26,29 +26,11 @@ from tests.support import (
     watching,
 )
 
-CHILDREN, CALLS = 25, 40
-
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
     with running_agent(tmp_path_factory.mktemp("following") / "agent") as running:
         yield running
-
-
-class Family:
-    """tests/programs/family.c, running: it waits until it is let go."""
-
-    def __init__(self, program: Path, way: str) -> None:
-        self._process = subprocess.Popen(
-            [program, way, str(CHILDREN), str(CALLS)], stdin=subprocess.PIPE
-        )
-        self.pid = self._process.pid
-        wait_until(lambda: Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0"))
-
-    def run(self) -> None:
-        """Lets it go, and waits for its end."""
-        self._process.communicate(b"x")
-        assert self._process.returncode == 0
 
 
 def pids(rows: list[pb.SyscallStats], name: str) -> set[int]:
@@ -74,11 +56,11 @@ def test_a_forked_child_is_counted_from_its_first_call_on(
     with watching(agent, pid=str(family.pid)) as watch:
         family.run()
         rows = watch.stop()
-    assert totals(rows)["getppid"] == CHILDREN * CALLS
-    assert len(pids(rows, "getppid") - {family.pid}) == CHILDREN
+    assert totals(rows)["getppid"] == family.children * family.calls
+    assert len(pids(rows, "getppid") - {family.pid}) == family.children
     assert comms(rows, "getppid") == {"family"}
-    between = CHILDREN if way == "daemon" else 0
-    assert totals(rows)["exit_group"] == CHILDREN + between + 1
+    between = family.children if way == "daemon" else 0
+    assert totals(rows)["exit_group"] == family.children + between + 1
 
 
 @pytest.mark.parametrize("way", ["spawn", "exec", "threadexec"])
@@ -89,10 +71,10 @@ def test_a_child_that_execs_stays_watched_under_its_new_name(
     with watching(agent, pid=str(family.pid)) as watch:
         family.run()
         rows = watch.stop()
-    assert totals(rows)["getppid"] == CHILDREN * CALLS
-    assert len(pids(rows, "getppid") - {family.pid}) == CHILDREN
+    assert totals(rows)["getppid"] == family.children * family.calls
+    assert len(pids(rows, "getppid") - {family.pid}) == family.children
     assert comms(rows, "getppid") == {"exe"}  # of /proc/self/exe
-    assert totals(rows)["execve"] == CHILDREN
+    assert totals(rows)["execve"] == family.children
     assert errors(rows, "execve") == 0
 
 
@@ -104,7 +86,7 @@ def test_threads_belong_to_their_process(
     with watching(agent, pid=str(family.pid), follow_children=follow_children) as watch:
         family.run()
         rows = watch.stop()
-    assert totals(rows)["getppid"] == CHILDREN * CALLS
+    assert totals(rows)["getppid"] == family.children * family.calls
     assert {row.pid for row in rows} == {family.pid}
 
 
@@ -158,7 +140,7 @@ def test_a_name_finds_those_that_run_already_with_the_children_they_make(
         for family in (first, second, other):
             family.run()
         rows = watch.stop()
-    assert totals(rows)["getppid"] == 2 * CHILDREN * CALLS
+    assert totals(rows)["getppid"] == 2 * other.children * other.calls
     assert {first.pid, second.pid} < {row.pid for row in rows}
     assert {row.labels["comm"] for row in rows} == {"wanted"}
 

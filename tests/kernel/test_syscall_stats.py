@@ -14,7 +14,7 @@ import bpf
 from collectors.base import EventRows
 from collectors.syscall_stats import SyscallStatsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from tests.support import Calls, totals
+from tests.support import Calls, Family, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -113,6 +113,18 @@ def test_only_the_target_is_seen(calls: Callable[..., Calls]) -> None:
         rows += _rows(collector)
     assert {row.pid for row in rows} == {target.pid}
     assert totals(rows)["getppid"] == 300_000
+
+
+def test_every_row_names_its_process_however_short_its_life(programs: Path) -> None:
+    family = Family(programs / "family", "fork", children=1000, calls=1)
+    with collecting(pid=str(family.pid)) as collector:
+        family.go()
+        rows: list[pb.SyscallStats] = []
+        while family.is_running():
+            rows += _rows(collector)
+        rows += _rows(collector)
+    assert totals(rows)["getppid"] == family.children
+    assert {row.labels["comm"] for row in rows} == {"family"}
 
 
 def test_include_and_exclude_filter_in_the_kernel(calls: Callable[..., Calls]) -> None:
