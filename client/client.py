@@ -183,8 +183,9 @@ class _Stream:
             try:
                 async for wire in self._call:
                     batch = Batch.parse(wire)
-                    if batch.last_seq >= batch.first_seq:
-                        self._wanted.after_seq = batch.last_seq
+                    # Of a batch of losses this is the event before the next: what was told as
+                    # lost is not asked for again.
+                    self._wanted.after_seq = max(self._wanted.after_seq, batch.last_seq)
                     yield batch
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
