@@ -205,12 +205,12 @@ def test_subscribers_get_the_same_numbered_events_whenever_they_come(
 
 
 def test_a_late_subscriber_is_told_what_is_no_longer_kept(tmp_path: Path, puppet: Puppet) -> None:
-    limits = {"limits": {"replay_bytes": 5000}}
+    limits = {"limits": {"replay_bytes": 1500}}
     with (
         running_agent(tmp_path / "agent", limits) as agent,
         watching(agent, pid=str(puppet.pid)) as watch,
     ):
-        for calls in range(1, 30):
+        for calls in range(1, 11):
             puppet.getppid(1)
             watch.read_until_calls("getppid", calls)
         request = pb.EbpfEventStreamRequest(collector_id=watch.collector_id)
