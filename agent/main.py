@@ -26,13 +26,15 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _EXIT_CONFIG: Final = 2
 
 
-# mallopt(3): how many arenas glibc may make; each keeps what its threads have freed.
+# mallopt(3): how many arenas glibc may make, and how much may lie free at the end of one.
 _M_ARENA_MAX: Final = -8
+_M_TRIM_THRESHOLD: Final = -1
+_TRIM_THRESHOLD_BYTES: Final = 128 << 10
 
 
 def main(config_path: Path | None, flags: dict[str, object]) -> int:
     """Runs the agent; returns the process's exit status."""
-    _share_one_arena()
+    _keep_little_memory()
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
@@ -44,13 +46,15 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     return 0
 
 
-def _share_one_arena() -> None:
+def _keep_little_memory() -> None:
     """One arena for all threads: libbpf reads the kernel's BTF in a thread, and what it frees is
     given back to the system from the main arena alone. Threads that hold the interpreter's lock
-    do not compete for it."""
+    do not compete for it. And a fixed threshold, which freeing that BTF would raise to megabytes.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import string
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any, Final, Never
 from urllib.parse import quote
 
@@ -114,6 +113,8 @@ class EbpfService:
         self, _request: pb.GetCapabilitiesRequest, _context: Context
     ) -> pb.EbpfCapabilities:
         """What can run here; see the contract."""
+        from importlib.metadata import version  # noqa: PLC0415  megabytes, and seldom asked for
+
         features = await self._supervisor.features()
         answer = pb.EbpfCapabilities(
             kernel_version=features.kernel_release,

@@ -18,6 +18,8 @@ from typing import Final
 
 _LIBRARY_NAME: Final = "libbpf.so.1"
 _LOG_TAIL_LINES: Final = 12
+_LEVEL_DEBUG: Final = 2
+_LIBC: Final = ctypes.CDLL(None)
 
 _PRINT_CALLBACK = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 
@@ -132,11 +134,13 @@ def _library() -> ctypes.CDLL:
 
 
 @_PRINT_CALLBACK  # type: ignore[untyped-decorator]
-def _print_callback(_level: int, fmt: bytes, va_list: int) -> int:
+def _print_callback(level: int, fmt: bytes, va_list: int) -> int:
+    if level == _LEVEL_DEBUG:
+        return 0  # some four hundred lines a load
     # A va_list arrives as a pointer on x86-64 (an array type) and on arm64 (a large struct).
     if _said.lines is not None:
         buffer = ctypes.create_string_buffer(4096)
-        ctypes.CDLL(None).vsnprintf(buffer, c_size_t(len(buffer)), fmt, c_void_p(va_list))
+        _LIBC.vsnprintf(buffer, c_size_t(len(buffer)), fmt, c_void_p(va_list))
         _said.lines.append(buffer.value.decode(errors="replace"))
     return 0
 
@@ -183,7 +187,7 @@ def version() -> str:
 def release_memory() -> None:
     """Gives freed memory back to the system. libbpf reads all of the kernel's BTF to load an
     object, some 20 MB, and glibc would keep it for the life of the process."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_LIBC, "malloc_trim", None)
     if trim:
         trim(0)
 

@@ -232,9 +232,11 @@ class SyscallStatsCollector(Collector):
     def _drain_summaries(self) -> Batch:
         interval = int(self._object.read_variable("interval"))
         self._object.write_variable("interval", (interval + 1) & 0xFFFFFFFF)
-        # Before the counters: of a process seen as ended here, the counters are its last.
-        names, ended = self._targets.read()
+        # Before the counters, who has ended: these counters are then their last. After them, the
+        # names: no process is in the counters that is not named.
+        _, ended = self._targets.read()
         keys, values = self._stats.read()
+        names, _ = self._targets.read()
         started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
         increase = self._counters.advance(keys, values, interval)
         if ended:

@@ -61,7 +61,10 @@ async def test_200_sessions_leave_no_task_and_no_session(
     tasks, descriptors = len(asyncio.all_tasks()), Vitals.of(os.getpid()).descriptors
     await at_once(200)
     assert len(asyncio.all_tasks()) == tasks
-    assert Vitals.of(os.getpid()).descriptors == descriptors
+    # One is open for a tenth of a second now and then, while programs are timed.
+    async with asyncio.timeout(5):
+        while Vitals.of(os.getpid()).descriptors != descriptors:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     assert supervisor.sessions == {}
     assert not any(held_by(os.getpid()).values())
 
