@@ -22,7 +22,6 @@ from rich.text import Text
 
 from cli.common import (
     EXIT_ERROR,
-    EXIT_INTERRUPTED,
     DurationType,
     agent_option,
     echo_data,
@@ -34,6 +33,7 @@ from cli.syscalls import HEADER, SyscallTotals, as_records, call_line, call_reco
 from client import AgentClient, AgentError, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _LEASE_BAR_WIDTH: Final = 30
 _LINES_AROUND_TABLE: Final = 6
 _REFRESH_PER_S: Final = 4
@@ -178,7 +178,7 @@ async def _tap(
         if status:
             return status
     if tapped.interrupted:
-        return EXIT_INTERRUPTED
+        return 128 + tapped.interrupted
     return EXIT_ERROR if end == pb.SessionEnd.REASON_FAILED else 0
 
 
@@ -194,7 +194,7 @@ class _Tapped:
         self.totals = SyscallTotals()
         self.lost: Counter[str] = Counter()
         self.end: pb.SessionEnd | None = None
-        self.interrupted = False
+        self.interrupted = 0  # the signal
 
     def add(self, batch: Batch) -> None:
         """Takes a batch in."""
@@ -242,13 +242,18 @@ async def _follow(
     still had is shown too."""
     stopping: set[asyncio.Task[Any]] = set()
 
-    def on_interrupt() -> None:
-        tapped.interrupted = True
+    def on_signal(number: int) -> None:
+        tapped.interrupted = number
         stopping.add(asyncio.create_task(agent.stop(tapped.collector_id)))
-        loop.remove_signal_handler(signal.SIGINT)
+        leave_signals()
+
+    def leave_signals() -> None:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
 
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
     try:
         terms = pb.EbpfEventStreamRequest(interactive=True)
         async with agent.subscribe(tapped.collector_id, terms) as stream:
@@ -258,7 +263,7 @@ async def _follow(
                 tapped.add(batch)
                 view.update(batch)
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        leave_signals()
     await asyncio.gather(*stopping, return_exceptions=True)
     return tapped.end.reason if tapped.end else None
 

@@ -210,17 +210,18 @@ def test_a_command_that_cannot_be_run_exits_with_126(agent: RunningAgent, tmp_pa
     assert done.stderr == f"coral: {program}: Exec format error\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("output", ["table", "json"])
-def test_ctrl_c_stops_the_collector_prints_the_totals_and_exits_with_130(
-    output: str, agent: RunningAgent
+def test_a_signal_stops_the_collector_prints_the_totals_and_is_the_exit_status(
+    output: str, number: signal.Signals, agent: RunningAgent
 ) -> None:
     with Puppet() as puppet:
         running = tap(agent, f"pid:{puppet.pid}", "-o", output)
         puppet.getppid(1234)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, err = running.communicate(timeout=10)
         assert collectors_at_work(agent) == {}
-    assert (running.returncode, err) == (130, "")
+    assert (running.returncode, err) == (128 + number, "")
     if output == "json":
         *rows, end = map(json.loads, out.splitlines())
         assert sum(row["calls"] for row in rows if row["syscall"] == "getppid") == 1234
