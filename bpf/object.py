@@ -193,6 +193,10 @@ class BpfObject:
         """Sets a global variable of the loaded programs; they see it at their next read."""
         self._variable(name)[...] = value
 
+    def write_elements(self, name: str, indices: Sequence[int], value: object) -> None:
+        """Sets elements of a global array of the loaded programs, and no other byte of it."""
+        self._variable(name)[list(indices)] = value
+
     def attach(self, tries: int = 3) -> None:
         """Attaches every chosen program, each tried TRIES times with a growing pause between.
         Raises `AttachError`; what was attached before it stays until `close`."""

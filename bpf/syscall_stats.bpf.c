@@ -221,7 +221,7 @@ static __always_inline int on_sys_enter(long id)
 	__u32 nr = (unsigned long)id < NR_SYSCALLS ? id : NR_SYSCALLS;
 	struct call *call;
 
-	if (cgroup_excludes_current())
+	if (surely_no_target(task->tgid) || cgroup_excludes_current())
 		return 0;
 	call = call_of_target(task);
 	if (!call)
@@ -245,9 +245,12 @@ static __always_inline int on_sys_enter(long id)
 static __always_inline int on_sys_exit(long ret)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct call *call = bpf_task_storage_get(&calls, task, 0, 0);
+	struct call *call;
 	__u64 ended_ns, duration_ns;
 
+	if (surely_no_target(task->tgid))
+		return 0;
+	call = bpf_task_storage_get(&calls, task, 0, 0);
 	if (!call || !call->start_ns)
 		return 0;
 	ended_ns = bpf_ktime_get_ns();

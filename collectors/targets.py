@@ -22,6 +22,7 @@ from collectors.options import OptionError, boolean, choice, items, option, text
 
 PROC: Final = Path("/proc")
 COMM_BYTES: Final = 15  # and a terminating zero
+_HINTS: Final = 65536  # as in targets.bpf.h
 _SELECT_HOST, _SELECT_TARGETS, _SELECT_CGROUP = 0, 1, 2
 _STATE_ACTIVE, _STATE_ARMED, _STATE_EXITED = 0, 1, 2
 _CGROUP2_MOUNT: Final = re.compile(r"^\S+ \S+ \S+ / (\S+) .* - cgroup2 ", re.MULTILINE)
@@ -148,6 +149,7 @@ class Targets:
                 tgid for tgid in running_tgids() if comm_of(tgid) == self._options.comm
             )
         state = _STATE_ARMED if self._options.from_exec else _STATE_ACTIVE
+        bpf_object.write_elements("target_hints", [tgid % _HINTS for tgid in self._tgids], 1)
         for tgid in self._tgids:
             self._map.write(tgid, ((comm_of(tgid) or "").encode(), state, 0))
         if self._options.until_exit:

@@ -47,8 +47,21 @@ struct {
 	__type(value, __u32);
 } cgroups SEC(".maps");
 
+/*
+ * What every process of the machine pays is one look here: a target's byte is set, so a byte that
+ * is not set is no target's. It is never cleared; bytes, not bits, so that user space and programs
+ * can set them without seeing each other.
+ */
+#define TARGET_HINTS 65536
+__u8 target_hints[TARGET_HINTS] = {0};
+
 /* Targets that did not fit: each is a process of which nothing is seen. */
 __u64 targets_full = 0;
+
+static __always_inline bool surely_no_target(__u32 tgid)
+{
+	return selection == SELECT_TARGETS && !target_hints[tgid % TARGET_HINTS];
+}
 
 static __always_inline struct target *target_add(struct task_struct *leader, __u32 tgid,
 						 __u32 state)
@@ -56,6 +69,7 @@ static __always_inline struct target *target_add(struct task_struct *leader, __u
 	struct target target = {.state = state};
 
 	BPF_CORE_READ_STR_INTO(&target.comm, leader, comm);
+	target_hints[tgid % TARGET_HINTS] = 1;
 	if (bpf_map_update_elem(&targets, &tgid, &target, BPF_ANY))
 		__sync_fetch_and_add(&targets_full, 1);
 	return bpf_map_lookup_elem(&targets, &tgid);
