@@ -179,17 +179,22 @@ class _Stream:
 
     async def batches(self) -> AsyncIterator[Batch]:
         """Every batch, over as many calls as it takes."""
+        resuming = False
         while True:
             try:
                 async for wire in self._call:
                     batch = Batch.parse(wire)
+                    resuming = False
                     # Of a batch of losses this is the event before the next: what was told as
                     # lost is not asked for again.
                     self._wanted.after_seq = max(self._wanted.after_seq, batch.last_seq)
                     yield batch
+                    if batch.end:
+                        return  # whatever becomes of the connection
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or resuming:
                     raise self._agent.error_of(error) from error
+                resuming = True
                 await self.open()
             else:
                 return
