@@ -53,8 +53,6 @@ _STEADY_S: Final = 60.0
 _FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDOWN)
 _TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
 
-Reason = pb.SessionEnd.Reason
-
 
 class Supervisor:
     """Starts, renews and ends sessions. Use it as a context manager: leaving it ends them all."""

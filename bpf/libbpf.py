@@ -38,7 +38,6 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "bpf_program__set_autoload": (c_int, (c_void_p, c_bool)),
     "bpf_program__set_log_buf": (c_int, (c_void_p, c_void_p, c_size_t)),
     "bpf_program__attach": (c_void_p, (c_void_p,)),
-    "bpf_program__attach_perf_event": (c_void_p, (c_void_p, c_int)),
     "bpf_link__destroy": (c_int, (c_void_p,)),
     "bpf_map__name": (c_char_p, (c_void_p,)),
     "bpf_map__fd": (c_int, (c_void_p,)),
