@@ -276,7 +276,7 @@ def test_a_thousand_collectors_ten_at_a_time_leave_nothing(tmp_path: Path, puppe
         started_at = time.monotonic()
         asyncio.run(start_and_stop(agent, puppet.pid, at_once=10, times=100))
         took_s = time.monotonic() - started_at
-        wait_until(lambda: Vitals.of(agent.process.pid) == warm)
+        wait_until(lambda: Vitals.of(agent.process.pid).at_most(warm))
         grown_kib = resident_kib(agent.process.pid) - warm_kib
         wait_until(lambda: nothing_new_since(before))
         assert collectors_at_work(agent) == {}

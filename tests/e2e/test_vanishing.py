@@ -20,7 +20,7 @@ import pytest
 from client import AgentClient
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import connected, eventually, have_subscribed, info_of, receive, start_events
-from tests.support import ROOT, Calls, RunningAgent, running_agent
+from tests.support import ROOT, Calls, RunningAgent, Vitals, running_agent
 
 CYCLES, AT_ONCE, WARM_UP = 1_000, 8, 100
 RSS_GROWTH_BYTES = 8 << 20
@@ -63,11 +63,9 @@ class Held:
 
     def is_within(self, before: Held) -> bool:
         """Whether it is no more than BEFORE, but for some memory that the allocator keeps."""
-        return (
-            self.rss_bytes <= before.rss_bytes + RSS_GROWTH_BYTES
-            and self.descriptors <= before.descriptors
-            and self.threads <= before.threads
-        )
+        return self.rss_bytes <= before.rss_bytes + RSS_GROWTH_BYTES and Vitals(
+            self.descriptors, self.threads
+        ).at_most(Vitals(before.descriptors, before.threads))
 
 
 async def repeat(count: int, cycle: Callable[[int], Awaitable[None]]) -> None:
