@@ -1,12 +1,14 @@
 """From the kernel to numpy, in one process and without gRPC: a record for each system call.
 
-Ours is the collector itself, drained by a thread as the agent drains it. Beside it bcc's two
-buffers, each with a callback that does nothing but count.
+Ours is the collector itself, drained by a thread as the agent drains it; then our two readers with
+nothing behind them, at the same job. Beside them bcc's two buffers, each with a callback that does
+nothing but count.
 """
 
 from __future__ import annotations
 
 import json
+import select
 import subprocess
 import threading
 import time
@@ -19,6 +21,8 @@ from benchmarks import peers
 from benchmarks.bench import ROOT, Bench
 from benchmarks.peers import PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, times
+from bpf.maps import sum_over_cpus
+from build_hook import clang_command
 from collectors import syscall_table
 from collectors.syscall_stats import SyscallStatsCollector
 from tests.support import Calls
@@ -26,6 +30,8 @@ from tests.support import Calls
 ROUNDS: Final = 3
 _CALLS: Final = 2_000_000
 _RING_BYTES: Final = 4 << 20  # the option's default; the peers get as much
+_INTERVAL_S: Final = 0.018  # as the collector's, and so is the share of the buffer that wakes
+_WAKEUP_SHARE: Final = 4
 _MOST_CPU_US: Final = 0.15
 _LEAST_RATE: Final = 1_000_000
 _SYSTEM_PYTHON: Final = "/usr/bin/python3"  # Debian's bcc is there, and nowhere else
@@ -73,6 +79,8 @@ async def measure(bench: Bench) -> Report:
     """The section: every way in turn, ROUNDS times."""
     ways = [
         Way("coral: ring, in bulk to numpy", _ours, _CALLS),
+        Way("ring buffer, ours, the drain alone", _alone(perf=False), _CALLS),
+        Way("perf buffer, ours, the drain alone", _alone(perf=True), _CALLS),
         Way("bcc: ring buffer, a callback an event", _bcc("ring"), _CALLS // 2),
         Way("bcc: perf buffer, a callback an event", _bcc("perf"), _CALLS // 8),
     ]
@@ -102,7 +110,14 @@ def _ours(bench: Bench, count: int) -> Drained:
         )
         try:
             collector.open()
-            draining = _Draining(collector)
+            ring = collector.records
+            assert ring
+
+            def drain() -> tuple[int, int]:
+                batch = collector.drain()
+                return len(batch.rows), sum(batch.losses.values())
+
+            draining = _Draining(drain, ring.wakeup, collector.interval_s)
             draining.start()
             seconds, call_ns = _run(calls, count)
             draining.finish()
@@ -111,28 +126,78 @@ def _ours(bench: Bench, count: int) -> Drained:
     return Drained(count, draining.rows, draining.lost, draining.cpu_s, seconds, call_ns)
 
 
-class _Draining(threading.Thread):
-    """Drains a collector as its `run` does: at its interval, or when a program asks for it."""
+def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
+    def run(bench: Bench, count: int) -> Drained:
+        compiled = bench.directory / "drain.bpf.o"
+        if not compiled.exists():
+            source = ROOT / "benchmarks/drain.bpf.c"
+            subprocess.run(clang_command(source, compiled), check=True)
+        with (
+            bench.calls(count) as calls,
+            bpf.BpfObject(
+                compiled,
+                programs=("drain_enter", "drain_exit"),
+                options={
+                    "wanted_tgid": calls.pid,
+                    "wanted_nr": _GETPPID,
+                    "records_in_ring": not perf,
+                    "ring_wakeup_bytes": _RING_BYTES // _WAKEUP_SHARE,
+                },
+                map_entries={"ring": _RING_BYTES},
+                without_maps=("ring",) if perf else ("perf",),
+            ) as it,
+            _reader(it, perf=perf) as reader,
+        ):
+            it.attach()
+            draining = _Draining(lambda: (len(reader.drain()), 0), reader.wakeup, _INTERVAL_S)
+            draining.start()
+            seconds, call_ns = _run(calls, count)
+            draining.finish()
+            _, account = it.map("account").read()
+            refused = int(sum_over_cpus(account, "lost")[0])
+            lost = reader.lost if isinstance(reader, bpf.PerfReader) else refused
+        return Drained(count, draining.rows, lost, draining.cpu_s, seconds, call_ns)
 
-    def __init__(self, collector: SyscallStatsCollector) -> None:
+    return run
+
+
+def _reader(it: bpf.BpfObject, *, perf: bool) -> bpf.PerfReader | bpf.RingReader:
+    if not perf:
+        return it.ring("ring", "call")
+    return it.perf(
+        "perf",
+        "call",
+        bytes_per_cpu=_RING_BYTES,
+        wakeup_bytes=_RING_BYTES // _WAKEUP_SHARE,
+        order_by="ended_ns",
+    )
+
+
+class _Draining(threading.Thread):
+    """Drains as a collector's `run` does: at its interval, or when a program asks for it. DRAIN
+    returns how many rows came, and how many it was told were lost."""
+
+    def __init__(
+        self, drain: Callable[[], tuple[int, int]], wakeup: select.epoll, interval_s: float
+    ) -> None:
         super().__init__()
-        self._collector = collector
+        self._drain = drain
+        self._wakeup = wakeup
+        self._interval_s = interval_s
         self._finishing = threading.Event()
         self.rows = self.lost = 0
         self.cpu_s = 0.0
 
     def run(self) -> None:
-        ring = self._collector.ring
-        assert ring
         began_s = time.thread_time()
         finishing = False
         while not finishing:
             finishing = self._finishing.is_set()  # before the drain, which is then the last
-            batch = self._collector.drain()
-            self.rows += len(batch.rows)
-            self.lost += sum(batch.losses.values())
+            rows, lost = self._drain()
+            self.rows += rows
+            self.lost += lost
             if not finishing:
-                ring.wakeup.poll(self._collector.interval_s)
+                self._wakeup.poll(self._interval_s)
         self.cpu_s = time.thread_time() - began_s
 
     def finish(self) -> None:

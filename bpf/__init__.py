@@ -7,10 +7,13 @@ live on an event loop call it in a thread.
 from bpf.features import Feature, Features, probe
 from bpf.libbpf import AttachError, BpfError, LibbpfMissingError, LoadError
 from bpf.maps import HashMap
-from bpf.object import BpfObject, ProgramStats
+from bpf.object import VERIFIER_LIMIT, BpfObject, ProgramStats, RecordReader
+from bpf.perf_buffer import PerfReader
 from bpf.ring import RingReader
+from bpf.rung import Rung, Step, climb
 
 __all__ = [
+    "VERIFIER_LIMIT",
     "AttachError",
     "BpfError",
     "BpfObject",
@@ -19,7 +22,12 @@ __all__ = [
     "HashMap",
     "LibbpfMissingError",
     "LoadError",
+    "PerfReader",
     "ProgramStats",
+    "RecordReader",
     "RingReader",
+    "Rung",
+    "Step",
+    "climb",
     "probe",
 ]

@@ -5,40 +5,42 @@
  */
 #include "include/kernel.bpf.h"
 
+MAP(HASH, coral_p_map, __u32, __u32, 8, 0);
+
 SEC("tp_btf/sched_process_exec")
-int coral_p_tp_btf(void *ctx)
+int RAW_PROGRAM(coral_p_tp_btf, void *task)
 {
 	return 0;
 }
 
 SEC("raw_tp/sched_process_exec")
-int coral_p_raw_tp(void *ctx)
+int RAW_PROGRAM(coral_p_raw_tp, void *task)
 {
 	return 0;
 }
 
 SEC("tracepoint/sched/sched_process_exec")
-int coral_p_tp(void *ctx)
+int PROGRAM(coral_p_tp, void *ctx)
 {
 	return 0;
 }
 
 SEC("kprobe/bpf_fentry_test1")
-int coral_p_kprobe(void *ctx)
+int PROGRAM(coral_p_kprobe, void *ctx)
 {
 	return 0;
 }
 
 SEC("fentry/bpf_fentry_test1")
-int coral_p_fentry(void *ctx)
+int PROGRAM(coral_p_fentry, void *ctx)
 {
 	return 0;
 }
 
 SEC("iter/task")
-int coral_p_iter(void *ctx)
+int PROGRAM(coral_p_iter, void *ctx)
 {
 	return 0;
 }
 
-char LICENSE[] SEC("license") = "GPL";
+LICENSED_AS("GPL");

@@ -11,11 +11,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from bpf import bcc
 from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, release_memory, version
 from bpf.object import BpfObject, enable_run_time_stats, object_path
 
@@ -34,7 +35,12 @@ HOOKS: Final = {
     "iterator": "coral_p_iter",
 }
 # Map kinds, by their number in enum bpf_map_type.
-MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5}
+MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
+LOADERS: Final = ("auto", "core", "bcc")
+
+# For who wants to do without something that the kernel has, and for tests of what happens then.
+_ENV_WITHOUT: Final = "CORAL_WITHOUT"
+_ENV_LOADER: Final = "CORAL_LOADER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +61,18 @@ class Features:
     capabilities: frozenset[str]
     features: tuple[Feature, ...]
     obstacle: str = ""
+    loader: str = "auto"  # the one that is to be used: one of LOADERS
 
     def __getitem__(self, name: str) -> Feature:
         return next(
             (feature for feature in self.features if feature.name == name),
             Feature(name, False, self.obstacle or f"{name} was not tried"),
         )
+
+    def without(self, *names: str) -> Features:
+        """These, but for the features named."""
+        kept = tuple(feature for feature in self.features if feature.name not in names)
+        return replace(self, features=kept)
 
     @property
     def cap_bpf(self) -> bool:
@@ -78,14 +90,21 @@ def probe() -> Features:
     capabilities = _effective_capabilities()
     obstacle = _obstacle(capabilities)
     found: tuple[Feature, ...] = ()
+    loader = os.environ.get(_ENV_LOADER, "auto")
+    if loader not in LOADERS:
+        obstacle = f"{_ENV_LOADER} is {loader!r}; it can be {', '.join(LOADERS)}"
     if not obstacle:
         found = (
             _btf(),
             *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _elements_on_demand(),
+            _try("batch", _read_a_batch),
             _try("run_time_stats", _enable_stats),
+            _pidfd(),
+            _bcc(),
         )
+        found = tuple(map(_unless_switched_off, found))
     release_memory()
     return Features(
         platform.release(),
@@ -93,7 +112,14 @@ def probe() -> Features:
         capabilities,
         found,
         obstacle,
+        loader,
     )
+
+
+def _unless_switched_off(feature: Feature) -> Feature:
+    if feature.name in os.environ.get(_ENV_WITHOUT, "").split(","):
+        return replace(feature, available=False, reason=f"switched off by {_ENV_WITHOUT}")
+    return feature
 
 
 def _obstacle(capabilities: frozenset[str]) -> str:
@@ -165,6 +191,28 @@ def _make_map(number: int) -> Callable[[], None]:
 
 def _enable_stats() -> None:
     os.close(enable_run_time_stats())
+
+
+def _read_a_batch() -> None:
+    """Reads the map of a loaded object as a whole (Linux 5.6)."""
+    with BpfObject(_PROBE_OBJECT, programs=()) as probe_object:
+        points = probe_object.map("coral_p_map")
+        points.read()
+        if not points.batches:
+            raise BpfError("reading a map in batches", errno.EOPNOTSUPP)
+
+
+def _pidfd() -> Feature:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        return Feature("pidfd", False, f"pidfd_open: {error.strerror} (Linux 5.3 has it)")
+    return Feature("pidfd", True)
+
+
+def _bcc() -> Feature:
+    reason = bcc.obstacle()
+    return Feature("bcc", not reason, reason)
 
 
 def _btf() -> Feature:

@@ -34,13 +34,15 @@ class HashMap:
         map_type: int,
         key_dtype: np.dtype[Any],
         value_dtype: np.dtype[Any],
+        *,
+        batches: bool = True,
     ) -> None:
         self.name = name
         self.fd = fd
         self.key_dtype = key_dtype
         self.value_dtype = value_dtype
         self.per_cpu = map_type in _PERCPU_TYPES
-        self.batches = True
+        self.batches = batches
         self._slot = value_dtype
         self._cpus = 1
         if self.per_cpu:

@@ -13,12 +13,14 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from ctypes import byref, c_size_t, c_uint32
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +37,38 @@ from bpf.libbpf import (
     last_errno,
 )
 from bpf.maps import HashMap, fdinfo
+from bpf.perf_buffer import PerfReader
 from bpf.ring import RingReader
 
 BPF_F_NO_PREALLOC: Final = 1
-_VERIFIER_LOG_BYTES: Final = 1 << 20
+# Instructions that the verifier goes through at most: BPF_COMPLEXITY_LIMIT_INSNS.
+VERIFIER_LIMIT: Final = 1_000_000
+VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
 _STATS_RUN_TIME: Final = 0
 _ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
+
+
+class RecordReader(Protocol):
+    """What brings a program's records to user space: a ring buffer, or perf buffers."""
+
+    def drain(self) -> NDArray[Any]:
+        """Every record that is complete, as a copy of shape (n,); gives their room back."""
+
+    @property
+    def wakeup(self) -> select.epoll:
+        """Readable once for each wake-up that a program or the kernel asked for."""
+
+    @property
+    def lost(self) -> int:
+        """Records that the kernel says it refused so far, where it says so."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the buffers take beside what the kernel charges for their map."""
+
+    def close(self) -> None:
+        """Gives the buffers back. Safe to call twice."""
 
 
 class ProgramStats(NamedTuple):
@@ -72,8 +99,10 @@ class BpfObject:
     """One object, and the only owner of all that it has in the kernel.
 
     `programs` are loaded, the others are not. `options` set the C program's `const volatile`
-    globals; `map_entries` and `map_flags` change maps before they are made. A name that the object
-    does not have is a KeyError. Nothing touches the kernel before `load`.
+    globals; `map_entries` and `map_flags` change maps before they are made; `without_maps` are not
+    made at all: no program that is chosen may come to use them. A name that the object does not
+    have is a KeyError. Maps are read in batches where the kernel has them, unless BATCHES is off.
+    Nothing touches the kernel before `load`.
     """
 
     def __init__(
@@ -84,19 +113,23 @@ class BpfObject:
         options: Mapping[str, object] | None = None,
         map_entries: Mapping[str, int] | None = None,
         map_flags: Mapping[str, int] | None = None,
+        without_maps: Collection[str] = (),
+        batches: bool = True,
     ) -> None:
         self.path = name if isinstance(name, Path) else object_path(name)
         self._chosen = tuple(programs)
         self._options = dict(options or {})
         self._map_entries = dict(map_entries or {})
         self._map_flags = dict(map_flags or {})
+        self._without_maps = frozenset(without_maps)
+        self._batches = batches
         self._object = 0
         # The figures are read from another thread than the one that closes.
         self._lock = threading.Lock()
         self._programs: dict[str, int] = {}
         self._maps: dict[str, int] = {}
-        self._links: list[int] = []
-        self._rings: list[RingReader] = []
+        self._links: list[Callable[[], object]] = []
+        self._readers: list[RecordReader] = []
         self._sections: dict[str, mmap.mmap] = {}
 
     def __enter__(self) -> Self:
@@ -119,11 +152,25 @@ class BpfObject:
             self.btf = self._read_btf()
             self._programs = dict(self._children("program"))
             self._maps = dict(self._children("map"))
-            logs = self._configure()
+            self._configure()
+        self._load()
+
+    def _load(self) -> None:
+        """Makes the maps and loads the chosen programs."""
+        logs = []
+        for name, program in self._programs.items():
+            call("bpf_program__set_autoload", program, name in self._chosen)
+            if name in self._chosen:
+                # libbpf loads without a log first, and asks for one only when that fails.
+                logs.append(ctypes.create_string_buffer(VERIFIER_LOG_BYTES))
+                call("bpf_program__set_log_buf", program, logs[-1], c_size_t(VERIFIER_LOG_BYTES))
+        for name in self._without_maps:
+            call("bpf_map__set_autocreate", self._maps[name], False)
+        with capture_log() as said:
             error = -call("bpf_object__load", self._object)
-            if error:
-                verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
-                raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
+        if error:
+            verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
+            raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
 
     def _read_btf(self) -> Btf:
         size = c_uint32()
@@ -141,23 +188,15 @@ class BpfObject:
         while child := call_pointer(f"bpf_object__next_{kind}", self._object, child or None):
             yield call_string(f"bpf_{kind}__name", child), child
 
-    def _configure(self) -> list[ctypes.Array[ctypes.c_char]]:
+    def _configure(self) -> None:
         for name in self._chosen:
             self._programs[name]  # a KeyError names the one that is not there
-        logs = []
-        for name, program in self._programs.items():
-            call("bpf_program__set_autoload", program, name in self._chosen)
-            if name in self._chosen:
-                # libbpf loads without a log first, and asks for one only when that fails.
-                logs.append(ctypes.create_string_buffer(_VERIFIER_LOG_BYTES))
-                call("bpf_program__set_log_buf", program, logs[-1], c_size_t(_VERIFIER_LOG_BYTES))
         for name, entries in self._map_entries.items():
             call("bpf_map__set_max_entries", self._maps[name], entries)
         for name, flags in self._map_flags.items():
             call("bpf_map__set_map_flags", self._maps[name], flags)
         for name, value in self._options.items():
-            self._set_option(name, value)
-        return logs
+            self._initial_value(name)[...] = value
 
     def _section_map(self, section: str) -> int:
         return next(m for name, m in self._maps.items() if name.endswith(section))
@@ -166,15 +205,15 @@ class BpfObject:
         variable = self.btf.variables[name]
         return variable, self.btf.dtype(variable.type_id)
 
-    def _set_option(self, name: str, value: object) -> None:
-        """Writes into the initial value of the section that the global NAME lies in."""
+    def _initial_value(self, name: str) -> NDArray[Any]:
+        """What the global NAME begins with, in the section that it lies in."""
         variable, dtype = self._described(name)
         size = c_size_t()
         address = call_pointer(
             "bpf_map__initial_value", self._section_map(variable.section), byref(size)
         )
         memory = memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
-        np.ndarray((), dtype, memory, variable.offset)[...] = value
+        return np.ndarray((), dtype, memory, variable.offset)
 
     def _variable(self, name: str) -> NDArray[Any]:
         variable, dtype = self._described(name)
@@ -208,27 +247,38 @@ class BpfObject:
             if attempt:
                 time.sleep(_ATTACH_BACKOFF_S * 2**attempt)
             with capture_log() as said:
-                link = call_pointer("bpf_program__attach", self._programs[name])
-                if link:
-                    self._links.append(link)
+                error = self._attach_once(name)
+                if not error:
                     return
-                error, log = last_errno(), said()
+                log = said()
         raise AttachError(f"attaching {name} ({tries} tries)", error, log)
+
+    def _attach_once(self, name: str) -> int:
+        """0, or the errno."""
+        link = call_pointer("bpf_program__attach", self._programs[name])
+        if not link:
+            return last_errno()
+        self._links.append(partial(call, "bpf_link__destroy", link))
+        return 0
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of a map of the loaded object; negative where it was not made."""
+        return call("bpf_map__fd", self._maps[name])
+
+    def _program_fd(self, name: str) -> int:
+        return call("bpf_program__fd", self._programs[name])
 
     def map(self, name: str) -> HashMap:
         """A map of the loaded object, with dtypes from its BTF. KeyError where there is none."""
         bpf_map = self._maps[name]
         return HashMap(
             name,
-            call("bpf_map__fd", bpf_map),
+            self.map_fd(name),
             call("bpf_map__type", bpf_map),
             self.btf.dtype(call("bpf_map__btf_key_type_id", bpf_map)),
             self.btf.dtype(call("bpf_map__btf_value_type_id", bpf_map)),
+            batches=self._batches,
         )
-
-    def map_fd(self, name: str) -> int:
-        """The descriptor of a map whose elements are not records (cgroup arrays, for one)."""
-        return call("bpf_map__fd", self._maps[name])
 
     def write_fd(self, name: str, index: int, fd: int) -> None:
         """Puts a descriptor (a cgroup's) into an array map that holds them."""
@@ -239,31 +289,51 @@ class BpfObject:
 
     def ring(self, name: str, record: str) -> RingReader:
         """The reader of a ring buffer whose records are `struct RECORD`; closed with the object."""
-        bpf_map = self._maps[name]
         try:
             reader = RingReader(
-                call("bpf_map__fd", bpf_map),
-                call("bpf_map__max_entries", bpf_map),
+                self.map_fd(name),
+                call("bpf_map__max_entries", self._maps[name]),
                 self.btf.struct_dtype(record),
             )
         except OSError as error:
             raise LoadError(f"mapping ring {name}", error.errno or errno.EIO) from error
-        self._rings.append(reader)
+        self._readers.append(reader)
+        return reader
+
+    def perf(
+        self, name: str, record: str, *, bytes_per_cpu: int, wakeup_bytes: int, order_by: str
+    ) -> PerfReader:
+        """The reader of the perf buffers whose records are `struct RECORD`; closed with the object.
+        What it drains is in the order of the field ORDER_BY, a time."""
+        try:
+            reader = PerfReader(
+                self.map_fd(name),
+                bytes_per_cpu,
+                self.btf.struct_dtype(record),
+                wakeup_bytes,
+                order_by,
+            )
+        except BpfError as error:
+            raise LoadError(error.what, error.errno, error.log) from error
+        self._readers.append(reader)
         return reader
 
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for all maps of the object."""
         with self._lock:
-            fds = [call("bpf_map__fd", bpf_map) for bpf_map in self._maps.values()]
-            return sum(fdinfo(fd).get("memlock", 0) for fd in fds if fd >= 0)
+            held = sum(reader.memory_bytes for reader in self._readers)
+            return held + sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
+
+    def _map_fds(self) -> Iterable[int]:
+        return [self.map_fd(name) for name in self._maps]
 
     def program_stats(self) -> dict[str, ProgramStats]:
         """The kernel's figures of each loaded program; empty once closed."""
         found = {}
         with self._lock:
             for name in self._chosen if self._programs else ():
-                info = fdinfo(call("bpf_program__fd", self._programs[name]))
+                info = fdinfo(self._program_fd(name))
                 found[name] = ProgramStats(
                     info.get("run_time_ns", 0),
                     info.get("run_cnt", 0),
@@ -275,13 +345,13 @@ class BpfObject:
     def detach(self) -> None:
         """Detaches every program; maps stay readable until `close`."""
         while self._links:
-            call("bpf_link__destroy", self._links.pop())
+            self._links.pop()()
 
     def close(self) -> None:
         """Detaches, and gives everything back to the kernel. Safe to call twice, or unloaded."""
         self.detach()
-        while self._rings:
-            self._rings.pop().close()
+        while self._readers:
+            self._readers.pop().close()
         while self._sections:
             self._sections.popitem()[1].close()
         with self._lock:

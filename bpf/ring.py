@@ -7,42 +7,18 @@ Documentation/bpf/ringbuf.rst and include/uapi/linux/bpf.h.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import platform
 import select
-from collections.abc import Callable
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bpf.barrier import memory_barrier
+
 _BUSY: Final = np.uint32(1 << 31)
 _DISCARDED: Final = np.uint32(1 << 30)
 _HEADER_BYTES: Final = 8
-
-_SYS_MEMBARRIER: Final = {"aarch64": 283}
-_MEMBARRIER_PRIVATE_EXPEDITED: Final = 1 << 3
-_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: Final = 1 << 4
-
-
-def _memory_barrier() -> Callable[[], None]:
-    """What orders our reads and writes of the ring against the kernel's.
-
-    x86-64 keeps loads in order and stores in order, which is all that is asked. arm64 does not;
-    Python has no acquire and release, so membarrier(2) stands in: it is a full barrier in the
-    calling thread, once before the records are read and once before they are given back.
-    """
-    if platform.machine() in ("x86_64", "AMD64"):
-        return lambda: None
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
-    number = ctypes.c_long(_SYS_MEMBARRIER[platform.machine()])
-    syscall(number, ctypes.c_int(_MEMBARRIER_REGISTER_PRIVATE_EXPEDITED), 0, 0)
-
-    def barrier() -> None:
-        syscall(number, ctypes.c_int(_MEMBARRIER_PRIVATE_EXPEDITED), 0, 0)
-
-    return barrier
 
 
 class RingReader:
@@ -66,7 +42,7 @@ class RingReader:
             }
         )
         self._record_dtype = record_dtype
-        self._barrier = _memory_barrier()
+        self._barrier = memory_barrier()
         self._wakeup: select.epoll | None = None
         page = mmap.PAGESIZE
         self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -95,6 +71,16 @@ class RingReader:
     def pending_bytes(self) -> int:
         """Bytes that programs have reserved and that are not drained yet."""
         return int(self._producer[0]) - int(self._consumer[0])
+
+    @property
+    def lost(self) -> int:
+        """0: of a ring buffer, only the programs know what was refused."""
+        return 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """0: the kernel charges a ring buffer to its map."""
+        return 0
 
     def drain(self) -> NDArray[Any]:
         """Every record that is complete, in order, as a copy; gives their room back.

@@ -13,8 +13,17 @@
 #include "include/account.bpf.h"
 #include "include/log2.bpf.h"
 #include "include/maps.bpf.h"
-#include "include/ring.bpf.h"
+#include "include/records.bpf.h"
 #include "include/targets.bpf.h"
+
+struct call {
+	__u64 start_ns; /* 0: no call is under way that is to be counted */
+	__u32 nr;
+	__u32 armed;
+};
+
+#define THREAD_STATE struct call
+#include "include/thread.bpf.h"
 
 #define NR_SYSCALLS   1024 /* numbers from here on count as NR_SYSCALLS: none is defined */
 #define NR_COMPAT     4096 /* added to the number of a call by the 32-bit way in */
@@ -24,35 +33,35 @@
 #define MAX_ERRNO     4095
 
 #if defined(__TARGET_ARCH_x86)
-#define TS_COMPAT	     0x2
-#define task_is_compat(task) ((task)->thread_info.status & TS_COMPAT)
-#define NR_EXIT		     60
-#define NR_EXIT_GROUP	     231
-#define NR_EXECVE	     59
-#define NR_EXECVEAT	     322
+#define COMPAT_BIT    0x2 /* TS_COMPAT */
+#define compat_word   thread_info.status
+#define NR_EXIT	      60
+#define NR_EXIT_GROUP 231
+#define NR_EXECVE     59
+#define NR_EXECVEAT   322
 #elif defined(__TARGET_ARCH_arm64)
-#define TIF_32BIT	     (1 << 22)
-#define task_is_compat(task) ((task)->thread_info.flags & TIF_32BIT)
-#define NR_EXIT		     93
-#define NR_EXIT_GROUP	     94
-#define NR_EXECVE	     221
-#define NR_EXECVEAT	     281
+#define COMPAT_BIT    (1 << 22) /* TIF_32BIT */
+#define compat_word   thread_info.flags
+#define NR_EXIT	      93
+#define NR_EXIT_GROUP 94
+#define NR_EXECVE     221
+#define NR_EXECVEAT   281
 #else
 #error "this processor's system call numbers are not known"
 #endif
 
-const volatile bool single_events = false;
-const volatile bool errors_only = false;  /* of single events */
-const volatile __u64 min_duration_ns = 0; /* of single events */
-const volatile __u32 sample_every = 1;	  /* of single events, on each CPU, one in so many */
-const volatile bool filter_syscalls = false;
-const volatile bool filter_includes = false; /* the mask says which to count, or which not to */
-const volatile __u64 syscall_mask[NR_SYSCALLS / 64] = {0};
-const volatile __u8 error_class[MAX_ERRNO + 1] = {0}; /* by errno, the kernel's own included */
+OPTION(bool, single_events, false);
+OPTION(bool, errors_only, false);  /* of single events */
+OPTION(__u64, min_duration_ns, 0); /* of single events */
+OPTION(__u32, sample_every, 1);	   /* of single events, on each CPU, one in so many */
+OPTION(bool, filter_syscalls, false);
+OPTION(bool, filter_includes, false); /* the mask says which to count, or which not to */
+OPTIONS(__u64, syscall_mask, NR_SYSCALLS / 64);
+OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, the kernel's own included */
 
 /* The current interval: user space counts it up before it reads, so that the greatest latency is
  * the interval's own. Two slots, because the interval before is read while this one runs. */
-volatile __u32 interval = 0;
+GLOBAL(__u32, interval);
 
 struct syscall_key {
 	__u32 tgid;
@@ -82,39 +91,19 @@ struct syscall_call {
 	__u32 reserved;
 };
 
-const struct syscall_call *unused_syscall_call __attribute__((unused));
+OPTIONS(struct syscall_stats, no_stats, 1); /* zeros, to make an element from */
+IN_BTF(struct syscall_call, syscall_call);
 
-struct call {
-	__u64 start_ns; /* 0: no call is under way that is to be counted */
-	__u32 nr;
-	__u32 armed;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
-	__uint(max_entries, 10240);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct syscall_key);
-	__type(value, struct syscall_stats);
-} stats SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct call);
-} calls SEC(".maps");
-
-static const struct syscall_stats no_stats;
+MAP(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240, BPF_F_NO_PREALLOC);
 
 static __always_inline bool syscall_is_wanted(__u32 nr)
 {
-	bool marked;
+	const volatile __u64 *word;
 
-	if (!filter_syscalls)
+	if (!option(filter_syscalls))
 		return true;
-	marked = nr < NR_SYSCALLS && (syscall_mask[nr / 64] >> (nr % 64)) & 1;
-	return marked == filter_includes;
+	word = nr < NR_SYSCALLS ? element(syscall_mask, nr / 64) : NULL;
+	return (word && (*word >> (nr % 64)) & 1) == option(filter_includes);
 }
 
 static __always_inline bool is_error(long ret)
@@ -124,12 +113,16 @@ static __always_inline bool is_error(long ret)
 
 static __always_inline void count_error(struct syscall_stats *s, long ret)
 {
-	s->errors[error_class[-ret] % ERROR_CLASSES]++;
+	const volatile __u8 *class = element(error_class, -ret);
+
+	if (class)
+		s->errors[*class % ERROR_CLASSES]++;
 }
 
 static __always_inline void count_max(struct syscall_stats *s, __u64 latency_ns)
 {
-	__u32 now = interval, slot = now & 1;
+	volatile __u32 *running = global(interval);
+	__u32 now = running ? *running : 0, slot = now & 1;
 
 	if (s->max_interval[slot] != now) {
 		s->max_interval[slot] = now;
@@ -139,10 +132,11 @@ static __always_inline void count_max(struct syscall_stats *s, __u64 latency_ns)
 	}
 }
 
-static __always_inline void count(struct task_struct *task, __u32 nr, __u64 latency_ns, long ret)
+static __always_inline void count(__u32 tgid, __u32 nr, __u64 latency_ns, long ret)
 {
-	struct syscall_key key = {.tgid = task->tgid, .nr = nr};
-	struct syscall_stats *s = map_lookup_or_init(&stats, &key, &no_stats);
+	struct syscall_key key = {.tgid = tgid, .nr = nr};
+	void *zeros = (void *)element(no_stats, 0);
+	struct syscall_stats *s = zeros ? map_lookup_or_init(map_of(stats), &key, zeros) : NULL;
 
 	if (!s) {
 		account_map_full();
@@ -161,80 +155,84 @@ static __always_inline bool sampled_out(void)
 {
 	struct account *account;
 
-	if (sample_every <= 1)
+	if (option(sample_every) <= 1)
 		return false;
 	account = account_of_cpu();
-	return !account || account->seen++ % sample_every;
+	return !account || account->seen++ % option(sample_every);
 }
 
-static __always_inline void emit(struct task_struct *task, __u32 nr, __u64 ended_ns,
-				 __u64 duration_ns, long ret)
+static __always_inline void send(void *ctx, __u32 nr, __u64 ended_ns, __u64 duration_ns, long ret)
 {
-	struct syscall_call *record;
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct syscall_call record = {
+	    .ended_ns = ended_ns,
+	    .duration_ns = duration_ns,
+	    .return_value = ret,
+	    .pid = pid_tgid >> 32,
+	    .tid = pid_tgid,
+	    .syscall_number = nr,
+	};
 
-	if (duration_ns < min_duration_ns || (errors_only && !is_error(ret)) || sampled_out())
+	if (duration_ns < option(min_duration_ns) || (option(errors_only) && !is_error(ret)) ||
+	    sampled_out())
 		return;
-	record = ring_reserve(sizeof(*record));
-	if (!record)
-		return;
-	record->ended_ns = ended_ns;
-	record->duration_ns = duration_ns;
-	record->return_value = ret;
-	record->pid = task->tgid;
-	record->tid = task->pid;
-	record->syscall_number = nr;
-	record->syscall = record->comm = record->reserved = 0;
-	ring_submit(record);
+	record_send(ctx, &record, sizeof(record));
 }
 
-static __always_inline void see(struct task_struct *task, __u32 nr, __u64 ended_ns,
-				__u64 duration_ns, long ret)
+static __always_inline void see(void *ctx, __u32 nr, __u64 ended_ns, __u64 duration_ns, long ret)
 {
-	if (single_events)
-		emit(task, nr, ended_ns, duration_ns, ret);
+	if (option(single_events))
+		send(ctx, nr, ended_ns, duration_ns, ret);
 	else
-		count(task, nr, duration_ns, ret);
+		count(current_tgid(), nr, duration_ns, ret);
 }
 
-/* The state of the current task's call, made at the first call of a watched process. */
-static __always_inline struct call *call_of_target(struct task_struct *task)
+/* The state of the current thread's call, made at the first call of a watched process. */
+static __always_inline struct call *call_of_target(void)
 {
-	struct call *call = bpf_task_storage_get(&calls, task, 0, 0);
+	struct call *call = thread_state(), fresh = {};
 	struct target *target;
 
 	if (call)
 		return call;
-	target = target_of(task);
+	target = target_of_current();
 	if (!target)
 		return NULL;
-	call = bpf_task_storage_get(&calls, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (call)
-		call->armed = target->state == TARGET_ARMED;
-	else
+	fresh.armed = target->state == TARGET_ARMED;
+	call = thread_state_make(&fresh);
+	if (!call)
 		account_map_full();
 	return call;
 }
 
-static __always_inline int on_sys_enter(long id)
+static __always_inline bool current_is_compat(void)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
+#ifndef CORAL_BCC
+	if (option(state_in_task_storage)) /* then there is this helper too, and no copy to make */
+		return bpf_get_current_task_btf()->compat_word & COMPAT_BIT;
+#endif
+	return kernel_read(this_task(), compat_word) & COMPAT_BIT;
+}
+
+static __always_inline int on_sys_enter(void *ctx, long id)
+{
 	__u32 nr = (unsigned long)id < NR_SYSCALLS ? id : NR_SYSCALLS;
 	struct call *call;
 
-	if (surely_no_target(task->tgid) || cgroup_excludes_current())
+	if (surely_no_target(current_tgid()) || cgroup_excludes_current())
 		return 0;
-	call = call_of_target(task);
+	call = call_of_target();
 	if (!call)
 		return 0;
 	call->start_ns = 0;
-	if (task_is_compat(task))
+	if (current_is_compat())
 		nr += NR_COMPAT;
 	if (!syscall_is_wanted(nr) && !call->armed)
 		return 0;
 	if (call->armed && nr != NR_EXECVE && nr != NR_EXECVEAT)
 		return 0;
 	if (nr == NR_EXIT || nr == NR_EXIT_GROUP) {
-		see(task, nr, bpf_ktime_get_ns(), 0, 0);
+		see(ctx, nr, bpf_ktime_get_ns(), 0, 0);
 		return 0;
 	}
 	call->nr = nr;
@@ -242,22 +240,21 @@ static __always_inline int on_sys_enter(long id)
 	return 0;
 }
 
-static __always_inline int on_sys_exit(long ret)
+static __always_inline int on_sys_exit(void *ctx, long ret)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct call *call;
 	__u64 ended_ns, duration_ns;
+	struct call *call;
 
-	if (surely_no_target(task->tgid))
+	if (surely_no_target(current_tgid()))
 		return 0;
-	call = bpf_task_storage_get(&calls, task, 0, 0);
+	call = thread_state();
 	if (!call || !call->start_ns)
 		return 0;
 	ended_ns = bpf_ktime_get_ns();
 	duration_ns = ended_ns - call->start_ns;
 	call->start_ns = 0;
 	if (call->armed) {
-		struct target *target = target_of(task);
+		struct target *target = target_of_current();
 
 		if (ret || !target)
 			return 0;
@@ -266,32 +263,56 @@ static __always_inline int on_sys_exit(long ret)
 		if (!syscall_is_wanted(call->nr))
 			return 0;
 	}
-	see(task, call->nr, ended_ns, duration_ns, ret);
+	see(ctx, call->nr, ended_ns, duration_ns, ret);
 	return 0;
 }
 
 SEC("tp_btf/sys_enter")
-int BPF_PROG(coral_enter_btf, void *regs, long id)
+int RAW_PROGRAM(coral_enter_btf, void *regs, long id)
 {
-	return on_sys_enter(id);
+	return on_sys_enter(ctx, id);
 }
 
 SEC("raw_tp/sys_enter")
-int BPF_PROG(coral_enter_raw, void *regs, long id)
+int RAW_PROGRAM(coral_enter_raw, void *regs, long id)
 {
-	return on_sys_enter(id);
+	return on_sys_enter(ctx, id);
+}
+
+/* As in events/raw_syscalls/sys_enter/format, and that of sys_exit. */
+struct sys_enter_arguments {
+	__u64 common;
+	long id;
+};
+
+struct sys_exit_arguments {
+	__u64 common;
+	long id;
+	long ret;
+};
+
+SEC("tracepoint/raw_syscalls/sys_enter")
+int PROGRAM(coral_enter_tp, struct sys_enter_arguments *ctx)
+{
+	return on_sys_enter(ctx, ctx->id);
 }
 
 SEC("tp_btf/sys_exit")
-int BPF_PROG(coral_exit_btf, void *regs, long ret)
+int RAW_PROGRAM(coral_exit_btf, void *regs, long ret)
 {
-	return on_sys_exit(ret);
+	return on_sys_exit(ctx, ret);
 }
 
 SEC("raw_tp/sys_exit")
-int BPF_PROG(coral_exit_raw, void *regs, long ret)
+int RAW_PROGRAM(coral_exit_raw, void *regs, long ret)
 {
-	return on_sys_exit(ret);
+	return on_sys_exit(ctx, ret);
 }
 
-char LICENSE[] SEC("license") = "GPL";
+SEC("tracepoint/raw_syscalls/sys_exit")
+int PROGRAM(coral_exit_tp, struct sys_exit_arguments *ctx)
+{
+	return on_sys_exit(ctx, ctx->ret);
+}
+
+LICENSED_AS("GPL");

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import Metric
 
-from bpf import BpfObject, Features, LoadError, RingReader
+from bpf import BpfObject, Features, LoadError, RecordReader, Rung, Step
 from bpf.libbpf import release_memory
 from collectors.options import Option
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -80,11 +80,26 @@ class Measures(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Whether a kind of collector can run here: by which hook, or why not."""
+    """Whether a kind of collector can run here: by which hook, or why not.
+
+    `steps` are the rungs of the ladder that it would stand on, each with the better ones that were
+    refused; `refused_options` are the options that this machine cannot do, with the reasons.
+    """
 
     supported: bool
     hook: str = ""
     reason: str = ""
+    steps: tuple[Step, ...] = ()
+    refused_options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, rung: Rung, refused_options: Mapping[str, str]) -> Support:
+        """What RUNG makes possible."""
+        steps = tuple(rung)
+        if rung.missing:
+            reason = "; ".join(f"no {step.what} ({step.why_not})" for step in rung.missing)
+            return cls(False, reason=reason, steps=steps, refused_options=refused_options)
+        return cls(True, rung.hook.taken, rung.hook.why_not, steps, refused_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +170,8 @@ class Collector(ABC):
         return ()
 
     @property
-    def ring(self) -> RingReader | None:
-        """The ring that `drain` empties, where it does: then draining is quick enough for the
+    def records(self) -> RecordReader | None:
+        """The buffer that `drain` empties, where it does: then draining is quick enough for the
         event loop, and a program can ask for it before the interval is over."""
         return None
 
@@ -193,7 +208,7 @@ class Collector(ABC):
         what was drained is in no map any more, and would be lost without a number."""
         drained: list[Batch] = []
         try:
-            if self.ring:
+            if self.records:
                 drained.append(self.drain())
             else:
                 await in_thread(lambda: drained.append(self.drain()))
@@ -225,21 +240,22 @@ class _Watch:
         self.exited = False
         self._woken = asyncio.Event()
         self._running = set(collector.exit_fds())
-        self._ring = collector.ring
+        self._records = collector.records
         self._loop = asyncio.get_running_loop()
 
     def __enter__(self) -> Self:
         for fd in self._running:
             self._loop.add_reader(fd, self._on_exit, fd)
-        if self._ring:
-            self._loop.add_reader(self._ring.wakeup.fileno(), self._on_wakeup, self._ring.wakeup)
+        if self._records:
+            wakeup = self._records.wakeup
+            self._loop.add_reader(wakeup.fileno(), self._on_wakeup, wakeup)
         return self
 
     def __exit__(self, *_: object) -> None:
         for fd in self._running:
             self._loop.remove_reader(fd)
-        if self._ring:
-            self._loop.remove_reader(self._ring.wakeup.fileno())
+        if self._records:
+            self._loop.remove_reader(self._records.wakeup.fileno())
 
     def _on_exit(self, fd: int) -> None:
         self._loop.remove_reader(fd)

@@ -1,4 +1,4 @@
-"""Single system calls, from the ring to rows: filled in and named by array, not by event."""
+"""Single system calls, from the kernel to rows: filled in and named by array, not by event."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bpf import HashMap, RingReader
+from bpf import HashMap, RecordReader
 from bpf.maps import sum_over_cpus
 from collectors import syscall_table
 from collectors.base import EventRows
@@ -20,12 +20,12 @@ _TARGETS_READ_EVERY_S: Final = 1.0
 
 
 class CallReader:
-    """Reads the ring of one collector; keeps the names that its rows point to."""
+    """Reads the buffer of one collector; keeps the names that its rows point to."""
 
     def __init__(
-        self, ring: RingReader, account: HashMap, targets: Targets, sample_every: int
+        self, records: RecordReader, account: HashMap, targets: Targets, sample_every: int
     ) -> None:
-        self.ring = ring
+        self.records = records
         self._account = account
         self._targets = targets
         self._sample_every = sample_every
@@ -46,7 +46,7 @@ class CallReader:
         """Every call that has ended since the last drain, as rows with Unix time and names."""
         if len(self._strings) > _MOST_STRINGS:
             self._forget_names()
-        records = self.ring.drain()
+        records = self.records.drain()
         if len(records):
             # One offset a batch: the two clocks drift by parts in a million.
             records["ended_ns"] += np.uint64(time.time_ns() - time.monotonic_ns())
@@ -56,8 +56,10 @@ class CallReader:
         return EventRows(pb.SyscallCall, records, tuple(self._strings), self._sample_every)
 
     def lost(self) -> int:
-        """Records that the ring refused since this was last asked."""
-        total = int(sum_over_cpus(self._account.read()[1], "lost")[0])
+        """Records that the buffer refused since this was last asked. Programs know it, but for
+        perf buffers before Linux 5.1, where the kernel alone does."""
+        told = int(sum_over_cpus(self._account.read()[1], "lost")[0])
+        total = max(told, self.records.lost)
         lost, self._lost = total - self._lost, total
         return lost
 

@@ -13,12 +13,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from bpf import BpfObject, Features, HashMap, RingReader
+from bpf import BpfObject, Features, HashMap, RecordReader, Rung, climb
 from bpf.maps import sum_over_cpus
 from collectors import errno_class, syscall_table
 from collectors.base import Batch, Collector, ServiceProcesses, Support
 from collectors.options import (
     Option,
+    OptionError,
     boolean,
     choice,
     describe,
@@ -40,7 +41,7 @@ from collectors.syscall_counters import (
     Increase,
 )
 from collectors.syscall_measures import SyscallMeasures
-from collectors.targets import TargetOptions, Targets
+from collectors.targets import TargetOptions, Targets, cgroup2_mount
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 OTHER: Final = "other"
@@ -50,9 +51,7 @@ OTHER: Final = "other"
 # anything costs half a millisecond to a whole one, up to the write to a subscriber.
 _RING_INTERVAL_S: Final = 0.018
 _RING_WAKEUP_SHARE: Final = 4
-_NEEDS: Final = ("task_storage", "percpu_hash")
-# Hooks, best first, with what each one's programs are called.
-_HOOKS: Final = {"tp_btf": "btf", "raw_tp": "raw"}
+_HOOKS: Final = ("tp_btf", "raw_tp", "tracepoint")  # best first
 _PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_exit", "coral_enter")
 
 
@@ -138,11 +137,14 @@ class SyscallStatsCollector(Collector):
     ) -> None:
         self._options = options
         self._targets = Targets(options, service)
-        hook = next((hook for hook in _HOOKS if features[hook].available), "tp_btf")
-        on_demand = features["elements_on_demand"].available
-        self._object = BpfObject(
+        self._rung = climb(features, _HOOKS)
+        refused = _refused_options(features, self._rung)
+        for name in ("mode", "until_exit"):
+            if refused.get(name) and getattr(options, name) not in ("summaries", False):
+                raise OptionError(name, str(getattr(options, name)), refused[name])
+        self._object = self._rung.object(
             "syscall_stats",
-            programs=[f"{name}_{_HOOKS[hook]}" for name in _PROGRAMS],
+            programs=_PROGRAMS,
             options={
                 **self._targets.object_options,
                 **options.syscall_filter,
@@ -150,11 +152,9 @@ class SyscallStatsCollector(Collector):
                 "error_class": errno_class.table(),
                 "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
-            map_entries={
-                "stats": options.entries,
-                **({"ring": options.ring} if options.single_events else {}),
-            },
-            map_flags={} if on_demand else {"stats": 0, "targets": 0},
+            map_entries={"stats": options.entries},
+            preallocated=("stats", "targets"),
+            records=options.ring if options.single_events else 0,
         )
         self._calls: CallReader | None = None
         self._counters = Counters()
@@ -175,14 +175,8 @@ class SyscallStatsCollector(Collector):
     def support(cls, features: Features) -> Support:
         if features.obstacle:
             return Support(False, reason=features.obstacle)
-        if missing := features.missing(("btf", *_NEEDS)):
-            return Support(False, reason="; ".join(f"{m.name}: {m.reason}" for m in missing))
-        refused: list[str] = []
-        for hook in _HOOKS:
-            if features[hook].available:
-                return Support(True, hook, "; ".join(refused))
-            refused.append(f"{hook}: {features[hook].reason}")
-        return Support(False, reason="; ".join(refused))
+        rung = climb(features, _HOOKS)
+        return Support.by(rung, _refused_options(features, rung))
 
     @classmethod
     def measures(cls, max_series: int) -> SyscallMeasures:
@@ -201,8 +195,8 @@ class SyscallStatsCollector(Collector):
         return _RING_INTERVAL_S if self._options.single_events else self._options.interval
 
     @property
-    def ring(self) -> RingReader | None:
-        return self._calls.ring if self._calls else None
+    def records(self) -> RecordReader | None:
+        return self._calls.records if self._calls else None
 
     def exit_fds(self) -> Sequence[int]:
         return self._targets.exit_fds
@@ -212,8 +206,14 @@ class SyscallStatsCollector(Collector):
         self._stats: HashMap = self._object.map("stats")
         self._account = self._object.map("account")
         if self._options.single_events:
-            ring = self._object.ring("ring", "syscall_call")
-            self._calls = CallReader(ring, self._account, self._targets, self._options.sample)
+            records = self._rung.reader(
+                self._object,
+                "syscall_call",
+                buffer_bytes=self._options.ring,
+                wakeup_bytes=self._options.ring // _RING_WAKEUP_SHARE,
+                order_by="ended_ns",
+            )
+            self._calls = CallReader(records, self._account, self._targets, self._options.sample)
         self._object.attach()
         self._targets.fill(self._object)
         self._read_at_ns = time.time_ns()
@@ -264,6 +264,18 @@ class SyscallStatsCollector(Collector):
         self._calls = None
         self._targets.close()
         self._object.close()
+
+
+def _refused_options(features: Features, rung: Rung) -> Mapping[str, str]:
+    """The options that cannot be had on this rung, with what can."""
+    refused = {}
+    if not rung.buffer.taken:
+        refused["mode"] = f"`summaries`: there is no buffer for events ({rung.buffer.why_not})"
+    if not features["pidfd"].available:
+        refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
+    if cgroup2_mount() is None:
+        refused["cgroup"] = "no value: no cgroup2 hierarchy is mounted here"
+    return refused
 
 
 def rows_of(increase: Increase, names: Mapping[int, str], top: int = 0) -> list[pb.SyscallStats]:

@@ -127,7 +127,7 @@ class Targets:
             "selection": selection,
             "follow_children": options.follow_children,
             "select_comm": bool(options.comm),
-            "wanted_comm": options.comm.encode(),
+            **_comm_words(options.comm),
         }
 
     @property
@@ -185,6 +185,12 @@ class Targets:
         """Closes the process descriptors."""
         while self._pidfds:
             os.close(self._pidfds.pop())
+
+
+def _comm_words(comm: str) -> Mapping[str, int]:
+    """A command name as the programs compare it: its bytes, padded with zeros, as two words."""
+    low, high = np.frombuffer(comm.encode().ljust(COMM_BYTES + 1, b"\0"), np.uint64).tolist()
+    return {"wanted_comm_low": low, "wanted_comm_high": high}
 
 
 def cgroup_directory(path: str) -> Path:

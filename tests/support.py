@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 from prometheus_client.parser import text_string_to_metric_families
 
 from collectors import syscall_table
+from collectors.base import Batch, Collector, EventRows
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ KINDS = ("prog", "map", "link")
 _COME_AND_GO = 8
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Collector)
 
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 10.0) -> T:
@@ -71,6 +73,11 @@ class Calls:
         assert self._process.stdin
         self._process.stdin.write("x")
         self._process.stdin.flush()
+
+    def has_ended(self) -> bool:
+        """Whether it has made its last call; nobody has waited for it yet."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "Z"
 
     def finish(self) -> Made:
         """Waits for its end."""
@@ -200,12 +207,28 @@ def held_by(pid: int) -> dict[str, set[int]]:
     return held
 
 
+def summaries(batch: Batch) -> list[pb.SyscallStats]:
+    """The rows of a batch that must have no others."""
+    assert not isinstance(batch.rows, EventRows)
+    return [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
+
+
 def totals(rows: Iterable[pb.SyscallStats]) -> Counter[str]:
     """Calls by the name of the system call, over rows."""
     counted: Counter[str] = Counter()
     for row in rows:
         counted[row.syscall_name] += row.call_count
     return counted
+
+
+@contextmanager
+def at_work(collector: C) -> Iterator[C]:
+    """A collector that is loaded and attached, to be drained by hand."""
+    try:
+        collector.open()
+        yield collector
+    finally:
+        collector.close()
 
 
 @contextmanager

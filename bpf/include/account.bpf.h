@@ -8,24 +8,19 @@
 #include "kernel.bpf.h"
 
 struct account {
-	__u64 produced; /* records meant for the ring buffer, lost ones included */
-	__u64 lost;	/* of these: refused, because the ring buffer was full */
+	__u64 produced; /* records meant for the buffer, lost ones included */
+	__u64 lost;	/* of these: refused, because the buffer was full */
 	__u64 seen;	/* candidates for a sample */
 	__u64 map_full; /* calls not counted, because a map had no room or the kernel no memory */
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct account);
-} account SEC(".maps");
+MAP(PERCPU_ARRAY, account, __u32, struct account, 1, 0);
 
 static __always_inline struct account *account_of_cpu(void)
 {
 	__u32 zero = 0;
 
-	return bpf_map_lookup_elem(&account, &zero);
+	return bpf_map_lookup_elem(map_of(account), &zero);
 }
 
 static __always_inline void account_map_full(void)

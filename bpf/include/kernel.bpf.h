@@ -1,18 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
  * The kernel as the programs see it: the helpers, and of each kernel type only the members that
- * are touched. libbpf finds their true offsets on the running kernel (preserve_access_index).
+ * are touched. libbpf finds their true offsets on the running kernel (preserve_access_index); bcc
+ * takes the types from the kernel's own headers.
  */
 #pragma once
 
-#include <stdbool.h>
-#include <linux/bpf.h>
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_tracing.h>
+#include "portable.bpf.h"
 
 #define COMM_BYTES 16
 
+#ifndef CORAL_BCC
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 typedef struct {
@@ -38,3 +36,14 @@ struct task_struct {
 };
 
 #pragma clang attribute pop
+#endif
+
+static __always_inline struct task_struct *this_task(void)
+{
+	return (struct task_struct *)bpf_get_current_task();
+}
+
+static __always_inline __u32 current_tgid(void)
+{
+	return bpf_get_current_pid_tgid() >> 32;
+}

@@ -8,7 +8,7 @@
  * Returns the element of KEY, made as a copy of INITIAL where there was none, or NULL where the
  * map is full. Of two CPUs that make the same element at once, one makes it and both find it.
  */
-static __always_inline void *map_lookup_or_init(void *map, const void *key, const void *initial)
+static __always_inline void *map_lookup_or_init(void *map, void *key, void *initial)
 {
 	void *value = bpf_map_lookup_elem(map, key);
 

@@ -27,25 +27,14 @@ struct target {
 	__u32 reserved;
 };
 
-const volatile __u32 selection = SELECT_TARGETS;
-const volatile bool follow_children = true;
-const volatile bool select_comm = false;	   /* adopt what execs to this name */
-const volatile char wanted_comm[COMM_BYTES] = {0}; /* padded with zeros */
+OPTION(__u32, selection, SELECT_TARGETS);
+OPTION(bool, follow_children, true);
+OPTION(bool, select_comm, false); /* adopt what execs to the name whose bytes these are */
+OPTION(__u64, wanted_comm_low, 0);
+OPTION(__u64, wanted_comm_high, 0);
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 10240);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __u32); /* tgid */
-	__type(value, struct target);
-} targets SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_CGROUP_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u32);
-} cgroups SEC(".maps");
+MAP(HASH, targets, __u32, struct target, 10240, BPF_F_NO_PREALLOC); /* by tgid */
+MAP(CGROUP_ARRAY, cgroups, __u32, __u32, 1, 0);
 
 /*
  * What every process of the machine pays is one look here: a target's byte is set, so a byte that
@@ -53,134 +42,178 @@ struct {
  * can set them without seeing each other.
  */
 #define TARGET_HINTS 65536
-__u8 target_hints[TARGET_HINTS] = {0};
+GLOBALS(__u8, target_hints, TARGET_HINTS);
 
 /* Targets that did not fit: each is a process of which nothing is seen. */
-__u64 targets_full = 0;
+GLOBAL(__u64, targets_full);
 
 static __always_inline bool surely_no_target(__u32 tgid)
 {
-	return selection == SELECT_TARGETS && !target_hints[tgid % TARGET_HINTS];
+	volatile __u8 *hint;
+
+	if (option(selection) != SELECT_TARGETS)
+		return false;
+	hint = element(target_hints, tgid % TARGET_HINTS);
+	return hint && !*hint;
 }
 
-static __always_inline struct target *target_add(struct task_struct *leader, __u32 tgid,
-						 __u32 state)
+static __always_inline struct target *target_add(__u32 tgid, struct target *target)
 {
-	struct target target = {.state = state};
+	volatile __u8 *hint = element(target_hints, tgid % TARGET_HINTS);
+	volatile __u64 *full = global(targets_full);
 
-	BPF_CORE_READ_STR_INTO(&target.comm, leader, comm);
-	target_hints[tgid % TARGET_HINTS] = 1;
-	if (bpf_map_update_elem(&targets, &tgid, &target, BPF_ANY))
-		__sync_fetch_and_add(&targets_full, 1);
-	return bpf_map_lookup_elem(&targets, &tgid);
+	if (hint)
+		*hint = 1;
+	if (bpf_map_update_elem(map_of(targets), &tgid, target, BPF_ANY) && full)
+		__sync_fetch_and_add(full, 1);
+	return bpf_map_lookup_elem(map_of(targets), &tgid);
 }
 
 /*
  * The target that the current task belongs to, or NULL. In a mode that does not ask for single
  * processes, the first sight of one adds it, so that user space can name it.
  */
-static __always_inline struct target *target_of(struct task_struct *task)
+static __always_inline struct target *target_of_current(void)
 {
-	__u32 tgid = task->tgid;
-	struct target *target = bpf_map_lookup_elem(&targets, &tgid);
+	__u32 tgid = current_tgid();
+	struct target *target = bpf_map_lookup_elem(map_of(targets), &tgid);
+	struct target found = {.state = TARGET_ACTIVE};
 
-	if (target || selection == SELECT_TARGETS)
+	if (target || option(selection) == SELECT_TARGETS)
 		return target;
-	return target_add(BPF_CORE_READ(task, group_leader), tgid, TARGET_ACTIVE);
+	kernel_read_string(&found.comm, kernel_read(this_task(), group_leader), comm);
+	return target_add(tgid, &found);
 }
 
 static __always_inline bool cgroup_excludes_current(void)
 {
-	return selection == SELECT_CGROUP && bpf_current_task_under_cgroup(&cgroups, 0) != 1;
+	return option(selection) == SELECT_CGROUP &&
+	       bpf_current_task_under_cgroup(map_of(cgroups), 0) != 1;
 }
 
-static __always_inline int on_fork(struct task_struct *parent, struct task_struct *child)
+/* The current process makes another one; a child has its parent's name until it execs. */
+static __always_inline int on_fork(__u32 child_tgid)
 {
-	__u32 parent_tgid = BPF_CORE_READ(parent, tgid);
-	__u32 child_tgid = BPF_CORE_READ(child, tgid);
-	struct target *target;
+	__u32 parent_tgid = current_tgid();
+	struct target *parent, child = {};
 
-	if (selection != SELECT_TARGETS || !follow_children || parent_tgid == child_tgid)
-		return 0; /* a new thread belongs to its process already */
-	target = bpf_map_lookup_elem(&targets, &parent_tgid);
-	if (target)
-		target_add(child, child_tgid, target->state);
+	if (option(selection) != SELECT_TARGETS || !option(follow_children) ||
+	    surely_no_target(parent_tgid))
+		return 0;
+	parent = bpf_map_lookup_elem(map_of(targets), &parent_tgid);
+	if (!parent)
+		return 0;
+	child.state = parent->state;
+	bpf_get_current_comm(child.comm, sizeof(child.comm));
+	target_add(child_tgid, &child);
 	return 0;
 }
 
-static __always_inline bool comm_is_wanted(const char *comm)
+static __always_inline bool comm_is_wanted(const struct target *target)
 {
-	for (int i = 0; i < COMM_BYTES; i++) {
-		if (comm[i] != wanted_comm[i])
-			return false;
-		if (!comm[i])
-			return true;
-	}
-	return true;
+	const __u64 *comm = (const __u64 *)target->comm;
+
+	return comm[0] == option(wanted_comm_low) && comm[1] == option(wanted_comm_high);
 }
 
-static __always_inline int on_exec(struct task_struct *task)
+static __always_inline int on_exec(void)
 {
-	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
-	struct target *target = bpf_map_lookup_elem(&targets, &tgid);
-	struct target named = {};
+	__u32 tgid = current_tgid();
+	struct target *target = bpf_map_lookup_elem(map_of(targets), &tgid);
+	struct target named = {.state = TARGET_ACTIVE};
 
 	if (target) {
-		BPF_CORE_READ_STR_INTO(&target->comm, task, comm);
-	} else if (select_comm) {
-		BPF_CORE_READ_STR_INTO(&named.comm, task, comm);
-		if (comm_is_wanted(named.comm))
-			target_add(task, tgid, TARGET_ACTIVE);
+		bpf_get_current_comm(target->comm, sizeof(target->comm));
+	} else if (option(select_comm)) {
+		bpf_get_current_comm(named.comm, sizeof(named.comm));
+		if (comm_is_wanted(&named))
+			target_add(tgid, &named);
 	}
 	return 0;
 }
 
 /* Runs once for each thread; the kernel has taken the thread out of signal->live before. */
-static __always_inline int on_exit(struct task_struct *task)
+static __always_inline int on_exit(void)
 {
-	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	__u32 tgid = current_tgid();
 	struct target *target;
 
-	if (BPF_CORE_READ(task, signal, live.counter) > 0)
+	if (kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
 		return 0;
-	target = bpf_map_lookup_elem(&targets, &tgid);
+	target = bpf_map_lookup_elem(map_of(targets), &tgid);
 	if (target)
 		target->state = TARGET_EXITED;
 	return 0;
 }
 
-SEC("tp_btf/sched_process_fork")
-int BPF_PROG(coral_fork_btf, struct task_struct *parent, struct task_struct *child)
+static __always_inline int on_task_fork(struct task_struct *child)
 {
-	return on_fork(parent, child);
+	__u32 tgid = kernel_read(child, tgid);
+
+	/* A new thread belongs to its process already. */
+	return tgid == current_tgid() ? 0 : on_fork(tgid);
+}
+
+SEC("tp_btf/sched_process_fork")
+int RAW_PROGRAM(coral_fork_btf, struct task_struct *parent, struct task_struct *child)
+{
+	return on_task_fork(child);
 }
 
 SEC("raw_tp/sched_process_fork")
-int BPF_PROG(coral_fork_raw, struct task_struct *parent, struct task_struct *child)
+int RAW_PROGRAM(coral_fork_raw, struct task_struct *parent, struct task_struct *child)
 {
-	return on_fork(parent, child);
+	return on_task_fork(child);
+}
+
+#define CLONE_THREAD_FLAG 0x10000
+
+/* As in events/task/task_newtask/format. That of sched_process_fork does not tell a thread. */
+struct newtask_arguments {
+	__u64 common;
+	int pid;
+	char comm[COMM_BYTES];
+	unsigned long clone_flags;
+};
+
+SEC("tracepoint/task/task_newtask")
+int PROGRAM(coral_fork_tp, struct newtask_arguments *ctx)
+{
+	return ctx->clone_flags & CLONE_THREAD_FLAG ? 0 : on_fork(ctx->pid);
 }
 
 SEC("tp_btf/sched_process_exec")
-int BPF_PROG(coral_exec_btf, struct task_struct *task)
+int RAW_PROGRAM(coral_exec_btf, void *task)
 {
-	return on_exec(task);
+	return on_exec();
 }
 
 SEC("raw_tp/sched_process_exec")
-int BPF_PROG(coral_exec_raw, struct task_struct *task)
+int RAW_PROGRAM(coral_exec_raw, void *task)
 {
-	return on_exec(task);
+	return on_exec();
+}
+
+SEC("tracepoint/sched/sched_process_exec")
+int PROGRAM(coral_exec_tp, void *ctx)
+{
+	return on_exec();
 }
 
 SEC("tp_btf/sched_process_exit")
-int BPF_PROG(coral_gone_btf, struct task_struct *task)
+int RAW_PROGRAM(coral_gone_btf, void *task)
 {
-	return on_exit(task);
+	return on_exit();
 }
 
 SEC("raw_tp/sched_process_exit")
-int BPF_PROG(coral_gone_raw, struct task_struct *task)
+int RAW_PROGRAM(coral_gone_raw, void *task)
 {
-	return on_exit(task);
+	return on_exit();
+}
+
+SEC("tracepoint/sched/sched_process_exit")
+int PROGRAM(coral_gone_tp, void *ctx)
+{
+	return on_exit();
 }

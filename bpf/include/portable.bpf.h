@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * One idiom: what differs between the two compilers of these programs. clang makes an object at
+ * build time, which libbpf fits to the running kernel (CO-RE). bcc compiles on the machine itself,
+ * with its kernel's headers, for kernels without BTF; bpf/bcc_object.py is the other half of that:
+ * it makes the maps, and writes them and the options' values into the instructions.
+ *
+ *	MAP(HASH, name, key type, value type, entries, flags)	map_of(name)
+ *	BUFFER(RINGBUF, name, bytes)				map_of(name)
+ *	OPTION(type, name, value)	option(name), a constant of the loaded program
+ *	OPTIONS(type, name, count)	element(name, index), a pointer, or NULL
+ *	GLOBAL(type, name)		global(name), likewise; user space reads and writes it too
+ *	GLOBALS(type, name, count)	element(name, index), likewise
+ *	int RAW_PROGRAM(name, ...)	a program of tp_btf/ or raw_tp/, with the hook's arguments
+ *	int PROGRAM(name, argument)	a program of any other kind
+ *	IN_BTF(struct record, record)	describes a type to user space
+ *	kernel_read(task, tgid)		a member of a kernel structure
+ *	kernel_read_string(&to, task, comm)
+ */
+#pragma once
+
+#ifdef CORAL_BCC
+
+#include <uapi/linux/bpf.h>
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+
+/* Kinds of 64-bit constants that the loader puts in place of their number. */
+#define LOAD_MAP    14
+#define LOAD_OPTION 15
+
+#define MAP(kind, name, key_type, value_type, entries, flags) _Static_assert(1, "")
+#define BUFFER(kind, name, bytes)			      _Static_assert(1, "")
+#define map_of(name) ((void *)bpf_pseudo_fd(LOAD_MAP, MAP_##name))
+
+/* Declared for their types alone: an option is an instruction, anything else an array map. */
+#define OPTION(type, name, value)  extern const type name
+#define OPTIONS(type, name, count) extern const type name[count]
+#define GLOBAL(type, name)	   extern type name
+#define GLOBALS(type, name, count) extern type name[count]
+#define option(name)		   ((typeof(name))bpf_pseudo_fd(LOAD_OPTION, OPTION_##name))
+#define element(name, index)	   ((typeof(&(name)[0]))element_at(map_of(name), index))
+#define global(name)		   ((typeof(&(name)))element_at(map_of(name), 0))
+
+static __always_inline void *element_at(void *map, __u32 index)
+{
+	return bpf_map_lookup_elem(map, &index);
+}
+
+#define SEC(section)
+#define IN_SECTION_OF(name) __attribute__((section(".bpf.fn." #name)))
+#define PROGRAM(name, argument)                                                                    \
+	name(argument) IN_SECTION_OF(name);                                                        \
+	int name(argument)
+#define RAW_PROGRAM(name, args...)                                                                 \
+	name(unsigned long long *ctx) IN_SECTION_OF(name);                                         \
+	static __always_inline int name##_(unsigned long long *ctx, ##args);                       \
+	int name(unsigned long long *ctx)                                                          \
+	{                                                                                          \
+		return name##_(___bpf_ctx_cast(args));                                             \
+	}                                                                                          \
+	static __always_inline int name##_(unsigned long long *ctx, ##args)
+#define LICENSED_AS(license) _Static_assert(1, license)
+#define IN_BTF(type, name)   _Static_assert(1, "")
+
+#define kernel_read(pointer, member)                                                               \
+	({                                                                                         \
+		typeof((pointer)->member) value_;                                                  \
+		bpf_probe_read_kernel(&value_, sizeof(value_), &(pointer)->member);                \
+		value_;                                                                            \
+	})
+#define kernel_read_string(to, pointer, member)                                                    \
+	bpf_probe_read_kernel_str(to, sizeof(*(to)), &(pointer)->member)
+
+#else /* CO-RE */
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+
+#define MAP(kind, name, key_type, value_type, entries, flags)                                      \
+	struct {                                                                                   \
+		__uint(type, BPF_MAP_TYPE_##kind);                                                 \
+		__uint(max_entries, entries);                                                      \
+		__uint(map_flags, flags);                                                          \
+		__type(key, key_type);                                                             \
+		__type(value, value_type);                                                         \
+	} name SEC(".maps")
+#define BUFFER(kind, name, bytes)                                                                  \
+	struct {                                                                                   \
+		__uint(type, BPF_MAP_TYPE_##kind);                                                 \
+		__uint(max_entries, bytes);                                                        \
+	} name SEC(".maps")
+#define map_of(name) (&(name))
+
+#define OPTION(type, name, value)  const volatile type name = value
+#define OPTIONS(type, name, count) const volatile type name[count] = {0}
+#define GLOBAL(type, name)	   volatile type name = 0
+#define GLOBALS(type, name, count) volatile type name[count] = {0}
+#define option(name)		   (name)
+#define element(name, index)	   (&(name)[index])
+#define global(name)		   (&(name))
+
+#define PROGRAM(name, argument) name(argument)
+#define RAW_PROGRAM		BPF_PROG
+#define LICENSED_AS(license)	char LICENSE[] SEC("license") = license
+
+#define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))
+
+/* Variables, for the compiler cannot nest these. */
+#define kernel_read(pointer, member)                                                               \
+	({                                                                                         \
+		typeof(pointer) from_ = (pointer);                                                 \
+		BPF_CORE_READ(from_, member);                                                      \
+	})
+#define kernel_read_string(to, pointer, member)                                                    \
+	({                                                                                         \
+		typeof(pointer) from_ = (pointer);                                                 \
+		BPF_CORE_READ_STR_INTO(to, from_, member);                                         \
+	})
+
+#endif

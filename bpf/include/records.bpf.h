@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * One idiom: records to user space, each counted as produced, each one refused as lost. They go
+ * through a ring buffer, or through a perf buffer a CPU where the kernel has no ring buffers
+ * (before 5.8). User space comes by every few milliseconds; it is woken only when a buffer fills up
+ * before.
+ */
+#pragma once
+
+#include "kernel.bpf.h"
+#include "account.bpf.h"
+
+OPTION(bool, records_in_ring, true);
+OPTION(__u64, ring_wakeup_bytes, 0); /* wake the reader when so much waits in the ring */
+
+BUFFER(RINGBUF, ring, 4096); /* the page size at least; user space sets the real size */
+MAP(PERF_EVENT_ARRAY, perf, int, int, 0, 0); /* one buffer a CPU, which user space makes */
+
+/* Sends a record of SIZE bytes, a constant. CTX is the program's own argument. */
+static __always_inline void record_send(void *ctx, void *record, const __u64 size)
+{
+	struct account *account = account_of_cpu();
+	long refused;
+
+	if (!account)
+		return;
+	account->produced++;
+	if (option(records_in_ring)) {
+		__u64 waiting = bpf_ringbuf_query(map_of(ring), BPF_RB_AVAIL_DATA);
+		bool full = waiting >= option(ring_wakeup_bytes);
+
+		refused = bpf_ringbuf_output(map_of(ring), record, size,
+					     full ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+	} else {
+		refused = bpf_perf_event_output(ctx, map_of(perf), BPF_F_CURRENT_CPU, record, size);
+	}
+	if (refused)
+		account->lost++;
+}

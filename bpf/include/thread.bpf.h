@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * One idiom: a little state for each thread that is watched, between one hook and the next. It lies
+ * in the kernel's task storage, which frees it with the thread, or in a hash map by thread id where
+ * there is none (before 5.11): then a program frees it.
+ *
+ * Define THREAD_STATE, the state's type, before this is included.
+ */
+#pragma once
+
+#include "kernel.bpf.h"
+
+OPTION(bool, state_in_task_storage, true);
+
+MAP(TASK_STORAGE, thread_storage, int, THREAD_STATE, 0, BPF_F_NO_PREALLOC);
+MAP(HASH, thread_hash, __u32, THREAD_STATE, 10240, BPF_F_NO_PREALLOC);
+
+/* The current thread's state, or NULL where it has none. */
+static __always_inline THREAD_STATE *thread_state(void)
+{
+	__u32 tid;
+
+#ifndef CORAL_BCC /* it takes BTF */
+	if (option(state_in_task_storage))
+		return bpf_task_storage_get(map_of(thread_storage), bpf_get_current_task_btf(), 0,
+					    0);
+#endif
+	tid = bpf_get_current_pid_tgid();
+	return bpf_map_lookup_elem(map_of(thread_hash), &tid);
+}
+
+/* Gives the current thread, which has none, the state INITIAL; NULL where there is no room. */
+static __always_inline THREAD_STATE *thread_state_make(THREAD_STATE *initial)
+{
+	__u32 tid;
+
+#ifndef CORAL_BCC
+	if (option(state_in_task_storage))
+		return bpf_task_storage_get(map_of(thread_storage), bpf_get_current_task_btf(),
+					    initial, BPF_LOCAL_STORAGE_GET_F_CREATE);
+#endif
+	tid = bpf_get_current_pid_tgid();
+	bpf_map_update_elem(map_of(thread_hash), &tid, initial, BPF_ANY);
+	return bpf_map_lookup_elem(map_of(thread_hash), &tid);
+}
+
+static __always_inline int thread_forget(void)
+{
+	__u32 tid = bpf_get_current_pid_tgid();
+
+	bpf_map_delete_elem(map_of(thread_hash), &tid);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int RAW_PROGRAM(coral_forget_btf, void *task)
+{
+	return thread_forget();
+}
+
+SEC("raw_tp/sched_process_exit")
+int RAW_PROGRAM(coral_forget_raw, void *task)
+{
+	return thread_forget();
+}
+
+SEC("tracepoint/sched/sched_process_exit")
+int PROGRAM(coral_forget_tp, void *ctx)
+{
+	return thread_forget();
+}

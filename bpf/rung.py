@@ -1,0 +1,171 @@
+"""The ladder: of each thing that kernels do in different ways, the best way that this one has.
+
+A collector says what it hangs on and what it wants; `climb` says which loader, hook, thread state,
+record buffer and map reads it gets, and of each better one why not. `Rung.object` makes the object
+accordingly, so that a collector does not know which loader it got.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from bpf.bcc_object import BccObject
+from bpf.features import Feature, Features
+from bpf.object import BpfObject, RecordReader
+
+# By hook, how the programs of an object that hang on it are called.
+SUFFIXES: Final = {"tp_btf": "btf", "raw_tp": "raw", "tracepoint": "tp"}
+_LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each takes
+_NO_BTF: Final = "bcc's programs have no BTF, which it takes"
+_ALL: Final = "keys one by one"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that kernels do in different ways: the way taken, empty where there is none, and
+    the better ones that were refused, with the reasons."""
+
+    what: str
+    taken: str
+    refused: tuple[Feature, ...] = ()
+
+    @property
+    def why_not(self) -> str:
+        """The reasons of all that was refused."""
+        return "; ".join(f"{feature.name}: {feature.reason}" for feature in self.refused)
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """What a collector gets on this kernel."""
+
+    loader: Step
+    hook: Step
+    state: Step
+    buffer: Step
+    reads: Step
+    on_demand: Feature  # hash elements are made when they are needed
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter((self.loader, self.hook, self.state, self.buffer, self.reads))
+
+    @property
+    def missing(self) -> Sequence[Step]:
+        """The steps without which nothing runs, and for which there is no way."""
+        return [step for step in (self.loader, self.hook, self.state) if not step.taken]
+
+    def object(
+        self,
+        name: str,
+        *,
+        programs: Sequence[str],
+        options: Mapping[str, object],
+        map_entries: Mapping[str, int],
+        preallocated: Collection[str],
+        records: int = 0,
+    ) -> BpfObject:
+        """The object NAME with PROGRAMS, named without the hook's suffix, as the rung has it.
+
+        `records` is the size in bytes of the buffer for them, 0 where the collector sends none;
+        `preallocated` are the hash maps whose elements are made at once where they cannot be made
+        when they are needed. For objects that include thread.bpf.h and records.bpf.h.
+        """
+        stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
+        without = [] if records and ringed else ["ring"]
+        without += [] if records and not ringed else ["perf"]
+        without += ["thread_hash"] if stored else ["thread_storage"]
+        # Threads are forgotten by a program where the kernel does not do it.
+        wanted = list(programs) if stored else ["coral_forget", *programs]
+        hashes = [*preallocated, *([] if stored else ["thread_hash"])]
+        cls = BpfObject if self.loader.taken == "core" else BccObject
+        return cls(
+            name,
+            programs=[f"{program}_{SUFFIXES[self.hook.taken]}" for program in wanted],
+            options={
+                **options,
+                "state_in_task_storage": stored,
+                "records_in_ring": ringed,
+            },
+            map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
+            map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
+            without_maps=without,
+            batches=self.reads.taken == "batch",
+        )
+
+    def reader(
+        self,
+        bpf_object: BpfObject,
+        record: str,
+        *,
+        buffer_bytes: int,
+        wakeup_bytes: int,
+        order_by: str,
+    ) -> RecordReader:
+        """The reader of a loaded object's records, which are `struct RECORD`; those of several CPUs
+        are in the order of the field ORDER_BY, a time."""
+        if self.buffer.taken == "ring_buffer":
+            return bpf_object.ring("ring", record)
+        # As much in all: a power of two of pages for each CPU.
+        cpus = os.cpu_count() or 1
+        return bpf_object.perf(
+            "perf",
+            record,
+            bytes_per_cpu=max(mmap.PAGESIZE, 1 << (buffer_bytes // cpus).bit_length() - 1),
+            wakeup_bytes=wakeup_bytes // cpus,
+            order_by=order_by,
+        )
+
+
+def climb(features: Features, hooks: Sequence[str]) -> Rung:
+    """The rung of a collector whose programs hang on one of HOOKS, named best first."""
+    loader = _loader(features)
+    by_bcc = loader.taken == "bcc"
+    return Rung(
+        loader,
+        _first(features, "hook", hooks, {"tp_btf": _NO_BTF} if by_bcc else {}),
+        _first(
+            features,
+            "thread state",
+            ("task_storage", "percpu_hash"),
+            {"task_storage": _NO_BTF} if by_bcc else {},
+            called={"percpu_hash": "hash"},
+        ),
+        _first(features, "record buffer", ("ring_buffer", "perf_buffer"), {}),
+        _first(features, "map reads", ("batch", _ALL), {}, free=_ALL),
+        features["elements_on_demand"],
+    )
+
+
+def _loader(features: Features) -> Step:
+    wanted = tuple(_LOADERS) if features.loader == "auto" else (features.loader,)
+    refused: list[Feature] = []
+    for loader in wanted:
+        needed = features[_LOADERS[loader]]
+        if needed.available:
+            return Step("loader", loader, tuple(refused))
+        refused.append(Feature(loader, False, needed.reason))
+    return Step("loader", "", tuple(refused))
+
+
+def _first(
+    features: Features,
+    what: str,
+    ways: Sequence[str],
+    excluded: Mapping[str, str],
+    *,
+    called: Mapping[str, str] | None = None,
+    free: str = "",
+) -> Step:
+    """The first of WAYS that the kernel has and that is not EXCLUDED; FREE is always there."""
+    refused: list[Feature] = []
+    for way in ways:
+        name = (called or {}).get(way, way)
+        feature = Feature(way, False, excluded[way]) if way in excluded else features[way]
+        if way == free or feature.available:
+            return Step(what, name, tuple(refused))
+        refused.append(Feature(name, False, feature.reason))
+    return Step(what, "", tuple(refused))
