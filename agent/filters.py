@@ -64,6 +64,10 @@ class Filter:
     def takes(self, row: Message) -> bool:
         """Whether it takes a summary row. Of its calls, one that fits is enough; a thread's id is
         not asked about, because a summary is of processes."""
+        if isinstance(row, pb.TcpMetrics):
+            return (not self.pids or row.pid in self.pids) and (
+                not self.comms or row.comm in self.comms
+            )
         if not isinstance(row, pb.SyscallStats):
             return True
         return (

@@ -199,6 +199,11 @@ def _losses(batch: Batch) -> list[pb.Loss]:
     ]
 
 
+def row_bytes(rows: EventRows) -> int:
+    """What each of ROWS takes in a message."""
+    return _layout(rows).dtype.itemsize
+
+
 def _layout(rows: EventRows) -> RowLayout:
     field_name = _BATCH_FIELDS[rows.message.DESCRIPTOR.full_name]
     return row_layout(pb.EbpfEventBatch.DESCRIPTOR, field_name)

@@ -16,18 +16,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from google.protobuf.message import Message
+
 from agent.filters import EVERYTHING, Filter
-from agent.frames import Frame, Header
+from agent.frames import Frame, Header, row_bytes
 from collectors.base import Batch, EventRows
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 Overflow = pb.EbpfEventStreamRequest.Overflow
 # A message stays below 1 MiB; clients refuse more than 4 MiB by default.
 MAX_ROWS: Final = 16_384
+MAX_SUMMARIES: Final = 2_048  # of a few hundred bytes each
+_ROWS_BYTES: Final = (1 << 20) - (32 << 10)
 
 __all__ = ["Account", "Channel", "Frame", "Header", "Subscription", "SubscriptionEndedError"]
 
@@ -92,12 +96,10 @@ class Channel:
     def publish(self, batch: Batch) -> None:
         """Numbers a batch and puts it into every subscriber's queue. Never blocks. A batch of
         more rows than a message should hold becomes several."""
-        rows = batch.rows
-        while isinstance(rows, EventRows) and len(rows) > MAX_ROWS:
-            first = replace(rows, records=rows.records[:MAX_ROWS])
-            self._publish(replace(batch, rows=first, losses={}))
-            rows = replace(rows, records=rows.records[MAX_ROWS:])
-            batch = replace(batch, rows=rows)
+        most = _most_rows(batch)
+        while len(batch.rows) > most:
+            self._publish(replace(batch, rows=_part(batch, slice(most)), losses={}))
+            batch = replace(batch, rows=_part(batch, slice(most, None)))
         self._publish(batch)
 
     def _publish(self, batch: Batch) -> None:
@@ -145,6 +147,19 @@ class _Entry:
 
     frame: Frame
     lost_before: Counter[int]
+
+
+def _most_rows(batch: Batch) -> int:
+    if not isinstance(batch.rows, EventRows):
+        return MAX_SUMMARIES
+    return min(MAX_ROWS, _ROWS_BYTES // row_bytes(batch.rows))
+
+
+def _part(batch: Batch, part: slice) -> Sequence[Message] | EventRows:
+    rows = batch.rows
+    if isinstance(rows, EventRows):
+        return replace(rows, records=rows.records[part])
+    return rows[part]
 
 
 class Subscription:

@@ -223,6 +223,16 @@ def _btf() -> Feature:
     )
 
 
+def kernel_names(names: Iterable[str]) -> frozenset[str]:
+    """Those of NAMES that the kernel's BTF has as the name of a type, a function or a member; none
+    where it has no BTF. A tracepoint NAME is there as `btf_trace_NAME`."""
+    try:
+        described = VMLINUX_BTF.read_bytes()
+    except OSError:
+        return frozenset()
+    return frozenset(name for name in names if f"\0{name}\0".encode() in described)
+
+
 def _elements_on_demand() -> Feature:
     """Whether programs may make hash elements as they need them, from any context (Linux 6.1).
 

@@ -70,6 +70,9 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "bpf_map_create": (c_int, (c_int, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p)),
     "bpf_prog_load": (c_int, (c_int, c_char_p, c_char_p, c_void_p, c_size_t, c_void_p)),
     "bpf_raw_tracepoint_open": (c_int, (c_char_p, c_int)),
+    "bpf_program__attach_iter": (c_void_p, (c_void_p, c_void_p)),
+    "bpf_link__fd": (c_int, (c_void_p,)),
+    "bpf_iter_create": (c_int, (c_int,)),
     "bpf_enable_stats": (c_int, (c_int,)),
     "libbpf_probe_bpf_map_type": (c_int, (c_int, c_void_p)),
 }

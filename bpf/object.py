@@ -39,6 +39,7 @@ from bpf.libbpf import (
 from bpf.maps import HashMap, fdinfo
 from bpf.perf_buffer import PerfReader
 from bpf.ring import RingReader
+from bpf.walk import Walk
 
 BPF_F_NO_PREALLOC: Final = 1
 # Instructions that the verifier goes through at most: BPF_COMPLEXITY_LIMIT_INSNS.
@@ -98,11 +99,11 @@ def enable_run_time_stats() -> int:
 class BpfObject:
     """One object, and the only owner of all that it has in the kernel.
 
-    `programs` are loaded, the others are not. `options` set the C program's `const volatile`
-    globals; `map_entries` and `map_flags` change maps before they are made; `without_maps` are not
-    made at all: no program that is chosen may come to use them. A name that the object does not
-    have is a KeyError. Maps are read in batches where the kernel has them, unless BATCHES is off.
-    Nothing touches the kernel before `load`.
+    `programs` are loaded and attached; `walks` are loaded, for `walk`; others are not. `options`
+    set the C program's `const volatile` globals; `map_entries` and `map_flags` change maps before
+    they are made; `without_maps` are not made at all: no program that is chosen may come to use
+    them. A name that the object does not have is a KeyError. Maps are read in batches where the
+    kernel has them, unless BATCHES is off. Nothing touches the kernel before `load`.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class BpfObject:
         name: str | Path,
         *,
         programs: Sequence[str],
+        walks: Sequence[str] = (),
         options: Mapping[str, object] | None = None,
         map_entries: Mapping[str, int] | None = None,
         map_flags: Mapping[str, int] | None = None,
@@ -117,7 +119,8 @@ class BpfObject:
         batches: bool = True,
     ) -> None:
         self.path = name if isinstance(name, Path) else object_path(name)
-        self._chosen = tuple(programs)
+        self._hooked = tuple(programs)
+        self._chosen = (*programs, *walks)
         self._options = dict(options or {})
         self._map_entries = dict(map_entries or {})
         self._map_flags = dict(map_flags or {})
@@ -130,6 +133,7 @@ class BpfObject:
         self._maps: dict[str, int] = {}
         self._links: list[Callable[[], object]] = []
         self._readers: list[RecordReader] = []
+        self._walks: list[Walk] = []
         self._sections: dict[str, mmap.mmap] = {}
 
     def __enter__(self) -> Self:
@@ -237,9 +241,9 @@ class BpfObject:
         self._variable(name)[list(indices)] = value
 
     def attach(self, tries: int = 3) -> None:
-        """Attaches every chosen program, each tried TRIES times with a growing pause between.
+        """Attaches every one of `programs`, each tried TRIES times with a growing pause between.
         Raises `AttachError`; what was attached before it stays until `close`."""
-        for name in self._chosen:
+        for name in self._hooked:
             self._attach(name, tries)
 
     def _attach(self, name: str, tries: int) -> None:
@@ -318,6 +322,19 @@ class BpfObject:
         self._readers.append(reader)
         return reader
 
+    def walk(self, name: str, record: str, *, map_name: str | None = None) -> Walk:
+        """The walk of the program NAME, which writes `struct RECORD`s; closed with the object, and
+        not before: it can be made when the programs are detached. Raises `BpfError`."""
+        map_fd = None if map_name is None else self.map_fd(map_name)
+        walk = Walk(self._programs[name], map_fd, self.btf.struct_dtype(record))
+        self._walks.append(walk)
+        return walk
+
+    @property
+    def attached(self) -> bool:
+        """Whether any program hangs on its hook."""
+        return bool(self._links)
+
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for all maps of the object."""
@@ -350,6 +367,8 @@ class BpfObject:
     def close(self) -> None:
         """Detaches, and gives everything back to the kernel. Safe to call twice, or unloaded."""
         self.detach()
+        while self._walks:
+            self._walks.pop().close()
         while self._readers:
             self._readers.pop().close()
         while self._sections:

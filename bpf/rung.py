@@ -22,6 +22,7 @@ SUFFIXES: Final = {"tp_btf": "btf", "raw_tp": "raw", "tracepoint": "tp"}
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each takes
 _NO_BTF: Final = "bcc's programs have no BTF, which it takes"
 _ALL: Final = "keys one by one"
+_UNUSED: Final = "not used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Rung:
     on_demand: Feature  # hash elements are made when they are needed
 
     def __iter__(self) -> Iterator[Step]:
-        return iter((self.loader, self.hook, self.state, self.buffer, self.reads))
+        steps = (self.loader, self.hook, self.state, self.buffer, self.reads)
+        return iter(step for step in steps if step.taken != _UNUSED)
 
     @property
     def missing(self) -> Sequence[Step]:
@@ -67,29 +69,31 @@ class Rung:
         map_entries: Mapping[str, int],
         preallocated: Collection[str],
         records: int = 0,
+        walks: Sequence[str] = (),
     ) -> BpfObject:
         """The object NAME with PROGRAMS, named without the hook's suffix, as the rung has it.
 
         `records` is the size in bytes of the buffer for them, 0 where the collector sends none;
         `preallocated` are the hash maps whose elements are made at once where they cannot be made
-        when they are needed. For objects that include thread.bpf.h and records.bpf.h.
+        when they are needed; `walks` are programs by their whole names. For objects that include
+        records.bpf.h, and thread.bpf.h where the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
         without = [] if records and ringed else ["ring"]
         without += [] if records and not ringed else ["perf"]
-        without += ["thread_hash"] if stored else ["thread_storage"]
-        # Threads are forgotten by a program where the kernel does not do it.
-        wanted = list(programs) if stored else ["coral_forget", *programs]
-        hashes = [*preallocated, *([] if stored else ["thread_hash"])]
+        wanted, hashes, settings = list(programs), list(preallocated), dict(options)
+        if self.state.taken != _UNUSED:
+            settings["state_in_task_storage"] = stored
+            without += ["thread_hash"] if stored else ["thread_storage"]
+            if not stored:  # then the kernel does not forget threads by itself: a program does
+                wanted.insert(0, "coral_forget")
+                hashes.append("thread_hash")
         cls = BpfObject if self.loader.taken == "core" else BccObject
         return cls(
             name,
             programs=[f"{program}_{SUFFIXES[self.hook.taken]}" for program in wanted],
-            options={
-                **options,
-                "state_in_task_storage": stored,
-                "records_in_ring": ringed,
-            },
+            walks=walks,
+            options={**settings, "records_in_ring": ringed},
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
@@ -120,8 +124,9 @@ class Rung:
         )
 
 
-def climb(features: Features, hooks: Sequence[str]) -> Rung:
-    """The rung of a collector whose programs hang on one of HOOKS, named best first."""
+def climb(features: Features, hooks: Sequence[str], *, thread_state: bool = True) -> Rung:
+    """The rung of a collector whose programs hang on one of HOOKS, named best first, and which
+    keeps a state for each thread, or none."""
     loader = _loader(features)
     by_bcc = loader.taken == "bcc"
     return Rung(
@@ -133,7 +138,9 @@ def climb(features: Features, hooks: Sequence[str]) -> Rung:
             ("task_storage", "percpu_hash"),
             {"task_storage": _NO_BTF} if by_bcc else {},
             called={"percpu_hash": "hash"},
-        ),
+        )
+        if thread_state
+        else Step("thread state", _UNUSED),
         _first(features, "record buffer", ("ring_buffer", "perf_buffer"), {}),
         _first(features, "map reads", ("batch", _ALL), {}, free=_ALL),
         features["elements_on_demand"],

@@ -11,9 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from proto.rows import NotFixedError, row_layout
+from proto.rows import NotFixedError, first_varint, row_layout
 
-_EVENTS: Final = "syscall_calls"
+# Where rows of individual events are, by kind; a kind that has none has no such rows either.
+_EVENTS: Final[Mapping[int, str]] = {
+    pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS: "syscall_calls",
+    pb.EBPF_COLLECTOR_KIND_TCP_METRICS: "tcp_state_changes",
+}
+_KIND: Final = pb.EbpfEventBatch.KIND_FIELD_NUMBER
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,17 @@ class Batch:
     @classmethod
     def parse(cls, wire: bytes) -> Self:
         """From the bytes of an EbpfEventBatch. Raises protobuf's DecodeError."""
-        layout = row_layout(pb.EbpfEventBatch.DESCRIPTOR, _EVENTS)
+        field = _EVENTS.get(first_varint(wire, _KIND), "syscall_calls")
+        layout = row_layout(pb.EbpfEventBatch.DESCRIPTOR, field)
         try:
             offset, events = layout.view(wire)
         except NotFixedError:
             # Another agent may write rows as any protobuf library does.
             message = pb.EbpfEventBatch.FromString(wire)
             names = layout.dtype.names or ()
-            rows = [tuple(getattr(r, name) for name in names) for r in message.syscall_calls]
-            message.ClearField(_EVENTS)
+            found = getattr(message, field)
+            rows = [tuple(getattr(r, name) for name in names) for r in found]
+            message.ClearField(field)
             return cls(message, np.array(rows, layout.dtype))
         return cls(pb.EbpfEventBatch.FromString(wire[:offset]), events)
 

@@ -171,9 +171,15 @@ class Collector(ABC):
 
     @property
     def records(self) -> RecordReader | None:
-        """The buffer that `drain` empties, where it does: then draining is quick enough for the
-        event loop, and a program can ask for it before the interval is over."""
+        """The buffer that `drain` empties, where it does: then a program can ask for it before the
+        interval is over."""
         return None
+
+    @property
+    def drains_on_loop(self) -> bool:
+        """Whether `drain` does no more than empty `records`: that is quick enough for the event
+        loop."""
+        return self.records is not None
 
     async def run(self, emit: Emit, attached: Callable[[], None]) -> None:
         """Opens, calls ATTACHED, then drains and emits at every interval until cancelled, or until
@@ -208,7 +214,7 @@ class Collector(ABC):
         what was drained is in no map any more, and would be lost without a number."""
         drained: list[Batch] = []
         try:
-            if self.records:
+            if self.drains_on_loop:
                 drained.append(self.drain())
             else:
                 await in_thread(lambda: drained.append(self.drain()))
@@ -223,7 +229,8 @@ class Collector(ABC):
         seen = False
         while not watch.exited:
             if seen:
-                tick = max(tick + self.interval_s, loop.time())
+                if tick <= loop.time():  # a wake-up does not put off the tick
+                    tick = max(tick + self.interval_s, loop.time())
             else:
                 tick = min(loop.time() + FIRST_LOOK_S, started + self.interval_s)
                 seen = tick == started + self.interval_s

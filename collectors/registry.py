@@ -7,10 +7,11 @@ from typing import Final
 
 from collectors.base import Collector
 from collectors.syscall_stats import SyscallStatsCollector
+from collectors.tcp_metrics import TcpMetricsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 COLLECTORS: Final[Mapping[int, type[Collector]]] = {
-    cls.kind: cls for cls in (SyscallStatsCollector,)
+    cls.kind: cls for cls in (SyscallStatsCollector, TcpMetricsCollector)
 }
 
 _PREFIX: Final = "EBPF_COLLECTOR_KIND_"

@@ -155,6 +155,15 @@ class Targets:
         if self._options.until_exit:
             self._open_pidfds()
 
+    def fill_members(self) -> None:
+        """Names the processes of a cgroup to the kernel, for programs that look for what a process
+        had before; the others it knows. After `fill`."""
+        if not self._options.cgroup:
+            return
+        for procs in cgroup_directory(self._options.cgroup).rglob("cgroup.procs"):
+            for tgid in map(int, procs.read_text().split()):
+                self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ACTIVE, 0))
+
     def _open_pidfds(self) -> None:
         for tgid in self._tgids:
             try:

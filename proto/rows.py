@@ -123,24 +123,42 @@ def _read_varint(wire: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
+def first_varint(wire: bytes, number: int) -> int:
+    """The value of the first field NUMBER of an encoded message, which has it near its start and is
+    an integer or an enum; 0 where there is none."""
+    position = 0
+    try:
+        while position < len(wire):
+            key, position = _read_varint(wire, position)
+            if key == number << 3 | _WIRE_VARINT:
+                return _read_varint(wire, position)[0]
+            position = _skip(wire, position, key & 7)
+    except (IndexError, NotFixedError):
+        pass
+    return 0
+
+
+def _skip(wire: bytes, position: int, kind: int) -> int:
+    """Where the field ends whose value begins at POSITION."""
+    if kind == _WIRE_VARINT:
+        return _read_varint(wire, position)[1]
+    if kind == _WIRE_64:
+        return position + 8
+    if kind == _WIRE_32:
+        return position + 4
+    if kind == _WIRE_BYTES:
+        length, position = _read_varint(wire, position)
+        return position + length
+    raise NotFixedError(f"wire type {kind} at byte {position}")
+
+
 def _offset_of(wire: bytes, tag: bytes) -> int:
     """Where the first field with that tag begins; the end where there is none."""
     position = 0
     try:
         while position < len(wire) and not wire.startswith(tag, position):
             key, position = _read_varint(wire, position)
-            kind = key & 7
-            if kind == _WIRE_VARINT:
-                _, position = _read_varint(wire, position)
-            elif kind == _WIRE_64:
-                position += 8
-            elif kind == _WIRE_32:
-                position += 4
-            elif kind == _WIRE_BYTES:
-                length, position = _read_varint(wire, position)
-                position += length
-            else:
-                raise NotFixedError(f"wire type {kind} at byte {position}")
+            position = _skip(wire, position, key & 7)
     except IndexError:
         raise NotFixedError("the message is cut short") from None
     return min(position, len(wire))

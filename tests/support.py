@@ -287,7 +287,10 @@ def samples(text: str, name: str, **labels: str) -> dict[frozenset[tuple[str, st
 
 
 def sample(agent: RunningAgent, name: str, **labels: str) -> float:
-    """The one sample that a scrape has of NAME with LABELS."""
+    """The one sample that a scrape has of NAME with LABELS; of figures that the agent tells by
+    kind, that of `syscall_stats`."""
+    if name.startswith("coral_agent_"):
+        labels.setdefault("kind", "syscall_stats")
     (value,) = samples(scrape(agent), name, **labels).values()
     return value
 
@@ -422,8 +425,20 @@ class Puppet:
     def do(self, code: str) -> None:
         """Has it do CODE, and waits until it is done."""
         self.begin(code)
+        self.done()
+
+    def done(self) -> None:
+        """Waits until it has done what it began."""
         assert self._process.stdout
         assert self._process.stdout.readline() == "\n"
+
+    def ask(self, expression: str) -> str:
+        """What it prints of EXPRESSION."""
+        self.begin(f"print({expression})")
+        assert self._process.stdout
+        answer = self._process.stdout.readline()
+        assert self._process.stdout.readline() == "\n"
+        return answer.strip()
 
     def getppid(self, times: int) -> None:
         """Has it make so many calls of getppid, and waits until they are made."""

@@ -29,7 +29,8 @@ struct target {
 
 OPTION(__u32, selection, SELECT_TARGETS);
 OPTION(bool, follow_children, true);
-OPTION(bool, select_comm, false); /* adopt what execs to the name whose bytes these are */
+OPTION(bool, active_at_exec, false); /* where the collector has no use for the exec itself */
+OPTION(bool, select_comm, false);    /* adopt what execs to the name whose bytes these are */
 OPTION(__u64, wanted_comm_low, 0);
 OPTION(__u64, wanted_comm_high, 0);
 
@@ -124,6 +125,8 @@ static __always_inline int on_exec(void)
 
 	if (target) {
 		bpf_get_current_comm(target->comm, sizeof(target->comm));
+		if (option(active_at_exec))
+			target->state = TARGET_ACTIVE;
 	} else if (option(select_comm)) {
 		bpf_get_current_comm(named.comm, sizeof(named.comm));
 		if (comm_is_wanted(&named))

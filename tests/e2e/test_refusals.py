@@ -398,7 +398,8 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
 ) -> None:
     answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=HTTP_LATENCY))
     assert answer == pb.StartEbpfCollectorResponse(
-        supported=False, error="this agent has no http_latency collector; it has syscall_stats"
+        supported=False,
+        error="this agent has no http_latency collector; it has syscall_stats, tcp_metrics",
     )
 
 

@@ -417,12 +417,14 @@ def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
     assert data_of("yaml", *command) == told
     assert told["supported"] is True
     assert told["kernel_version"] == os.uname().release
-    assert told["available_collectors"] == ["EBPF_COLLECTOR_KIND_SYSCALL_STATS"]
-    (collector,) = told["collectors"]
-    assert (collector["supported"], collector["hook"]) == (True, "tp_btf")
-    assert {"pid", "comm", "cgroup", "scope", "interval"} < {
-        o["name"] for o in collector["options"]
-    }
+    kinds = ["EBPF_COLLECTOR_KIND_SYSCALL_STATS", "EBPF_COLLECTOR_KIND_TCP_METRICS"]
+    assert told["available_collectors"] == kinds
+    assert [collector["kind"] for collector in told["collectors"]] == kinds
+    for collector in told["collectors"]:
+        assert (collector["supported"], collector["hook"]) == (True, "tp_btf")
+        assert {"pid", "comm", "cgroup", "scope", "interval"} < {
+            o["name"] for o in collector["options"]
+        }
     table = run(*command)
     assert table.returncode == 0
     assert f"kernel {os.uname().release}" in table.stdout

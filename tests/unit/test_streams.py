@@ -15,7 +15,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from agent.filters import EVERYTHING, Filter
 from agent.frames import Frame, Header
-from agent.streams import MAX_ROWS, Channel, Subscription, SubscriptionEndedError, Terms
+from agent.streams import (
+    MAX_ROWS,
+    MAX_SUMMARIES,
+    Channel,
+    Subscription,
+    SubscriptionEndedError,
+    Terms,
+)
 from client import Batch as Received
 from collectors.base import Batch, EventRows
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -226,6 +233,29 @@ def test_a_large_batch_becomes_messages_of_less_than_a_mebibyte() -> None:
     assert max(len(frame.wire) for frame in frames) < 1 << 20
     numbers = np.concatenate([Received.parse(frame.wire).events["ended_ns"] for frame in frames])
     assert (numbers == np.arange(3 * MAX_ROWS + 1)).all()
+
+
+def test_a_large_batch_of_summaries_becomes_messages_of_less_than_a_mebibyte() -> None:
+    stream = channel(64 << 20)
+    reader = stream.subscribe(Terms(queue_bytes=64 << 20))
+    stream.publish(batch(2 * MAX_SUMMARIES + 1, MAP_FULL=3))
+    frames = take_all(reader)
+    assert [frame.count for frame in frames] == [MAX_SUMMARIES] * 2 + [1]
+    assert max(len(frame.wire) for frame in frames) < 1 << 20
+    counts = [row.call_count for frame in frames for row in parsed(frame).syscall_stats]
+    assert counts == list(range(1, 2 * MAX_SUMMARIES + 2))
+    assert sum(loss.count for frame in frames for loss in parsed(frame).losses) == 3
+
+
+def test_wider_rows_are_fewer_in_a_message() -> None:
+    stream = channel(64 << 20)
+    reader = stream.subscribe(Terms(queue_bytes=64 << 20))
+    dtype = row_layout(pb.EbpfEventBatch.DESCRIPTOR, "tcp_state_changes").dtype
+    rows = EventRows(pb.TcpStateChange, np.zeros(MAX_ROWS, dtype), ("",))
+    stream.publish(Batch(rows, 1_000, 2_000))
+    frames = take_all(reader)
+    assert sum(frame.count for frame in frames) == MAX_ROWS
+    assert max(len(frame.wire) for frame in frames) < 1 << 20
 
 
 def test_single_events_can_be_sent_one_a_message() -> None:

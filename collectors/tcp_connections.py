@@ -1,0 +1,162 @@
+"""The kernel's connections, read again and again: what each reading adds, as arrays.
+
+A connection is known by its socket's address and the time it was found. It is in a reading as long
+as it is open, and comes once more when it has ended, through the ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Upper ends of the histograms' slots, in microseconds, as in tcp_metrics.bpf.c; the last has none.
+BOUNDS_US: Final = (
+    20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000,
+    500_000, 1_000_000,
+)  # fmt: skip
+SLOTS: Final = len(BOUNDS_US) + 1
+
+# Columns of a matrix of counters: the fields of pb.TcpCounters, then the slots of the histogram
+# and the sum of what is in them.
+NAMES: Final = (
+    "bytes_sent", "bytes_acked", "bytes_received", "bytes_retransmitted", "segments_sent",
+    "segments_received", "retransmits", "retransmits_fast", "retransmits_timeout",
+    "retransmits_tail_probe", "retransmits_handshake", "resets_sent", "resets_received",
+    "syn_ack_retransmits",
+)  # fmt: skip
+_KINDS: Final = NAMES.index("retransmits_fast")
+RTT: Final = len(NAMES)
+RTT_SUM: Final = RTT + SLOTS  # of all samples, in microseconds
+COLUMNS: Final = RTT_SUM + 1
+LISTENER: Final = 3  # enum TcpRole
+
+# An end is told at once by the ring. A socket that its process keeps after the end is in the map
+# still: it is told from there after so long, when a reset that was the cause is surely counted.
+_LINGERS_NS: Final = 20_000_000
+# A connection that changes while it is read is left out, and is there the next time. One that is
+# missing so often has ended, and its record was lost.
+_MOST_MISSING: Final = 3
+_KEY: Final = np.dtype("S16")  # numpy sorts byte strings, and not records
+_NEVER: Final = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The connections of one interval in which anything moved, n of them."""
+
+    connections: NDArray[Any]  # (n,): struct tcp_connection
+    total: NDArray[np.uint64]  # (n, COLUMNS)
+    delta: NDArray[np.uint64]  # (n, COLUMNS)
+    new: NDArray[np.bool_]  # (n,): not in any reading before
+    established: NDArray[np.bool_]  # (n,): in this interval
+    open: NDArray[Any]  # (m,): all that are open now
+
+    def take(self, index: NDArray[Any]) -> Changes:
+        """Those at INDEX."""
+        return Changes(
+            self.connections[index],
+            self.total[index],
+            self.delta[index],
+            self.new[index],
+            self.established[index],
+            self.open,
+        )
+
+    def __len__(self) -> int:
+        return len(self.connections)
+
+
+class Connections:
+    """What was read last."""
+
+    def __init__(self) -> None:
+        self._keys = np.empty(0, _KEY)  # sorted
+        self._totals = np.empty((0, COLUMNS), np.uint64)
+        self._told = np.empty((0, 3), np.uint64)  # what is told beside the counters
+        self._missing = np.empty(0, np.int64)
+
+    def advance(
+        self, live: NDArray[Any], ended: NDArray[Any], now_ns: int, *, everything: bool = False
+    ) -> Changes:
+        """Takes in a reading of the map and, after it, of the ring: both struct tcp_connection, of
+        shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, all that are open are among
+        the changes."""
+        lingering = live["ended_ns"] > 0
+        settled = now_ns - live["ended_ns"].astype(np.int64) > _LINGERS_NS
+        live = live[(~lingering | settled) & ~np.isin(_keys_of(live), _keys_of(ended))]
+        read = np.concatenate([live, ended])
+        in_map = np.arange(len(read)) < len(live)
+
+        keys, current = _keys_of(read), counters_of(read)
+        told = _told_of(read)
+        before = np.zeros_like(current)
+        told_before = np.full_like(told, _NEVER)
+        at, known = self._find(keys)
+        before[known], told_before[known] = self._totals[at[known]], self._told[at[known]]
+        np.maximum(current, before, out=current)  # read while they moved
+        delta = current - before
+
+        moved = delta.any(axis=1)
+        is_open = read["ended_ns"] == 0
+        changed = moved | (told != told_before).any(axis=1) | (everything & is_open)
+        listens = read["role"] == LISTENER
+        changed &= ~listens | moved
+        established = (told[:, 2] > 0) & (~known | (told_before[:, 2] == 0))
+        self._keep(keys[in_map], current[in_map], told[in_map])
+        return Changes(
+            read[changed],
+            current[changed],
+            delta[changed],
+            ~known[changed],
+            established[changed],
+            read[is_open & ~listens],
+        )
+
+    def _find(self, keys: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        if not len(self._keys):
+            return np.zeros(len(keys), np.intp), np.zeros(len(keys), bool)
+        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return at, self._keys[at] == keys
+
+    def _keep(
+        self, keys: NDArray[Any], totals: NDArray[np.uint64], told: NDArray[np.uint64]
+    ) -> None:
+        missing = self._missing + 1
+        kept = ~np.isin(self._keys, keys) & (missing <= _MOST_MISSING)
+        keys = np.concatenate([self._keys[kept], keys])
+        order = np.argsort(keys)
+        self._keys = keys[order]
+        self._totals = np.concatenate([self._totals[kept], totals])[order]
+        self._told = np.concatenate([self._told[kept], told])[order]
+        self._missing = np.concatenate(
+            [missing[kept], np.zeros(len(keys) - int(kept.sum()), np.int64)]
+        )[order]
+
+
+def _keys_of(connections: NDArray[Any]) -> NDArray[Any]:
+    pairs = np.empty((len(connections), 2), ">u8")
+    pairs[:, 0], pairs[:, 1] = connections["sk"], connections["found_ns"]
+    return pairs.view(_KEY).reshape(-1)
+
+
+def _told_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
+    told = np.empty((len(connections), 3), np.uint64)
+    told[:, 0] = connections["state"].astype(np.uint64) << np.uint64(8) | connections["end"]
+    told[:, 1] = connections["pid"]
+    told[:, 2] = connections["established_ns"]
+    return told
+
+
+def counters_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
+    """The counters of connections, of shape (n,), as (n, COLUMNS)."""
+    counters = np.empty((len(connections), COLUMNS), np.uint64)
+    for column, name in enumerate(NAMES):
+        if name in (connections.dtype.names or ()):
+            counters[:, column] = connections[name]
+    counters[:, _KINDS : _KINDS + 4] = connections["retransmits_of"]
+    counters[:, RTT:RTT_SUM] = connections["rtt"]
+    counters[:, RTT_SUM] = connections["rtt_sum_us"]
+    return counters

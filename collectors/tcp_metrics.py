@@ -1,0 +1,315 @@
+"""TCP connections of processes: what they carry, how they fare, how they end. Source:
+tcp_metrics.bpf.c.
+
+At each interval a walk through the kernel's map brings every open connection with the figures that
+the kernel keeps of it; those that have ended come through the ring, each once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from bpf import (
+    BpfObject,
+    Feature,
+    Features,
+    HashMap,
+    RecordReader,
+    Rung,
+    Step,
+    Walk,
+    climb,
+    kernel_names,
+)
+from bpf.maps import sum_over_cpus
+from collectors.base import Batch, Collector, ServiceProcesses, Support
+from collectors.options import (
+    Option,
+    OptionError,
+    choice,
+    describe,
+    duration,
+    integer,
+    option,
+    parse_options,
+    size,
+)
+from collectors.targets import TargetOptions, Targets, cgroup2_mount
+from collectors.tcp_connections import Connections
+from collectors.tcp_events import event_rows
+from collectors.tcp_measures import TcpMeasures
+from collectors.tcp_peers import peer_rows
+from collectors.tcp_rows import connection_rows
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+
+_RING_INTERVAL_S: Final = 0.018  # as syscall_stats has it
+_RING_WAKEUP_SHARE: Final = 4
+_MOST_PEERS: Final = 1000
+_HOOKS: Final = ("tp_btf", "raw_tp", "tracepoint")  # best first
+_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_state", "coral_destroy")
+# What may be missing, by the tracepoint that it hangs on.
+_OPTIONAL: Final = {
+    "coral_segment": "tcp_probe",
+    "coral_received": "tcp_rcv_space_adjust",
+    "coral_sent": "sock_send_length",
+    "coral_retransmit": "tcp_retransmit_skb",
+    "coral_synack": "tcp_retransmit_synack",
+    "coral_reset_out": "tcp_send_reset",
+    "coral_reset_in": "tcp_receive_reset",
+}
+# There since Linux 4.16, where a kernel without BTF cannot be asked.
+_OLD: Final = frozenset(_OPTIONAL.values()) - {"sock_send_length"}
+_COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
+_FILES: Final = "bpf_sock_from_file"  # Linux 5.11
+_LIVE, _FIND = "coral_live_iter", "coral_find_iter"
+# Its format names no socket before Linux 6.10.
+_NOT_PLAIN: Final = {"coral_segment"}
+
+
+@dataclass(frozen=True)
+class TcpMetricsOptions(TargetOptions):
+    """The options of `tcp_metrics`."""
+
+    interval: float = option(duration(0.1, 60), "1s", "how often figures are sent")
+    by: str = option(
+        choice("connection", "peer"),
+        "connection",
+        "rows for each connection, or for each remote address and port",
+    )
+    top: int = option(
+        integer(0, 10240),
+        "0",
+        "rows an interval: those with most bytes, the rest added up in one row `other`; 0: all, "
+        "but 1000 of peers",
+    )
+    entries: int = option(
+        integer(1, 262144),
+        "10240",
+        "connections that are followed at once; further ones are losses of MAP_FULL",
+    )
+    mode: str = option(
+        choice("summaries", "events"),
+        "summaries",
+        "figures of each interval, or every change of state, retransmit and reset",
+    )
+    ring: int = option(
+        size(64 << 10, 256 << 20),
+        "4MiB",
+        "the ring buffer for connections that have ended and for single events, a power of two",
+    )
+
+    @property
+    def single_events(self) -> bool:
+        """Whether every change is an event."""
+        return self.mode == "events"
+
+
+@cache
+def _kernel_has() -> frozenset[str]:
+    """Of the tracepoints and helpers above, those that this kernel has."""
+    names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
+    helpers = {_COOKIES, _FILES}
+    found = kernel_names((*names, *helpers))
+    tracepoints = {name.removeprefix("btf_trace_") for name in found - helpers}
+    return frozenset((tracepoints or _OLD) | (found & helpers))
+
+
+class TcpMetricsCollector(Collector):
+    """Follows the TCP connections of the processes it was asked to watch."""
+
+    kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+
+    def __init__(
+        self, options: TcpMetricsOptions, service: ServiceProcesses | None, features: Features
+    ) -> None:
+        self._options = options
+        self._targets = Targets(options, service)
+        self._rung = climb(features, _HOOKS, thread_state=False)
+        refused = _refused(features)
+        if options.until_exit and refused.get("until_exit"):
+            raise OptionError("until_exit", "true", refused["until_exit"])
+        self._walks: tuple[str, ...] = ()
+        if _walks(features, self._rung).taken == "iterator":
+            self._walks = (_LIVE, _FIND) if _FILES in _kernel_has() else (_LIVE,)
+        self._object = self._rung.object(
+            "tcp_metrics",
+            programs=_programs(self._rung),
+            options={
+                **self._targets.object_options,
+                "active_at_exec": True,
+                "single_events": options.single_events,
+                "refresh_at_segments": not self._walks and not options.single_events,
+                "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
+                "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
+            },
+            map_entries={"connections": options.entries},
+            preallocated=("connections", "ports", "targets"),
+            records=options.ring,
+            walks=self._walks,
+        )
+        self._records: RecordReader | None = None
+        self._live: Walk | None = None
+        self._lost = {pb.Loss.STAGE_KERNEL_BUFFER: 0, pb.Loss.STAGE_MAP_FULL: 0}
+        self._read_at_ns = 0
+
+    @classmethod
+    def options(cls) -> Sequence[Option]:
+        return describe(TcpMetricsOptions)
+
+    @classmethod
+    def create(
+        cls, config: Mapping[str, str], service: ServiceProcesses | None, features: Features
+    ) -> TcpMetricsCollector:
+        return cls(parse_options(TcpMetricsOptions, config), service, features)
+
+    @classmethod
+    def support(cls, features: Features) -> Support:
+        if features.obstacle:
+            return Support(False, reason=features.obstacle)
+        rung = climb(features, _HOOKS, thread_state=False)
+        support = Support.by(rung, _refused(features))
+        if not rung.buffer.taken:
+            return replace(support, supported=False, reason=f"no buffer ({rung.buffer.why_not})")
+        return replace(support, steps=(*support.steps, _walks(features, rung)))
+
+    @classmethod
+    def measures(cls, max_series: int) -> TcpMeasures:
+        return TcpMeasures(max_series)
+
+    @property
+    def label(self) -> str:
+        return self._targets.label
+
+    @property
+    def bpf_object(self) -> BpfObject:
+        return self._object
+
+    @property
+    def interval_s(self) -> float:
+        return _RING_INTERVAL_S if self._options.single_events else self._options.interval
+
+    @property
+    def records(self) -> RecordReader | None:
+        return self._records
+
+    @property
+    def drains_on_loop(self) -> bool:
+        return self._options.single_events
+
+    def exit_fds(self) -> Sequence[int]:
+        return self._targets.exit_fds
+
+    def open(self) -> None:
+        self._object.load()
+        self._account = self._object.map("account")
+        self._connections_map: HashMap = self._object.map("connections")
+        single = self._options.single_events
+        self._records = self._rung.reader(
+            self._object,
+            "tcp_event" if single else "tcp_connection",
+            buffer_bytes=self._options.ring,
+            wakeup_bytes=self._options.ring // _RING_WAKEUP_SHARE,
+            order_by="time_ns" if single else "ended_ns",
+        )
+        self._connections = Connections()
+        # Once, so that a connection's start is the same in all its rows.
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+        self._object.attach()
+        self._targets.fill(self._object)
+        if _FIND in self._walks:
+            # After the targets are known, and after the hooks: what opens now is seen by them.
+            self._targets.fill_members()
+            self._object.walk(_FIND, "tcp_connection").read()
+        if _LIVE in self._walks:
+            self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
+        self._read_at_ns = time.time_ns()
+
+    def drain(self) -> Batch:
+        if self._records is None:
+            raise RuntimeError("not open")
+        started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
+        # Before the drain: a record that is refused in between is told next time.
+        losses = self._losses(self._records)
+        if self._options.single_events:
+            rows = event_rows(self._records)
+            self._forget_ended()
+            return Batch(rows, started_at_ns, self._read_at_ns, losses)
+        # The map before the ring: what ends in between is in both, and not in neither.
+        live = self._read_live()
+        ended = self._records.drain()
+        changes = self._connections.advance(
+            live, ended, time.monotonic_ns(), everything=not self._object.attached
+        )
+        names = self._forget_ended()
+        top = self._options.top
+        summaries: Sequence[pb.TcpMetrics] | Sequence[pb.TcpPeerMetrics]
+        if self._options.by == "peer":
+            summaries = peer_rows(changes, top or _MOST_PEERS)
+        else:
+            summaries = connection_rows(changes, names, self._offset_ns, top)
+        return Batch(summaries, started_at_ns, self._read_at_ns, losses)
+
+    def _read_live(self) -> NDArray[Any]:
+        return self._live.read() if self._live else self._connections_map.read()[1]
+
+    def _forget_ended(self) -> Mapping[int, str]:
+        """Removes processes that have ended from the map; command names by tgid."""
+        names, ended = self._targets.read()
+        if ended:
+            self._targets.forget(ended)
+        return names
+
+    def _losses(self, records: RecordReader) -> dict[int, int]:
+        _, account = self._account.read()
+        full = int(sum_over_cpus(account, "map_full")[0])
+        totals = {
+            pb.Loss.STAGE_KERNEL_BUFFER: max(int(sum_over_cpus(account, "lost")[0]), records.lost),
+            pb.Loss.STAGE_MAP_FULL: full + self._targets.unfollowed(self._object),
+        }
+        before, self._lost = self._lost, totals
+        return {
+            int(stage): total - before[stage]
+            for stage, total in totals.items()
+            if total > before[stage]
+        }
+
+    def close(self) -> None:
+        self._records = self._live = None
+        self._targets.close()
+        self._object.close()
+
+
+def _programs(rung: Rung) -> tuple[str, ...]:
+    """What is attached here, named without the hook's suffix."""
+    wanted = [name for name, hook in _OPTIONAL.items() if hook in _kernel_has()]
+    if rung.hook.taken == "tracepoint":
+        wanted = [name for name in wanted if name not in _NOT_PLAIN]
+    return (*_PROGRAMS, *wanted)
+
+
+def _walks(features: Features, rung: Rung) -> Step:
+    """How connections are read, and those that were there before are found: by iterators, or at
+    their next segment."""
+    if rung.loader.taken != "core":
+        refused = Feature("iterator", False, "bcc's programs have no BTF, which it takes")
+    else:
+        refused = features["iterator"]
+    if refused.available:
+        return Step("connections", "iterator")
+    return Step("connections", "segments", (Feature("iterator", False, refused.reason),))
+
+
+def _refused(features: Features) -> Mapping[str, str]:
+    """The options that cannot be had here, with what can."""
+    refused = {}
+    if not features["pidfd"].available:
+        refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
+    if cgroup2_mount() is None:
+        refused["cgroup"] = "no value: no cgroup2 hierarchy is mounted here"
+    return refused

@@ -1,0 +1,200 @@
+"""What tests of connections share: two network namespaces with a cable between them, what the
+kernel itself says of sockets in them, and puppets that talk to each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import bpf
+from collectors.base import EventRows
+from collectors.tcp_metrics import TcpMetricsCollector
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import Puppet, at_work, wait_until
+
+_ENTER: Final = (
+    "import ctypes, socket; fd = os.open({path!r}, os.O_RDONLY); "
+    "ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000); os.close(fd)"
+)
+_DROP: Final = "table inet drops {{ chain in {{ type filter hook input priority 0; {rule}; }}; }}"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two namespaces: its name, and its addresses."""
+
+    name: str
+    v4: str
+    v6: str
+
+    def run(self, *command: str) -> str:
+        """Runs a command in it; what it prints."""
+        ran = subprocess.run(
+            ["ip", "netns", "exec", self.name, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    def puppet(self) -> Puppet:
+        """A process in it, with what it takes to talk."""
+        puppet = Puppet()
+        puppet.do(_ENTER.format(path=f"/run/netns/{self.name}"))
+        return puppet
+
+    @contextmanager
+    def dropping(self, rule: str) -> Iterator[None]:
+        """Drops what comes and RULE (of nftables) says."""
+        self.run("nft", _DROP.format(rule=rule))
+        try:
+            yield
+        finally:
+            self.run("nft", "delete table inet drops")
+
+    def counter(self, name: str) -> int:
+        """One of the kernel's own counters in it, such as TcpRetransSegs."""
+        return int(re.search(rf"^{name}\s+(\d+)", self.run("nstat", "-asz", name), re.MULTILINE)[1])  # type: ignore[index]
+
+
+@contextmanager
+def two_sides() -> Iterator[tuple[Side, Side]]:
+    """Two namespaces with a cable between them."""
+    number = os.getpid()
+    left = Side(f"coral-l{number}", "10.77.0.1", "fd77::1")
+    right = Side(f"coral-r{number}", "10.77.0.2", "fd77::2")
+    try:
+        for side in (left, right):
+            subprocess.run(["ip", "netns", "add", side.name], check=True)
+        left.run(
+            *("ip", "link", "add", "cable", "type", "veth"),
+            *("peer", "name", "cable", "netns", right.name),
+        )
+        for side in (left, right):
+            side.run("ip", "addr", "add", f"{side.v4}/24", "dev", "cable")
+            side.run("ip", "addr", "add", f"{side.v6}/64", "dev", "cable", "nodad")
+            side.run("ip", "link", "set", "cable", "up")
+            side.run("ip", "link", "set", "lo", "up")
+            # So that what is lost comes again soon.
+            side.run("ip", "route", "change", "10.77.0.0/24", "dev", "cable", "rto_min", "5ms")
+        yield left, right
+    finally:
+        for side in (left, right):
+            subprocess.run(["ip", "netns", "delete", side.name], check=False)
+
+
+class Seen:
+    """A collector at work, and every row that it has given."""
+
+    def __init__(self, collector: TcpMetricsCollector) -> None:
+        self.collector = collector
+        self.rows: list[pb.TcpMetrics] = []
+        self.lost = 0
+
+    def drain(self) -> list[pb.TcpMetrics]:
+        """The rows of one more drain."""
+        batch = self.collector.drain()
+        assert not isinstance(batch.rows, EventRows)
+        rows = [row for row in batch.rows if isinstance(row, pb.TcpMetrics)]
+        self.lost += sum(batch.losses.values())
+        self.rows += rows
+        return rows
+
+    def last(self, **wanted: object) -> pb.TcpMetrics | None:
+        """The newest row whose fields have these values."""
+        for row in reversed(self.rows):
+            if all(getattr(row, name) == value for name, value in wanted.items()):
+                return row
+        return None
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Drains until CONDITION is true."""
+
+        def met() -> object:
+            self.drain()
+            return condition()
+
+        wait_until(met, 15)
+
+    def ended(self, **wanted: object) -> pb.TcpMetrics:
+        """Waits for the last row of a connection that has ended; of all its rows, the intervals
+        add up to the totals."""
+        found: list[pb.TcpMetrics] = []
+
+        def has_ended() -> bool:
+            found[:] = [
+                row
+                for row in self.rows
+                if row.end and all(getattr(row, name) == v for name, v in wanted.items())
+            ]
+            return bool(found)
+
+        self.until(has_ended)
+        (row,) = found
+        assert_deltas_add_up(r for r in self.rows if r.connection_id == row.connection_id)
+        return row
+
+
+def assert_deltas_add_up(rows: Iterable[pb.TcpMetrics]) -> None:
+    """Of one connection that was followed from its beginning."""
+    added: dict[str, int] = defaultdict(int)
+    last = pb.TcpMetrics()
+    samples = 0
+    for last in rows:
+        samples += sum(last.rtt_us_delta.counts)
+        for field, value in last.delta.ListFields():
+            added[field.name] += value
+    assert samples == sum(last.rtt_us_total.counts)
+    assert added == {field.name: value for field, value in last.total.ListFields()}
+
+
+@contextmanager
+def following(*puppets: Puppet, **config: str) -> Iterator[Seen]:
+    """`tcp_metrics` of these processes."""
+    config = {"pid": ",".join(str(puppet.pid) for puppet in puppets), **config}
+    with at_work(TcpMetricsCollector.create(config, None, bpf.probe())) as collector:
+        yield Seen(collector)
+
+
+def connected(client: Puppet, server: Puppet, address: str) -> int:
+    """Has them connect; the port. They have `c` and `s`, the server has `l` too."""
+    port = listen(server, address)
+    client.do(f"{socket_of(address)}; c.connect(({address!r}, {port}))")
+    server.do("s, _ = l.accept()")
+    return port
+
+
+def listen(server: Puppet, address: str) -> int:
+    """Has it listen at a port that the kernel chooses; the port."""
+    server.do(f"{socket_of(address, 'l')}; l.bind(({address!r}, 0)); l.listen()")
+    return number(server, "l.getsockname()[1]")
+
+
+def socket_of(address: str, name: str = "c") -> str:
+    """Code that makes a socket."""
+    family = "AF_INET6" if ":" in address else "AF_INET"
+    return f"import socket; {name} = socket.socket(socket.{family})"
+
+
+def number(puppet: Puppet, expression: str) -> int:
+    """What the puppet says that a number is."""
+    return int(puppet.ask(expression))
+
+
+def ss(side: Side | None, port: int) -> dict[tuple[int, int], dict[str, str]]:
+    """What `ss -tieOn` says of sockets with that port, by local and remote port."""
+    command = ["ss", "-tieOnH", f"( sport = :{port} or dport = :{port} )"]
+    out = side.run(*command) if side else subprocess.check_output(command, text=True)
+    found = {}
+    for line in out.splitlines():
+        ports = tuple(int(end.rpartition(":")[2]) for end in line.split()[3:5])
+        fields = dict(word.split(":", 1) for word in line.split()[5:] if ":" in word)
+        found[ports[0], ports[1]] = fields
+    return found

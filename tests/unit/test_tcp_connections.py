@@ -1,0 +1,103 @@
+"""Readings of connections become changes: each thing that moved is told once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from collectors.tcp_connections import NAMES, SLOTS, Changes, Connections
+from collectors.tcp_rows import address_text
+
+_WIDE = ("sk", "found_ns", "ended_ns", "established_ns", "rtt_sum_us")
+_COUNTED = [name for name in NAMES if not name.startswith("retransmits_")]
+RECORD = np.dtype(
+    [
+        *((name, "u8") for name in (*_WIDE, *_COUNTED)),
+        *((name, "u4") for name in ("pid",)),
+        *((name, "u1") for name in ("role", "state", "end")),
+        ("retransmits_of", "u4", (4,)),
+        ("rtt", "u4", (SLOTS,)),
+    ]
+)
+NOW = 10**12
+
+
+def reading(*sockets: int, sent: int = 0, ended_ns: int = 0, state: int = 1) -> NDArray[Any]:
+    """Connections of these sockets, which have all carried as much."""
+    connections = np.zeros(len(sockets), RECORD)
+    connections["sk"], connections["found_ns"] = sockets, 7
+    connections["bytes_sent"], connections["ended_ns"] = sent, ended_ns
+    connections["role"], connections["state"] = 1, state
+    return connections
+
+
+NOTHING = reading()
+
+
+def sent(changes: Changes) -> dict[int, int]:
+    """Bytes of the interval by socket."""
+    return dict(zip(changes.connections["sk"].tolist(), changes.delta[:, 0].tolist(), strict=True))
+
+
+def test_a_change_is_what_was_added() -> None:
+    known = Connections()
+    assert sent(known.advance(reading(1, 2, sent=10), NOTHING, NOW)) == {1: 10, 2: 10}
+    assert sent(known.advance(reading(1, 2, sent=10), NOTHING, NOW)) == {}
+    both = np.concatenate([reading(1, sent=15), reading(2, sent=10)])
+    assert sent(known.advance(both, NOTHING, NOW)) == {1: 5}
+    assert sent(known.advance(both, NOTHING, NOW, everything=True)) == {1: 0, 2: 0}
+
+
+def test_one_that_was_not_read_for_a_moment_goes_on_where_it_was() -> None:
+    known = Connections()
+    known.advance(reading(1, 2, sent=10), NOTHING, NOW)
+    known.advance(reading(2, sent=10), NOTHING, NOW)
+    changes = known.advance(reading(1, sent=30), NOTHING, NOW)
+    assert sent(changes) == {1: 20}
+    assert not changes.new.any()
+
+
+def test_what_ends_between_the_map_and_the_ring_is_told_once() -> None:
+    known = Connections()
+    known.advance(reading(1, sent=10), NOTHING, NOW)
+    ended = reading(1, sent=14, ended_ns=NOW, state=7)
+    changes = known.advance(reading(1, sent=12), ended, NOW)
+    assert sent(changes) == {1: 4}
+    assert changes.connections["ended_ns"].tolist() == [NOW]
+    assert not len(changes.open)
+
+
+def test_a_socket_whose_address_is_used_again_is_another_connection() -> None:
+    known = Connections()
+    known.advance(reading(1, sent=10), NOTHING, NOW)
+    again = reading(1, sent=3)
+    again["found_ns"] = 8
+    changes = known.advance(again, reading(1, sent=11, ended_ns=NOW, state=7), NOW)
+    assert sorted(changes.delta[:, 0].tolist()) == [1, 3]
+    assert sorted(changes.new.tolist()) == [False, True]
+
+
+@pytest.mark.parametrize("age_ns", [0, 1_000_000_000])
+def test_a_socket_kept_after_its_end_is_told_when_its_cause_is_known(age_ns: int) -> None:
+    known = Connections()
+    known.advance(reading(1, sent=10), NOTHING, NOW)
+    kept = reading(1, sent=10, ended_ns=NOW, state=7)
+    changes = known.advance(kept, NOTHING, NOW + age_ns)
+    assert len(changes) == bool(age_ns)
+    # It is told once, by the map or by the ring.
+    assert len(known.advance(NOTHING, kept, NOW + age_ns)) == (not age_ns)
+
+
+def test_figures_that_fall_while_they_are_read_are_no_negative_change() -> None:
+    known = Connections()
+    known.advance(reading(1, sent=10), NOTHING, NOW)
+    assert sent(known.advance(reading(1, sent=9), NOTHING, NOW)) == {}
+    assert sent(known.advance(reading(1, sent=12), NOTHING, NOW)) == {1: 2}
+
+
+def test_addresses_are_shown_as_people_write_them() -> None:
+    assert address_text(bytes(10) + b"\xff\xff\x7f\0\0\1") == "127.0.0.1"
+    assert address_text(bytes(15) + b"\1") == "::1"
