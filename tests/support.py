@@ -33,6 +33,18 @@ SERVICE = "coral.mesh.v1.EbpfService"
 KINDS = ("prog", "map", "link")
 _COME_AND_GO = 8
 
+# What a kernel may lack, and what is taken then, in the order of the rung's steps.
+RUNGS: dict[str, tuple[str, ...]] = {
+    "best": (),
+    "raw_tp": ("tp_btf",),
+    "tracepoint": ("tp_btf", "raw_tp"),
+    "hash": ("task_storage",),
+    "perf_buffer": ("ring_buffer",),
+    "key by key": ("batch",),
+    "preallocated": ("elements_on_demand", "task_storage"),
+    "oldest": ("tp_btf", "raw_tp", "task_storage", "ring_buffer", "batch", "elements_on_demand"),
+}
+
 T = TypeVar("T")
 C = TypeVar("C", bound=Collector)
 
