@@ -31,7 +31,7 @@ from agent.session import Session, StartRequest
 from agent.streams import SubscriptionEndedError, Terms
 from agent.supervisor import Supervisor
 from bpf import BpfError
-from collectors.registry import COLLECTORS
+from collectors.registry import COLLECTORS, kind_name
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
@@ -128,8 +128,9 @@ class EbpfService:
                 for f in features.features
             ],
         )
+        supports = await self._supervisor.capabilities()
         for kind, collector in COLLECTORS.items():
-            support = collector.support(features)
+            support = supports[kind_name(kind)]
             answer.collectors.add(
                 kind=kind,
                 supported=support.supported,

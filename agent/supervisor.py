@@ -29,10 +29,11 @@ from agent.errors import (
     UnsupportedError,
 )
 from agent.limits import CPU_WINDOW_S, Backoff, Candidate, CpuBudget, first_to_go
+from agent.privileges import refusal
 from agent.program_stats import ProgramStatsSampler
 from agent.resolve import resolve
 from agent.session import End, Session, StartRequest, lease_s
-from bpf import BpfError, BpfObject, Features, probe
+from bpf import BpfError, BpfObject, Features, capabilities, probe
 from collectors.base import (
     Batch,
     Collector,
@@ -113,8 +114,21 @@ class Supervisor:
         """Of each kind of collector, whether it can run here, by which hook, or why not."""
         features = await self.features()
         return {
-            kind_name(kind): collector.support(features) for kind, collector in COLLECTORS.items()
+            kind_name(kind): self._support(collector, features)
+            for kind, collector in COLLECTORS.items()
         }
+
+    def _support(self, collector: type[Collector], features: Features) -> Support:
+        has = features.capabilities
+        if features.obstacle and features.obstacle != capabilities.obstacle(has):
+            return Support(False, reason=features.obstacle)
+        reason = refusal(
+            collector.needs(),
+            has,
+            capabilities.of_kernel(),
+            observe_only=self.config.policy.observe_only,
+        )
+        return Support(False, reason=reason) if reason else collector.support(features)
 
     async def start(self, request: StartRequest) -> Session:
         """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
@@ -123,7 +137,7 @@ class Supervisor:
         self._starting += not request.continuous
         try:
             features = await self.features()
-            support = collector_type.support(features)
+            support = self._support(collector_type, features)
             if not support.supported:
                 raise UnsupportedError(f"{kind_name(collector_type.kind)}: {support.reason}")
             service = await self._resolve(request)

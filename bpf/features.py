@@ -10,19 +10,19 @@ import errno
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 from bpf import bcc
+from bpf import capabilities as caps
 from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, release_memory, version
 from bpf.object import BpfObject, enable_run_time_stats, object_path
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
-_CAPABILITIES: Final = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _TRACEFS: Final = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 # Hook kinds, best first, with the program that tries each.
@@ -33,6 +33,15 @@ HOOKS: Final = {
     "fentry": "coral_p_fentry",
     "kprobe": "coral_p_kprobe",
     "iterator": "coral_p_iter",
+}
+# What a feature takes beyond CAP_BPF, which every one of them does.
+_PERFMON: Final = {"CAP_PERFMON": caps.TRACING["CAP_PERFMON"]}
+_EVENT_ID: Final = {"CAP_DAC_READ_SEARCH": "to read an event's number in tracefs, which is root's"}
+_TAKES: Final[Mapping[str, Mapping[str, str]]] = {
+    **dict.fromkeys(HOOKS, _PERFMON),
+    "tracepoint": _PERFMON | _EVENT_ID,
+    "kprobe": _PERFMON | _EVENT_ID,
+    "run_time_stats": {"CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on"},
 }
 # Map kinds, by their number in enum bpf_map_type.
 MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
@@ -87,7 +96,7 @@ class Features:
 @cache
 def probe() -> Features:
     """Tries everything, once for the life of the process: about 100 ms. Never raises."""
-    capabilities = _effective_capabilities()
+    capabilities = caps.held()
     obstacle = _obstacle(capabilities)
     found: tuple[Feature, ...] = ()
     loader = os.environ.get(_ENV_LOADER, "auto")
@@ -103,6 +112,7 @@ def probe() -> Features:
             _try("run_time_stats", _enable_stats),
             _pidfd(),
             _bcc(),
+            _others_listeners(capabilities),
         )
         found = tuple(map(_unless_switched_off, found))
     release_memory()
@@ -131,35 +141,24 @@ def _obstacle(capabilities: frozenset[str]) -> str:
         return str(error)
     if not object_path(_PROBE_OBJECT).exists():
         return f"{object_path(_PROBE_OBJECT).name} is not built: run `make setup`"
-    if not capabilities & {"CAP_BPF", "CAP_SYS_ADMIN"}:
-        return "this process has neither CAP_BPF nor CAP_SYS_ADMIN: run the agent as root"
-    return ""
-
-
-def _effective_capabilities() -> frozenset[str]:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return frozenset()
-    for line in status.splitlines():
-        if line.startswith("CapEff:"):
-            mask = int(line.split()[1], 16)
-            return frozenset(name for name, bit in _CAPABILITIES.items() if mask >> bit & 1)
-    return frozenset()
+    return caps.obstacle(capabilities)
 
 
 def _try(name: str, attempt: Callable[[], None]) -> Feature:
     try:
         attempt()
     except BpfError as error:
-        return Feature(name, False, _reason(error))
+        return Feature(name, False, _reason(name, error))
     return Feature(name, True)
 
 
-def _reason(error: BpfError) -> str:
+def _reason(name: str, error: BpfError) -> str:
     code = errno.errorcode.get(error.errno, str(error.errno))
     if error.errno in (errno.EPERM, errno.EACCES):
-        return f"{code}: not permitted here (a missing capability, kernel lockdown, or a policy)"
+        needs = caps.required(_TAKES.get(name, {}), caps.of_kernel())
+        if lacking := caps.lacking(needs, caps.held()):
+            return f"{code}: {caps.missing(lacking)}"
+        return f"{code}: not permitted here (kernel lockdown, or a policy)"
     said = log_tail(error.log, 1)
     if "create tracepoint" in said and not _tracefs_is_mounted():
         return "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
@@ -213,6 +212,12 @@ def _pidfd() -> Feature:
 def _bcc() -> Feature:
     reason = bcc.obstacle()
     return Feature("bcc", not reason, reason)
+
+
+def _others_listeners(capabilities: frozenset[str]) -> Feature:
+    """Whether the process behind another user's listening socket can be found."""
+    lacking = caps.lacking(caps.LISTENERS, capabilities)
+    return Feature("others_listeners", not lacking, caps.missing(lacking) if lacking else "")
 
 
 def _btf() -> Feature:

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import Metric
 
-from bpf import BpfObject, Features, LoadError, RecordReader, Rung, Step
+from bpf import BpfObject, Features, LoadError, RecordReader, Rung, Step, capabilities
 from bpf.libbpf import release_memory
 from collectors.options import Option
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -121,9 +121,15 @@ class Collector(ABC):
         """The options it takes, for help, checks and documentation."""
 
     @classmethod
+    def needs(cls) -> Mapping[str, str]:
+        """The capabilities that it cannot do without, each with what for, in the words after
+        "CAP_... (". One that takes more adds its own to these, which all take."""
+        return capabilities.TRACING
+
+    @classmethod
     @abstractmethod
     def support(cls, features: Features) -> Support:
-        """What FEATURES allow."""
+        """What FEATURES allow. That its `needs` are met was asked before."""
 
     @classmethod
     @abstractmethod

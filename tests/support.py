@@ -143,8 +143,10 @@ def running_agent(
     config: Mapping[str, object] | None = None,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[RunningAgent]:
-    """`coral agent` as users start it, on a socket and a metrics port of its own."""
+    """`coral agent` as users start it, on a socket and a metrics port of its own. PREFIX is a
+    command that executes what it is given."""
     directory.mkdir(exist_ok=True)
     config_path, log_path = directory / "agent.yaml", directory / "agent.log"
     config_path.write_text(yaml.safe_dump(dict(config or {})))
@@ -153,7 +155,7 @@ def running_agent(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
-                sys.executable, "-W", "error", "-m", "cli.main", "agent", *listen,
+                *prefix, sys.executable, "-W", "error", "-m", "cli.main", "agent", *listen,
                 "--metrics", "127.0.0.1:0", "--config", str(config_path), "--log-format", "json",
                 *arguments,
             ],
@@ -367,10 +369,12 @@ class Watch:
 
 
 def start_collector(
-    agent: RunningAgent, duration_s: float = 60.0, **config: str
+    agent: RunningAgent, duration_s: float = 60.0, service_name: str = "", **config: str
 ) -> pb.StartEbpfCollectorResponse:
     """Starts `syscall_stats`."""
-    request = pb.StartEbpfCollectorRequest(kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config=config)
+    request = pb.StartEbpfCollectorRequest(
+        kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, service_name=service_name, config=config
+    )
     request.duration.FromNanoseconds(int(duration_s * 1e9))
     started = agent.call("StartCollector", request)
     assert isinstance(started, pb.StartEbpfCollectorResponse)
@@ -379,9 +383,11 @@ def start_collector(
 
 
 @contextmanager
-def watching(agent: RunningAgent, duration_s: float = 60.0, **config: str) -> Iterator[Watch]:
+def watching(
+    agent: RunningAgent, duration_s: float = 60.0, service_name: str = "", **config: str
+) -> Iterator[Watch]:
     """`syscall_stats` at work, with a subscriber. Ends it, if it has not ended."""
-    started = start_collector(agent, duration_s, **{"interval": "100ms", **config})
+    started = start_collector(agent, duration_s, service_name, **{"interval": "100ms", **config})
     request = pb.EbpfEventStreamRequest(collector_id=started.collector_id)
     with streaming(agent, "StreamEventBatches", request) as messages:
         watch = Watch(agent, started, messages)
