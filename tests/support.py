@@ -170,7 +170,7 @@ def running_agent(
         return next((line for line in lines if line["event"] == "listening"), None)
 
     try:
-        told = wait_until(listening)
+        told = wait_until(listening, timeout_s=30)
         assert told is not None
         agent.metrics = str(told["metrics"])
         if not listen:

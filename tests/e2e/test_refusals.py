@@ -402,7 +402,7 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
     )
 
 
-BODY_OF_EXIT: Final = "int on_sys_exit(long ret)\n{\n"
+BODY_OF_EXIT: Final = "int on_sys_exit(void *ctx, long ret)\n{\n"
 UNCHECKED_POINTER: Final = """\
 	__u32 key = ret;
 	struct target *found = bpf_map_lookup_elem(&targets, &key);
@@ -509,7 +509,7 @@ def test_a_damaged_object_is_refused_with_its_name(
     ("name", "renamed", "lacking"),
     [
         (r"coral_enter_(btf|raw)", r"coral_begin_\1", r"\bcoral_enter_(btf|raw)\b"),
-        (r"(&|} )stats\b", r"\1figures", r"\bstats\b"),
+        (r"(PERCPU_HASH, |map_of\()stats\b", r"\1figures", r"\bstats\b"),
     ],
     ids=["program", "map"],
 )
