@@ -5,7 +5,11 @@
  */
 #include "include/kernel.bpf.h"
 
+#ifdef __TARGET_ARCH_arm64
+#define NR_GETPPID 173
+#else
 #define NR_GETPPID 110
+#endif
 
 enum colour {
 	RED,

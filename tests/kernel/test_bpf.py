@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from bpf import BpfError, BpfObject, LoadError
 from bpf.maps import sum_over_cpus
 from build_hook import clang_command
-from tests.support import ROOT
+from tests.support import ROOT, built
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -22,10 +23,10 @@ PROGRAM = "ring_enter"
 
 
 @pytest.fixture(scope="module")
-def ring_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("bpf") / "ring.bpf.o"
-    subprocess.run(clang_command(ROOT / "tests/bpf/ring.bpf.c", output), check=True)
-    return output
+def ring_object() -> Path:
+    source = ROOT / "tests/bpf/ring.bpf.c"
+    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
+    return built("ring.bpf.o", sources, partial(clang_command, source))
 
 
 @pytest.fixture

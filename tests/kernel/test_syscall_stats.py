@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ import pytest
 import bpf
 from collectors.syscall_stats import SyscallStatsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from tests.support import Calls, Family, at_work, summaries, totals
+from tests.support import PATIENCE, Calls, Family, at_work, summaries, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -72,7 +72,7 @@ def test_total_time_is_what_the_program_measured(calls: Callable[..., Calls]) ->
     made = running.finish()
     assert sum(row.call_count for row in rows) == 1_000
     assert sum(row.total_duration_ns for row in rows) == pytest.approx(
-        made.ns["nanosleep"], rel=0.02
+        made.ns["nanosleep"], rel=0.02 * PATIENCE
     )
     # Not one is below its millisecond: from 2^19 ns on.
     first = rows[0].latency_ns.first_exponent
@@ -81,7 +81,7 @@ def test_total_time_is_what_the_program_measured(calls: Callable[..., Calls]) ->
 
 
 def test_calls_by_the_32_bit_way_in_are_counted_apart(calls: Callable[..., Calls]) -> None:
-    if sys.platform != "linux" or not hasattr(sys, "maxsize"):
+    if platform.machine() != "x86_64":
         pytest.skip("x86-64 only")
     running = calls("getppid", 300_000, "getppid32", 1_000, "futile", 7)
     with collecting(pid=str(running.pid)) as collector:
@@ -106,11 +106,16 @@ def test_every_row_names_its_process_however_short_its_life(programs: Path) -> N
     family = Family(programs / "family", "fork", children=1000, calls=1)
     with collecting(pid=str(family.pid)) as collector:
         family.go()
-        rows: list[pb.SyscallStats] = []
+        batches = []
         while family.is_running():
-            rows += _rows(collector)
-        rows += _rows(collector)
-    assert totals(rows)["getppid"] == family.children
+            batches.append(collector.drain())
+        batches.append(collector.drain())
+    rows = [row for batch in batches for row in summaries(batch)]
+    # On a busy machine the kernel's allocator does not always keep up with so many new processes.
+    uncounted = sum(sum(batch.losses.values()) for batch in batches)
+    assert totals(rows)["getppid"] >= family.children - uncounted
+    assert totals(rows)["getppid"] <= family.children
+    assert uncounted < family.children
     assert {row.labels["comm"] for row in rows} == {"family"}
 
 

@@ -14,12 +14,12 @@ from collectors.base import Batch, EventRows
 from collectors.registry import COLLECTORS
 from collectors.syscall_stats import SyscallStatsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from tests.support import RUNGS, Calls, Family, at_work, summaries, totals
+from tests.support import PATIENCE, RUNGS, Calls, Family, at_work, summaries, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 every_rung = pytest.mark.parametrize("without", RUNGS.values(), ids=RUNGS.keys())
-THREADS, CALLS = 2, 50_000
+THREADS, CALLS = 2, int(50_000 / PATIENCE)
 
 
 def collector_without(without: tuple[str, ...], **config: str) -> SyscallStatsCollector:
