@@ -147,6 +147,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="the least that is logged")
     ] = "info"
+    loader: Annotated[
+        Literal["auto", "core", "bcc"],
+        Meta(description="how programs get into the kernel; `auto`: `core`, `bcc` without BTF"),
+    ] = "auto"
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)

@@ -30,7 +30,7 @@ from agent.frames import Frame
 from agent.session import Session, StartRequest
 from agent.streams import SubscriptionEndedError, Terms
 from agent.supervisor import Supervisor
-from bpf import BpfError
+from bpf import BpfError, Feature
 from collectors.registry import COLLECTORS, kind_name
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -123,10 +123,7 @@ class EbpfService:
             agent_id=self._supervisor.config.name,
             agent_version=version("coral-ebpf-agent"),
             libbpf_version=features.libbpf_version,
-            features=[
-                pb.KernelFeature(name=f.name, available=f.available, reason=f.reason)
-                for f in features.features
-            ],
+            features=_features(features.features),
         )
         supports = await self._supervisor.capabilities()
         for kind, collector in COLLECTORS.items():
@@ -142,8 +139,15 @@ class EbpfService:
                         accepts=o.accepts,
                         default_value=o.default,
                         description=o.description,
+                        refused=support.refused_options.get(o.name),
                     )
                     for o in collector.options()
+                ],
+                steps=[
+                    pb.CollectorStep(
+                        what=step.what, taken=step.taken, refused=_features(step.refused)
+                    )
+                    for step in support.steps
                 ],
             )
             if support.supported:
@@ -249,6 +253,10 @@ def _fitting(text: str) -> str:
         return text
     plain = text.encode("ascii", "backslashreplace").decode()
     return f"{plain[: _STATUS_BYTES // 4]} [...] {plain[-_STATUS_BYTES // 4 :]}"
+
+
+def _features(features: Iterable[Feature]) -> list[pb.KernelFeature]:
+    return [pb.KernelFeature(name=f.name, available=f.available, reason=f.reason) for f in features]
 
 
 def _info(session: Session) -> pb.CollectorInfo:

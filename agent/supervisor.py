@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -107,8 +108,10 @@ class Supervisor:
         await asyncio.gather(*(session.stop(end) for session in tuple(self.sessions.values())))
 
     async def features(self) -> Features:
-        """What this kernel can do; found at the first call, in a thread."""
-        return await in_thread(probe)
+        """What this kernel can do, with the loader that the configuration wants; found at the first
+        call, in a thread."""
+        found, wanted = await in_thread(probe), self.config.loader
+        return found if wanted == "auto" else replace(found, loader=wanted)
 
     async def capabilities(self) -> Mapping[str, Support]:
         """Of each kind of collector, whether it can run here, by which hook, or why not."""

@@ -10,20 +10,19 @@ import errno
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from bpf import bcc
+from bpf import bcc, reasons
 from bpf import capabilities as caps
 from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, release_memory, version
-from bpf.object import BpfObject, enable_run_time_stats, object_path
+from bpf.object import BpfObject, enable_run_time_stats, not_built, object_path
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
-_TRACEFS: Final = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
@@ -33,15 +32,6 @@ HOOKS: Final = {
     "fentry": "coral_p_fentry",
     "kprobe": "coral_p_kprobe",
     "iterator": "coral_p_iter",
-}
-# What a feature takes beyond CAP_BPF, which every one of them does.
-_PERFMON: Final = {"CAP_PERFMON": caps.TRACING["CAP_PERFMON"]}
-_EVENT_ID: Final = {"CAP_DAC_READ_SEARCH": "to read an event's number in tracefs, which is root's"}
-_TAKES: Final[Mapping[str, Mapping[str, str]]] = {
-    **dict.fromkeys(HOOKS, _PERFMON),
-    "tracepoint": _PERFMON | _EVENT_ID,
-    "kprobe": _PERFMON | _EVENT_ID,
-    "run_time_stats": {"CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on"},
 }
 # Map kinds, by their number in enum bpf_map_type.
 MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
@@ -140,7 +130,7 @@ def _obstacle(capabilities: frozenset[str]) -> str:
     except LibbpfMissingError as error:
         return str(error)
     if not object_path(_PROBE_OBJECT).exists():
-        return f"{object_path(_PROBE_OBJECT).name} is not built: run `make setup`"
+        return not_built(object_path(_PROBE_OBJECT))
     return caps.obstacle(capabilities)
 
 
@@ -148,27 +138,14 @@ def _try(name: str, attempt: Callable[[], None]) -> Feature:
     try:
         attempt()
     except BpfError as error:
-        return Feature(name, False, _reason(name, error))
+        if not error.errno:
+            return Feature(name, False, str(error))
+        return _refused(name, error.errno, log_tail(error.log, 1))
     return Feature(name, True)
 
 
-def _reason(name: str, error: BpfError) -> str:
-    code = errno.errorcode.get(error.errno, str(error.errno))
-    if error.errno in (errno.EPERM, errno.EACCES):
-        needs = caps.required(_TAKES.get(name, {}), caps.of_kernel())
-        if lacking := caps.lacking(needs, caps.held()):
-            return f"{code}: {caps.missing(lacking)}"
-        return f"{code}: not permitted here (kernel lockdown, or a policy)"
-    said = log_tail(error.log, 1)
-    if "create tracepoint" in said and not _tracefs_is_mounted():
-        return "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
-    if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, 524):
-        return f"{code}: not in this kernel's configuration" + (f" ({said})" if said else "")
-    return f"{code}: {said or error.what}"
-
-
-def _tracefs_is_mounted() -> bool:
-    return any(Path(root, "events").is_dir() for root in _TRACEFS)
+def _refused(name: str, error: int, said: str = "") -> Feature:
+    return Feature(name, False, reasons.explain(name, error, said, reasons.facts()))
 
 
 def _attach_probe(program: str) -> Callable[[], None]:
@@ -205,7 +182,7 @@ def _pidfd() -> Feature:
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
-        return Feature("pidfd", False, f"pidfd_open: {error.strerror} (Linux 5.3 has it)")
+        return _refused("pidfd", error.errno or errno.ENOSYS)
     return Feature("pidfd", True)
 
 
@@ -223,9 +200,7 @@ def _others_listeners(capabilities: frozenset[str]) -> Feature:
 def _btf() -> Feature:
     if VMLINUX_BTF.exists():
         return Feature("btf", True)
-    return Feature(
-        "btf", False, f"{VMLINUX_BTF} is missing: the kernel lacks CONFIG_DEBUG_INFO_BTF"
-    )
+    return _refused("btf", errno.ENOENT)
 
 
 def _elements_on_demand() -> Feature:
@@ -238,4 +213,4 @@ def _elements_on_demand() -> Feature:
         present = b"\0bpf_mem_alloc\0" in VMLINUX_BTF.read_bytes()
     except OSError as error:
         return Feature(name, False, f"unknown without BTF: {error.strerror}")
-    return Feature(name, present, "" if present else "the kernel has no bpf_mem_alloc")
+    return Feature(name, True) if present else _refused(name, errno.EOPNOTSUPP)

@@ -86,6 +86,13 @@ def object_path(name: str) -> Path:
     return (Path(directory) if directory else Path(__file__).parent) / f"{name}.bpf.o"
 
 
+def not_built(path: Path) -> str:
+    """What to say of an object that is not there."""
+    if _ENV_OBJECT_DIR in os.environ:
+        return f"{path} is missing: let {_ENV_OBJECT_DIR} name a directory of built programs"
+    return f"{path.name} is not built: run `make setup`"
+
+
 def enable_run_time_stats() -> int:
     """Turns the kernel's run-time statistics on, for all programs of the machine, until the
     returned descriptor is closed. Raises `BpfError`."""
@@ -148,7 +155,8 @@ class BpfObject:
         with capture_log() as said:
             self._object = call_pointer("bpf_object__open_file", os.fsencode(self.path), None)
             if not self._object:
-                raise LoadError(f"opening {self.path.name}", last_errno(), said())
+                why = said() if self.path.exists() else not_built(self.path)
+                raise LoadError(f"opening {self.path.name}", last_errno(), why)
             self.btf = self._read_btf()
             self._programs = dict(self._children("program"))
             self._maps = dict(self._children("map"))

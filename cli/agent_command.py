@@ -35,15 +35,22 @@ import click
     help="Started as root, become this user and keep only what the collectors need.",
 )
 @click.option(
+    "--loader",
+    type=click.Choice(["auto", "core", "bcc"]),
+    help="How programs get into the kernel.  [default: auto: core, or bcc without BTF]",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["console", "json"]),
     help="Log lines for people, or for machines.  [default: console]",
 )
 def agent(
+    *,
     listen: tuple[str, ...],
     metrics: str | None,
     config_path: Path | None,
     user: str | None,
+    loader: str | None,
     log_format: str | None,
 ) -> None:
     """Run the agent of this machine, in the foreground."""
@@ -59,6 +66,8 @@ def agent(
         flags["metrics"] = metrics
     if user is not None:
         flags["user"] = user
+    if loader:
+        flags["loader"] = loader
     if log_format:
         flags["log_format"] = log_format
     sys.exit(main(config_path, flags))
