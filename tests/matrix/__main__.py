@@ -13,7 +13,7 @@ from typing import Final
 import psutil
 
 from tests.matrix.kernels import KERNELS_DIRECTORY, Kernel, KernelMissingError, kernel
-from tests.matrix.report import Outcome, table
+from tests.matrix.report import Outcome, instructions, table
 from tests.matrix.rows import HOST, KERNELS, Row, rows_of
 from tests.matrix.run import GUEST_MEMORY_MIB, missing_packages, run_guest, run_here
 
@@ -92,9 +92,10 @@ def main() -> int:
         return 2
     outcomes = asyncio.run(run(names))
     text = table(outcomes)
+    programs = instructions(outcomes)
     KERNELS_DIRECTORY.mkdir(parents=True, exist_ok=True)
-    (KERNELS_DIRECTORY / "matrix.md").write_text(text)
-    print(f"\n{text}", end="")
+    (KERNELS_DIRECTORY / "matrix.md").write_text(f"{text}\n{programs}")
+    print(f"\n{text}\n{programs}", end="")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

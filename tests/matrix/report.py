@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,6 +14,7 @@ from tests.matrix.rows import Row
 from tests.support import ROOT
 
 _RUNTIME: Final = "runtime"
+_BEST: Final = "best"
 _HEAD: Final = ("kernel", "collector", "loader", "rung", "passed", "failed", "skipped", "notes")
 _NAMES_A_NOTE: Final = 3
 _PYTEST_OK: Final = (0, 1)
@@ -20,12 +22,15 @@ _TIMED_OUT: Final = (124, 137)
 
 
 class Case(NamedTuple):
-    """One test: whose, its name, `passed`, `failed` or `skipped`, and why."""
+    """One test: whose, its name, `passed`, `failed` or `skipped`, and why; the rung that it was
+    forced onto, or empty; and what it measured, by name."""
 
     collector: str
     name: str
     state: str
     reason: str
+    rung: str
+    measured: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,19 @@ def _cases(junit: Path) -> Iterable[Case]:
                 state, reason = "failed", child.get("message", "")
             elif child.tag == "skipped":
                 state, reason = "skipped", child.get("message", "")
-        yield Case(_collector(case.get("classname", "")), case.get("name", ""), state, reason)
+        module, name = case.get("classname", ""), case.get("name", "")
+        measured = {
+            it.get("name", ""): int(it.get("value", "0"))
+            for it in case.iter("property")
+            if it.get("value", "").isdigit()
+        }
+        yield Case(_collector(module), name, state, reason, _rung(module, name), measured)
+
+
+def _rung(module: str, name: str) -> str:
+    """The rung that a test of `tests.kernel.test_COLLECTOR_rungs` is told to take."""
+    match = re.search(r"\[(.*)\]$", name)
+    return match[1] if match and module.endswith("_rungs") else ""
 
 
 def _collector(module: str) -> str:
@@ -107,11 +124,37 @@ def _lines(outcome: Outcome) -> Iterable[tuple[str, ...]]:
     kernel = outcome.release or row.kernel
     if outcome.problem or not outcome.cases:
         yield (kernel, "-", row.loader, row.rung, "-", "-", "-", outcome.problem)
-    for collector in sorted({case.collector for case in outcome.cases}):
-        cases = [case for case in outcome.cases if case.collector == collector]
+    groups: dict[tuple[str, str], list[Case]] = {}
+    for case in sorted(outcome.cases, key=lambda case: case.collector):
+        groups.setdefault((case.collector, _on(row, case)), []).append(case)
+    for (collector, rung), cases in groups.items():
         states = Counter(case.state for case in cases)
         counts = (str(states[state]) for state in ("passed", "failed", "skipped"))
-        yield (kernel, collector, row.loader, row.rung, *counts, _notes(cases))
+        yield (kernel, collector, row.loader, rung, *counts, _notes(cases))
+
+
+def _on(row: Row, case: Case) -> str:
+    """The rung of a case: its row's, unless it was forced onto a lower one."""
+    if case.rung in ("", _BEST):
+        return row.rung
+    return case.rung if row.rung == _BEST else f"{row.rung}, {case.rung}"
+
+
+def instructions(outcomes: Sequence[Outcome]) -> str:
+    """Of each program the most instructions that the verifier went through, by kernel and loader,
+    as Markdown."""
+    found: dict[str, dict[str, int]] = {}
+    for outcome in outcomes:
+        for case in outcome.cases:
+            where = f"{outcome.release}, {outcome.row.loader}"
+            for program, count in case.measured.items():
+                most = found.setdefault(program, {})
+                most[where] = max(count, most.get(where, 0))
+    columns = list(dict.fromkeys(where for most in found.values() for where in most))
+    lines = [["program, mode", *columns], ["---", *("--:" for _ in columns)]]
+    for program, most in sorted(found.items()):
+        lines.append([program, *(f"{most[c]:,}" if most.get(c) else "" for c in columns)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _notes(cases: Sequence[Case]) -> str:
