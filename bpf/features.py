@@ -187,7 +187,10 @@ def _pidfd() -> Feature:
 
 
 def _bcc() -> Feature:
-    reason = bcc.obstacle()
+    try:
+        reason = bcc.obstacle()
+    except OSError as error:  # an ordinary user may not look there
+        reason = f"looking for bcc and its headers: {error}"
     return Feature("bcc", not reason, reason)
 
 

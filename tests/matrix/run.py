@@ -22,7 +22,7 @@ from tests.support import ROOT
 
 GUEST_MEMORY_MIB: Final = 2048
 _BOOT_LIMIT_S: Final = 90
-_ROW_LIMIT_S: Final = 300
+_ROW_LIMIT_S: Final = 600
 _PATIENCE: Final = 5
 _RESULTS_IN_GUEST: Final = Path("/run/results")
 _QEMU: Final = "qemu-system-x86_64"
