@@ -31,6 +31,7 @@ from agent.session import Session, StartRequest
 from agent.streams import SubscriptionEndedError, Terms
 from agent.supervisor import Supervisor
 from bpf import BpfError, Feature
+from bpf.libbpf import EXHAUSTED
 from collectors.registry import COLLECTORS, kind_name
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -238,6 +239,8 @@ def _handler(service: EbpfService, method: Any) -> grpc.RpcMethodHandler[Any, An
 
 async def _refuse(context: Context, error: RefusedError | BpfError) -> Never:
     code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)  # type: ignore[arg-type]
+    if isinstance(error, BpfError) and error.errno in EXHAUSTED:
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
     if code is grpc.StatusCode.PERMISSION_DENIED:
         log.warning("refused", peer=context.peer(), code=code.name, reason=str(error))
     if isinstance(error, BpfError):

@@ -11,6 +11,7 @@ It knows nothing of gRPC. One session's failure never touches another.
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
@@ -149,6 +150,8 @@ class Supervisor:
             except (OptionError, UnknownOptionError) as error:
                 raise InvalidRequestError(str(error)) from error
             session = Session(collector, request, self.config)
+        except OSError as error:  # /proc cannot be read: there are no descriptors left
+            raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
         finally:
             self._starting -= not request.continuous
         await self._launch(session)  # counted among the sessions from its first step on
@@ -313,13 +316,16 @@ class Supervisor:
         except asyncio.CancelledError:
             end = session.wanted_end or End(pb.SessionEnd.REASON_AGENT_SHUTDOWN)
             raise
-        except Exception as error:  # noqa: BLE001  whatever it is, it ends this session alone
+        except Exception as error:  # whatever it is, it ends this session alone
             lease = session.lease
             if isinstance(error, TimeoutError) and lease and lease.expired():
                 end = End(pb.SessionEnd.REASON_EXPIRED)
             else:
                 end = End(pb.SessionEnd.REASON_FAILED, str(error))
                 failure = error
+                if not isinstance(error, BpfError):
+                    log.exception("session failed for what is not expected", session=session.id)
+                    failure = BpfError(f"{kind_name(session.kind)} failed: {error!r}")
         finally:
             self._finish(session, end)
             if not attached.done():

@@ -18,7 +18,15 @@ from typing import Final
 
 from bpf import bcc, reasons
 from bpf import capabilities as caps
-from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, release_memory, version
+from bpf.libbpf import (
+    BpfError,
+    LibbpfMissingError,
+    call,
+    call_pointer,
+    log_tail,
+    release_memory,
+    version,
+)
 from bpf.object import BpfObject, enable_run_time_stats, not_built, object_path
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
@@ -201,9 +209,13 @@ def _others_listeners(capabilities: frozenset[str]) -> Feature:
 
 
 def _btf() -> Feature:
-    if VMLINUX_BTF.exists():
-        return Feature("btf", True)
-    return _refused("btf", errno.ENOENT)
+    if not VMLINUX_BTF.exists():
+        return _refused("btf", errno.ENOENT)
+    btf = call_pointer("btf__load_vmlinux_btf")
+    if not btf:
+        return Feature("btf", False, f"{VMLINUX_BTF} is damaged: libbpf cannot read it")
+    call_pointer("btf__free", btf)
+    return Feature("btf", True)
 
 
 def _elements_on_demand() -> Feature:

@@ -22,7 +22,6 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bpf import capabilities as caps
 from bpf.barrier import memory_barrier
 from bpf.libbpf import BpfError, call
 from bpf.maps import fdinfo
@@ -207,13 +206,8 @@ class PerfReader:
                 return
             raise BpfError(f"opening a perf event on CPU {cpu}", error.errno or 0) from error
         opened.callback(os.close, fd)
-        try:
+        with _step(f"mapping the perf buffer of CPU {cpu}"):
             ring = _CpuRing(fd, bytes_, counts_lost=counts_lost)
-        except OSError as error:
-            what = f"mapping the perf buffer of CPU {cpu}"
-            if error.errno == errno.EPERM and (less := caps.lacking(caps.BUFFERS, caps.held())):
-                what += f": {caps.missing(less)}, or ask for smaller buffers"
-            raise BpfError(what, error.errno or errno.EIO) from error
         opened.callback(ring.close)
         with _step(f"enabling the perf event of CPU {cpu}"):
             self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)

@@ -17,7 +17,7 @@ from benchmarks.kernel import headers_for_bcc
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import collectors_at_work, running_agent, start_collector
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.needs_bcc]
 
 
 def test_the_agent_answers_others_while_bcc_compiles(tmp_path: Path) -> None:
