@@ -340,7 +340,7 @@ def test_perf_buffers_take_cap_ipc_lock_where_they_are_large(
         )
         code, text = code_and_text(agent, "StartCollector", request)
         assert code is grpc.StatusCode.FAILED_PRECONDITION
-        assert text.startswith("mapping the perf buffer of CPU 0: EPERM (")
+        assert re.match(r"mapping the perf buffer of CPU \d+: EPERM \(", text)
         assert "CAP_IPC_LOCK" in text
     with (
         running_agent(directory, prefix=as_nobody(ORDINARY), environment=without) as agent,

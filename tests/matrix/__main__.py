@@ -68,7 +68,7 @@ async def run(names: Sequence[str]) -> list[Outcome]:
     async def boot(plan: Plan) -> None:
         if not plan.kernel:
             for row in plan.rows:
-                outcomes[row] = Outcome(row, "", (), plan.why_not, 0.0)
+                outcomes[row] = Outcome(row, "", (), plan.why_not, 0.0, excused=row.optional)
             say(f"{plan.name}: {plan.why_not}")
             return
         async with room:
