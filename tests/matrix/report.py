@@ -47,7 +47,8 @@ class Outcome:
     @property
     def ok(self) -> bool:
         """Whether something ran and nothing failed."""
-        return self.excused or not self.problem and not any(case.state == "failed" for case in self.cases)
+        failed = any(case.state == "failed" for case in self.cases)
+        return self.excused or not (self.problem or failed)
 
     def __str__(self) -> str:
         states = Counter(case.state for case in self.cases)
