@@ -168,9 +168,14 @@ def test_per_cpu_values_are_summed_over_cpus(loaded_object: BpfObject) -> None:
     assert len(keys) == 0
 
 
+def kernel_release() -> tuple[int, ...]:
+    return tuple(int(number) for number in os.uname().release.split(".")[:2])
+
+
 def test_the_kernel_says_what_an_object_costs(loaded_object: BpfObject) -> None:
     assert loaded_object.map_memory_bytes > 20_000 * 8
-    assert loaded_object.program_stats()[PROGRAM].verified_instructions > 10
+    told = loaded_object.program_stats()[PROGRAM].verified_instructions
+    assert told > 10 or (told == 0 and kernel_release() < (5, 16))  # which brought the figure
 
 
 def test_an_unknown_program_option_or_map_is_named(ring_object: Path) -> None:
