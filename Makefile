@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
 TEST_PACKAGES := gcc libc6-dev strace bpftool procps
-GUEST_PACKAGES := qemu-system-x86 busybox-static kmod python3-bpfcc
+GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/*.bpf.c bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
 C_SOURCES := $(wildcard bpf/*.bpf.c bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
@@ -28,7 +28,7 @@ test: $(VENV)/.dev build/prometheus/prometheus ## run every test; as root, the k
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -m pytest
 
-test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 /path/to/bzImage"
+test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -m tests.matrix $(KERNELS)
 

@@ -104,6 +104,7 @@ class RingReader:
         if busy.any():
             count = int(busy.argmax())
             slots, lengths = slots[:count], lengths[:count]
+        self._barrier()  # a length says that its record is complete
         discarded = lengths & _DISCARDED != 0
         records = slots["record"][~discarded] if discarded.any() else slots["record"].copy()
         del slots

@@ -157,7 +157,7 @@ class RunningAgent:
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=answer.FromString,
             )
-            return call(request, metadata=tuple(metadata), timeout=20)
+            return call(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def streaming(
             f"/{SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
-        )(request, metadata=tuple(metadata), timeout=20)
+        )(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
         try:
             call.initial_metadata()
             yield call

@@ -10,12 +10,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from tests.matrix.apt import KERNELS_DIRECTORY
 from tests.matrix.initramfs import initramfs
-from tests.matrix.kernels import KERNELS_DIRECTORY, Kernel
+from tests.matrix.kernels import Kernel, Machine
 from tests.matrix.report import Outcome, outcome
 from tests.matrix.rows import HOST, Row
 from tests.support import ROOT
@@ -25,8 +26,6 @@ _BOOT_LIMIT_S: Final = 90
 _ROW_LIMIT_S: Final = 600
 _PATIENCE: Final = 5
 _RESULTS_IN_GUEST: Final = Path("/run/results")
-_QEMU: Final = "qemu-system-x86_64"
-_BUSYBOX: Final = Path("/bin/busybox")
 _HIDE_BTF: Final = 'mount -t tmpfs none /sys/kernel/btf && exec "$@"'
 _SAID: Final = re.compile(
     r"matrix: (?:booted (?P<release>\S+)|row (?P<row>\d+) ended with (?P<status>\d+))"
@@ -38,9 +37,10 @@ _ERROR: Final = re.compile(
 Say = Callable[[str], None]
 
 
-def missing_packages() -> list[str]:
-    """Those of Debian's packages that guests need and that are not here."""
-    needed = {"qemu-system-x86": _QEMU, "busybox-static": str(_BUSYBOX), "kmod": "depmod"}
+def missing_packages(machines: Iterable[Machine]) -> list[str]:
+    """Those of Debian's packages that guests on MACHINES need and that are not here."""
+    needed = {"busybox-static": "busybox", "kmod": "depmod"}
+    needed |= {machine.package: machine.qemu for machine in machines}
     return [package for package, program in needed.items() if not shutil.which(program)]
 
 
@@ -50,7 +50,7 @@ async def run_here(row: Row, say: Say) -> Outcome:
     started = time.monotonic()
     with (directory / "0.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *_command(row, directory / "0.xml", patience=1),
+            *_command(row, directory / "0.xml", sys.executable, patience=1),
             cwd=ROOT,
             env={**os.environ, **_knobs(row)},
             stdout=log,
@@ -67,9 +67,9 @@ async def run_here(row: Row, say: Say) -> Outcome:
 async def run_guest(name: str, kernel: Kernel, rows: Sequence[Row], say: Say) -> list[Outcome]:
     """Boots KERNEL, runs ROWS inside. What did not come to an end is an outcome too."""
     directory = results_of(name)
-    (directory / "rows.sh").write_text(_script(rows))
+    (directory / "rows.sh").write_text(_script(kernel.machine, rows))
     archive = KERNELS_DIRECTORY / f"{name}.cpio"
-    archive.write_bytes(initramfs(_BUSYBOX, kernel.modules))
+    archive.write_bytes(initramfs(kernel.busybox, kernel.modules))
     process = await asyncio.create_subprocess_exec(
         *_qemu(kernel, archive, directory),
         stdin=asyncio.subprocess.DEVNULL,
@@ -79,15 +79,16 @@ async def run_guest(name: str, kernel: Kernel, rows: Sequence[Row], say: Say) ->
     guest = _Guest(rows, directory, say)
     assert process.stdout
     why = "the guest ended"
+    row_limit_s = _ROW_LIMIT_S * kernel.machine.slowness
     try:
         with (directory / "console.log").open("wb", buffering=0) as console:
             async with asyncio.timeout(_BOOT_LIMIT_S) as limit:
                 async for line in process.stdout:
                     console.write(line)
                     if guest.hear(line.decode(errors="replace")):
-                        limit.reschedule(asyncio.get_running_loop().time() + _ROW_LIMIT_S)
+                        limit.reschedule(asyncio.get_running_loop().time() + row_limit_s)
     except TimeoutError:
-        why = f"timed out after {_ROW_LIMIT_S if guest.release else _BOOT_LIMIT_S} s"
+        why = f"timed out after {row_limit_s if guest.release else _BOOT_LIMIT_S} s"
     finally:
         if not process.stdout.at_eof():
             process.kill()
@@ -172,26 +173,32 @@ def _knobs(row: Row) -> Mapping[str, str]:
     return {"CORAL_LOADER": row.loader, "CORAL_WITHOUT": row.without}
 
 
-def _command(row: Row, junit: Path, patience: int) -> list[str]:
+def _command(row: Row, junit: Path, python: str, *, patience: int, slowness: int = 1) -> list[str]:
     """pytest for a row, with what the environment alone cannot take away taken away."""
     limit = row.memlock_kib
     return [
         *(("prlimit", f"--memlock={limit << 10}:{limit << 10}") if limit else ()),
         *(("unshare", "--mount", "sh", "-c", _HIDE_BTF, "sh") if row.hide_btf else ()),
-        *("timeout", "--kill-after=10", str(_ROW_LIMIT_S - 30)),
-        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=short"),
+        *("timeout", "--kill-after=10", str(_ROW_LIMIT_S * slowness - 30)),
+        *(python, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=short"),
         *("--durations=15", "-o", f"timeout={120 * patience}", f"--junit-xml={junit}"),
         *row.tests,
     ]
 
 
-def _script(rows: Sequence[Row]) -> str:
-    lines = [f"cd {shlex.quote(str(ROOT))}"]
+def _script(machine: Machine, rows: Sequence[Row]) -> str:
+    lines = [f"cd {shlex.quote(str(machine.project))}"]
     for number, row in enumerate(rows):
         environment = {**guest_environment(), **_knobs(row)}
         command = [
             *("env", "-i", *(f"{name}={value}" for name, value in environment.items())),
-            *_command(row, _RESULTS_IN_GUEST / f"{number}.xml", _PATIENCE),
+            *_command(
+                row,
+                _RESULTS_IN_GUEST / f"{number}.xml",
+                machine.python,
+                patience=_PATIENCE,
+                slowness=machine.slowness,
+            ),
         ]
         log = _RESULTS_IN_GUEST / f"{number}.log"
         lines.append(f"{shlex.join(command)} >{log} 2>&1")
@@ -200,18 +207,18 @@ def _script(rows: Sequence[Row]) -> str:
 
 
 def _qemu(kernel: Kernel, archive: Path, results: Path) -> list[str]:
-    # Debian 12's QEMU 7.2 emulates wrongly what a newer processor has: with AVX2, numpy's sort
-    # and sums go astray. And with a thread for each CPU, code that another CPU patches at the time
-    # of its translation stays as it was half-patched: an int3 that nobody placed, once tracepoints
+    # With a thread for each CPU, Debian 12's QEMU 7.2 leaves code that another CPU patches at the
+    # time of its translation as it was half-patched: an int3 that nobody placed, once tracepoints
     # come and go. One thread takes turns on the CPUs; there are still two of them.
+    machine = kernel.machine
     return [
-        *(_QEMU, "-no-user-config", "-nodefaults", "-machine", "pc", "-cpu", "Nehalem"),
+        *(machine.qemu, "-no-user-config", "-nodefaults", *machine.options),
         *("-accel", "tcg,thread=single"),
         *("-smp", "2", "-m", str(GUEST_MEMORY_MIB)),
         *("-display", "none", "-serial", "stdio", "-no-reboot"),
         *("-kernel", str(kernel.image), "-initrd", str(archive)),
-        *("-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable"),
-        *_share("host", Path("/"), readonly=True),
+        *("-append", f"{machine.parameters} quiet panic=-1 mitigations=off"),
+        *_share("host", kernel.root, readonly=True),
         *_share("kernel", kernel.tree, readonly=True),
         *_share("results", results, readonly=False),
     ]
