@@ -88,6 +88,7 @@ class Rung:
             options={
                 **options,
                 "state_in_task_storage": stored,
+                "current_by_btf": stored,  # which came with it
                 "records_in_ring": ringed,
             },
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},

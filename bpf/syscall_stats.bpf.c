@@ -163,13 +163,12 @@ static __always_inline bool sampled_out(void)
 
 static __always_inline void send(void *ctx, __u32 nr, __u64 ended_ns, __u64 duration_ns, long ret)
 {
-	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct syscall_call record = {
 	    .ended_ns = ended_ns,
 	    .duration_ns = duration_ns,
 	    .return_value = ret,
-	    .pid = pid_tgid >> 32,
-	    .tid = pid_tgid,
+	    .pid = current_tgid(),
+	    .tid = current_tid(),
 	    .syscall_number = nr,
 	};
 
@@ -208,7 +207,7 @@ static __always_inline struct call *call_of_target(void)
 static __always_inline bool current_is_compat(void)
 {
 #ifndef CORAL_BCC
-	if (option(state_in_task_storage)) /* then there is this helper too, and no copy to make */
+	if (option(current_by_btf)) /* no copy to make */
 		return bpf_get_current_task_btf()->compat_word & COMPAT_BIT;
 #endif
 	return kernel_read(this_task(), compat_word) & COMPAT_BIT;

@@ -43,7 +43,24 @@ static __always_inline struct task_struct *this_task(void)
 	return (struct task_struct *)bpf_get_current_task();
 }
 
+/* The current task can be had as BTF describes it (5.11): that call is inlined where the next is
+ * not, and saves some 25 ns a look. */
+OPTION(bool, current_by_btf, false);
+
 static __always_inline __u32 current_tgid(void)
 {
+#ifndef CORAL_BCC
+	if (option(current_by_btf))
+		return bpf_get_current_task_btf()->tgid;
+#endif
 	return bpf_get_current_pid_tgid() >> 32;
+}
+
+static __always_inline __u32 current_tid(void)
+{
+#ifndef CORAL_BCC
+	if (option(current_by_btf))
+		return bpf_get_current_task_btf()->pid;
+#endif
+	return bpf_get_current_pid_tgid();
 }
