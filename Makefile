@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
 TEST_PACKAGES := gcc libc6-dev strace bpftool procps
+GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/*.bpf.c bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
-C_SOURCES := $(wildcard bpf/*.bpf.c bpf/include/*.h tests/programs/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
+C_SOURCES := $(wildcard bpf/*.bpf.c bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
 
-.PHONY: help setup demo run test lint format docs bench clean
+.PHONY: help setup demo run test test-kernels lint format docs bench clean
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 
 setup: $(VENV)/.run ## install what is missing, make .venv, build
 
@@ -26,6 +27,10 @@ run: setup ## run the agent in the foreground
 test: $(VENV)/.dev build/prometheus/prometheus ## run every test; as root, the kernel's too
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -m pytest
+
+test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
+	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
+	$(BIN)/python -m tests.matrix $(KERNELS)
 
 lint: $(VENV)/.dev ## check style, types, imports and C format
 	$(BIN)/ruff check .

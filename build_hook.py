@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def clang_command(source: Path, output: Path, arch: str | None = None) -> list[s
 
 
 def build_objects() -> None:
-    """Compiles each bpf/NAME.bpf.c to bpf/NAME.bpf.o."""
+    """Compiles each bpf/NAME.bpf.c to bpf/NAME.bpf.o, and seals it."""
+    # By its path: the package would import what is not installed when this runs.
+    sealed = runpy.run_path(str(ROOT / "bpf/seal.py"))["sealed"]
     for source in sorted((ROOT / "bpf").glob("*.bpf.c")):
         result = subprocess.run(
             clang_command(source, source.with_suffix(".o")),
@@ -55,6 +58,8 @@ def build_objects() -> None:
             if "bpf/bpf_helpers.h" in result.stderr or "linux/bpf.h" in result.stderr:
                 hint = "\nheaders are missing: apt-get install libbpf-dev linux-libc-dev"
             raise SystemExit(f"clang refuses {source.name}:\n{result.stderr}{hint}")
+        output = source.with_suffix(".o")
+        output.write_bytes(sealed(output.read_bytes()))
 
 
 def build_stubs() -> None:

@@ -91,6 +91,10 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     host_scope: Annotated[
         bool, Meta(description="whether a collector may watch every process of the machine")
     ] = True
+    observe_only: Annotated[
+        bool,
+        Meta(description="never keep CAP_SYS_ADMIN; refuse collectors that need it on this kernel"),
+    ] = False
 
 
 class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -124,6 +128,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole configuration."""
 
     agent_id: Annotated[str, Meta(description="this agent's id; empty: the host's name")] = ""
+    user: Annotated[
+        str,
+        Meta(
+            description="the user to become when started as root, by name or number; see "
+            "[privileges](privileges.md)"
+        ),
+    ] = ""
     listen: Annotated[
         tuple[str, ...], Meta(description="gRPC addresses: `unix:PATH`, or `127.0.0.1:PORT`")
     ] = (DEFAULT_SOCKET,)
@@ -136,6 +147,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="the least that is logged")
     ] = "info"
+    loader: Annotated[
+        Literal["auto", "core", "bcc"],
+        Meta(description="how programs get into the kernel; `auto`: `core`, `bcc` without BTF"),
+    ] = "auto"
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)

@@ -14,11 +14,11 @@ from typing import Final
 
 import structlog
 
-from agent import logs, metrics
+from agent import logs, metrics, privileges
 from agent.config import Config, ConfigError, load
-from agent.server import Server
+from agent.server import Server, read_token
 from agent.supervisor import Supervisor
-from collectors.registry import kind_name
+from collectors.registry import COLLECTORS, kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
@@ -38,8 +38,10 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
+        token = read_token(config)  # a file that may be root's alone
+        kept = _settle(config)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(config))
+            runner.run(_serve(config, token, kept))
     except ConfigError as error:
         print(f"coral agent: {error}", file=sys.stderr)
         return _EXIT_CONFIG
@@ -65,12 +67,26 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-async def _serve(config: Config) -> None:
+def _settle(config: Config) -> frozenset[str]:
+    """Gives up the capabilities that no collector needs that this agent may start."""
+    allowed = config.policy.collectors
+    return privileges.settle(
+        config,
+        [
+            collector.needs()
+            for kind, collector in COLLECTORS.items()
+            if not allowed or kind_name(kind) in allowed
+        ],
+    )
+
+
+async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
     stopping = _stop_on_signal()
     async with AsyncExitStack() as stack:
         supervisor = await stack.enter_async_context(Supervisor(config))
         metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
-        server = await stack.enter_async_context(Server(supervisor, config))
+        server = await stack.enter_async_context(Server(supervisor, config, token))
+        log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
         log.info(
             "listening", agent=config.name, grpc=server.addresses, metrics=metrics_address or None
         )
@@ -102,6 +118,12 @@ async def _report_capabilities(supervisor: Supervisor) -> None:
             log.info("collector available", kind=name, hook=support.hook)
         else:
             log.warning("collector not possible here", kind=name, reason=support.reason)
+    features = await supervisor.features()
+    if not (features.obstacle or (statistics := features["run_time_stats"]).available):
+        log.warning(
+            "no run time of programs: limits.cpu_percent sees the agent's own time alone",
+            reason=statistics.reason,
+        )
     for name in supervisor.config.policy.collectors:
         if name not in {kind_name(kind) for kind in supervisor.measures}:
             log.warning("policy.collectors names a collector that this agent lacks", kind=name)

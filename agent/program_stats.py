@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bpf import BpfObject, ProgramStats
-from bpf.libbpf import BpfError
+from bpf.libbpf import EXHAUSTED, BpfError
 from bpf.object import enable_run_time_stats
 
 WINDOW_S: Final = 0.1
@@ -48,8 +48,9 @@ class ProgramStatsSampler:
             if any(True for _ in self._objects()):
                 try:
                     await self._sample()
-                except BpfError:
-                    return  # this kernel has no such statistics; there is no figure then
+                except BpfError as error:
+                    if error.errno not in EXHAUSTED:
+                        return  # this kernel has no such statistics; there is no figure then
             await asyncio.sleep(PERIOD_S - WINDOW_S)
 
     async def _sample(self) -> None:
@@ -75,6 +76,8 @@ class ProgramStatsSampler:
         scale: float,
     ) -> None:
         for name, stats in after.items():
+            if name not in before:
+                continue
             estimate = self.estimates[kind, name]
             seconds = (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale
             estimate.seconds += seconds

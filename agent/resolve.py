@@ -16,6 +16,7 @@ from typing import Final
 
 from agent.config import ServiceRule
 from agent.errors import NotFoundError
+from bpf import capabilities
 from collectors.base import ServiceProcesses
 from collectors.options import OptionError
 from collectors.targets import PROC, cgroup_directory, comm_of, running_tgids
@@ -48,6 +49,8 @@ def resolve(name: str, rules: Mapping[str, ServiceRule]) -> ServiceProcesses:
     known = {*rules, *units, *containers, *_by_listening_comm()}
     near = difflib.get_close_matches(name, known, _NEAR_NAMES, cutoff=0.4)
     hint = f"; the nearest names are {', '.join(near)}" if near else ""
+    if lacking := capabilities.lacking(capabilities.LISTENERS, capabilities.held()):
+        hint += f". Other users' listening commands were not seen: {capabilities.missing(lacking)}"
     raise NotFoundError(
         f"service_name: no process belongs to {name!r}, as a configured service, systemd unit, "
         f"container, pod or listening command{hint}"
@@ -91,8 +94,8 @@ def _by_cgroup() -> tuple[Mapping[str, set[int]], Mapping[str, set[int]]]:
 def _cgroup_components(tgid: int) -> set[str]:
     try:
         lines = (PROC / str(tgid) / "cgroup").read_text(errors="replace").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return set()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return set()  # it has ended, or /proc hides it (hidepid)
     return {part for line in lines for part in line.split(":", 2)[2].split("/") if part}
 
 

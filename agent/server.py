@@ -32,10 +32,10 @@ _HEALTH_NAME: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 class Server:
     """The server, from bind to the last goodbye. Use it as a context manager."""
 
-    def __init__(self, supervisor: Supervisor, config: Config) -> None:
+    def __init__(self, supervisor: Supervisor, config: Config, token: str) -> None:
         self._supervisor = supervisor
         self._sockets: list[_UnixSocket] = []
-        interceptors = [_TokenInterceptor(_read_token(config))] if config.auth.token_file else []
+        interceptors = [_TokenInterceptor(token)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
         self._server.add_generic_rpc_handlers((handlers(EbpfService(supervisor)),))
         self._health = health.HealthServicer()
@@ -109,7 +109,13 @@ class _UnixSocket:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            self._lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except PermissionError as error:
+            raise ConfigError(
+                f"listen: unix:{path}: user {os.geteuid()} may not write {path}.lock: give it "
+                f"{path.parent} and what is in it"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -155,7 +161,10 @@ def _loopback_host(address: str) -> str:
     return host
 
 
-def _read_token(config: Config) -> str:
+def read_token(config: Config) -> str:
+    """The token that callers must send, or none. Raises `ConfigError`."""
+    if not config.auth.token_file:
+        return ""
     try:
         token = Path(config.auth.token_file).read_text().strip()
     except OSError as error:

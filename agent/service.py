@@ -30,8 +30,9 @@ from agent.frames import Frame
 from agent.session import Session, StartRequest
 from agent.streams import SubscriptionEndedError, Terms
 from agent.supervisor import Supervisor
-from bpf import BpfError
-from collectors.registry import COLLECTORS
+from bpf import BpfError, Feature
+from bpf.libbpf import EXHAUSTED
+from collectors.registry import COLLECTORS, kind_name
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
@@ -123,13 +124,11 @@ class EbpfService:
             agent_id=self._supervisor.config.name,
             agent_version=version("coral-ebpf-agent"),
             libbpf_version=features.libbpf_version,
-            features=[
-                pb.KernelFeature(name=f.name, available=f.available, reason=f.reason)
-                for f in features.features
-            ],
+            features=_features(features.features),
         )
+        supports = await self._supervisor.capabilities()
         for kind, collector in COLLECTORS.items():
-            support = collector.support(features)
+            support = supports[kind_name(kind)]
             answer.collectors.add(
                 kind=kind,
                 supported=support.supported,
@@ -141,8 +140,15 @@ class EbpfService:
                         accepts=o.accepts,
                         default_value=o.default,
                         description=o.description,
+                        refused=support.refused_options.get(o.name),
                     )
                     for o in collector.options()
+                ],
+                steps=[
+                    pb.CollectorStep(
+                        what=step.what, taken=step.taken, refused=_features(step.refused)
+                    )
+                    for step in support.steps
                 ],
             )
             if support.supported:
@@ -233,6 +239,8 @@ def _handler(service: EbpfService, method: Any) -> grpc.RpcMethodHandler[Any, An
 
 async def _refuse(context: Context, error: RefusedError | BpfError) -> Never:
     code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)  # type: ignore[arg-type]
+    if isinstance(error, BpfError) and error.errno in EXHAUSTED:
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
     if code is grpc.StatusCode.PERMISSION_DENIED:
         log.warning("refused", peer=context.peer(), code=code.name, reason=str(error))
     if isinstance(error, BpfError):
@@ -248,6 +256,10 @@ def _fitting(text: str) -> str:
         return text
     plain = text.encode("ascii", "backslashreplace").decode()
     return f"{plain[: _STATUS_BYTES // 4]} [...] {plain[-_STATUS_BYTES // 4 :]}"
+
+
+def _features(features: Iterable[Feature]) -> list[pb.KernelFeature]:
+    return [pb.KernelFeature(name=f.name, available=f.available, reason=f.reason) for f in features]
 
 
 def _info(session: Session) -> pb.CollectorInfo:

@@ -11,9 +11,11 @@ It knows nothing of gRPC. One session's failure never touches another.
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -29,10 +31,11 @@ from agent.errors import (
     UnsupportedError,
 )
 from agent.limits import CPU_WINDOW_S, Backoff, Candidate, CpuBudget, first_to_go
+from agent.privileges import refusal
 from agent.program_stats import ProgramStatsSampler
 from agent.resolve import resolve
 from agent.session import End, Session, StartRequest, lease_s
-from bpf import BpfError, BpfObject, Features, probe
+from bpf import BpfError, BpfObject, Features, capabilities, probe
 from collectors.base import (
     Batch,
     Collector,
@@ -106,15 +109,30 @@ class Supervisor:
         await asyncio.gather(*(session.stop(end) for session in tuple(self.sessions.values())))
 
     async def features(self) -> Features:
-        """What this kernel can do; found at the first call, in a thread."""
-        return await in_thread(probe)
+        """What this kernel can do, with the loader that the configuration wants; found at the first
+        call, in a thread."""
+        found, wanted = await in_thread(probe), self.config.loader
+        return found if wanted == "auto" else replace(found, loader=wanted)
 
     async def capabilities(self) -> Mapping[str, Support]:
         """Of each kind of collector, whether it can run here, by which hook, or why not."""
         features = await self.features()
         return {
-            kind_name(kind): collector.support(features) for kind, collector in COLLECTORS.items()
+            kind_name(kind): self._support(collector, features)
+            for kind, collector in COLLECTORS.items()
         }
+
+    def _support(self, collector: type[Collector], features: Features) -> Support:
+        has = features.capabilities
+        if features.obstacle and features.obstacle != capabilities.obstacle(has):
+            return Support(False, reason=features.obstacle)
+        reason = refusal(
+            collector.needs(),
+            has,
+            capabilities.of_kernel(),
+            observe_only=self.config.policy.observe_only,
+        )
+        return Support(False, reason=reason) if reason else collector.support(features)
 
     async def start(self, request: StartRequest) -> Session:
         """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
@@ -123,7 +141,7 @@ class Supervisor:
         self._starting += not request.continuous
         try:
             features = await self.features()
-            support = collector_type.support(features)
+            support = self._support(collector_type, features)
             if not support.supported:
                 raise UnsupportedError(f"{kind_name(collector_type.kind)}: {support.reason}")
             service = await self._resolve(request)
@@ -132,6 +150,8 @@ class Supervisor:
             except (OptionError, UnknownOptionError) as error:
                 raise InvalidRequestError(str(error)) from error
             session = Session(collector, request, self.config)
+        except OSError as error:  # /proc cannot be read: there are no descriptors left
+            raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
         finally:
             self._starting -= not request.continuous
         await self._launch(session)  # counted among the sessions from its first step on
@@ -296,13 +316,16 @@ class Supervisor:
         except asyncio.CancelledError:
             end = session.wanted_end or End(pb.SessionEnd.REASON_AGENT_SHUTDOWN)
             raise
-        except Exception as error:  # noqa: BLE001  whatever it is, it ends this session alone
+        except Exception as error:  # whatever it is, it ends this session alone
             lease = session.lease
             if isinstance(error, TimeoutError) and lease and lease.expired():
                 end = End(pb.SessionEnd.REASON_EXPIRED)
             else:
                 end = End(pb.SessionEnd.REASON_FAILED, str(error))
                 failure = error
+                if not isinstance(error, BpfError):
+                    log.exception("session failed for what is not expected", session=session.id)
+                    failure = BpfError(f"{kind_name(session.kind)} failed: {error!r}")
         finally:
             self._finish(session, end)
             if not attached.done():

@@ -6,9 +6,11 @@ needs the running kernel's headers.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -113,7 +115,7 @@ def compiled(
     return {name: bytes.fromhex(code) for name, code in _run(json.dumps(job), what).items()}
 
 
-def _run(job: str, what: str) -> Mapping[str, str]:
+def _run(job: str, what: str, timeout_s: float = _COMPILE_TIMEOUT_S) -> Mapping[str, str]:
     release = platform.release()
     environment = dict(os.environ)
     found = headers(release)
@@ -127,12 +129,23 @@ def _run(job: str, what: str) -> Mapping[str, str]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=_COMPILE_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LoadError(f"{what}: {error}") from error
+    except OSError as error:
+        raise LoadError(f"{what}: starting the compiler", error.errno or errno.EIO) from error
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"{what}: it was not done in {timeout_s:g} s, and was killed") from error
+    if ran.returncode < 0:
+        killer = signal.Signals(-ran.returncode).name
+        raise LoadError(
+            f"{what}: the compiler was killed by {killer}; it takes 150 MB of memory",
+            log=ran.stderr,
+        )
     if ran.returncode:
-        raise LoadError(what, log=ran.stderr)
-    instructions: Mapping[str, str] = json.loads(ran.stdout)
+        raise LoadError(f"{what}: it is refused", log=ran.stderr)
+    try:
+        instructions: Mapping[str, str] = json.loads(ran.stdout)
+    except ValueError as error:
+        raise LoadError(f"{what}: it answers what is no JSON", log=ran.stdout) from error
     return instructions

@@ -22,6 +22,7 @@ from typing import Any, Final
 import numpy as np
 
 from bpf import bcc
+from bpf.btf import NoLayoutError
 from bpf.libbpf import LoadError, call, call_string, capture_log
 from bpf.maps import HashMap
 from bpf.object import VERIFIER_LOG_BYTES, BpfObject
@@ -125,7 +126,7 @@ class BccObject(BpfObject):
         for name, variable in self.btf.variables.items():
             try:
                 _, dtype = self._described(name)
-            except TypeError:  # a pointer, which only brings its type into the BTF
+            except NoLayoutError:  # a pointer, which only brings its type into the BTF
                 continue
             scalar = dtype.shape == () and dtype.names is None
             (options if variable.section == _READ_ONLY and scalar else variables).append(name)

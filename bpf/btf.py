@@ -58,8 +58,20 @@ class Variable:
     type_id: int
 
 
+class NoLayoutError(ValueError):
+    """A type that no record can have: a pointer, a function, a union."""
+
+
+class DamagedBtfError(ValueError):
+    """The BTF is truncated, or says what no compiler does."""
+
+    def __init__(self) -> None:
+        super().__init__("the BTF is damaged or truncated")
+
+
 class Btf:
-    """The types of one object, from the raw bytes of its BTF."""
+    """The types of one object, from the raw bytes of its BTF. Everything here raises
+    `DamagedBtfError` for bytes that make no sense."""
 
     def __init__(self, raw: bytes) -> None:
         try:
@@ -67,33 +79,71 @@ class Btf:
                 struct.unpack_from("=HBBIIIII", raw)
             )
         except struct.error as error:
-            raise ValueError("the BTF is truncated") from error
+            raise DamagedBtfError from error
         strings_end = header_bytes + str_off + str_bytes
-        if magic != _MAGIC or len(raw) < max(strings_end, header_bytes + type_off + type_bytes):
-            raise ValueError("the BTF is damaged or truncated")
+        end = header_bytes + type_off + type_bytes
+        if magic != _MAGIC or len(raw) < max(strings_end, end):
+            raise DamagedBtfError
         self._strings = raw[header_bytes + str_off : strings_end]
         self._types = [_Type("void", 0, 0, b"")]
-        position, end = header_bytes + type_off, header_bytes + type_off + type_bytes
+        self._dtypes: dict[int, np.dtype[np.generic] | None] = {}  # None: under way
+        position = header_bytes + type_off
         while position < end:
-            name_off, info, size_or_type = struct.unpack_from("=III", raw, position)
-            kind, members = info >> 24 & 0x1F, info & 0xFFFF
-            fixed, each = _TAIL_BYTES.get(kind, (0, 0))
-            tail_end = position + 12 + fixed + each * members
-            self._types.append(
-                _Type(self._name(name_off), kind, size_or_type, raw[position + 12 : tail_end])
-            )
-            position = tail_end
+            position = self._read_type(raw, position, end)
+
+    def _read_type(self, raw: bytes, position: int, end: int) -> int:
+        """Where the next type begins."""
+        if position + 12 > end:
+            raise DamagedBtfError
+        name_off, info, size_or_type = struct.unpack_from("=III", raw, position)
+        kind, members = info >> 24 & 0x1F, info & 0xFFFF
+        fixed, each = _TAIL_BYTES.get(kind, (0, 0))
+        tail_end: int = position + 12 + fixed + each * members
+        if tail_end > end:
+            raise DamagedBtfError
+        tail = raw[position + 12 : tail_end]
+        self._types.append(_Type(self._name(name_off), kind, size_or_type, tail))
+        return tail_end
 
     def _name(self, offset: int) -> str:
-        return self._strings[offset : self._strings.index(b"\0", offset)].decode()
+        try:
+            return self._strings[offset : self._strings.index(b"\0", offset)].decode()
+        except ValueError as error:
+            raise DamagedBtfError from error
 
-    def dtype(self, type_id: int) -> np.dtype[np.generic]:  # noqa: PLR0911  one for each kind
+    def _type(self, type_id: int) -> _Type:
+        """A type, but for its names and qualifiers."""
+        for _ in self._types:
+            if type_id >= len(self._types):
+                break
+            btf_type = self._types[type_id]
+            if btf_type.kind not in _TRANSPARENT:
+                return btf_type
+            type_id = btf_type.size_or_type
+        raise DamagedBtfError
+
+    def dtype(self, type_id: int) -> np.dtype[np.generic]:
         """The numpy layout of a type: integers, enums, floats, bools, structs, arrays of them; an
-        array of `char` is a byte string. Raises TypeError for what has no fixed layout."""
-        btf_type = self._types[type_id]
+        array of `char` is a byte string. Raises `NoLayoutError` for what has none."""
+        if type_id not in self._dtypes:
+            self._dtypes[type_id] = None
+            try:
+                self._dtypes[type_id] = self._dtype(self._type(type_id))
+            except (DamagedBtfError, NoLayoutError):
+                del self._dtypes[type_id]
+                raise
+            except (TypeError, ValueError, RecursionError) as error:  # fields outside, odd sizes
+                del self._dtypes[type_id]
+                raise DamagedBtfError from error
+        dtype = self._dtypes[type_id]
+        if dtype is None:  # a type that holds itself
+            raise DamagedBtfError
+        return dtype
+
+    def _dtype(  # noqa: PLR0911  one for each kind
+        self, btf_type: _Type
+    ) -> np.dtype[np.generic]:
         kind = btf_type.kind
-        if kind in _TRANSPARENT:
-            return self.dtype(btf_type.size_or_type)
         if kind == _INT:
             encoding = struct.unpack("=I", btf_type.tail)[0] >> 24 & 0xF
             if encoding & _INT_BOOL:
@@ -118,12 +168,10 @@ class Btf:
                     "itemsize": btf_type.size_or_type,
                 }
             )
-        raise TypeError(f"BTF type {btf_type.name or type_id} (kind {kind}) has no record layout")
+        raise NoLayoutError(f"BTF type {btf_type.name!r} (kind {kind}) has no record layout")
 
     def _is_char(self, type_id: int) -> bool:
-        btf_type = self._types[type_id]
-        if btf_type.kind in _TRANSPARENT:
-            return self._is_char(btf_type.size_or_type)
+        btf_type = self._type(type_id)
         return btf_type.kind == _INT and btf_type.name == "char"
 
     def struct_dtype(self, name: str) -> np.dtype[np.generic]:
@@ -145,5 +193,7 @@ class Btf:
             if section.kind != _DATASEC or section.name in (".maps", "license"):
                 continue
             for type_id, offset, _ in section.members():
+                if type_id >= len(self._types):
+                    raise DamagedBtfError
                 found[self._types[type_id].name] = Variable(section.name, offset, type_id)
         return found

@@ -7,6 +7,11 @@
 
 MAP(HASH, coral_p_map, __u32, __u32, 8, 0);
 
+/* libbpf asks the kernel once for all whether it has global data, when an object first has some.
+ * That is to be now: of a question that fails for want of memory it never asks again. */
+OPTION(__u32, coral_p_option, 1);
+GLOBAL(__u32, coral_p_global);
+
 SEC("tp_btf/sched_process_exec")
 int RAW_PROGRAM(coral_p_tp_btf, void *task)
 {

@@ -16,14 +16,21 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from bpf import bcc
-from bpf.libbpf import BpfError, LibbpfMissingError, call, log_tail, release_memory, version
-from bpf.object import BpfObject, enable_run_time_stats, object_path
+from bpf import bcc, reasons
+from bpf import capabilities as caps
+from bpf.libbpf import (
+    BpfError,
+    LibbpfMissingError,
+    call,
+    call_pointer,
+    log_tail,
+    release_memory,
+    version,
+)
+from bpf.object import BpfObject, enable_run_time_stats, not_built, object_path
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
-_CAPABILITIES: Final = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
-_TRACEFS: Final = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
@@ -87,7 +94,7 @@ class Features:
 @cache
 def probe() -> Features:
     """Tries everything, once for the life of the process: about 100 ms. Never raises."""
-    capabilities = _effective_capabilities()
+    capabilities = caps.held()
     obstacle = _obstacle(capabilities)
     found: tuple[Feature, ...] = ()
     loader = os.environ.get(_ENV_LOADER, "auto")
@@ -103,6 +110,7 @@ def probe() -> Features:
             _try("run_time_stats", _enable_stats),
             _pidfd(),
             _bcc(),
+            _others_listeners(capabilities),
         )
         found = tuple(map(_unless_switched_off, found))
     release_memory()
@@ -130,46 +138,22 @@ def _obstacle(capabilities: frozenset[str]) -> str:
     except LibbpfMissingError as error:
         return str(error)
     if not object_path(_PROBE_OBJECT).exists():
-        return f"{object_path(_PROBE_OBJECT).name} is not built: run `make setup`"
-    if not capabilities & {"CAP_BPF", "CAP_SYS_ADMIN"}:
-        return "this process has neither CAP_BPF nor CAP_SYS_ADMIN: run the agent as root"
-    return ""
-
-
-def _effective_capabilities() -> frozenset[str]:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return frozenset()
-    for line in status.splitlines():
-        if line.startswith("CapEff:"):
-            mask = int(line.split()[1], 16)
-            return frozenset(name for name, bit in _CAPABILITIES.items() if mask >> bit & 1)
-    return frozenset()
+        return not_built(object_path(_PROBE_OBJECT))
+    return caps.obstacle(capabilities)
 
 
 def _try(name: str, attempt: Callable[[], None]) -> Feature:
     try:
         attempt()
     except BpfError as error:
-        return Feature(name, False, _reason(error))
+        if not error.errno:
+            return Feature(name, False, str(error))
+        return _refused(name, error.errno, log_tail(error.log, 1))
     return Feature(name, True)
 
 
-def _reason(error: BpfError) -> str:
-    code = errno.errorcode.get(error.errno, str(error.errno))
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return f"{code}: not permitted here (a missing capability, kernel lockdown, or a policy)"
-    said = log_tail(error.log, 1)
-    if "create tracepoint" in said and not _tracefs_is_mounted():
-        return "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
-    if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, 524):
-        return f"{code}: not in this kernel's configuration" + (f" ({said})" if said else "")
-    return f"{code}: {said or error.what}"
-
-
-def _tracefs_is_mounted() -> bool:
-    return any(Path(root, "events").is_dir() for root in _TRACEFS)
+def _refused(name: str, error: int, said: str = "") -> Feature:
+    return Feature(name, False, reasons.explain(name, error, said, reasons.facts()))
 
 
 def _attach_probe(program: str) -> Callable[[], None]:
@@ -206,21 +190,32 @@ def _pidfd() -> Feature:
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError as error:
-        return Feature("pidfd", False, f"pidfd_open: {error.strerror} (Linux 5.3 has it)")
+        return _refused("pidfd", error.errno or errno.ENOSYS)
     return Feature("pidfd", True)
 
 
 def _bcc() -> Feature:
-    reason = bcc.obstacle()
+    try:
+        reason = bcc.obstacle()
+    except OSError as error:  # an ordinary user may not look there
+        reason = f"looking for bcc and its headers: {error}"
     return Feature("bcc", not reason, reason)
 
 
+def _others_listeners(capabilities: frozenset[str]) -> Feature:
+    """Whether the process behind another user's listening socket can be found."""
+    lacking = caps.lacking(caps.LISTENERS, capabilities)
+    return Feature("others_listeners", not lacking, caps.missing(lacking) if lacking else "")
+
+
 def _btf() -> Feature:
-    if VMLINUX_BTF.exists():
-        return Feature("btf", True)
-    return Feature(
-        "btf", False, f"{VMLINUX_BTF} is missing: the kernel lacks CONFIG_DEBUG_INFO_BTF"
-    )
+    if not VMLINUX_BTF.exists():
+        return _refused("btf", errno.ENOENT)
+    btf = call_pointer("btf__load_vmlinux_btf")
+    if not btf:
+        return Feature("btf", False, f"{VMLINUX_BTF} is damaged: libbpf cannot read it")
+    call_pointer("btf__free", btf)
+    return Feature("btf", True)
 
 
 def kernel_names(names: Iterable[str]) -> frozenset[str]:
@@ -243,4 +238,4 @@ def _elements_on_demand() -> Feature:
         present = b"\0bpf_mem_alloc\0" in VMLINUX_BTF.read_bytes()
     except OSError as error:
         return Feature(name, False, f"unknown without BTF: {error.strerror}")
-    return Feature(name, present, "" if present else "the kernel has no bpf_mem_alloc")
+    return Feature(name, True) if present else _refused(name, errno.EOPNOTSUPP)

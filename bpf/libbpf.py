@@ -18,6 +18,21 @@ from typing import Final
 
 _LIBRARY_NAME: Final = "libbpf.so.1"
 _LOG_TAIL_LINES: Final = 12
+# What is short at the moment, and may not be later.
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+# What to do about an errno, where it says by itself.
+_REMEDIES: Final = {
+    errno.EMFILE: "the agent has as many files open as it may: raise its LimitNOFILE (ulimit -n)",
+    errno.ENFILE: "this machine has as many files open as it may: raise fs.file-max",
+    errno.ENOMEM: (
+        "there is no memory left for it: ask for smaller buffers, or raise the agent's MemoryMax, "
+        "its container's limit"
+    ),
+    errno.EPERM: (
+        "it takes CAP_BPF and CAP_PERFMON, no policy or lockdown of the kernel against it, and "
+        "for memory that is locked CAP_IPC_LOCK or a LimitMEMLOCK that is large enough"
+    ),
+}
 _LEVEL_DEBUG: Final = 2
 _LIBC: Final = ctypes.CDLL(None)
 
@@ -26,12 +41,14 @@ _PRINT_CALLBACK = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "libbpf_num_possible_cpus": (c_int, ()),
     "libbpf_version_string": (c_char_p, ()),
-    "bpf_object__open_file": (c_void_p, (c_char_p, c_void_p)),
+    "bpf_object__open_mem": (c_void_p, (c_char_p, c_size_t, c_void_p)),
     "bpf_object__load": (c_int, (c_void_p,)),
     "bpf_object__close": (None, (c_void_p,)),
     "bpf_object__next_program": (c_void_p, (c_void_p, c_void_p)),
     "bpf_object__next_map": (c_void_p, (c_void_p, c_void_p)),
     "bpf_object__btf": (c_void_p, (c_void_p,)),
+    "btf__load_vmlinux_btf": (c_void_p, ()),
+    "btf__free": (None, (c_void_p,)),
     "btf__raw_data": (c_void_p, (c_void_p, POINTER(c_uint32))),
     "bpf_program__name": (c_char_p, (c_void_p,)),
     "bpf_program__section_name": (c_char_p, (c_void_p,)),
@@ -92,8 +109,9 @@ class BpfError(Exception):
         reason = (
             f": {errno.errorcode.get(errno_, errno_)} ({os.strerror(errno_)})" if errno_ else ""
         )
+        remedy = f"; {_REMEDIES[errno_]}" if errno_ in _REMEDIES else ""
         tail = log_tail(log)
-        super().__init__(f"{what}{reason}" + (f"\n{tail}" if tail else ""))
+        super().__init__(f"{what}{reason}{remedy}" + (f"\n{tail}" if tail else ""))
 
 
 class LibbpfMissingError(BpfError):

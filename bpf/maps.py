@@ -115,9 +115,13 @@ class HashMap:
         keys_read, values_read = [], []
         for key in self._keys():
             _, value = self._buffers(1)
-            if call("bpf_map_lookup_elem", self.fd, key.ctypes.data, value.ctypes.data) == 0:
-                keys_read.append(key)
-                values_read.append(value)
+            error = -call("bpf_map_lookup_elem", self.fd, key.ctypes.data, value.ctypes.data)
+            if error == errno.ENOENT:  # removed meanwhile
+                continue
+            if error:
+                raise BpfError(f"reading map {self.name}", error)
+            keys_read.append(key)
+            values_read.append(value)
         if not keys_read:
             keys, values = self._buffers(0)
             return keys, self._values(values)
@@ -136,8 +140,11 @@ class HashMap:
         while revisited <= len(seen):
             following = np.empty(1, self.key_dtype)
             pointer = None if current is None else current.ctypes.data
-            if call("bpf_map_get_next_key", self.fd, pointer, following.ctypes.data):
+            error = -call("bpf_map_get_next_key", self.fd, pointer, following.ctypes.data)
+            if error == errno.ENOENT:
                 break
+            if error:
+                raise BpfError(f"reading map {self.name}", error)
             if following.tobytes() in seen:
                 revisited += 1
             else:

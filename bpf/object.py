@@ -13,11 +13,13 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import select
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from ctypes import byref, c_size_t, c_uint32
+from contextlib import suppress
+from ctypes import byref, c_char_p, c_size_t, c_uint32
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, Self
@@ -25,6 +27,7 @@ from typing import Any, Final, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from bpf import seal
 from bpf.btf import Btf, Variable
 from bpf.libbpf import (
     AttachError,
@@ -47,7 +50,18 @@ VERIFIER_LIMIT: Final = 1_000_000
 VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
 _STATS_RUN_TIME: Final = 0
+# A map that the kernel refuses, libbpf makes again without its types; of one that must have them,
+# the second errno says nothing.
+_RETRIED: Final = re.compile(
+    r"\((\w+)\):[^\n]*\(-(\d+)\)\. Retrying without BTF\.\n[^\n]*map '\1': failed to create"
+)
 _ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
+
+
+class _OpenOptions(ctypes.Structure):
+    """struct bpf_object_open_opts of libbpf, as far as it is used."""
+
+    _fields_ = (("size", c_size_t), ("object_name", c_char_p))
 
 
 class RecordReader(Protocol):
@@ -85,6 +99,13 @@ def object_path(name: str) -> Path:
     """Where the object NAME lies: beside this file, or in the directory CORAL_BPF_OBJECTS."""
     directory = os.environ.get(_ENV_OBJECT_DIR)
     return (Path(directory) if directory else Path(__file__).parent) / f"{name}.bpf.o"
+
+
+def not_built(path: Path) -> str:
+    """What to say of an object that is not there."""
+    if _ENV_OBJECT_DIR in os.environ:
+        return f"{path} is missing: let {_ENV_OBJECT_DIR} name a directory of built programs"
+    return f"{path.name} is not built: run `make setup`"
 
 
 def enable_run_time_stats() -> int:
@@ -135,6 +156,7 @@ class BpfObject:
         self._readers: list[RecordReader] = []
         self._walks: list[Walk] = []
         self._sections: dict[str, mmap.mmap] = {}
+        self._map_memory_bytes = 0
 
     def __enter__(self) -> Self:
         try:
@@ -149,14 +171,40 @@ class BpfObject:
 
     def load(self) -> None:
         """Opens the object, sets its options, loads its programs and maps. Raises `LoadError`."""
+        what = f"opening {self.path.name}"
+        try:
+            elf = seal.opened(self.path.read_bytes())
+        except OSError as error:
+            why = "" if self.path.exists() else not_built(self.path)
+            raise LoadError(what, error.errno or errno.EIO, why) from error
+        except seal.DamagedError as error:
+            raise LoadError(f"{what}: {error}; install the agent anew") from error
+        # The name is that of the sections' maps, as libbpf takes it from a file's.
+        name = self.path.name.partition(".")[0].encode()
+        options = _OpenOptions(ctypes.sizeof(_OpenOptions), name)
         with capture_log() as said:
-            self._object = call_pointer("bpf_object__open_file", os.fsencode(self.path), None)
+            self._object = call_pointer(
+                "bpf_object__open_mem", elf, c_size_t(len(elf)), byref(options)
+            )
             if not self._object:
-                raise LoadError(f"opening {self.path.name}", last_errno(), said())
-            self.btf = self._read_btf()
-            self._programs = dict(self._children("program"))
-            self._maps = dict(self._children("map"))
-            self._configure()
+                raise LoadError(what, last_errno(), said())
+            try:
+                self.btf = self._read_btf()
+                self._programs = dict(self._children("program"))
+                self._maps = dict(self._children("map"))
+                # libbpf forgets them where the kernel takes a map only without its types.
+                self._map_types = {
+                    name: (
+                        call("bpf_map__btf_key_type_id", bpf_map),
+                        call("bpf_map__btf_value_type_id", bpf_map),
+                    )
+                    for name, bpf_map in self._maps.items()
+                }
+                self._configure()
+            except (TypeError, ValueError, OverflowError) as error:
+                raise LoadError(
+                    f"{self.path.name} is damaged, or of another version of this agent: {error}"
+                ) from error
         self._load()
 
     def _load(self) -> None:
@@ -174,6 +222,8 @@ class BpfObject:
             error = -call("bpf_object__load", self._object)
         if error:
             verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
+            if retried := _RETRIED.search(said()):
+                error = int(retried[2])
             raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
 
     def _read_btf(self) -> Btf:
@@ -182,10 +232,7 @@ class BpfObject:
         raw = call_pointer("btf__raw_data", btf, byref(size)) if btf else 0
         if not raw:
             raise LoadError(f"{self.path.name} has no BTF: compile it with -g")
-        try:
-            return Btf(ctypes.string_at(raw, size.value))
-        except ValueError as error:
-            raise LoadError(f"{self.path.name}: {error}") from error
+        return Btf(ctypes.string_at(raw, size.value))
 
     def _children(self, kind: str) -> Iterator[tuple[str, int]]:
         child = 0
@@ -203,7 +250,7 @@ class BpfObject:
             self._initial_value(name)[...] = value
 
     def _section_map(self, section: str) -> int:
-        return next(m for name, m in self._maps.items() if name.endswith(section))
+        return next((m for name, m in self._maps.items() if name.endswith(section)), 0)
 
     def _described(self, name: str) -> tuple[Variable, np.dtype[np.generic]]:
         variable = self.btf.variables[name]
@@ -216,6 +263,8 @@ class BpfObject:
         address = call_pointer(
             "bpf_map__initial_value", self._section_map(variable.section), byref(size)
         )
+        if not address:
+            raise ValueError(f"it has no section {variable.section}")
         memory = memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
         return np.ndarray((), dtype, memory, variable.offset)
 
@@ -223,9 +272,13 @@ class BpfObject:
         variable, dtype = self._described(name)
         if variable.section not in self._sections:
             bpf_map = self._section_map(variable.section)
-            self._sections[variable.section] = mmap.mmap(
-                call("bpf_map__fd", bpf_map), call("bpf_map__value_size", bpf_map)
-            )
+            try:
+                self._sections[variable.section] = mmap.mmap(
+                    call("bpf_map__fd", bpf_map), call("bpf_map__value_size", bpf_map)
+                )
+            except OSError as error:
+                what = f"mapping {variable.section} of {self.path.name}"
+                raise LoadError(what, error.errno or errno.EIO) from error
         return np.ndarray((), dtype, self._sections[variable.section], variable.offset)
 
     def read_variable(self, name: str) -> Any:  # noqa: ANN401  its type is the C type's
@@ -274,13 +327,13 @@ class BpfObject:
 
     def map(self, name: str) -> HashMap:
         """A map of the loaded object, with dtypes from its BTF. KeyError where there is none."""
-        bpf_map = self._maps[name]
+        key_type, value_type = self._map_types[name]
         return HashMap(
             name,
             self.map_fd(name),
-            call("bpf_map__type", bpf_map),
-            self.btf.dtype(call("bpf_map__btf_key_type_id", bpf_map)),
-            self.btf.dtype(call("bpf_map__btf_value_type_id", bpf_map)),
+            call("bpf_map__type", self._maps[name]),
+            self.btf.dtype(key_type),
+            self.btf.dtype(value_type),
             batches=self._batches,
         )
 
@@ -300,7 +353,7 @@ class BpfObject:
                 self.btf.struct_dtype(record),
             )
         except OSError as error:
-            raise LoadError(f"mapping ring {name}", error.errno or errno.EIO) from error
+            raise LoadError(f"opening the ring buffer {name}", error.errno or errno.EIO) from error
         self._readers.append(reader)
         return reader
 
@@ -337,20 +390,26 @@ class BpfObject:
 
     @property
     def map_memory_bytes(self) -> int:
-        """What the kernel charges for all maps of the object."""
-        with self._lock:
-            held = sum(reader.memory_bytes for reader in self._readers)
-            return held + sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
+        """What the kernel charges for all maps of the object; where it cannot be asked, for want of
+        a descriptor, what it said last."""
+        with self._lock, suppress(OSError):
+            charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
+            self._map_memory_bytes = charged + sum(r.memory_bytes for r in self._readers)
+        return self._map_memory_bytes
 
     def _map_fds(self) -> Iterable[int]:
         return [self.map_fd(name) for name in self._maps]
 
     def program_stats(self) -> dict[str, ProgramStats]:
-        """The kernel's figures of each loaded program; empty once closed."""
+        """The kernel's figures of each loaded program; empty once closed. Of a program that it
+        cannot be asked of, for want of a descriptor, there are none."""
         found = {}
         with self._lock:
             for name in self._chosen if self._programs else ():
-                info = fdinfo(self._program_fd(name))
+                try:
+                    info = fdinfo(self._program_fd(name))
+                except OSError:
+                    continue
                 found[name] = ProgramStats(
                     info.get("run_time_ns", 0),
                     info.get("run_cnt", 0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import select
+from contextlib import ExitStack
 from typing import Any, Final, Self
 
 import numpy as np
@@ -25,7 +26,8 @@ class RingReader:
     """The consumer of one ring buffer map whose records all have the layout `record_dtype`.
 
     `fd` is readable (epoll) when a program asked for a wake-up. One reader to a ring; it is not
-    safe to drain from two threads at once. Close it before the map's object.
+    safe to drain from two threads at once. Close it before the map's object. Raises OSError;
+    nothing is left open then.
     """
 
     def __init__(self, fd: int, ring_bytes: int, record_dtype: np.dtype[Any]) -> None:
@@ -43,23 +45,21 @@ class RingReader:
         )
         self._record_dtype = record_dtype
         self._barrier = memory_barrier()
-        self._wakeup: select.epoll | None = None
         page = mmap.PAGESIZE
-        self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._producer_pages = mmap.mmap(
-            fd, page + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
-        )
+        with ExitStack() as opened:
+            # Readable once for each wake-up that a program asked for, and not for what else there
+            # is to drain; poll it to make it unreadable again. Closed with the ring.
+            self.wakeup: select.epoll = opened.enter_context(select.epoll())
+            self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)
+            self._consumer_page = opened.enter_context(
+                mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            )
+            self._producer_pages = opened.enter_context(
+                mmap.mmap(fd, page + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+            )
+            self._opened = opened.pop_all()
         self._consumer = np.frombuffer(self._consumer_page, np.uint64, 1)
         self._producer = np.frombuffer(self._producer_pages, np.uint64, 1)
-
-    @property
-    def wakeup(self) -> select.epoll:
-        """Readable once for each wake-up that a program asked for, and not for what else there is
-        to drain; poll it to make it unreadable again. Closed with the ring."""
-        if self._wakeup is None:
-            self._wakeup = select.epoll()
-            self._wakeup.register(self.fd, select.EPOLLIN | select.EPOLLET)
-        return self._wakeup
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +104,7 @@ class RingReader:
         if busy.any():
             count = int(busy.argmax())
             slots, lengths = slots[:count], lengths[:count]
+        self._barrier()  # a length says that its record is complete
         discarded = lengths & _DISCARDED != 0
         records = slots["record"][~discarded] if discarded.any() else slots["record"].copy()
         del slots
@@ -113,9 +114,6 @@ class RingReader:
 
     def close(self) -> None:
         """Unmaps the ring. Safe to call twice."""
-        if self._wakeup is not None:
-            self._wakeup.close()
         if hasattr(self, "_consumer"):
             del self._consumer, self._producer
-            self._consumer_page.close()
-            self._producer_pages.close()
+            self._opened.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from bpf.bcc_object import BccObject
@@ -93,7 +93,11 @@ class Rung:
             name,
             programs=[f"{program}_{SUFFIXES[self.hook.taken]}" for program in wanted],
             walks=walks,
-            options={**settings, "records_in_ring": ringed},
+            options={
+                **settings,
+                "current_by_btf": stored,  # which came with it
+                "records_in_ring": ringed,
+            },
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
@@ -155,6 +159,10 @@ def _loader(features: Features) -> Step:
         if needed.available:
             return Step("loader", loader, tuple(refused))
         refused.append(Feature(loader, False, needed.reason))
+    others = [name for name in set(_LOADERS) - set(wanted) if features[_LOADERS[name]].available]
+    if others:  # one was forced
+        reason = f"{refused[0].reason}; `loader: auto` takes {others[0]} here"
+        refused = [replace(refused[0], reason=reason)]
     return Step("loader", "", tuple(refused))
 
 

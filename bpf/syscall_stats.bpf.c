@@ -161,15 +161,15 @@ static __always_inline bool sampled_out(void)
 	return !account || account->seen++ % option(sample_every);
 }
 
-static __always_inline void send(void *ctx, __u32 nr, __u64 ended_ns, __u64 duration_ns, long ret)
+static __always_inline void send(void *ctx, const struct thread *me, __u32 nr, __u64 ended_ns,
+				 __u64 duration_ns, long ret)
 {
-	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct syscall_call record = {
 	    .ended_ns = ended_ns,
 	    .duration_ns = duration_ns,
 	    .return_value = ret,
-	    .pid = pid_tgid >> 32,
-	    .tid = pid_tgid,
+	    .pid = me->tgid,
+	    .tid = me->tid,
 	    .syscall_number = nr,
 	};
 
@@ -179,37 +179,38 @@ static __always_inline void send(void *ctx, __u32 nr, __u64 ended_ns, __u64 dura
 	record_send(ctx, &record, sizeof(record));
 }
 
-static __always_inline void see(void *ctx, __u32 nr, __u64 ended_ns, __u64 duration_ns, long ret)
+static __always_inline void see(void *ctx, const struct thread *me, __u32 nr, __u64 ended_ns,
+				__u64 duration_ns, long ret)
 {
 	if (option(single_events))
-		send(ctx, nr, ended_ns, duration_ns, ret);
+		send(ctx, me, nr, ended_ns, duration_ns, ret);
 	else
-		count(current_tgid(), nr, duration_ns, ret);
+		count(me->tgid, nr, duration_ns, ret);
 }
 
 /* The state of the current thread's call, made at the first call of a watched process. */
-static __always_inline struct call *call_of_target(void)
+static __always_inline struct call *call_of_target(const struct thread *me)
 {
-	struct call *call = thread_state(), fresh = {};
+	struct call *call = thread_state(me), fresh = {};
 	struct target *target;
 
 	if (call)
 		return call;
-	target = target_of_current();
+	target = target_of_current(me->tgid);
 	if (!target)
 		return NULL;
 	fresh.armed = target->state == TARGET_ARMED;
-	call = thread_state_make(&fresh);
+	call = thread_state_make(me, &fresh);
 	if (!call)
 		account_map_full();
 	return call;
 }
 
-static __always_inline bool current_is_compat(void)
+static __always_inline bool is_compat(const struct thread *me)
 {
 #ifndef CORAL_BCC
-	if (option(state_in_task_storage)) /* then there is this helper too, and no copy to make */
-		return bpf_get_current_task_btf()->compat_word & COMPAT_BIT;
+	if (option(current_by_btf)) /* no copy to make */
+		return me->task->compat_word & COMPAT_BIT;
 #endif
 	return kernel_read(this_task(), compat_word) & COMPAT_BIT;
 }
@@ -217,22 +218,23 @@ static __always_inline bool current_is_compat(void)
 static __always_inline int on_sys_enter(void *ctx, long id)
 {
 	__u32 nr = (unsigned long)id < NR_SYSCALLS ? id : NR_SYSCALLS;
+	struct thread me = current_thread();
 	struct call *call;
 
-	if (surely_no_target(current_tgid()) || cgroup_excludes_current())
+	if (surely_no_target(me.tgid) || cgroup_excludes_current())
 		return 0;
-	call = call_of_target();
+	call = call_of_target(&me);
 	if (!call)
 		return 0;
 	call->start_ns = 0;
-	if (current_is_compat())
+	if (is_compat(&me))
 		nr += NR_COMPAT;
 	if (!syscall_is_wanted(nr) && !call->armed)
 		return 0;
 	if (call->armed && nr != NR_EXECVE && nr != NR_EXECVEAT)
 		return 0;
 	if (nr == NR_EXIT || nr == NR_EXIT_GROUP) {
-		see(ctx, nr, bpf_ktime_get_ns(), 0, 0);
+		see(ctx, &me, nr, bpf_ktime_get_ns(), 0, 0);
 		return 0;
 	}
 	call->nr = nr;
@@ -242,19 +244,20 @@ static __always_inline int on_sys_enter(void *ctx, long id)
 
 static __always_inline int on_sys_exit(void *ctx, long ret)
 {
+	struct thread me = current_thread();
 	__u64 ended_ns, duration_ns;
 	struct call *call;
 
-	if (surely_no_target(current_tgid()))
+	if (surely_no_target(me.tgid))
 		return 0;
-	call = thread_state();
+	call = thread_state(&me);
 	if (!call || !call->start_ns)
 		return 0;
 	ended_ns = bpf_ktime_get_ns();
 	duration_ns = ended_ns - call->start_ns;
 	call->start_ns = 0;
 	if (call->armed) {
-		struct target *target = target_of_current();
+		struct target *target = target_of_current(me.tgid);
 
 		if (ret || !target)
 			return 0;
@@ -263,7 +266,7 @@ static __always_inline int on_sys_exit(void *ctx, long ret)
 		if (!syscall_is_wanted(call->nr))
 			return 0;
 	}
-	see(ctx, call->nr, ended_ns, duration_ns, ret);
+	see(ctx, &me, call->nr, ended_ns, duration_ns, ret);
 	return 0;
 }
 

@@ -56,7 +56,8 @@ def agent_option(function: F) -> F:
 
 
 def output_option(function: F) -> F:
-    """Adds -o."""
+    """Adds -o, and --json for short."""
+    short = click.option("--json", "output", flag_value="json", help="The same as -o json.")
     return click.option(
         "-o",
         "--output",
@@ -64,7 +65,7 @@ def output_option(function: F) -> F:
         default="table",
         show_default=True,
         help="For people, or for programs.",
-    )(function)
+    )(short(function))
 
 
 def run(main: Coroutine[Any, Any, int]) -> None:
@@ -92,6 +93,9 @@ def echo_data(data: object, output: str) -> None:
         click.echo("---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True), nl=False)
 
 
-def as_dict(message: Message) -> dict[str, Any]:
-    """A message as plain data, under the names of the .proto."""
-    return MessageToDict(message, preserving_proto_field_name=True)
+def as_dict(message: Message, *, whole: bool = False) -> dict[str, Any]:
+    """A message as plain data, under the names of the .proto; a WHOLE one has what is false, 0 or
+    empty too."""
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=whole
+    )

@@ -14,6 +14,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "capabilities": "cli.show",
     "collectors": "cli.show",
     "demo": "cli.demo",
+    "doctor": "cli.doctor",
     "stop": "cli.show",
     "tap": "cli.tap",
 }

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.common import agent_option, as_dict, echo_data, kind_name, output_option, run
+from cli.ladder import refusals, taken
 from client import AgentClient
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -26,7 +27,7 @@ async def _capabilities(address: str, output: str) -> int:
     async with AgentClient(address) as agent:
         answer = await agent.capabilities()
     if output != "table":
-        echo_data(as_dict(answer), output)
+        echo_data(as_dict(answer, whole=True), output)
         return 0
     console = Console()
     console.print(
@@ -35,30 +36,50 @@ async def _capabilities(address: str, output: str) -> int:
         highlight=False,
     )
     if answer.unsupported_reason:
-        console.print(f"[red]eBPF cannot be used here:[/] {answer.unsupported_reason}")
+        console.print(Text(answer.unsupported_reason, "red"))
+    console.print()
     console.print(_collector_table(answer))
+    refused = [
+        (kind_name(collector.kind), what, why)
+        for collector in answer.collectors
+        if collector.supported
+        for what, why in refusals(collector)
+    ]
+    if refused:
+        console.print()
+        console.print(_refusal_table(refused))
     for collector in answer.collectors:
+        console.print()
         console.print(_option_table(collector))
     if answer.features:
+        console.print()
         console.print(_feature_table(answer))
     return 0
 
 
 def _collector_table(answer: pb.EbpfCapabilities) -> Table:
-    table = _table("COLLECTOR", "HERE", "HOOK", "WHY NOT, OR NOT BETTER")
+    table = _table("COLLECTOR", "HERE", "STANDS ON, OR WHY NOT")
     for collector in answer.collectors:
-        table.add_row(
-            kind_name(collector.kind), _yes(collector.supported), collector.hook, collector.reason
-        )
+        # Why it cannot run is told step by step below, where it came to steps.
+        why = "" if collector.supported or collector.steps else collector.reason
+        table.add_row(kind_name(collector.kind), _yes(collector.supported), taken(collector) or why)
+    return table
+
+
+def _refusal_table(refused: list[tuple[str, str, str]]) -> Table:
+    table = _table("COLLECTOR", "STEP, OPTION", "WHAT THERE IS, AND WHY NOT BETTER")
+    for kind, what, why in refused:
+        table.add_row(kind, what, why)
     return table
 
 
 def _option_table(collector: pb.CollectorCapability) -> Table:
-    table = _table("OPTION", "ACCEPTS", "DEFAULT", "MEANING")
+    table = _table("OPTION", "DEFAULT", "MEANING")
     table.title = f"options of {kind_name(collector.kind)}"
     table.title_justify = "left"
     for option in collector.options:
-        table.add_row(option.name, option.accepts, option.default_value, option.description)
+        meaning = Text.assemble(option.description, ("; " + option.accepts, "dim"))
+        table.add_row(option.name, option.default_value, meaning)
     return table
 
 

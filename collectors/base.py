@@ -8,9 +8,12 @@ a subclass of `Collector`, a line in `registry.py`, a message in the proto.
 from __future__ import annotations
 
 import asyncio
+import errno
 import select
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -18,7 +21,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import Metric
 
-from bpf import BpfObject, Features, LoadError, RecordReader, Rung, Step
+from bpf import BpfObject, Features, LoadError, RecordReader, Rung, Step, capabilities
 from bpf.libbpf import release_memory
 from collectors.options import Option
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -121,9 +124,15 @@ class Collector(ABC):
         """The options it takes, for help, checks and documentation."""
 
     @classmethod
+    def needs(cls) -> Mapping[str, str]:
+        """The capabilities that it cannot do without, each with what for, in the words after
+        "CAP_... (". One that takes more adds its own to these, which all take."""
+        return capabilities.TRACING
+
+    @classmethod
     @abstractmethod
     def support(cls, features: Features) -> Support:
-        """What FEATURES allow."""
+        """What FEATURES allow. That its `needs` are met was asked before."""
 
     @classmethod
     @abstractmethod
@@ -203,6 +212,9 @@ class Collector(ABC):
     def _open(self) -> None:
         try:
             self.open()
+        except OSError as error:  # a descriptor, a file of /proc
+            what = f"opening {error.filename or 'a descriptor'}"
+            raise LoadError(what, error.errno or errno.EIO) from error
         except KeyError as error:
             raise LoadError(
                 f"{self.bpf_object.path.name} has no {error}: it is of another version of this "
@@ -289,7 +301,21 @@ class _Watch:
 async def in_thread(function: Callable[[], T]) -> T:
     """Runs FUNCTION in a thread. A caller that is cancelled meanwhile still waits for its end, so
     that nothing it makes is left without an owner; then the cancellation goes on."""
-    future = asyncio.get_running_loop().run_in_executor(None, function)
+    loop, taken = asyncio.get_running_loop(), threading.Lock()
+    done: Future[T] = Future()
+
+    def job() -> None:
+        if taken.acquire(blocking=False):
+            try:
+                done.set_result(function())
+            except BaseException as error:  # noqa: BLE001  told below, by result()
+                done.set_exception(error)
+
+    try:
+        loop.run_in_executor(None, job)
+    except RuntimeError:  # no thread can be started, yet the job stays queued: here, then, and once
+        job()
+    future = asyncio.wrap_future(done)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:

@@ -274,7 +274,9 @@ def _refused_options(features: Features, rung: Rung) -> Mapping[str, str]:
     if not features["pidfd"].available:
         refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
     if cgroup2_mount() is None:
-        refused["cgroup"] = "no value: no cgroup2 hierarchy is mounted here"
+        refused["cgroup"] = (
+            "no value: no cgroup2 hierarchy is mounted here; mount -t cgroup2 none /sys/fs/cgroup"
+        )
     return refused
 
 

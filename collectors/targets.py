@@ -33,6 +33,11 @@ def _pid(value: str) -> int:
     if not value.isdigit() or not 0 < int(value) < 1 << 22:
         raise ValueError("process ids, such as 1234 or 1234,5678")
     tgid = thread_group_of(int(value))
+    if tgid is None and _is_hidden(int(value)):
+        raise ValueError(
+            f"the ids of processes that the agent may see: /proc hides {value} from it "
+            "(hidepid), and CAP_SYS_PTRACE is missing"
+        )
     if tgid is None:
         raise ValueError(f"the ids of processes that run now: {value} does not")
     if tgid != int(value):
@@ -228,18 +233,29 @@ def running_tgids() -> list[int]:
 
 
 def comm_of(tgid: int) -> str | None:
-    """A process's command name; None where it has ended."""
+    """A process's command name; None where it has ended, or is hidden."""
     try:
         return (PROC / str(tgid) / "comm").read_text(errors="replace").rstrip("\n")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 
 
 def thread_group_of(tid: int) -> int | None:
-    """The process that a thread belongs to; None where there is no such thread."""
+    """The process that a thread belongs to; None where there is no such thread, or it is hidden."""
     try:
         status = (PROC / str(tid) / "status").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     match = re.search(r"^Tgid:\s+(\d+)", status, re.MULTILINE)
     return int(match[1]) if match else None
+
+
+def _is_hidden(pid: int) -> bool:
+    """Of a process that /proc does not show, whether it is there all the same."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.support import (
     ROOT,
     Calls,
     RunningAgent,
+    built,
     loaded,
     nothing_new_since,
     running_agent,
@@ -35,6 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
         ran = subprocess.run(["mount", "-t", "tracefs", "tracefs", TRACEFS], check=False)
         if ran.returncode == 0:
             config.add_cleanup(unmount)
+
+
+def pytest_sessionstart() -> None:
+    """A rung is tested where it is taken, or not at all: what was to be missing has to be."""
+    features = bpf.probe()
+    found = {feature.name for feature in features.features if not feature.available}
+    wanted = {name for name in os.environ.get("CORAL_WITHOUT", "").split(",") if name}
+    if not features.obstacle and wanted - found:
+        pytest.exit(f"still here, despite CORAL_WITHOUT: {', '.join(wanted - found)}", 4)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,18 +72,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs() -> Path:
     """A directory with tests/programs compiled."""
-    directory = tmp_path_factory.mktemp("programs")
+    flags = ("-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
     for source in (ROOT / "tests/programs").glob("*.c"):
-        subprocess.run(
-            [
-                *("cc", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"),
-                *(source, "-o", directory / source.stem),
-            ],
-            check=True,
-        )
-    return directory
+        program = built(source.stem, [source], partial(_cc, source, flags))
+    return program.parent
+
+
+def _cc(source: Path, flags: Sequence[str], output: Path) -> list[str | Path]:
+    return ["cc", *flags, source, "-o", output]
 
 
 @pytest.fixture

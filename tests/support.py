@@ -3,6 +3,7 @@ what the kernel itself says is loaded."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -32,6 +33,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVICE = "coral.mesh.v1.EbpfService"
 KINDS = ("prog", "map", "link")
 _COME_AND_GO = 8
+# How much slower than hardware this machine is; an emulated one is told by tests/matrix.
+PATIENCE = float(os.environ.get("CORAL_TEST_PATIENCE", "1"))
+
+# What a kernel may lack, and what is taken then, in the order of the rung's steps.
+RUNGS: dict[str, tuple[str, ...]] = {
+    "best": (),
+    "raw_tp": ("tp_btf",),
+    "tracepoint": ("tp_btf", "raw_tp"),
+    "hash": ("task_storage",),
+    "perf_buffer": ("ring_buffer",),
+    "key by key": ("batch",),
+    "preallocated": ("elements_on_demand", "task_storage"),
+    "oldest": ("tp_btf", "raw_tp", "task_storage", "ring_buffer", "batch", "elements_on_demand"),
+}
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Collector)
@@ -39,11 +54,26 @@ C = TypeVar("C", bound=Collector)
 
 def wait_until(condition: Callable[[], T], timeout_s: float = 10.0) -> T:
     """What CONDITION returns once it is true; AssertionError where it never is."""
+    timeout_s *= PATIENCE
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"{condition} did not come true in {timeout_s} s"
         time.sleep(0.005)
     return value
+
+
+def built(
+    name: str, sources: Sequence[Path], command: Callable[[Path], Sequence[str | Path]]
+) -> Path:
+    """build/tests/NAME, made by COMMAND(output) where it is older than one of SOURCES."""
+    output = ROOT / "build/tests" / name
+    newest = max(source.stat().st_mtime for source in sources)
+    if not output.exists() or output.stat().st_mtime < newest:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_name(f"{name}.{os.getpid()}")
+        subprocess.run(command(unfinished), check=True)
+        unfinished.rename(output)
+    return output
 
 
 @dataclass(frozen=True)
@@ -52,6 +82,11 @@ class Made:
 
     calls: Mapping[str, int]
     ns: Mapping[str, int]
+
+
+def _reads_its_input(pid: int) -> bool:
+    call = Path(f"/proc/{pid}/syscall").read_text()
+    return call.startswith(f"{syscall_table.numbers()['read']} 0x0 ")
 
 
 class Calls:
@@ -66,7 +101,7 @@ class Calls:
         )
         self.pid = self._process.pid
         # It is ready once it reads: then every later call is one that it was told to make.
-        wait_until(lambda: Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0"))
+        wait_until(lambda: _reads_its_input(self.pid))
 
     def go(self) -> None:
         """Lets it begin."""
@@ -122,7 +157,7 @@ class RunningAgent:
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=answer.FromString,
             )
-            return call(request, metadata=tuple(metadata), timeout=20)
+            return call(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
 
 
 @contextmanager
@@ -131,8 +166,10 @@ def running_agent(
     config: Mapping[str, object] | None = None,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[RunningAgent]:
-    """`coral agent` as users start it, on a socket and a metrics port of its own."""
+    """`coral agent` as users start it, on a socket and a metrics port of its own. PREFIX is a
+    command that executes what it is given."""
     directory.mkdir(exist_ok=True)
     config_path, log_path = directory / "agent.yaml", directory / "agent.log"
     config_path.write_text(yaml.safe_dump(dict(config or {})))
@@ -141,7 +178,7 @@ def running_agent(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
-                sys.executable, "-W", "error", "-m", "cli.main", "agent", *listen,
+                *prefix, sys.executable, "-W", "error", "-m", "cli.main", "agent", *listen,
                 "--metrics", "127.0.0.1:0", "--config", str(config_path), "--log-format", "json",
                 *arguments,
             ],
@@ -156,7 +193,7 @@ def running_agent(
         return next((line for line in lines if line["event"] == "listening"), None)
 
     try:
-        told = wait_until(listening)
+        told = wait_until(listening, timeout_s=30)
         assert told is not None
         agent.metrics = str(told["metrics"])
         if not listen:
@@ -169,8 +206,8 @@ def running_agent(
 
 
 def loaded() -> dict[str, set[int]]:
-    """The ids of every eBPF program, map and link of this machine, as bpftool tells them, but for
-    those that processes hold which these tests did not start."""
+    """The ids of every eBPF program, map and link of this machine, as the kernel counts them up,
+    but for those that processes hold which these tests did not start."""
     found = {kind: _listed(kind) for kind in KINDS}
     this = psutil.Process()
     ours = {this.pid, *(child.pid for child in this.children(recursive=True))}
@@ -186,12 +223,11 @@ def nothing_new_since(before: Mapping[str, set[int]]) -> bool:
 
 
 def _listed(kind: str) -> set[int]:
-    def listed() -> bytes:
-        run = subprocess.run(["bpftool", "-j", kind, "list"], capture_output=True, check=False)
-        # It fails when an object goes while it is listed.
-        return b"" if run.returncode else run.stdout or b"[]"
-
-    return {item["id"] for item in json.loads(wait_until(listed))}
+    following = getattr(ctypes.CDLL("libbpf.so.1"), f"bpf_{kind}_get_next_id")
+    found, number = set(), ctypes.c_uint32(0)
+    while following(number, ctypes.byref(number)) == 0:
+        found.add(number.value)
+    return found
 
 
 def held_by(pid: int) -> dict[str, set[int]]:
@@ -244,7 +280,7 @@ def streaming(
             f"/{SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
-        )(request, metadata=tuple(metadata), timeout=20)
+        )(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
         try:
             call.initial_metadata()
             yield call
@@ -358,10 +394,12 @@ class Watch:
 
 
 def start_collector(
-    agent: RunningAgent, duration_s: float = 60.0, **config: str
+    agent: RunningAgent, duration_s: float = 60.0, service_name: str = "", **config: str
 ) -> pb.StartEbpfCollectorResponse:
     """Starts `syscall_stats`."""
-    request = pb.StartEbpfCollectorRequest(kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config=config)
+    request = pb.StartEbpfCollectorRequest(
+        kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, service_name=service_name, config=config
+    )
     request.duration.FromNanoseconds(int(duration_s * 1e9))
     started = agent.call("StartCollector", request)
     assert isinstance(started, pb.StartEbpfCollectorResponse)
@@ -370,9 +408,11 @@ def start_collector(
 
 
 @contextmanager
-def watching(agent: RunningAgent, duration_s: float = 60.0, **config: str) -> Iterator[Watch]:
+def watching(
+    agent: RunningAgent, duration_s: float = 60.0, service_name: str = "", **config: str
+) -> Iterator[Watch]:
     """`syscall_stats` at work, with a subscriber. Ends it, if it has not ended."""
-    started = start_collector(agent, duration_s, **{"interval": "100ms", **config})
+    started = start_collector(agent, duration_s, service_name, **{"interval": "100ms", **config})
     request = pb.EbpfEventStreamRequest(collector_id=started.collector_id)
     with streaming(agent, "StreamEventBatches", request) as messages:
         watch = Watch(agent, started, messages)
@@ -487,7 +527,7 @@ class Family:
             [program, way, str(children), str(calls)], stdin=subprocess.PIPE
         )
         self.pid = self._process.pid
-        wait_until(lambda: Path(f"/proc/{self.pid}/syscall").read_text().startswith("0 0x0"))
+        wait_until(lambda: _reads_its_input(self.pid))
 
     def go(self) -> None:
         """Lets it begin."""

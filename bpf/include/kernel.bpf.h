@@ -43,6 +43,37 @@ static __always_inline struct task_struct *this_task(void)
 	return (struct task_struct *)bpf_get_current_task();
 }
 
+/*
+ * The current thread, asked for once a run. Where it can be had as BTF describes it (5.11) its
+ * members are plain loads; else the ids come from a helper, and members by kernel_read.
+ */
+struct thread {
+	struct task_struct *task;
+	__u32 tgid;
+	__u32 tid;
+};
+
+OPTION(bool, current_by_btf, false);
+
+static __always_inline struct thread current_thread(void)
+{
+	struct thread thread = {};
+	__u64 ids;
+
+#ifndef CORAL_BCC
+	if (option(current_by_btf)) {
+		thread.task = bpf_get_current_task_btf();
+		thread.tgid = thread.task->tgid;
+		thread.tid = thread.task->pid;
+		return thread;
+	}
+#endif
+	ids = bpf_get_current_pid_tgid();
+	thread.tgid = ids >> 32;
+	thread.tid = ids;
+	return thread;
+}
+
 static __always_inline __u32 current_tgid(void)
 {
 	return bpf_get_current_pid_tgid() >> 32;

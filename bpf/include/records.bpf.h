@@ -10,6 +10,8 @@
 #include "kernel.bpf.h"
 #include "account.bpf.h"
 
+#define WAKEUP_WINDOW_BYTES (16 << 10)
+
 OPTION(bool, records_in_ring, true);
 OPTION(__u64, ring_wakeup_bytes, 0); /* wake the reader when so much waits in the ring */
 
@@ -26,11 +28,13 @@ static __always_inline void record_send(void *ctx, void *record, const __u64 siz
 		return;
 	account->produced++;
 	if (option(records_in_ring)) {
+		/* At the mark and a little beyond, not for each record of a ring that stays full.
+		 */
 		__u64 waiting = bpf_ringbuf_query(map_of(ring), BPF_RB_AVAIL_DATA);
-		bool full = waiting >= option(ring_wakeup_bytes);
+		bool wake = waiting - option(ring_wakeup_bytes) < WAKEUP_WINDOW_BYTES;
 
 		refused = bpf_ringbuf_output(map_of(ring), record, size,
-					     full ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+					     wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 	} else {
 		refused = bpf_perf_event_output(ctx, map_of(perf), BPF_F_CURRENT_CPU, record, size);
 	}

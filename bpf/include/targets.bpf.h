@@ -74,9 +74,8 @@ static __always_inline struct target *target_add(__u32 tgid, struct target *targ
  * The target that the current task belongs to, or NULL. In a mode that does not ask for single
  * processes, the first sight of one adds it, so that user space can name it.
  */
-static __always_inline struct target *target_of_current(void)
+static __always_inline struct target *target_of_current(__u32 tgid)
 {
-	__u32 tgid = current_tgid();
 	struct target *target = bpf_map_lookup_elem(map_of(targets), &tgid);
 	struct target found = {.state = TARGET_ACTIVE};
 

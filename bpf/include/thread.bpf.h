@@ -16,32 +16,26 @@ MAP(TASK_STORAGE, thread_storage, int, THREAD_STATE, 0, BPF_F_NO_PREALLOC);
 MAP(HASH, thread_hash, __u32, THREAD_STATE, 10240, BPF_F_NO_PREALLOC);
 
 /* The current thread's state, or NULL where it has none. */
-static __always_inline THREAD_STATE *thread_state(void)
+static __always_inline THREAD_STATE *thread_state(const struct thread *me)
 {
-	__u32 tid;
-
 #ifndef CORAL_BCC /* it takes BTF */
 	if (option(state_in_task_storage))
-		return bpf_task_storage_get(map_of(thread_storage), bpf_get_current_task_btf(), 0,
-					    0);
+		return bpf_task_storage_get(map_of(thread_storage), me->task, 0, 0);
 #endif
-	tid = bpf_get_current_pid_tgid();
-	return bpf_map_lookup_elem(map_of(thread_hash), &tid);
+	return bpf_map_lookup_elem(map_of(thread_hash), &me->tid);
 }
 
 /* Gives the current thread, which has none, the state INITIAL; NULL where there is no room. */
-static __always_inline THREAD_STATE *thread_state_make(THREAD_STATE *initial)
+static __always_inline THREAD_STATE *thread_state_make(const struct thread *me,
+						       THREAD_STATE *initial)
 {
-	__u32 tid;
-
 #ifndef CORAL_BCC
 	if (option(state_in_task_storage))
-		return bpf_task_storage_get(map_of(thread_storage), bpf_get_current_task_btf(),
-					    initial, BPF_LOCAL_STORAGE_GET_F_CREATE);
+		return bpf_task_storage_get(map_of(thread_storage), me->task, initial,
+					    BPF_LOCAL_STORAGE_GET_F_CREATE);
 #endif
-	tid = bpf_get_current_pid_tgid();
-	bpf_map_update_elem(map_of(thread_hash), &tid, initial, BPF_ANY);
-	return bpf_map_lookup_elem(map_of(thread_hash), &tid);
+	bpf_map_update_elem(map_of(thread_hash), &me->tid, initial, BPF_ANY);
+	return bpf_map_lookup_elem(map_of(thread_hash), &me->tid);
 }
 
 static __always_inline int thread_forget(void)

@@ -5,7 +5,11 @@
  */
 #include "include/kernel.bpf.h"
 
+#ifdef __TARGET_ARCH_arm64
+#define NR_GETPPID 173
+#else
 #define NR_GETPPID 110
+#endif
 
 enum colour {
 	RED,
@@ -63,7 +67,7 @@ int BPF_PROG(ring_enter, void *regs, long id)
 
 	if (id != NR_GETPPID || bpf_get_current_pid_tgid() >> 32 != wanted_tgid)
 		return 0;
-	number = __sync_fetch_and_add(&seq, 1);
+	number = seq++; /* one thread makes the calls; a fetching add is new in Linux 5.12 */
 	record = bpf_ringbuf_reserve(&ring, sizeof(*record), 0);
 	if (!record) {
 		__sync_fetch_and_add(&lost, 1);

@@ -15,6 +15,7 @@ import pytest
 
 from client import AgentClient, AgentError
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.e2e.test_refusals import has_tried_the_kernel
 from tests.events import (
     Received,
     connected,
@@ -44,6 +45,7 @@ async def test_a_collector_larger_than_the_memory_limit_is_refused_and_leaves_no
     running = calls("getppid", 1_000)
     with running_agent(tmp_path / "agent", {"limits": {"memory": "1MiB"}}) as agent:
         async with connected(agent) as client:
+            has_tried_the_kernel(agent)
             before = in_the_kernel(agent)
             with pytest.raises(AgentError) as refused:
                 await start_events(client, running.pid, ring="4MiB")

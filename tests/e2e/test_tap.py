@@ -428,7 +428,7 @@ def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
     table = run(*command)
     assert table.returncode == 0
     assert f"kernel {os.uname().release}" in table.stdout
-    assert re.search(r"^syscall_stats +yes +tp_btf", table.stdout, re.MULTILINE)
+    assert re.search(r"^syscall_stats +yes +core, tp_btf, ", table.stdout, re.MULTILINE)
     assert re.search(r"^ring_buffer +yes|^task_storage +yes", table.stdout, re.MULTILINE)
 
 

@@ -23,7 +23,7 @@ from tests.events import connected, eventually, have_subscribed, info_of, receiv
 from tests.support import ROOT, Calls, RunningAgent, Vitals, running_agent
 
 CYCLES, AT_ONCE, WARM_UP = 1_000, 8, 100
-RSS_GROWTH_BYTES = 8 << 20
+RSS_GROWTH_BYTES = 16 << 20
 # What the machine of a test can bear: these limits have tests of their own.
 LIMITS: dict[str, object] = {
     "subscriber_bytes_per_second": "1GiB",

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from bpf import BpfError, BpfObject, LoadError
 from bpf.maps import sum_over_cpus
 from build_hook import clang_command
-from tests.support import ROOT
+from tests.support import ROOT, built
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -22,10 +23,10 @@ PROGRAM = "ring_enter"
 
 
 @pytest.fixture(scope="module")
-def ring_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("bpf") / "ring.bpf.o"
-    subprocess.run(clang_command(ROOT / "tests/bpf/ring.bpf.c", output), check=True)
-    return output
+def ring_object() -> Path:
+    source = ROOT / "tests/bpf/ring.bpf.c"
+    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
+    return built("ring.bpf.o", sources, partial(clang_command, source))
 
 
 @pytest.fixture
@@ -87,11 +88,12 @@ def test_a_ring_that_wraps_loses_nothing_while_it_is_drained(loaded_object: BpfO
 def test_what_a_full_ring_refuses_is_counted_to_the_record(loaded_object: BpfObject) -> None:
     with loaded_object.ring("ring", "record") as ring:
         loaded_object.attach()
-        call_getppid(1_000)
+        made = 2 * ring.ring_bytes // 48
+        call_getppid(made)
         kept = ring.drain()["seq"].tolist()
         lost = int(loaded_object.read_variable("lost"))
-        assert len(kept) == 4096 // 48
-        assert len(kept) + lost == 1_000
+        assert len(kept) == ring.ring_bytes // 48
+        assert len(kept) + lost == made
         assert kept == list(range(len(kept)))
 
 
@@ -167,9 +169,14 @@ def test_per_cpu_values_are_summed_over_cpus(loaded_object: BpfObject) -> None:
     assert len(keys) == 0
 
 
+def kernel_release() -> tuple[int, ...]:
+    return tuple(int(number) for number in os.uname().release.split(".")[:2])
+
+
 def test_the_kernel_says_what_an_object_costs(loaded_object: BpfObject) -> None:
     assert loaded_object.map_memory_bytes > 20_000 * 8
-    assert loaded_object.program_stats()[PROGRAM].verified_instructions > 10
+    told = loaded_object.program_stats()[PROGRAM].verified_instructions
+    assert told > 10 or (told == 0 and kernel_release() < (5, 16))  # which brought the figure
 
 
 def test_an_unknown_program_option_or_map_is_named(ring_object: Path) -> None:

@@ -44,6 +44,7 @@ async def all_rows(session: Session) -> list[pb.SyscallStats]:
     ]
 
 
+@pytest.mark.long
 async def test_200_sessions_leave_no_task_and_no_session(
     supervisor: Supervisor, puppet: Puppet
 ) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import platform
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import bpf
 from collectors.syscall_stats import SyscallStatsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from tests.support import Calls, Family, at_work, summaries, totals
+from tests.support import PATIENCE, Calls, Family, at_work, summaries, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -72,7 +75,7 @@ def test_total_time_is_what_the_program_measured(calls: Callable[..., Calls]) ->
     made = running.finish()
     assert sum(row.call_count for row in rows) == 1_000
     assert sum(row.total_duration_ns for row in rows) == pytest.approx(
-        made.ns["nanosleep"], rel=0.02
+        made.ns["nanosleep"], rel=0.02 * PATIENCE
     )
     # Not one is below its millisecond: from 2^19 ns on.
     first = rows[0].latency_ns.first_exponent
@@ -80,15 +83,55 @@ def test_total_time_is_what_the_program_measured(calls: Callable[..., Calls]) ->
     assert min(row.max_duration_ns for row in rows if row.call_count) >= 1_000_000
 
 
-def test_calls_by_the_32_bit_way_in_are_counted_apart(calls: Callable[..., Calls]) -> None:
-    if sys.platform != "linux" or not hasattr(sys, "maxsize"):
-        pytest.skip("x86-64 only")
-    running = calls("getppid", 300_000, "getppid32", 1_000, "futile", 7)
+# arm64's programs cannot call the 32-bit way, but there are programs of 32 bits: this one calls
+# getppid 1,000 times, which has the same number as on x86.
+ARM32 = """
+        .globl _start
+_start: mov r4, #1000
+again:  mov r7, #64
+        svc 0
+        subs r4, r4, #1
+        bne again
+        mov r0, #0
+        mov r7, #1
+        svc 0
+"""
+
+
+def calls_of_arm32(directory: Path) -> Counter[str]:
+    source, module, program = (directory / f"arm32{suffix}" for suffix in (".S", ".o", ""))
+    source.write_text(ARM32)
+    compiler = ("clang", "--target=armv7a-linux-gnueabi")
+    subprocess.run([*compiler, "-c", source, "-o", module], check=True)
+    subprocess.run(["ld", "-m", "armelf_linux_eabi", module, "-o", program], check=True)
+    try:
+        subprocess.run([program], check=True)
+    except OSError as error:
+        pytest.skip(f"no program of 32 bits runs here: {error.strerror}")
+    with collecting(pid=str(os.getpid())) as collector:
+        subprocess.run([program], check=True)
+        return totals(_rows(collector))
+
+
+def test_calls_by_the_32_bit_way_in_are_counted_apart(
+    calls: Callable[..., Calls], tmp_path: Path
+) -> None:
+    if platform.machine() == "aarch64":
+        counted, others = calls_of_arm32(tmp_path), 0
+    else:
+        running, others = calls("getppid", 300_000, "getppid32", 1_000), 300_000
+        with collecting(pid=str(running.pid)) as collector:
+            counted = totals(rows_until_exit(collector, running))
+    assert counted["compat_64"] == 1_000
+    assert counted["getppid"] == others
+
+
+def test_a_number_that_no_call_has_is_unknown(calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", 300_000, "futile", 7)
     with collecting(pid=str(running.pid)) as collector:
         counted = totals(rows_until_exit(collector, running))
-    assert counted["compat_64"] == 1_000
-    assert counted["getppid"] == 300_000
     assert counted["unknown"] == 7
+    assert counted["getppid"] == 300_000
 
 
 def test_only_the_target_is_seen(calls: Callable[..., Calls]) -> None:
@@ -106,11 +149,16 @@ def test_every_row_names_its_process_however_short_its_life(programs: Path) -> N
     family = Family(programs / "family", "fork", children=1000, calls=1)
     with collecting(pid=str(family.pid)) as collector:
         family.go()
-        rows: list[pb.SyscallStats] = []
+        batches = []
         while family.is_running():
-            rows += _rows(collector)
-        rows += _rows(collector)
-    assert totals(rows)["getppid"] == family.children
+            batches.append(collector.drain())
+        batches.append(collector.drain())
+    rows = [row for batch in batches for row in summaries(batch)]
+    # On a busy machine the kernel's allocator does not always keep up with so many new processes.
+    uncounted = sum(sum(batch.losses.values()) for batch in batches)
+    assert totals(rows)["getppid"] >= family.children - uncounted
+    assert totals(rows)["getppid"] <= family.children
+    assert uncounted < family.children
     assert {row.labels["comm"] for row in rows} == {"family"}
 
 

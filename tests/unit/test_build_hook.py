@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,15 @@ def test_without_clang_the_build_stops_with_one_line_that_says_what_to_install(
     assert stopped.value.code == (
         "clang is missing: apt-get install clang libbpf-dev (or set CLANG)"
     )
+
+
+@pytest.mark.parametrize("arch", build_hook.TARGET_ARCH.values())
+@pytest.mark.parametrize(
+    "source", sorted((build_hook.ROOT / "bpf").glob("*.bpf.c")), ids=lambda s: s.name
+)
+def test_every_program_compiles_for_every_processor(
+    source: Path, arch: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "compiled.o"
+    subprocess.run(build_hook.clang_command(source, output, arch), check=True)
+    assert output.read_bytes().startswith(b"\x7fELF")

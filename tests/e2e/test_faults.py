@@ -1,0 +1,646 @@
+"""Faults while a collector starts, put one by one under real agents: a refusal that says what
+failed, nothing left behind, and the next collector counts exactly."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import psutil
+import pytest
+
+from bpf import seal
+from bpf.rung import SUFFIXES
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.e2e.test_refusals import (
+    has_tried_the_kernel,
+    leaving_nothing,
+    objects,
+    refusing_agent,
+    start_request,
+)
+from tests.faults import Call, Faults
+from tests.support import (
+    ROOT,
+    SERVICE,
+    Calls,
+    RunningAgent,
+    code_and_text,
+    collectors_at_work,
+    held_by,
+    running_agent,
+    streaming,
+    wait_until,
+)
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+CALLS: Final = 1_000
+HEADERS: Final = Path("/usr/src")
+LOADING: Final = "loading syscall_stats.bpf.o"
+MEMORY: Final = (
+    "there is no memory left for it: ask for smaller buffers, or raise the agent's MemoryMax, its "
+    "container's limit"
+)
+FILES: Final = "the agent has as many files open as it may: raise its LimitNOFILE (ulimit -n)"
+PERMISSION: Final = (
+    "it takes CAP_BPF and CAP_PERFMON, no policy or lockdown of the kernel against it, and for "
+    "memory that is locked CAP_IPC_LOCK or a LimitMEMLOCK that is large enough"
+)
+# What a refusal may begin with.
+STEPS: Final = (
+    r"(opening|loading|mapping|enabling|writing|putting|attaching|making|compiling|reading) "
+)
+MAPPINGS: Final = re.compile(r"bpf-map|perf_event")
+
+# By rung: what the kernel is said to lack, the mode, and what its hooks are called.
+RUNGS: Final = {
+    "best": ("", "events"),
+    "summaries": ("task_storage", "summaries"),
+    "perf_buffer": ("ring_buffer,task_storage,batch,elements_on_demand", "events"),
+    "bcc": ("", "events"),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def faults(directory: Path) -> Faults:
+    return Faults(directory)
+
+
+@pytest.fixture(scope="module")
+def any_headers(directory: Path) -> Path:
+    """One directory of some kernel's headers, as bcc wants it; Debian splits them in two."""
+    halves = sorted(HEADERS.glob("linux-headers-*-common"))
+    merged = directory / "headers"
+    shutil.copytree(halves[-1], merged, copy_function=os.symlink)
+    (other,) = HEADERS.glob(halves[-1].name.replace("-common", "-[a-z0-9]*[!n]"))
+    shutil.copytree(other, merged, copy_function=_symlink_anew, dirs_exist_ok=True)
+    return merged
+
+
+def _symlink_anew(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    Path(target).symlink_to(source)
+
+
+@contextmanager
+def faulty_agent(directory: Path, faults: Faults, **environment: str) -> Iterator[RunningAgent]:
+    # So many starts in a row are more than 5 % of a CPU.
+    config = {"limits": {"cpu_percent": 100}}
+    with running_agent(
+        directory, config, environment={**faults.environment, **environment}
+    ) as agent:
+        has_tried_the_kernel(agent)
+        yield agent
+
+
+def start(agent: RunningAgent, running: Calls, **config: str) -> str:
+    """Starts a collector of RUNNING that ends with it; its id."""
+    request = start_request({"pid": running.pid, "until_exit": "true", **config})
+    answer = agent.call("StartCollector", request)
+    assert answer.supported, answer.error
+    return str(answer.collector_id)
+
+
+class EndedEarlyError(AssertionError):
+    """A session that did not end with its process."""
+
+    def __init__(self, end: pb.SessionEnd) -> None:
+        super().__init__(str(end))
+        self.end = end
+
+
+def counts_exactly(agent: RunningAgent, collector_id: str, running: Calls) -> None:
+    """The collector, of either mode, tells of every getppid that RUNNING makes."""
+    counted = 0
+    request = pb.EbpfEventStreamRequest(collector_id=collector_id)
+    with streaming(agent, "StreamEventBatches", request) as batches:
+        running.go()
+        made = running.finish()
+        for batch in batches:
+            counted += sum(
+                row.call_count for row in batch.syscall_stats if row.syscall_name == "getppid"
+            )
+            counted += sum(batch.strings[row.syscall] == "getppid" for row in batch.syscall_calls)
+            end = batch.end
+            assert not batch.losses
+    if end.reason != pb.SessionEnd.REASON_TARGET_EXITED:
+        raise EndedEarlyError(end)
+    assert counted == made.calls["getppid"]
+
+
+def failed_in_a_drain(agent: RunningAgent, collector_id: str, running: Calls) -> bool:
+    """Whether the collector ended soon, and said so; if not, it counts exactly."""
+    try:
+        counts_exactly(agent, collector_id, running)
+    except grpc.RpcError as error:
+        refusal: Any = error
+        said = refusal.details().partition("has ended: FAILED: ")[2]
+    except EndedEarlyError as ended:
+        said = ended.end.detail
+    else:
+        return False
+    assert "Cannot allocate memory" in said
+    return True
+
+
+def holds_nothing(agent: RunningAgent) -> None:
+    """No program, map, link or buffer is left in the agent's hands, nor a session."""
+    assert not collectors_at_work(agent)
+    assert held_by(agent.process.pid) == {"prog": set(), "map": set(), "link": set()}
+    mappings = Path(f"/proc/{agent.process.pid}/maps").read_text()
+    assert not MAPPINGS.search(mappings), mappings
+
+
+def refusals(agent: RunningAgent) -> list[dict[str, object]]:
+    return [line for line in agent.log() if line["event"] == "refused by the kernel"]
+
+
+@pytest.mark.parametrize(
+    "rung",
+    [pytest.param(rung, marks=pytest.mark.needs_bcc if rung == "bcc" else ()) for rung in RUNGS],
+)
+def test_each_call_that_a_start_makes_may_fail(
+    rung: str,
+    faults: Faults,
+    tmp_path: Path,
+    calls: Callable[..., Calls],
+    request: pytest.FixtureRequest,
+) -> None:
+    """The first call fails, then the second alone, and so on to the last. Either the collector
+    starts all the same, and then it counts exactly; or it is refused, and the next one counts."""
+    without, mode = RUNGS[rung]
+    environment = {"CORAL_WITHOUT": without}
+    if rung == "bcc":
+        headers = request.getfixturevalue("any_headers")
+        environment |= {"CORAL_LOADER": "bcc", "BCC_KERNEL_SOURCE": str(headers)}
+    refused, survived = set(), 0
+    with faulty_agent(tmp_path / "agent", faults, **environment) as agent, leaving_nothing(agent):
+        if rung == "bcc":  # it compiles once
+            counts_exactly(agent, start(agent, warm := calls("getppid", 1)), warm)
+        number = 1
+        while True:
+            running = calls("getppid", CALLS)
+            with faults.failing(number, errno.ENOMEM):
+                try:
+                    collector_id = start(agent, running, mode=mode, include="getppid")
+                except grpc.RpcError as error:
+                    refusal: Any = error
+                    collector_id = ""
+            if not faults.failed:
+                break
+            if collector_id and not failed_in_a_drain(agent, collector_id, running):
+                survived += 1
+                number += 1
+                continue
+            if collector_id:  # the last calls of a start are those of its first look
+                running = calls("getppid", CALLS)
+            else:
+                refused.add(faults.call(number))
+                text = refusal.details()
+                assert refusal.code() in (
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                )
+                assert re.match(STEPS, text), text
+                assert "Cannot allocate memory" in text
+                assert refusals(agent)[-1]["what"] == text.split(": E")[0]
+            holds_nothing(agent)
+            counts_exactly(agent, start(agent, running, mode=mode, include="getppid"), running)
+            number += 1
+        counts_exactly(agent, collector_id, running)
+    assert {Call.MAP_CREATE, Call.MMAP_ANONYMOUS, Call.PIDFD_OPEN, Call.MAP_UPDATE} <= refused
+    # What a kernel may not have is asked for, and what is for later may fail: not all is needed.
+    assert survived > 10
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [
+        ("tp_btf", Call.LINK_CREATE),
+        ("raw_tp", Call.RAW_TRACEPOINT_OPEN),
+        ("tracepoint", Call.PERF_EVENT_OPEN),
+    ],
+    ids=SUFFIXES,
+)
+def test_each_program_that_cannot_be_attached_is_named(
+    hook: str, call: Call, faults: Faults, tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    suffix = SUFFIXES[hook]
+    better = ",".join(tuple(SUFFIXES)[: tuple(SUFFIXES).index(hook)])
+    names = [f"coral_{name}_{suffix}" for name in ("fork", "exec", "gone", "exit", "enter")]
+    running = calls("getppid", CALLS)
+    with (
+        faulty_agent(tmp_path / "agent", faults, CORAL_WITHOUT=better) as agent,
+        leaving_nothing(agent),
+    ):
+        for number, name in enumerate(names, start=1):
+            with faults.failing(number, errno.EBUSY, call=call, all_after=True):
+                code, text = code_and_text(
+                    agent, "StartCollector", start_request({"pid": running.pid})
+                )
+            assert faults.failed == 3
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            first, *said = text.splitlines()
+            assert first == f"attaching {name} (3 tries): EBUSY (Device or resource busy)"
+            assert "failed: Device or resource busy" in said[0] or name in said[0]
+            assert refusals(agent)[-1]["said"] == "\n".join(said) + "\n"
+            holds_nothing(agent)
+        counts_exactly(agent, start(agent, running), running)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Calls like CALL that fail with ERROR, and what the refusal says of it."""
+
+    call: Call
+    error: int
+    what: str
+    remedy: str = ""
+    said: str = ""
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(Call.MAP_CREATE, errno.EPERM, LOADING, PERMISSION, "map 'account'"),
+        Fault(
+            Call.PROG_LOAD, errno.EPERM, LOADING, PERMISSION, "Couldn't load trivial BPF program"
+        ),
+        Fault(Call.MMAP_FD, errno.EAGAIN, "opening the ring buffer ring"),
+        Fault(Call.EPOLL_CREATE, errno.EMFILE, "opening the ring buffer ring", FILES),
+        Fault(Call.PIDFD_OPEN, errno.ENOMEM, "opening a descriptor", MEMORY),
+    ],
+    ids=lambda fault: fault.call.name,
+)
+def test_what_fails_for_good_is_told_with_what_to_do(
+    fault: Fault, faults: Faults, plain_agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    agent, running = plain_agent, calls("getppid", CALLS)
+    config = {"pid": running.pid, "mode": "events", "until_exit": "true"}
+    with (
+        leaving_nothing(agent),
+        faults.failing(1, fault.error, call=fault.call, all_after=True),
+    ):
+        code, text = code_and_text(agent, "StartCollector", start_request(config))
+    permanent = fault.error == errno.EPERM
+    assert code is (
+        grpc.StatusCode.FAILED_PRECONDITION if permanent else grpc.StatusCode.RESOURCE_EXHAUSTED
+    )
+    first, *log = text.splitlines()
+    told = f"{fault.what}: {errno.errorcode[fault.error]} ({os.strerror(fault.error)})"
+    assert first == (f"{told}; {fault.remedy}" if fault.remedy else told)
+    assert fault.said in "\n".join(log)
+    assert str(refusals(agent)[-1]["said"]).strip().endswith("\n".join(log))
+    holds_nothing(agent)
+    counts_exactly(agent, start(agent, running, mode="events"), running)
+
+
+@pytest.fixture(scope="module")
+def plain_agent(directory: Path, faults: Faults) -> Iterator[RunningAgent]:
+    with faulty_agent(directory / "agent", faults) as running:
+        yield running
+
+
+def test_a_first_start_for_which_everything_fails_spoils_none_after_it(
+    faults: Faults, tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    """libbpf asks the kernel once for all what it can do, and takes a failure for a no."""
+    running = calls("getppid", CALLS)
+    request = start_request({"pid": running.pid})
+    with faulty_agent(tmp_path / "agent", faults) as agent, leaving_nothing(agent):
+        # From its types on: a failure before would keep it from asking anything.
+        with faults.failing(2, errno.ENOMEM, call=Call.BPF, all_after=True):
+            code, text = code_and_text(agent, "StartCollector", request)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert text.startswith("loading syscall_stats.bpf.o: ENOMEM ")
+        assert faults.call(2) == Call.BTF_LOAD
+        for mode in ("events", "summaries"):
+            counts_exactly(agent, start(agent, running, mode=mode), running)
+            running = calls("getppid", CALLS)
+
+
+@pytest.mark.parametrize("mode", ["summaries", "events"])
+def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
+    mode: str, faults: Faults, plain_agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    agent, running, other = plain_agent, calls("getppid", CALLS), calls("getppid", CALLS)
+    with leaving_nothing(agent):
+        collector_id = start(agent, running, mode=mode)
+        request = pb.EbpfEventStreamRequest(collector_id=collector_id)
+        with (
+            streaming(agent, "StreamEventBatches", request) as batches,
+            faults.failing(1, errno.ENOMEM, call=Call.MAP_LOOKUP_BATCH, all_after=True),
+        ):
+            *_, last = batches
+        assert last.end.reason == pb.SessionEnd.REASON_FAILED
+        assert re.fullmatch(
+            rf"reading map (account|targets): ENOMEM \(.*\); {re.escape(MEMORY)}", last.end.detail
+        )
+        holds_nothing(agent)
+        counts_exactly(agent, start(agent, other, mode=mode), other)
+
+
+def test_without_threads_the_agent_goes_on(
+    faults: Faults, tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    """No worker is there yet, and none can be started: what blocks is then done at once."""
+    running = calls("getppid", CALLS)
+    with faulty_agent(tmp_path / "agent", faults) as agent, leaving_nothing(agent):
+        first = start(agent, running)
+        with faults.failing(1, errno.EAGAIN, call=Call.THREAD_CREATE, all_after=True):
+            others = [calls("getppid", CALLS) for _ in range(3)]
+            ids = [start(agent, other) for other in others[:2]]
+            for collector_id, other in zip((first, *ids), (running, *others), strict=False):
+                counts_exactly(agent, collector_id, other)
+        assert faults.failed
+
+
+# Limits of the process
+
+
+class Line:
+    """A connection to an agent that stays open, for an agent that can accept no other."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        make: Any = channel.unary_unary
+        self._start = make(
+            f"/{SERVICE}/StartCollector",
+            request_serializer=pb.StartEbpfCollectorRequest.SerializeToString,
+            response_deserializer=pb.StartEbpfCollectorResponse.FromString,
+        )
+
+    def start(self, running: Calls, **config: str) -> tuple[grpc.StatusCode, str]:
+        """The code, and the text of a refusal or the collector's id."""
+        request = start_request({"pid": running.pid, "until_exit": "true", **config})
+        try:
+            return grpc.StatusCode.OK, self._start(request, timeout=20).collector_id
+        except grpc.RpcError as error:
+            refusal: Any = error
+            return refusal.code(), refusal.details()
+
+
+@contextmanager
+def descriptors_left(agent: RunningAgent, spare: int) -> Iterator[None]:
+    """In the block, the agent can open so many files more, and no other."""
+    pid = agent.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    limit = next(n for n in range(soft) if n - sum(fd < n for fd in used) == spare)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_out_of_descriptors_at_whatever_step_it_is_told(
+    plain_agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    agent, spare = plain_agent, 0
+    running = calls("getppid", CALLS)
+    with leaving_nothing(agent), grpc.insecure_channel(agent.address) as channel:
+        line = Line(channel)
+        grpc.channel_ready_future(channel).result(10)
+        while True:
+            with descriptors_left(agent, spare):
+                code, text = line.start(running, mode="events")
+            if code is grpc.StatusCode.OK:
+                break
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED, text
+            assert f"EMFILE (Too many open files); {FILES}" in text
+            holds_nothing(agent)
+            spare += 1
+        counts_exactly(agent, text, running)
+    assert spare > 15  # of maps, programs and links
+
+
+def test_collectors_at_work_outlive_a_time_without_descriptors(
+    plain_agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    """Longer than it takes the agent to look at its limits, which it reads in /proc."""
+    agent, running = plain_agent, calls("getppid", CALLS, "nanosleep", 2_500)
+    with leaving_nothing(agent):
+        collector_id = start(agent, running, interval="100ms")
+        request = pb.EbpfEventStreamRequest(collector_id=collector_id)
+        with streaming(agent, "StreamEventBatches", request) as messages:
+            with descriptors_left(agent, 0):
+                running.go()
+                made = running.finish()
+            batches = list(messages)
+        counted = sum(
+            row.call_count
+            for batch in batches
+            for row in batch.syscall_stats
+            if row.syscall_name == "getppid"
+        )
+        assert counted == made.calls["getppid"]
+        assert batches[-1].end.reason == pb.SessionEnd.REASON_TARGET_EXITED
+        following = calls("getppid", CALLS)
+        counts_exactly(agent, start(agent, following), following)
+
+
+def test_locked_memory_that_is_not_allowed_is_told_and_less_of_it_works(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    """Perf buffers are locked memory, for who has not CAP_IPC_LOCK a little a CPU and the limit."""
+    running = calls("getppid", CALLS)
+    config = {"pid": running.pid, "mode": "events"}
+    with (
+        running_agent(
+            tmp_path / "agent",
+            environment={"CORAL_WITHOUT": "ring_buffer"},
+            prefix=("prlimit", "--memlock=0:0", "setpriv", "--bounding-set=-ipc_lock"),
+        ) as agent,
+        leaving_nothing(agent),
+    ):
+        request = start_request({**config, "ring": "16MiB"})
+        assert code_and_text(agent, "StartCollector", request) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"mapping the perf buffer of CPU 0: EPERM (Operation not permitted); {PERMISSION}",
+        )
+        holds_nothing(agent)
+        counts_exactly(agent, start(agent, running, mode="events", ring="128KiB"), running)
+
+
+# What the agent is installed with
+
+
+@pytest.mark.parametrize(
+    ("offset", "damage"),
+    [(12, b"\xff\xff\xff\x7f"), (24, bytes(400)), (24, b"\xff" * 400), (0, bytes(24))],
+    ids=["longer-than-it-is", "zeroed", "no-types", "no-header"],
+)
+def test_damaged_types_of_an_object_without_a_seal_are_refused(
+    offset: int, damage: bytes, tmp_path: Path
+) -> None:
+    data = bytearray(seal.opened((ROOT / "bpf/syscall_stats.bpf.o").read_bytes()))
+    at = data.index(b"\x9f\xeb\x01\x00\x18\x00\x00\x00") + offset
+    data[at : at + len(damage)] = damage
+    (tmp_path / "syscall_stats.bpf.o").write_bytes(data)
+    shutil.copy(ROOT / "bpf/features.bpf.o", tmp_path)
+    with refusing_agent(tmp_path, tmp_path) as agent:
+        request = start_request({"pid": os.getpid()})
+        code, text = code_and_text(agent, "StartCollector", request)
+        holds_nothing(agent)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "syscall_stats.bpf.o" in text.splitlines()[0]
+
+
+def test_an_object_whose_options_are_of_another_type_is_refused(tmp_path: Path) -> None:
+    edited = objects(
+        tmp_path, lambda source: source.replace("error_class, MAX_ERRNO + 1", "error_class, 100")
+    )
+    with refusing_agent(tmp_path, edited) as agent:
+        request = start_request({"pid": os.getpid()})
+        code, text = code_and_text(agent, "StartCollector", request)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert text.startswith("syscall_stats.bpf.o is damaged, or of another version of this agent: ")
+    assert "(4096,)" in text
+
+
+@pytest.mark.parametrize("library", ["of-another-time", "no-library"])
+def test_a_libbpf_that_cannot_be_used_is_an_answer_that_says_so(
+    library: str, tmp_path: Path
+) -> None:
+    if library == "no-library":
+        (tmp_path / "libbpf.so.1").write_text("no library")
+        why = f"{tmp_path}/libbpf.so.1: "
+    else:
+        (tmp_path / "empty.c").touch()
+        command = ("cc", "-shared", tmp_path / "empty.c", "-o", tmp_path / "libbpf.so.1")
+        subprocess.run(command, check=True)
+        why = f"{tmp_path}/libbpf.so.1: undefined symbol: "
+    environment = {"LD_LIBRARY_PATH": str(tmp_path)}
+    with running_agent(tmp_path / "agent", environment=environment) as agent:
+        answer = agent.call("StartCollector", start_request({"scope": "host"}))
+        can = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
+    assert not answer.supported
+    assert answer.error == f"syscall_stats: {can.unsupported_reason}"
+    assert answer.error.startswith("syscall_stats: libbpf.so.1 (1.0 or later) cannot be used: ")
+    assert why in answer.error
+    assert answer.error.endswith("install Debian's libbpf1, or your distribution's libbpf")
+
+
+def hiding_btf(kernel_btf: Path) -> tuple[str, ...]:
+    """What runs a command where the kernel's BTF is that file, for it alone."""
+    script = 'mount --bind "$0" /sys/kernel/btf/vmlinux && exec "$@"'
+    return ("unshare", "-m", "--propagation", "private", "sh", "-c", script, str(kernel_btf))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5], ids=["empty", "truncated"])
+def test_a_kernels_btf_that_cannot_be_read_is_an_answer_that_says_so(
+    kept: float, tmp_path: Path
+) -> None:
+    whole = Path("/sys/kernel/btf/vmlinux").read_bytes()
+    (tmp_path / "vmlinux").write_bytes(whole[: int(len(whole) * kept)])
+    with running_agent(
+        tmp_path / "agent",
+        environment={"CORAL_LOADER": "core"},
+        prefix=hiding_btf(tmp_path / "vmlinux"),
+    ) as agent:
+        answer = agent.call("StartCollector", start_request({"scope": "host"}))
+        assert not answer.supported
+        assert answer.error == (
+            "syscall_stats: no loader (core: /sys/kernel/btf/vmlinux is damaged: libbpf cannot "
+            "read it)"
+        )
+
+
+@pytest.mark.needs_bcc
+def test_without_the_kernels_btf_bcc_is_the_way(
+    any_headers: Path, tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    (tmp_path / "vmlinux").touch()
+    running = calls("getppid", CALLS)
+    with running_agent(
+        tmp_path / "agent",
+        environment={"BCC_KERNEL_SOURCE": str(any_headers)},
+        prefix=hiding_btf(tmp_path / "vmlinux"),
+    ) as agent:
+        counts_exactly(agent, start(agent, running), running)
+
+
+# bcc's compiler
+
+
+@contextmanager
+def agent_with_bcc(directory: Path, body: str) -> Iterator[RunningAgent]:
+    """An agent that finds a package `bcc` whose BPF does what BODY says."""
+    package = directory / "bcc"
+    package.mkdir()
+    (package / "libbcc.py").touch()
+    (package / "__init__.py").write_text(
+        "import os, signal\nclass BPF:\n    def __init__(self, text, cflags):\n"
+        + textwrap.indent(body, " " * 8)
+    )
+    environment = {
+        "CORAL_LOADER": "bcc",
+        "PYTHONPATH": str(directory),
+        "BCC_KERNEL_SOURCE": str(directory),
+    }
+    with (
+        running_agent(directory / "agent", environment=environment) as agent,
+        leaving_nothing(agent),
+    ):
+        yield agent
+
+
+@pytest.mark.parametrize(
+    ("body", "told", "said"),
+    [
+        ("raise Exception('unknown type name')", "it is refused", "unknown type name"),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            "the compiler was killed by SIGKILL; it takes 150 MB of memory",
+            "",
+        ),
+        ("print('hello'); os._exit(0)", "it answers what is no JSON", ""),
+        ("", "it is refused", "AttributeError: 'BPF' object has no attribute 'dump_func'"),
+    ],
+    ids=["refuses", "killed", "babbles", "another-bcc"],
+)
+def test_a_compiler_that_fails_is_told_with_what_it_said(
+    body: str, told: str, said: str, tmp_path: Path
+) -> None:
+    with agent_with_bcc(tmp_path, body or "pass") as agent:
+        code, text = code_and_text(agent, "StartCollector", start_request({"pid": os.getpid()}))
+        holds_nothing(agent)
+        assert said in str(refusals(agent)[-1]["said"])
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    first, *tail = text.splitlines()
+    assert first == f"compiling syscall_stats.bpf.c with bcc: {told}"
+    assert said in "\n".join(tail)
+
+
+def test_while_a_compiler_hangs_the_agent_serves_others(tmp_path: Path) -> None:
+    with (
+        agent_with_bcc(tmp_path, "signal.pause()") as agent,
+        ThreadPoolExecutor() as pool,
+    ):
+        request = start_request({"pid": os.getpid()})
+        told = pool.submit(code_and_text, agent, "StartCollector", request)
+        (compiler,) = wait_until(lambda: psutil.Process(agent.process.pid).children())
+        assert not collectors_at_work(agent)
+        assert not told.done()
+        compiler.kill()
+        code, text = told.result()
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "the compiler was killed by SIGKILL" in text

@@ -1,0 +1,470 @@
+"""Least privilege, with real processes: what an agent keeps, that it is enough, and that one less
+is told by its name. The watched processes are root's, the agent is nobody's."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import grpc
+import pytest
+
+from bpf.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.e2e.test_refusals import has_tried_the_kernel, refused_start
+from tests.e2e.test_services import in_cgroup
+from tests.support import (
+    ROOT,
+    Puppet,
+    RunningAgent,
+    code_and_text,
+    coral,
+    running_agent,
+    scrape,
+    wait_until,
+    watching,
+)
+
+NOBODY: Final = pwd.getpwnam("nobody")
+ORDINARY: Final = frozenset({*TRACING, *LISTENERS, *BUFFERS})
+ROOTS: Final = ORDINARY | {"CAP_SYS_ADMIN"}
+CALLS: Final = 1000
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@contextmanager
+def nobodys_directory() -> Iterator[Path]:
+    """A directory that nobody may write to; root's temporary ones it could not even enter."""
+    path = Path(tempfile.mkdtemp(prefix="coral-"))
+    os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with nobodys_directory() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def nobodys() -> Iterator[RunningAgent]:
+    """An ordinary user's agent with the documented capabilities and no other."""
+    with (
+        nobodys_directory() as path,
+        running_agent(path, prefix=as_nobody(ORDINARY)) as agent,
+    ):
+        has_tried_the_kernel(agent)
+        yield agent
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def as_nobody(names: frozenset[str]) -> list[str]:
+    """A prefix: an ordinary user with exactly those capabilities, as systemd would start it."""
+    caps = some(names)
+    return [
+        *("setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"),
+        *(f"--bounding-set={caps}", f"--inh-caps={caps}", f"--ambient-caps={caps}"),
+    ]
+
+
+def some(names: frozenset[str]) -> str:
+    """Those capabilities alone, as setpriv wants them."""
+    return ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in names)])
+
+
+def status_of(pid: int) -> Iterator[dict[str, str]]:
+    """What the kernel says of each thread of a process."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            lines = (task / "status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that ended meanwhile
+        yield {name: " ".join(value.split()) for name, value in (ln.split(":", 1) for ln in lines)}
+
+
+def names(mask: str) -> frozenset[str]:
+    return frozenset(name for bit, name in enumerate(NAMES) if int(mask, 16) >> bit & 1)
+
+
+def has_exactly(agent: RunningAgent, kept: frozenset[str], uid: int) -> None:
+    """Every thread of the agent is that user and has those capabilities, and can get no others."""
+    has_tried_the_kernel(agent)  # in a thread, so there are some
+    scrape(agent)
+    threads = list(status_of(agent.process.pid))
+    assert len(threads) > 2
+    for status in threads:
+        assert status["Uid"] == " ".join([str(uid)] * 4)
+        for which in ("CapEff", "CapPrm", "CapBnd"):
+            assert names(status[which]) == kept, which
+        assert (names(status["CapInh"]), names(status["CapAmb"])) == (frozenset(), frozenset())
+        assert status["NoNewPrivs"] == "1"
+    (told,) = (line for line in agent.log() if line["event"] == "privileges")
+    assert (told["uid"], told["capabilities"]) == (uid, sorted(kept))
+    assert not any("were started before" in str(line["event"]) for line in agent.log())
+
+
+# What is kept
+
+
+def test_roots_agent_keeps_what_it_needs(directory: Path) -> None:
+    os.chown(directory, 0, 0)
+    with running_agent(directory) as agent:
+        has_exactly(agent, ROOTS, uid=0)
+        counts_exactly(agent)
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "environment"),
+    [
+        ({"user": "nobody"}, (), {}),
+        ({"user": str(NOBODY.pw_uid)}, (), {}),
+        ({}, ("--user", "nobody"), {}),
+        ({}, (), {"CORAL__USER": "nobody"}),
+    ],
+)
+def test_roots_agent_becomes_a_user(
+    directory: Path,
+    config: Mapping[str, object],
+    flags: Sequence[str],
+    environment: Mapping[str, str],
+) -> None:
+    with running_agent(directory, config, *flags, environment=environment) as agent:
+        has_exactly(agent, ORDINARY, uid=NOBODY.pw_uid)
+        groups = " ".join(map(str, os.getgrouplist("nobody", NOBODY.pw_gid)))
+        for status in status_of(agent.process.pid):
+            assert status["Gid"] == " ".join([str(NOBODY.pw_gid)] * 4)
+            assert status["Groups"] == groups
+        counts_exactly(agent)
+
+
+def test_an_ordinary_users_agent_keeps_what_it_was_given(directory: Path) -> None:
+    with running_agent(directory, prefix=as_nobody(ORDINARY)) as agent:
+        has_exactly(agent, ORDINARY, uid=NOBODY.pw_uid)
+
+
+def test_an_ordinary_users_agent_gives_up_what_it_does_not_need(directory: Path) -> None:
+    given = ROOTS | {"CAP_NET_ADMIN", "CAP_SYSLOG", "CAP_SETPCAP", "CAP_KILL"}
+    config = {"policy": {"observe_only": True}}
+    with running_agent(directory, config, prefix=as_nobody(given)) as agent:
+        has_exactly(agent, ORDINARY, uid=NOBODY.pw_uid)
+
+
+def test_a_containers_root_becomes_a_user_with_what_that_takes(directory: Path) -> None:
+    given = ORDINARY | {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"}
+    prefix = ["setpriv", f"--bounding-set={some(given)}", "--inh-caps=-all"]
+    with running_agent(directory, None, "--user", "nobody", prefix=prefix) as agent:
+        has_exactly(agent, ORDINARY, uid=NOBODY.pw_uid)
+        counts_exactly(agent)
+
+
+def test_only_what_allowed_collectors_need_is_kept(directory: Path) -> None:
+    config = {"policy": {"collectors": ["http_latency"], "observe_only": True}}
+    with running_agent(directory, config, "--user", "nobody") as agent:
+        kept = frozenset({*LISTENERS, *BUFFERS})
+        assert {names(s["CapPrm"]) for s in status_of(agent.process.pid)} == {kept}
+
+
+def test_an_agent_that_observes_only_has_no_cap_sys_admin_and_says_what_that_costs(
+    directory: Path,
+) -> None:
+    os.chown(directory, 0, 0)
+    with running_agent(directory, {"policy": {"observe_only": True}}) as agent:
+        has_exactly(agent, ORDINARY, uid=0)
+        counts_exactly(agent)
+        feature = features(agent)["run_time_stats"]
+        assert not feature.available
+        assert feature.reason.startswith("EPERM: CAP_SYS_ADMIN (to turn the kernel's run-time")
+        (warning,) = wait_until(
+            lambda: [ln for ln in agent.log() if str(ln["event"]).startswith("no run time")]
+        )
+        assert warning["reason"] == feature.reason
+
+
+# It is enough
+
+
+def counts_exactly(agent: RunningAgent) -> None:
+    with Puppet() as puppet, watching(agent, pid=str(puppet.pid)) as watch:
+        puppet.getppid(CALLS)
+        watch.read_until_calls("getppid", CALLS)
+
+
+@pytest.mark.parametrize("mode", ["summaries", "events"])
+@pytest.mark.parametrize("how", ["pid", "comm", "cgroup", "service", "listening"])
+def test_an_ordinary_users_agent_watches_another_users_process(
+    nobodys: RunningAgent, how: str, mode: str, stack: ExitStack
+) -> None:
+    name = f"svc{uuid.uuid4().hex[:8]}"
+    puppet = named_puppet(stack, name, listens=how == "listening")
+    if how in ("cgroup", "service"):
+        stack.enter_context(in_cgroup(f"{name}.service", puppet.pid))
+    target = {
+        "pid": {"pid": str(puppet.pid)},
+        "comm": {"comm": name},
+        "cgroup": {"cgroup": f"/{name}.service"},
+    }.get(how, {})
+    service_name = "" if target else name
+    config = {"mode": mode, "include": "getppid", **target}
+    with watching(nobodys, 60, service_name, **config) as watch:
+        puppet.getppid(CALLS)
+        if mode == "summaries":
+            watch.read_until_calls("getppid", CALLS)
+            assert {row.pid for row in watch.rows} == {puppet.pid}
+        else:
+            calls: list[pb.SyscallCall] = []
+            while len(calls) < CALLS:
+                calls += watch.read().syscall_calls
+            assert [call.pid for call in calls] == [puppet.pid] * CALLS
+        assert not watch.losses
+
+
+def named_puppet(stack: ExitStack, name: str, *, listens: bool) -> Puppet:
+    """Root's process of that command name, which listens on a TCP port or does not."""
+    puppet = stack.enter_context(Puppet())
+    puppet.do(f"open('/proc/self/comm', 'w').write({name!r})")
+    if listens:
+        puppet.do("import socket; s = socket.create_server(('127.0.0.1', 0))")
+    return puppet
+
+
+def test_a_session_of_an_ordinary_user_ends_with_its_process(nobodys: RunningAgent) -> None:
+    with (
+        Puppet() as puppet,
+        watching(nobodys, pid=str(puppet.pid), until_exit="true") as watch,
+    ):
+        puppet.getppid(CALLS)
+        puppet.kill()
+        assert watch.read_to_end().reason == pb.SessionEnd.REASON_TARGET_EXITED
+        assert watch.calls_of("getppid") == CALLS
+
+
+def alone(name: str) -> frozenset[str]:
+    """That capability; with the one that reads the checkout, where nobody may not."""
+    return frozenset({name} | (set() if nobody_reads_this() else {"CAP_DAC_READ_SEARCH"}))
+
+
+def test_cap_sys_admin_alone_is_enough_as_it_was_before_linux_5_8(directory: Path) -> None:
+    given = alone("CAP_SYS_ADMIN")
+    with running_agent(directory, prefix=as_nobody(given)) as agent:
+        has_exactly(agent, given, uid=NOBODY.pw_uid)
+        counts_exactly(agent)
+        assert features(agent)["run_time_stats"].available
+
+
+def test_an_agent_that_observes_only_refuses_what_it_could_do_with_cap_sys_admin_alone(
+    directory: Path,
+) -> None:
+    config = {"policy": {"observe_only": True}}
+    given = alone("CAP_SYS_ADMIN")
+    with running_agent(directory, config, prefix=as_nobody(given)) as agent:
+        kept = {names(status["CapPrm"]) for status in status_of(agent.process.pid)}
+        assert kept == {given - {"CAP_SYS_ADMIN"}}
+        refuses_for_want_of(agent, ["CAP_BPF", "CAP_PERFMON"])
+
+
+# One less
+
+
+def features(agent: RunningAgent) -> Mapping[str, pb.KernelFeature]:
+    answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
+    return {feature.name: feature for feature in answer.features}
+
+
+def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
+    """The agent says of syscall_stats that it takes the capabilities MISSING, wherever it is asked;
+    it goes on serving."""
+    told = " and ".join(f"{name} ({TRACING[name]})" for name in missing)
+    told += f" {'is' if len(missing) == 1 else 'are'} missing: run the agent as root, or give it "
+    told += f"{' '.join(missing)}, by AmbientCapabilities= of its systemd unit or a container's "
+    told += "--cap-add"
+    started = agent.call(
+        "StartCollector",
+        pb.StartEbpfCollectorRequest(
+            kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config={"pid": str(os.getpid())}
+        ),
+    )
+    assert (started.supported, started.collector_id) == (False, "")
+    assert started.error == f"syscall_stats: {told}"
+    answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
+    assert (answer.supported, list(answer.available_collectors)) == (False, [])
+    (collector,) = answer.collectors
+    assert (collector.supported, collector.reason) == (False, told)
+    shown = subprocess.run(
+        coral("capabilities", "--agent", agent.address),
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(rf"^syscall_stats +no +{re.escape(told)} *$", shown, re.MULTILINE)
+    (logged,) = wait_until(
+        lambda: [ln for ln in agent.log() if ln["event"] == "collector not possible here"]
+    )
+    assert (logged["kind"], logged["reason"]) == ("syscall_stats", told)
+
+
+@pytest.mark.parametrize("missing", TRACING)
+def test_a_collector_that_misses_one_names_it(directory: Path, missing: str) -> None:
+    with running_agent(directory, prefix=as_nobody(ORDINARY - {missing})) as agent:
+        refuses_for_want_of(agent, [missing])
+
+
+def test_a_feature_that_misses_one_names_it(directory: Path) -> None:
+    with running_agent(directory, prefix=as_nobody(ORDINARY - {"CAP_PERFMON"})) as agent:
+        assert features(agent)["tp_btf"].reason.startswith("EPERM: CAP_PERFMON (to attach ")
+        assert features(agent)["ring_buffer"].available
+
+
+def test_perf_buffers_take_cap_ipc_lock_where_they_are_large(
+    directory: Path, stack: ExitStack
+) -> None:
+    """As on a kernel that has no ring buffers."""
+    puppet = stack.enter_context(Puppet())
+    config = {"pid": str(puppet.pid), "mode": "events", "include": "getppid", "ring": "16MiB"}
+    without = {"CORAL_WITHOUT": "ring_buffer"}
+    less = ORDINARY - set(BUFFERS)
+    with running_agent(directory, prefix=as_nobody(less), environment=without) as agent:
+        request = pb.StartEbpfCollectorRequest(
+            kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config=config
+        )
+        code, text = code_and_text(agent, "StartCollector", request)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert re.match(r"mapping the perf buffer of CPU \d+: EPERM \(", text)
+        assert "CAP_IPC_LOCK" in text
+    with (
+        running_agent(directory, prefix=as_nobody(ORDINARY), environment=without) as agent,
+        watching(agent, 60, **config) as watch,
+    ):
+        puppet.getppid(CALLS)
+        calls = 0
+        while calls < CALLS:
+            calls += len(watch.read().syscall_calls)
+        assert calls == CALLS
+
+
+@pytest.mark.parametrize("missing", LISTENERS)
+def test_a_service_that_is_not_found_for_want_of_one_names_it(
+    directory: Path, missing: str, stack: ExitStack
+) -> None:
+    if missing == "CAP_DAC_READ_SEARCH" and not nobody_reads_this():
+        pytest.skip("nobody may not read this checkout, and then it takes CAP_DAC_READ_SEARCH")
+    name = f"svc{uuid.uuid4().hex[:8]}"
+    named_puppet(stack, name, listens=True)
+    request = pb.StartEbpfCollectorRequest(
+        kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, service_name=name
+    )
+    with running_agent(directory, prefix=as_nobody(ORDINARY - {missing})) as agent:
+        told = f"{missing} ({LISTENERS[missing]}) is missing: run the agent as root, or give it "
+        code, text = code_and_text(agent, "StartCollector", request)
+        assert code is grpc.StatusCode.NOT_FOUND
+        assert f"Other users' listening commands were not seen: {told}{missing}, by " in text
+        assert not features(agent)["others_listeners"].available
+        assert features(agent)["others_listeners"].reason.startswith(told)
+        counts_exactly(agent)  # all else works
+
+
+def nobody_reads_this() -> bool:
+    test = [*as_nobody(frozenset()), "test", "-r", str(ROOT / "bpf" / "features.bpf.o")]
+    return subprocess.run(test, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("hidepid", ["1", "2"])
+def test_processes_that_proc_hides_take_cap_sys_ptrace(
+    directory: Path, hidepid: str, stack: ExitStack
+) -> None:
+    hiding = f'mount -t proc -o hidepid={hidepid} proc /proc && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", hiding, "sh"]
+    puppet = stack.enter_context(Puppet())
+    with running_agent(directory, prefix=[*prefix, *as_nobody(ORDINARY)]) as agent:
+        counts_exactly(agent)
+    less = ORDINARY - {"CAP_SYS_PTRACE"}
+    with running_agent(directory, prefix=[*prefix, *as_nobody(less)]) as agent:
+        request = pb.StartEbpfCollectorRequest(
+            kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config={"pid": str(puppet.pid)}
+        )
+        assert code_and_text(agent, "StartCollector", request) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            (
+                f"config[\"pid\"]: '{puppet.pid}' is not accepted; give the ids of processes that "
+                f"the agent may see: /proc hides {puppet.pid} from it (hidepid), and "
+                "CAP_SYS_PTRACE is missing"
+            ),
+        )
+
+
+# Becoming a user
+
+
+def test_a_user_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    for name in ("no-such-user", "4294967296"):
+        assert refused_start(tmp_path, "--user", name) == (
+            f"coral agent: user: this machine has no user {name!r}"
+        )
+
+
+def test_an_ordinary_user_cannot_become_another(directory: Path) -> None:
+    process = subprocess.run(
+        [
+            *as_nobody(ORDINARY),
+            *coral("agent", "--user", "daemon", "--listen", f"unix:{directory}/a/b"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (
+        2,
+        f"coral agent: user: to become 'daemon' takes root; this is user {NOBODY.pw_uid}\n",
+    )
+    assert list(directory.iterdir()) == []
+
+
+def test_what_only_root_can_do_or_read_comes_before_the_switch(directory: Path) -> None:
+    os.chown(directory, 0, 0)
+    directory.chmod(0o755)
+    token = directory / "token"
+    token.write_text("secret\n")
+    token.chmod(0o600)
+    socket = directory / "run/coral/agent.sock"
+    config = {"auth": {"token_file": str(token)}, "listen": [f"unix:{socket}"]}
+    with running_agent(directory, config, "--user", "nobody") as agent:
+        agent.address = f"unix:{socket}"
+        assert socket.parent.owner() == socket.owner() == "nobody"
+        assert directory.owner() == socket.parent.parent.owner() == "root"
+        authorized = [("authorization", "Bearer secret")]
+        agent.call("ListCollectors", pb.ListCollectorsRequest(), authorized)
+        code, _ = code_and_text(agent, "ListCollectors", pb.ListCollectorsRequest())
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        assert agent.stop() == 0
+    assert not socket.exists()
+
+
+def test_a_directory_that_is_there_is_not_given_away(directory: Path) -> None:
+    os.chown(directory, 0, 0)
+    directory.chmod(0o755)
+    socket = directory / "agent.sock"
+    told = refused_start(directory, "--user", "nobody", "--listen", f"unix:{socket}")
+    assert told.endswith(
+        f"coral agent: listen: unix:{socket}: user {NOBODY.pw_uid} may not write {socket}.lock: "
+        f"give it {directory} and what is in it"
+    )
+    assert directory.owner() == "root"

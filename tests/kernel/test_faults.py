@@ -1,0 +1,92 @@
+"""The ground floor when descriptors run out or go: no figure is made up, and nothing is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bpf
+from bpf import BpfError, BpfObject, HashMap, LoadError, RingReader, climb
+from bpf.libbpf import call
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+HASH = 1
+
+
+@pytest.fixture
+def watching() -> Iterator[BpfObject]:
+    rung = climb(bpf.probe(), ("tp_btf", "raw_tp", "tracepoint"))
+    with rung.object(
+        "syscall_stats",
+        programs=("coral_enter",),
+        options={},
+        map_entries={},
+        preallocated=("stats", "targets"),
+        records=4096,
+    ) as it:
+        yield it
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """In the block, this process can open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
+    watching: BpfObject,
+) -> None:
+    before = watching.map_memory_bytes
+    assert before > 4096
+    programs = set(watching.program_stats())
+    assert len(programs) >= 1
+    with no_descriptors():
+        assert watching.map_memory_bytes == before
+        assert watching.program_stats() == {}
+    assert set(watching.program_stats()) == programs
+
+
+def test_a_ring_that_cannot_be_opened_leaves_no_mapping(watching: BpfObject) -> None:
+    with no_descriptors(), pytest.raises(LoadError, match="opening the ring buffer ring: EMFILE"):
+        watching.ring("ring", "syscall_call")
+    # Two pages that cannot be mapped behind the first one that can.
+    with pytest.raises(OSError, match="Invalid argument"):
+        RingReader(watching.map_fd("ring"), 1 << 30, np.dtype(np.uint64))
+    assert "bpf-map" not in Path("/proc/self/maps").read_text()
+
+
+def test_an_object_that_finds_no_descriptors_says_so() -> None:
+    with (
+        no_descriptors(),
+        pytest.raises(LoadError, match=r"opening syscall_stats\.bpf\.o: EMFILE") as refused,
+        BpfObject("syscall_stats", programs=()),
+    ):
+        pass
+    assert refused.value.errno == errno.EMFILE
+    assert "LimitNOFILE" in str(refused.value)
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_a_map_that_cannot_be_read_is_an_error_and_not_empty(*, batches: bool) -> None:
+    fd = call("bpf_map_create", HASH, b"coral_test", 4, 4, 8, None)
+    assert fd > 0
+    numbers = np.dtype(np.uint32)
+    points = HashMap("points", fd, HASH, numbers, numbers, batches=batches)
+    points.write(1, 2)
+    assert points.read()[1].tolist() == [2]
+    os.close(fd)
+    with pytest.raises(BpfError, match="reading map points: EBADF"):
+        points.read()

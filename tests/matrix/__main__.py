@@ -1,0 +1,105 @@
+"""`python -m tests.matrix [KERNEL...]`: runs the matrix, prints and keeps its table."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+
+from tests.matrix.apt import KERNELS_DIRECTORY, KernelMissingError
+from tests.matrix.kernels import Kernel, kernel, machine_of
+from tests.matrix.report import Outcome, instructions, table
+from tests.matrix.rows import HOST, KERNELS, Row, rows_of
+from tests.matrix.run import GUEST_MEMORY_MIB, missing_packages, run_guest, run_here
+
+# A boot takes less than a row: many rows of one kernel are shared among guests, for each CPU one.
+_ROWS_A_GUEST: Final = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One guest to be, or why it cannot."""
+
+    name: str
+    kernel: Kernel | None
+    rows: Sequence[Row]
+    why_not: str = ""
+
+
+def plans(names: Sequence[str]) -> Iterator[Plan]:
+    """The guests for the kernels of those names."""
+    for name in names:
+        rows = rows_of(name)
+        try:
+            found = kernel(name)
+        except KernelMissingError as error:
+            yield Plan(name, None, rows, str(error))
+            continue
+        for first in range(0, len(rows), _ROWS_A_GUEST):
+            suffix = f"-{first // _ROWS_A_GUEST + 1}" if len(rows) > _ROWS_A_GUEST else ""
+            yield Plan(found.name + suffix, found, rows[first : first + _ROWS_A_GUEST])
+
+
+def at_once() -> int:
+    """How many guests run beside each other: as many as there are CPUs, and memory for."""
+    fitting = psutil.virtual_memory().available // ((GUEST_MEMORY_MIB + 256) << 20)
+    return max(1, min(len(os.sched_getaffinity(0)), fitting))
+
+
+async def run(names: Sequence[str]) -> list[Outcome]:
+    """Runs every row of the kernels of those names, and says what comes of each as it ends."""
+    started = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
+
+    outcomes: dict[Row, Outcome] = {}
+    if HOST in names:  # alone: its tests measure time
+        for row in rows_of(HOST):
+            outcomes[row] = await run_here(row, say)
+    guests = list(plans([name for name in names if name != HOST]))
+    room = asyncio.Semaphore(at_once())
+
+    async def boot(plan: Plan) -> None:
+        if not plan.kernel:
+            for row in plan.rows:
+                outcomes[row] = Outcome(row, "", (), plan.why_not, 0.0, excused=row.optional)
+            say(f"{plan.name}: {plan.why_not}")
+            return
+        async with room:
+            for result in await run_guest(plan.name, plan.kernel, plan.rows, say):
+                outcomes[result.row] = result
+
+    async with asyncio.TaskGroup() as group:
+        for plan in sorted(guests, key=lambda plan: -len(plan.rows)):
+            group.create_task(boot(plan))
+    return [outcomes[row] for name in names for row in rows_of(name)]
+
+
+def main() -> int:
+    """0 where every row ran and nothing failed."""
+    names = tuple(dict.fromkeys(sys.argv[1:])) or KERNELS
+    if os.geteuid() != 0:
+        print("the kernel tests need root, in a guest as here: run this as root", file=sys.stderr)
+        return 2
+    machines = {machine_of(name) for name in names if name != HOST}
+    if machines and (missing := missing_packages(machines)):
+        print(f"missing: apt-get install {' '.join(missing)}", file=sys.stderr)
+        return 2
+    outcomes = asyncio.run(run(names))
+    text = table(outcomes)
+    programs = instructions(outcomes)
+    KERNELS_DIRECTORY.mkdir(parents=True, exist_ok=True)
+    (KERNELS_DIRECTORY / "matrix.md").write_text(f"{text}\n{programs}")
+    print(f"\n{text}\n{programs}", end="")
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
