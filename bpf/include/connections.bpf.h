@@ -128,7 +128,7 @@ static __always_inline struct target *watched_process(void)
 
 	if (surely_no_target(current_tgid()) || cgroup_excludes_current())
 		return NULL;
-	target = target_of_current();
+	target = target_of_current(current_tgid());
 	return target && target->state != TARGET_ARMED ? target : NULL;
 }
 
