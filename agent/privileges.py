@@ -35,8 +35,6 @@ _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 
-_STATISTICS: Final = {"CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on"}
-
 
 def to_keep(
     needs: Iterable[Mapping[str, str]],
@@ -53,7 +51,7 @@ def to_keep(
     for need in needs:
         kept |= set(caps.required(need, known))
     if not ordinary_user:
-        kept |= _STATISTICS.keys()
+        kept |= caps.STATISTICS.keys()
     if observe_only:
         kept.discard("CAP_SYS_ADMIN")
     return frozenset(kept)

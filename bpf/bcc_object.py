@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterable, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +25,7 @@ from bpf.btf import NoLayoutError
 from bpf.libbpf import LoadError, call, call_string, capture_log
 from bpf.maps import HashMap
 from bpf.object import VERIFIER_LOG_BYTES, BpfObject
-from bpf.perf_event import open_perf_event
+from bpf.perf_event import TRACEFS, open_perf_event
 
 _LOAD_64: Final = 0x18  # a 64-bit constant, over two instructions
 _PSEUDO_MAP_FD: Final = 1
@@ -37,7 +36,6 @@ _ARRAY: Final = 2
 _PERF_EVENT_ARRAY: Final = 4
 _PERF_TYPE_TRACEPOINT: Final = 2
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
-_TRACEFS: Final = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 _NAME_BYTES: Final = 15
 _READ_ONLY: Final = ".rodata"
 
@@ -107,7 +105,7 @@ class BccObject(BpfObject):
             **{f"OPTION_{name}": number for number, name in enumerate(options)},
         }
         source = self.path.with_suffix("").with_suffix(".bpf.c")
-        compiled = bcc.compiled(source, tuple(self._chosen), tuple(numbers.items()))
+        compiled = bcc.compiled(source, self._chosen, tuple(numbers.items()))
         for name in maps:
             if name not in self._without_maps:
                 self._make_map(name)
@@ -262,7 +260,7 @@ def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarr
 
 def _open_tracepoint(hook: str, program_fd: int) -> int:
     """A perf event of the tracepoint `category/name` that runs the program. Raises OSError."""
-    numbers = [path for root in _TRACEFS if (path := root / "events" / hook / "id").exists()]
+    numbers = [path for root in TRACEFS if (path := root / "events" / hook / "id").exists()]
     if not numbers:
         raise FileNotFoundError(errno.ENOENT, f"tracefs is not mounted, or has no {hook}")
     fd = open_perf_event(_PERF_TYPE_TRACEPOINT, config=int(numbers[0].read_text()), cpu=0)

@@ -181,10 +181,6 @@ class Btf:
                 return self.dtype(type_id)
         raise KeyError(f"the object's BTF has no struct {name}")
 
-    def has_struct(self, name: str) -> bool:
-        """Whether there is a `struct NAME`."""
-        return any(t.kind == _STRUCT and t.name == name for t in self._types)
-
     @cached_property
     def variables(self) -> dict[str, Variable]:
         """The global variables by name."""

@@ -35,6 +35,10 @@ LISTENERS: Final[Mapping[str, str]] = {
 BUFFERS: Final[Mapping[str, str]] = {
     "CAP_IPC_LOCK": "to map perf buffers beyond kernel.perf_event_mlock_kb",
 }
+# What turning the kernel's run-time statistics on takes.
+STATISTICS: Final[Mapping[str, str]] = {
+    "CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on",
+}
 # Which one does as well. It was all there was before Linux 5.8 brought CAP_BPF and CAP_PERFMON.
 _DOES_AS_WELL: Final[Mapping[str, str]] = {
     "CAP_BPF": "CAP_SYS_ADMIN",

@@ -44,7 +44,6 @@ from bpf.perf_buffer import PerfReader
 from bpf.ring import RingReader
 from bpf.walk import Walk
 
-BPF_F_NO_PREALLOC: Final = 1
 # Instructions that the verifier goes through at most: BPF_COMPLEXITY_LIMIT_INSNS.
 VERIFIER_LIMIT: Final = 1_000_000
 VERIFIER_LOG_BYTES: Final = 1 << 20

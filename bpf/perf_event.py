@@ -8,7 +8,11 @@ import os
 import platform
 import struct
 from ctypes import c_long
+from pathlib import Path
 from typing import Final
+
+# Where the numbers of tracepoints' events are found, in the order of preference.
+TRACEFS: Final = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 
 _SYS_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241}
 # struct perf_event_attr as of its first version: every kernel takes it.

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Final
 
 from bpf import capabilities as caps
+from bpf.perf_event import TRACEFS
 
 _ENOTSUPP: Final = 524  # the kernel's own, which errno does not know
 _FORBIDDEN: Final = (errno.EPERM, errno.EACCES)
 _ABSENT: Final = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ESRCH)
 _CAP_BPF_SINCE: Final = "5.8"  # and CAP_PERFMON: before, CAP_SYS_ADMIN was all there was
-_TRACEFS: Final = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 _LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 _CONFIDENTIALITY: Final = "confidentiality"
 _SECCOMP_FILTER: Final = "2"
@@ -32,7 +32,6 @@ _EVENT: Final = {
     **caps.TRACING,
     "CAP_DAC_READ_SEARCH": "to read an event's number in tracefs, which is root's",
 }
-_STATISTICS: Final = {"CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on"}
 _BPF_SYSCTL: Final = "kernel.unprivileged_bpf_disabled"
 _PERF_SYSCTL: Final = "kernel.perf_event_paranoid"
 _BTF: Final = "CONFIG_DEBUG_INFO_BTF"
@@ -80,7 +79,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "perf_buffer": Takes("4.3", (_SYSCALL, "CONFIG_PERF_EVENTS")),
     "elements_on_demand": Takes("6.1"),
     "batch": Takes("5.6"),
-    "run_time_stats": Takes("5.8", capabilities=_STATISTICS),
+    "run_time_stats": Takes("5.8", capabilities=caps.STATISTICS),
     "pidfd": Takes("5.3", (), {}),
 }
 _OPTIONS: Final = frozenset(option for takes in TAKES.values() for option in takes.config)
@@ -172,7 +171,7 @@ def facts() -> Facts:
             for name in (_BPF_SYSCTL, _PERF_SYSCTL)
             if (value := _text(Path("/proc/sys", name.replace(".", "/"))).strip())
         },
-        tracefs=any(map(os.path.ismount, _TRACEFS)),  # those who may not look inside know it too,
+        tracefs=any(map(os.path.ismount, TRACEFS)),  # those who may not look inside know it too,
     )
 
 

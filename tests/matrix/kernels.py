@@ -45,8 +45,8 @@ class Machine:
     """How much longer a row may take."""
 
 
-# Debian 12's QEMU 7.2 emulates wrongly what a newer processor has: with AVX2, numpy's sort and sums
-# go astray.
+# With a newer processor, Debian 12's QEMU 7.2 makes numpy's sort and sums go astray, by AVX we
+# think.
 X86: Final = Machine(
     "qemu-system-x86_64",
     "qemu-system-x86",
