@@ -367,6 +367,8 @@ def test_a_connection_that_was_there_before_has_its_totals() -> None:
                 assert row.total.bytes_sent == (70_000 if role == CLIENT else 0)
                 assert row.total.bytes_acked == row.total.bytes_sent
                 assert row.total.bytes_received == (70_000 if role == SERVER else 0)
+                # What was before is of no interval.
+                assert not row.delta.ByteSize()
                 assert not row.opened
             # A listener that was there is known too: what it takes in has a beginning.
             client.do("d = socket.socket(); d.connect(c.getpeername())")
