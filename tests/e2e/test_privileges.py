@@ -243,6 +243,27 @@ def named_puppet(stack: ExitStack, name: str, *, listens: bool) -> Puppet:
     return puppet
 
 
+@pytest.mark.parametrize("mode", ["summaries", "events"])
+def test_an_ordinary_users_agent_follows_another_users_connections(
+    nobodys: RunningAgent, mode: str
+) -> None:
+    kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+    with Puppet() as puppet:
+        puppet.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
+        puppet.do("c = socket.create_connection(l.getsockname()); s, _ = l.accept()")
+        puppet.do("c.sendall(bytes(70)); s.recv(70)")
+        with watching(nobodys, 60, "", kind, pid=str(puppet.pid), mode=mode) as watch:
+            puppet.do("c.sendall(bytes(30)); s.recv(30); c.close(); s.recv(1); s.close()")
+            ended: list[tuple[int, int]] = []
+            while len(ended) < 2:
+                batch = watch.read()
+                ended += [(r.pid, r.total.bytes_sent) for r in batch.tcp_metrics if r.end]
+                ended += [(r.pid, 0) for r in batch.tcp_state_changes if r.end]
+            sent = 100 if mode == "summaries" else 0
+            assert sorted(ended) == [(puppet.pid, 0), (puppet.pid, sent)]
+            assert not watch.losses
+
+
 def test_a_session_of_an_ordinary_user_ends_with_its_process(nobodys: RunningAgent) -> None:
     with (
         Puppet() as puppet,
