@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import click
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
-from cli.common import (
-    EXIT_ERROR,
-    DurationType,
-    agent_option,
-    echo_data,
-    output_option,
-    run,
-)
+from cli.common import EXIT_ERROR, DurationType, agent_option, output_option, run
 from cli.launch import HeldCommand
-from cli.syscalls import HEADER, SyscallTotals, as_records, call_line, call_records
-from client import AgentClient, AgentError, Batch
+from cli.syscalls import SyscallStory
+from cli.tap_views import Tapped, View, view_of
+from client import AgentClient, AgentError
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_LEASE_BAR_WIDTH: Final = 30
-_LINES_AROUND_TABLE: Final = 6
-_REFRESH_PER_S: Final = 4
 
 
 @dataclass(frozen=True)
@@ -161,9 +144,9 @@ async def _tap(
             if not started.supported:
                 click.echo(f"coral: this cannot run here: {started.error}", err=True)
                 return EXIT_ERROR
-            tapped = _Tapped(target.name, started)
+            tapped = Tapped(target.name, started, SyscallStory())
             try:
-                view = _view(output, tapped, config)
+                view = view_of(output, tapped, config)
                 end = await _follow(agent, tapped, view, held)
             finally:
                 if not tapped.end:  # whatever ended this, a closed pipe for one
@@ -182,61 +165,8 @@ async def _tap(
     return EXIT_ERROR if end == pb.SessionEnd.REASON_FAILED else 0
 
 
-class _Tapped:
-    """What is known of the tap so far."""
-
-    def __init__(self, target: str, started: pb.StartEbpfCollectorResponse) -> None:
-        self.target = target
-        self.collector_id = started.collector_id
-        self.started_at = time.time()
-        self.expires_at = started.expires_at.ToNanoseconds() / 1e9
-        self.latest = SyscallTotals()
-        self.totals = SyscallTotals()
-        self.lost: Counter[str] = Counter()
-        self.end: pb.SessionEnd | None = None
-        self.interrupted = 0  # the signal
-
-    def add(self, batch: Batch) -> None:
-        """Takes a batch in."""
-        self.lost.update(batch.lost)
-        if len(batch.events):
-            self.totals.add_calls(batch)
-        elif batch.count:
-            self.latest = SyscallTotals()
-            self.latest.add(batch.message)
-            self.totals.add(batch.message)
-        self.end = batch.end
-
-    @property
-    def end_text(self) -> str:
-        """How it ended, for people."""
-        if not self.end:
-            return "the agent went away"
-        reason = pb.SessionEnd.Reason.Name(self.end.reason).removeprefix("REASON_")
-        text = reason.lower().replace("_", " ")
-        return f"{text}: {self.end.detail}" if self.end.detail else text
-
-
-class _View(Protocol):
-    """One way to show a tap."""
-
-    def update(self, batch: Batch) -> None:
-        """Shows what a batch brought."""
-
-    def finish(self) -> None:
-        """Shows the end and the totals."""
-
-
-def _view(output: str, tapped: _Tapped, config: Mapping[str, str]) -> _View:
-    if output != "table":
-        return _DataView(tapped, output)
-    if config.get("mode") == "events":
-        return _CallView(tapped)
-    return _LiveView(tapped) if sys.stdout.isatty() else _PlainView(tapped)
-
-
 async def _follow(
-    agent: AgentClient, tapped: _Tapped, view: _View, held: HeldCommand | None
+    agent: AgentClient, tapped: Tapped, view: View, held: HeldCommand | None
 ) -> pb.SessionEnd.Reason | None:
     """Shows batches until the session's end. The first Ctrl-C stops the collector, and what it
     still had is shown too."""
@@ -266,101 +196,3 @@ async def _follow(
         leave_signals()
     await asyncio.gather(*stopping, return_exceptions=True)
     return tapped.end.reason if tapped.end else None
-
-
-class _DataView:
-    """One object a row, for programs."""
-
-    def __init__(self, tapped: _Tapped, output: str) -> None:
-        self._tapped = tapped
-        self._output = output
-
-    def update(self, batch: Batch) -> None:
-        for record in as_records(batch):
-            echo_data(record, self._output)
-        for stage, count in batch.lost.items():
-            echo_data({"lost": count, "stage": stage}, self._output)
-
-    def finish(self) -> None:
-        end = self._tapped.end
-        reason = pb.SessionEnd.Reason.Name(end.reason).removeprefix("REASON_") if end else "UNKNOWN"
-        echo_data({"end": reason.lower(), "detail": end.detail if end else ""}, self._output)
-
-
-class _PlainView:
-    """Rows of fixed width as they come, for a pipe."""
-
-    def __init__(self, tapped: _Tapped) -> None:
-        self._tapped = tapped
-
-    def update(self, batch: Batch) -> None:
-        if batch.count:
-            clock = time.strftime("%H:%M:%S", time.localtime(batch.message.interval_end_ns / 1e9))
-            click.echo(f"\n{clock}  {self._tapped.target}\n{HEADER}")
-            for line in self._tapped.latest.lines():
-                click.echo(line)
-
-    def finish(self) -> None:
-        tapped = self._tapped
-        click.echo(f"\ntotals of {tapped.totals.seconds:.1f}s, {tapped.end_text}\n{HEADER}")
-        for line in tapped.totals.lines():
-            click.echo(line)
-        for stage, count in tapped.lost.items():
-            click.echo(f"lost {count} ({stage})")
-
-
-class _CallView(_PlainView):
-    """A line for each single call."""
-
-    def update(self, batch: Batch) -> None:
-        lines = [call_line(call) for call in call_records(batch)]
-        if lines:
-            click.echo("\n".join(lines))
-
-
-class _LiveView:
-    """A table that is drawn anew with every interval, for a terminal."""
-
-    def __init__(self, tapped: _Tapped) -> None:
-        self._tapped = tapped
-        self._console = Console()
-        self._live = Live(
-            console=self._console,
-            get_renderable=self._render,
-            refresh_per_second=_REFRESH_PER_S,
-            transient=True,
-        )
-        self._live.start()
-
-    def update(self, batch: Batch) -> None:
-        if batch.count:
-            self._live.refresh()
-
-    def finish(self) -> None:
-        self._live.stop()
-        tapped = self._tapped
-        self._console.print(
-            f"[bold]totals[/] of {tapped.totals.seconds:.1f}s, {tapped.end_text}", highlight=False
-        )
-        self._console.print(tapped.totals.table())
-        self._console.print(self._losses())
-
-    def _render(self) -> RenderableType:
-        rows = max(self._console.height - _LINES_AROUND_TABLE, 1)
-        return Group(self._lease(), Text(), self._tapped.latest.table(rows), self._losses())
-
-    def _lease(self) -> RenderableType:
-        tapped = self._tapped
-        lease_s = tapped.expires_at - tapped.started_at
-        left_s = max(tapped.expires_at - time.time(), 0)
-        line = Table.grid(padding=(0, 2))
-        line.add_row(
-            Text(tapped.target, "bold"),
-            ProgressBar(lease_s, lease_s - left_s, width=_LEASE_BAR_WIDTH),
-            Text(f"{left_s:.0f}s left, Ctrl-C stops", "dim"),
-        )
-        return line
-
-    def _losses(self) -> Text:
-        lost = ", ".join(f"{count} {stage}" for stage, count in self._tapped.lost.items())
-        return Text(f"lost: {lost}", "red") if lost else Text()
