@@ -14,8 +14,10 @@ import click
 
 from cli.common import EXIT_ERROR, DurationType, agent_option, output_option, run
 from cli.launch import HeldCommand
+from cli.names import Names
 from cli.syscalls import SyscallStory
-from cli.tap_views import Tapped, View, view_of
+from cli.tap_views import Story, Tapped, View, view_of
+from cli.tcp_story import TcpStory
 from client import AgentClient, AgentError
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -74,7 +76,9 @@ class _TapCommand(click.Command):
 @click.argument("target", required=False)
 @click.option("--host", is_flag=True, help="Watch every process of the machine.")
 @click.option("--syscall-stats", is_flag=True, help="System calls: counts, errors, latency.")
-@click.option("--events", is_flag=True, help="Every single call, a line each, in place of figures.")
+@click.option("--tcp-metrics", is_flag=True, help="TCP connections: bytes, losses, failures.")
+@click.option("--events", is_flag=True, help="Every single event, a line each, no figures.")
+@click.option("--resolve", is_flag=True, help="Addresses of --tcp-metrics by name, where known.")
 @click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
 @click.option("-i", "--interval", metavar="DURATION", help="How often figures come.  [default: 1s]")
 @click.option("--include", metavar="NAMES", help="Only these system calls, comma-separated.")
@@ -96,7 +100,9 @@ def tap(
     target: str | None,
     host: bool,
     syscall_stats: bool,
+    tcp_metrics: bool,
     events: bool,
+    resolve: bool,
     duration: float | None,
     interval: str | None,
     include: str | None,
@@ -111,8 +117,10 @@ def tap(
     watched from its exec on, with what it starts itself. Ctrl-C stops the collector and prints the
     totals.
     """
-    if not syscall_stats:
-        raise click.UsageError("name what to collect: --syscall-stats")
+    if syscall_stats == tcp_metrics:
+        raise click.UsageError("name what to collect: --syscall-stats or --tcp-metrics")
+    if resolve and not tcp_metrics:
+        raise click.UsageError("--resolve goes with --tcp-metrics")
     wanted = parse_target(target, ctx.obj or (), host=host)
     config = dict(wanted.config)
     given = {"interval": interval, "include": include, "exclude": exclude}
@@ -124,11 +132,23 @@ def tap(
         if not equals:
             raise click.UsageError(f"--config {option}: KEY=VALUE is expected")
         config[key] = value
-    run(_tap(wanted, config, duration, address, output))
+    kind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+    story: Story = SyscallStory()
+    if tcp_metrics:
+        kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+        story = TcpStory(Names() if resolve else None)
+    run(_tap(wanted, kind, config, story, duration_s=duration, address=address, output=output))
 
 
 async def _tap(
-    target: Target, config: dict[str, str], duration_s: float | None, address: str, output: str
+    target: Target,
+    kind: pb.EbpfCollectorKind,
+    config: dict[str, str],
+    story: Story,
+    *,
+    duration_s: float | None,
+    address: str,
+    output: str,
 ) -> int:
     held = await HeldCommand.start(target.command) if target.command else None
     try:
@@ -136,7 +156,7 @@ async def _tap(
             config["pid"] = str(held.pid)
         async with AgentClient(address) as agent:
             started = await agent.start(
-                pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+                kind,
                 service_name=target.service_name,
                 config=config,
                 duration_s=duration_s,
@@ -144,7 +164,7 @@ async def _tap(
             if not started.supported:
                 click.echo(f"coral: this cannot run here: {started.error}", err=True)
                 return EXIT_ERROR
-            tapped = Tapped(target.name, started, SyscallStory())
+            tapped = Tapped(target.name, started, story)
             try:
                 view = view_of(output, tapped, config)
                 end = await _follow(agent, tapped, view, held)

@@ -24,7 +24,7 @@ def format_age(ns: float) -> str:
     """How long ago, in two units at most: 870ms, 12s, 3m20s, 5h02m, 12d04h."""
     seconds = int(ns / 1e9)
     if not seconds:
-        return f"{ns / 1e6:.0f}ms"
+        return f"{ns / 1e6:.0f}ms" if ns >= 1e6 else "<1ms"  # noqa: PLR2004
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if days:
         return f"{days}d{hours % 24:02}h"
@@ -51,6 +51,11 @@ def format_share(share: float) -> str:
     if percent < 0.1:  # noqa: PLR2004
         return "<0.1%"
     return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"  # noqa: PLR2004
+
+
+def times(count: int) -> str:
+    """How many there are of it: x 1,234, with the sign that is made for it."""
+    return f"\N{MULTIPLICATION SIGN}{count:,}"
 
 
 def _three_digits(value: float) -> str:
