@@ -12,9 +12,9 @@ from google.protobuf.message import Message
 
 from cli.common import kind_name
 from cli.names import Names
-from cli.tcp_flows import CLIENT, LISTENER, SERVER, end_word, is_bad
+from cli.tcp_flows import CLIENT, LISTENER, SERVER, is_bad
 from cli.tcp_peers import endpoint
-from cli.tcp_tally import error_name, event_rows
+from cli.tcp_tally import error_name, event_end, event_rows
 from cli.text import safe, times
 from client import Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -72,7 +72,7 @@ def _what(event: Mapping[str, Any]) -> tuple[str, str]:
     if event["new_state"] != pb.TCP_STATE_CLOSE or event["role"] == LISTENER:
         return text, ""
     error = error_name(event["error"])
-    word = end_word(event["end"], error) if event["end"] else ""
+    word = event_end(event) if event["end"] else ""
     said = [text, word, error if error != word else ""]
     return "  ".join(part for part in said if part), "red" if is_bad(word) else ""
 

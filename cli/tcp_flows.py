@@ -15,7 +15,7 @@ CLIENT: Final = pb.TCP_ROLE_CLIENT
 SERVER: Final = pb.TCP_ROLE_SERVER
 LISTENER: Final = pb.TCP_ROLE_LISTENER
 OTHER: Final = "other"  # the agent's word for rows that it has added up
-_ALIKE_MANY: Final = 3  # more to one peer are one line
+_ALIKE_MANY: Final = 3  # more to one peer are one line; of those that have ended, more than one
 _ADDRESSES_MANY: Final = 10  # more addresses at one server are one line
 
 # How it ended, in a word; capitals are for what should not have happened.
@@ -106,7 +106,7 @@ _ADDED: Final = (
 def of_connection(row: pb.TcpMetrics) -> Flow:
     """A row of one connection, or of what the agent has added up."""
     delta = row.delta
-    ended = bool(row.end)
+    ended = has_ended(row)
     resent = delta.retransmits or delta.syn_ack_retransmits
     flow = Flow(
         role=row.role,
@@ -145,6 +145,11 @@ def of_connection(row: pb.TcpMetrics) -> Flow:
     if resent or row.role == LISTENER:
         flow.health = max(flow.health, Health.LOSSY)
     return flow
+
+
+def has_ended(row: pb.TcpMetrics) -> bool:
+    """Whether it is over: while it is being closed, it may be told already who began."""
+    return bool(row.end) and row.state == pb.TCP_STATE_CLOSE
 
 
 def of_peer(row: pb.TcpPeerMetrics) -> Flow:
@@ -191,9 +196,11 @@ def is_bad(word: str) -> bool:
     return word.isupper()
 
 
-def fold(flows: Iterable[Flow]) -> list[Flow]:
+def fold(flows: Sequence[Flow]) -> list[Flow]:
     """Many that are alike as one: with one peer, and of one server with many addresses."""
-    alike = _fold(flows, _ALIKE_MANY, lambda f: (f.pid, f.role, f.address, f.port, f.word))
+    lasting = [flow for flow in flows if not flow.closed]
+    ended = [flow for flow in flows if flow.closed]
+    alike = [*_fold(lasting, _ALIKE_MANY, _likeness), *_fold(ended, 1, _likeness)]
     return list(
         _fold(
             alike,
@@ -202,6 +209,10 @@ def fold(flows: Iterable[Flow]) -> list[Flow]:
             addresses=True,
         )
     )
+
+
+def _likeness(flow: Flow) -> Hashable:
+    return flow.pid, flow.role, flow.address, flow.port, flow.word
 
 
 def fold_peers(flows: Iterable[Flow]) -> list[Flow]:

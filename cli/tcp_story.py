@@ -114,14 +114,14 @@ class TcpStory:
             flows = [] if quiet else self._tally.latest
             idle = [] if self._tally.by_peer else self._tally.idle(everything=quiet)
             self._folded = quiet, self._fold([*flows, *idle])
-        head = Text("nothing moves" if quiet else "")
+        head = Text()
         if quiet:
             head = Text(f"{self._open()}nothing moved for {quiet_s:.0f}s", "dim")
         else:
             for text, style in self._headline():
                 head.append(", " if head else "").append(text, style)
         sheet = self._interval_sheet(self._folded[1], most_lines - 3)
-        return Group(head, sheet.table(width))
+        return Group(head, sheet.table(width)) if sheet.rows else head
 
     def interval_lines(self) -> Iterator[str]:
         """The last interval, for a pipe."""
@@ -229,13 +229,14 @@ class TcpStory:
             self._end_sheets()  # asks for the names
             self._names.settle()
         opened = f"{everything.opened:,} opened, {everything.failed:,} failed"
+        share = format_share(everything.resent_share)
         if tally.single_events:
             yield f"{opened}; {everything.retransmits:,} segments resent"
         else:
             yield (
                 f"{self._open()}{opened}; {format_amount(everything.bytes_out)}B out, "
-                f"{format_amount(everything.bytes_in)}B in; {everything.retransmits:,} of "
-                f"{everything.segments:,} segments resent ({format_share(everything.resent_share)})"
+                f"{format_amount(everything.bytes_in)}B in; "
+                f"{share} of {everything.segments:,} segments resent"
             )
         if everything.ends:
             ends = everything.ends.most_common()

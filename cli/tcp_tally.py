@@ -16,6 +16,7 @@ from cli.tcp_flows import (
     SERVER,
     Flow,
     end_word,
+    has_ended,
     is_bad,
     of_connection,
     of_peer,
@@ -36,6 +37,8 @@ _RESETS: Final = (
     pb.TcpStateChange.WHAT_RESET_SENT,
     pb.TcpStateChange.WHAT_RESET_RECEIVED,
 )
+
+_ATTEMPTS: Final = (pb.TCP_STATE_SYN_SENT, pb.TCP_STATE_SYN_RECV)
 
 _Peer = tuple[int, str, int]
 
@@ -111,7 +114,7 @@ class Tally:
             row.start_ns,
         )
         self._moved.add(key)
-        if row.end:
+        if has_ended(row):
             self._open.pop(key, None)
         else:
             self._open[key] = row, self._end_ns
@@ -184,11 +187,15 @@ def event_rows(batch: Batch) -> Iterable[dict[str, Any]]:
     names = events.dtype.names or ()
     comms, reasons = batch.strings[events["comm"]], batch.strings[events["reason"]]
     for values, comm, reason in zip(events.tolist(), comms.tolist(), reasons.tolist(), strict=True):
-        event = dict(zip(names, values, strict=True))
-        for end in ("local", "remote"):
-            halves = event.pop(f"{end}_high"), event.pop(f"{end}_low")
-            event[f"{end}_address"] = address_text(*halves)
-        yield event | {"comm": comm, "reason": reason}
+        row = dict(zip(names, values, strict=True)) | {"comm": comm, "reason": reason}
+        event = {}
+        for name, value in row.items():
+            end, _, part = name.partition("_")
+            if part == "high":
+                event[f"{end}_address"] = address_text(value, row[f"{end}_low"])
+            elif part != "low":
+                event[name] = value
+        yield event
 
 
 @lru_cache(4096)
@@ -219,9 +226,17 @@ def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:
         flow.opened = 1
     elif new == pb.TCP_STATE_CLOSE:
         flow.closed = 1
-        flow.failed = int(event["old_state"] in (pb.TCP_STATE_SYN_SENT, pb.TCP_STATE_SYN_RECV))
-        flow.ends[end_word(event["end"], error_name(event["error"]))] = 1
+        flow.failed = int(event["old_state"] in _ATTEMPTS)
+        flow.ends[event_end(event)] = 1
     return flow, error_name(event["error"])
+
+
+def event_end(event: Mapping[str, Any]) -> str:
+    """How a connection ended, in a word."""
+    if event["end"] == pb.TCP_END_ABORTED and event["old_state"] not in _ATTEMPTS:
+        # Only a reset closes an established one so; that it was sent is told by the next event.
+        return end_word(pb.TCP_END_RESET_LOCAL)
+    return end_word(event["end"], error_name(event["error"]))
 
 
 def error_name(number: int) -> str:

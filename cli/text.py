@@ -72,7 +72,8 @@ def bar(share: float, width: int) -> str:
 
 def safe(text: str) -> str:
     """TEXT that somebody else has chosen, such as a command's name or a name server's answer,
-    without what a terminal would obey."""
+    without what a terminal would obey. The kernel's names end at the first NUL."""
+    text = text.partition("\0")[0]
     if text.isascii() and text.isprintable():
         return text
     return "".join("?" if unicodedata.category(char) in _UNSAFE else char for char in text)
