@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
@@ -179,8 +180,9 @@ class TcpStory:
         by_peer, seconds = self._tally.by_peer, self._tally.interval_s or 1.0
         sheet = Sheet(_PEERS if by_peer else _CONNECTIONS)
         cells = self._peer_cells if by_peer else self._connection_cells
+        called = _peer_alone if by_peer else peer
         for flow in shown:
-            sheet.add(*cells(flow, peer(flow, self._names), seconds))
+            sheet.add(*cells(flow, called(flow, self._names), seconds))
         if rest:
             others = sum_of(rest)
             others.comm, others.pid, others.word, others.age_ns = "", 0, "", 0
@@ -239,7 +241,7 @@ class TcpStory:
                 f"{share} of {everything.segments:,} segments resent"
             )
         if everything.ends:
-            ends = everything.ends.most_common()
+            ends = sorted(everything.ends.items(), key=lambda item: (-item[1], item[0]))
             yield "ended: " + ", ".join(f"{count:,} {word}" for word, count in ends)
 
     def _end_sheets(self) -> list[Sheet]:
@@ -252,8 +254,7 @@ class TcpStory:
         sheet = Sheet(_EVENT_TOTALS if events else _PEER_TOTALS)
         cells = self._event_total_cells if events else self._peer_total_cells
         for flow in shown:
-            flow.connections = 1  # how many there were is in a column of its own
-            sheet.add(*cells(flow, peer(flow, self._names)))
+            sheet.add(*cells(flow, _peer_alone(flow, self._names)))
         if rest:
             sheet.add(*cells(sum_of(rest), f"and {len(rest):,} more"))
         return sheet
@@ -310,6 +311,11 @@ class TcpStory:
             count = rtt.counts[slot]
             sheet.add(name, f"{count:,}", (bar(count / most, _BAR_WIDTH), "cyan"))
         return sheet
+
+
+def _peer_alone(flow: Flow, names: Names | None) -> Content:
+    """A peer without how many connections there are, where columns say that."""
+    return peer(replace(flow, connections=1), names)
 
 
 def _bytes(amount: float) -> tuple[str, str]:

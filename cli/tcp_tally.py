@@ -88,9 +88,11 @@ class Tally:
                 self._take(flow, why)
             return
         for row in message.tcp_metrics:
+            if self._follow(row) and row.preexisting and row.delta == row.total:
+                # What it carried before anybody looked is not of this interval.
+                row.ClearField("delta")
             flow = of_connection(row)
             self.latest.append(flow)
-            self._follow(row)
             self._take(flow, row.error or row.reset_reason)
         for peer in message.tcp_peers:
             self.by_peer = True
@@ -99,12 +101,12 @@ class Tally:
             self._open_at[_peer_of(flow)] = flow.open
             self._take(flow, failures=peer.failures)
 
-    def _follow(self, row: pb.TcpMetrics) -> None:
+    def _follow(self, row: pb.TcpMetrics) -> bool:
+        """Notes whether it is open; whether it is new here."""
         if row.connections:
             self.knows_open = False
-            return
-        if row.role not in (CLIENT, SERVER):
-            return
+        if row.connections or row.role not in (CLIENT, SERVER):
+            return False
         key: Hashable = row.connection_id or (
             row.network_namespace,
             row.local_address,
@@ -114,10 +116,12 @@ class Tally:
             row.start_ns,
         )
         self._moved.add(key)
+        new = key not in self._open
         if has_ended(row):
             self._open.pop(key, None)
         else:
             self._open[key] = row, self._end_ns
+        return new
 
     def _take(self, flow: Flow, why: str = "", failures: Mapping[str, int] | None = None) -> None:
         self.all.merge(flow)
