@@ -85,22 +85,34 @@ class Flow:
         """Of the segments, those that were sent again."""
         return min(self.retransmits / max(self.segments, 1), 1.0)
 
+    @property
+    def round_trip_us(self) -> float:
+        """The kernel's smoothed one; of several, the median of all."""
+        if self.connections == 1 and self.rtt_us:
+            return self.rtt_us
+        return self.rtt.quantile(0.5) or self.rtt_us
+
     def merge(self, more: Flow) -> None:
         """Adds another one; whose it is, and how it is called, stays as it was."""
-        for name in _ADDED:
-            setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.connections += more.connections
+        self.opened += more.opened
+        self.closed += more.closed
+        self.failed += more.failed
+        self.open += more.open
+        self.bytes_out += more.bytes_out
+        self.bytes_in += more.bytes_in
+        self.ever_out += more.ever_out
+        self.ever_in += more.ever_in
+        self.segments += more.segments
+        self.retransmits += more.retransmits
+        self.resets += more.resets
         self.health = max(self.health, more.health)
         self.age_ns = max(self.age_ns, more.age_ns)
         self.window = max(self.window, more.window)
         self.rtt.add(more.rtt)
-        self.rtt_us = self.rtt.quantile(0.5) or self.rtt_us or more.rtt_us
-        self.ends.update(more.ends)
-
-
-_ADDED: Final = (
-    "connections", "opened", "closed", "failed", "open", "bytes_out", "bytes_in", "ever_out",
-    "ever_in", "segments", "retransmits", "resets",
-)  # fmt: skip
+        self.rtt_us = max(self.rtt_us, more.rtt_us)
+        for word, count in more.ends.items():
+            self.ends[word] += count
 
 
 def of_connection(row: pb.TcpMetrics) -> Flow:
@@ -170,7 +182,6 @@ def of_peer(row: pb.TcpPeerMetrics) -> Flow:
         resets=row.delta.resets_sent + row.delta.resets_received,
     )
     flow.rtt.add(row.rtt_us_delta)
-    flow.rtt_us = flow.rtt.quantile(0.5)
     if flow.retransmits or flow.role == LISTENER:
         flow.health = Health.LOSSY
     # Of those that failed the errors are told, which say more than ERROR does.

@@ -161,7 +161,7 @@ class TcpStory:
     def _headline(self) -> Iterator[tuple[str, str]]:
         """The last interval in a line, each part with its style."""
         tally = self._tally
-        latest = sum_of(tally.latest) if tally.latest else Flow()
+        latest = tally.interval
         seconds = tally.interval_s or 1.0
         resets = sum(count for word, count in latest.ends.items() if word.endswith("RESET"))
         if tally.knows_open:
@@ -201,7 +201,7 @@ class TcpStory:
         yield _bytes(flow.bytes_in / seconds)
         yield _bytes(flow.ever_out)
         yield _bytes(flow.ever_in)
-        yield _us(flow.rtt_us)
+        yield _us(flow.round_trip_us)
         yield _us(flow.rtt.quantile(0.5))
         yield _us(flow.rtt.quantile(0.99))
         yield _resent(flow)

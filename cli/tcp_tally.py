@@ -65,6 +65,7 @@ class Tally:
         # False where rows that the agent has added up hide which connections are open.
         self.knows_open = True
         self.latest: list[Flow] = []
+        self.interval = Flow(connections=0)  # the sum of the latest
         self.all = Flow(connections=0)
         self.troubles: Counter[Trouble] = Counter()
         self._peers: dict[_Peer, Flow] = {}
@@ -80,13 +81,17 @@ class Tally:
         self.seconds += self.interval_s
         self._end_ns = message.interval_end_ns
         self.latest = []
+        self.interval = Flow(connections=0)
         self._moved = set()
         if len(batch.events):
             self.single_events = True
-            flows = list(map(_of_event, event_rows(batch)))
-            for flow, why in flows:
+            for flow, why in map(_of_event, event_rows(batch)):
                 self._take(flow, why)
-            return
+        else:
+            self._add_figures(message)
+        self.all.merge(self.interval)
+
+    def _add_figures(self, message: pb.EbpfEventBatch) -> None:
         for row in message.tcp_metrics:
             if self._follow(row) and row.preexisting and row.delta == row.total:
                 # What it carried before anybody looked is not of this interval.
@@ -124,7 +129,7 @@ class Tally:
         return new
 
     def _take(self, flow: Flow, why: str = "", failures: Mapping[str, int] | None = None) -> None:
-        self.all.merge(flow)
+        self.interval.merge(flow)
         key = _peer_of(flow)
         if key not in self._peers and len(self._peers) >= _MOST_PEERS:
             key = 0, OTHER, 0

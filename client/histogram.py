@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,7 +54,7 @@ class Histogram:
 class Buckets:
     """Counts of values by upper bounds; see BucketHistogram in the contract."""
 
-    bounds: Sequence[int] = ()
+    bounds: tuple[int, ...] = ()
     counts: list[int] = field(default_factory=list)
     sum: int = 0
 
@@ -67,14 +66,15 @@ class Buckets:
     def add(self, more: pb.BucketHistogram | Buckets) -> None:
         """Adds another interval's, another connection's values. Raises ValueError where the bounds
         are others."""
-        if not len(more.counts):
+        if not more.counts:
             return
+        bounds = tuple(more.bounds)
         if not self.counts:
-            self.bounds, self.counts = tuple(more.bounds), [0] * len(more.counts)
-        if len(more.counts) > len(self.counts) or tuple(more.bounds) != tuple(self.bounds):
+            self.bounds, self.counts, self.sum = bounds, list(more.counts), more.sum
+            return
+        if len(more.counts) != len(self.counts) or bounds != self.bounds:
             raise ValueError("histograms of other bounds cannot be added up")
-        for slot, count in enumerate(more.counts):
-            self.counts[slot] += count
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, more.counts, strict=True)]
         self.sum += more.sum
 
     def quantile(self, q: float) -> float:
