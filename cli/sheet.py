@@ -18,8 +18,8 @@ _NO_LIMIT: Final = 1 << 16
 
 @dataclass(frozen=True)
 class Column:
-    """`spare` says which columns go first where there is no room: the greatest; 0 never goes.
-    With `fits`, its cells are made to fit what the others leave."""
+    """`spare` says which columns go first where there is no room: all of the greatest; 0 never
+    goes. With `fits`, its cells are made to fit what the others leave."""
 
     title: str
     right: bool = True
@@ -86,10 +86,10 @@ class Sheet:
             return sum(widths[at] + _GAP for at in shown) - _GAP - width
 
         while missing() > 0:
-            last = max(shown, key=lambda at: self.columns[at].spare)
-            if not self.columns[last].spare:
+            most = max(self.columns[at].spare for at in shown)
+            if not most:
                 break
-            shown.remove(last)
+            shown = [at for at in shown if self.columns[at].spare != most]
         for at in fitting:
             widths[at] = max(widths[at] - max(missing(), 0), min(_LEAST, widths[at]))
         return shown, widths
