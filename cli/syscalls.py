@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.common import kind_name
+from cli.intervals import Intervals
 from cli.text import bar, format_ns, safe
 from client import Batch, Histogram
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -42,7 +43,6 @@ class SyscallTotals:
 
     def add(self, batch: pb.EbpfEventBatch) -> None:
         """Adds a batch."""
-        self.seconds += (batch.interval_end_ns - batch.interval_start_ns) / 1e9
         for stats in batch.syscall_stats:
             row = self.rows.setdefault(stats.syscall_name, SyscallRow())
             row.calls += stats.call_count
@@ -53,7 +53,6 @@ class SyscallTotals:
     def add_calls(self, batch: Batch) -> None:
         """Adds single calls; each counts for as many as its sample stands for."""
         events, weight = batch.events, batch.message.sample_every or 1
-        self.seconds += (batch.message.interval_end_ns - batch.message.interval_start_ns) / 1e9
         for index in np.unique(events["syscall"]).tolist():
             of_call = events[events["syscall"] == index]
             values, durations = of_call["return_value"], of_call["duration_ns"]
@@ -119,6 +118,7 @@ class SyscallStory:
     """The last interval, and all of them."""
 
     def __init__(self) -> None:
+        self._intervals = Intervals()
         self._latest = SyscallTotals()
         self._totals = SyscallTotals()
 
@@ -129,10 +129,12 @@ class SyscallStory:
 
     def add(self, batch: Batch) -> None:
         """Takes in figures, or single calls."""
+        if self._intervals.begins(batch.message):
+            self._latest = SyscallTotals(seconds=self._intervals.latest_s)
+            self._totals.seconds = self._intervals.seconds
         if len(batch.events):
             self._totals.add_calls(batch)
             return
-        self._latest = SyscallTotals()
         self._latest.add(batch.message)
         self._totals.add(batch.message)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -18,10 +18,11 @@ from cli.names import Names
 from cli.syscalls import SyscallStory
 from cli.tap_views import Story, Tapped, View, view_of
 from cli.tcp_story import TcpStory
-from client import AgentClient, AgentError
+from client import AgentClient, AgentError, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_APART_S: Final = 0.03  # batches that are further apart are of different intervals
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,23 @@ async def _tap(
     return EXIT_ERROR if end == pb.SessionEnd.REASON_FAILED else 0
 
 
+async def _read(stream: AsyncIterator[Batch], tapped: Tapped, view: View) -> None:
+    """Reads to the end. An interval may come in several batches, one at once after the other."""
+    while True:
+        coming = asyncio.ensure_future(anext(stream, None))
+        try:
+            await asyncio.wait([coming], timeout=_APART_S)
+            if not coming.done():
+                view.show()
+            batch = await coming
+        finally:
+            coming.cancel()
+        if not batch:
+            return
+        view.update(batch)
+        tapped.add(batch)
+
+
 async def _follow(
     agent: AgentClient, tapped: Tapped, view: View, held: HeldCommand | None
 ) -> pb.SessionEnd.Reason | None:
@@ -209,9 +227,7 @@ async def _follow(
         async with agent.subscribe(tapped.collector_id, terms) as stream:
             if held:
                 held.release()
-            async for batch in stream:
-                tapped.add(batch)
-                view.update(batch)
+            await _read(stream, tapped, view)
     finally:
         leave_signals()
     await asyncio.gather(*stopping, return_exceptions=True)

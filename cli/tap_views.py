@@ -87,7 +87,10 @@ class View(Protocol):
     """One way to show a tap."""
 
     def update(self, batch: Batch) -> None:
-        """Shows what a batch brought."""
+        """A batch has come, and is not taken in yet."""
+
+    def show(self) -> None:
+        """Nothing more comes for now: what has been taken in is whole."""
 
     def finish(self) -> None:
         """Shows the end and the totals."""
@@ -115,6 +118,9 @@ class _DataView:
         for stage, count in batch.lost.items():
             echo_data({"lost": count, "stage": stage}, self._output)
 
+    def show(self) -> None:
+        """Every row is shown as it comes."""
+
     def finish(self) -> None:
         end = self._tapped.end
         reason = pb.SessionEnd.Reason.Name(end.reason).removeprefix("REASON_") if end else "UNKNOWN"
@@ -126,15 +132,26 @@ class _PlainView:
 
     def __init__(self, tapped: Tapped) -> None:
         self._tapped = tapped
+        self._coming_ns = 0  # the end of the interval that has not been shown yet
 
     def update(self, batch: Batch) -> None:
-        if batch.count:
-            clock = time.strftime("%H:%M:%S", time.localtime(batch.message.interval_end_ns / 1e9))
-            click.echo(f"\n{clock}  {self._tapped.target}")
-            for line in self._tapped.story.interval_lines():
-                click.echo(line)
+        if not batch.count:
+            return
+        if batch.message.interval_end_ns != self._coming_ns:
+            self.show()
+        self._coming_ns = batch.message.interval_end_ns
+
+    def show(self) -> None:
+        if not self._coming_ns:
+            return
+        clock = time.strftime("%H:%M:%S", time.localtime(self._coming_ns / 1e9))
+        self._coming_ns = 0
+        click.echo(f"\n{clock}  {self._tapped.target}")
+        for line in self._tapped.story.interval_lines():
+            click.echo(line)
 
     def finish(self) -> None:
+        self.show()
         tapped = self._tapped
         click.echo(f"\ntotals of {tapped.story.seconds:.1f}s, {tapped.end_text}")
         for line in tapped.story.end_lines():
@@ -166,8 +183,10 @@ class _LiveView:
         self._live.start()
 
     def update(self, batch: Batch) -> None:
-        if batch.count:
-            self._live.refresh()
+        """What is drawn is what has been taken in."""
+
+    def show(self) -> None:
+        self._live.refresh()
 
     def finish(self) -> None:
         self._live.stop()

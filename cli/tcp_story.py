@@ -99,7 +99,7 @@ class TcpStory:
     @property
     def seconds(self) -> float:
         """How long it has gathered."""
-        return self._tally.seconds
+        return self._tally.intervals.seconds
 
     def add(self, batch: Batch) -> None:
         """Takes in figures, or single events."""
@@ -110,7 +110,7 @@ class TcpStory:
     def interval_table(self, width: int, most_lines: int) -> RenderableType:
         """The last interval, for a terminal: connections in which nothing moves stay in sight."""
         quiet_s = time.monotonic() - self._heard_s
-        quiet = quiet_s > max(2 * self._tally.interval_s, _QUIET_S)
+        quiet = quiet_s > max(2 * self._tally.intervals.latest_s, _QUIET_S)
         if not self._folded or self._folded[0] != quiet:
             flows = [] if quiet else self._tally.latest
             idle = [] if self._tally.by_peer else self._tally.idle(everything=quiet)
@@ -162,7 +162,7 @@ class TcpStory:
         """The last interval in a line, each part with its style."""
         tally = self._tally
         latest = tally.interval
-        seconds = tally.interval_s or 1.0
+        seconds = tally.intervals.latest_s or 1.0
         resets = sum(count for word, count in latest.ends.items() if word.endswith("RESET"))
         if tally.knows_open:
             yield f"{tally.open_now:,} open", ""
@@ -177,7 +177,7 @@ class TcpStory:
 
     def _interval_sheet(self, flows: Sequence[Flow], most: int) -> Sheet:
         shown, rest = choose(flows, max(most, 1))
-        by_peer, seconds = self._tally.by_peer, self._tally.interval_s or 1.0
+        by_peer, seconds = self._tally.by_peer, self._tally.intervals.latest_s or 1.0
         sheet = Sheet(_PEERS if by_peer else _CONNECTIONS)
         cells = self._peer_cells if by_peer else self._connection_cells
         called = _peer_alone if by_peer else peer
@@ -299,7 +299,7 @@ class TcpStory:
 
     def _rtt_sheet(self) -> Sheet:
         """A picture of the round trips."""
-        rtt = self._tally.rtt
+        rtt = self._tally.all.rtt
         figures = ", ".join(f"p{q * 100:g} {_us(rtt.quantile(q))}" for q in (0.5, 0.95, 0.99))
         sheet = Sheet((Column("ROUND TRIP"), Column("ACKS"), Column(figures, right=False)))
         filled = [slot for slot, count in enumerate(rtt.counts) if count]

@@ -9,6 +9,7 @@ from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import Any, Final, NamedTuple
 
+from cli.intervals import Intervals
 from cli.tcp_flows import (
     CLIENT,
     LISTENER,
@@ -20,8 +21,9 @@ from cli.tcp_flows import (
     is_bad,
     of_connection,
     of_peer,
+    sum_of,
 )
-from client import Batch, Buckets
+from client import Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_PEERS: Final = 10_000
@@ -58,15 +60,14 @@ class Tally:
     """All that a tap has been told."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.interval_s = 0.0
+        self.intervals = Intervals()
         self.by_peer = False
         self.single_events = False
         # False where rows that the agent has added up hide which connections are open.
         self.knows_open = True
         self.latest: list[Flow] = []
         self.interval = Flow(connections=0)  # the sum of the latest
-        self.all = Flow(connections=0)
+        self._before = Flow(connections=0)  # the sum of those before it
         self.troubles: Counter[Trouble] = Counter()
         self._peers: dict[_Peer, Flow] = {}
         self._open: dict[Hashable, tuple[pb.TcpMetrics, int]] = {}
@@ -77,19 +78,18 @@ class Tally:
     def add(self, batch: Batch) -> None:
         """Takes in figures, or single events."""
         message = batch.message
-        self.interval_s = (message.interval_end_ns - message.interval_start_ns) / 1e9
-        self.seconds += self.interval_s
-        self._end_ns = message.interval_end_ns
-        self.latest = []
-        self.interval = Flow(connections=0)
-        self._moved = set()
+        if self.intervals.begins(message):
+            self._before.merge(self.interval)
+            self.latest = []
+            self.interval = Flow(connections=0)
+            self._moved = set()
+            self._end_ns = message.interval_end_ns
         if len(batch.events):
             self.single_events = True
             for flow, why in map(_of_event, event_rows(batch)):
                 self._take(flow, why)
         else:
             self._add_figures(message)
-        self.all.merge(self.interval)
 
     def _add_figures(self, message: pb.EbpfEventBatch) -> None:
         for row in message.tcp_metrics:
@@ -179,9 +179,9 @@ class Tally:
         return list(self._peers.values())
 
     @property
-    def rtt(self) -> Buckets:
-        """Every round trip."""
-        return self.all.rtt
+    def all(self) -> Flow:
+        """The sum of all intervals."""
+        return sum_of([self._before, self.interval])
 
 
 def _peer_of(flow: Flow) -> _Peer:

@@ -202,9 +202,10 @@ def test_what_fails_stands_out_with_its_reason(
 def test_many_short_connections_are_one_line(
     agent: RunningAgent, pair: tuple[Puppet, Puppet]
 ) -> None:
+    # So many rows come in more than one batch, and are one interval all the same.
     client, server = pair
-    serve = "for _ in range(1000):\n v, _ = l.accept()\n v.recv(100)\n v.close()"
-    visit = "for _ in range(1000):\n d = socket.create_connection(at)\n d.sendall(b'1234567')\n"
+    serve = "for _ in range(1500):\n v, _ = l.accept()\n v.recv(100)\n v.close()"
+    visit = "for _ in range(1500):\n d = socket.create_connection(at)\n d.sendall(b'1234567')\n"
     visit += " d.recv(1)\n d.close()"
     with tapped(agent, client, server, arguments=("-i", "60s")) as tap:
         port = connected(client, server, "127.0.0.1")
@@ -217,10 +218,10 @@ def test_many_short_connections_are_one_line(
     interval = out[: out.index("\n\ntotals of ")].rpartition("\n\n")[2]
     shown = [columns(line)[2:4] for line in interval.splitlines() if line.startswith(COMM)]
     assert len(shown) == 4
-    assert [f"→ 127.0.0.1:{port} {times(1_000)}", "peer closed"] in shown
-    assert [f":{port} ← 127.0.0.1 {times(1_000)}", "closed"] in shown
+    assert [f"→ 127.0.0.1:{port} {times(1_500)}", "peer closed"] in shown
+    assert [f":{port} ← 127.0.0.1 {times(1_500)}", "closed"] in shown
     peers = sheet(out, "PEER", "OPENED")
-    assert peers[f"→ 127.0.0.1:{port}"][:4] == ["1,001", "1", "0", "7.00kB"]
+    assert peers[f"→ 127.0.0.1:{port}"][:4] == ["1,501", "1", "0", "10.5kB"]
 
 
 def test_peers_are_rows_of_their_own(agent: RunningAgent, pair: tuple[Puppet, Puppet]) -> None:
