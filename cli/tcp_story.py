@@ -233,7 +233,7 @@ class TcpStory:
         opened = f"{everything.opened:,} opened, {everything.failed:,} failed"
         share = format_share(everything.resent_share)
         if tally.single_events:
-            yield f"{opened}; {everything.retransmits:,} segments resent"
+            yield f"{opened}; segments resent: {everything.retransmits:,}"
         else:
             yield (
                 f"{self._open()}{opened}; {format_amount(everything.bytes_out)}B out, "

@@ -176,7 +176,7 @@ class Tally:
             open_at = Counter(_peer_of(of_connection(row)) for row, _ in self._open.values())
         for key, flow in self._peers.items():
             flow.open = open_at[key]
-        return list(self._peers.values())
+        return [flow for flow in self._peers.values() if flow.role != LISTENER or flow.retransmits]
 
     @property
     def all(self) -> Flow:

@@ -171,6 +171,20 @@ def test_data_is_one_object_a_row_and_adds_up(
     assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
 
 
+def test_what_was_carried_before_anybody_looked_is_not_counted(
+    agent: RunningAgent, pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    port = connected(client, server, "127.0.0.1")
+    send(client, "c", server, "s", 70_000)
+    with tapped(agent, client) as tap:
+        tap.until(f"→ 127.0.0.1:{port}")
+        send(client, "c", server, "s", 5_000)
+        out = tap.finish()
+    assert "1 open, 0 opened, 0 failed; 5.00kB out, 0B in; " in out
+    assert sheet(out, "PEER", "OPENED")[f"→ 127.0.0.1:{port}"][:4] == ["0", "1", "0", "5.00kB"]
+
+
 def test_what_fails_stands_out_with_its_reason(
     agent: RunningAgent, pair: tuple[Puppet, Puppet]
 ) -> None:

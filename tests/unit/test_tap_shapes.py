@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import click
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -25,9 +27,9 @@ from cli.tcp_flows import (
     of_peer,
 )
 from cli.tcp_peers import endpoint, peer
-from cli.tcp_tally import address_text
+from cli.tcp_tally import Tally, address_text
 from cli.text import format_age, format_amount, format_share, safe, shorten, times
-from client import Buckets
+from client import Batch, Buckets
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 V6 = "2001:db8:1111:2222:3333:4444:5555:6666"
@@ -313,3 +315,62 @@ def test_a_message_as_data_has_all_of_its_fields() -> None:
     assert (data["role"], data["port"], data["ends"]) == ("server", 80, {"fin_local": 2})
     assert data["delta"]["bytes_sent"] == 0
     assert data["rtt_us_delta"] == {"bounds": [], "counts": [], "sum": 0}
+
+
+def batch(start_s: int, end_s: int, *rows: pb.TcpMetrics) -> Batch:
+    return Batch(
+        pb.EbpfEventBatch(
+            kind=pb.EBPF_COLLECTOR_KIND_TCP_METRICS,
+            interval_start_ns=start_s * 10**9,
+            interval_end_ns=end_s * 10**9,
+            tcp_metrics=rows,
+            count=len(rows),
+        ),
+        np.empty(0),
+    )
+
+
+def connection(number: int, sent: int, ever: int, **fields: Any) -> pb.TcpMetrics:
+    row = pb.TcpMetrics(
+        connection_id=number, role=CLIENT, remote_address="10.0.0.9", remote_port=80, pid=7,
+        state=pb.TCP_STATE_ESTABLISHED, was_established=True, **fields,
+    )  # fmt: skip
+    row.delta.bytes_sent, row.total.bytes_sent = sent, ever
+    return row
+
+
+def test_batches_of_one_interval_are_one_and_what_is_idle_stays_known() -> None:
+    tally = Tally()
+    tally.add(batch(0, 1, connection(1, 10, 10, opened=1)))
+    tally.add(batch(0, 1, connection(2, 20, 20, opened=1)))
+    assert (tally.intervals.seconds, len(tally.latest), tally.idle()) == (1, 2, [])
+    assert (tally.interval.bytes_out, tally.all.bytes_out, tally.all.opened) == (30, 30, 2)
+    closed = connection(2, 5, 25, end=pb.TCP_END_RESET_REMOTE, error="ECONNRESET")
+    closed.state = pb.TCP_STATE_CLOSE
+    tally.add(batch(1, 3, closed))
+    assert (tally.intervals.seconds, tally.intervals.latest_s, len(tally.latest)) == (3, 2, 1)
+    assert (tally.interval.bytes_out, tally.all.bytes_out, tally.open_now) == (5, 35, 1)
+    (idle,) = tally.idle()
+    assert (idle.word, idle.bytes_out, idle.ever_out) == ("open", 0, 10)
+    ((trouble, count),) = tally.troubles.items()
+    assert (trouble.word, trouble.why, trouble.address, trouble.port, count) == (
+        "PEER RESET", "ECONNRESET", "10.0.0.9", 80, 1,
+    )  # fmt: skip
+    (peer_total,) = tally.peers()
+    assert (peer_total.bytes_out, peer_total.open, peer_total.closed) == (35, 1, 1)
+
+
+def test_what_a_connection_carried_before_it_was_found_is_not_of_the_interval() -> None:
+    tally = Tally()
+    tally.add(batch(0, 1, connection(1, 70_000, 70_000, preexisting=True)))
+    tally.add(batch(1, 2, connection(1, 5, 70_005, preexisting=True)))
+    assert tally.all.bytes_out == 5
+    tally.add(batch(2, 3, connection(2, 6, 90_006, preexisting=True)))
+    assert tally.all.bytes_out == 11
+
+
+def test_rows_that_the_agent_has_added_up_hide_what_is_open() -> None:
+    tally = Tally()
+    tally.add(batch(0, 1, pb.TcpMetrics(remote_address="other", connections=9, opened=4)))
+    assert (tally.knows_open, tally.all.opened) == (False, 4)
+    assert peer(tally.latest[0])(20) == f"others {times(9)}"
