@@ -17,6 +17,23 @@ from client import Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _CALLS: Final = 1000
+_CONNECTIONS: Final = 100
+_SENT_BYTES: Final = 3000
+_ANSWERED_BYTES: Final = 500
+# Connects to itself, sends, answers, closes, again and again.
+_TALK: Final = f"""
+import socket
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    for _ in range({_CONNECTIONS}):
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        client.sendall(bytes({_SENT_BYTES}))
+        server.recv({_SENT_BYTES}, socket.MSG_WAITALL)
+        server.sendall(bytes({_ANSWERED_BYTES}))
+        client.recv({_ANSWERED_BYTES}, socket.MSG_WAITALL)
+        client.close()
+        server.close()
+"""
 # Says that it is there, waits for a line, does it, and waits for the end.
 _PATIENT: Final = """
 import os, sys
@@ -42,6 +59,27 @@ class Provocation:
     config: Mapping[str, str] = field(default_factory=dict)
 
 
+def _ends(batch: Batch) -> int:
+    """Ends of connections: of figures, those that carried what they should have."""
+    sizes = (_SENT_BYTES, _ANSWERED_BYTES)
+    carried = (
+        (row.role, row.total.bytes_sent, row.total.bytes_received)
+        for row in batch.message.tcp_metrics
+        if row.state == pb.TCP_STATE_CLOSE
+    )
+    wanted = ((pb.TCP_ROLE_CLIENT, *sizes), (pb.TCP_ROLE_SERVER, *reversed(sizes)))
+    return sum(one in wanted for one in carried) + _closed(batch)
+
+
+def _closed(batch: Batch) -> int:
+    if batch.message.kind != pb.EBPF_COLLECTOR_KIND_TCP_METRICS:
+        return 0
+    events = batch.events
+    ends = events["role"] != pb.TCP_ROLE_LISTENER
+    ends &= events["what"] == pb.TcpStateChange.WHAT_STATE
+    return int((ends & (events["new_state"] == pb.TCP_STATE_CLOSE)).sum())
+
+
 PROVOCATIONS: Final[Mapping[int, Provocation]] = {
     pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS: Provocation(
         things="calls of getppid",
@@ -51,6 +89,13 @@ PROVOCATIONS: Final[Mapping[int, Provocation]] = {
             sum(row.call_count for row in batch.message.syscall_stats) + len(batch.events)
         ),
         config={"include": "getppid", "interval": "100ms"},
+    ),
+    pb.EBPF_COLLECTOR_KIND_TCP_METRICS: Provocation(
+        things="ends of connections",
+        times=2 * _CONNECTIONS,
+        code=_TALK,
+        count=_ends,
+        config={"interval": "100ms"},
     ),
 }
 # Of a collector without an entry only that it starts and stops can be seen.

@@ -1,4 +1,4 @@
-"""The table of `syscall_stats`: rows of batches added up by system call, and drawn."""
+"""What a tap of `syscall_stats` shows: rows of batches added up by system call, and drawn."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.common import kind_name
+from cli.intervals import Intervals
+from cli.text import bar, format_ns, safe
 from client import Batch, Histogram
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -20,7 +22,6 @@ _SLOTS: Final = 64
 _MAX_ERRNO: Final = 4095
 _BAR_WIDTH: Final = 20
 _QUANTILES: Final = {"P50": 0.5, "P95": 0.95, "P99": 0.99}
-_EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 
 
 @dataclass
@@ -42,7 +43,6 @@ class SyscallTotals:
 
     def add(self, batch: pb.EbpfEventBatch) -> None:
         """Adds a batch."""
-        self.seconds += (batch.interval_end_ns - batch.interval_start_ns) / 1e9
         for stats in batch.syscall_stats:
             row = self.rows.setdefault(stats.syscall_name, SyscallRow())
             row.calls += stats.call_count
@@ -53,7 +53,6 @@ class SyscallTotals:
     def add_calls(self, batch: Batch) -> None:
         """Adds single calls; each counts for as many as its sample stands for."""
         events, weight = batch.events, batch.message.sample_every or 1
-        self.seconds += (batch.message.interval_end_ns - batch.message.interval_start_ns) / 1e9
         for index in np.unique(events["syscall"]).tolist():
             of_call = events[events["syscall"] == index]
             values, durations = of_call["return_value"], of_call["duration_ns"]
@@ -115,10 +114,56 @@ HEADER: Final = (
 )
 
 
-def as_records(batch: Batch) -> Iterator[dict[str, Any]]:
-    """Each row as plain data: a summary with its quantiles, or a single call."""
-    yield from _summary_records(batch.message)
-    yield from call_records(batch)
+class SyscallStory:
+    """The last interval, and all of them."""
+
+    def __init__(self) -> None:
+        self._intervals = Intervals()
+        self._latest = SyscallTotals()
+        self._totals = SyscallTotals()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has gathered."""
+        return self._totals.seconds
+
+    def add(self, batch: Batch) -> None:
+        """Takes in figures, or single calls."""
+        if self._intervals.begins(batch.message):
+            self._latest = SyscallTotals(seconds=self._intervals.latest_s)
+            self._totals.seconds = self._intervals.seconds
+        if len(batch.events):
+            self._totals.add_calls(batch)
+            return
+        self._latest.add(batch.message)
+        self._totals.add(batch.message)
+
+    def interval_table(self, _width: int, most_lines: int) -> Table:
+        """The last interval, for a terminal."""
+        return self._latest.table(most_lines)
+
+    def interval_lines(self) -> Iterator[str]:
+        """The last interval, for a pipe."""
+        yield HEADER
+        yield from self._latest.lines()
+
+    def end_table(self, _width: int) -> Table:
+        """All of it, for a terminal."""
+        return self._totals.table()
+
+    def end_lines(self) -> Iterator[str]:
+        """All of it, for a pipe."""
+        yield HEADER
+        yield from self._totals.lines()
+
+    def event_lines(self, batch: Batch) -> Iterator[str]:
+        """A line for each single call."""
+        yield from map(call_line, call_records(batch))
+
+    def records(self, batch: Batch) -> Iterator[dict[str, Any]]:
+        """Each row as plain data: a summary with its quantiles, or a single call."""
+        yield from _summary_records(batch.message)
+        yield from call_records(batch)
 
 
 def call_records(batch: Batch) -> Iterator[dict[str, Any]]:
@@ -153,7 +198,7 @@ def call_line(call: Mapping[str, Any]) -> str:
     value = call["return_value"]
     failed = -_MAX_ERRNO <= value < 0
     outcome = errno.errorcode.get(-value, str(value)) if failed else str(value)
-    who = f"{call['comm']}/{call['tid']}"
+    who = f"{safe(call['comm'])}/{call['tid']}"
     return (
         f"{clock}  {who:<22} {call['syscall']:<20} = {outcome:<12} "
         f"{format_ns(call['duration_ns']):>8}"
@@ -183,20 +228,3 @@ def _summary_records(batch: pb.EbpfEventBatch) -> Iterator[dict[str, Any]]:
                 for name, q in _QUANTILES.items()
             },
         }
-
-
-def format_ns(ns: float) -> str:
-    """Three digits and a unit: 870ns, 4.21µs, 12.5ms, 1.20s."""
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if ns >= size:
-            value = ns / size
-            digits = 2 if value < 10 else 1 if value < 100 else 0  # noqa: PLR2004
-            return f"{value:.{digits}f}{unit}"
-    return f"{ns:.0f}ns"
-
-
-def bar(share: float, width: int) -> str:
-    """A bar of SHARE (0 to 1) of WIDTH cells, to an eighth of a cell."""
-    eighths = round(share * width * 8)
-    full, part = divmod(eighths, 8)
-    return "█" * full + (_EIGHTHS[part] if part else "")

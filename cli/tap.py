@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import click
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
-from cli.common import (
-    EXIT_ERROR,
-    DurationType,
-    agent_option,
-    echo_data,
-    output_option,
-    run,
-)
+from cli.common import EXIT_ERROR, DurationType, agent_option, output_option, run
 from cli.launch import HeldCommand
-from cli.syscalls import HEADER, SyscallTotals, as_records, call_line, call_records
+from cli.names import Names
+from cli.syscalls import SyscallStory
+from cli.tap_views import Story, Tapped, View, view_of
+from cli.tcp_story import TcpStory
 from client import AgentClient, AgentError, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-_LEASE_BAR_WIDTH: Final = 30
-_LINES_AROUND_TABLE: Final = 6
-_REFRESH_PER_S: Final = 4
+_APART_S: Final = 0.03  # batches that are further apart are of different intervals
 
 
 @dataclass(frozen=True)
@@ -91,7 +77,9 @@ class _TapCommand(click.Command):
 @click.argument("target", required=False)
 @click.option("--host", is_flag=True, help="Watch every process of the machine.")
 @click.option("--syscall-stats", is_flag=True, help="System calls: counts, errors, latency.")
-@click.option("--events", is_flag=True, help="Every single call, a line each, in place of figures.")
+@click.option("--tcp-metrics", is_flag=True, help="TCP connections: bytes, losses, failures.")
+@click.option("--events", is_flag=True, help="Every single event, a line each, no figures.")
+@click.option("--resolve", is_flag=True, help="Addresses of --tcp-metrics by name, where known.")
 @click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
 @click.option("-i", "--interval", metavar="DURATION", help="How often figures come.  [default: 1s]")
 @click.option("--include", metavar="NAMES", help="Only these system calls, comma-separated.")
@@ -113,7 +101,9 @@ def tap(
     target: str | None,
     host: bool,
     syscall_stats: bool,
+    tcp_metrics: bool,
     events: bool,
+    resolve: bool,
     duration: float | None,
     interval: str | None,
     include: str | None,
@@ -128,8 +118,10 @@ def tap(
     watched from its exec on, with what it starts itself. Ctrl-C stops the collector and prints the
     totals.
     """
-    if not syscall_stats:
-        raise click.UsageError("name what to collect: --syscall-stats")
+    if syscall_stats == tcp_metrics:
+        raise click.UsageError("name what to collect: --syscall-stats or --tcp-metrics")
+    if resolve and not tcp_metrics:
+        raise click.UsageError("--resolve goes with --tcp-metrics")
     wanted = parse_target(target, ctx.obj or (), host=host)
     config = dict(wanted.config)
     given = {"interval": interval, "include": include, "exclude": exclude}
@@ -141,11 +133,23 @@ def tap(
         if not equals:
             raise click.UsageError(f"--config {option}: KEY=VALUE is expected")
         config[key] = value
-    run(_tap(wanted, config, duration, address, output))
+    kind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+    story: Story = SyscallStory()
+    if tcp_metrics:
+        kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+        story = TcpStory(Names() if resolve else None)
+    run(_tap(wanted, kind, config, story, duration_s=duration, address=address, output=output))
 
 
 async def _tap(
-    target: Target, config: dict[str, str], duration_s: float | None, address: str, output: str
+    target: Target,
+    kind: pb.EbpfCollectorKind,
+    config: dict[str, str],
+    story: Story,
+    *,
+    duration_s: float | None,
+    address: str,
+    output: str,
 ) -> int:
     held = await HeldCommand.start(target.command) if target.command else None
     try:
@@ -153,7 +157,7 @@ async def _tap(
             config["pid"] = str(held.pid)
         async with AgentClient(address) as agent:
             started = await agent.start(
-                pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+                kind,
                 service_name=target.service_name,
                 config=config,
                 duration_s=duration_s,
@@ -161,9 +165,9 @@ async def _tap(
             if not started.supported:
                 click.echo(f"coral: this cannot run here: {started.error}", err=True)
                 return EXIT_ERROR
-            tapped = _Tapped(target.name, started)
+            tapped = Tapped(target.name, started, story)
             try:
-                view = _view(output, tapped, config)
+                view = view_of(output, tapped, config)
                 end = await _follow(agent, tapped, view, held)
             finally:
                 if not tapped.end:  # whatever ended this, a closed pipe for one
@@ -182,61 +186,25 @@ async def _tap(
     return EXIT_ERROR if end == pb.SessionEnd.REASON_FAILED else 0
 
 
-class _Tapped:
-    """What is known of the tap so far."""
-
-    def __init__(self, target: str, started: pb.StartEbpfCollectorResponse) -> None:
-        self.target = target
-        self.collector_id = started.collector_id
-        self.started_at = time.time()
-        self.expires_at = started.expires_at.ToNanoseconds() / 1e9
-        self.latest = SyscallTotals()
-        self.totals = SyscallTotals()
-        self.lost: Counter[str] = Counter()
-        self.end: pb.SessionEnd | None = None
-        self.interrupted = 0  # the signal
-
-    def add(self, batch: Batch) -> None:
-        """Takes a batch in."""
-        self.lost.update(batch.lost)
-        if len(batch.events):
-            self.totals.add_calls(batch)
-        elif batch.count:
-            self.latest = SyscallTotals()
-            self.latest.add(batch.message)
-            self.totals.add(batch.message)
-        self.end = batch.end
-
-    @property
-    def end_text(self) -> str:
-        """How it ended, for people."""
-        if not self.end:
-            return "the agent went away"
-        reason = pb.SessionEnd.Reason.Name(self.end.reason).removeprefix("REASON_")
-        text = reason.lower().replace("_", " ")
-        return f"{text}: {self.end.detail}" if self.end.detail else text
-
-
-class _View(Protocol):
-    """One way to show a tap."""
-
-    def update(self, batch: Batch) -> None:
-        """Shows what a batch brought."""
-
-    def finish(self) -> None:
-        """Shows the end and the totals."""
-
-
-def _view(output: str, tapped: _Tapped, config: Mapping[str, str]) -> _View:
-    if output != "table":
-        return _DataView(tapped, output)
-    if config.get("mode") == "events":
-        return _CallView(tapped)
-    return _LiveView(tapped) if sys.stdout.isatty() else _PlainView(tapped)
+async def _read(stream: AsyncIterator[Batch], tapped: Tapped, view: View) -> None:
+    """Reads to the end. An interval may come in several batches, one at once after the other."""
+    while True:
+        coming = asyncio.ensure_future(anext(stream, None))
+        try:
+            await asyncio.wait([coming], timeout=_APART_S)
+            if not coming.done():
+                view.show()
+            batch = await coming
+        finally:
+            coming.cancel()
+        if not batch:
+            return
+        view.update(batch)
+        tapped.add(batch)
 
 
 async def _follow(
-    agent: AgentClient, tapped: _Tapped, view: _View, held: HeldCommand | None
+    agent: AgentClient, tapped: Tapped, view: View, held: HeldCommand | None
 ) -> pb.SessionEnd.Reason | None:
     """Shows batches until the session's end. The first Ctrl-C stops the collector, and what it
     still had is shown too."""
@@ -259,108 +227,8 @@ async def _follow(
         async with agent.subscribe(tapped.collector_id, terms) as stream:
             if held:
                 held.release()
-            async for batch in stream:
-                tapped.add(batch)
-                view.update(batch)
+            await _read(stream, tapped, view)
     finally:
         leave_signals()
     await asyncio.gather(*stopping, return_exceptions=True)
     return tapped.end.reason if tapped.end else None
-
-
-class _DataView:
-    """One object a row, for programs."""
-
-    def __init__(self, tapped: _Tapped, output: str) -> None:
-        self._tapped = tapped
-        self._output = output
-
-    def update(self, batch: Batch) -> None:
-        for record in as_records(batch):
-            echo_data(record, self._output)
-        for stage, count in batch.lost.items():
-            echo_data({"lost": count, "stage": stage}, self._output)
-
-    def finish(self) -> None:
-        end = self._tapped.end
-        reason = pb.SessionEnd.Reason.Name(end.reason).removeprefix("REASON_") if end else "UNKNOWN"
-        echo_data({"end": reason.lower(), "detail": end.detail if end else ""}, self._output)
-
-
-class _PlainView:
-    """Rows of fixed width as they come, for a pipe."""
-
-    def __init__(self, tapped: _Tapped) -> None:
-        self._tapped = tapped
-
-    def update(self, batch: Batch) -> None:
-        if batch.count:
-            clock = time.strftime("%H:%M:%S", time.localtime(batch.message.interval_end_ns / 1e9))
-            click.echo(f"\n{clock}  {self._tapped.target}\n{HEADER}")
-            for line in self._tapped.latest.lines():
-                click.echo(line)
-
-    def finish(self) -> None:
-        tapped = self._tapped
-        click.echo(f"\ntotals of {tapped.totals.seconds:.1f}s, {tapped.end_text}\n{HEADER}")
-        for line in tapped.totals.lines():
-            click.echo(line)
-        for stage, count in tapped.lost.items():
-            click.echo(f"lost {count} ({stage})")
-
-
-class _CallView(_PlainView):
-    """A line for each single call."""
-
-    def update(self, batch: Batch) -> None:
-        lines = [call_line(call) for call in call_records(batch)]
-        if lines:
-            click.echo("\n".join(lines))
-
-
-class _LiveView:
-    """A table that is drawn anew with every interval, for a terminal."""
-
-    def __init__(self, tapped: _Tapped) -> None:
-        self._tapped = tapped
-        self._console = Console()
-        self._live = Live(
-            console=self._console,
-            get_renderable=self._render,
-            refresh_per_second=_REFRESH_PER_S,
-            transient=True,
-        )
-        self._live.start()
-
-    def update(self, batch: Batch) -> None:
-        if batch.count:
-            self._live.refresh()
-
-    def finish(self) -> None:
-        self._live.stop()
-        tapped = self._tapped
-        self._console.print(
-            f"[bold]totals[/] of {tapped.totals.seconds:.1f}s, {tapped.end_text}", highlight=False
-        )
-        self._console.print(tapped.totals.table())
-        self._console.print(self._losses())
-
-    def _render(self) -> RenderableType:
-        rows = max(self._console.height - _LINES_AROUND_TABLE, 1)
-        return Group(self._lease(), Text(), self._tapped.latest.table(rows), self._losses())
-
-    def _lease(self) -> RenderableType:
-        tapped = self._tapped
-        lease_s = tapped.expires_at - tapped.started_at
-        left_s = max(tapped.expires_at - time.time(), 0)
-        line = Table.grid(padding=(0, 2))
-        line.add_row(
-            Text(tapped.target, "bold"),
-            ProgressBar(lease_s, lease_s - left_s, width=_LEASE_BAR_WIDTH),
-            Text(f"{left_s:.0f}s left, Ctrl-C stops", "dim"),
-        )
-        return line
-
-    def _losses(self) -> Text:
-        lost = ", ".join(f"{count} {stage}" for stage, count in self._tapped.lost.items())
-        return Text(f"lost: {lost}", "red") if lost else Text()

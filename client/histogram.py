@@ -1,4 +1,4 @@
-"""Latency histograms by powers of two: added up, and read as quantiles."""
+"""Histograms, by powers of two and by given bounds: added up, and read as quantiles."""
 
 from __future__ import annotations
 
@@ -48,3 +48,45 @@ class Histogram:
         upper = float(2 ** (self.first_exponent + slot + 1))
         share = (q * total - below) / float(self.counts[slot])
         return min(lower + (upper - lower) * share, float(self.max_ns))
+
+
+@dataclass
+class Buckets:
+    """Counts of values by upper bounds; see BucketHistogram in the contract."""
+
+    bounds: tuple[int, ...] = ()
+    counts: list[int] = field(default_factory=list)
+    sum: int = 0
+
+    @property
+    def count(self) -> int:
+        """Values in it."""
+        return sum(self.counts)
+
+    def add(self, more: pb.BucketHistogram | Buckets) -> None:
+        """Adds another interval's, another connection's values. Raises ValueError where the bounds
+        are others."""
+        if not more.counts:
+            return
+        bounds = tuple(more.bounds)
+        if not self.counts:
+            self.bounds, self.counts, self.sum = bounds, list(more.counts), more.sum
+            return
+        if len(more.counts) != len(self.counts) or bounds != self.bounds:
+            raise ValueError("histograms of other bounds cannot be added up")
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, more.counts, strict=True)]
+        self.sum += more.sum
+
+    def quantile(self, q: float) -> float:
+        """The value that a share Q (0 to 1) of all values do not exceed, interpolated linearly
+        inside its slot; of what is above all bounds, the last bound. 0 where there are no
+        values."""
+        wanted, below = q * self.count, 0
+        for slot, count in enumerate(self.counts):
+            if count and below + count >= wanted:
+                if slot >= len(self.bounds):
+                    return float(self.bounds[-1])
+                lower = self.bounds[slot - 1] if slot else 0
+                return lower + (self.bounds[slot] - lower) * (wanted - below) / count
+            below += count
+        return 0.0

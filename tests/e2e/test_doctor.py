@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,10 @@ from tests.support import Puppet, RunningAgent, coral, running_agent, start_coll
 
 COLUMNS: Final = 80
 MODES: Final = ("summaries", "events")
+COLLECTORS: Final = {
+    "syscall_stats": "1,000 of 1,000 calls of getppid",
+    "tcp_metrics": "200 of 200 ends of connections",
+}
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -62,10 +67,10 @@ def test_a_healthy_machine_has_a_line_for_each_check_and_status_0() -> None:
     assert {line.split()[0] for line in lines} <= {"ok", "warn"}
     assert {
         *("agent", "kernel", "libbpf", "BTF", "loaders", "capabilities", "locked memory"),
-        *("tracefs", "cgroup2", "syscall_stats", "agent stops"),
+        *("tracefs", "cgroup2", "agent stops", *COLLECTORS),
     } <= checks.keys()
-    for mode in MODES:
-        assert checks[f"syscall_stats, {mode}"].startswith("1,000 of 1,000 calls of getppid, ")
+    for name, mode in product(COLLECTORS, MODES):
+        assert checks[f"{name}, {mode}"].startswith(f"{COLLECTORS[name]}, the first after ")
     assert checks["left behind"] == "no collector, no program, no map"
     assert summary.startswith("all works")
 
@@ -95,10 +100,10 @@ def test_a_lower_rung_works_too_and_says_why_it_is_not_the_best(
     how, found = checks[f"syscall_stats: {step}"]
     assert how == "warn"
     assert f"{better}: switched off by CORAL_WITHOUT" in found
-    for mode in MODES:
-        how, found = checks[f"syscall_stats, {mode}"]
+    for name, mode in product(COLLECTORS, MODES):
+        how, found = checks[f"{name}, {mode}"]
         assert how == "ok"
-        assert found.startswith("1,000 of 1,000 calls of getppid, the first after 0.")
+        assert found.startswith(f"{COLLECTORS[name]}, the first after 0.")
 
 
 def test_an_option_that_cannot_be_had_is_told_and_its_mode_is_not_tried() -> None:
@@ -109,6 +114,10 @@ def test_an_option_that_cannot_be_had_is_told_and_its_mode_is_not_tried() -> Non
     assert found.startswith("give `summaries`: there is no buffer for events (ring_buffer: ")
     assert "syscall_stats, summaries" in checks
     assert "syscall_stats, events" not in checks
+    # The other one takes a buffer for its figures too.
+    how, found = checks["tcp_metrics"]
+    assert how == "warn"
+    assert found.startswith("cannot run here: no buffer (ring_buffer: ")
 
 
 def test_a_machine_on_which_no_collector_can_run_is_a_failure_with_each_reason() -> None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from select import select
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import psutil
 import pytest
@@ -32,10 +27,10 @@ from tests.support import (
     start_collector,
     wait_until,
 )
+from tests.terminal import Terminal
 
 ENDLESS: Final = "while True: os.getppid(); time.sleep(0.001)"
 COLUMNS: Final = ["SYSCALL", "CALLS", "CALLS/S", "ERRORS", "P50", "P95", "P99", "MAX", "TIME"]
-ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -254,7 +249,9 @@ def test_a_reader_that_closes_the_pipe_leaves_no_collector(agent: RunningAgent) 
         (("--syscall-stats",), "name one thing to watch"),
         (("--syscall-stats", "--host", "pid:1"), "name one thing to watch"),
         (("--syscall-stats", "pid:1", "--", "true"), "name one thing to watch"),
-        (("pid:1",), "name what to collect: --syscall-stats"),
+        (("pid:1",), "name what to collect: --syscall-stats or --tcp-metrics"),
+        (("pid:1", "--syscall-stats", "--tcp-metrics"), "name what to collect: "),
+        (("pid:1", "--syscall-stats", "--resolve"), "--resolve goes with --tcp-metrics"),
         (("--syscall-stats", "pid:1", "-d", "soon"), "'soon' is not a duration; give 500ms, 30s"),
         (("--syscall-stats", "pid:1", "-c", "top"), "--config top: KEY=VALUE is expected"),
         (("--syscall-stats", "pid:1", "-o", "xml"), "'xml' is not one of"),
@@ -319,55 +316,6 @@ def test_an_agent_that_is_not_there_is_one_line_and_exit_status_1(
         "with --agent or CORAL_AGENT\n"
     )
     assert list(tmp_path.iterdir()) == []
-
-
-class Terminal:
-    """A command on a terminal of its own, of 30 lines and 120 columns."""
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
-        environment = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],
-            env=environment,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-        )
-        os.close(slave)
-        self.output = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-    def has_drawn(self, *texts: str) -> bool:
-        """Takes in what was written since; whether all of TEXTS are in what there is so far."""
-        while select([self._master], [], [], 0)[0]:
-            try:
-                self.output += os.read(self._master, 1 << 16).decode(errors="replace")
-            except OSError:  # nobody has it open any more
-                break
-        return all(text in self.text for text in texts)
-
-    @property
-    def text(self) -> str:
-        """All that was ever drawn, without colours and the like."""
-        return ESCAPES.sub("", self.output)
-
-    def press(self, key: str) -> None:
-        os.write(self._master, key.encode())
-
-    def finish(self) -> int:
-        """Waits for the end; the exit status."""
-        wait_until(lambda: self.has_drawn() and self.process.poll() is not None)
-        self.has_drawn()
-        return self.process.returncode
 
 
 def test_a_terminal_shows_a_live_table_and_ctrl_c_leaves_the_totals(agent: RunningAgent) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from agent.resolve import container_names
 from bpf.btf import Btf
-from cli.syscalls import bar, format_ns
+from cli.text import bar, format_ns
 from client import Histogram
 from collectors import errno_class, syscall_table
 from proto.coral.mesh.v1 import ebpf_pb2 as pb

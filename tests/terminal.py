@@ -1,0 +1,67 @@
+"""A terminal for a command, and what it has drawn there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from collections.abc import Sequence
+from select import select
+from typing import Final, Self
+
+from tests.support import wait_until
+
+_ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, command: Sequence[str], lines: int = 30, columns: int = 120) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        environment = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command],
+            env=environment,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        os.close(slave)
+        self.output = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def has_drawn(self, *texts: str) -> bool:
+        """Takes in what was written since; whether all of TEXTS are in what there is so far."""
+        while select([self._master], [], [], 0)[0]:
+            try:
+                self.output += os.read(self._master, 1 << 16).decode(errors="replace")
+            except OSError:  # nobody has it open any more
+                break
+        return all(text in self.text for text in texts)
+
+    @property
+    def text(self) -> str:
+        """All that was ever drawn, without colours and the like."""
+        return _ESCAPES.sub("", self.output)
+
+    def press(self, key: str) -> None:
+        os.write(self._master, key.encode())
+
+    def finish(self) -> int:
+        """Waits for the end; the exit status."""
+        wait_until(lambda: self.has_drawn() and self.process.poll() is not None)
+        self.has_drawn()
+        return self.process.returncode
