@@ -109,6 +109,19 @@ OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to make an element f
 MAP(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
 MAP(HASH, ports, struct port_key, struct port_owner, 4096, BPF_F_NO_PREALLOC);
 
+/*
+ * Where no program can walk through files, user space finds what was there before, by sock_diag,
+ * which tells a socket's cookie and not its address. Each is taken over when something next happens
+ * to it, whoever is at work then; listeners too, which `ports` has from the start.
+ */
+struct found_owner {
+	__u32 pid;
+	char comm[COMM_BYTES];
+};
+
+OPTION(bool, take_over_found, false);
+MAP(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
+
 /* As target_hints: a byte that is not set is of no socket that is followed. */
 #define SOCKET_HINTS 65536
 GLOBALS(__u8, socket_hints, SOCKET_HINTS);
@@ -118,14 +131,17 @@ static __always_inline volatile __u8 *hint_of(struct sock *sk)
 	return element(socket_hints, ((__u64)sk * 0x9E3779B97F4A7C15ULL) >> 48);
 }
 
+static __always_inline struct tcp_connection *connection_take_over(struct sock *sk);
+
 static __always_inline struct tcp_connection *connection_of(struct sock *sk)
 {
 	volatile __u8 *hint = hint_of(sk);
+	struct tcp_connection *c = NULL;
 	__u64 key = (__u64)sk;
 
-	if (hint && !*hint)
-		return NULL;
-	return bpf_map_lookup_elem(map_of(connections), &key);
+	if (!hint || *hint)
+		c = bpf_map_lookup_elem(map_of(connections), &key);
+	return c || !option(take_over_found) ? c : connection_take_over(sk);
 }
 
 /* The process that the current task belongs to, where it is watched. */
@@ -380,6 +396,21 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
 	refresh(c, sk, state);
 	keep_as_found(c);
+	return c;
+}
+
+/* One that user space has found, and that nothing happened to since; else NULL. */
+static __always_inline struct tcp_connection *connection_take_over(struct sock *sk)
+{
+	__u64 cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	struct found_owner *owner = cookie ? bpf_map_lookup_elem(map_of(found), &cookie) : NULL;
+	struct tcp_connection *c = owner ? connection_find(sk, owner->pid, owner->comm) : NULL;
+
+	if (!c)
+		return NULL;
+	if (c->role == ROLE_LISTENER)
+		port_release(c); /* user space has counted it already */
+	bpf_map_delete_elem(map_of(found), &cookie);
 	return c;
 }
 
