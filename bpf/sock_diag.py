@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,10 +84,8 @@ def _tcp_sockets_of(inodes: Container[int], namespace_fd: int) -> NDArray[Any]:
 
 def _tcp_sockets(inodes: Container[int]) -> NDArray[Any]:
     parts = [*_dump(socket.AF_INET, inodes)]
-    try:
+    with suppress(FileNotFoundError):  # a kernel without IPv6
         parts += _dump(socket.AF_INET6, inodes)
-    except FileNotFoundError:  # a kernel without IPv6
-        pass
     return np.frombuffer(b"".join(parts), SOCKET)
 
 
