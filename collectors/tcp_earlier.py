@@ -75,8 +75,8 @@ class EarlierConnections:
         for name in _COUNTED:
             found[f"found_{name}"] = found[name]
         self._tell_ports(found[found["role"] == LISTENER])
-        self._tell(found)
-        order = np.argsort(found["cookie"])
+        told = np.flatnonzero(self._tell(found))
+        order = told[np.argsort(found["cookie"][told])]
         self._found, self._inodes = found[order], self._inodes[order]
         self._idle = self._found[self._found["role"] != LISTENER]
         self._read_at_ns = time.monotonic_ns()
@@ -155,17 +155,22 @@ class EarlierConnections:
             count = 1 if before is None else int(before["listeners"]) + 1
             self._write(self._ports, (network, port), (pid, count, comm))
 
-    def _tell(self, found: NDArray[Any]) -> None:
-        for cookie, pid, comm in found[["cookie", "pid", "comm"]].tolist():
+    def _tell(self, found: NDArray[Any]) -> list[bool]:
+        """Whether there was room, of each."""
+        return [
             self._write(self._found_map, cookie, (pid, comm))
+            for cookie, pid, comm in found[["cookie", "pid", "comm"]].tolist()
+        ]
 
-    def _write(self, to: HashMap, key: object, value: object) -> None:
+    def _write(self, to: HashMap, key: object, value: object) -> bool:
         try:
             to.write(key, value)
         except BpfError as error:
             if error.errno != errno.E2BIG:
                 raise
             self.unfollowed += 1
+            return False
+        return True
 
 
 def _socket_owners(tgids: Iterable[int]) -> dict[int, int]:

@@ -281,7 +281,11 @@ class TcpMetricsCollector(Collector):
         return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
 
     def _read_live(self) -> NDArray[Any]:
-        return self._live.read() if self._live else self._connections_map.read()[1]
+        if self._live:
+            return self._live.read()
+        live = self._connections_map.read()[1]
+        live["read_ns"] = time.monotonic_ns()  # to which they last, though no segment came
+        return live
 
     def _forget_ended(self) -> Mapping[int, str]:
         """Removes processes that have ended from the map; command names by tgid."""

@@ -131,17 +131,14 @@ static __always_inline volatile __u8 *hint_of(struct sock *sk)
 	return element(socket_hints, ((__u64)sk * 0x9E3779B97F4A7C15ULL) >> 48);
 }
 
-static __always_inline struct tcp_connection *connection_take_over(struct sock *sk);
-
 static __always_inline struct tcp_connection *connection_of(struct sock *sk)
 {
 	volatile __u8 *hint = hint_of(sk);
-	struct tcp_connection *c = NULL;
 	__u64 key = (__u64)sk;
 
-	if (!hint || *hint)
-		c = bpf_map_lookup_elem(map_of(connections), &key);
-	return c || !option(take_over_found) ? c : connection_take_over(sk);
+	if (hint && !*hint)
+		return NULL;
+	return bpf_map_lookup_elem(map_of(connections), &key);
 }
 
 /* The process that the current task belongs to, where it is watched. */
@@ -400,37 +397,55 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 }
 
 /* One that user space has found, and that nothing happened to since; else NULL. */
-static __always_inline struct tcp_connection *connection_take_over(struct sock *sk)
+static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64 *cookie)
 {
-	__u64 cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
-	struct found_owner *owner = cookie ? bpf_map_lookup_elem(map_of(found), &cookie) : NULL;
-	struct tcp_connection *c = owner ? connection_find(sk, owner->pid, owner->comm) : NULL;
-
-	if (!c)
+	if (!option(take_over_found))
 		return NULL;
-	if (c->role == ROLE_LISTENER)
-		port_release(c); /* user space has counted it already */
-	bpf_map_delete_elem(map_of(found), &cookie);
+	*cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	return *cookie ? bpf_map_lookup_elem(map_of(found), cookie) : NULL;
+}
+
+/* One that is in no map yet: that of TARGET, or the one that user space has found; else NULL. */
+static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
+							      struct target *target)
+{
+	__u64 cookie = 0;
+	struct found_owner *found_owner = found_owner_of(sk, &cookie);
+	struct tcp_connection *c;
+
+	if (!target && !found_owner)
+		return NULL;
+	c = connection_find(sk, target ? current_tgid() : found_owner->pid,
+			    target ? target->comm : found_owner->comm);
+	if (c && found_owner) {
+		if (c->role == ROLE_LISTENER)
+			port_release(c); /* user space has counted it already */
+		bpf_map_delete_elem(map_of(found), &cookie);
+	}
 	return c;
 }
 
-/* A process is at work on a socket: its own from now on, if it is watched. */
-static __always_inline struct tcp_connection *used_by_current(struct sock *sk)
+/*
+ * The connection that something happens to. Where a process is at work on the socket, BY_PROCESS,
+ * it is that one's from now on, if it is watched.
+ */
+static __always_inline struct tcp_connection *connection_met(struct sock *sk, bool by_process)
 {
 	struct tcp_connection *c = connection_of(sk);
 	struct target *target;
-	__u32 tgid = current_tgid();
 
-	if (c && c->pid == tgid) {
+	if (c && !by_process)
+		return c;
+	if (c && c->pid == current_tgid()) {
 		c->presumed = false;
 		return c;
 	}
-	target = watched_process();
+	target = by_process ? watched_process() : NULL;
+	if (!c)
+		return connection_seek(sk, target);
 	if (target) {
-		if (!c)
-			return connection_find(sk, tgid, target->comm);
-		own(c, tgid, target->comm);
-	} else if (c && c->presumed) {
+		own(c, current_tgid(), target->comm);
+	} else if (c->presumed) {
 		__u64 key = (__u64)sk;
 
 		/* It shares a port with a watched process, and is another one's. */
