@@ -33,7 +33,7 @@ LISTENERS: Final[Mapping[str, str]] = {
 }
 # What the network namespaces of others take, where programs cannot walk through them.
 NAMESPACES: Final[Mapping[str, str]] = {
-    "CAP_SYS_ADMIN": "to find earlier connections in other network namespaces",
+    "CAP_SYS_ADMIN": "to ask for the connections of other network namespaces",
 }
 # What perf buffers take, on kernels that have no ring buffers (before 5.8).
 BUFFERS: Final[Mapping[str, str]] = {

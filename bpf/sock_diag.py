@@ -64,9 +64,11 @@ _INFO: Final = np.dtype(
 SOCKET: Final = np.dtype([("socket", _MESSAGE), ("info", _INFO)])
 
 
-def tcp_sockets(inodes: Container[int], namespace: Path | None = None) -> NDArray[Any]:
-    """The TCP sockets with these INODES, as `SOCKET`s of shape (n,), listeners among them and first
-    in each family. One that moves in the kernel's table meanwhile may be missing, or come twice.
+def tcp_sockets(
+    inodes: Container[int] | None = None, namespace: Path | None = None
+) -> NDArray[Any]:
+    """The TCP sockets, all or with these INODES, as `SOCKET`s of shape (n,), listeners among them.
+    One that moves in the kernel's table meanwhile may be missing, or come twice.
     They are those of the network NAMESPACE, a file, or of this process. Raises OSError."""
     if namespace is None:
         return _tcp_sockets(inodes)
@@ -74,7 +76,7 @@ def tcp_sockets(inodes: Container[int], namespace: Path | None = None) -> NDArra
         return thread.submit(_tcp_sockets_of, inodes, file.fileno()).result()
 
 
-def _tcp_sockets_of(inodes: Container[int], namespace_fd: int) -> NDArray[Any]:
+def _tcp_sockets_of(inodes: Container[int] | None, namespace_fd: int) -> NDArray[Any]:
     """In a thread that ends then: a thread by itself can be in another namespace."""
     if ctypes.CDLL(None, use_errno=True).setns(namespace_fd, _CLONE_NEWNET):
         number = ctypes.get_errno()
@@ -82,7 +84,7 @@ def _tcp_sockets_of(inodes: Container[int], namespace_fd: int) -> NDArray[Any]:
     return _tcp_sockets(inodes)
 
 
-def _tcp_sockets(inodes: Container[int]) -> NDArray[Any]:
+def _tcp_sockets(inodes: Container[int] | None) -> NDArray[Any]:
     parts = [*_dump(socket.AF_INET, inodes)]
     with suppress(FileNotFoundError):  # a kernel without IPv6
         parts += _dump(socket.AF_INET6, inodes)
@@ -94,7 +96,7 @@ def try_it() -> None:
     list(_dump(socket.AF_INET, (), states=0))
 
 
-def _dump(family: int, inodes: Container[int], states: int = _ALL_STATES) -> Iterator[bytes]:
+def _dump(family: int, inodes: Container[int] | None, states: int = _ALL_STATES) -> Iterator[bytes]:
     """The wanted sockets, each as the bytes of a `SOCKET`."""
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << _INET_DIAG_INFO - 1, states)
     header = _HEADER.pack(
@@ -114,14 +116,16 @@ def _dump(family: int, inodes: Container[int], states: int = _ALL_STATES) -> Ite
                         raise OSError(-error, f"sock_diag: {os.strerror(-error)}")
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                     return
-                if kind == _SOCK_DIAG_BY_FAMILY and _INODE.unpack_from(answer, body)[0] in inodes:
+                wanted = inodes is None or _INODE.unpack_from(answer, body)[0] in inodes
+                if wanted and kind == _SOCK_DIAG_BY_FAMILY:
                     yield _one(answer, body, at + size)
                 at += size + 3 & ~3
 
 
 def _one(answer: bytes, at: int, end: int) -> bytes:
-    """A `SOCKET` of the message in ANSWER; what an older kernel does not tell is zero."""
-    message, info = answer[at : at + _MESSAGE.itemsize], b""
+    """A `SOCKET` of the message in ANSWER; what an older kernel does not tell is zero. Nothing of
+    what is no whole socket: a request for one, or what is left of one for a while (TIME_WAIT)."""
+    message = answer[at : at + _MESSAGE.itemsize]
     at += _MESSAGE.itemsize
     while at + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(answer, at)
@@ -129,6 +133,6 @@ def _one(answer: bytes, at: int, end: int) -> bytes:
             raise OSError(errno.EBADMSG, "sock_diag: an attribute of no length")
         if kind == _INET_DIAG_INFO:
             info = answer[at + _ATTRIBUTE.size : at + size][:_INFO_BYTES]
-            break
+            return message + info.ljust(_INFO_BYTES, b"\0")
         at += size + 3 & ~3
-    return message + info.ljust(_INFO_BYTES, b"\0")
+    return b""

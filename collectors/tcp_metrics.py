@@ -43,7 +43,7 @@ from collectors.options import (
 )
 from collectors.targets import TargetOptions, Targets, cgroup2_mount
 from collectors.tcp_connections import Connections
-from collectors.tcp_earlier import EarlierConnections
+from collectors.tcp_diag import DiagConnections
 from collectors.tcp_events import event_rows
 from collectors.tcp_measures import TcpMeasures
 from collectors.tcp_peers import peer_rows
@@ -166,7 +166,7 @@ class TcpMetricsCollector(Collector):
         )
         self._records: RecordReader | None = None
         self._live: Walk | None = None
-        self._earlier: EarlierConnections | None = None
+        self._diag: DiagConnections | None = None
         self._lost = {pb.Loss.STAGE_KERNEL_BUFFER: 0, pb.Loss.STAGE_MAP_FULL: 0}
         self._read_at_ns = 0
 
@@ -242,10 +242,10 @@ class TcpMetricsCollector(Collector):
             self._object.walk(_FIND, "tcp_connection").read()
         if self._asks:
             self._targets.fill_members()
-            self._earlier = EarlierConnections(
+            self._diag = DiagConnections(
                 self._connections_map, self._object.map("found"), self._object.map("ports")
             )
-            self._earlier.find(self._targets.present())
+            self._diag.find(self._targets.present())
         if _LIVE in self._walks:
             self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
         self._read_at_ns = time.time_ns()
@@ -260,13 +260,15 @@ class TcpMetricsCollector(Collector):
             rows = event_rows(self._records)
             self._forget_ended()
             return Batch(rows, started_at_ns, self._read_at_ns, losses)
-        if self._earlier:
-            self._earlier.read(now=not self._object.attached)
+        if self._diag:
+            self._diag.read(figures=not self._live, now=not self._object.attached)
         # The map before the ring: what ends in between is in both, and not in neither.
         live = self._read_live()
         ended = self._records.drain()
-        if self._earlier:
-            live, ended = self._earlier.merged(live, ended)
+        if self._diag:
+            live, ended = self._diag.merged(live, ended)
+        if not self._live:
+            live["read_ns"] = time.monotonic_ns()  # they last, though no segment comes
         changes = self._connections.advance(
             live, ended, time.monotonic_ns(), everything=not self._object.attached
         )
@@ -281,11 +283,7 @@ class TcpMetricsCollector(Collector):
         return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
 
     def _read_live(self) -> NDArray[Any]:
-        if self._live:
-            return self._live.read()
-        live = self._connections_map.read()[1]
-        live["read_ns"] = time.monotonic_ns()  # to which they last, though no segment came
-        return live
+        return self._live.read() if self._live else self._connections_map.read()[1]
 
     def _forget_ended(self) -> Mapping[int, str]:
         """Removes processes that have ended from the map; command names by tgid."""
@@ -297,7 +295,7 @@ class TcpMetricsCollector(Collector):
     def _losses(self, records: RecordReader) -> dict[int, int]:
         _, account = self._account.read()
         full = int(sum_over_cpus(account, "map_full")[0])
-        full += self._earlier.unfollowed if self._earlier else 0
+        full += self._diag.unfollowed if self._diag else 0
         totals = {
             pb.Loss.STAGE_KERNEL_BUFFER: max(int(sum_over_cpus(account, "lost")[0]), records.lost),
             pb.Loss.STAGE_MAP_FULL: full + self._targets.unfollowed(self._object),
@@ -310,7 +308,7 @@ class TcpMetricsCollector(Collector):
         }
 
     def close(self) -> None:
-        self._records = self._live = self._earlier = None
+        self._records = self._live = self._diag = None
         self._targets.close()
         self._object.close()
 
@@ -331,10 +329,13 @@ def _iterator(features: Features, rung: Rung) -> Feature:
 
 def _live(features: Features, rung: Rung) -> Step:
     """How open connections are read: as they are now, or as they were at their last segment."""
-    iterator = _iterator(features, rung)
+    what, iterator = "connections", _iterator(features, rung)
     if iterator.available:
-        return Step("connections", "iterator")
-    return Step("connections", "segments", (iterator,))
+        return Step(what, "iterator")
+    asked = features["sock_diag"]
+    if asked.available:
+        return Step(what, "sock_diag", (iterator, *_hidden(features)))
+    return Step(what, "segments", (iterator, asked))
 
 
 def _earlier(features: Features, rung: Rung) -> Step:
@@ -347,12 +348,16 @@ def _earlier(features: Features, rung: Rung) -> Step:
     asked, others = features["sock_diag"], features["others_listeners"]
     if not asked.available:
         return Step(what, "next use", (iterator, asked))
-    refused = [iterator]
+    refused = [iterator, *_hidden(features)]
     if not others.available:
         refused.append(Feature("other users' processes", False, others.reason))
-    if lacking := caps.lacking(caps.NAMESPACES, features.capabilities):
-        refused.append(Feature("other network namespaces", False, caps.missing(lacking)))
     return Step(what, "sock_diag", tuple(refused))
+
+
+def _hidden(features: Features) -> Sequence[Feature]:
+    """What sock_diag does not show here."""
+    lacking = caps.lacking(caps.NAMESPACES, features.capabilities)
+    return [Feature("other network namespaces", False, caps.missing(lacking))] if lacking else []
 
 
 def _refused(features: Features) -> Mapping[str, str]:

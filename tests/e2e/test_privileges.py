@@ -300,7 +300,7 @@ def test_earlier_connections_of_other_namespaces_take_cap_sys_admin_where_nothin
                 assert "CAP_SYS_ADMIN" not in str(step)
                 read_until_known(elsewhere, 70)
             else:
-                assert "CAP_SYS_ADMIN (to find earlier connections in other " in str(step)
+                assert "CAP_SYS_ADMIN (to ask for the connections of other " in str(step)
                 assert not sent[elsewhere.pid]
             elsewhere.do("c.sendall(bytes(30)); s.recv(30); c.close(); s.recv(1); s.close()")
             read_until_known(elsewhere, 100)

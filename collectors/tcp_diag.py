@@ -1,10 +1,10 @@
-"""Connections that were open before the programs were, where no program can walk to them: found by
-sock_diag among the open files of the watched processes.
+"""Connections as sock_diag tells them, where no program can walk to them: those that were open
+before the programs were, and the figures of all of them as they are now.
 
 sock_diag knows a socket by its cookie, the programs by its address. So the programs are told the
-cookies (`found` of connections.bpf.h) and take a connection over when something happens to it.
-Until then it is shown from here, with sock_diag's figures; from then on it is the programs', under
-the same identity, so that what it carries is told once.
+cookies of what was found at the start (`found` of connections.bpf.h), and take a connection over
+when something happens to it. Until then it is shown from here; from then on it is the programs',
+under the same identity, so that what it carries is told once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from bpf.libbpf import BpfError
 from collectors.targets import PROC
 from collectors.tcp_connections import LISTENER, NAMES
 
-# Nothing happens to those that are shown from here, or the programs would have them: it is only
-# asked again whether they are there.
-_ASK_AGAIN_NS: Final = 1_000_000_000
+# An answer takes some 5 us a socket: with this, asking is never more than a twentieth of a CPU.
+_REST_NS: Final = 100_000
 _MOST_MISSING: Final = 3  # a socket that moves in the kernel's table may be passed over
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
 _CLIENT, _SERVER = 1, 2  # enum TcpRole
@@ -40,16 +39,18 @@ _ENDS: Final = ("network", "local_port", "remote_port", "local", "remote")
 _COUNTED: Final = NAMES[: NAMES.index("retransmits_fast")]
 
 
-class EarlierConnections:
-    """Those of one session."""
+class DiagConnections:
+    """Those of one session, beside the programs' own."""
 
     def __init__(self, connections: HashMap, found: HashMap, ports: HashMap) -> None:
         self._connections, self._found_map, self._ports = connections, found, ports
+        self._networks: dict[int, set[int]] = {}  # each with processes that were in it
         self._found = np.empty(0, connections.value_dtype)  # as they were then, by cookie
-        self._inodes = np.empty(0, np.uint32)  # of the same
         self._idle = self._found  # those that only sock_diag knows
         self._missing = Counter[int]()  # times, by cookie
-        self._read_at_ns = 0
+        self._sockets = np.empty(0, sock_diag.SOCKET)  # all of the last answer
+        self._ends = _ends_of(self._found)  # of the same
+        self._asked_ns = 0
         self.unfollowed = 0  # there was no room for them
 
     def find(self, processes: Mapping[int, str]) -> None:
@@ -57,7 +58,7 @@ class EarlierConnections:
         attached: what opens from then on they see. Raises `BpfError`."""
         owners = _socket_owners(processes)
         self._networks = _networks(processes)
-        parts, inodes = [self._found], [self._inodes]
+        parts = [self._found]
         for network in self._networks:
             sockets = self._ask(network, owners)
             sockets = sockets[np.unique(sockets["socket"]["cookie"], return_index=True)[1]]
@@ -67,53 +68,67 @@ class EarlierConnections:
             self._name_roles(records, sockets)
             _count(records, sockets)
             parts.append(records)
-            inodes.append(sockets["socket"]["inode"])
         found = np.concatenate(parts)
         # What the programs have found meanwhile is theirs.
-        fresh = ~np.isin(_ends_of(found), _ends_of(self._connections.read()[1]))
-        found, self._inodes = found[fresh], np.concatenate(inodes)[fresh]
+        found = found[~np.isin(_ends_of(found), _ends_of(self._connections.read()[1]))]
         for name in _COUNTED:
             found[f"found_{name}"] = found[name]
         self._tell_ports(found[found["role"] == LISTENER])
-        told = np.flatnonzero(self._tell(found))
-        order = told[np.argsort(found["cookie"][told])]
-        self._found, self._inodes = found[order], self._inodes[order]
+        found = found[np.array(self._tell(found), bool)]
+        self._found = found[np.argsort(found["cookie"])]
         self._idle = self._found[self._found["role"] != LISTENER]
-        self._read_at_ns = time.monotonic_ns()
 
-    def read(self, *, now: bool) -> None:
-        """Asks again for those that only sock_diag knows: if it was long ago, or NOW. Before the
-        programs' connections are read, so that one that they take over meanwhile is theirs."""
-        started_ns = time.monotonic_ns()
-        if not len(self._idle) or not (now or started_ns - self._read_at_ns > _ASK_AGAIN_NS):
+    def read(self, *, figures: bool, now: bool) -> None:
+        """Asks again: for the FIGURES of all, or else for those that only sock_diag knows; not so
+        often that it takes much time, unless it is to be NOW. Before the programs' connections are
+        read, so that one that they take over meanwhile is theirs."""
+        rest_ns = time.monotonic_ns() - self._asked_ns
+        if not (now or rest_ns > _REST_NS * len(self._sockets)):
             return
-        self._read_at_ns = started_ns
-        there = [self._idle[:0]]
-        for network in np.unique(self._idle["network"]).tolist():
-            idle = self._idle[self._idle["network"] == network]
-            at = np.searchsorted(self._found["cookie"], idle["cookie"])
-            sockets = self._ask(network, set(self._inodes[at].tolist()))
-            _, first, at = np.intersect1d(
-                sockets["socket"]["cookie"], idle["cookie"], return_indices=True
-            )
-            records = idle[at]
-            _count(records, sockets[first])
-            there.append(records)
-        records = np.concatenate(there)
-        gone = self._idle[~np.isin(self._idle["cookie"], records["cookie"])]
+        if not (figures or len(self._idle)):
+            return
+        self._asked_ns = time.monotonic_ns()
+        empty = np.empty(0, self._found.dtype)
+        parts, identified = [np.empty(0, sock_diag.SOCKET)], [empty]
+        for network in self._networks:
+            parts.append(self._ask(network))
+            identified.append(_identified(parts[-1], empty.dtype, network))
+        self._sockets, self._ends = np.concatenate(parts), _ends_of(np.concatenate(identified))
+        _, at, idle = np.intersect1d(
+            self._sockets["socket"]["cookie"], self._idle["cookie"], return_indices=True
+        )
+        records = self._idle[idle]
+        _count(records, self._sockets[at])
+        gone = np.delete(self._idle, idle)
         self._missing = Counter({c: self._missing[c] + 1 for c in gone["cookie"].tolist()})
         still = [self._missing[c] < _MOST_MISSING for c in gone["cookie"].tolist()]
         self._idle = np.concatenate([records, gone[np.array(still, bool)]])
 
     def merged(self, live: NDArray[Any], ended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The programs' connections, LIVE and ENDED, with those that only sock_diag knows among the
-        former. Those that the programs have from here keep the identity that they had."""
-        if not len(self._found):
-            return live, ended
-        live, ended = self._recognized(live), self._recognized(ended)
-        for taken in (live, ended):
-            self._idle = self._idle[~np.isin(self._idle["found_ns"], taken["found_ns"])]
-        return np.concatenate([live, self._idle]), ended
+        """The programs' connections, LIVE and ENDED: the former with the last answer's figures, and
+        with those that only sock_diag knows. What was found at the start keeps its identity."""
+        live = self._as_answered(live)
+        if len(self._found):
+            live, ended = self._recognized(live), self._recognized(ended)
+            for taken in (live, ended):
+                self._idle = self._idle[~np.isin(self._idle["found_ns"], taken["found_ns"])]
+            live = np.concatenate([live, self._idle])
+        return live, ended
+
+    def _as_answered(self, live: NDArray[Any]) -> NDArray[Any]:
+        for network in np.unique(live["network"]).tolist():
+            mine = live["pid"][live["network"] == network]
+            self._networks.setdefault(network, set()).update(mine.tolist())
+        _, at, known = np.intersect1d(self._ends, _ends_of(live), return_indices=True)
+        records, sockets = live[known], self._sockets[at]
+        # One that changes just now is as the programs have it.
+        same = (records["state"] == sockets["socket"]["state"]) & (records["ended_ns"] == 0)
+        same &= (records["read_ns"] < self._asked_ns) & (records["role"] != LISTENER)
+        records = records[same]
+        _count(records, sockets[same])
+        live = live.copy()
+        live[known[same]] = records
+        return live
 
     def _recognized(self, records: NDArray[Any]) -> NDArray[Any]:
         at = np.searchsorted(self._found["cookie"], records["cookie"])
@@ -125,15 +140,17 @@ class EarlierConnections:
                 records[name][ours] = self._found[name][at[ours]]
         return records
 
-    def _ask(self, network: int, inodes: Container[int]) -> NDArray[Any]:
-        """The sockets with these inodes in a network namespace, through a process that still is in
-        it. None where it cannot be entered."""
+    def _ask(self, network: int, inodes: Container[int] | None = None) -> NDArray[Any]:
+        """The sockets, all or with these inodes, in a network namespace, through a process that
+        still is in it. None where it cannot be entered."""
         elsewhere = network != _network_of("self")
-        for tgid in self._networks[network]:
+        for tgid in tuple(self._networks[network]):
             if _network_of(tgid) == network:
                 with suppress(OSError):
                     path = PROC / str(tgid) / "ns/net" if elsewhere else None
                     return sock_diag.tcp_sockets(inodes, path)
+            else:
+                self._networks[network].discard(tgid)
         return np.empty(0, sock_diag.SOCKET)
 
     def _name_roles(self, records: NDArray[Any], sockets: NDArray[Any]) -> None:
@@ -193,12 +210,12 @@ def _network_of(tgid: int | str) -> int | None:
         return None
 
 
-def _networks(tgids: Iterable[int]) -> dict[int, list[int]]:
+def _networks(tgids: Iterable[int]) -> dict[int, set[int]]:
     """The network namespaces of these processes, each with those that are in it."""
-    found: dict[int, list[int]] = {}
+    found: dict[int, set[int]] = {}
     for tgid in tgids:
         if (network := _network_of(tgid)) is not None:
-            found.setdefault(network, []).append(tgid)
+            found.setdefault(network, set()).add(tgid)
     return found
 
 
