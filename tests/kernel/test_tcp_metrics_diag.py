@@ -155,6 +155,7 @@ def test_figures_are_those_of_a_walk(history: str, way: str, sides: tuple[Side, 
 def _comparable(seen: Seen, role: int) -> pb.TcpMetrics:
     row = seen.last(role=role)
     assert row
+    assert not row.end  # half closed is open
     same = pb.TcpMetrics()
     same.CopyFrom(row)
     # The kernel tells this by sock_diag in whole quarters.
