@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -143,14 +144,14 @@ class DiagConnections:
     def _ask(self, network: int, inodes: Container[int] | None = None) -> NDArray[Any]:
         """The sockets, all or with these inodes, in a network namespace, through a process that
         still is in it. None where it cannot be entered."""
-        elsewhere = network != _network_of("self")
-        for tgid in tuple(self._networks[network]):
-            if _network_of(tgid) == network:
-                with suppress(OSError):
-                    path = PROC / str(tgid) / "ns/net" if elsewhere else None
-                    return sock_diag.tcp_sockets(inodes, path)
-            else:
-                self._networks[network].discard(tgid)
+        ways: list[Path | None] = [None]
+        if network != _network_of("self"):
+            there = {tgid for tgid in self._networks[network] if _network_of(tgid) == network}
+            self._networks[network] = there
+            ways = [PROC / str(tgid) / "ns/net" for tgid in there]
+        for way in ways:
+            with suppress(OSError):
+                return sock_diag.tcp_sockets(inodes, way)
         return np.empty(0, sock_diag.SOCKET)
 
     def _name_roles(self, records: NDArray[Any], sockets: NDArray[Any]) -> None:

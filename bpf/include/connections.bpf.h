@@ -349,6 +349,8 @@ static __always_inline __u8 role_by_numbering(struct sock *sk)
 	bool fin_sent = state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT &&
 			kernel_read(tp, snd_nxt) == kernel_read(tp, write_seq);
 
+	if (state == TCP_SYN_SENT) /* a SYN under way looks as a FIN would */
+		return ROLE_CLIENT;
 	return acked + under_way > payload + fin_sent ? ROLE_CLIENT : ROLE_SERVER;
 }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
@@ -318,17 +318,21 @@ def test_in_other_namespaces(sides: tuple[Side, Side]) -> None:
             assert (row.delta.bytes_received, row.total.bytes_received) == (5, 16)
 
 
-def test_a_connection_that_is_being_made(sides: tuple[Side, Side]) -> None:
+@pytest.mark.parametrize("way", [following, asking])
+def test_a_connection_that_is_being_made(
+    way: Callable[..., AbstractContextManager[Seen]], sides: tuple[Side, Side]
+) -> None:
     left, right = sides
     with left.puppet() as client, right.dropping("tcp flags syn drop"):
         client.do("import socket; c = socket.socket(); c.setblocking(False)")
         client.do(f"c.connect_ex(({right.v4!r}, 9))")
-        with asking(client) as seen:
+        with way(client) as seen:
             (row,) = seen.drain()
             assert (row.role, row.state) == (CLIENT, pb.TCP_STATE_SYN_SENT)
             assert (row.total.bytes_sent, row.preexisting) == (0, True)
             client.do("c.close()")
-            assert seen.ended().end == pb.TCP_END_ABORTED
+            row = seen.ended()
+            assert (row.role, row.end) == (CLIENT, pb.TCP_END_ABORTED)
 
 
 def test_peers_count_idle_connections_as_open(pair: tuple[Puppet, Puppet]) -> None:
