@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -333,6 +334,42 @@ def test_a_connection_that_is_being_made(
             client.do("c.close()")
             row = seen.ended()
             assert (row.role, row.end) == (CLIENT, pb.TCP_END_ABORTED)
+
+
+@every_rung
+def test_many_that_wake_up_while_they_are_read_are_told_once(
+    without: tuple[str, ...], pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    count, rounds = 200, 5
+    port = listen(server, "127.0.0.1")
+    server.begin(f"ss = [l.accept()[0] for _ in range({count})]")
+    client.do("import socket")
+    client.do(f"cs = [socket.create_connection(('127.0.0.1', {port})) for _ in range({count})]")
+    server.done()
+    client.do("[c.sendall(bytes(100 + n)) for n, c in enumerate(cs)]")
+    server.do("[s.recv(65536) for s in ss]")
+    with asking(client, server, without=without) as seen:
+        again = f"for _ in range({rounds}):\n for n, c in enumerate(cs): c.sendall(bytes(n + 1))"
+        client.begin(f"exec({again!r})")
+        for _ in range(20):
+            seen.drain()
+        client.done()
+        client.do("[c.close() for c in cs]")
+        server.do("exec('for s in ss:\\n while s.recv(65536): pass\\n s.close()')")
+        seen.until(lambda: sum(row.end != 0 for row in seen.rows) >= 2 * count)
+        assert sum(row.end != 0 for row in seen.rows) == 2 * count
+        delta, total = Counter[tuple[int, int]](), {}
+        for row in seen.rows:
+            key = row.connection_id, row.role
+            delta[key] += row.delta.bytes_sent + row.delta.bytes_received
+            total[key] = row.total.bytes_sent + row.total.bytes_received
+        assert len(total) == 2 * count
+        for role in (CLIENT, SERVER):
+            of = sorted((total[key], delta[key]) for key in total if key[1] == role)
+            carried = [(100 + n, rounds * (n + 1)) for n in range(count)]
+            assert of == sorted((before + since, since) for before, since in carried)
+        assert not seen.lost
 
 
 def test_peers_count_idle_connections_as_open(pair: tuple[Puppet, Puppet]) -> None:
