@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from bpf.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
+from collectors.registry import kind_name
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel, refused_start
 from tests.e2e.test_services import in_cgroup
@@ -351,8 +352,8 @@ def features(agent: RunningAgent) -> Mapping[str, pb.KernelFeature]:
 
 
 def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
-    """The agent says of syscall_stats that it takes the capabilities MISSING, wherever it is asked;
-    it goes on serving."""
+    """The agent says of every collector that it takes the capabilities MISSING, wherever it is
+    asked; it goes on serving."""
     told = " and ".join(f"{name} ({TRACING[name]})" for name in missing)
     told += f" {'is' if len(missing) == 1 else 'are'} missing: run the agent as root, or give it "
     told += f"{' '.join(missing)}, by AmbientCapabilities= of its systemd unit or a container's "
@@ -367,8 +368,8 @@ def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
     assert started.error == f"syscall_stats: {told}"
     answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
     assert (answer.supported, list(answer.available_collectors)) == (False, [])
-    (collector,) = answer.collectors
-    assert (collector.supported, collector.reason) == (False, told)
+    kinds = {kind_name(collector.kind) for collector in answer.collectors}
+    assert {(it.supported, it.reason) for it in answer.collectors} == {(False, told)}
     shown = subprocess.run(
         coral("capabilities", "--agent", agent.address),
         cwd=ROOT,
@@ -377,11 +378,15 @@ def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
         text=True,
         check=True,
     ).stdout
-    assert re.search(rf"^syscall_stats +no +{re.escape(told)} *$", shown, re.MULTILINE)
-    (logged,) = wait_until(
-        lambda: [ln for ln in agent.log() if ln["event"] == "collector not possible here"]
+    assert set(re.findall(rf"^(\w+) +no +{re.escape(told)} *$", shown, re.MULTILINE)) == kinds
+    logged = wait_until(
+        lambda: [
+            (ln["kind"], ln["reason"])
+            for ln in agent.log()
+            if ln["event"] == "collector not possible here"
+        ]
     )
-    assert (logged["kind"], logged["reason"]) == ("syscall_stats", told)
+    assert set(logged) == {(kind, told) for kind in kinds}
 
 
 @pytest.mark.parametrize("missing", TRACING)
