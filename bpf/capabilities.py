@@ -31,6 +31,10 @@ LISTENERS: Final[Mapping[str, str]] = {
     "CAP_SYS_PTRACE": "to see whose socket it is",
     "CAP_DAC_READ_SEARCH": "to list the open files of other users' processes",
 }
+# What the network namespaces of others take, where programs cannot walk through them.
+NAMESPACES: Final[Mapping[str, str]] = {
+    "CAP_SYS_ADMIN": "to ask for the connections of other network namespaces",
+}
 # What perf buffers take, on kernels that have no ring buffers (before 5.8).
 BUFFERS: Final[Mapping[str, str]] = {
     "CAP_IPC_LOCK": "to map perf buffers beyond kernel.perf_event_mlock_kb",

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from bpf import bcc, reasons
+from bpf import bcc, reasons, sock_diag
 from bpf import capabilities as caps
 from bpf.libbpf import (
     BpfError,
@@ -109,6 +109,7 @@ def probe() -> Features:
             _try("batch", _read_a_batch),
             _try("run_time_stats", _enable_stats),
             _pidfd(),
+            _sock_diag(),
             _bcc(),
             _others_listeners(capabilities),
         )
@@ -192,6 +193,14 @@ def _pidfd() -> Feature:
     except OSError as error:
         return _refused("pidfd", error.errno or errno.ENOSYS)
     return Feature("pidfd", True)
+
+
+def _sock_diag() -> Feature:
+    try:
+        sock_diag.try_it()
+    except OSError as error:
+        return _refused("sock_diag", error.errno or errno.ETIMEDOUT)
+    return Feature("sock_diag", True)
 
 
 def _bcc() -> Feature:

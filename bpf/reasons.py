@@ -81,6 +81,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "batch": Takes("5.6"),
     "run_time_stats": Takes("5.8", capabilities=caps.STATISTICS),
     "pidfd": Takes("5.3", (), {}),
+    "sock_diag": Takes("3.3", ("CONFIG_INET_DIAG", "CONFIG_INET_TCP_DIAG"), {}),
 }
 _OPTIONS: Final = frozenset(option for takes in TAKES.values() for option in takes.config)
 

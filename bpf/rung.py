@@ -70,16 +70,18 @@ class Rung:
         preallocated: Collection[str],
         records: int = 0,
         walks: Sequence[str] = (),
+        without_maps: Collection[str] = (),
     ) -> BpfObject:
         """The object NAME with PROGRAMS, named without the hook's suffix, as the rung has it.
 
         `records` is the size in bytes of the buffer for them, 0 where the collector sends none;
         `preallocated` are the hash maps whose elements are made at once where they cannot be made
-        when they are needed; `walks` are programs by their whole names. For objects that include
-        records.bpf.h, and thread.bpf.h where the rung has a thread state.
+        when they are needed; `walks` are programs by their whole names; `without_maps` are not
+        made, beside those that the rung has no use for. For objects that include records.bpf.h, and
+        thread.bpf.h where the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
-        without = [] if records and ringed else ["ring"]
+        without = [*without_maps] + ([] if records and ringed else ["ring"])
         without += [] if records and not ringed else ["perf"]
         wanted, hashes, settings = list(programs), list(preallocated), dict(options)
         if self.state.taken != _UNUSED:

@@ -208,7 +208,7 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 {
 	struct tcp_connection *c;
 
-	c = held_by_process(sk) && old != TCP_LISTEN ? used_by_current(sk) : connection_of(sk);
+	c = connection_met(sk, held_by_process(sk) && old != TCP_LISTEN);
 	if (!c || c->ended_ns)
 		return 0;
 	c->state = state;
@@ -263,7 +263,7 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk)
 
 static __always_inline int on_segment(struct sock *sk)
 {
-	struct tcp_connection *c = connection_of(sk);
+	struct tcp_connection *c = connection_met(sk, false);
 
 	if (!c || c->ended_ns)
 		return 0;
@@ -275,7 +275,7 @@ static __always_inline int on_segment(struct sock *sk)
 
 static __always_inline int on_use(struct sock *sk)
 {
-	struct tcp_connection *c = used_by_current(sk);
+	struct tcp_connection *c = connection_met(sk, true);
 
 	if (option(refresh_at_segments) && c && !c->ended_ns)
 		refresh(c, sk, c->state);
@@ -317,7 +317,7 @@ static __always_inline __u32 kind_of_retransmit(struct sock *sk)
 /* The kernel has counted it already: several segments may have gone at once. */
 static __always_inline int on_retransmit(void *ctx, struct sock *sk)
 {
-	struct tcp_connection *c = connection_of(sk);
+	struct tcp_connection *c = connection_met(sk, false);
 	__u32 kind, total, count;
 
 	if (!c)
@@ -334,7 +334,7 @@ static __always_inline int on_retransmit(void *ctx, struct sock *sk)
 static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener,
 						struct request_sock *request)
 {
-	struct tcp_connection *c = connection_of(listener);
+	struct tcp_connection *c = connection_met(listener, false);
 
 	if (!c)
 		return 0;
@@ -366,7 +366,7 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 /* SK may be NULL: nobody listens there. On the way out of CLOSE the reset is the end's cause. */
 static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reason)
 {
-	struct tcp_connection *c = sk ? connection_of(sk) : NULL;
+	struct tcp_connection *c = sk ? connection_met(sk, false) : NULL;
 
 	if (!c)
 		return 0;
@@ -382,7 +382,7 @@ static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reaso
 
 static __always_inline int on_reset_received(void *ctx, struct sock *sk)
 {
-	struct tcp_connection *c = connection_of(sk);
+	struct tcp_connection *c = connection_met(sk, false);
 
 	if (!c)
 		return 0;

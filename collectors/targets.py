@@ -169,6 +169,15 @@ class Targets:
             for tgid in map(int, procs.read_text().split()):
                 self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ACTIVE, 0))
 
+    def present(self) -> dict[int, str]:
+        """Command names by tgid of the processes that are watched now, for who looks for what they
+        had before. After `fill_members`."""
+        if self._options.scope:
+            return {tgid: comm_of(tgid) or "" for tgid in running_tgids()}
+        if self._options.from_exec:
+            return {}
+        return self.read()[0]
+
     def _open_pidfds(self) -> None:
         for tgid in self._tgids:
             try:

@@ -27,6 +27,7 @@ from bpf import (
     climb,
     kernel_names,
 )
+from bpf import capabilities as caps
 from bpf.maps import sum_over_cpus
 from collectors.base import Batch, Collector, ServiceProcesses, Support
 from collectors.options import (
@@ -42,6 +43,7 @@ from collectors.options import (
 )
 from collectors.targets import TargetOptions, Targets, cgroup2_mount
 from collectors.tcp_connections import Connections
+from collectors.tcp_diag import DiagConnections
 from collectors.tcp_events import event_rows
 from collectors.tcp_measures import TcpMeasures
 from collectors.tcp_peers import peer_rows
@@ -139,9 +141,11 @@ class TcpMetricsCollector(Collector):
         refused = _refused(features)
         if options.until_exit and refused.get("until_exit"):
             raise OptionError("until_exit", "true", refused["until_exit"])
-        self._walks: tuple[str, ...] = ()
-        if _walks(features, self._rung).taken == "iterator":
-            self._walks = (_LIVE, _FIND) if _FILES in _kernel_has() else (_LIVE,)
+        live, earlier = _live(features, self._rung).taken, _earlier(features, self._rung).taken
+        self._walks: tuple[str, ...] = (_LIVE,) if live == "iterator" else ()
+        if earlier == "iterator":
+            self._walks = (_LIVE, _FIND)
+        self._asks = earlier == "sock_diag"
         self._object = self._rung.object(
             "tcp_metrics",
             programs=_programs(self._rung),
@@ -150,16 +154,19 @@ class TcpMetricsCollector(Collector):
                 "active_at_exec": True,
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
+                "take_over_found": self._asks,
                 "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
                 "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
-            map_entries={"connections": options.entries},
-            preallocated=("connections", "ports", "targets"),
+            map_entries={"connections": options.entries, "found": options.entries},
+            preallocated=("connections", "ports", "targets", "found"),
             records=options.ring,
             walks=self._walks,
+            without_maps=() if self._asks else ("found",),
         )
         self._records: RecordReader | None = None
         self._live: Walk | None = None
+        self._diag: DiagConnections | None = None
         self._lost = {pb.Loss.STAGE_KERNEL_BUFFER: 0, pb.Loss.STAGE_MAP_FULL: 0}
         self._read_at_ns = 0
 
@@ -181,7 +188,9 @@ class TcpMetricsCollector(Collector):
         support = Support.by(rung, _refused(features))
         if not rung.buffer.taken:
             return replace(support, supported=False, reason=f"no buffer ({rung.buffer.why_not})")
-        return replace(support, steps=(*support.steps, _walks(features, rung)))
+        return replace(
+            support, steps=(*support.steps, _live(features, rung), _earlier(features, rung))
+        )
 
     @classmethod
     def measures(cls, max_series: int) -> TcpMeasures:
@@ -231,6 +240,12 @@ class TcpMetricsCollector(Collector):
             # After the targets are known, and after the hooks: what opens now is seen by them.
             self._targets.fill_members()
             self._object.walk(_FIND, "tcp_connection").read()
+        if self._asks:
+            self._targets.fill_members()
+            self._diag = DiagConnections(
+                self._connections_map, self._object.map("found"), self._object.map("ports")
+            )
+            self._diag.find(self._targets.present())
         if _LIVE in self._walks:
             self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
         self._read_at_ns = time.time_ns()
@@ -245,9 +260,15 @@ class TcpMetricsCollector(Collector):
             rows = event_rows(self._records)
             self._forget_ended()
             return Batch(rows, started_at_ns, self._read_at_ns, losses)
+        if self._diag:
+            self._diag.read(figures=not self._live, now=not self._object.attached)
         # The map before the ring: what ends in between is in both, and not in neither.
         live = self._read_live()
         ended = self._records.drain()
+        if self._diag:
+            live, ended = self._diag.merged(live, ended)
+        if not self._live:
+            live["read_ns"] = time.monotonic_ns()  # they last, though no segment comes
         changes = self._connections.advance(
             live, ended, time.monotonic_ns(), everything=not self._object.attached
         )
@@ -274,6 +295,7 @@ class TcpMetricsCollector(Collector):
     def _losses(self, records: RecordReader) -> dict[int, int]:
         _, account = self._account.read()
         full = int(sum_over_cpus(account, "map_full")[0])
+        full += self._diag.unfollowed if self._diag else 0
         totals = {
             pb.Loss.STAGE_KERNEL_BUFFER: max(int(sum_over_cpus(account, "lost")[0]), records.lost),
             pb.Loss.STAGE_MAP_FULL: full + self._targets.unfollowed(self._object),
@@ -286,7 +308,7 @@ class TcpMetricsCollector(Collector):
         }
 
     def close(self) -> None:
-        self._records = self._live = None
+        self._records = self._live = self._diag = None
         self._targets.close()
         self._object.close()
 
@@ -299,16 +321,43 @@ def _programs(rung: Rung) -> tuple[str, ...]:
     return (*_PROGRAMS, *wanted)
 
 
-def _walks(features: Features, rung: Rung) -> Step:
-    """How connections are read, and those that were there before are found: by iterators, or at
-    their next segment."""
+def _iterator(features: Features, rung: Rung) -> Feature:
     if rung.loader.taken != "core":
-        refused = Feature("iterator", False, "bcc's programs have no BTF, which it takes")
-    else:
-        refused = features["iterator"]
-    if refused.available:
-        return Step("connections", "iterator")
-    return Step("connections", "segments", (Feature("iterator", False, refused.reason),))
+        return Feature("iterator", False, "bcc's programs have no BTF, which it takes")
+    return features["iterator"]
+
+
+def _live(features: Features, rung: Rung) -> Step:
+    """How open connections are read: as they are now, or as they were at their last segment."""
+    what, iterator = "connections", _iterator(features, rung)
+    if iterator.available:
+        return Step(what, "iterator")
+    asked = features["sock_diag"]
+    if asked.available:
+        return Step(what, "sock_diag", (iterator, *_hidden(features)))
+    return Step(what, "segments", (iterator, asked))
+
+
+def _earlier(features: Features, rung: Rung) -> Step:
+    """How connections that were there before are found, and which are not."""
+    what, iterator = "earlier connections", _iterator(features, rung)
+    if iterator.available and _FILES in _kernel_has():
+        return Step(what, "iterator")
+    if iterator.available:
+        iterator = Feature("iterator", False, f"it takes {_FILES} (Linux 5.11)")
+    asked, others = features["sock_diag"], features["others_listeners"]
+    if not asked.available:
+        return Step(what, "next use", (iterator, asked))
+    refused = [iterator, *_hidden(features)]
+    if not others.available:
+        refused.append(Feature("other users' processes", False, others.reason))
+    return Step(what, "sock_diag", tuple(refused))
+
+
+def _hidden(features: Features) -> Sequence[Feature]:
+    """What sock_diag does not show here."""
+    lacking = caps.lacking(caps.NAMESPACES, features.capabilities)
+    return [Feature("other network namespaces", False, caps.missing(lacking))] if lacking else []
 
 
 def _refused(features: Features) -> Mapping[str, str]:

@@ -153,6 +153,7 @@ def _columns(changes: Changes, offset_ns: int) -> dict[str, NDArray[Any]]:
         "connect_ns": np.where(timed, c["established_ns"].astype(np.int64) - start_ns, 0),
         "network_namespace": c["network"],
         "preexisting": ~known,
+        "end": np.where(c["ended_ns"] > 0, c["end"], pb.TCP_END_OPEN),  # who closed is known before
         "was_established": (c["established_ns"] > 0) | ~known,
         "opened": (changes.new & known).astype(np.int64),
         "established": changes.established.astype(np.int64),
@@ -166,6 +167,6 @@ def _columns(changes: Changes, offset_ns: int) -> dict[str, NDArray[Any]]:
 
 # Fields that the program's record has by the same name.
 _SAME: Final = (
-    "local_port", "remote_port", "role", "state", "end", "pid", "congestion_window",
+    "local_port", "remote_port", "role", "state", "pid", "congestion_window",
     "segment_bytes",
 )  # fmt: skip

@@ -109,6 +109,19 @@ OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to make an element f
 MAP(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
 MAP(HASH, ports, struct port_key, struct port_owner, 4096, BPF_F_NO_PREALLOC);
 
+/*
+ * Where no program can walk through files, user space finds what was there before, by sock_diag,
+ * which tells a socket's cookie and not its address. Each is taken over when something next happens
+ * to it, whoever is at work then; listeners too, which `ports` has from the start.
+ */
+struct found_owner {
+	__u32 pid;
+	char comm[COMM_BYTES];
+};
+
+OPTION(bool, take_over_found, false);
+MAP(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
+
 /* As target_hints: a byte that is not set is of no socket that is followed. */
 #define SOCKET_HINTS 65536
 GLOBALS(__u8, socket_hints, SOCKET_HINTS);
@@ -336,6 +349,8 @@ static __always_inline __u8 role_by_numbering(struct sock *sk)
 	bool fin_sent = state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT &&
 			kernel_read(tp, snd_nxt) == kernel_read(tp, write_seq);
 
+	if (state == TCP_SYN_SENT) /* a SYN under way looks as a FIN would */
+		return ROLE_CLIENT;
 	return acked + under_way > payload + fin_sent ? ROLE_CLIENT : ROLE_SERVER;
 }
 
@@ -383,23 +398,56 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	return c;
 }
 
-/* A process is at work on a socket: its own from now on, if it is watched. */
-static __always_inline struct tcp_connection *used_by_current(struct sock *sk)
+/* One that user space has found, and that nothing happened to since; else NULL. */
+static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64 *cookie)
+{
+	if (!option(take_over_found))
+		return NULL;
+	*cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	return *cookie ? bpf_map_lookup_elem(map_of(found), cookie) : NULL;
+}
+
+/* One that is in no map yet: that of TARGET, or the one that user space has found; else NULL. */
+static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
+							      struct target *target)
+{
+	__u64 cookie = 0;
+	struct found_owner *found_owner = found_owner_of(sk, &cookie);
+	struct tcp_connection *c;
+
+	if (!target && !found_owner)
+		return NULL;
+	c = connection_find(sk, target ? current_tgid() : found_owner->pid,
+			    target ? target->comm : found_owner->comm);
+	if (c && found_owner) {
+		if (c->role == ROLE_LISTENER)
+			port_release(c); /* user space has counted it already */
+		bpf_map_delete_elem(map_of(found), &cookie);
+	}
+	return c;
+}
+
+/*
+ * The connection that something happens to. Where a process is at work on the socket, BY_PROCESS,
+ * it is that one's from now on, if it is watched.
+ */
+static __always_inline struct tcp_connection *connection_met(struct sock *sk, bool by_process)
 {
 	struct tcp_connection *c = connection_of(sk);
 	struct target *target;
-	__u32 tgid = current_tgid();
 
-	if (c && c->pid == tgid) {
+	if (c && !by_process)
+		return c;
+	if (c && c->pid == current_tgid()) {
 		c->presumed = false;
 		return c;
 	}
-	target = watched_process();
+	target = by_process ? watched_process() : NULL;
+	if (!c)
+		return connection_seek(sk, target);
 	if (target) {
-		if (!c)
-			return connection_find(sk, tgid, target->comm);
-		own(c, tgid, target->comm);
-	} else if (c && c->presumed) {
+		own(c, current_tgid(), target->comm);
+	} else if (c->presumed) {
 		__u64 key = (__u64)sk;
 
 		/* It shares a port with a watched process, and is another one's. */

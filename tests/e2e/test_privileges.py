@@ -265,6 +265,49 @@ def test_an_ordinary_users_agent_follows_another_users_connections(
             assert not watch.losses
 
 
+@pytest.mark.parametrize("given", [ORDINARY, ROOTS], ids=["documented", "with CAP_SYS_ADMIN"])
+def test_earlier_connections_of_other_namespaces_take_cap_sys_admin_where_nothing_walks(
+    directory: Path, given: frozenset[str]
+) -> None:
+    """Without it they are found when they are next used."""
+    enter = "import ctypes, subprocess; ctypes.CDLL(None).unshare(0x40000000); "
+    kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+    without = {"CORAL_WITHOUT": "iterator"}
+    with (
+        Puppet() as here,
+        Puppet() as elsewhere,
+        running_agent(directory, prefix=as_nobody(given), environment=without) as agent,
+    ):
+        elsewhere.do(enter + "subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)")
+        for puppet in (here, elsewhere):
+            puppet.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
+            puppet.do("c = socket.create_connection(l.getsockname()); s, _ = l.accept()")
+            puppet.do("c.sendall(bytes(70)); s.recv(70)")
+        answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
+        (steps,) = (c.steps for c in answer.collectors if c.kind == kind)
+        (step,) = (step for step in steps if step.what == "earlier connections")
+        assert step.taken == "sock_diag"
+        pids = f"{here.pid},{elsewhere.pid}"
+        sent: dict[int, set[int]] = {here.pid: set(), elsewhere.pid: set()}
+        with watching(agent, 60, "", kind, pid=pids) as watch:
+
+            def read_until_known(puppet: Puppet, total: int) -> None:
+                while total not in sent[puppet.pid]:
+                    for row in watch.read().tcp_metrics:
+                        sent[row.pid].add(row.total.bytes_sent)
+
+            read_until_known(here, 70)
+            if given == ROOTS:
+                assert "CAP_SYS_ADMIN" not in str(step)
+                read_until_known(elsewhere, 70)
+            else:
+                assert "CAP_SYS_ADMIN (to ask for the connections of other " in str(step)
+                assert not sent[elsewhere.pid]
+            elsewhere.do("c.sendall(bytes(30)); s.recv(30); c.close(); s.recv(1); s.close()")
+            read_until_known(elsewhere, 100)
+            assert not watch.losses
+
+
 def test_a_session_of_an_ordinary_user_ends_with_its_process(nobodys: RunningAgent) -> None:
     with (
         Puppet() as puppet,
