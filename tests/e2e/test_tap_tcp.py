@@ -221,7 +221,7 @@ def test_many_short_connections_are_one_line(
     serve = "for _ in range(1500):\n v, _ = l.accept()\n v.recv(100)\n v.close()"
     visit = "for _ in range(1500):\n d = socket.create_connection(at)\n d.sendall(b'1234567')\n"
     visit += " d.recv(1)\n d.close()"
-    with tapped(agent, client, server, arguments=("-i", "60s")) as tap:
+    with tapped(agent, client, server, arguments=("-i", "60s", "-c", "ring=16MiB")) as tap:
         port = connected(client, server, "127.0.0.1")
         tap.until(f"→ 127.0.0.1:{port}")
         client.do("at = c.getpeername()")

@@ -360,15 +360,6 @@ def test_batches_of_one_interval_are_one_and_what_is_idle_stays_known() -> None:
     assert (peer_total.bytes_out, peer_total.open, peer_total.closed) == (35, 1, 1)
 
 
-def test_what_a_connection_carried_before_it_was_found_is_not_of_the_interval() -> None:
-    tally = Tally()
-    tally.add(batch(0, 1, connection(1, 70_000, 70_000, preexisting=True)))
-    tally.add(batch(1, 2, connection(1, 5, 70_005, preexisting=True)))
-    assert tally.all.bytes_out == 5
-    tally.add(batch(2, 3, connection(2, 6, 90_006, preexisting=True)))
-    assert tally.all.bytes_out == 11
-
-
 def test_rows_that_the_agent_has_added_up_hide_what_is_open() -> None:
     tally = Tally()
     tally.add(batch(0, 1, pb.TcpMetrics(remote_address="other", connections=9, opened=4)))
