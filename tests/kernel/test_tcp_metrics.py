@@ -115,33 +115,44 @@ def test_figures_are_those_of_ss(sides: tuple[Side, Side], pair: tuple[Puppet, P
                 send(client, "c", server, "s", 20_000)
                 send(server, "s", client, "c", 5_000)
 
-        def agree() -> bool:
+        def differing() -> dict[str, tuple[object, object]]:
             seen.drain()
             said = {**ss(sides[0], port), **ss(sides[1], port)}
-            return all(_agrees(seen, ports, fields) for ports, fields in said.items())
+            assert len(said) == 2
+            return dict(
+                it for ports, fields in said.items() for it in _differing(seen, ports, fields)
+            )
 
-        wait_until(agree)
+        try:
+            wait_until(lambda: not differing())
+        except AssertionError:
+            assert differing() == {}
+            raise
 
 
-def _agrees(seen: Seen, ports: tuple[int, int], fields: dict[str, str]) -> bool:
+def _differing(
+    seen: Seen, ports: tuple[int, int], fields: dict[str, str]
+) -> Iterator[tuple[str, tuple[object, object]]]:
+    """What the row of a connection and `ss` say of it, where it is not the same."""
     row = seen.last(local_port=ports[0], remote_port=ports[1])
     assert row
     rtt, variation = (round(float(part) * 1000) for part in fields["rtt"].split("/"))
-    retransmits = int(fields.get("retrans", "0/0").split("/")[1])
-    return (
-        int(fields["sk"], 16) == row.connection_id
-        and rtt == row.rtt_us
-        and variation == row.rtt_variation_us
-        and round(float(fields["minrtt"]) * 1000) == row.rtt_min_us
-        and int(fields["cwnd"]) == row.congestion_window
-        and int(fields["mss"]) == row.segment_bytes
-        and int(fields["segs_out"]) == row.total.segments_sent
-        and int(fields["segs_in"]) == row.total.segments_received
-        and retransmits == row.total.retransmits
-        and int(fields.get("bytes_retrans", 0)) == row.total.bytes_retransmitted
-        and int(fields["bytes_sent"]) == row.total.bytes_sent + row.total.bytes_retransmitted
-        and int(fields["bytes_received"]) == row.total.bytes_received
-    )
+    sent_again = row.total.bytes_retransmitted
+    for what, ours, theirs in (
+        ("sk", row.connection_id, int(fields["sk"], 16)),
+        ("rtt", (row.rtt_us, row.rtt_variation_us), (rtt, variation)),
+        ("minrtt", row.rtt_min_us, round(float(fields["minrtt"]) * 1000)),
+        ("cwnd", row.congestion_window, int(fields["cwnd"])),
+        ("mss", row.segment_bytes, int(fields["mss"])),
+        ("segs_out", row.total.segments_sent, int(fields["segs_out"])),
+        ("segs_in", row.total.segments_received, int(fields["segs_in"])),
+        ("retrans", row.total.retransmits, int(fields.get("retrans", "0/0").split("/")[1])),
+        ("bytes_retrans", sent_again, int(fields.get("bytes_retrans", 0))),
+        ("bytes_sent", row.total.bytes_sent + sent_again, int(fields["bytes_sent"])),
+        ("bytes_received", row.total.bytes_received, int(fields["bytes_received"])),
+    ):
+        if ours != theirs:
+            yield f"{what} of {pb.TcpRole.Name(row.role)}", (ours, theirs)
 
 
 def test_retransmits_are_those_of_the_kernel(
