@@ -57,26 +57,41 @@ class Filter:
         if self.errors_only and "return_value" in columns:
             values = records["return_value"]
             keep &= (values < 0) & (values >= -_MAX_ERRNO)
+        elif self.errors_only and "error" in columns:
+            keep &= records["error"] != 0
         if self.min_duration_ns and "duration_ns" in columns:
             keep &= records["duration_ns"] >= self.min_duration_ns
         return keep
 
     def takes(self, row: Message) -> bool:
-        """Whether it takes a summary row. Of its calls, one that fits is enough; a thread's id is
-        not asked about, because a summary is of processes."""
-        if isinstance(row, pb.TcpMetrics):
-            return (not self.pids or row.pid in self.pids) and (
-                not self.comms or row.comm in self.comms
-            )
-        if not isinstance(row, pb.SyscallStats):
-            return True
+        """Whether it takes a summary row. Of what is added up in it, one that fits is enough; a
+        thread's id is not asked about, because a summary is of processes, and neither is what the
+        row does not have."""
+        duration_ns = _value(row, *_DURATIONS)
         return (
-            (not self.pids or row.pid in self.pids)
-            and (not self.comms or row.labels.get("comm") in self.comms)
-            and (not self.syscalls or row.syscall_name in self.syscalls)
-            and (not self.errors_only or row.error_count > 0)
-            and row.max_duration_ns >= self.min_duration_ns
+            (not self.pids or _value(row, "pid") in (None, *self.pids))
+            and (not self.comms or _comm(row) in (None, *self.comms))
+            and (not self.syscalls or _value(row, "syscall_name") in (None, *self.syscalls))
+            and (not self.errors_only or _value(row, *_ERRORS) not in (0, ""))
+            and (not isinstance(duration_ns, int) or duration_ns >= self.min_duration_ns)
         )
+
+
+# Fields of summaries, of which each kind has one or none.
+_ERRORS: Final = ("error_count", "error", "connections_failed")
+_DURATIONS: Final = ("max_duration_ns", "duration_ns")
+
+
+def _value(row: Message, *names: str) -> int | str | None:
+    """The value of the one field of ROW that has one of NAMES; None where there is none."""
+    fields = row.DESCRIPTOR.fields_by_name
+    return next((getattr(row, name) for name in names if name in fields), None)
+
+
+def _comm(row: Message) -> str | None:
+    labels = getattr(row, "labels", None)
+    name: str | None = getattr(row, "comm", None) if labels is None else labels.get("comm", "")
+    return name
 
 
 EVERYTHING: Final = Filter()

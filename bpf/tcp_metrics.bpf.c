@@ -72,7 +72,7 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	    .new_state = new_state,
 	    .count = count,
 	    .error = c->error,
-	    .end = c->end,
+	    .end = new_state == TCP_CLOSE ? c->end : END_OPEN,
 	};
 
 	if (!option(single_events))

@@ -54,13 +54,15 @@ class EventRows:
 class Batch:
     """What a collector has seen in one interval: rows of one message type, and what it lost.
 
-    Times are Unix time in nanoseconds. `losses` are counts by `pb.Loss.Stage`.
+    Times are Unix time in nanoseconds. `losses` are counts by `pb.Loss.Stage`. `in_detail` says
+    that the request asked for measures that tell more apart than by default.
     """
 
     rows: Sequence[Message] | EventRows
     interval_start_ns: int
     interval_end_ns: int
     losses: Mapping[int, int] = field(default_factory=dict)
+    in_detail: bool = False
 
     def __bool__(self) -> bool:
         return bool(len(self.rows) or self.losses)

@@ -92,7 +92,7 @@ class Connections:
 
         keys, current = _keys_of(read), counters_of(read)
         told = _told_of(read)
-        before = np.zeros_like(current)
+        before = _found_with(read)
         told_before = np.full_like(told, _NEVER)
         at, known = self._find(keys)
         before[known], told_before[known] = self._totals[at[known]], self._told[at[known]]
@@ -148,6 +148,14 @@ def _told_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
     told[:, 1] = connections["pid"]
     told[:, 2] = connections["established_ns"]
     return told
+
+
+def _found_with(connections: NDArray[Any]) -> NDArray[np.uint64]:
+    """The counters that they had when they were found, of shape (n, COLUMNS)."""
+    counters = np.zeros((len(connections), COLUMNS), np.uint64)
+    for column, name in enumerate(NAMES[:_KINDS]):
+        counters[:, column] = connections[f"found_{name}"]
+    return counters
 
 
 def counters_of(connections: NDArray[Any]) -> NDArray[np.uint64]:

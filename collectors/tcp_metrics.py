@@ -88,6 +88,11 @@ class TcpMetricsOptions(TargetOptions):
         "rows an interval: those with most bytes, the rest added up in one row `other`; 0: all, "
         "but 1000 of peers",
     )
+    prometheus: str = option(
+        choice("service", "peer"),
+        "service",
+        "what Prometheus is told apart: services, or their peers' addresses and ports as well",
+    )
     entries: int = option(
         integer(1, 262144),
         "10240",
@@ -253,7 +258,8 @@ class TcpMetricsCollector(Collector):
             summaries = peer_rows(changes, top or _MOST_PEERS)
         else:
             summaries = connection_rows(changes, names, self._offset_ns, top)
-        return Batch(summaries, started_at_ns, self._read_at_ns, losses)
+        in_detail = self._options.prometheus == "peer"
+        return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
 
     def _read_live(self) -> NDArray[Any]:
         return self._live.read() if self._live else self._connections_map.read()[1]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,16 +143,22 @@ class Seen:
 
 
 def assert_deltas_add_up(rows: Iterable[pb.TcpMetrics]) -> None:
-    """Of one connection that was followed from its beginning."""
-    added: dict[str, int] = defaultdict(int)
-    last = pb.TcpMetrics()
-    samples = 0
-    for last in rows:
+    """Of one connection: what one that was there before carried until then is in no interval."""
+    first, *more = rows
+    added, before = _counters(first.delta), _counters(first.total)
+    last, samples = first, sum(first.rtt_us_delta.counts)
+    before.subtract(added)
+    for last in more:
         samples += sum(last.rtt_us_delta.counts)
-        for field, value in last.delta.ListFields():
-            added[field.name] += value
+        added.update(_counters(last.delta))
     assert samples == sum(last.rtt_us_total.counts)
-    assert added == {field.name: value for field, value in last.total.ListFields()}
+    if first.preexisting:
+        added.update(before)
+    assert +added == _counters(last.total)
+
+
+def _counters(counters: pb.TcpCounters) -> Counter[str]:
+    return Counter({field.name: value for field, value in counters.ListFields()})
 
 
 @contextmanager

@@ -394,12 +394,15 @@ class Watch:
 
 
 def start_collector(
-    agent: RunningAgent, duration_s: float = 60.0, service_name: str = "", **config: str
+    agent: RunningAgent,
+    duration_s: float = 60.0,
+    service_name: str = "",
+    kind: pb.EbpfCollectorKind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+    /,
+    **config: str,
 ) -> pb.StartEbpfCollectorResponse:
-    """Starts `syscall_stats`."""
-    request = pb.StartEbpfCollectorRequest(
-        kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, service_name=service_name, config=config
-    )
+    """Starts `syscall_stats`, or another kind."""
+    request = pb.StartEbpfCollectorRequest(kind=kind, service_name=service_name, config=config)
     request.duration.FromNanoseconds(int(duration_s * 1e9))
     started = agent.call("StartCollector", request)
     assert isinstance(started, pb.StartEbpfCollectorResponse)
@@ -409,10 +412,16 @@ def start_collector(
 
 @contextmanager
 def watching(
-    agent: RunningAgent, duration_s: float = 60.0, service_name: str = "", **config: str
+    agent: RunningAgent,
+    duration_s: float = 60.0,
+    service_name: str = "",
+    kind: pb.EbpfCollectorKind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+    /,
+    **config: str,
 ) -> Iterator[Watch]:
-    """`syscall_stats` at work, with a subscriber. Ends it, if it has not ended."""
-    started = start_collector(agent, duration_s, service_name, **{"interval": "100ms", **config})
+    """`syscall_stats` at work, or another kind, with a subscriber. Ends it, if it has not ended."""
+    config = {"interval": "100ms", **config}
+    started = start_collector(agent, duration_s, service_name, kind, **config)
     request = pb.EbpfEventStreamRequest(collector_id=started.collector_id)
     with streaming(agent, "StreamEventBatches", request) as messages:
         watch = Watch(agent, started, messages)

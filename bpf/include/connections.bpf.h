@@ -82,7 +82,14 @@ struct tcp_connection {
 	__u32 error;
 	__u32 delivered; /* as it was when the last sample of the RTT was taken */
 	__u32 rtt[RTT_SLOTS];
-	__u32 reserved;
+	/* What it had carried when it was found: zeros of one that was seen from its beginning. */
+	__u32 found_segments_sent;
+	__u32 found_segments_received;
+	__u32 found_retransmits;
+	__u64 found_bytes_sent;
+	__u64 found_bytes_acked;
+	__u64 found_bytes_received;
+	__u64 found_bytes_retransmitted;
 	__u64 rtt_sum_us; /* of the samples */
 };
 
@@ -339,6 +346,18 @@ static __always_inline bool is_listened_to(const struct tcp_connection *c)
 	return bpf_map_lookup_elem(map_of(ports), &key);
 }
 
+/* What came before is not of the interval in which it was found. */
+static __always_inline void keep_as_found(struct tcp_connection *c)
+{
+	c->found_bytes_sent = c->bytes_sent;
+	c->found_bytes_acked = c->bytes_acked;
+	c->found_bytes_received = c->bytes_received;
+	c->found_bytes_retransmitted = c->bytes_retransmitted;
+	c->found_segments_sent = c->segments_sent;
+	c->found_segments_received = c->segments_received;
+	c->found_retransmits = c->retransmits;
+}
+
 static __always_inline struct tcp_connection *connection_find(struct sock *sk, __u32 pid,
 							      const char *comm)
 {
@@ -360,6 +379,7 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	c->role = is_listened_to(c) ? ROLE_SERVER : role_by_numbering(sk);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
 	refresh(c, sk, state);
+	keep_as_found(c);
 	return c;
 }
 

@@ -234,7 +234,11 @@ def test_capabilities_name_the_rung_and_why_it_is_not_a_better_one(tmp_path: Pat
     assert "syscall_stats map reads" not in prose
     assert re.search(rf"ring_buffer +no +{reason}", table.stdout)
 
-    (collector,) = json.loads(told.stdout)["collectors"]
+    collectors = {it["kind"]: it for it in json.loads(told.stdout)["collectors"]}
+    tcp = collectors["EBPF_COLLECTOR_KIND_TCP_METRICS"]
+    assert not tcp["supported"]
+    assert tcp["reason"].startswith(f"no buffer (ring_buffer: {reason}; perf_buffer: ")
+    collector = collectors["EBPF_COLLECTOR_KIND_SYSCALL_STATS"]
     steps: dict[str, Any] = {step["what"]: step for step in collector["steps"]}
     assert list(steps) == ["loader", "hook", "thread state", "record buffer", "map reads"]
     assert steps["loader"] == {"what": "loader", "taken": "core", "refused": []}

@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from bpf.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
+from collectors.registry import kind_name
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel, refused_start
 from tests.e2e.test_services import in_cgroup
@@ -243,6 +244,27 @@ def named_puppet(stack: ExitStack, name: str, *, listens: bool) -> Puppet:
     return puppet
 
 
+@pytest.mark.parametrize("mode", ["summaries", "events"])
+def test_an_ordinary_users_agent_follows_another_users_connections(
+    nobodys: RunningAgent, mode: str
+) -> None:
+    kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+    with Puppet() as puppet:
+        puppet.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
+        puppet.do("c = socket.create_connection(l.getsockname()); s, _ = l.accept()")
+        puppet.do("c.sendall(bytes(70)); s.recv(70)")
+        with watching(nobodys, 60, "", kind, pid=str(puppet.pid), mode=mode) as watch:
+            puppet.do("c.sendall(bytes(30)); s.recv(30); c.close(); s.recv(1); s.close()")
+            ended: list[tuple[int, int]] = []
+            while len(ended) < 2:
+                batch = watch.read()
+                ended += [(r.pid, r.total.bytes_sent) for r in batch.tcp_metrics if r.end]
+                ended += [(r.pid, 0) for r in batch.tcp_state_changes if r.end]
+            sent = 100 if mode == "summaries" else 0
+            assert sorted(ended) == [(puppet.pid, 0), (puppet.pid, sent)]
+            assert not watch.losses
+
+
 def test_a_session_of_an_ordinary_user_ends_with_its_process(nobodys: RunningAgent) -> None:
     with (
         Puppet() as puppet,
@@ -287,8 +309,8 @@ def features(agent: RunningAgent) -> Mapping[str, pb.KernelFeature]:
 
 
 def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
-    """The agent says of syscall_stats that it takes the capabilities MISSING, wherever it is asked;
-    it goes on serving."""
+    """The agent says of every collector that it takes the capabilities MISSING, wherever it is
+    asked; it goes on serving."""
     told = " and ".join(f"{name} ({TRACING[name]})" for name in missing)
     told += f" {'is' if len(missing) == 1 else 'are'} missing: run the agent as root, or give it "
     told += f"{' '.join(missing)}, by AmbientCapabilities= of its systemd unit or a container's "
@@ -303,8 +325,8 @@ def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
     assert started.error == f"syscall_stats: {told}"
     answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
     assert (answer.supported, list(answer.available_collectors)) == (False, [])
-    (collector,) = answer.collectors
-    assert (collector.supported, collector.reason) == (False, told)
+    kinds = {kind_name(collector.kind) for collector in answer.collectors}
+    assert {(it.supported, it.reason) for it in answer.collectors} == {(False, told)}
     shown = subprocess.run(
         coral("capabilities", "--agent", agent.address),
         cwd=ROOT,
@@ -313,11 +335,15 @@ def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
         text=True,
         check=True,
     ).stdout
-    assert re.search(rf"^syscall_stats +no +{re.escape(told)} *$", shown, re.MULTILINE)
-    (logged,) = wait_until(
-        lambda: [ln for ln in agent.log() if ln["event"] == "collector not possible here"]
+    assert set(re.findall(rf"^(\w+) +no +{re.escape(told)} *$", shown, re.MULTILINE)) == kinds
+    logged = wait_until(
+        lambda: [
+            (ln["kind"], ln["reason"])
+            for ln in agent.log()
+            if ln["event"] == "collector not possible here"
+        ]
     )
-    assert (logged["kind"], logged["reason"]) == ("syscall_stats", told)
+    assert set(logged) == {(kind, told) for kind in kinds}
 
 
 @pytest.mark.parametrize("missing", TRACING)

@@ -18,7 +18,7 @@ from agent.session import StartRequest
 from agent.streams import Terms
 from agent.supervisor import Supervisor
 from client.batch import Batch as Received
-from collectors.base import EventRows
+from collectors.base import EventRows, Measures
 from collectors.targets import cgroup2_mount, comm_of
 from collectors.tcp_metrics import TcpMetricsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -378,6 +378,8 @@ def test_a_connection_that_was_there_before_has_its_totals() -> None:
                 assert row.total.bytes_sent == (70_000 if role == CLIENT else 0)
                 assert row.total.bytes_acked == row.total.bytes_sent
                 assert row.total.bytes_received == (70_000 if role == SERVER else 0)
+                # What was before is of no interval.
+                assert not row.delta.ByteSize()
                 assert not row.opened
             # A listener that was there is known too: what it takes in has a beginning.
             client.do("d = socket.socket(); d.connect(c.getpeername())")
@@ -588,6 +590,13 @@ def test_others_are_not_seen() -> None:
         assert len(seen.collector.bpf_object.map("ports").read()[0]) == 0
 
 
+def exposed(measures: Measures) -> str:
+    """What a scrape of MEASURES gives."""
+    registry = CollectorRegistry()
+    registry.register(measures)
+    return generate_latest(registry).decode()
+
+
 def test_prometheus_is_told_what_the_rows_say() -> None:
     measures = TcpMetricsCollector.measures(10)
     with puppets(2) as (client, server), following(client, server) as seen:
@@ -599,9 +608,7 @@ def test_prometheus_is_told_what_the_rows_say() -> None:
             batch = seen.collector.drain()
             measures.observe("shop", batch)
             seen.rows += batch.rows  # type: ignore[arg-type]
-    registry = CollectorRegistry()
-    registry.register(measures)
-    text = generate_latest(registry).decode()
+    text = exposed(measures)
 
     def value(name: str, **labels: str) -> float:
         (found,) = samples(text, f"system_network_tcp_{name}", **labels).values()
@@ -619,6 +626,34 @@ def test_prometheus_is_told_what_the_rows_say() -> None:
         sum(row.rtt_us_delta.counts) for row in seen.rows if row.role == CLIENT
     )
     assert value("rtt_duration_seconds_bucket", **of, le="1") >= 1
+
+
+def test_prometheus_is_told_peers_where_that_is_asked_for() -> None:
+    measures = TcpMetricsCollector.measures(4)
+    with puppets(2) as (client, server), following(client, server, prometheus="peer") as seen:
+        port = connected(client, server, "127.0.0.1")
+        client.do(f"d = socket.socket(); d.connect(('127.0.0.1', {port}))")
+        send(client, "c", server, "s", 5000)
+        measures.observe("shop", seen.collector.drain())
+        client.do("f = socket.socket(); f.connect_ex(('127.0.0.2', 9)); f.close()")
+        measures.observe("shop", seen.collector.drain())
+    text = exposed(measures)
+
+    def sent(**labels: str) -> dict[frozenset[tuple[str, str]], float]:
+        return samples(
+            text,
+            "system_network_tcp_io_bytes_total",
+            direction="transmit",
+            service="shop",
+            **labels,
+        )
+
+    peer = {"network_peer_address": "127.0.0.1", "server_port": str(port)}
+    assert list(sent(**peer, role="client").values()) == [5000]
+    assert list(sent(**peer, role="server").values()) == [0]
+    # Peers have half of the room.
+    assert len(sent(network_peer_address="other", server_port="", role="client")) == 1
+    assert len(sent()) == 3
 
 
 # What a kernel may lack; without its walks the figures are those of the last segment.
@@ -798,12 +833,18 @@ def test_syn_acks_that_go_again_are_the_listeners(
             client.do(f"{connect}; [c.setblocking(False) for c in cs]")
             client.do(f"[c.connect_ex(({right.v4!r}, {port})) for c in cs]")
             server.do("ss = [l.accept()[0] for _ in range(9)]")
-        seen.drain()
+        measures = TcpMetricsCollector.measures(10)
+        batch = seen.collector.drain()
+        measures.observe("shop", batch)
+        seen.rows += batch.rows  # type: ignore[arg-type]
         made = right.counter("TcpExtTCPSynRetrans") - before
         listener = sum(row.delta.syn_ack_retransmits for row in seen.rows)
         children = [row for row in seen.rows if row.role == SERVER]
         assert len(children) == 9
         assert listener == sum(row.total.retransmits_handshake for row in children) == made > 0
+        name = "system_network_tcp_retransmits_total"
+        text = exposed(measures)
+        assert list(samples(text, name, type="handshake").values()) == [made]
 
 
 def test_from_exec_follows_the_command_alone() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -529,3 +530,55 @@ class AnyInterleaving(RuleBasedStateMachine):
 
 AnyInterleaving.TestCase.settings = settings(max_examples=150, deadline=None)
 TestAnyInterleaving = AnyInterleaving.TestCase
+
+
+# A row of each summary, one that fits and one that does not, by what is asked.
+SUMMARIES: dict[str, tuple[Filter, Message, Message]] = {
+    "a call's errors": (
+        Filter(errors_only=True),
+        pb.SyscallStats(error_count=1),
+        pb.SyscallStats(call_count=1),
+    ),
+    "a call's longest": (
+        Filter(min_duration_ns=5),
+        pb.SyscallStats(max_duration_ns=5),
+        pb.SyscallStats(max_duration_ns=4, total_duration_ns=9),
+    ),
+    "a caller": (
+        Filter(comms=frozenset({"shop"})),
+        pb.SyscallStats(labels={"comm": "shop"}),
+        pb.SyscallStats(labels={"comm": "shelf"}),
+    ),
+    "a connection's owner": (
+        Filter(pids=frozenset({7}), comms=frozenset({"shop"})),
+        pb.TcpMetrics(pid=7, comm="shop"),
+        pb.TcpMetrics(pid=8, comm="shop"),
+    ),
+    "a connection's error": (
+        Filter(errors_only=True),
+        pb.TcpMetrics(error="ETIMEDOUT"),
+        pb.TcpMetrics(),
+    ),
+    "a connection's age": (
+        Filter(min_duration_ns=5),
+        pb.TcpMetrics(duration_ns=5),
+        pb.TcpMetrics(),
+    ),
+    "a peer's failures": (
+        Filter(errors_only=True),
+        pb.TcpPeerMetrics(connections_failed=2),
+        pb.TcpPeerMetrics(connections_open=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_filter_takes_the_summaries_that_fit(name: str) -> None:
+    wanted, fits, does_not = SUMMARIES[name]
+    assert wanted.takes(fits)
+    assert not wanted.takes(does_not)
+
+
+def test_a_filter_does_not_ask_a_summary_for_what_it_does_not_have() -> None:
+    wanted = Filter(pids=frozenset({7}), comms=frozenset({"shop"}), syscalls=frozenset({"read"}))
+    assert wanted.takes(pb.TcpPeerMetrics())

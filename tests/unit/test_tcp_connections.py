@@ -13,9 +13,10 @@ from collectors.tcp_rows import address_text
 
 _WIDE = ("sk", "found_ns", "ended_ns", "established_ns", "rtt_sum_us")
 _COUNTED = [name for name in NAMES if not name.startswith("retransmits_")]
+_FOUND = [f"found_{name}" for name in NAMES[: NAMES.index("retransmits") + 1]]
 RECORD = np.dtype(
     [
-        *((name, "u8") for name in (*_WIDE, *_COUNTED)),
+        *((name, "u8") for name in (*_WIDE, *_COUNTED, *_FOUND)),
         *((name, "u4") for name in ("pid",)),
         *((name, "u1") for name in ("role", "state", "end")),
         ("retransmits_of", "u4", (4,)),
@@ -49,6 +50,17 @@ def test_a_change_is_what_was_added() -> None:
     both = np.concatenate([reading(1, sent=15), reading(2, sent=10)])
     assert sent(known.advance(both, NOTHING, NOW)) == {1: 5}
     assert sent(known.advance(both, NOTHING, NOW, everything=True)) == {1: 0, 2: 0}
+
+
+def test_what_it_had_carried_before_it_was_found_is_of_no_interval() -> None:
+    known = Connections()
+    found = reading(1, sent=1000)
+    found["found_bytes_sent"] = 990
+    changes = known.advance(found, NOTHING, NOW)
+    assert sent(changes) == {1: 10}
+    assert changes.total[:, 0].tolist() == [1000]
+    found["bytes_sent"] = 1005
+    assert sent(known.advance(found, NOTHING, NOW)) == {1: 5}
 
 
 def test_one_that_was_not_read_for_a_moment_goes_on_where_it_was() -> None:
