@@ -148,6 +148,7 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 		return 0;
 	own(c, owner->pid, owner->comm);
 	c->presumed = true;
+	c->cookie = 0; /* on older kernels it is the listener's still */
 	c->state = TCP_SYN_RECV;
 	c->local_port = key.port;
 	return 0;
@@ -164,6 +165,8 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 	c->delivered = kernel_read(tp, delivered);
 	if (kernel_read(tp, srtt_us))
 		count_rtt(c, kernel_read(tp, srtt_us) >> 3);
+	if (option(refresh_at_segments))
+		refresh(c, sk, TCP_ESTABLISHED);
 	if (c->role == ROLE_SERVER) { /* the SYN-ACKs', which were sent before there was a socket */
 		c->retransmits = kernel_read(tp, total_retrans);
 		c->retransmits_of[HANDSHAKE] = c->retransmits;
@@ -667,7 +670,6 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 	struct target *target;
-	struct socket *socket;
 	struct sock *sk;
 	char comm[COMM_BYTES];
 	__u32 tgid;
@@ -678,13 +680,15 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	target = bpf_map_lookup_elem(map_of(targets), &tgid);
 	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST)
 		return 0;
-	socket = bpf_sock_from_file(file);
-	if (!socket)
-		return 0;
-	sk = kernel_read(socket, sk);
+	sk = socket_of(file);
 	if (!sk || !is_tcp(sk) || connection_of(sk))
 		return 0;
-	make_cookie(socket->sk);
+	if (option(make_cookies)) { /* a socket that the verifier knows for one: Linux 5.11 */
+		struct socket *socket = bpf_sock_from_file(file);
+
+		if (socket)
+			make_cookie(socket->sk);
+	}
 	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
 	if (!connection_find(sk, tgid, comm) && state_of(sk) != TCP_CLOSE && !connection_of(sk))
 		account_map_full();

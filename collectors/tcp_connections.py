@@ -34,8 +34,9 @@ COLUMNS: Final = RTT_SUM + 1
 LISTENER: Final = 3  # enum TcpRole
 
 # An end is told at once by the ring. A socket that its process keeps after the end is in the map
-# still: it is told from there after so long, when a reset that was the cause is surely counted.
-_LINGERS_NS: Final = 20_000_000
+# still: it is told from there after so long, when a reset that was the cause is surely counted,
+# even where the processor was taken from the kernel in between.
+_LINGERS_NS: Final = 250_000_000
 # A connection that changes while it is read is left out, and is there the next time. One that is
 # missing so often has ended, and its record was lost.
 _MOST_MISSING: Final = 3
@@ -82,11 +83,12 @@ class Connections:
         self, live: NDArray[Any], ended: NDArray[Any], now_ns: int, *, everything: bool = False
     ) -> Changes:
         """Takes in a reading of the map and, after it, of the ring: both struct tcp_connection, of
-        shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, all that are open are among
-        the changes."""
-        lingering = live["ended_ns"] > 0
+        shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, after which nothing is
+        counted any more, all that are open are among the changes."""
         settled = now_ns - live["ended_ns"].astype(np.int64) > _LINGERS_NS
-        live = live[(~lingering | settled) & ~np.isin(_keys_of(live), _keys_of(ended))]
+        waits = (live["ended_ns"] > 0) & ~settled & (not everything)
+        self._missing[np.isin(self._keys, _keys_of(live[waits]))] = 0
+        live = live[~waits & ~np.isin(_keys_of(live), _keys_of(ended))]
         read = np.concatenate([live, ended])
         in_map = np.arange(len(read)) < len(live)
 

@@ -66,7 +66,6 @@ _OPTIONAL: Final = {
 # There since Linux 4.16, where a kernel without BTF cannot be asked.
 _OLD: Final = frozenset(_OPTIONAL.values()) - {"sock_send_length"}
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
-_FILES: Final = "bpf_sock_from_file"  # Linux 5.11
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
@@ -117,12 +116,11 @@ class TcpMetricsOptions(TargetOptions):
 
 @cache
 def _kernel_has() -> frozenset[str]:
-    """Of the tracepoints and helpers above, those that this kernel has."""
+    """Of the tracepoints and the helper above, those that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
-    helpers = {_COOKIES, _FILES}
-    found = kernel_names((*names, *helpers))
-    tracepoints = {name.removeprefix("btf_trace_") for name in found - helpers}
-    return frozenset((tracepoints or _OLD) | (found & helpers))
+    found = kernel_names((*names, _COOKIES))
+    tracepoints = {name.removeprefix("btf_trace_") for name in found - {_COOKIES}}
+    return frozenset((tracepoints or _OLD) | (found & {_COOKIES}))
 
 
 class TcpMetricsCollector(Collector):
@@ -141,7 +139,7 @@ class TcpMetricsCollector(Collector):
             raise OptionError("until_exit", "true", refused["until_exit"])
         self._walks: tuple[str, ...] = ()
         if _walks(features, self._rung).taken == "iterator":
-            self._walks = (_LIVE, _FIND) if _FILES in _kernel_has() else (_LIVE,)
+            self._walks = (_LIVE, _FIND)
         self._object = self._rung.object(
             "tcp_metrics",
             programs=_programs(self._rung),

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from ipaddress import ip_address
 
 import pytest
@@ -23,47 +23,27 @@ from collectors.targets import cgroup2_mount, comm_of
 from collectors.tcp_metrics import TcpMetricsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
+    FOUND_AT_START,
+    HAS_IDS,
+    READ_WHEN_ASKED,
     Seen,
     Side,
     connected,
     following,
+    found_at_start,
+    identity,
     listen,
     number,
+    puppets,
+    read_when_asked,
+    send,
     ss,
-    two_sides,
 )
-from tests.support import Puppet, at_work, samples, wait_until
+from tests.support import PATIENCE, Puppet, at_work, samples, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
-READ_ALL = "n = 0\nwhile n < {n}: n += len({s}.recv(65536))"
-
-
-@pytest.fixture(scope="module")
-def sides() -> Iterator[tuple[Side, Side]]:
-    with two_sides() as pair:
-        yield pair
-
-
-@pytest.fixture
-def pair(sides: tuple[Side, Side]) -> Iterator[tuple[Puppet, Puppet]]:
-    """A client in one namespace, a server in the other."""
-    with sides[0].puppet() as client, sides[1].puppet() as server:
-        yield client, server
-
-
-@contextmanager
-def puppets(count: int) -> Iterator[list[Puppet]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(Puppet()) for _ in range(count)]
-
-
-def send(sender: Puppet, sends: str, receiver: Puppet, receives: str, count: int) -> None:
-    """Has one send COUNT bytes, and the other read them all."""
-    receiver.begin(f"exec({READ_ALL.format(s=receives, n=count)!r})")
-    sender.do(f"{sends}.sendall(bytes({count}))")
-    receiver.done()
 
 
 @pytest.mark.parametrize("way", ["loopback", "v4", "v6", "mapped"])
@@ -84,7 +64,10 @@ def test_bytes_are_exact_each_way(way: str, sides: tuple[Side, Side]) -> None:
         for role, sent, received in ((CLIENT, 3_000_001, 123_457), (SERVER, 123_457, 3_000_001)):
             row = seen.last(role=role)
             assert row
-            assert (row.total.bytes_sent, row.total.bytes_received) == (sent, received)
+            assert not READ_WHEN_ASKED or (row.total.bytes_sent, row.total.bytes_received) == (
+                sent,
+                received,
+            )
         send(client, "c", server, "s", 1)
         local_port = number(client, "c.getsockname()[1]")
         client.do("c.close()")
@@ -106,6 +89,7 @@ def test_bytes_are_exact_each_way(way: str, sides: tuple[Side, Side]) -> None:
         assert not seen.lost
 
 
+@read_when_asked
 def test_figures_are_those_of_ss(sides: tuple[Side, Side], pair: tuple[Puppet, Puppet]) -> None:
     client, server = pair
     with following(client, server) as seen:
@@ -139,7 +123,7 @@ def _differing(
     rtt, variation = (round(float(part) * 1000) for part in fields["rtt"].split("/"))
     sent_again = row.total.bytes_retransmitted
     for what, ours, theirs in (
-        ("sk", row.connection_id, int(fields["sk"], 16)),
+        ("sk", row.connection_id, int(fields["sk"], 16) if HAS_IDS else 0),
         ("rtt", (row.rtt_us, row.rtt_variation_us), (rtt, variation)),
         ("minrtt", row.rtt_min_us, round(float(fields["minrtt"]) * 1000)),
         ("cwnd", row.congestion_window, int(fields["cwnd"])),
@@ -363,6 +347,7 @@ def test_a_child_that_inherits_owns_what_it_uses() -> None:
         assert (row.total.bytes_received, row.total.bytes_sent) == (10, 10)
 
 
+@found_at_start
 def test_a_connection_that_was_there_before_has_its_totals() -> None:
     with puppets(2) as (client, server):
         connected(client, server, "127.0.0.1")
@@ -414,11 +399,12 @@ def test_a_port_that_is_used_again_at_once_is_another_connection() -> None:
         ended = sorted((row for row in seen.rows if row.end), key=lambda row: row.start_ns)
         assert [row.total.bytes_sent for row in ended] == [1, 2, 3, 4, 5]
         assert len({(row.local_port, row.remote_port) for row in ended}) == 1
-        assert len({row.connection_id for row in ended}) == 5
+        assert len({identity(row) for row in ended}) == 5
+        assert len({row.connection_id for row in ended}) == (5 if HAS_IDS else 1)
 
 
 def test_every_connection_of_a_burst_is_accounted() -> None:
-    count = 20_000
+    count = int(20_000 / PATIENCE)
     burst = (
         "import socket, struct; linger = struct.pack('ii', 1, 0)\n"
         "l = socket.create_server(('127.0.0.1', 0)); at = l.getsockname()\n"
@@ -656,49 +642,6 @@ def test_prometheus_is_told_peers_where_that_is_asked_for() -> None:
     assert len(sent()) == 3
 
 
-# What a kernel may lack; without its walks the figures are those of the last segment.
-RUNGS = {
-    "raw_tp": ("tp_btf",),
-    "tracepoint": ("tp_btf", "raw_tp"),
-    "perf_buffer": ("ring_buffer",),
-    "no walks": ("iterator",),
-    "oldest": ("tp_btf", "iterator", "ring_buffer", "batch", "elements_on_demand"),
-}
-
-
-@pytest.mark.parametrize("without", RUNGS.values(), ids=RUNGS.keys())
-def test_every_rung_gives_the_same_figures(without: tuple[str, ...]) -> None:
-    features = bpf.probe().without(*without)
-    support = TcpMetricsCollector.support(features)
-    if not support.supported:
-        pytest.skip(support.reason)
-    with puppets(2) as (client, server):
-        connected(client, server, "127.0.0.1")
-        send(client, "c", server, "s", 100)
-        config = {"pid": f"{client.pid},{server.pid}"}
-        with at_work(TcpMetricsCollector.create(config, None, features)) as collector:
-            seen = Seen(collector)
-            send(client, "c", server, "s", 50)  # one that was there before
-            # Without walks a listener that was there is not known.
-            server.do("m = socket.create_server(('127.0.0.1', 0))")
-            port = number(server, "m.getsockname()[1]")
-            client.do(f"d = socket.create_connection(('127.0.0.1', {port}))")
-            server.do("t, _ = m.accept()")
-            send(client, "d", server, "t", 77_777)
-            send(server, "t", client, "d", 333)
-            client.do("d.close(); c.close()")
-            server.do("t.recv(1); t.close(); s.recv(1); s.close()")
-            seen.until(lambda: sum(row.end != 0 for row in seen.rows) == 4)
-            ended = {(row.role, row.preexisting): row for row in seen.rows if row.end}
-            for before, sent, received in ((True, 150, 0), (False, 77_777, 333)):
-                ours, theirs = ended[CLIENT, before], ended[SERVER, before]
-                assert (ours.total.bytes_sent, ours.total.bytes_received) == (sent, received)
-                assert (theirs.total.bytes_received, theirs.total.bytes_sent) == (sent, received)
-                assert (ours.pid, theirs.pid) == (client.pid, server.pid)
-                assert (ours.end, theirs.end) == (pb.TCP_END_FIN_LOCAL, pb.TCP_END_FIN_REMOTE)
-            assert not seen.lost
-
-
 def test_an_end_is_told_once_however_long_the_process_keeps_the_socket() -> None:
     with puppets(2) as (client, server), following(server) as seen:
         connected(client, server, "127.0.0.1")
@@ -778,9 +721,10 @@ def test_whom_it_watches(by: str) -> None:
                 client.do("d = socket.create_connection(c.getpeername())")
                 seen.drain()
                 ours = [row for row in seen.rows if row.pid == client.pid]
-                assert len(ours) == 2
-                assert sorted(row.preexisting for row in ours) == [False, True]
-                assert sum(row.total.bytes_sent for row in ours) == 1234
+                assert sorted(row.preexisting for row in ours) == (
+                    [False, True] if FOUND_AT_START else [False]
+                )
+                assert sum(row.total.bytes_sent for row in ours) == (1234 if FOUND_AT_START else 0)
                 theirs = [row for row in seen.rows if row.pid == server.pid]
                 assert len(theirs) == (2 if by == "host" else 0)
         finally:

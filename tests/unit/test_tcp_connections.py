@@ -103,6 +103,23 @@ def test_a_socket_kept_after_its_end_is_told_when_its_cause_is_known(age_ns: int
     assert len(known.advance(NOTHING, kept, NOW + age_ns)) == (not age_ns)
 
 
+def test_how_often_it_is_read_until_its_end_is_told_makes_no_difference() -> None:
+    known = Connections()
+    known.advance(reading(1, sent=10), NOTHING, NOW)
+    kept = reading(1, sent=15, ended_ns=NOW, state=7)
+    for _ in range(10):
+        assert len(known.advance(kept, NOTHING, NOW)) == 0
+    changes = known.advance(kept, NOTHING, NOW + 1_000_000_000)
+    assert sent(changes) == {1: 5}
+    assert not changes.new.any()
+
+
+def test_the_last_reading_tells_every_end() -> None:
+    known = Connections()
+    kept = reading(1, sent=15, ended_ns=NOW, state=7)
+    assert sent(known.advance(kept, NOTHING, NOW, everything=True)) == {1: 15}
+
+
 def test_figures_that_fall_while_they_are_read_are_no_negative_change() -> None:
     known = Connections()
     known.advance(reading(1, sent=10), NOTHING, NOW)
