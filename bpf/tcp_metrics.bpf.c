@@ -655,6 +655,8 @@ int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 		__u8 state = state_of(sk);
 
 		refresh(&c, sk, state);
+		if (!c.established_ns && c.start_ns) /* has got its port by now */
+			name_ends(&c, sk);
 		if (state_of(sk) != state || c.state != state || value->sk != c.sk ||
 		    value->found_ns != c.found_ns)
 			return 0; /* it changes just now; the next time, or its end, has it */
