@@ -161,7 +161,8 @@ def test_retransmits_are_those_of_the_kernel(
             "for sender in senders: sender.start()\n"
             "for sender in senders: sender.join()\n"
         )
-        with right.dropping("numgen random mod 10 < 3 drop"):
+        a_syn_surely = "tcp flags syn numgen inc mod 6 < 1 drop"
+        with right.dropping(f"{a_syn_surely}; numgen random mod 10 < 3 drop"):
             client.do(f"exec({sending!r}, {{}})")
             server.done()
         seen.until(lambda: len([row for row in seen.rows if row.end]) == 12)
@@ -484,7 +485,7 @@ def test_every_retransmit_and_reset_is_an_event(
     before = left.counter("TcpRetransSegs")
     with following(client, server, mode="events") as seen:
         connected(client, server, right.v4)
-        with right.dropping("tcp flags psh numgen random mod 10 < 4 drop"):
+        with right.dropping("tcp flags psh numgen inc mod 4 < 2 drop"):
             for _ in range(5):
                 send(client, "c", server, "s", 10_000)
         reset(client, server)
@@ -545,9 +546,11 @@ def test_peers_add_up_their_connections() -> None:
         assert ours.ends == {"fin_local": 1, "refused": 1}
         assert ours.failures == {"ECONNREFUSED": 1}
         assert theirs.ends == {"fin_remote": 1}
-        assert ours.delta.bytes_sent == theirs.delta.bytes_received == 1200
+        if READ_WHEN_ASKED:  # one is open still
+            assert ours.delta.bytes_sent == theirs.delta.bytes_received == 1200
 
 
+@read_when_asked
 def test_rows_beyond_top_are_added_up() -> None:
     with puppets(2) as (client, server), following(client, top="2") as seen:
         connected(client, server, "127.0.0.1")
@@ -726,7 +729,7 @@ def test_whom_it_watches(by: str) -> None:
                 )
                 assert sum(row.total.bytes_sent for row in ours) == (1234 if FOUND_AT_START else 0)
                 theirs = [row for row in seen.rows if row.pid == server.pid]
-                assert len(theirs) == (2 if by == "host" else 0)
+                assert len(theirs) == ((2 if FOUND_AT_START else 1) if by == "host" else 0)
         finally:
             client.kill()
             if by == "cgroup":
