@@ -31,6 +31,7 @@ _LOAD_64: Final = 0x18  # a 64-bit constant, over two instructions
 _PSEUDO_MAP_FD: Final = 1
 _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
 _NO_MAP: Final = -1
+_RAW, _PLAIN = _KINDS = ("raw_tp", "tracepoint")
 _VARIABLES_FROM: Final = 1000  # the numbers of variables that are maps, after those of maps
 _ARRAY: Final = 2
 _PERF_EVENT_ARRAY: Final = 4
@@ -105,7 +106,9 @@ class BccObject(BpfObject):
             **{f"OPTION_{name}": number for number, name in enumerate(options)},
         }
         source = self.path.with_suffix("").with_suffix(".bpf.c")
-        compiled = bcc.compiled(source, self._chosen, tuple(numbers.items()))
+        # All that can be attached, and not the chosen alone: the compiler takes as long, and the
+        # next rung, or the next request, finds its programs compiled.
+        compiled = bcc.compiled(source, self._attachable(), tuple(numbers.items()))
         for name in maps:
             if name not in self._without_maps:
                 self._make_map(name)
@@ -116,6 +119,17 @@ class BccObject(BpfObject):
         values = [int(self._initial_value(name)[()]) for name in options]
         for name in self._chosen:
             self._load_program(name, _linked(compiled[name], fds, values))
+
+    def _attachable(self) -> tuple[str, ...]:
+        hooks = {name: self._hook_of(name)[0] for name in self._programs}
+        return tuple(name for name, kind in hooks.items() if kind in _KINDS)
+
+    def _hook_of(self, name: str) -> tuple[str, str]:
+        """The kind of a program's hook, and its name."""
+        kind, _, hook = call_string("bpf_program__section_name", self._programs[name]).partition(
+            "/"
+        )
+        return kind, hook
 
     def _split_variables(self) -> tuple[list[str], list[str]]:
         """The names of those that are constants of the programs, and of those that are maps."""
@@ -177,14 +191,12 @@ class BccObject(BpfObject):
         self._fds[name] = fd
 
     def _attach_once(self, name: str) -> int:
-        kind, _, hook = call_string("bpf_program__section_name", self._programs[name]).partition(
-            "/"
-        )
-        if kind == "raw_tp":
+        kind, hook = self._hook_of(name)
+        if kind == _RAW:
             fd = call("bpf_raw_tracepoint_open", hook.encode(), self._fds[name])
             if fd < 0:
                 return -fd
-        elif kind == "tracepoint":
+        elif kind == _PLAIN:
             try:
                 fd = _open_tracepoint(hook, self._fds[name])
             except OSError as error:

@@ -148,6 +148,7 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 		return 0;
 	own(c, owner->pid, owner->comm);
 	c->presumed = true;
+	c->cookie = our_number(c); /* it may have the listener's still */
 	c->state = TCP_SYN_RECV;
 	c->local_port = key.port;
 	return 0;
@@ -159,11 +160,13 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 
 	c->established_ns = bpf_ktime_get_ns();
 	name_ends(c, sk);
-	if (!c->cookie)
-		c->cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	if (c->role == ROLE_SERVER)
+		c->cookie = number_of(c, sk);
 	c->delivered = kernel_read(tp, delivered);
 	if (kernel_read(tp, srtt_us))
 		count_rtt(c, kernel_read(tp, srtt_us) >> 3);
+	if (option(refresh_at_segments))
+		refresh(c, sk, TCP_ESTABLISHED);
 	if (c->role == ROLE_SERVER) { /* the SYN-ACKs', which were sent before there was a socket */
 		c->retransmits = kernel_read(tp, total_retrans);
 		c->retransmits_of[HANDSHAKE] = c->retransmits;
@@ -182,7 +185,10 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 		return END_RESET_LOCAL;
 	if (c->error)
 		return END_ERROR;
-	return c->end ? c->end : END_ABORTED;
+	if (c->end)
+		return c->end;
+	/* To close without a FIN is to reset, which comes next. */
+	return old == TCP_SYN_SENT || old == TCP_SYN_RECV ? END_ABORTED : END_RESET_LOCAL;
 }
 
 static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old)
@@ -222,8 +228,7 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 		if (c->role == ROLE_SERVER && c->start_ns)
 			send_event_of(ctx, c, c->start_ns, WHAT_STATE, TCP_LISTEN, old, 0);
 	} else if (state == TCP_CLOSE) {
-		if (!c->established_ns)
-			name_ends(c, sk);
+		name_ends_late(c, sk);
 		on_end(c, sk, old);
 	} else {
 		note_fin(c, old, state);
@@ -322,6 +327,7 @@ static __always_inline int on_retransmit(void *ctx, struct sock *sk)
 
 	if (!c)
 		return 0;
+	name_ends_late(c, sk);
 	kind = kind_of_retransmit(sk);
 	total = kernel_read((struct tcp_sock *)sk, total_retrans);
 	count = total - c->retransmits;
@@ -386,6 +392,7 @@ static __always_inline int on_reset_received(void *ctx, struct sock *sk)
 
 	if (!c)
 		return 0;
+	name_ends_late(c, sk);
 	c->resets_received++;
 	send_event(ctx, c, WHAT_RESET_RECEIVED, c->state, 1);
 	return 0;
@@ -652,6 +659,7 @@ int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 		__u8 state = state_of(sk);
 
 		refresh(&c, sk, state);
+		name_ends_late(&c, sk);
 		if (state_of(sk) != state || c.state != state || value->sk != c.sk ||
 		    value->found_ns != c.found_ns)
 			return 0; /* it changes just now; the next time, or its end, has it */
@@ -667,9 +675,8 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 	struct target *target;
-	struct socket *socket;
 	struct sock *sk;
-	char comm[COMM_BYTES];
+	char comm[COMM_BYTES] = {};
 	__u32 tgid;
 
 	if (!task || !file)
@@ -678,13 +685,15 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	target = bpf_map_lookup_elem(map_of(targets), &tgid);
 	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST)
 		return 0;
-	socket = bpf_sock_from_file(file);
-	if (!socket)
-		return 0;
-	sk = kernel_read(socket, sk);
+	sk = socket_of(file);
 	if (!sk || !is_tcp(sk) || connection_of(sk))
 		return 0;
-	make_cookie(socket->sk);
+	if (option(make_cookies)) { /* a socket that the verifier knows for one: Linux 5.11 */
+		struct socket *socket = bpf_sock_from_file(file);
+
+		if (socket)
+			make_cookie(socket->sk);
+	}
 	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
 	if (!connection_find(sk, tgid, comm) && state_of(sk) != TCP_CLOSE && !connection_of(sk))
 		account_map_full();

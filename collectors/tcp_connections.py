@@ -34,11 +34,13 @@ COLUMNS: Final = RTT_SUM + 1
 LISTENER: Final = 3  # enum TcpRole
 
 # An end is told at once by the ring. A socket that its process keeps after the end is in the map
-# still: it is told from there after so long, when a reset that was the cause is surely counted.
-_LINGERS_NS: Final = 20_000_000
+# still: it is told from there after so long, when a reset that was the cause is surely counted,
+# even where the processor was taken from the kernel in between.
+_LINGERS_NS: Final = 250_000_000
 # A connection that changes while it is read is left out, and is there the next time. One that is
-# missing so often has ended, and its record was lost.
+# missing so often, and for so long, has ended, and its record was lost.
 _MOST_MISSING: Final = 3
+_MISSING_NS: Final = 2_000_000_000
 _KEY: Final = np.dtype("S16")  # numpy sorts byte strings, and not records
 _NEVER: Final = np.uint64(2**64 - 1)
 
@@ -77,16 +79,19 @@ class Connections:
         self._totals = np.empty((0, COLUMNS), np.uint64)
         self._told = np.empty((0, 3), np.uint64)  # what is told beside the counters
         self._missing = np.empty(0, np.int64)
+        self._read_at_ns = np.empty(0, np.int64)
 
     def advance(
         self, live: NDArray[Any], ended: NDArray[Any], now_ns: int, *, everything: bool = False
     ) -> Changes:
         """Takes in a reading of the map and, after it, of the ring: both struct tcp_connection, of
-        shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, all that are open are among
-        the changes."""
-        lingering = live["ended_ns"] > 0
+        shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, after which nothing is
+        counted any more, all that are open are among the changes."""
+        live = live[live["pid"] > 0]  # has been made, but for its owner
         settled = now_ns - live["ended_ns"].astype(np.int64) > _LINGERS_NS
-        live = live[(~lingering | settled) & ~np.isin(_keys_of(live), _keys_of(ended))]
+        waits = (live["ended_ns"] > 0) & ~settled & (not everything)
+        self._missing[np.isin(self._keys, _keys_of(live[waits]))] = 0
+        live = live[~waits & ~np.isin(_keys_of(live), _keys_of(ended))]
         read = np.concatenate([live, ended])
         in_map = np.arange(len(read)) < len(live)
 
@@ -105,7 +110,7 @@ class Connections:
         listens = read["role"] == LISTENER
         changed &= ~listens | moved
         established = (told[:, 2] > 0) & (~known | (told_before[:, 2] == 0))
-        self._keep(keys[in_map], current[in_map], told[in_map])
+        self._keep(keys[in_map], current[in_map], told[in_map], now_ns)
         return Changes(
             read[changed],
             current[changed],
@@ -122,17 +127,24 @@ class Connections:
         return at, self._keys[at] == keys
 
     def _keep(
-        self, keys: NDArray[Any], totals: NDArray[np.uint64], told: NDArray[np.uint64]
+        self,
+        keys: NDArray[Any],
+        totals: NDArray[np.uint64],
+        told: NDArray[np.uint64],
+        now_ns: int,
     ) -> None:
         missing = self._missing + 1
-        kept = ~np.isin(self._keys, keys) & (missing <= _MOST_MISSING)
+        recent = now_ns - self._read_at_ns < _MISSING_NS
+        kept = ~np.isin(self._keys, keys) & (recent | (missing <= _MOST_MISSING))
         keys = np.concatenate([self._keys[kept], keys])
         order = np.argsort(keys)
         self._keys = keys[order]
         self._totals = np.concatenate([self._totals[kept], totals])[order]
         self._told = np.concatenate([self._told[kept], told])[order]
-        self._missing = np.concatenate(
-            [missing[kept], np.zeros(len(keys) - int(kept.sum()), np.int64)]
+        read = len(keys) - int(kept.sum())
+        self._missing = np.concatenate([missing[kept], np.zeros(read, np.int64)])[order]
+        self._read_at_ns = np.concatenate(
+            [self._read_at_ns[kept], np.full(read, now_ns, np.int64)]
         )[order]
 
 

@@ -79,14 +79,11 @@ class DiagConnections:
         self._found = found[np.argsort(found["cookie"])]
         self._idle = self._found[self._found["role"] != LISTENER]
 
-    def read(self, *, figures: bool, now: bool) -> None:
-        """Asks again: for the FIGURES of all, or else for those that only sock_diag knows; not so
-        often that it takes much time, unless it is to be NOW. Before the programs' connections are
-        read, so that one that they take over meanwhile is theirs."""
+    def read(self, *, now: bool) -> None:
+        """Asks again; not so often that it takes much time, unless it is to be NOW. Before the
+        programs' connections are read, so that one that they take over meanwhile is theirs."""
         rest_ns = time.monotonic_ns() - self._asked_ns
         if not (now or rest_ns > _REST_NS * len(self._sockets)):
-            return
-        if not (figures or len(self._idle)):
             return
         self._asked_ns = time.monotonic_ns()
         empty = np.empty(0, self._found.dtype)

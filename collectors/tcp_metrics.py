@@ -8,7 +8,7 @@ the kernel keeps of it; those that have ended come through the ring, each once.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -68,7 +68,6 @@ _OPTIONAL: Final = {
 # There since Linux 4.16, where a kernel without BTF cannot be asked.
 _OLD: Final = frozenset(_OPTIONAL.values()) - {"sock_send_length"}
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
-_FILES: Final = "bpf_sock_from_file"  # Linux 5.11
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
@@ -119,12 +118,11 @@ class TcpMetricsOptions(TargetOptions):
 
 @cache
 def _kernel_has() -> frozenset[str]:
-    """Of the tracepoints and helpers above, those that this kernel has."""
+    """Of the tracepoints and the helper above, those that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
-    helpers = {_COOKIES, _FILES}
-    found = kernel_names((*names, *helpers))
-    tracepoints = {name.removeprefix("btf_trace_") for name in found - helpers}
-    return frozenset((tracepoints or _OLD) | (found & helpers))
+    found = kernel_names((*names, _COOKIES))
+    tracepoints = {name.removeprefix("btf_trace_") for name in found - {_COOKIES}}
+    return frozenset((tracepoints or _OLD) | (found & {_COOKIES}))
 
 
 class TcpMetricsCollector(Collector):
@@ -141,11 +139,9 @@ class TcpMetricsCollector(Collector):
         refused = _refused(features)
         if options.until_exit and refused.get("until_exit"):
             raise OptionError("until_exit", "true", refused["until_exit"])
-        live, earlier = _live(features, self._rung).taken, _earlier(features, self._rung).taken
-        self._walks: tuple[str, ...] = (_LIVE,) if live == "iterator" else ()
-        if earlier == "iterator":
-            self._walks = (_LIVE, _FIND)
-        self._asks = earlier == "sock_diag"
+        taken = _connections(features, self._rung).taken
+        self._walks = (_LIVE, _FIND) if taken == "iterator" else ()
+        self._asks = taken == "sock_diag"
         self._object = self._rung.object(
             "tcp_metrics",
             programs=_programs(self._rung),
@@ -188,9 +184,7 @@ class TcpMetricsCollector(Collector):
         support = Support.by(rung, _refused(features))
         if not rung.buffer.taken:
             return replace(support, supported=False, reason=f"no buffer ({rung.buffer.why_not})")
-        return replace(
-            support, steps=(*support.steps, _live(features, rung), _earlier(features, rung))
-        )
+        return replace(support, steps=(*support.steps, _connections(features, rung)))
 
     @classmethod
     def measures(cls, max_series: int) -> TcpMeasures:
@@ -236,19 +230,21 @@ class TcpMetricsCollector(Collector):
         self._offset_ns = time.time_ns() - time.monotonic_ns()
         self._object.attach()
         self._targets.fill(self._object)
-        if _FIND in self._walks:
-            # After the targets are known, and after the hooks: what opens now is seen by them.
+        # After the targets are known, and after the hooks: what opens now is seen by them.
+        self._find_earlier()
+        self._read_at_ns = time.time_ns()
+
+    def _find_earlier(self) -> None:
+        if self._walks or self._asks:
             self._targets.fill_members()
+        if self._walks:
             self._object.walk(_FIND, "tcp_connection").read()
+            self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
         if self._asks:
-            self._targets.fill_members()
             self._diag = DiagConnections(
                 self._connections_map, self._object.map("found"), self._object.map("ports")
             )
             self._diag.find(self._targets.present())
-        if _LIVE in self._walks:
-            self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
-        self._read_at_ns = time.time_ns()
 
     def drain(self) -> Batch:
         if self._records is None:
@@ -260,15 +256,7 @@ class TcpMetricsCollector(Collector):
             rows = event_rows(self._records)
             self._forget_ended()
             return Batch(rows, started_at_ns, self._read_at_ns, losses)
-        if self._diag:
-            self._diag.read(figures=not self._live, now=not self._object.attached)
-        # The map before the ring: what ends in between is in both, and not in neither.
-        live = self._read_live()
-        ended = self._records.drain()
-        if self._diag:
-            live, ended = self._diag.merged(live, ended)
-        if not self._live:
-            live["read_ns"] = time.monotonic_ns()  # they last, though no segment comes
+        live, ended = self._read(self._records)
         changes = self._connections.advance(
             live, ended, time.monotonic_ns(), everything=not self._object.attached
         )
@@ -282,8 +270,18 @@ class TcpMetricsCollector(Collector):
         in_detail = self._options.prometheus == "peer"
         return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
 
-    def _read_live(self) -> NDArray[Any]:
-        return self._live.read() if self._live else self._connections_map.read()[1]
+    def _read(self, records: RecordReader) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The connections that are open, and those that have ended: struct tcp_connection."""
+        # The map before the ring: what ends in between is in both, and not in neither.
+        if self._live:
+            return self._live.read(), records.drain()
+        if self._diag:
+            self._diag.read(now=not self._object.attached)
+        live, ended = self._connections_map.read()[1], records.drain()
+        if self._diag:
+            live, ended = self._diag.merged(live, ended)
+        live["read_ns"] = time.monotonic_ns()  # they last, though no segment comes
+        return live, ended
 
     def _forget_ended(self) -> Mapping[int, str]:
         """Removes processes that have ended from the map; command names by tgid."""
@@ -321,43 +319,27 @@ def _programs(rung: Rung) -> tuple[str, ...]:
     return (*_PROGRAMS, *wanted)
 
 
-def _iterator(features: Features, rung: Rung) -> Feature:
+def _connections(features: Features, rung: Rung) -> Step:
+    """How open connections are read, and those that were there before are found: by programs that
+    walk to them, by asking the kernel for its list, or at their next segment and use."""
+    what, iterator = "connections", features["iterator"]
     if rung.loader.taken != "core":
-        return Feature("iterator", False, "bcc's programs have no BTF, which it takes")
-    return features["iterator"]
-
-
-def _live(features: Features, rung: Rung) -> Step:
-    """How open connections are read: as they are now, or as they were at their last segment."""
-    what, iterator = "connections", _iterator(features, rung)
+        iterator = Feature("iterator", False, "bcc's programs have no BTF, which it takes")
     if iterator.available:
         return Step(what, "iterator")
     asked = features["sock_diag"]
-    if asked.available:
-        return Step(what, "sock_diag", (iterator, *_hidden(features)))
-    return Step(what, "segments", (iterator, asked))
-
-
-def _earlier(features: Features, rung: Rung) -> Step:
-    """How connections that were there before are found, and which are not."""
-    what, iterator = "earlier connections", _iterator(features, rung)
-    if iterator.available and _FILES in _kernel_has():
-        return Step(what, "iterator")
-    if iterator.available:
-        iterator = Feature("iterator", False, f"it takes {_FILES} (Linux 5.11)")
-    asked, others = features["sock_diag"], features["others_listeners"]
     if not asked.available:
-        return Step(what, "next use", (iterator, asked))
-    refused = [iterator, *_hidden(features)]
+        return Step(what, "segments", (iterator, asked))
+    return Step(what, "sock_diag", (iterator, *_hidden(features)))
+
+
+def _hidden(features: Features) -> Iterator[Feature]:
+    """What the kernel's list does not show here."""
+    if lacking := caps.lacking(caps.NAMESPACES, features.capabilities):
+        yield Feature("other network namespaces", False, caps.missing(lacking))
+    others = features["others_listeners"]
     if not others.available:
-        refused.append(Feature("other users' processes", False, others.reason))
-    return Step(what, "sock_diag", tuple(refused))
-
-
-def _hidden(features: Features) -> Sequence[Feature]:
-    """What sock_diag does not show here."""
-    lacking = caps.lacking(caps.NAMESPACES, features.capabilities)
-    return [Feature("other network namespaces", False, caps.missing(lacking))] if lacking else []
+        yield Feature("other users' processes", False, others.reason)
 
 
 def _refused(features: Features) -> Mapping[str, str]:

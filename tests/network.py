@@ -8,11 +8,12 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import bpf
+from bpf import kernel_names
 from collectors.base import EventRows
 from collectors.tcp_metrics import TcpMetricsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
@@ -22,7 +23,14 @@ _ENTER: Final = (
     "import ctypes, socket; fd = os.open({path!r}, os.O_RDONLY); "
     "ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000); os.close(fd)"
 )
+_READ_ALL: Final = "n = 0\nwhile n < {n}: n += len({s}.recv(65536))"
 _DROP: Final = "table inet drops {{ chain in {{ type filter hook input priority 0; {rule}; }}; }}"
+
+_TAKEN: Final = {step.what: step.taken for step in TcpMetricsCollector.support(bpf.probe()).steps}
+# Whether programs may ask for a socket's cookie here; else connections have numbers of our own.
+HAS_COOKIES: Final = _TAKEN.get("hook") == "tp_btf" and bool(
+    kernel_names(["bpf_get_socket_ptr_cookie"])
+)
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,15 @@ class Seen:
 
         self.until(has_ended)
         (row,) = found
-        assert_deltas_add_up(r for r in self.rows if r.connection_id == row.connection_id)
+        assert_deltas_add_up(r for r in self.rows if identity(r) == identity(row))
         return row
+
+
+def identity(row: pb.TcpMetrics) -> tuple[int, ...]:
+    """What no other connection has, where it has no id too. A client that still connects has no
+    local port on every rung."""
+    ports = (row.local_port, row.remote_port) if row.preexisting else ()
+    return row.connection_id, row.role, row.start_ns, *ports
 
 
 def assert_deltas_add_up(rows: Iterable[pb.TcpMetrics]) -> None:
@@ -167,6 +182,20 @@ def following(*puppets: Puppet, **config: str) -> Iterator[Seen]:
     config = {"pid": ",".join(str(puppet.pid) for puppet in puppets), **config}
     with at_work(TcpMetricsCollector.create(config, None, bpf.probe())) as collector:
         yield Seen(collector)
+
+
+@contextmanager
+def puppets(count: int) -> Iterator[list[Puppet]]:
+    """So many, with what they have in common with all others here."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Puppet()) for _ in range(count)]
+
+
+def send(sender: Puppet, sends: str, receiver: Puppet, receives: str, count: int) -> None:
+    """Has one send COUNT bytes, and the other read them all."""
+    receiver.begin(f"exec({_READ_ALL.format(s=receives, n=count)!r})")
+    sender.do(f"{sends}.sendall(bytes({count}))")
+    receiver.done()
 
 
 def connected(client: Puppet, server: Puppet, address: str) -> int:

@@ -44,7 +44,7 @@ enum end {
 /* All that is known of one connection. What the kernel counts is as it was at `read_ns`. */
 struct tcp_connection {
 	__u64 sk;	/* the socket's address */
-	__u64 cookie;	/* the kernel's number for the socket, 0 where it has none yet */
+	__u64 cookie;	/* the kernel's number for the socket, or one of ours */
 	__u64 found_ns; /* CLOCK_MONOTONIC, as all times; with `sk`, nobody else's */
 	__u64 start_ns; /* 0: it was there before it was found */
 	__u64 established_ns;
@@ -159,6 +159,27 @@ static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk)
 	c->remote_port = remote_port_of(sk);
 }
 
+/* A client gets its port after its first change of state. */
+static __always_inline void name_ends_late(struct tcp_connection *c, struct sock *sk)
+{
+	if (!c->established_ns && c->start_ns)
+		name_ends(c, sk);
+}
+
+/* A number that is nobody else's, where the kernel has none for the socket: by its highest bit it
+ * is none of the kernel's, which count from 1. */
+static __always_inline __u64 our_number(const struct tcp_connection *c)
+{
+	return 1ULL << 63 | (c->found_ns * 0x9E3779B97F4A7C15ULL + c->sk) >> 1;
+}
+
+static __always_inline __u64 number_of(const struct tcp_connection *c, struct sock *sk)
+{
+	__u64 cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+
+	return cookie ? cookie : our_number(c);
+}
+
 /*
  * NULL where there is no room. It is a loss where a connection begins; one that is only found to be
  * there is tried again when it is used the next time.
@@ -183,7 +204,7 @@ static __always_inline struct tcp_connection *connection_make(struct sock *sk, _
 	c->network = network_of(sk);
 	c->state = state_of(sk);
 	c->found_ns = bpf_ktime_get_ns();
-	c->cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	c->cookie = number_of(c, sk);
 	return c;
 }
 

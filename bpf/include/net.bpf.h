@@ -56,6 +56,8 @@ enum {
 
 #define IPPROTO_TCP 6
 
+#define SOCKFS_MAGIC 0x534F434B
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct in6_addr {
@@ -176,8 +178,20 @@ enum sk_rst_reason {
 };
 
 struct seq_file;
-struct file;
 struct bpf_map;
+
+struct super_block {
+	unsigned long s_magic;
+};
+
+struct inode {
+	struct super_block *i_sb;
+};
+
+struct file {
+	struct inode *f_inode;
+	void *private_data;
+};
 
 struct bpf_iter_meta {
 	struct seq_file *seq;
@@ -208,6 +222,17 @@ static __always_inline __u8 congestion_state(struct sock *sk)
 	struct inet_connection_sock *icsk = (void *)sk;
 
 	return BPF_CORE_READ_BITFIELD_PROBED(icsk, icsk_ca_state);
+}
+
+/* The socket of an open file, or NULL: one that was opened with O_PATH has none. */
+static __always_inline struct sock *socket_of(struct file *file)
+{
+	struct socket *socket;
+
+	if (kernel_read(kernel_read(kernel_read(file, f_inode), i_sb), s_magic) != SOCKFS_MAGIC)
+		return NULL;
+	socket = kernel_read(file, private_data);
+	return socket ? kernel_read(socket, sk) : NULL;
 }
 
 #endif

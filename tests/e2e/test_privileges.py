@@ -285,7 +285,7 @@ def test_earlier_connections_of_other_namespaces_take_cap_sys_admin_where_nothin
             puppet.do("c.sendall(bytes(70)); s.recv(70)")
         answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
         (steps,) = (c.steps for c in answer.collectors if c.kind == kind)
-        (step,) = (step for step in steps if step.what == "earlier connections")
+        (step,) = (step for step in steps if step.what == "connections")
         assert step.taken == "sock_diag"
         pids = f"{here.pid},{elsewhere.pid}"
         sent: dict[int, set[int]] = {here.pid: set(), elsewhere.pid: set()}

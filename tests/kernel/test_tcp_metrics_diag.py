@@ -56,7 +56,7 @@ def asking(
     """`tcp_metrics` of these processes, without iterators."""
     features = bpf.probe().without(*without)
     steps = {step.what: step for step in TcpMetricsCollector.support(features).steps}
-    assert steps["earlier connections"].taken == "sock_diag"
+    assert steps["connections"].taken == "sock_diag"
     config = {"pid": ",".join(str(puppet.pid) for puppet in puppets), **config}
     with at_work(TcpMetricsCollector.create(config, None, features)) as collector:
         yield Seen(collector)
@@ -416,9 +416,9 @@ def test_what_is_missing_is_told() -> None:
 
     def earlier(features: bpf.Features) -> bpf.Step:
         steps = TcpMetricsCollector.support(features).steps
-        return next(step for step in steps if step.what == "earlier connections")
+        return next(step for step in steps if step.what == "connections")
 
     assert [feature.name for feature in earlier(probed).refused] == ["iterator"]
     step = earlier(probed.without("sock_diag"))
-    assert step.taken == "next use"
+    assert step.taken == "segments"
     assert "sock_diag" in step.why_not

@@ -31,7 +31,7 @@ def reading(*sockets: int, sent: int = 0, ended_ns: int = 0, state: int = 1) -> 
     connections = np.zeros(len(sockets), RECORD)
     connections["sk"], connections["found_ns"] = sockets, 7
     connections["bytes_sent"], connections["ended_ns"] = sent, ended_ns
-    connections["role"], connections["state"] = 1, state
+    connections["role"], connections["state"], connections["pid"] = 1, state, 1
     return connections
 
 
@@ -66,7 +66,8 @@ def test_what_it_had_carried_before_it_was_found_is_of_no_interval() -> None:
 def test_one_that_was_not_read_for_a_moment_goes_on_where_it_was() -> None:
     known = Connections()
     known.advance(reading(1, 2, sent=10), NOTHING, NOW)
-    known.advance(reading(2, sent=10), NOTHING, NOW)
+    for _ in range(10):
+        known.advance(reading(2, sent=10), NOTHING, NOW)
     changes = known.advance(reading(1, sent=30), NOTHING, NOW)
     assert sent(changes) == {1: 20}
     assert not changes.new.any()
@@ -101,6 +102,29 @@ def test_a_socket_kept_after_its_end_is_told_when_its_cause_is_known(age_ns: int
     assert len(changes) == bool(age_ns)
     # It is told once, by the map or by the ring.
     assert len(known.advance(NOTHING, kept, NOW + age_ns)) == (not age_ns)
+
+
+def test_one_that_is_being_made_is_told_when_it_is() -> None:
+    made = reading(1, sent=10)
+    made["pid"] = 0
+    assert len(Connections().advance(made, NOTHING, NOW)) == 0
+
+
+def test_how_often_it_is_read_until_its_end_is_told_makes_no_difference() -> None:
+    known = Connections()
+    known.advance(reading(1, sent=10), NOTHING, NOW)
+    kept = reading(1, sent=15, ended_ns=NOW, state=7)
+    for _ in range(10):
+        assert len(known.advance(kept, NOTHING, NOW)) == 0
+    changes = known.advance(kept, NOTHING, NOW + 1_000_000_000)
+    assert sent(changes) == {1: 5}
+    assert not changes.new.any()
+
+
+def test_the_last_reading_tells_every_end() -> None:
+    known = Connections()
+    kept = reading(1, sent=15, ended_ns=NOW, state=7)
+    assert sent(known.advance(kept, NOTHING, NOW, everything=True)) == {1: 15}
 
 
 def test_figures_that_fall_while_they_are_read_are_no_negative_change() -> None:

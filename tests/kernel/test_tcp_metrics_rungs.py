@@ -1,0 +1,165 @@
+"""The same traffic gives the same figures on every rung: what a kernel lacks costs speed, or comes
+later, and is never wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import bpf
+from bpf.perf_event import TRACEFS
+from collectors.base import EventRows
+from collectors.tcp_metrics import TcpMetricsCollector
+from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from tests.network import Seen, Side, connected, number, puppets, send
+from tests.support import RUNGS, Puppet, at_work, wait_until
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+# It keeps no state of threads; and without iterators, figures are those of the last segment.
+TCP_RUNGS = {
+    **{name: RUNGS[name] for name in ("best", "raw_tp", "tracepoint", "perf_buffer")},
+    "no walks": ("iterator",),
+    "oldest": (*RUNGS["oldest"], "iterator"),
+}
+every_rung = pytest.mark.parametrize("without", TCP_RUNGS.values(), ids=TCP_RUNGS.keys())
+CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
+RESET = (
+    "import struct; c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); "
+    "c.close()"
+)
+
+
+@contextmanager
+def following_without(
+    without: tuple[str, ...], *puppets: Puppet, **config: str
+) -> Iterator[TcpMetricsCollector]:
+    features = bpf.probe().without(*without)
+    support = TcpMetricsCollector.support(features)
+    if not support.supported:
+        pytest.skip(support.reason)
+    config = {"pid": ",".join(str(puppet.pid) for puppet in puppets), **config}
+    with at_work(TcpMetricsCollector.create(config, None, features)) as collector:
+        yield collector
+
+
+@every_rung
+def test_bytes_and_ends_are_exact(without: tuple[str, ...]) -> None:
+    with puppets(2) as (client, server):
+        connected(client, server, "127.0.0.1")
+        send(client, "c", server, "s", 100)
+        with following_without(without, client, server) as collector:
+            seen = Seen(collector)
+            send(client, "c", server, "s", 50)  # one that was there before
+            # Without walks a listener that was there is not known.
+            server.do("m = socket.create_server(('127.0.0.1', 0))")
+            port = number(server, "m.getsockname()[1]")
+            client.do(f"d = socket.create_connection(('127.0.0.1', {port}))")
+            server.do("t, _ = m.accept()")
+            send(client, "d", server, "t", 77_777)
+            send(server, "t", client, "d", 333)
+            client.do("d.close(); c.close()")
+            server.do("t.recv(1); t.close(); s.recv(1); s.close()")
+            seen.until(lambda: sum(row.end != 0 for row in seen.rows) == 4)
+            ended = {(row.role, row.preexisting): row for row in seen.rows if row.end}
+            for before, sent, received in ((True, 150, 0), (False, 77_777, 333)):
+                ours, theirs = ended[CLIENT, before], ended[SERVER, before]
+                assert (ours.total.bytes_sent, ours.total.bytes_received) == (sent, received)
+                assert (theirs.total.bytes_received, theirs.total.bytes_sent) == (sent, received)
+                assert (ours.pid, theirs.pid) == (client.pid, server.pid)
+                assert (ours.end, theirs.end) == (pb.TCP_END_FIN_LOCAL, pb.TCP_END_FIN_REMOTE)
+            assert sum(row.opened for row in seen.rows) == 2
+            assert not seen.lost
+
+
+@every_rung
+def test_retransmits_and_resets_are_exact(
+    without: tuple[str, ...], sides: tuple[Side, Side], pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    left, right = sides
+    before = left.counter("TcpRetransSegs")
+    with following_without(without, client, server) as collector:
+        seen = Seen(collector)
+        connected(client, server, right.v4)
+        with right.dropping("tcp flags psh numgen inc mod 4 < 1 drop"):
+            for _ in range(6):
+                send(client, "c", server, "s", 10_000)
+        client.do(RESET)
+        ours, theirs = seen.ended(role=CLIENT), seen.ended(role=SERVER)
+        assert ours.total.retransmits == left.counter("TcpRetransSegs") - before > 0
+        assert ours.total.bytes_sent == theirs.total.bytes_received == 60_000
+        assert ours.total.bytes_retransmitted >= ours.total.retransmits
+        assert (ours.end, theirs.end) == (pb.TCP_END_RESET_LOCAL, pb.TCP_END_RESET_REMOTE)
+        assert ours.total.resets_sent == theirs.total.resets_received == 1
+        assert theirs.error == "ECONNRESET"
+        assert not seen.lost
+
+
+@every_rung
+def test_every_change_of_state_is_an_event(without: tuple[str, ...]) -> None:
+    with (
+        puppets(2) as (client, server),
+        following_without(without, client, server, mode="events") as collector,
+    ):
+        connected(client, server, "127.0.0.1")
+        client.do("c.close()")
+        server.do("s.recv(1); s.close()")
+        steps: dict[int, list[str]] = {CLIENT: [], SERVER: []}
+
+        def closed() -> bool:
+            batch = collector.drain()
+            assert isinstance(batch.rows, EventRows)
+            assert not batch.losses
+            records = batch.rows.records
+            for role, pid, state in records[["role", "pid", "new_state"]].tolist():
+                if role in steps:
+                    assert pid == (client if role == CLIENT else server).pid
+                    steps[role].append(pb.TcpState.Name(state).removeprefix("TCP_STATE_"))
+            return all("CLOSE" in told for told in steps.values())
+
+        wait_until(closed)
+        assert steps == {
+            CLIENT: ["SYN_SENT", "ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"],
+            SERVER: ["SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"],
+        }
+
+
+# As the structs of tcp_metrics.bpf.c and targets.bpf.h have them.
+ARGUMENTS = {
+    "sock/inet_sock_set_state": {"skaddr": (8, 8), "oldstate": (16, 4), "newstate": (20, 4)},
+    "sock/sock_send_length": {"sk": (8, 8), "ret": (20, 4)},
+    "tcp/tcp_destroy_sock": {"skaddr": (8, 8)},
+    "tcp/tcp_rcv_space_adjust": {"skaddr": (8, 8)},
+    "tcp/tcp_receive_reset": {"skaddr": (8, 8)},
+    "tcp/tcp_retransmit_skb": {"skbaddr": (8, 8), "skaddr": (16, 8)},
+    "tcp/tcp_send_reset": {"skbaddr": (8, 8), "skaddr": (16, 8)},
+    "tcp/tcp_retransmit_synack": {"skaddr": (8, 8), "req": (16, 8)},
+    "task/task_newtask": {"pid": (8, 4), "comm": (12, 16), "clone_flags": (32, 8)},
+}
+
+
+def test_plain_tracepoints_have_their_arguments_where_programs_look() -> None:
+    formats = {
+        name: path.read_text()
+        for name in ARGUMENTS
+        if (path := _events() / name / "format").exists()
+    }
+    assert set(ARGUMENTS) - set(formats) <= {"sock/sock_send_length"}  # Linux 6.3
+    for name, text in formats.items():
+        fields = {
+            found["name"]: (int(found["offset"]), int(found["size"]))
+            for found in re.finditer(
+                r"field:.*?(?P<name>\w+)(\[.*\])?;\s+offset:(?P<offset>\d+);\s+size:(?P<size>\d+);",
+                text,
+            )
+        }
+        assert ARGUMENTS[name].items() <= fields.items(), name
+
+
+def _events() -> Path:
+    return next(path / "events" for path in TRACEFS if (path / "events").is_dir())
