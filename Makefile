@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
-TEST_PACKAGES := gcc libc6-dev strace bpftool procps
+TEST_PACKAGES := gcc libc6-dev strace bpftool procps iproute2 nftables
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/*.bpf.c bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py

@@ -21,7 +21,7 @@ from typing import Final
 from bpf.libbpf import LoadError
 
 _COMPILER: Final = Path(__file__).with_name("bcc_compiler.py")
-_COMPILE_TIMEOUT_S: Final = 120
+_COMPILE_TIMEOUT_S: Final = 300  # an emulated machine takes one and a half minutes
 _TARGET_ARCH: Final = {"x86_64": "x86", "aarch64": "arm64"}
 _ENV_KERNEL_SOURCE: Final = "BCC_KERNEL_SOURCE"
 _KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")  # bcc unpacks it by itself

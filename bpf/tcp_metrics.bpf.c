@@ -451,7 +451,7 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 #endif
 
 SEC("tp_btf/inet_sock_set_state")
-int RAW_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
+int BTF_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
@@ -465,7 +465,7 @@ int RAW_PROGRAM(coral_state_raw, struct sock *sk, int old, int state)
 }
 
 SEC("tp_btf/tcp_destroy_sock")
-int RAW_PROGRAM(coral_destroy_btf, struct sock *sk)
+int BTF_PROGRAM(coral_destroy_btf, struct sock *sk)
 {
 	return on_destroy(ctx, plain(sk));
 }
@@ -477,7 +477,7 @@ int RAW_PROGRAM(coral_destroy_raw, struct sock *sk)
 }
 
 SEC("tp_btf/tcp_probe")
-int RAW_PROGRAM(coral_segment_btf, struct sock *sk)
+int BTF_PROGRAM(coral_segment_btf, struct sock *sk)
 {
 	return on_segment(plain(sk));
 }
@@ -489,7 +489,7 @@ int RAW_PROGRAM(coral_segment_raw, struct sock *sk)
 }
 
 SEC("tp_btf/tcp_rcv_space_adjust")
-int RAW_PROGRAM(coral_received_btf, struct sock *sk)
+int BTF_PROGRAM(coral_received_btf, struct sock *sk)
 {
 	return on_received(plain(sk));
 }
@@ -502,7 +502,7 @@ int RAW_PROGRAM(coral_received_raw, struct sock *sk)
 
 /* Linux 6.3. */
 SEC("tp_btf/sock_send_length")
-int RAW_PROGRAM(coral_sent_btf, struct sock *sk, int ret)
+int BTF_PROGRAM(coral_sent_btf, struct sock *sk, int ret)
 {
 	return on_sent(plain(sk), ret);
 }
@@ -514,7 +514,7 @@ int RAW_PROGRAM(coral_sent_raw, struct sock *sk, int ret)
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
-int RAW_PROGRAM(coral_retransmit_btf, struct sock *sk)
+int BTF_PROGRAM(coral_retransmit_btf, struct sock *sk)
 {
 	return on_retransmit(ctx, plain(sk));
 }
@@ -526,7 +526,7 @@ int RAW_PROGRAM(coral_retransmit_raw, struct sock *sk)
 }
 
 SEC("tp_btf/tcp_retransmit_synack")
-int RAW_PROGRAM(coral_synack_btf, struct sock *sk, struct request_sock *request)
+int BTF_PROGRAM(coral_synack_btf, struct sock *sk, struct request_sock *request)
 {
 	return on_synack_retransmit(ctx, plain(sk), request);
 }
@@ -538,7 +538,7 @@ int RAW_PROGRAM(coral_synack_raw, struct sock *sk, struct request_sock *request)
 }
 
 SEC("tp_btf/tcp_send_reset")
-int RAW_PROGRAM(coral_reset_out_btf, struct sock *sk, void *skb)
+int BTF_PROGRAM(coral_reset_out_btf, struct sock *sk, void *skb)
 {
 	return on_reset_sent(ctx, plain(sk), KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
 }
@@ -550,7 +550,7 @@ int RAW_PROGRAM(coral_reset_out_raw, struct sock *sk, void *skb)
 }
 
 SEC("tp_btf/tcp_receive_reset")
-int RAW_PROGRAM(coral_reset_in_btf, struct sock *sk)
+int BTF_PROGRAM(coral_reset_in_btf, struct sock *sk)
 {
 	return on_reset_received(ctx, plain(sk));
 }

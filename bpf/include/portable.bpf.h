@@ -12,6 +12,7 @@
  *	GLOBAL(type, name)		global(name), likewise; user space reads and writes it too
  *	GLOBALS(type, name, count)	element(name, index), likewise
  *	int RAW_PROGRAM(name, ...)	a program of tp_btf/ or raw_tp/, with the hook's arguments
+ *	int BTF_PROGRAM(name, ...)	likewise, one that is only for tp_btf/
  *	int PROGRAM(name, argument)	a program of any other kind
  *	IN_BTF(struct record, record)	describes a type to user space
  *	kernel_read(task, tgid)		a member of a kernel structure
@@ -60,6 +61,9 @@ static __always_inline void *element_at(void *map, __u32 index)
 		return name##_(___bpf_ctx_cast(args));                                             \
 	}                                                                                          \
 	static __always_inline int name##_(unsigned long long *ctx, ##args)
+/* Cannot be loaded, so it is not compiled: a third of the compiler's work. */
+#define BTF_PROGRAM(name, args...)                                                                 \
+	static inline __attribute__((unused)) name(unsigned long long *ctx, ##args)
 #define LICENSED_AS(license) _Static_assert(1, license)
 #define IN_BTF(type, name)   _Static_assert(1, "")
 
@@ -105,6 +109,7 @@ static __always_inline void *element_at(void *map, __u32 index)
 
 #define PROGRAM(name, argument) name(argument)
 #define RAW_PROGRAM		BPF_PROG
+#define BTF_PROGRAM		BPF_PROG
 #define LICENSED_AS(license)	char LICENSE[] SEC("license") = license
 
 #define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))

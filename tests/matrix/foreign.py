@@ -22,6 +22,7 @@ _PACKAGES: Final = (
     *("base-files", "base-passwd", "bash", "coreutils", "dash", "mount", "util-linux"),
     *("python3", "clang", "libbpf1", "libbpf-dev", "linux-libc-dev"),
     *("gcc", "libc6-dev", "bpftool", "procps", "busybox-static"),
+    *("iproute2", "nftables", "kmod"),
 )
 _PROJECT: Final = "coral-ebpf-agent"
 # What tests/kernel imports besides the project's own dependencies.
