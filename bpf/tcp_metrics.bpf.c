@@ -30,6 +30,7 @@ enum what {
 OPTION(bool, single_events, false);
 OPTION(bool, refresh_at_segments, false); /* where nobody can ask for the figures */
 OPTION(bool, make_cookies, false);	  /* the kernel lets programs ask for one (5.12) */
+OPTION(bool, typed_sockets, false);	  /* and know a socket of TCP for one (5.9) */
 
 #define REFRESH_NS 10000000
 
@@ -111,7 +112,7 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 		send_end(ctx, c);
 		bpf_map_delete_elem(map_of(connections), &key);
 	}
-	c = target ? connection_begin(sk, ROLE_CLIENT) : NULL;
+	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_CLIENT) : NULL;
 	if (!c)
 		return 0;
 	own(c, current_tgid(), target->comm);
@@ -124,8 +125,9 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
 {
 	struct target *target = watched_process();
-	struct tcp_connection *c = target ? connection_begin(sk, ROLE_LISTENER) : NULL;
+	struct tcp_connection *c;
 
+	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_LISTENER) : NULL;
 	if (!c)
 		return 0;
 	own(c, current_tgid(), target->comm);
@@ -142,8 +144,9 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 {
 	struct port_key key = {.network = network_of(sk), .port = local_port_of(sk)};
 	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
-	struct tcp_connection *c = owner ? connection_begin(sk, ROLE_SERVER) : NULL;
+	struct tcp_connection *c;
 
+	c = owner && is_tcp(sk) ? connection_begin(sk, ROLE_SERVER) : NULL;
 	if (!c)
 		return 0;
 	own(c, owner->pid, owner->comm);
@@ -185,12 +188,12 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 	return c->end ? c->end : END_ABORTED;
 }
 
-static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old)
+static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old, bool typed)
 {
-	c->ended_ns = bpf_ktime_get_ns();
 	c->error = kernel_read(sk, sk_err);
-	sample_rtt(c, sk);
-	refresh(c, sk, old);
+	sample_rtt(c, sk, typed);
+	refresh(c, sk, old, typed);
+	c->ended_ns = c->read_ns;
 	c->end = end_by(c, old);
 }
 
@@ -204,10 +207,20 @@ static __always_inline void note_fin(struct tcp_connection *c, int old, int stat
 		c->end = END_FIN_REMOTE;
 }
 
-static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
+/* What sockets on the whole machine pay: neither process nor socket is one of ours. */
+static __always_inline bool concerns_nobody(struct sock *sk)
+{
+	volatile __u8 *hint = hint_of(sk);
+
+	return surely_no_target(current_tgid()) && hint && !*hint;
+}
+
+static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state, bool typed)
 {
 	struct tcp_connection *c;
 
+	if (concerns_nobody(sk))
+		return 0;
 	c = held_by_process(sk) && old != TCP_LISTEN ? used_by_current(sk) : connection_of(sk);
 	if (!c || c->ended_ns)
 		return 0;
@@ -224,7 +237,7 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 	} else if (state == TCP_CLOSE) {
 		if (!c->established_ns)
 			name_ends(c, sk);
-		on_end(c, sk, old);
+		on_end(c, sk, old, typed);
 	} else {
 		note_fin(c, old, state);
 	}
@@ -232,20 +245,18 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 	return 0;
 }
 
-static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state)
+static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state, bool typed)
 {
-	if (!is_tcp(sk))
-		return 0;
 	if (state == TCP_SYN_SENT)
 		return on_connect(ctx, sk, old);
 	if (state == TCP_LISTEN)
 		return on_listen(ctx, sk, old);
 	if (state == TCP_SYN_RECV && old == TCP_LISTEN)
 		return on_child(ctx, sk, old);
-	return on_change(ctx, sk, old, state);
+	return on_change(ctx, sk, old, state, typed);
 }
 
-static __always_inline int on_destroy(void *ctx, struct sock *sk)
+static __always_inline int on_destroy(void *ctx, struct sock *sk, bool typed)
 {
 	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
@@ -253,7 +264,7 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk)
 	if (!c)
 		return 0;
 	if (!c->ended_ns)
-		on_end(c, sk, c->state);
+		on_end(c, sk, c->state, typed);
 	send_end(ctx, c);
 	bpf_map_delete_elem(map_of(connections), &key);
 	return 0;
@@ -261,16 +272,28 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk)
 
 /* What happens meanwhile. */
 
-static __always_inline int on_segment(struct sock *sk)
+static __always_inline int on_segment(struct sock *sk, bool typed)
 {
 	struct tcp_connection *c = connection_of(sk);
 
 	if (!c || c->ended_ns)
 		return 0;
-	sample_rtt(c, sk);
+	sample_rtt(c, sk, typed);
 	if (option(refresh_at_segments) && bpf_ktime_get_ns() - c->read_ns > REFRESH_NS)
-		refresh(c, sk, c->state);
+		refresh(c, sk, c->state, false);
 	return 0;
+}
+
+/* Whether nothing can come of it that the current task uses a socket: it is the owner's already, or
+ * neither is one of ours. This is what most sends and receives pay. */
+static __always_inline bool use_changes_nothing(struct sock *sk)
+{
+	struct tcp_connection *c = connection_of(sk);
+	__u32 tgid = current_tgid();
+
+	if (option(refresh_at_segments))
+		return false;
+	return c ? c->pid == tgid && !c->presumed : surely_no_target(tgid);
 }
 
 static __always_inline int on_use(struct sock *sk)
@@ -278,28 +301,20 @@ static __always_inline int on_use(struct sock *sk)
 	struct tcp_connection *c = used_by_current(sk);
 
 	if (option(refresh_at_segments) && c && !c->ended_ns)
-		refresh(c, sk, c->state);
+		refresh(c, sk, c->state, false);
 	return 0;
-}
-
-/* What sends and receives on the whole machine pay: neither process nor socket is one of ours. */
-static __always_inline bool concerns_nobody(struct sock *sk)
-{
-	volatile __u8 *hint = hint_of(sk);
-
-	return surely_no_target(current_tgid()) && hint && !*hint;
 }
 
 /* An application has taken data in. Some protocols on top (kTLS) do it outside of processes. */
 static __always_inline int on_received(struct sock *sk)
 {
-	return !concerns_nobody(sk) && held_by_process(sk) ? on_use(sk) : 0;
+	return !use_changes_nothing(sk) && held_by_process(sk) ? on_use(sk) : 0;
 }
 
 /* An application has given data out, by whatever protocol. */
 static __always_inline int on_sent(struct sock *sk, int ret)
 {
-	return ret > 0 && !concerns_nobody(sk) && is_tcp(sk) ? on_use(sk) : 0;
+	return ret > 0 && !use_changes_nothing(sk) && is_tcp(sk) ? on_use(sk) : 0;
 }
 
 static __always_inline __u32 kind_of_retransmit(struct sock *sk)
@@ -448,43 +463,43 @@ int RAW_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
-	return on_state(ctx, plain(sk), old, state);
+	return on_state(ctx, sk, old, state, option(typed_sockets));
 }
 
 SEC("raw_tp/inet_sock_set_state")
 int RAW_PROGRAM(coral_state_raw, struct sock *sk, int old, int state)
 {
-	return on_state(ctx, sk, old, state);
+	return on_state(ctx, sk, old, state, false);
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int RAW_PROGRAM(coral_destroy_btf, struct sock *sk)
 {
-	return on_destroy(ctx, plain(sk));
+	return on_destroy(ctx, sk, option(typed_sockets));
 }
 
 SEC("raw_tp/tcp_destroy_sock")
 int RAW_PROGRAM(coral_destroy_raw, struct sock *sk)
 {
-	return on_destroy(ctx, sk);
+	return on_destroy(ctx, sk, false);
 }
 
 SEC("tp_btf/tcp_probe")
 int RAW_PROGRAM(coral_segment_btf, struct sock *sk)
 {
-	return on_segment(plain(sk));
+	return on_segment(sk, option(typed_sockets));
 }
 
 SEC("raw_tp/tcp_probe")
 int RAW_PROGRAM(coral_segment_raw, struct sock *sk)
 {
-	return on_segment(sk);
+	return on_segment(sk, false);
 }
 
 SEC("tp_btf/tcp_rcv_space_adjust")
 int RAW_PROGRAM(coral_received_btf, struct sock *sk)
 {
-	return on_received(plain(sk));
+	return on_received(sk);
 }
 
 SEC("raw_tp/tcp_rcv_space_adjust")
@@ -497,7 +512,7 @@ int RAW_PROGRAM(coral_received_raw, struct sock *sk)
 SEC("tp_btf/sock_send_length")
 int RAW_PROGRAM(coral_sent_btf, struct sock *sk, int ret)
 {
-	return on_sent(plain(sk), ret);
+	return on_sent(sk, ret);
 }
 
 SEC("raw_tp/sock_send_length")
@@ -585,13 +600,13 @@ struct request_arguments {
 SEC("tracepoint/sock/inet_sock_set_state")
 int PROGRAM(coral_state_tp, struct sock_arguments *ctx)
 {
-	return on_state(ctx, ctx->sk, ctx->old, ctx->state);
+	return on_state(ctx, ctx->sk, ctx->old, ctx->state, false);
 }
 
 SEC("tracepoint/tcp/tcp_destroy_sock")
 int PROGRAM(coral_destroy_tp, struct sock_arguments *ctx)
 {
-	return on_destroy(ctx, ctx->sk);
+	return on_destroy(ctx, ctx->sk, false);
 }
 
 SEC("tracepoint/tcp/tcp_rcv_space_adjust")
@@ -651,7 +666,7 @@ int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 	if (!c.ended_ns) {
 		__u8 state = state_of(sk);
 
-		refresh(&c, sk, state);
+		refresh(&c, sk, state, false);
 		if (state_of(sk) != state || c.state != state || value->sk != c.sk ||
 		    value->found_ns != c.found_ns)
 			return 0; /* it changes just now; the next time, or its end, has it */

@@ -66,6 +66,7 @@ _OPTIONAL: Final = {
 # There since Linux 4.16, where a kernel without BTF cannot be asked.
 _OLD: Final = frozenset(_OPTIONAL.values()) - {"sock_send_length"}
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
+_TYPED: Final = "bpf_skc_to_tcp_sock"  # Linux 5.9
 _FILES: Final = "bpf_sock_from_file"  # Linux 5.11
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
 # Its format names no socket before Linux 6.10.
@@ -114,7 +115,7 @@ class TcpMetricsOptions(TargetOptions):
 def _kernel_has() -> frozenset[str]:
     """Of the tracepoints and helpers above, those that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
-    helpers = {_COOKIES, _FILES}
+    helpers = {_COOKIES, _FILES, _TYPED}
     found = kernel_names((*names, *helpers))
     tracepoints = {name.removeprefix("btf_trace_") for name in found - helpers}
     return frozenset((tracepoints or _OLD) | (found & helpers))
@@ -146,6 +147,7 @@ class TcpMetricsCollector(Collector):
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
+                "typed_sockets": _TYPED in _kernel_has(),
                 "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
             map_entries={"connections": options.entries},

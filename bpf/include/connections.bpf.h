@@ -108,7 +108,7 @@ GLOBALS(__u8, socket_hints, SOCKET_HINTS);
 
 static __always_inline volatile __u8 *hint_of(struct sock *sk)
 {
-	return element(socket_hints, ((__u64)sk * 0x9E3779B97F4A7C15ULL) >> 48);
+	return element(socket_hints, (half_of(sk) * 0x9E3779B1) >> 16);
 }
 
 static __always_inline struct tcp_connection *connection_of(struct sock *sk)
@@ -185,23 +185,21 @@ static __always_inline void own(struct tcp_connection *c, __u32 pid, const char 
 	__builtin_memcpy(c->comm, comm, COMM_BYTES);
 }
 
-/* Copies what the kernel counts. SK is read as memory: it may be gone, the reader finds out. */
-static __always_inline void read_counters(struct tcp_connection *c, struct sock *sk)
+/* Copies what the kernel counts. */
+static __always_inline void read_counters(struct tcp_connection *c, struct tcp_sock *tp, bool typed)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-
-	c->bytes_retransmitted = kernel_read(tp, bytes_retrans);
-	c->bytes_acked = kernel_read(tp, bytes_acked);
-	c->bytes_received = kernel_read(tp, bytes_received);
-	c->segments_sent = kernel_read(tp, segs_out);
-	c->segments_received = kernel_read(tp, segs_in);
-	c->retransmits = kernel_read(tp, total_retrans);
-	c->srtt_us = kernel_read(tp, srtt_us);
-	c->rtt_deviation_us = kernel_read(tp, mdev_us);
-	c->rtt_min_us = kernel_read(tp, rtt_min.s[0].v);
-	c->congestion_window = kernel_read(tp, snd_cwnd);
-	c->slow_start_threshold = kernel_read(tp, snd_ssthresh);
-	c->segment_bytes = kernel_read(tp, mss_cache);
+	c->bytes_retransmitted = tcp_read(tp, bytes_retrans);
+	c->bytes_acked = tcp_read(tp, bytes_acked);
+	c->bytes_received = tcp_read(tp, bytes_received);
+	c->segments_sent = tcp_read(tp, segs_out);
+	c->segments_received = tcp_read(tp, segs_in);
+	c->retransmits = tcp_read(tp, total_retrans);
+	c->srtt_us = tcp_read(tp, srtt_us);
+	c->rtt_deviation_us = tcp_read(tp, mdev_us);
+	c->rtt_min_us = tcp_read(tp, rtt_min.s[0].v);
+	c->congestion_window = tcp_read(tp, snd_cwnd);
+	c->slow_start_threshold = tcp_read(tp, snd_ssthresh);
+	c->segment_bytes = tcp_read(tp, mss_cache);
 }
 
 /*
@@ -210,11 +208,11 @@ static __always_inline void read_counters(struct tcp_connection *c, struct sock 
  * CLOSE. What was sent is what was acknowledged and what is under way: the kernel's own bytes_sent
  * has some twice, those that the machine itself dropped on the way out.
  */
-static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk, int old)
+static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk,
+					   struct tcp_sock *tp, int old, bool typed)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u32 unacked = kernel_read(tp, snd_una), next = kernel_read(tp, snd_nxt);
-	__u32 end = kernel_read(tp, write_seq), under_way = next - unacked;
+	__u32 unacked = tcp_read(tp, snd_una), next = tcp_read(tp, snd_nxt);
+	__u32 end = tcp_read(tp, write_seq), under_way = next - unacked;
 	bool fin_acked = old == TCP_FIN_WAIT2;
 
 	if (kernel_read(sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) && c->bytes_received)
@@ -233,13 +231,16 @@ static __always_inline void take_flags_out(struct tcp_connection *c, struct sock
 	c->bytes_sent = c->bytes_acked + under_way;
 }
 
-static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, int old)
+/* Where it is not TYPED, SK is read as memory: it may be gone, the reader finds out. */
+static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, int old, bool typed)
 {
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
 	c->read_ns = bpf_ktime_get_ns();
-	if (c->role == ROLE_LISTENER)
+	if (c->role == ROLE_LISTENER || !tp)
 		return;
-	read_counters(c, sk);
-	take_flags_out(c, sk, old);
+	read_counters(c, tp, typed);
+	take_flags_out(c, sk, tp, old, typed);
 }
 
 /* Upper ends in microseconds; the collector has the same. */
@@ -265,15 +266,18 @@ static __always_inline void count_rtt(struct tcp_connection *c, __u32 us)
 
 /* One sample for each time that the peer was seen to have acknowledged something new: the time it
  * took the segment that was sent last, of those (RACK, RFC 8985). */
-static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk)
+static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk, bool typed)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u32 delivered = kernel_read(tp, delivered);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+	__u32 delivered;
 
+	if (!tp)
+		return;
+	delivered = tcp_read(tp, delivered);
 	if (delivered == c->delivered)
 		return;
 	c->delivered = delivered;
-	count_rtt(c, kernel_read(tp, rack.rtt_us));
+	count_rtt(c, tcp_read(tp, rack.rtt_us));
 }
 
 /* Ports. */
@@ -359,7 +363,7 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	}
 	c->role = is_listened_to(c) ? ROLE_SERVER : role_by_numbering(sk);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
-	refresh(c, sk, state);
+	refresh(c, sk, state, false);
 	return c;
 }
 

@@ -216,6 +216,21 @@ static __always_inline __u8 congestion_state(struct sock *sk)
 #define TCP_CA_LOSS	4
 
 /*
+ * A socket as its protocol's. TYPED is a constant: the verifier knows SK for a socket, whose
+ * members are plain loads then. NULL where it is none of TCP.
+ */
+static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
+{
+#ifndef CORAL_BCC
+	if (typed)
+		return bpf_skc_to_tcp_sock(sk);
+#endif
+	return (struct tcp_sock *)sk;
+}
+
+#define tcp_read(tp, member) (typed ? (tp)->member : kernel_read(tp, member))
+
+/*
  * The address of a socket as a number. Where the verifier knows it for a socket, it allows no
  * arithmetic with it, such as a hash takes; what is read from memory it knows nothing of.
  */
@@ -226,6 +241,17 @@ static __always_inline struct sock *plain(struct sock *sk)
 
 	bpf_probe_read_kernel(&number, sizeof(number), (void *)&typed);
 	return number;
+}
+
+/* The lower half of an address, which is a number to the verifier even where the whole is not. */
+static __always_inline __u32 half_of(struct sock *sk)
+{
+	__u32 half = (__u64)sk;
+
+#ifndef CORAL_BCC
+	asm volatile("%0 = %1" : "=w"(half) : "w"((__u32)(__u64)sk));
+#endif
+	return half;
 }
 
 static __always_inline bool is_tcp(struct sock *sk)
