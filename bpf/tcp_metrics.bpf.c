@@ -30,7 +30,6 @@ enum what {
 OPTION(bool, single_events, false);
 OPTION(bool, refresh_at_segments, false); /* where nobody can ask for the figures */
 OPTION(bool, make_cookies, false);	  /* the kernel lets programs ask for one (5.12) */
-OPTION(bool, typed_sockets, false);	  /* and know a socket of TCP for one (5.9) */
 
 #define REFRESH_NS 10000000
 
@@ -158,17 +157,21 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 
 static __always_inline void on_established(struct tcp_connection *c, struct sock *sk)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
+	__u32 srtt_us;
 
 	c->established_ns = bpf_ktime_get_ns();
 	name_ends(c, sk);
+	if (!tp)
+		return;
 	if (!c->cookie)
-		c->cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
-	c->delivered = kernel_read(tp, delivered);
-	if (kernel_read(tp, srtt_us))
-		count_rtt(c, kernel_read(tp, srtt_us) >> 3);
+		c->cookie = socket_read(sk, __sk_common.skc_cookie.counter);
+	c->delivered = socket_read(tp, delivered);
+	srtt_us = socket_read(tp, srtt_us);
+	if (srtt_us)
+		count_rtt(c, srtt_us >> 3);
 	if (c->role == ROLE_SERVER) { /* the SYN-ACKs', which were sent before there was a socket */
-		c->retransmits = kernel_read(tp, total_retrans);
+		c->retransmits = socket_read(tp, total_retrans);
 		c->retransmits_of[HANDSHAKE] = c->retransmits;
 	}
 }
@@ -188,11 +191,11 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 	return c->end ? c->end : END_ABORTED;
 }
 
-static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old, bool typed)
+static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old)
 {
-	c->error = kernel_read(sk, sk_err);
-	sample_rtt(c, sk, typed);
-	refresh(c, sk, old, typed);
+	c->error = socket_read(sk, sk_err);
+	sample_rtt(c, sk);
+	refresh(c, sk, old, option(typed_sockets));
 	c->ended_ns = c->read_ns;
 	c->end = end_by(c, old);
 }
@@ -215,7 +218,7 @@ static __always_inline bool concerns_nobody(struct sock *sk)
 	return surely_no_target(current_tgid()) && hint && !*hint;
 }
 
-static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state, bool typed)
+static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
 {
 	struct tcp_connection *c;
 
@@ -237,7 +240,7 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 	} else if (state == TCP_CLOSE) {
 		if (!c->established_ns)
 			name_ends(c, sk);
-		on_end(c, sk, old, typed);
+		on_end(c, sk, old);
 	} else {
 		note_fin(c, old, state);
 	}
@@ -245,7 +248,7 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 	return 0;
 }
 
-static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state, bool typed)
+static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT)
 		return on_connect(ctx, sk, old);
@@ -253,10 +256,10 @@ static __always_inline int on_state(void *ctx, struct sock *sk, int old, int sta
 		return on_listen(ctx, sk, old);
 	if (state == TCP_SYN_RECV && old == TCP_LISTEN)
 		return on_child(ctx, sk, old);
-	return on_change(ctx, sk, old, state, typed);
+	return on_change(ctx, sk, old, state);
 }
 
-static __always_inline int on_destroy(void *ctx, struct sock *sk, bool typed)
+static __always_inline int on_destroy(void *ctx, struct sock *sk)
 {
 	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
@@ -264,7 +267,7 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk, bool typed)
 	if (!c)
 		return 0;
 	if (!c->ended_ns)
-		on_end(c, sk, c->state, typed);
+		on_end(c, sk, c->state);
 	send_end(ctx, c);
 	bpf_map_delete_elem(map_of(connections), &key);
 	return 0;
@@ -272,13 +275,13 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk, bool typed)
 
 /* What happens meanwhile. */
 
-static __always_inline int on_segment(struct sock *sk, bool typed)
+static __always_inline int on_segment(struct sock *sk)
 {
 	struct tcp_connection *c = connection_of(sk);
 
 	if (!c || c->ended_ns)
 		return 0;
-	sample_rtt(c, sk, typed);
+	sample_rtt(c, sk);
 	if (option(refresh_at_segments) && bpf_ktime_get_ns() - c->read_ns > REFRESH_NS)
 		refresh(c, sk, c->state, false);
 	return 0;
@@ -463,37 +466,37 @@ int RAW_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
-	return on_state(ctx, sk, old, state, option(typed_sockets));
+	return on_state(ctx, sk, old, state);
 }
 
 SEC("raw_tp/inet_sock_set_state")
 int RAW_PROGRAM(coral_state_raw, struct sock *sk, int old, int state)
 {
-	return on_state(ctx, sk, old, state, false);
+	return on_state(ctx, sk, old, state);
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int RAW_PROGRAM(coral_destroy_btf, struct sock *sk)
 {
-	return on_destroy(ctx, sk, option(typed_sockets));
+	return on_destroy(ctx, sk);
 }
 
 SEC("raw_tp/tcp_destroy_sock")
 int RAW_PROGRAM(coral_destroy_raw, struct sock *sk)
 {
-	return on_destroy(ctx, sk, false);
+	return on_destroy(ctx, sk);
 }
 
 SEC("tp_btf/tcp_probe")
 int RAW_PROGRAM(coral_segment_btf, struct sock *sk)
 {
-	return on_segment(sk, option(typed_sockets));
+	return on_segment(sk);
 }
 
 SEC("raw_tp/tcp_probe")
 int RAW_PROGRAM(coral_segment_raw, struct sock *sk)
 {
-	return on_segment(sk, false);
+	return on_segment(sk);
 }
 
 SEC("tp_btf/tcp_rcv_space_adjust")
@@ -600,13 +603,13 @@ struct request_arguments {
 SEC("tracepoint/sock/inet_sock_set_state")
 int PROGRAM(coral_state_tp, struct sock_arguments *ctx)
 {
-	return on_state(ctx, ctx->sk, ctx->old, ctx->state, false);
+	return on_state(ctx, ctx->sk, ctx->old, ctx->state);
 }
 
 SEC("tracepoint/tcp/tcp_destroy_sock")
 int PROGRAM(coral_destroy_tp, struct sock_arguments *ctx)
 {
-	return on_destroy(ctx, ctx->sk, false);
+	return on_destroy(ctx, ctx->sk);
 }
 
 SEC("tracepoint/tcp/tcp_rcv_space_adjust")
@@ -696,10 +699,10 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	socket = bpf_sock_from_file(file);
 	if (!socket)
 		return 0;
-	sk = kernel_read(socket, sk);
+	sk = socket->sk;
 	if (!sk || !is_tcp(sk) || connection_of(sk))
 		return 0;
-	make_cookie(socket->sk);
+	make_cookie(sk);
 	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
 	if (!connection_find(sk, tgid, comm) && state_of(sk) != TCP_CLOSE && !connection_of(sk))
 		account_map_full();

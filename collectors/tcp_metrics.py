@@ -147,7 +147,7 @@ class TcpMetricsCollector(Collector):
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
-                "typed_sockets": _TYPED in _kernel_has(),
+                "typed_sockets": self._rung.hook.taken == "tp_btf" and _TYPED in _kernel_has(),
                 "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
             map_entries={"connections": options.entries},

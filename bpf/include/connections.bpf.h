@@ -163,7 +163,7 @@ static __always_inline struct tcp_connection *connection_make(struct sock *sk, _
 	c->network = network_of(sk);
 	c->state = state_of(sk);
 	c->found_ns = bpf_ktime_get_ns();
-	c->cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	c->cookie = socket_read(sk, __sk_common.skc_cookie.counter);
 	return c;
 }
 
@@ -188,18 +188,18 @@ static __always_inline void own(struct tcp_connection *c, __u32 pid, const char 
 /* Copies what the kernel counts. */
 static __always_inline void read_counters(struct tcp_connection *c, struct tcp_sock *tp, bool typed)
 {
-	c->bytes_retransmitted = tcp_read(tp, bytes_retrans);
-	c->bytes_acked = tcp_read(tp, bytes_acked);
-	c->bytes_received = tcp_read(tp, bytes_received);
-	c->segments_sent = tcp_read(tp, segs_out);
-	c->segments_received = tcp_read(tp, segs_in);
-	c->retransmits = tcp_read(tp, total_retrans);
-	c->srtt_us = tcp_read(tp, srtt_us);
-	c->rtt_deviation_us = tcp_read(tp, mdev_us);
-	c->rtt_min_us = tcp_read(tp, rtt_min.s[0].v);
-	c->congestion_window = tcp_read(tp, snd_cwnd);
-	c->slow_start_threshold = tcp_read(tp, snd_ssthresh);
-	c->segment_bytes = tcp_read(tp, mss_cache);
+	c->bytes_retransmitted = socket_read_if(typed, tp, bytes_retrans);
+	c->bytes_acked = socket_read_if(typed, tp, bytes_acked);
+	c->bytes_received = socket_read_if(typed, tp, bytes_received);
+	c->segments_sent = socket_read_if(typed, tp, segs_out);
+	c->segments_received = socket_read_if(typed, tp, segs_in);
+	c->retransmits = socket_read_if(typed, tp, total_retrans);
+	c->srtt_us = socket_read_if(typed, tp, srtt_us);
+	c->rtt_deviation_us = socket_read_if(typed, tp, mdev_us);
+	c->rtt_min_us = socket_read_if(typed, tp, rtt_min.s[0].v);
+	c->congestion_window = socket_read_if(typed, tp, snd_cwnd);
+	c->slow_start_threshold = socket_read_if(typed, tp, snd_ssthresh);
+	c->segment_bytes = socket_read_if(typed, tp, mss_cache);
 }
 
 /*
@@ -211,11 +211,13 @@ static __always_inline void read_counters(struct tcp_connection *c, struct tcp_s
 static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk,
 					   struct tcp_sock *tp, int old, bool typed)
 {
-	__u32 unacked = tcp_read(tp, snd_una), next = tcp_read(tp, snd_nxt);
-	__u32 end = tcp_read(tp, write_seq), under_way = next - unacked;
+	__u32 unacked = socket_read_if(typed, tp, snd_una),
+	      next = socket_read_if(typed, tp, snd_nxt);
+	__u32 end = socket_read_if(typed, tp, write_seq), under_way = next - unacked;
 	bool fin_acked = old == TCP_FIN_WAIT2;
 
-	if (kernel_read(sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) && c->bytes_received)
+	if (socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
+	    c->bytes_received)
 		c->bytes_received--;
 	if (c->state == TCP_CLOSE && (old == TCP_LAST_ACK || old == TCP_CLOSING))
 		fin_acked = unacked == end;
@@ -266,18 +268,18 @@ static __always_inline void count_rtt(struct tcp_connection *c, __u32 us)
 
 /* One sample for each time that the peer was seen to have acknowledged something new: the time it
  * took the segment that was sent last, of those (RACK, RFC 8985). */
-static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk, bool typed)
+static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk)
 {
-	struct tcp_sock *tp = tcp_of(sk, typed);
+	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
 	__u32 delivered;
 
 	if (!tp)
 		return;
-	delivered = tcp_read(tp, delivered);
+	delivered = socket_read(tp, delivered);
 	if (delivered == c->delivered)
 		return;
 	c->delivered = delivered;
-	count_rtt(c, tcp_read(tp, rack.rtt_us));
+	count_rtt(c, socket_read(tp, rack.rtt_us));
 }
 
 /* Ports. */

@@ -216,9 +216,16 @@ static __always_inline __u8 congestion_state(struct sock *sk)
 #define TCP_CA_LOSS	4
 
 /*
- * A socket as its protocol's. TYPED is a constant: the verifier knows SK for a socket, whose
- * members are plain loads then. NULL where it is none of TCP.
+ * The verifier knows the arguments of tp_btf programs for sockets, and those of TCP (5.9): members
+ * are plain loads then. Said of one place by a constant TYPED, else of all.
  */
+OPTION(bool, typed_sockets, false);
+
+#define socket_read_if(typed, pointer, member)                                                     \
+	((typed) ? (pointer)->member : kernel_read(pointer, member))
+#define socket_read(pointer, member) socket_read_if(option(typed_sockets), pointer, member)
+
+/* NULL where it is none of TCP. */
 static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
 {
 #ifndef CORAL_BCC
@@ -227,8 +234,6 @@ static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
 #endif
 	return (struct tcp_sock *)sk;
 }
-
-#define tcp_read(tp, member) (typed ? (tp)->member : kernel_read(tp, member))
 
 /*
  * The address of a socket as a number. Where the verifier knows it for a socket, it allows no
@@ -256,10 +261,10 @@ static __always_inline __u32 half_of(struct sock *sk)
 
 static __always_inline bool is_tcp(struct sock *sk)
 {
-	__u16 family = kernel_read(sk, __sk_common.skc_family);
+	__u16 family = socket_read(sk, __sk_common.skc_family);
 
 	return (family == AF_INET || family == AF_INET6) &&
-	       kernel_read(sk, sk_protocol) == IPPROTO_TCP;
+	       socket_read(sk, sk_protocol) == IPPROTO_TCP;
 }
 
 /*
@@ -269,7 +274,7 @@ static __always_inline bool is_tcp(struct sock *sk)
  */
 static __always_inline bool held_by_process(struct sock *sk)
 {
-	return kernel_read(sk, sk_lock.owned);
+	return socket_read(sk, sk_lock.owned);
 }
 
 static __always_inline __u8 state_of(struct sock *sk)
@@ -286,7 +291,7 @@ static __always_inline __u8 state_of(struct sock *sk)
 
 static __always_inline __u32 network_of(struct sock *sk)
 {
-	return kernel_read(kernel_read(sk, __sk_common.skc_net.net), ns.inum);
+	return kernel_read(socket_read(sk, __sk_common.skc_net.net), ns.inum);
 }
 
 /* An IPv4 address becomes ::ffff:a.b.c.d, which is what a socket of both families has, too. */
@@ -302,15 +307,15 @@ static __always_inline void address_of_v4(__u8 *to, __be32 v4)
 /* Both ends' addresses, of a socket or of a request for one. TO are words in memory. */
 static __always_inline void addresses_of(struct sock_common *sk, __u8 *local, __u8 *remote)
 {
-	if (kernel_read(sk, skc_family) == AF_INET6) {
+	if (socket_read(sk, skc_family) == AF_INET6) {
 		struct in6_addr a = kernel_read(sk, skc_v6_rcv_saddr);
 
 		__builtin_memcpy(local, &a, ADDRESS_BYTES);
 		a = kernel_read(sk, skc_v6_daddr);
 		__builtin_memcpy(remote, &a, ADDRESS_BYTES);
 	} else {
-		address_of_v4(local, kernel_read(sk, skc_rcv_saddr));
-		address_of_v4(remote, kernel_read(sk, skc_daddr));
+		address_of_v4(local, socket_read(sk, skc_rcv_saddr));
+		address_of_v4(remote, socket_read(sk, skc_daddr));
 	}
 }
 
@@ -322,5 +327,5 @@ static __always_inline __u16 local_port_of(struct sock *sk)
 
 static __always_inline __u16 remote_port_of(struct sock *sk)
 {
-	return bpf_ntohs(kernel_read(sk, __sk_common.skc_dport));
+	return bpf_ntohs(socket_read(sk, __sk_common.skc_dport));
 }
