@@ -129,10 +129,10 @@ async def start(
     return started
 
 
-def compile_empty(directory: Path) -> Path:
-    """Compiles the two empty programs."""
-    output = directory / "empty.bpf.o"
-    subprocess.run(clang_command(ROOT / "benchmarks/empty.bpf.c", output), check=True)
+def compile_bpf(directory: Path, name: str) -> Path:
+    """Compiles benchmarks/NAME.bpf.c."""
+    output = directory / f"{name}.bpf.o"
+    subprocess.run(clang_command(ROOT / f"benchmarks/{name}.bpf.c", output), check=True)
     return output
 
 

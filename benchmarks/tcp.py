@@ -22,18 +22,22 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from benchmarks import kernel, peers
-from benchmarks.bench import Bench, start
+from benchmarks.bench import Bench, compile_bpf, start
 from benchmarks.peers import Peer, PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
+from bpf import BpfObject
 from client import AgentClient, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
-ROUNDS: Final = 15
+ROUNDS: Final = 9
 _REPEATS: Final = 3  # of each exchange in a round; the best counts
 _MOST_THROUGHPUT_LOST: Final = 0.02
 _MOST_CONNECTIONS_LOST: Final = 0.05
 _OURS: Final = "coral: watched"
+_EMPTY: Final = tuple(
+    f"coral_empty_{name}" for name in ("state", "destroy", "segment", "received", "sent")
+)
 _CLOSE: Final = 7  # TCP_CLOSE
 _IDLE_S: Final = 0.2
 _IDLE_NS: Final = 2_000_000  # of CPU time in it
@@ -101,10 +105,9 @@ class Variant:
         return Samples([1 - bare[exchange] / watched[exchange] for bare, watched in pairs])
 
     async def measure(self, bench: Bench) -> None:
-        """One pair: bare, then watched."""
+        """One pair, of one server: bare, then watched."""
         with _serving(bench) as server:
             bare_us = await _exchange(bench, server)
-        with _serving(bench) as server:
             async with self.watching(server) as seen:
                 watched_us = await _exchange(bench, server)
         self.bare_us.append(bare_us)
@@ -135,6 +138,7 @@ def _variants(bench: Bench, agent: RunningAgent, client: AgentClient) -> list[Va
         return lambda server: _ours(agent, client, server, **{"pid": str(server.pid), **config})
 
     return [
+        Variant("five empty programs", _empty(bench)),
         Variant(_OURS, ours()),
         Variant("coral: watched, by=peer", ours(by="peer")),
         Variant("coral: watched, mode=events", ours(mode="events")),
@@ -188,6 +192,18 @@ async def _ask(bench: Bench, server: Server, exchange: Exchange) -> float:
     out, _ = await process.communicate()
     client_ns = int(out.split()[1])
     return (client_ns + kernel.cpu_ns(server.pid) - before_ns) / exchange.total / 1e3
+
+
+def _empty(bench: Bench) -> Watching:
+    path = compile_bpf(bench.directory, "tcp_empty")
+
+    @asynccontextmanager
+    async def watching(_server: Server) -> AsyncIterator[Seen]:
+        with BpfObject(path, programs=_EMPTY) as empty:
+            empty.attach()
+            yield Seen()
+
+    return watching
 
 
 @asynccontextmanager

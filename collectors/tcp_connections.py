@@ -125,7 +125,9 @@ class Connections:
         self, keys: NDArray[Any], totals: NDArray[np.uint64], told: NDArray[np.uint64]
     ) -> None:
         missing = self._missing + 1
-        kept = ~np.isin(self._keys, keys) & (missing <= _MOST_MISSING)
+        at, known = self._find(keys)
+        kept = missing <= _MOST_MISSING
+        kept[at[known]] = False
         keys = np.concatenate([self._keys[kept], keys])
         order = np.argsort(keys)
         self._keys = keys[order]
