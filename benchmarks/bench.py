@@ -60,10 +60,10 @@ class Bench:
         return program
 
     @contextmanager
-    def agent(self) -> Iterator[RunningAgent]:
+    def agent(self, **limits: object) -> Iterator[RunningAgent]:
         """A real agent on a socket of its own, that has looked at the kernel; stopped with the
-        block."""
-        with running_agent(self.directory / "agent", {}) as agent:
+        block. LIMITS are others than its own."""
+        with running_agent(self.directory / "agent", {"limits": limits}) as agent:
             wait_until(lambda: b"collector available" in agent.log_path.read_bytes())
             yield agent
             agent.stop()

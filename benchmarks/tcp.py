@@ -118,7 +118,7 @@ class Variant:
 async def measure(bench: Bench) -> Report:
     """The section: everything in turn, ROUNDS times."""
     async with AsyncExitStack() as stack:
-        agent = stack.enter_context(bench.agent())
+        agent = stack.enter_context(bench.agent(cpu_percent=1000))
         client = await stack.enter_async_context(AgentClient(agent.address))
         variants = _variants(bench, agent, client)
         for turn in range(ROUNDS):
