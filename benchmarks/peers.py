@@ -94,7 +94,7 @@ tracepoint:sock:inet_sock_set_state /args->protocol == 6 && args->sport == {port
     if (args->newstate < 4 && !@birth[args->skaddr]) {{ @birth[args->skaddr] = nsecs; }}
     if (args->newstate == 7 && @birth[args->skaddr]) {{
         $tp = (struct tcp_sock *)args->skaddr;
-        printf("closed %s %d %s %d %lld %lld %lld\n", ntop(args->saddr), args->sport,
+        printf("closed %s %d %s %d %lld %lld %lld\\n", ntop(args->saddr), args->sport,
             ntop(args->daddr), args->dport, $tp->bytes_acked, $tp->bytes_received,
             nsecs - @birth[args->skaddr]);
         delete(@birth[args->skaddr]);

@@ -30,7 +30,7 @@ from client import AgentClient, Batch
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
-ROUNDS: Final = 9
+ROUNDS: Final = 7
 _REPEATS: Final = 3  # of each exchange in a round; the best counts
 _MOST_THROUGHPUT_LOST: Final = 0.02
 _MOST_CONNECTIONS_LOST: Final = 0.05

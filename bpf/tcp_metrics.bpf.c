@@ -210,21 +210,12 @@ static __always_inline void note_fin(struct tcp_connection *c, int old, int stat
 		c->end = END_FIN_REMOTE;
 }
 
-/* What sockets on the whole machine pay: neither process nor socket is one of ours. */
-static __always_inline bool concerns_nobody(struct sock *sk)
-{
-	volatile __u8 *hint = hint_of(sk);
-
-	return surely_no_target(current_tgid()) && hint && !*hint;
-}
-
 static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
 {
 	struct tcp_connection *c;
 
-	if (concerns_nobody(sk))
-		return 0;
-	c = held_by_process(sk) && old != TCP_LISTEN ? used_by_current(sk) : connection_of(sk);
+	c = held_by_process(sk) && old != TCP_LISTEN && is_tcp(sk) ? used_by_current(sk)
+								   : connection_of(sk);
 	if (!c || c->ended_ns)
 		return 0;
 	c->state = state;

@@ -211,9 +211,9 @@ static __always_inline void read_counters(struct tcp_connection *c, struct tcp_s
 static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk,
 					   struct tcp_sock *tp, int old, bool typed)
 {
-	__u32 unacked = socket_read_if(typed, tp, snd_una),
-	      next = socket_read_if(typed, tp, snd_nxt);
-	__u32 end = socket_read_if(typed, tp, write_seq), under_way = next - unacked;
+	__u32 unacked = socket_read_if(typed, tp, snd_una);
+	__u32 next = socket_read_if(typed, tp, snd_nxt), under_way = next - unacked;
+	__u32 end = socket_read_if(typed, tp, write_seq);
 	bool fin_acked = old == TCP_FIN_WAIT2;
 
 	if (socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
