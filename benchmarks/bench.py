@@ -44,21 +44,26 @@ class Bench:
     def calls(self, count: int, name: str = "getppid") -> Iterator[Calls]:
         """tests/programs/calls.c, waiting to make COUNT calls; ended with the block. It has one CPU
         for itself as far as the scheduler can help it: moving costs more than what is measured."""
-        program = self.directory / "calls"
-        if not program.exists():
-            compile_calls(program)
-        running = Calls(program, name, count)
+        running = Calls(self.program("calls"), name, count)
         try:
             os.sched_setaffinity(running.pid, {max(os.sched_getaffinity(0))})
             yield running
         finally:
             running.kill()
 
+    def program(self, name: str) -> Path:
+        """tests/programs/NAME.c, compiled."""
+        program = self.directory / name
+        if not program.exists():
+            source = ROOT / f"tests/programs/{name}.c"
+            subprocess.run(["cc", "-O2", "-pthread", source, "-o", program], check=True)
+        return program
+
     @contextmanager
-    def agent(self) -> Iterator[RunningAgent]:
+    def agent(self, **limits: object) -> Iterator[RunningAgent]:
         """A real agent on a socket of its own, that has looked at the kernel; stopped with the
-        block."""
-        with running_agent(self.directory / "agent", {}) as agent:
+        block. LIMITS are others than its own."""
+        with running_agent(self.directory / "agent", {"limits": limits}) as agent:
             wait_until(lambda: b"collector available" in agent.log_path.read_bytes())
             yield agent
             agent.stop()
@@ -110,27 +115,24 @@ class Tap:
 async def start_syscall_stats(
     client: AgentClient, pid: int, **config: str
 ) -> pb.StartEbpfCollectorResponse:
-    """Starts our collector on a process. Raises `BenchError` where this kernel cannot."""
-    started = await client.start(
-        pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
-        config={"pid": str(pid), **config},
-        duration_s=_LEASE_S,
-    )
+    """Starts our collector of system calls on a process."""
+    return await start(client, pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, pid=str(pid), **config)
+
+
+async def start(
+    client: AgentClient, kind: pb.EbpfCollectorKind, **config: str
+) -> pb.StartEbpfCollectorResponse:
+    """Starts one of our collectors. Raises `BenchError` where this kernel cannot."""
+    started = await client.start(kind, config=config, duration_s=_LEASE_S)
     if not started.supported:
         raise BenchError(started.error)
     return started
 
 
-def compile_calls(program: Path) -> None:
-    """Compiles the traced program."""
-    source = ROOT / "tests/programs/calls.c"
-    subprocess.run(["cc", "-O2", "-pthread", source, "-o", program], check=True)
-
-
-def compile_empty(directory: Path) -> Path:
-    """Compiles the two empty programs."""
-    output = directory / "empty.bpf.o"
-    subprocess.run(clang_command(ROOT / "benchmarks/empty.bpf.c", output), check=True)
+def compile_bpf(directory: Path, name: str) -> Path:
+    """Compiles benchmarks/NAME.bpf.c."""
+    output = directory / f"{name}.bpf.o"
+    subprocess.run(clang_command(ROOT / f"benchmarks/{name}.bpf.c", output), check=True)
     return output
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from benchmarks import kernel, peers
-from benchmarks.bench import Bench, Tap, compile_empty, per_call_ns
+from benchmarks.bench import Bench, Tap, compile_bpf, per_call_ns
 from benchmarks.peers import Peer, PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
 from bpf import BpfObject
@@ -108,7 +108,7 @@ async def _bare(bench: Bench) -> float:
 
 
 def _empty(bench: Bench) -> Watching:
-    path = compile_empty(bench.directory)
+    path = compile_bpf(bench.directory, "empty")
 
     @asynccontextmanager
     async def watching(_calls: Calls) -> AsyncIterator[Counted]:

@@ -45,6 +45,10 @@ def _has_two_programs(peer_pid: int, _target_pid: int) -> bool:
     return kernel.attachments(peer_pid) >= 2
 
 
+def _has_programs(peer_pid: int, _target_pid: int) -> bool:
+    return kernel.attachments(peer_pid) > 0
+
+
 def _is_tracer(peer_pid: int, target_pid: int) -> bool:
     return f"TracerPid:\t{peer_pid}\n" in Path(f"/proc/{target_pid}/status").read_text()
 
@@ -54,8 +58,8 @@ class Peer:
     """One tool. `calls` is how many calls it is measured over."""
 
     name: str
-    command: Callable[[int], Sequence[str]]  # by the target's pid
-    counted: re.Pattern[str]  # finds the getppid calls in what it prints
+    command: Callable[..., Sequence[str]]  # by the target: its pid, and what else tells it
+    counted: re.Pattern[str]  # finds the getppid calls, or the lines, in what it prints
     calls: int = 1_000_000
     is_attached: Callable[[int, int], bool] = _has_two_programs
 
@@ -84,6 +88,63 @@ STRACE: Final = Peer(
 )
 ALL: Final = (LIBBPF_SYSCOUNT, BPFTRACE, BCC_SYSCOUNT, STRACE)
 
+# What tcplife does, on the tracepoint. A listener's child has its port.
+_BPFTRACE_LIFE: Final = """
+tracepoint:sock:inet_sock_set_state /args->protocol == 6 && args->sport == {port}/ {{
+    if (args->newstate < 4 && !@birth[args->skaddr]) {{ @birth[args->skaddr] = nsecs; }}
+    if (args->newstate == 7 && @birth[args->skaddr]) {{
+        $tp = (struct tcp_sock *)args->skaddr;
+        printf("closed %s %d %s %d %lld %lld %lld\\n", ntop(args->saddr), args->sport,
+            ntop(args->daddr), args->dport, $tp->bytes_acked, $tp->bytes_received,
+            nsecs - @birth[args->skaddr]);
+        delete(@birth[args->skaddr]);
+    }}
+}}
+"""
+# And a histogram of round trips, and bytes by process: what tcprtt and tcptop do.
+_BPFTRACE_ALL: Final = f"""{_BPFTRACE_LIFE}
+tracepoint:tcp:tcp_probe /args->sport == {{port}}/ {{{{ @rtt_us = hist(args->srtt); }}}}
+tracepoint:sock:sock_send_length /pid == {{pid}} && args->ret > 0/ {{{{
+    @sent[pid] = sum(args->ret);
+}}}}
+tracepoint:sock:sock_recv_length /pid == {{pid}} && args->ret > 0/ {{{{
+    @received[pid] = sum(args->ret);
+}}}}
+"""
+_LIFE: Final = re.compile(r"^\d+ .* 127\.0\.0\.1 ", re.MULTILINE)
+_STATE: Final = re.compile(r"-> CLOSE\s")
+_CLOSED: Final = re.compile(r"^closed ", re.MULTILINE)
+NONE: Final = re.compile(r"(?!)")  # they tell no single connection
+
+
+def _tcp(name: str, counted: re.Pattern[str], *command: str) -> Peer:
+    """A tool for TCP, told what to watch by `{pid}` and `{port}` in COMMAND."""
+
+    def filled(pid: int, port: int) -> list[str]:
+        return [word.format(pid=pid, port=port) for word in command]
+
+    return Peer(name, filled, counted, is_attached=_has_programs)
+
+
+# Of a server's connections: its command is by pid and port.
+TCP: Final = (
+    _tcp("libbpf-tools tcplife", _LIFE, "tcplife", "-L", "{port}"),
+    _tcp("libbpf-tools tcpstates", _STATE, "tcpstates", "-L", "{port}"),
+    _tcp("libbpf-tools tcptop", NONE, "tcptop", "-C", "-p", "{pid}", "1"),
+    _tcp("libbpf-tools tcprtt", NONE, "tcprtt", "-i", "1", "-p", "{port}"),
+    _tcp("libbpf-tools tcpconnlat", NONE, "tcpconnlat", "-p", "{pid}"),
+    _tcp("libbpf-tools tcptracer", NONE, "tcptracer", "-p", "{pid}"),
+    _tcp("bcc tcplife", _LIFE, "tcplife-bpfcc", "-L", "{port}"),
+    _tcp("bcc tcpstates", _STATE, "tcpstates-bpfcc", "-L", "{port}"),
+    _tcp("bcc tcptop", NONE, "tcptop-bpfcc", "-C", "-p", "{pid}", "1"),
+    _tcp("bcc tcprtt", NONE, "tcprtt-bpfcc", "-i", "1", "-p", "{port}"),
+    _tcp("bcc tcpconnlat", NONE, "tcpconnlat-bpfcc", "-p", "{pid}"),
+    _tcp("bcc tcpaccept", _LIFE, "tcpaccept-bpfcc", "-P", "{port}"),
+    _tcp("bpftrace tcplife.bt", NONE, "bpftrace", "/usr/sbin/tcplife.bt"),
+    _tcp("bpftrace, ends", _CLOSED, "bpftrace", "-e", _BPFTRACE_LIFE),
+    _tcp("bpftrace, ends, round trips, bytes", _CLOSED, "bpftrace", "-e", _BPFTRACE_ALL),
+)
+
 
 class RunningPeer:
     """A peer that is attached."""
@@ -110,11 +171,15 @@ class RunningPeer:
         match = self._peer.counted.search(self._output.read_text(errors="replace"))
         return int(match[1]) if match else 0
 
+    def lines_counted(self) -> int:
+        """How many of its lines are what is counted. After `stop`."""
+        return len(self._peer.counted.findall(self._output.read_text(errors="replace")))
+
 
 @contextmanager
-def running(bench: Bench, peer: Peer, target_pid: int) -> Iterator[RunningPeer]:
+def running(bench: Bench, peer: Peer, target_pid: int, *target: int) -> Iterator[RunningPeer]:
     """A peer at work on the target; ended with the block. Raises `PeerError`."""
-    command = peer.command(target_pid)
+    command = peer.command(target_pid, *target)
     require(command[0])
     path = bench.directory / "peer.out"
     with path.open("wb") as output:

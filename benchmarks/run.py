@@ -24,7 +24,7 @@ from typing import Final
 from rich.console import Console
 
 import bpf
-from benchmarks import cost, delivery, drain, encoders, kernel, memory, rungs, startup
+from benchmarks import cost, delivery, drain, encoders, kernel, memory, rungs, startup, tcp
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, show
 
@@ -32,6 +32,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "startup": startup.measure,
     "memory": memory.measure,
     "cost": cost.measure,
+    "tcp": tcp.measure,
     "rungs": rungs.measure,
     "programs": rungs.measure_programs,
     "drain": drain.measure,

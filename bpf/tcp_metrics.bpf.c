@@ -111,12 +111,12 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 		send_end(ctx, c);
 		bpf_map_delete_elem(map_of(connections), &key);
 	}
-	c = target ? connection_begin(sk, ROLE_CLIENT) : NULL;
+	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_CLIENT) : NULL;
 	if (!c)
 		return 0;
 	own(c, current_tgid(), target->comm);
 	c->state = TCP_SYN_SENT;
-	name_ends(c, sk);
+	name_ends(c, sk, option(typed_sockets));
 	send_event(ctx, c, WHAT_STATE, old, 0);
 	return 0;
 }
@@ -124,13 +124,14 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
 {
 	struct target *target = watched_process();
-	struct tcp_connection *c = target ? connection_begin(sk, ROLE_LISTENER) : NULL;
+	struct tcp_connection *c;
 
+	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_LISTENER) : NULL;
 	if (!c)
 		return 0;
 	own(c, current_tgid(), target->comm);
 	c->state = TCP_LISTEN;
-	name_ends(c, sk);
+	name_ends(c, sk, option(typed_sockets));
 	port_take(c);
 	send_event(ctx, c, WHAT_STATE, old, 0);
 	return 0;
@@ -142,8 +143,9 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 {
 	struct port_key key = {.network = network_of(sk), .port = local_port_of(sk)};
 	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
-	struct tcp_connection *c = owner ? connection_begin(sk, ROLE_SERVER) : NULL;
+	struct tcp_connection *c;
 
+	c = owner && is_tcp(sk) ? connection_begin(sk, ROLE_SERVER) : NULL;
 	if (!c)
 		return 0;
 	own(c, owner->pid, owner->comm);
@@ -156,19 +158,23 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 
 static __always_inline void on_established(struct tcp_connection *c, struct sock *sk)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
+	__u32 srtt_us;
 
 	c->established_ns = bpf_ktime_get_ns();
-	name_ends(c, sk);
+	name_ends(c, sk, option(typed_sockets));
+	if (!tp)
+		return;
 	if (c->role == ROLE_SERVER)
 		c->cookie = number_of(c, sk);
-	c->delivered = kernel_read(tp, delivered);
-	if (kernel_read(tp, srtt_us))
-		count_rtt(c, kernel_read(tp, srtt_us) >> 3);
+	c->delivered = socket_read(tp, delivered);
+	srtt_us = socket_read(tp, srtt_us);
+	if (srtt_us)
+		count_rtt(c, srtt_us >> 3);
 	if (option(refresh_at_segments))
-		refresh(c, sk, TCP_ESTABLISHED);
+		refresh(c, sk, TCP_ESTABLISHED, false);
 	if (c->role == ROLE_SERVER) { /* the SYN-ACKs', which were sent before there was a socket */
-		c->retransmits = kernel_read(tp, total_retrans);
+		c->retransmits = socket_read(tp, total_retrans);
 		c->retransmits_of[HANDSHAKE] = c->retransmits;
 	}
 }
@@ -193,10 +199,10 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 
 static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old)
 {
-	c->ended_ns = bpf_ktime_get_ns();
-	c->error = kernel_read(sk, sk_err);
+	c->error = socket_read(sk, sk_err);
 	sample_rtt(c, sk);
-	refresh(c, sk, old);
+	refresh(c, sk, old, option(typed_sockets));
+	c->ended_ns = c->read_ns;
 	c->end = end_by(c, old);
 }
 
@@ -228,7 +234,7 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 		if (c->role == ROLE_SERVER && c->start_ns)
 			send_event_of(ctx, c, c->start_ns, WHAT_STATE, TCP_LISTEN, old, 0);
 	} else if (state == TCP_CLOSE) {
-		name_ends_late(c, sk);
+		name_ends_late(c, sk, option(typed_sockets));
 		on_end(c, sk, old);
 	} else {
 		note_fin(c, old, state);
@@ -239,8 +245,6 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 
 static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state)
 {
-	if (!is_tcp(sk))
-		return 0;
 	if (state == TCP_SYN_SENT)
 		return on_connect(ctx, sk, old);
 	if (state == TCP_LISTEN)
@@ -274,8 +278,20 @@ static __always_inline int on_segment(struct sock *sk)
 		return 0;
 	sample_rtt(c, sk);
 	if (option(refresh_at_segments) && bpf_ktime_get_ns() - c->read_ns > REFRESH_NS)
-		refresh(c, sk, c->state);
+		refresh(c, sk, c->state, false);
 	return 0;
+}
+
+/* Whether nothing can come of it that the current task uses a socket: it is the owner's already, or
+ * neither is one of ours. This is what most sends and receives pay. */
+static __always_inline bool use_changes_nothing(struct sock *sk)
+{
+	struct tcp_connection *c = connection_of(sk);
+	__u32 tgid = current_tgid();
+
+	if (option(refresh_at_segments))
+		return false;
+	return c ? c->pid == tgid && !c->presumed : surely_no_target(tgid);
 }
 
 static __always_inline int on_use(struct sock *sk)
@@ -283,28 +299,20 @@ static __always_inline int on_use(struct sock *sk)
 	struct tcp_connection *c = connection_met(sk, true);
 
 	if (option(refresh_at_segments) && c && !c->ended_ns)
-		refresh(c, sk, c->state);
+		refresh(c, sk, c->state, false);
 	return 0;
-}
-
-/* What sends and receives on the whole machine pay: neither process nor socket is one of ours. */
-static __always_inline bool concerns_nobody(struct sock *sk)
-{
-	volatile __u8 *hint = hint_of(sk);
-
-	return surely_no_target(current_tgid()) && hint && !*hint;
 }
 
 /* An application has taken data in. Some protocols on top (kTLS) do it outside of processes. */
 static __always_inline int on_received(struct sock *sk)
 {
-	return !concerns_nobody(sk) && held_by_process(sk) ? on_use(sk) : 0;
+	return !use_changes_nothing(sk) && held_by_process(sk) ? on_use(sk) : 0;
 }
 
 /* An application has given data out, by whatever protocol. */
 static __always_inline int on_sent(struct sock *sk, int ret)
 {
-	return ret > 0 && !concerns_nobody(sk) && is_tcp(sk) ? on_use(sk) : 0;
+	return ret > 0 && !use_changes_nothing(sk) ? on_use(sk) : 0;
 }
 
 static __always_inline __u32 kind_of_retransmit(struct sock *sk)
@@ -327,7 +335,7 @@ static __always_inline int on_retransmit(void *ctx, struct sock *sk)
 
 	if (!c)
 		return 0;
-	name_ends_late(c, sk);
+	name_ends_late(c, sk, option(typed_sockets));
 	kind = kind_of_retransmit(sk);
 	total = kernel_read((struct tcp_sock *)sk, total_retrans);
 	count = total - c->retransmits;
@@ -362,7 +370,8 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 		    .count = 1,
 		};
 
-		addresses_of(&request->__req_common, event.local, event.remote);
+		addresses_of(&request->__req_common, event.local, event.remote,
+			     option(typed_sockets));
 		__builtin_memcpy(event.name, c->comm, COMM_BYTES);
 		record_send(ctx, &event, sizeof(event));
 	}
@@ -392,7 +401,7 @@ static __always_inline int on_reset_received(void *ctx, struct sock *sk)
 
 	if (!c)
 		return 0;
-	name_ends_late(c, sk);
+	name_ends_late(c, sk, option(typed_sockets));
 	c->resets_received++;
 	send_event(ctx, c, WHAT_RESET_RECEIVED, c->state, 1);
 	return 0;
@@ -455,7 +464,7 @@ int BTF_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
-	return on_state(ctx, plain(sk), old, state);
+	return on_state(ctx, sk, old, state);
 }
 
 SEC("raw_tp/inet_sock_set_state")
@@ -467,7 +476,7 @@ int RAW_PROGRAM(coral_state_raw, struct sock *sk, int old, int state)
 SEC("tp_btf/tcp_destroy_sock")
 int BTF_PROGRAM(coral_destroy_btf, struct sock *sk)
 {
-	return on_destroy(ctx, plain(sk));
+	return on_destroy(ctx, sk);
 }
 
 SEC("raw_tp/tcp_destroy_sock")
@@ -479,7 +488,7 @@ int RAW_PROGRAM(coral_destroy_raw, struct sock *sk)
 SEC("tp_btf/tcp_probe")
 int BTF_PROGRAM(coral_segment_btf, struct sock *sk)
 {
-	return on_segment(plain(sk));
+	return on_segment(sk);
 }
 
 SEC("raw_tp/tcp_probe")
@@ -491,7 +500,7 @@ int RAW_PROGRAM(coral_segment_raw, struct sock *sk)
 SEC("tp_btf/tcp_rcv_space_adjust")
 int BTF_PROGRAM(coral_received_btf, struct sock *sk)
 {
-	return on_received(plain(sk));
+	return on_received(sk);
 }
 
 SEC("raw_tp/tcp_rcv_space_adjust")
@@ -504,7 +513,7 @@ int RAW_PROGRAM(coral_received_raw, struct sock *sk)
 SEC("tp_btf/sock_send_length")
 int BTF_PROGRAM(coral_sent_btf, struct sock *sk, int ret)
 {
-	return on_sent(plain(sk), ret);
+	return on_sent(sk, ret);
 }
 
 SEC("raw_tp/sock_send_length")
@@ -516,7 +525,7 @@ int RAW_PROGRAM(coral_sent_raw, struct sock *sk, int ret)
 SEC("tp_btf/tcp_retransmit_skb")
 int BTF_PROGRAM(coral_retransmit_btf, struct sock *sk)
 {
-	return on_retransmit(ctx, plain(sk));
+	return on_retransmit(ctx, sk);
 }
 
 SEC("raw_tp/tcp_retransmit_skb")
@@ -528,7 +537,7 @@ int RAW_PROGRAM(coral_retransmit_raw, struct sock *sk)
 SEC("tp_btf/tcp_retransmit_synack")
 int BTF_PROGRAM(coral_synack_btf, struct sock *sk, struct request_sock *request)
 {
-	return on_synack_retransmit(ctx, plain(sk), request);
+	return on_synack_retransmit(ctx, sk, request);
 }
 
 SEC("raw_tp/tcp_retransmit_synack")
@@ -540,7 +549,7 @@ int RAW_PROGRAM(coral_synack_raw, struct sock *sk, struct request_sock *request)
 SEC("tp_btf/tcp_send_reset")
 int BTF_PROGRAM(coral_reset_out_btf, struct sock *sk, void *skb)
 {
-	return on_reset_sent(ctx, plain(sk), KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
+	return on_reset_sent(ctx, sk, KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
 }
 
 SEC("raw_tp/tcp_send_reset")
@@ -552,7 +561,7 @@ int RAW_PROGRAM(coral_reset_out_raw, struct sock *sk, void *skb)
 SEC("tp_btf/tcp_receive_reset")
 int BTF_PROGRAM(coral_reset_in_btf, struct sock *sk)
 {
-	return on_reset_received(ctx, plain(sk));
+	return on_reset_received(ctx, sk);
 }
 
 SEC("raw_tp/tcp_receive_reset")
@@ -658,8 +667,8 @@ int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 	if (!c.ended_ns) {
 		__u8 state = state_of(sk);
 
-		refresh(&c, sk, state);
-		name_ends_late(&c, sk);
+		refresh(&c, sk, state, false);
+		name_ends_late(&c, sk, false);
 		if (state_of(sk) != state || c.state != state || value->sk != c.sk ||
 		    value->found_ns != c.found_ns)
 			return 0; /* it changes just now; the next time, or its end, has it */
@@ -685,15 +694,16 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	target = bpf_map_lookup_elem(map_of(targets), &tgid);
 	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST)
 		return 0;
-	sk = socket_of(file);
-	if (!sk || !is_tcp(sk) || connection_of(sk))
-		return 0;
-	if (option(make_cookies)) { /* a socket that the verifier knows for one: Linux 5.11 */
+	if (option(typed_sockets)) {
 		struct socket *socket = bpf_sock_from_file(file);
 
-		if (socket)
-			make_cookie(socket->sk);
+		sk = socket ? socket->sk : NULL;
+	} else {
+		sk = socket_of(file);
 	}
+	if (!sk || !is_tcp(sk) || connection_of(sk))
+		return 0;
+	make_cookie(sk);
 	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
 	if (!connection_find(sk, tgid, comm) && state_of(sk) != TCP_CLOSE && !connection_of(sk))
 		account_map_full();

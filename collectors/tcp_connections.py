@@ -134,8 +134,9 @@ class Connections:
         now_ns: int,
     ) -> None:
         missing = self._missing + 1
-        recent = now_ns - self._read_at_ns < _MISSING_NS
-        kept = ~np.isin(self._keys, keys) & (recent | (missing <= _MOST_MISSING))
+        at, known = self._find(keys)
+        kept = (now_ns - self._read_at_ns < _MISSING_NS) | (missing <= _MOST_MISSING)
+        kept[at[known]] = False
         keys = np.concatenate([self._keys[kept], keys])
         order = np.argsort(keys)
         self._keys = keys[order]

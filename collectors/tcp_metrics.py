@@ -68,6 +68,8 @@ _OPTIONAL: Final = {
 # There since Linux 4.16, where a kernel without BTF cannot be asked.
 _OLD: Final = frozenset(_OPTIONAL.values()) - {"sock_send_length"}
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
+# Linux 5.9, and 5.11.
+_TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
@@ -118,11 +120,12 @@ class TcpMetricsOptions(TargetOptions):
 
 @cache
 def _kernel_has() -> frozenset[str]:
-    """Of the tracepoints and the helper above, those that this kernel has."""
+    """Of the tracepoints and helpers above, those that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
-    found = kernel_names((*names, _COOKIES))
-    tracepoints = {name.removeprefix("btf_trace_") for name in found - {_COOKIES}}
-    return frozenset((tracepoints or _OLD) | (found & {_COOKIES}))
+    helpers = {_COOKIES, *_TYPED}
+    found = kernel_names((*names, *helpers))
+    tracepoints = {name.removeprefix("btf_trace_") for name in found - helpers}
+    return frozenset((tracepoints or _OLD) | (found & helpers))
 
 
 class TcpMetricsCollector(Collector):
@@ -152,6 +155,7 @@ class TcpMetricsCollector(Collector):
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "take_over_found": self._asks,
                 "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
+                "typed_sockets": self._rung.hook.taken == "tp_btf" and _kernel_has() >= _TYPED,
                 "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
             map_entries={"connections": options.entries, "found": options.entries},

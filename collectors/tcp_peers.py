@@ -54,9 +54,7 @@ def peer_rows(changes: Changes, top: int) -> list[pb.TcpPeerMetrics]:
     raw = keys.view(np.uint8).reshape(-1, _KEY_BYTES)
     texts = addresses(np.ascontiguousarray(raw[:, :16]))
     for index in order[: len(order) - len(rest)].tolist():
-        members = of_row == index
         row = _row(counters[index], states[index], connects[index])
-        _add_ends(row, connections[members & ended], failed[members & ended])
         row.remote_address = texts[index]
         row.port = int(raw[index, 16]) << 8 | int(raw[index, 17])
         row.role = int(raw[index, 18])  # type: ignore[assignment]
@@ -67,10 +65,14 @@ def peer_rows(changes: Changes, top: int) -> list[pb.TcpPeerMetrics]:
             states[rest].sum(axis=0),
             connects[rest].sum(axis=0),
         )
-        members = np.isin(of_row, rest)
-        _add_ends(row, connections[members & ended], failed[members & ended])
         row.remote_address = OTHER
         rows.append(row)
+    place = np.full(len(keys), len(rows) - 1)  # of each peer's row
+    place[order[: len(order) - len(rest)]] = np.arange(len(order) - len(rest))
+    for index, end, count in _counts(place[of_row[ended]], connections["end"][ended]):
+        rows[index].ends[end_name(end)] = count
+    for index, error, count in _counts(place[of_row[failed]], connections["error"][failed]):
+        rows[index].failures[error_name(error)] = count
     return rows
 
 
@@ -104,11 +106,11 @@ def _connect_times(changes: Changes) -> tuple[NDArray[np.uint64], NDArray[np.boo
     return took_ns // np.uint64(1000), timed
 
 
-def _add_ends(row: pb.TcpPeerMetrics, ended: NDArray[Any], failed: NDArray[np.bool_]) -> None:
-    for end, count in zip(*np.unique(ended["end"], return_counts=True), strict=True):
-        row.ends[end_name(int(end))] = int(count)
-    for error, count in zip(*np.unique(ended["error"][failed], return_counts=True), strict=True):
-        row.failures[error_name(int(error))] = int(count)
+def _counts(rows: NDArray[np.intp], values: NDArray[Any]) -> list[tuple[int, int, int]]:
+    """How often each row has each value."""
+    pairs = np.stack([rows, values.astype(np.intp)])
+    found, counts = np.unique(pairs, axis=1, return_counts=True)
+    return list(zip(*found.tolist(), counts.tolist(), strict=True))
 
 
 def _row(

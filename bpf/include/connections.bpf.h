@@ -128,7 +128,7 @@ GLOBALS(__u8, socket_hints, SOCKET_HINTS);
 
 static __always_inline volatile __u8 *hint_of(struct sock *sk)
 {
-	return element(socket_hints, ((__u64)sk * 0x9E3779B97F4A7C15ULL) >> 48);
+	return element(socket_hints, (half_of(sk) * 0x9E3779B1) >> 16);
 }
 
 static __always_inline struct tcp_connection *connection_of(struct sock *sk)
@@ -152,18 +152,18 @@ static __always_inline struct target *watched_process(void)
 	return target && target->state != TARGET_ARMED ? target : NULL;
 }
 
-static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk)
+static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk, bool typed)
 {
-	addresses_of(&sk->__sk_common, c->local, c->remote);
+	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
 	c->local_port = local_port_of(sk);
-	c->remote_port = remote_port_of(sk);
+	c->remote_port = remote_port_of(sk, typed);
 }
 
 /* A client gets its port after its first change of state. */
-static __always_inline void name_ends_late(struct tcp_connection *c, struct sock *sk)
+static __always_inline void name_ends_late(struct tcp_connection *c, struct sock *sk, bool typed)
 {
 	if (!c->established_ns && c->start_ns)
-		name_ends(c, sk);
+		name_ends(c, sk, typed);
 }
 
 /* A number that is nobody else's, where the kernel has none for the socket: by its highest bit it
@@ -175,7 +175,7 @@ static __always_inline __u64 our_number(const struct tcp_connection *c)
 
 static __always_inline __u64 number_of(const struct tcp_connection *c, struct sock *sk)
 {
-	__u64 cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	__u64 cookie = socket_read(sk, __sk_common.skc_cookie.counter);
 
 	return cookie ? cookie : our_number(c);
 }
@@ -226,23 +226,21 @@ static __always_inline void own(struct tcp_connection *c, __u32 pid, const char 
 	__builtin_memcpy(c->comm, comm, COMM_BYTES);
 }
 
-/* Copies what the kernel counts. SK is read as memory: it may be gone, the reader finds out. */
-static __always_inline void read_counters(struct tcp_connection *c, struct sock *sk)
+/* Copies what the kernel counts. */
+static __always_inline void read_counters(struct tcp_connection *c, struct tcp_sock *tp, bool typed)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-
-	c->bytes_retransmitted = kernel_read(tp, bytes_retrans);
-	c->bytes_acked = kernel_read(tp, bytes_acked);
-	c->bytes_received = kernel_read(tp, bytes_received);
-	c->segments_sent = kernel_read(tp, segs_out);
-	c->segments_received = kernel_read(tp, segs_in);
-	c->retransmits = kernel_read(tp, total_retrans);
-	c->srtt_us = kernel_read(tp, srtt_us);
-	c->rtt_deviation_us = kernel_read(tp, mdev_us);
-	c->rtt_min_us = kernel_read(tp, rtt_min.s[0].v);
-	c->congestion_window = kernel_read(tp, snd_cwnd);
-	c->slow_start_threshold = kernel_read(tp, snd_ssthresh);
-	c->segment_bytes = kernel_read(tp, mss_cache);
+	c->bytes_retransmitted = socket_read_if(typed, tp, bytes_retrans);
+	c->bytes_acked = socket_read_if(typed, tp, bytes_acked);
+	c->bytes_received = socket_read_if(typed, tp, bytes_received);
+	c->segments_sent = socket_read_if(typed, tp, segs_out);
+	c->segments_received = socket_read_if(typed, tp, segs_in);
+	c->retransmits = socket_read_if(typed, tp, total_retrans);
+	c->srtt_us = socket_read_if(typed, tp, srtt_us);
+	c->rtt_deviation_us = socket_read_if(typed, tp, mdev_us);
+	c->rtt_min_us = socket_read_if(typed, tp, rtt_min.s[0].v);
+	c->congestion_window = socket_read_if(typed, tp, snd_cwnd);
+	c->slow_start_threshold = socket_read_if(typed, tp, snd_ssthresh);
+	c->segment_bytes = socket_read_if(typed, tp, mss_cache);
 }
 
 /*
@@ -251,14 +249,16 @@ static __always_inline void read_counters(struct tcp_connection *c, struct sock 
  * CLOSE. What was sent is what was acknowledged and what is under way: the kernel's own bytes_sent
  * has some twice, those that the machine itself dropped on the way out.
  */
-static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk, int old)
+static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk,
+					   struct tcp_sock *tp, int old, bool typed)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u32 unacked = kernel_read(tp, snd_una), next = kernel_read(tp, snd_nxt);
-	__u32 end = kernel_read(tp, write_seq), under_way = next - unacked;
+	__u32 unacked = socket_read_if(typed, tp, snd_una);
+	__u32 next = socket_read_if(typed, tp, snd_nxt), under_way = next - unacked;
+	__u32 end = socket_read_if(typed, tp, write_seq);
 	bool fin_acked = old == TCP_FIN_WAIT2;
 
-	if (kernel_read(sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) && c->bytes_received)
+	if (socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
+	    c->bytes_received)
 		c->bytes_received--;
 	if (c->state == TCP_CLOSE && (old == TCP_LAST_ACK || old == TCP_CLOSING))
 		fin_acked = unacked == end;
@@ -274,13 +274,16 @@ static __always_inline void take_flags_out(struct tcp_connection *c, struct sock
 	c->bytes_sent = c->bytes_acked + under_way;
 }
 
-static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, int old)
+/* Where it is not TYPED, SK is read as memory: it may be gone, the reader finds out. */
+static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, int old, bool typed)
 {
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
 	c->read_ns = bpf_ktime_get_ns();
-	if (c->role == ROLE_LISTENER)
+	if (c->role == ROLE_LISTENER || !tp)
 		return;
-	read_counters(c, sk);
-	take_flags_out(c, sk, old);
+	read_counters(c, tp, typed);
+	take_flags_out(c, sk, tp, old, typed);
 }
 
 /* Upper ends in microseconds; the collector has the same. */
@@ -308,13 +311,16 @@ static __always_inline void count_rtt(struct tcp_connection *c, __u32 us)
  * took the segment that was sent last, of those (RACK, RFC 8985). */
 static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk)
 {
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u32 delivered = kernel_read(tp, delivered);
+	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
+	__u32 delivered;
 
+	if (!tp)
+		return;
+	delivered = socket_read(tp, delivered);
 	if (delivered == c->delivered)
 		return;
 	c->delivered = delivered;
-	count_rtt(c, kernel_read(tp, rack.rtt_us));
+	count_rtt(c, socket_read(tp, rack.rtt_us));
 }
 
 /* Ports. */
@@ -406,7 +412,7 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	if (!c)
 		return NULL;
 	own(c, pid, comm);
-	name_ends(c, sk);
+	name_ends(c, sk, option(typed_sockets));
 	if (state == TCP_LISTEN) {
 		c->role = ROLE_LISTENER;
 		port_take(c);
@@ -414,7 +420,7 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	}
 	c->role = is_listened_to(c) ? ROLE_SERVER : role_by_numbering(sk);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
-	refresh(c, sk, state);
+	refresh(c, sk, state, false);
 	keep_as_found(c);
 	return c;
 }
@@ -436,7 +442,7 @@ static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
 	struct found_owner *found_owner = found_owner_of(sk, &cookie);
 	struct tcp_connection *c;
 
-	if (!target && !found_owner)
+	if ((!target && !found_owner) || !is_tcp(sk))
 		return NULL;
 	c = connection_find(sk, target ? current_tgid() : found_owner->pid,
 			    target ? target->comm : found_owner->comm);

@@ -241,24 +241,42 @@ static __always_inline struct sock *socket_of(struct file *file)
 #define TCP_CA_LOSS	4
 
 /*
- * The address of a socket as a number. Where the verifier knows it for a socket, it allows no
- * arithmetic with it, such as a hash takes; what is read from memory it knows nothing of.
+ * The verifier knows the arguments of tp_btf programs for sockets, and those of TCP (5.9): members
+ * are plain loads then. Said of one place by a constant TYPED, else of all.
  */
-static __always_inline struct sock *plain(struct sock *sk)
-{
-	struct sock *volatile typed = sk;
-	struct sock *number = NULL;
+OPTION(bool, typed_sockets, false);
 
-	bpf_probe_read_kernel(&number, sizeof(number), (void *)&typed);
-	return number;
+#define socket_read_if(typed, pointer, member)                                                     \
+	((typed) ? (pointer)->member : kernel_read(pointer, member))
+#define socket_read(pointer, member) socket_read_if(option(typed_sockets), pointer, member)
+
+/* NULL where it is none of TCP. */
+static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
+{
+#ifndef CORAL_BCC
+	if (typed)
+		return bpf_skc_to_tcp_sock(sk);
+#endif
+	return (struct tcp_sock *)sk;
+}
+
+/* The lower half of an address, which is a number to the verifier even where the whole is not. */
+static __always_inline __u32 half_of(struct sock *sk)
+{
+	__u32 half = (__u64)sk;
+
+#ifndef CORAL_BCC
+	asm volatile("%0 = %1" : "=w"(half) : "w"((__u32)(__u64)sk));
+#endif
+	return half;
 }
 
 static __always_inline bool is_tcp(struct sock *sk)
 {
-	__u16 family = kernel_read(sk, __sk_common.skc_family);
+	__u16 family = socket_read(sk, __sk_common.skc_family);
 
 	return (family == AF_INET || family == AF_INET6) &&
-	       kernel_read(sk, sk_protocol) == IPPROTO_TCP;
+	       socket_read(sk, sk_protocol) == IPPROTO_TCP;
 }
 
 /*
@@ -268,7 +286,7 @@ static __always_inline bool is_tcp(struct sock *sk)
  */
 static __always_inline bool held_by_process(struct sock *sk)
 {
-	return kernel_read(sk, sk_lock.owned);
+	return socket_read(sk, sk_lock.owned);
 }
 
 static __always_inline __u8 state_of(struct sock *sk)
@@ -285,7 +303,7 @@ static __always_inline __u8 state_of(struct sock *sk)
 
 static __always_inline __u32 network_of(struct sock *sk)
 {
-	return kernel_read(kernel_read(sk, __sk_common.skc_net.net), ns.inum);
+	return kernel_read(socket_read(sk, __sk_common.skc_net.net), ns.inum);
 }
 
 /* An IPv4 address becomes ::ffff:a.b.c.d, which is what a socket of both families has, too. */
@@ -299,17 +317,18 @@ static __always_inline void address_of_v4(__u8 *to, __be32 v4)
 }
 
 /* Both ends' addresses, of a socket or of a request for one. TO are words in memory. */
-static __always_inline void addresses_of(struct sock_common *sk, __u8 *local, __u8 *remote)
+static __always_inline void addresses_of(struct sock_common *sk, __u8 *local, __u8 *remote,
+					 bool typed)
 {
-	if (kernel_read(sk, skc_family) == AF_INET6) {
+	if (socket_read_if(typed, sk, skc_family) == AF_INET6) {
 		struct in6_addr a = kernel_read(sk, skc_v6_rcv_saddr);
 
 		__builtin_memcpy(local, &a, ADDRESS_BYTES);
 		a = kernel_read(sk, skc_v6_daddr);
 		__builtin_memcpy(remote, &a, ADDRESS_BYTES);
 	} else {
-		address_of_v4(local, kernel_read(sk, skc_rcv_saddr));
-		address_of_v4(remote, kernel_read(sk, skc_daddr));
+		address_of_v4(local, socket_read_if(typed, sk, skc_rcv_saddr));
+		address_of_v4(remote, socket_read_if(typed, sk, skc_daddr));
 	}
 }
 
@@ -319,7 +338,7 @@ static __always_inline __u16 local_port_of(struct sock *sk)
 	return bpf_ntohs(kernel_read((struct inet_sock *)sk, inet_sport));
 }
 
-static __always_inline __u16 remote_port_of(struct sock *sk)
+static __always_inline __u16 remote_port_of(struct sock *sk, bool typed)
 {
-	return bpf_ntohs(kernel_read(sk, __sk_common.skc_dport));
+	return bpf_ntohs(socket_read_if(typed, sk, __sk_common.skc_dport));
 }
