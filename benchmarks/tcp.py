@@ -35,9 +35,7 @@ _REPEATS: Final = 3  # of each exchange in a round; the best counts
 _MOST_THROUGHPUT_LOST: Final = 0.02
 _MOST_CONNECTIONS_LOST: Final = 0.05
 _OURS: Final = "coral: watched"
-_EMPTY: Final = tuple(
-    f"coral_empty_{name}" for name in ("state", "destroy", "segment", "received", "sent")
-)
+_EMPTY: Final = tuple(f"coral_empty_{name}" for name in ("state", "destroy", "segment"))
 _CLOSE: Final = 7  # TCP_CLOSE
 _IDLE_S: Final = 0.2
 _IDLE_NS: Final = 2_000_000  # of CPU time in it
@@ -138,7 +136,7 @@ def _variants(bench: Bench, agent: RunningAgent, client: AgentClient) -> list[Va
         return lambda server: _ours(agent, client, server, **{"pid": str(server.pid), **config})
 
     return [
-        Variant("five empty programs", _empty(bench)),
+        Variant("three empty programs", _empty(bench)),
         Variant(_OURS, ours()),
         Variant("coral: watched, by=peer", ours(by="peer")),
         Variant("coral: watched, mode=events", ours(mode="events")),

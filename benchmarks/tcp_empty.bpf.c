@@ -15,7 +15,5 @@
 EMPTY(coral_empty_state, inet_sock_set_state)
 EMPTY(coral_empty_destroy, tcp_destroy_sock)
 EMPTY(coral_empty_segment, tcp_probe)
-EMPTY(coral_empty_received, tcp_rcv_space_adjust)
-EMPTY(coral_empty_sent, sock_send_length)
 
 char LICENSE[] SEC("license") = "GPL";

@@ -256,7 +256,8 @@ static __always_inline int on_state(void *ctx, struct sock *sk, int old, int sta
 
 static __always_inline int on_destroy(void *ctx, struct sock *sk)
 {
-	struct tcp_connection *c = connection_of(sk);
+	bool held = surely_no_target(current_tgid()) ? false : held_by_process(sk);
+	struct tcp_connection *c = held ? connection_met(sk, true) : connection_of(sk);
 	__u64 key = (__u64)sk;
 
 	if (!c)
@@ -283,7 +284,7 @@ static __always_inline int on_segment(struct sock *sk)
 }
 
 /* Whether nothing can come of it that the current task uses a socket: it is the owner's already, or
- * neither is one of ours. This is what most sends and receives pay. */
+ * neither is one of ours. This is what most that receive pay. */
 static __always_inline bool use_changes_nothing(struct sock *sk)
 {
 	struct tcp_connection *c = connection_of(sk);
@@ -307,12 +308,6 @@ static __always_inline int on_use(struct sock *sk)
 static __always_inline int on_received(struct sock *sk)
 {
 	return !use_changes_nothing(sk) && held_by_process(sk) ? on_use(sk) : 0;
-}
-
-/* An application has given data out, by whatever protocol. */
-static __always_inline int on_sent(struct sock *sk, int ret)
-{
-	return ret > 0 && !use_changes_nothing(sk) ? on_use(sk) : 0;
 }
 
 static __always_inline __u32 kind_of_retransmit(struct sock *sk)
@@ -509,19 +504,6 @@ int RAW_PROGRAM(coral_received_raw, struct sock *sk)
 	return on_received(sk);
 }
 
-/* Linux 6.3. */
-SEC("tp_btf/sock_send_length")
-int BTF_PROGRAM(coral_sent_btf, struct sock *sk, int ret)
-{
-	return on_sent(sk, ret);
-}
-
-SEC("raw_tp/sock_send_length")
-int RAW_PROGRAM(coral_sent_raw, struct sock *sk, int ret)
-{
-	return on_sent(sk, ret);
-}
-
 SEC("tp_btf/tcp_retransmit_skb")
 int BTF_PROGRAM(coral_retransmit_btf, struct sock *sk)
 {
@@ -584,14 +566,6 @@ struct skb_arguments {
 	struct sock *sk;
 };
 
-struct sent_arguments {
-	__u64 common;
-	struct sock *sk;
-	__u16 family;
-	__u16 protocol;
-	int ret;
-};
-
 struct request_arguments {
 	__u64 common;
 	struct sock *sk;
@@ -614,12 +588,6 @@ SEC("tracepoint/tcp/tcp_rcv_space_adjust")
 int PROGRAM(coral_received_tp, struct sock_arguments *ctx)
 {
 	return on_received(ctx->sk);
-}
-
-SEC("tracepoint/sock/sock_send_length")
-int PROGRAM(coral_sent_tp, struct sent_arguments *ctx)
-{
-	return on_sent(ctx->sk, ctx->ret);
 }
 
 SEC("tracepoint/tcp/tcp_retransmit_skb")
@@ -677,36 +645,74 @@ int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 	return 0;
 }
 
-/* Walks the open files of all processes, for sockets that were there before. */
+/* Counted up by user space before each walk through the open files. */
+GLOBAL(__u32, walk);
+
+/* A process has it open. It is that one's if the owner was not seen to have it, and not in the walk
+ * before either: in this one, it may come yet. */
+static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
+				   __u32 now)
+{
+	if (c->presumed || (c->pid != tgid && now - c->walk > 1))
+		own(c, tgid, comm);
+	if (c->pid == tgid)
+		c->walk = now;
+}
+
+/* A process that is not watched has it open: if it only shares a port with one that is, it goes. */
+static __always_inline void had_by_other(struct tcp_connection *c, struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	if (c && c->presumed)
+		bpf_map_delete_elem(map_of(connections), &key);
+}
+
+static __always_inline struct sock *socket_in(struct file *file)
+{
+	struct socket *socket;
+
+	if (!option(typed_sockets))
+		return socket_of(file);
+	socket = bpf_sock_from_file(file);
+	return socket ? socket->sk : NULL;
+}
+
+/* Walks the open files of all processes: for sockets that were there before, or that a process has
+ * from another, and for who has those that are known. */
 SEC("iter/task_file")
 int coral_find_iter(struct bpf_iter__task_file *ctx)
 {
+	volatile __u32 *number = global(walk);
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
+	char comm[COMM_BYTES] = {};
+	struct tcp_connection *c;
 	struct target *target;
 	struct sock *sk;
-	char comm[COMM_BYTES] = {};
 	__u32 tgid;
 
-	if (!task || !file)
+	if (!task || !file || !number)
 		return 0;
+	sk = socket_in(file);
+	if (!sk)
+		return 0;
+	c = connection_of(sk);
 	tgid = task->tgid;
 	target = bpf_map_lookup_elem(map_of(targets), &tgid);
-	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST)
+	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST) {
+		had_by_other(c, sk);
 		return 0;
-	if (option(typed_sockets)) {
-		struct socket *socket = bpf_sock_from_file(file);
-
-		sk = socket ? socket->sk : NULL;
-	} else {
-		sk = socket_of(file);
 	}
-	if (!sk || !is_tcp(sk) || connection_of(sk))
-		return 0;
-	make_cookie(sk);
 	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
-	if (!connection_find(sk, tgid, comm) && state_of(sk) != TCP_CLOSE && !connection_of(sk))
-		account_map_full();
+	if (!c && is_tcp(sk)) {
+		make_cookie(sk);
+		c = connection_find(sk, tgid, comm);
+		if (!c && *number == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
+			account_map_full();
+	}
+	if (c)
+		had_by(c, tgid, comm, *number);
 	return 0;
 }
 

@@ -59,20 +59,21 @@ _PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_state", "co
 _OPTIONAL: Final = {
     "coral_segment": "tcp_probe",
     "coral_received": "tcp_rcv_space_adjust",
-    "coral_sent": "sock_send_length",
     "coral_retransmit": "tcp_retransmit_skb",
     "coral_synack": "tcp_retransmit_synack",
     "coral_reset_out": "tcp_send_reset",
     "coral_reset_in": "tcp_receive_reset",
 }
 # There since Linux 4.16, where a kernel without BTF cannot be asked.
-_OLD: Final = frozenset(_OPTIONAL.values()) - {"sock_send_length"}
+_OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
 _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
+# A look at who has which socket open waits so many times as long as it took: a fiftieth of a CPU.
+_LOOK_REST: Final = 50
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class TcpMetricsCollector(Collector):
         self._asks = taken == "sock_diag"
         self._object = self._rung.object(
             "tcp_metrics",
-            programs=_programs(self._rung),
+            programs=self._programs(),
             options={
                 **self._targets.object_options,
                 "active_at_exec": True,
@@ -166,9 +167,22 @@ class TcpMetricsCollector(Collector):
         )
         self._records: RecordReader | None = None
         self._live: Walk | None = None
+        self._find: Walk | None = None
+        self._looks, self._look_after_ns = 0, 0
         self._diag: DiagConnections | None = None
         self._lost = {pb.Loss.STAGE_KERNEL_BUFFER: 0, pb.Loss.STAGE_MAP_FULL: 0}
         self._read_at_ns = 0
+
+    def _programs(self) -> tuple[str, ...]:
+        """What is attached here, named without the hook's suffix."""
+        wanted = {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
+        if self._rung.hook.taken == "tracepoint":
+            wanted -= _NOT_PLAIN
+        if self._walks and self._options.single_events:
+            wanted.discard("coral_segment")  # has nothing to tell
+        elif self._walks and not self._options.cgroup:
+            wanted.discard("coral_received")  # who has a socket is looked up
+        return (*_PROGRAMS, *sorted(wanted))
 
     @classmethod
     def options(cls) -> Sequence[Option]:
@@ -242,8 +256,9 @@ class TcpMetricsCollector(Collector):
         if self._walks or self._asks:
             self._targets.fill_members()
         if self._walks:
-            self._object.walk(_FIND, "tcp_connection").read()
+            self._find = self._object.walk(_FIND, "tcp_connection")
             self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
+            self._look()
         if self._asks:
             self._diag = DiagConnections(
                 self._connections_map, self._object.map("found"), self._object.map("ports")
@@ -274,10 +289,22 @@ class TcpMetricsCollector(Collector):
         in_detail = self._options.prometheus == "peer"
         return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
 
+    def _look(self) -> None:
+        """Looks who has which socket open, unless that would take too much time."""
+        began_ns = time.monotonic_ns()
+        if self._find is None or began_ns < self._look_after_ns:
+            return
+        self._looks += 1
+        self._object.write_variable("walk", self._looks & 0xFFFFFFFF)
+        self._find.read()
+        ended_ns = time.monotonic_ns()
+        self._look_after_ns = ended_ns + _LOOK_REST * (ended_ns - began_ns)
+
     def _read(self, records: RecordReader) -> tuple[NDArray[Any], NDArray[Any]]:
         """The connections that are open, and those that have ended: struct tcp_connection."""
         # The map before the ring: what ends in between is in both, and not in neither.
         if self._live:
+            self._look()
             return self._live.read(), records.drain()
         if self._diag:
             self._diag.read(now=not self._object.attached)
@@ -310,17 +337,9 @@ class TcpMetricsCollector(Collector):
         }
 
     def close(self) -> None:
-        self._records = self._live = self._diag = None
+        self._records = self._live = self._find = self._diag = None
         self._targets.close()
         self._object.close()
-
-
-def _programs(rung: Rung) -> tuple[str, ...]:
-    """What is attached here, named without the hook's suffix."""
-    wanted = [name for name, hook in _OPTIONAL.items() if hook in _kernel_has()]
-    if rung.hook.taken == "tracepoint":
-        wanted = [name for name in wanted if name not in _NOT_PLAIN]
-    return (*_PROGRAMS, *wanted)
 
 
 def _connections(features: Features, rung: Rung) -> Step:

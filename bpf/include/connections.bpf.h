@@ -7,8 +7,9 @@
  * one that connects a second time keeps it; the address is there on every kernel, and is nobody
  * else's until tcp_destroy_sock, where the element goes.
  *
- * Owners are taken where a process holds its own socket: at connect, listen, close, send and
- * receive. A server's connection belongs to the listener's process until one is seen to use it.
+ * Owners are taken where a process holds its own socket: at connect, listen and close. A server's
+ * connection belongs to the listener's process until another is seen to have it: by a walk through
+ * open files, or, where nothing walks, when it receives.
  */
 #pragma once
 
@@ -64,7 +65,7 @@ struct tcp_connection {
 	__u8 role;
 	__u8 state;
 	__u8 end;
-	__u8 presumed; /* the owner is the listener's; nobody has used the connection yet */
+	__u8 presumed; /* the owner is the listener's; nobody was seen to have the connection yet */
 	__u32 segments_sent;
 	__u32 segments_received;
 	__u32 retransmits;
@@ -86,6 +87,8 @@ struct tcp_connection {
 	__u32 found_segments_sent;
 	__u32 found_segments_received;
 	__u32 found_retransmits;
+	__u32 walk; /* the last one that saw the owner have it open */
+	__u32 reserved;
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
 	__u64 found_bytes_received;

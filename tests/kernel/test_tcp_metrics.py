@@ -333,7 +333,7 @@ def test_a_child_that_inherits_owns_what_it_uses() -> None:
         )
         child = number(server, "child")
         server.do("s.close()")
-        seen.until(lambda: seen.last(pid=server.pid))
+        seen.until(lambda: seen.last(role=SERVER))
         client.do("c.sendall(bytes(10))")
         server.do("os.write(w, b'x')")
         client.do("c.recv(10); c.recv(1); c.close()")

@@ -132,7 +132,6 @@ def test_every_change_of_state_is_an_event(without: tuple[str, ...]) -> None:
 # As the structs of tcp_metrics.bpf.c and targets.bpf.h have them.
 ARGUMENTS = {
     "sock/inet_sock_set_state": {"skaddr": (8, 8), "oldstate": (16, 4), "newstate": (20, 4)},
-    "sock/sock_send_length": {"sk": (8, 8), "ret": (20, 4)},
     "tcp/tcp_destroy_sock": {"skaddr": (8, 8)},
     "tcp/tcp_rcv_space_adjust": {"skaddr": (8, 8)},
     "tcp/tcp_receive_reset": {"skaddr": (8, 8)},
@@ -144,12 +143,7 @@ ARGUMENTS = {
 
 
 def test_plain_tracepoints_have_their_arguments_where_programs_look() -> None:
-    formats = {
-        name: path.read_text()
-        for name in ARGUMENTS
-        if (path := _events() / name / "format").exists()
-    }
-    assert set(ARGUMENTS) - set(formats) <= {"sock/sock_send_length"}  # Linux 6.3
+    formats = {name: (_events() / name / "format").read_text() for name in ARGUMENTS}
     for name, text in formats.items():
         fields = {
             found["name"]: (int(found["offset"]), int(found["size"]))
