@@ -24,6 +24,7 @@ from collectors.tcp_metrics import TcpMetricsCollector
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
     HAS_COOKIES,
+    LOOKED_UP,
     Seen,
     Side,
     connected,
@@ -33,6 +34,7 @@ from tests.network import (
     number,
     puppets,
     send,
+    socket_of,
     ss,
 )
 from tests.support import PATIENCE, Puppet, at_work, samples, wait_until
@@ -341,6 +343,56 @@ def test_a_child_that_inherits_owns_what_it_uses() -> None:
         server.do("os.waitpid(child, 0)")
         assert (row.pid, row.end) == (child, pb.TCP_END_FIN_LOCAL)
         assert (row.total.bytes_received, row.total.bytes_sent) == (10, 10)
+
+
+@pytest.mark.parametrize("does", ["accepts", "receives"])
+def test_a_workers_connection_is_the_workers(does: str) -> None:
+    with puppets(2) as (client, master), following(master) as seen:
+        port = listen(master, "127.0.0.1")
+        master.do("r, w = os.pipe()")
+        work = "s, _ = l.accept()" + ("; s.recv(1)" if does == "receives" else "")
+        master.do(
+            f"exec('if not (worker := os.fork()):\\n {work}\\n os.read(r, 1)\\n os._exit(0)')"
+        )
+        worker = number(master, "worker")
+        client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
+        client.do("c.sendall(b'x')")
+        owner = worker if LOOKED_UP or does == "receives" else master.pid
+        seen.until(lambda: (row := seen.last(role=SERVER)) and row.pid == owner)
+        master.do("os.write(w, b'x'); os.waitpid(worker, 0)")
+        assert seen.ended(role=SERVER).pid == worker
+
+
+def test_a_port_that_is_shared_with_others_does_not_show_theirs() -> None:
+    shared = "l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)"
+    take = "l.setblocking(False)\nwhile True:\n  try: s, _ = l.accept()\n  except OSError: break\n"
+    take += "  mine.append(s); s.recv(1)\n"
+    with puppets(3) as (client, server, other), following(server) as seen:
+        server.do(f"{socket_of('127.0.0.1', 'l')}; {shared}; l.bind(('127.0.0.1', 0)); l.listen()")
+        port = number(server, "l.getsockname()[1]")
+        at = f"('127.0.0.1', {port})"
+        other.do(f"{socket_of('127.0.0.1', 'l')}; {shared}; l.bind({at}); l.listen()")
+        client.do(f"import socket; cs = [socket.create_connection({at}) for _ in range(32)]")
+        client.do("[c.sendall(b'x') for c in cs]")
+        mine = []
+        for puppet in (server, other):
+            puppet.do(f"mine = []; exec({take!r})")
+            mine.append(number(puppet, "len(mine)"))
+        assert sum(mine) == 32
+        assert min(mine) > 0
+        connections = seen.collector.bpf_object.map("connections")
+
+        def followed() -> Counter[int]:
+            seen.drain()
+            return Counter(connections.read()[1]["role"].tolist())
+
+        wait_until(lambda: followed()[SERVER] == mine[0])
+        client.do("[c.close() for c in cs]")
+        for puppet in (server, other):
+            puppet.do("[s.close() for s in mine]")
+        seen.until(lambda: sum(row.end != 0 for row in seen.rows) >= mine[0])
+        assert sum(row.end != 0 for row in seen.rows) == mine[0]
+        assert {row.pid for row in seen.rows if row.end} == {server.pid}
 
 
 def test_a_connection_that_was_there_before_has_its_totals() -> None:
