@@ -38,7 +38,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
-    with running_agent(tmp_path_factory.mktemp("tap") / "agent") as running:
+    limits = {"limits": {"cpu_percent": 1000}}  # however slow the machine: that is not asked here
+    with running_agent(tmp_path_factory.mktemp("tap") / "agent", limits) as running:
         yield running
 
 

@@ -123,6 +123,7 @@ HISTORIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["v4", "v6", "mapped"])
 @pytest.mark.parametrize("history", HISTORIES)
 def test_figures_are_those_of_a_walk(history: str, way: str, sides: tuple[Side, Side]) -> None:
@@ -336,6 +337,7 @@ def test_a_connection_that_is_being_made(
             assert (row.role, row.end) == (CLIENT, pb.TCP_END_ABORTED)
 
 
+@pytest.mark.long
 @every_rung
 def test_many_that_wake_up_while_they_are_read_are_told_once(
     without: tuple[str, ...], pair: tuple[Puppet, Puppet]
