@@ -101,11 +101,12 @@ class Connections:
         told_before = np.full_like(told, _NEVER)
         at, known = self._find(keys)
         before[known], told_before[known] = self._totals[at[known]], self._told[at[known]]
-        np.maximum(current, before, out=current)  # read while they moved
-        delta = current - before
+        is_open = read["ended_ns"] == 0
+        # Read while it moves, one may seem to fall. What has ended is as it was.
+        np.maximum(current, before, out=current, where=is_open[:, np.newaxis])
+        delta = current - np.minimum(current, before)
 
         moved = delta.any(axis=1)
-        is_open = read["ended_ns"] == 0
         changed = moved | (told != told_before).any(axis=1) | (everything & is_open)
         listens = read["role"] == LISTENER
         changed &= ~listens | moved

@@ -100,6 +100,7 @@ class DiagConnections:
         gone = np.delete(self._idle, idle)
         self._missing = Counter({c: self._missing[c] + 1 for c in gone["cookie"].tolist()})
         still = [self._missing[c] < _MOST_MISSING for c in gone["cookie"].tolist()]
+        self.unfollowed += still.count(False)  # ended, and the programs had no room to see it
         self._idle = np.concatenate([records, gone[np.array(still, bool)]])
 
     def merged(self, live: NDArray[Any], ended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -132,6 +132,9 @@ def test_figures_that_fall_while_they_are_read_are_no_negative_change() -> None:
     known.advance(reading(1, sent=10), NOTHING, NOW)
     assert sent(known.advance(reading(1, sent=9), NOTHING, NOW)) == {}
     assert sent(known.advance(reading(1, sent=12), NOTHING, NOW)) == {1: 2}
+    ended = reading(1, sent=11, ended_ns=NOW, state=7)
+    changes = known.advance(NOTHING, ended, NOW)
+    assert (changes.total[0, 0], changes.delta[0, 0]) == (11, 0)
 
 
 def test_addresses_are_shown_as_people_write_them() -> None:
