@@ -140,7 +140,6 @@ TCP: Final = (
     _tcp("bcc tcprtt", NONE, "tcprtt-bpfcc", "-i", "1", "-p", "{port}"),
     _tcp("bcc tcpconnlat", NONE, "tcpconnlat-bpfcc", "-p", "{pid}"),
     _tcp("bcc tcpaccept", _LIFE, "tcpaccept-bpfcc", "-P", "{port}"),
-    _tcp("bpftrace tcplife.bt", NONE, "bpftrace", "/usr/sbin/tcplife.bt"),
     _tcp("bpftrace, ends", _CLOSED, "bpftrace", "-e", _BPFTRACE_LIFE),
     _tcp("bpftrace, ends, round trips, bytes", _CLOSED, "bpftrace", "-e", _BPFTRACE_ALL),
 )
