@@ -41,7 +41,7 @@ from collectors.syscall_counters import (
     Increase,
 )
 from collectors.syscall_measures import SyscallMeasures
-from collectors.targets import TargetOptions, Targets, cgroup2_mount
+from collectors.targets import TargetOptions, Targets, refused_options
 from proto.coral.mesh.v1 import ebpf_pb2 as pb
 
 OTHER: Final = "other"
@@ -268,16 +268,10 @@ class SyscallStatsCollector(Collector):
 
 def _refused_options(features: Features, rung: Rung) -> Mapping[str, str]:
     """The options that cannot be had on this rung, with what can."""
-    refused = {}
-    if not rung.buffer.taken:
-        refused["mode"] = f"`summaries`: there is no buffer for events ({rung.buffer.why_not})"
-    if not features["pidfd"].available:
-        refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
-    if cgroup2_mount() is None:
-        refused["cgroup"] = (
-            "no value: no cgroup2 hierarchy is mounted here; mount -t cgroup2 none /sys/fs/cgroup"
-        )
-    return refused
+    if rung.buffer.taken:
+        return refused_options(features)
+    no_buffer = f"`summaries`: there is no buffer for events ({rung.buffer.why_not})"
+    return {"mode": no_buffer, **refused_options(features)}
 
 
 def rows_of(increase: Increase, names: Mapping[int, str], top: int = 0) -> list[pb.SyscallStats]:

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from bpf import BpfObject
+from bpf import BpfObject, Features
 from bpf.libbpf import BpfError
 from collectors.base import ServiceProcesses
 from collectors.options import OptionError, boolean, choice, items, option, text
@@ -208,6 +208,18 @@ class Targets:
         """Closes the process descriptors."""
         while self._pidfds:
             os.close(self._pidfds.pop())
+
+
+def refused_options(features: Features) -> dict[str, str]:
+    """The options of `TargetOptions` that cannot be had here, with what can."""
+    refused = {}
+    if not features["pidfd"].available:
+        refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
+    if cgroup2_mount() is None:
+        refused["cgroup"] = (
+            "no value: no cgroup2 hierarchy is mounted here; mount -t cgroup2 none /sys/fs/cgroup"
+        )
+    return refused
 
 
 def _comm_words(comm: str) -> Mapping[str, int]:

@@ -41,7 +41,7 @@ from collectors.options import (
     parse_options,
     size,
 )
-from collectors.targets import TargetOptions, Targets, cgroup2_mount
+from collectors.targets import TargetOptions, Targets, refused_options
 from collectors.tcp_connections import Connections
 from collectors.tcp_diag import DiagConnections
 from collectors.tcp_events import event_rows
@@ -140,7 +140,7 @@ class TcpMetricsCollector(Collector):
         self._options = options
         self._targets = Targets(options, service)
         self._rung = climb(features, _HOOKS, thread_state=False)
-        refused = _refused(features)
+        refused = refused_options(features)
         if options.until_exit and refused.get("until_exit"):
             raise OptionError("until_exit", "true", refused["until_exit"])
         taken = _connections(features, self._rung).taken
@@ -199,7 +199,7 @@ class TcpMetricsCollector(Collector):
         if features.obstacle:
             return Support(False, reason=features.obstacle)
         rung = climb(features, _HOOKS, thread_state=False)
-        support = Support.by(rung, _refused(features))
+        support = Support.by(rung, refused_options(features))
         if not rung.buffer.taken:
             return replace(support, supported=False, reason=f"no buffer ({rung.buffer.why_not})")
         return replace(support, steps=(*support.steps, _connections(features, rung)))
@@ -363,13 +363,3 @@ def _hidden(features: Features) -> Iterator[Feature]:
     others = features["others_listeners"]
     if not others.available:
         yield Feature("other users' processes", False, others.reason)
-
-
-def _refused(features: Features) -> Mapping[str, str]:
-    """The options that cannot be had here, with what can."""
-    refused = {}
-    if not features["pidfd"].available:
-        refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
-    if cgroup2_mount() is None:
-        refused["cgroup"] = "no value: no cgroup2 hierarchy is mounted here"
-    return refused

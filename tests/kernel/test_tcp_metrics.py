@@ -603,7 +603,6 @@ def test_rows_beyond_top_are_added_up() -> None:
         for index in range(3):
             client.do(f"c{index} = socket.socket(); c{index}.connect(c.getpeername())")
             client.do(f"c{index}.sendall(bytes(10))")
-        client.do("time.sleep(0.01)")
         first, other = seen.drain()
         assert first.total.bytes_sent == 1000
         assert (other.remote_address, other.connections) == ("other", 3)
