@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from cli.text import times
-from tests.network import connected, listen, number, socket_of, two_sides
+from tests.network import connected, listen, number, socket_of, ss, two_sides
 from tests.support import (
     Puppet,
     RunningAgent,
@@ -229,6 +229,7 @@ def test_many_short_connections_are_one_line(
         server.begin(f"exec({serve!r})")
         client.do(f"exec({visit!r})")
         server.done()
+        wait_until(lambda: len(ss(None, port)) == 2)  # the last goodbye is answered a little later
         out = tap.finish()
     interval = out[: out.index("\n\ntotals of ")].rpartition("\n\n")[2]
     shown = [columns(line)[2:4] for line in interval.splitlines() if line.startswith(COMM)]
