@@ -340,10 +340,12 @@ def test_a_connection_that_is_being_made(
             assert (row.role, row.end) == (CLIENT, pb.TCP_END_ABORTED)
 
 
+# Not of plain tracepoints: the kernel leaves their programs out where another is at work on that
+# CPU, or a map is read. Under emulation the end of one connection was missing, in two runs of four.
 @pytest.mark.long
-@every_rung
+@pytest.mark.parametrize("rung", ["best", "raw_tp", "oldest"])
 def test_many_that_wake_up_while_they_are_read_are_told_once(
-    without: tuple[str, ...], pair: tuple[Puppet, Puppet]
+    rung: str, pair: tuple[Puppet, Puppet]
 ) -> None:
     client, server = pair
     count, rounds = 200, 5
@@ -354,7 +356,7 @@ def test_many_that_wake_up_while_they_are_read_are_told_once(
     server.done()
     client.do("[c.sendall(bytes(100 + n)) for n, c in enumerate(cs)]")
     server.do("[s.recv(65536) for s in ss]")
-    with asking(client, server, without=without) as seen:
+    with asking(client, server, without=RUNGS[rung]) as seen:
         again = f"for _ in range({rounds}):\n for n, c in enumerate(cs): c.sendall(bytes(n + 1))"
         client.begin(f"exec({again!r})")
         for _ in range(20):
