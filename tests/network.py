@@ -23,7 +23,7 @@ _ENTER: Final = (
     "import ctypes, socket; fd = os.open({path!r}, os.O_RDONLY); "
     "ctypes.CDLL(None, use_errno=True).setns(fd, 0x40000000); os.close(fd)"
 )
-_READ_ALL: Final = "n = 0\nwhile n < {n}: n += len({s}.recv(65536))"
+READ_ALL: Final = "n = 0\nwhile n < {n}: n += len({s}.recv(65536))"
 _DROP: Final = "table inet drops {{ chain in {{ type filter hook input priority 0; {rule}; }}; }}"
 
 _TAKEN: Final = {step.what: step.taken for step in TcpMetricsCollector.support(bpf.probe()).steps}
@@ -195,7 +195,7 @@ def puppets(count: int) -> Iterator[list[Puppet]]:
 
 def send(sender: Puppet, sends: str, receiver: Puppet, receives: str, count: int) -> None:
     """Has one send COUNT bytes, and the other read them all."""
-    receiver.begin(f"exec({_READ_ALL.format(s=receives, n=count)!r})")
+    receiver.begin(f"exec({READ_ALL.format(s=receives, n=count)!r})")
     sender.do(f"{sends}.sendall(bytes({count}))")
     receiver.done()
 

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from cli.text import times
-from tests.network import connected, listen, number, socket_of, ss, two_sides
+from tests.network import READ_ALL, connected, listen, number, send, socket_of, ss, two_sides
 from tests.support import (
     Puppet,
     RunningAgent,
@@ -26,7 +26,6 @@ from tests.terminal import Terminal
 
 LINGER: Final = "import struct; linger = struct.pack('ii', 1, 0)"
 RESET: Final = "c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger); c.close()"
-READ: Final = "n = 0\nwhile n < {n}: n += len({s}.recv(65536))"
 COMM: Final = "python"
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -106,13 +105,6 @@ def sheet(out: str, *header: str) -> Mapping[str, Sequence[str]]:
 
 def columns(line: str) -> list[str]:
     return re.split(" {2,}", line.strip())
-
-
-def send(sender: Puppet, sends: str, receiver: Puppet, receives: str, count: int) -> None:
-    """Has one send COUNT bytes, and the other read them all."""
-    receiver.begin(f"exec({READ.format(s=receives, n=count)!r})")
-    sender.do(f"{sends}.sendall(bytes({count}))")
-    receiver.done()
 
 
 def nobody(puppet: Puppet) -> int:
@@ -343,7 +335,7 @@ def test_losses_on_the_way_are_told(agent: RunningAgent) -> None:
         with right.dropping("tcp flags psh drop"):
             client.do("c.sendall(bytes(777))")
             tap.until(f"→ {right.v4}:{port}  LOSSY")
-        server.do(f"exec({READ.format(s='s', n=777)!r})")
+        server.do(f"exec({READ_ALL.format(s='s', n=777)!r})")
         out = tap.finish()
     assert f"{COMM} " in out
     (share,) = re.findall(

@@ -22,7 +22,7 @@ from tests.network import (
     following,
     listen,
     number,
-    two_sides,
+    send,
 )
 from tests.support import Puppet, at_work, wait_until
 
@@ -36,12 +36,6 @@ RUNGS = {
     "oldest": ("iterator", "tp_btf", "ring_buffer", "batch", "elements_on_demand"),
 }
 every_rung = pytest.mark.parametrize("without", RUNGS.values(), ids=RUNGS.keys())
-
-
-@pytest.fixture(scope="module")
-def sides() -> Iterator[tuple[Side, Side]]:
-    with two_sides() as pair:
-        yield pair
 
 
 @pytest.fixture
@@ -66,13 +60,6 @@ def asking(
 def untold(seen: Seen) -> int:
     """How many sockets the programs have not taken over."""
     return len(seen.collector.bpf_object.map("found").read()[0])
-
-
-def send(sender: Puppet, sends: str, receiver: Puppet, receives: str, count: int) -> None:
-    """Has one send COUNT bytes, and the other read them all."""
-    receiver.begin(f"exec('n = 0\\nwhile n < {count}: n += len({receives}.recv(65536))')")
-    sender.do(f"{sends}.sendall(bytes({count}))")
-    receiver.done()
 
 
 def all_acknowledged(puppet: Puppet, name: str) -> None:
