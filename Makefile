@@ -8,8 +8,8 @@ RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-
 TEST_PACKAGES := gcc libc6-dev strace bpftool procps iproute2 nftables
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
-COMPILED := $(wildcard bpf/*.bpf.c bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
-C_SOURCES := $(wildcard bpf/*.bpf.c bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
+COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
+C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
 
 .PHONY: help setup demo run test test-kernels lint format docs bench clean
 
@@ -26,11 +26,11 @@ run: setup ## run the agent in the foreground
 
 test: $(VENV)/.dev build/prometheus/prometheus ## run every test; as root, the kernel's too
 	@deploy/packages $(TEST_PACKAGES)
-	$(BIN)/python -m pytest
+	$(BIN)/python -P -m pytest
 
 test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
-	$(BIN)/python -m tests.matrix $(KERNELS)
+	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
 lint: $(VENV)/.dev ## check style, types, imports and C format
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ lint: $(VENV)/.dev ## check style, types, imports and C format
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
-	$(BIN)/python -m docs.generate --check
+	$(BIN)/python -P docs/generate.py --check
 
 format: $(VENV)/.dev ## put Python and C into their format
 	$(BIN)/ruff check --fix .
@@ -46,15 +46,16 @@ format: $(VENV)/.dev ## put Python and C into their format
 	$(BIN)/clang-format -i $(C_SOURCES)
 
 docs: $(VENV)/.dev ## write the pages that are generated from the code
-	$(BIN)/python -m docs.generate
+	$(BIN)/python -P docs/generate.py
 
 bench: $(VENV)/.dev ## measure beside bpftrace, bcc, libbpf-tools and strace
 	@deploy/packages $(BENCH_PACKAGES)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -P -m benchmarks.run
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name '*.bpf.o' -delete -o -name '*_pb2.py*' -delete -o -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf src/coral/mesh
+	find . -name '*.bpf.o' -delete -o -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	@deploy/packages $(RUN_PACKAGES)

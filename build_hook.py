@@ -1,7 +1,7 @@
-"""Builds what is compiled: every bpf/*.bpf.c with clang, every .proto with grpcio-tools.
+"""Builds what is compiled: every eBPF program with clang, every .proto with grpcio-tools.
 
-Run by `pip install` (as hatchling's build hook) and by `make` (as a program). The outputs lie
-beside their sources; the wheel carries them, git does not.
+Run by `pip install` (as hatchling's build hook) and by `make` (as a program). Objects lie beside
+their sources and stubs in src/coral/mesh; the wheel carries both, git neither.
 """
 
 from __future__ import annotations
@@ -42,11 +42,16 @@ def clang_command(source: Path, output: Path, arch: str | None = None) -> list[s
     ]
 
 
+def program_sources(root: Path = ROOT) -> list[Path]:
+    """The eBPF programs of the project at ROOT, one an object."""
+    return sorted((root / "bpf/programs").glob("*/*.bpf.c"))
+
+
 def build_objects() -> None:
-    """Compiles each bpf/NAME.bpf.c to bpf/NAME.bpf.o, and seals it."""
+    """Compiles each bpf/programs/NAME/NAME.bpf.c to NAME.bpf.o beside it, and seals it."""
     # By its path: the package would import what is not installed when this runs.
-    sealed = runpy.run_path(str(ROOT / "bpf/seal.py"))["sealed"]
-    for source in sorted((ROOT / "bpf").glob("*.bpf.c")):
+    sealed = runpy.run_path(str(ROOT / "bpf/loading/seal.py"))["sealed"]
+    for source in program_sources():
         result = subprocess.run(
             clang_command(source, source.with_suffix(".o")),
             capture_output=True,
@@ -63,16 +68,16 @@ def build_objects() -> None:
 
 
 def build_stubs() -> None:
-    """Generates the message classes beside each .proto."""
+    """Generates the message classes, as `coral.mesh.v1` and its like in src."""
     from grpc_tools import protoc
 
     protos = [str(path) for path in sorted((ROOT / "proto").rglob("*.proto"))]
     well_known = Path(protoc.__file__).parent / "_proto"
-    out = ROOT / "proto"
+    out = ROOT / "src"
     if protoc.main(
         [
             "protoc",
-            f"-I{out}",
+            f"-I{ROOT / 'proto'}",
             f"-I{well_known}",
             f"--python_out={out}",
             f"--pyi_out={out}",
@@ -80,6 +85,11 @@ def build_stubs() -> None:
         ]
     ):
         raise SystemExit("protoc refuses the .proto files, see above")
+    for proto in (ROOT / "proto").rglob("*.proto"):
+        package = proto.parent.relative_to(ROOT / "proto")
+        while package.parent.name:  # `coral` has its own
+            (out / package / "__init__.py").touch()
+            package = package.parent
 
 
 def build_all() -> None:

@@ -1,7 +1,7 @@
 """The agent: supervisor, streams, and their gRPC and Prometheus faces."""
 
-from agent.config import Config
-from agent.session import Session, StartRequest
-from agent.supervisor import Supervisor
+from coral.agent.config import Config
+from coral.agent.sessions.session import Session, StartRequest
+from coral.agent.sessions.supervisor import Supervisor
 
 __all__ = ["Config", "Session", "StartRequest", "Supervisor"]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct, field
 
-from collectors.options import format_duration, parse_duration_s
+from coral.collectors.options import format_duration, parse_duration_s
 
 ENV_PREFIX: Final = "CORAL__"
 DEFAULT_SOCKET: Final = "unix:/run/coral/agent.sock"

@@ -14,11 +14,14 @@ from typing import Final
 
 import structlog
 
-from agent import logs, metrics, privileges
-from agent.config import Config, ConfigError, load
-from agent.server import Server, read_token
-from agent.supervisor import Supervisor
-from collectors.registry import COLLECTORS, kind_name
+from coral.agent import logs
+from coral.agent.config import Config, ConfigError, load
+from coral.agent.machine import privileges
+from coral.agent.serving import prometheus as metrics
+from coral.agent.serving.server import Server, read_token
+from coral.agent.sessions.supervisor import Supervisor
+from coral.collectors.registry import COLLECTORS
+from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from build_hook import clang_command
-from client import AgentClient, Batch
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient, Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Calls, RunningAgent, running_agent, wait_until
 
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ from benchmarks import kernel, peers
 from benchmarks.bench import Bench, Tap, compile_bpf, per_call_ns
 from benchmarks.peers import Peer, PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
-from bpf import BpfObject
-from client import AgentClient
+from coral.bpf import BpfObject
+from coral.client import AgentClient
 from tests.support import Calls, totals
 
 ROUNDS: Final = 11

@@ -25,8 +25,8 @@ from benchmarks import kernel, peers
 from benchmarks.bench import ROOT, Bench, BenchError
 from benchmarks.peers import PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, times
-from collectors import syscall_table
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.collectors.syscall_stats import table as syscall_table
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Calls, RunningAgent, running_agent, wait_until
 
 _SECONDS: Final = 2.0
@@ -198,7 +198,7 @@ def _reading(
     """A process of so many subscribers, which are subscribed; ended with the block."""
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "benchmarks.subscriber", agent.address, collector_id,
+            sys.executable, "-P", "-m", "benchmarks.subscriber", agent.address, collector_id,
             str(subscribers),
         ],
         stdout=subprocess.PIPE, cwd=ROOT,

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-import bpf
 from benchmarks import peers
 from benchmarks.bench import ROOT, Bench
 from benchmarks.peers import PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, times
-from bpf.maps import sum_over_cpus
 from build_hook import clang_command
-from collectors import syscall_table
-from collectors.syscall_stats import SyscallStatsCollector
+from coral import bpf
+from coral.bpf.buffers.maps import sum_over_cpus
+from coral.collectors.syscall_stats import table as syscall_table
+from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from tests.support import Calls
 
 ROUNDS: Final = 3

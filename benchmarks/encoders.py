@@ -13,13 +13,13 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from agent.frames import Frame, Header
 from benchmarks.bench import Bench
 from benchmarks.report import Aim, Report, Samples, times
-from client import Batch as Read
-from collectors.base import Batch, EventRows
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from proto.rows import row_layout
+from coral.agent.streams.frame import Frame, Header
+from coral.client import Batch as Read
+from coral.collectors.contract import Batch, EventRows
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.rows import row_layout
 
 _COUNTS: Final = (512, 4096)
 _ROUNDS: Final = 9

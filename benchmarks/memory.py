@@ -13,7 +13,7 @@ from benchmarks.bench import ENDLESS_CALLS, Bench, Tap
 from benchmarks.peers import Peer, PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, not_measured, times
 from benchmarks.startup import bcc_program
-from client import AgentClient
+from coral.client import AgentClient
 
 _MOST_IDLE_MB: Final = 60.0
 _BATCHES: Final = 20

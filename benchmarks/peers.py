@@ -18,7 +18,7 @@ from typing import Final
 
 from benchmarks import kernel
 from benchmarks.bench import Bench
-from collectors import syscall_table
+from coral.collectors.syscall_stats import table as syscall_table
 
 _ATTACH_TIMEOUT_S: Final = 30.0
 _STOP_TIMEOUT_S: Final = 15.0

@@ -1,6 +1,6 @@
 """Measures coral beside its peers, on processes that it starts itself, and prints tables.
 
-    python -m benchmarks.run [--json FILE] [SECTION ...]
+    python -P -m benchmarks.run [--json FILE] [SECTION ...]
 
 A section is a module with `async def measure(bench) -> Report` and a line in SECTIONS.
 """
@@ -23,10 +23,10 @@ from typing import Final
 
 from rich.console import Console
 
-import bpf
 from benchmarks import cost, delivery, drain, encoders, kernel, memory, rungs, startup, tcp
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, show
+from coral import bpf
 
 SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "startup": startup.measure,
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -P -m benchmarks.run", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there too")
     options = parser.parse_args(arguments)

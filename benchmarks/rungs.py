@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-import bpf
 from benchmarks.bench import Bench, per_call_ns
 from benchmarks.report import NOT_HERE, Report, Samples, times
-from bpf.object import enable_run_time_stats
-from collectors.syscall_stats import SyscallStatsCollector
+from coral import bpf
+from coral.bpf.loading.object import enable_run_time_stats
+from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from tests.support import RUNGS, Calls, at_work
 
 _ROUNDS: Final = 7

@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.bench import ENDLESS_CALLS, ROOT, Bench, start_syscall_stats
 from benchmarks.peers import PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
-from client import AgentClient, Batch
+from coral.client import AgentClient, Batch
 
 TIMES: Final = 20
 PEER_TIMES: Final = 5

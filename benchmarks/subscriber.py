@@ -1,7 +1,7 @@
 """Subscribers in a process of their own, for the bench: N of one session, each on a connection of
 its own.
 
-    python -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT
+    python -P -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT
 
 Prints `subscribed` when all are; at the session's end one line of JSON, the sums over them all.
 """
@@ -20,8 +20,8 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from client import Batch
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
 
 _METHOD: Final = "/coral.mesh.v1.EbpfService/StreamEventBatches"
 # Or all channels of a process to one address would be one connection.

@@ -25,9 +25,9 @@ from benchmarks import kernel, peers
 from benchmarks.bench import Bench, compile_bpf, start
 from benchmarks.peers import Peer, PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
-from bpf import BpfObject
-from client import AgentClient, Batch
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.bpf import BpfObject
+from coral.client import AgentClient, Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
 ROUNDS: Final = 7

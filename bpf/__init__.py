@@ -4,14 +4,14 @@ It knows nothing of collectors, events or the agent. Everything here is synchron
 live on an event loop call it in a thread.
 """
 
-from bpf.features import Feature, Features, kernel_names, probe
-from bpf.libbpf import AttachError, BpfError, LibbpfMissingError, LoadError
-from bpf.maps import HashMap
-from bpf.object import VERIFIER_LIMIT, BpfObject, ProgramStats, RecordReader
-from bpf.perf_buffer import PerfReader
-from bpf.ring import RingReader
-from bpf.rung import Rung, Step, climb
-from bpf.walk import Walk
+from coral.bpf.buffers.maps import HashMap
+from coral.bpf.buffers.perf_buffer import PerfReader
+from coral.bpf.buffers.ring import RingReader
+from coral.bpf.buffers.walk import Walk
+from coral.bpf.libbpf import AttachError, BpfError, LibbpfMissingError, LoadError
+from coral.bpf.loading.object import VERIFIER_LIMIT, BpfObject, ProgramStats, RecordReader
+from coral.bpf.probing.features import Feature, Features, kernel_names, probe
+from coral.bpf.rung import Rung, Step, climb
 
 __all__ = [
     "VERIFIER_LIMIT",

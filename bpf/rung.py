@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from bpf.bcc_object import BccObject
-from bpf.features import Feature, Features
-from bpf.object import BpfObject, RecordReader
+from coral.bpf.loading.bcc_object import BccObject
+from coral.bpf.loading.object import BpfObject, RecordReader
+from coral.bpf.probing.features import Feature, Features
 
 # By hook, how the programs of an object that hang on it are called.
 SUFFIXES: Final = {"tp_btf": "btf", "raw_tp": "raw", "tracepoint": "tp"}

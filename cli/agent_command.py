@@ -57,7 +57,7 @@ def agent(
     # numpy's OpenBLAS would start a thread for each CPU, which nothing here uses, before the agent
     # gives up its capabilities: those are each thread's own.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from agent.main import main  # noqa: PLC0415  no other command needs the node's side
+    from coral.agent.main import main  # noqa: PLC0415  no other command needs the node's side
 
     flags: dict[str, object] = {}
     if listen:

@@ -14,12 +14,10 @@ import yaml
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from client import AgentError, default_address
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentError, default_address
 
 EXIT_ERROR: Final = 1
 EXIT_INTERRUPTED: Final = 130
-KIND_PREFIX: Final = "EBPF_COLLECTOR_KIND_"
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -78,11 +76,6 @@ def run(main: Coroutine[Any, Any, int]) -> None:
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     sys.exit(status)
-
-
-def kind_name(kind: int) -> str:
-    """`syscall_stats` and its like."""
-    return pb.EbpfCollectorKind.Name(kind).removeprefix(KIND_PREFIX).lower()
 
 
 def echo_data(data: object, output: str) -> None:

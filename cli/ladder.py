@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import ebpf_pb2 as pb
 
 
 def taken(collector: pb.CollectorCapability) -> str:

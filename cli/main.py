@@ -10,13 +10,13 @@ from typing import Final
 import click
 
 COMMANDS: Final[Mapping[str, str]] = {
-    "agent": "cli.agent_command",
-    "capabilities": "cli.show",
-    "collectors": "cli.show",
-    "demo": "cli.demo",
-    "doctor": "cli.doctor",
-    "stop": "cli.show",
-    "tap": "cli.tap",
+    "agent": "coral.cli.agent_command",
+    "capabilities": "coral.cli.show",
+    "collectors": "coral.cli.show",
+    "demo": "coral.cli.demo.command",
+    "doctor": "coral.cli.doctor.command",
+    "stop": "coral.cli.show",
+    "tap": "coral.cli.tap.command",
 }
 
 

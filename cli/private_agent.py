@@ -71,12 +71,12 @@ def _event(line: str) -> dict[str, Any]:
 
 def coral(*arguments: str) -> list[str]:
     """The command line of `coral`."""
-    return module("cli.main", *arguments)
+    return module("coral.cli.main", *arguments)
 
 
 def module(name: str, *arguments: str) -> list[str]:
     """The command line of a Python module."""
-    return [sys.executable, "-m", name, *arguments]
+    return [sys.executable, "-P", "-m", name, *arguments]
 
 
 @contextmanager

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cli.common import agent_option, as_dict, echo_data, kind_name, output_option, run
-from cli.ladder import refusals, taken
-from client import AgentClient
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.cli.common import agent_option, as_dict, echo_data, output_option, run
+from coral.cli.ladder import refusals, taken
+from coral.client import AgentClient
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_name
 
 
 @click.command()

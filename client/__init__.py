@@ -3,9 +3,9 @@
 It shares the generated messages with the agent, and nothing else.
 """
 
-from client.batch import Batch
-from client.client import DEFAULT_ADDRESS, AgentClient, AgentError, default_address
-from client.histogram import Buckets, Histogram
+from coral.client.batch import Batch
+from coral.client.client import DEFAULT_ADDRESS, AgentClient, AgentError, default_address
+from coral.wire.histogram import Buckets, Histogram
 
 __all__ = [
     "DEFAULT_ADDRESS",

@@ -10,8 +10,8 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from proto.rows import NotFixedError, first_varint, row_layout
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.rows import NotFixedError, first_varint, row_layout
 
 # Where rows of individual events are, by kind; a kind that has none has no such rows either.
 _EVENTS: Final[Mapping[int, str]] = {

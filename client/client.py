@@ -18,8 +18,8 @@ from typing import Any, Final, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from client.batch import Batch
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client.batch import Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
 
 DEFAULT_ADDRESS: Final = "unix:/run/coral/agent.sock"
 ENV_ADDRESS: Final = "CORAL_AGENT"

@@ -15,10 +15,10 @@ from typing import Final
 
 import numpy as np
 
-from bpf import BpfObject, Features
-from bpf.libbpf import BpfError
-from collectors.base import ServiceProcesses
-from collectors.options import OptionError, boolean, choice, items, option, text
+from coral.bpf import BpfObject, Features
+from coral.bpf.libbpf import BpfError
+from coral.collectors.contract import ServiceProcesses
+from coral.collectors.options import OptionError, boolean, choice, items, option, text
 
 PROC: Final = Path("/proc")
 COMM_BYTES: Final = 15  # and a terminating zero

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import bpf
+from coral import bpf
 from tests.support import (
     ROOT,
     Calls,

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from client import AgentClient, Batch
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient, Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
 T = TypeVar("T")

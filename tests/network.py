@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-import bpf
-from bpf import kernel_names
-from collectors.base import EventRows
-from collectors.tcp_metrics import TcpMetricsCollector
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral import bpf
+from coral.bpf import kernel_names
+from coral.collectors.contract import EventRows
+from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Puppet, at_work, wait_until
 
 _ENTER: Final = (

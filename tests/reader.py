@@ -1,6 +1,6 @@
 """A subscriber in a process of its own: reads a collector's stream to its end and says what it got.
 
-    python -m tests.reader ADDRESS COLLECTOR_ID [--after N] [--overflow POLICY] [--until N]
+    python -P -m tests.reader ADDRESS COLLECTOR_ID [--after N] [--overflow POLICY] [--until N]
 
 Prints `subscribed`, then, when it is done, one line of JSON: rows, losses by stage, the last
 number, how many numbers nothing explained, and how the session ended. With --until it leaves,
@@ -15,8 +15,8 @@ import json
 import os
 from collections import Counter
 
-from client import AgentClient, AgentError
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient, AgentError
+from coral.mesh.v1 import ebpf_pb2 as pb
 
 
 async def read(arguments: argparse.Namespace) -> None:

@@ -25,9 +25,9 @@ import yaml
 from google.protobuf.message import Message
 from prometheus_client.parser import text_string_to_metric_families
 
-from collectors import syscall_table
-from collectors.base import Batch, Collector, EventRows
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.collectors.contract import Batch, Collector, EventRows
+from coral.collectors.syscall_stats import table as syscall_table
+from coral.mesh.v1 import ebpf_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICE = "coral.mesh.v1.EbpfService"
@@ -178,7 +178,7 @@ def running_agent(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
-                *prefix, sys.executable, "-W", "error", "-m", "cli.main", "agent", *listen,
+                *prefix, *coral("agent"), *listen,
                 "--metrics", "127.0.0.1:0", "--config", str(config_path), "--log-format", "json",
                 *arguments,
             ],
@@ -334,7 +334,7 @@ def sample(agent: RunningAgent, name: str, **labels: str) -> float:
 def coral(*arguments: object) -> list[str]:
     """The command line of `coral`, warnings being errors; the environment it is installed in is
     this one, whatever the working directory."""
-    return [sys.executable, "-W", "error", "-m", "cli.main", *map(str, arguments)]
+    return [sys.executable, "-W", "error", "-P", "-m", "coral.cli.main", *map(str, arguments)]
 
 
 class Watch:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import bpf
+from coral import bpf
 
 _LENDABLE = any(Path("/usr/src").glob("linux-headers-*-common"))  # of another kernel
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import pytest
 
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import ROOT, Calls, RunningAgent, running_agent, wait_until
 
 CALLS = 1_500_000
@@ -41,7 +41,7 @@ class Reader:
 
     def __init__(self, agent: RunningAgent, collector_id: str, *options: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reader", agent.address, collector_id, *options],
+            [sys.executable, "-P", "-m", "tests.reader", agent.address, collector_id, *options],
             stdout=subprocess.PIPE, cwd=ROOT,
         )  # fmt: skip
         assert self.process.stdout

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernel import headers_for_bcc
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import collectors_at_work, running_agent, start_collector
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.needs_bcc]

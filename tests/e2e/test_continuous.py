@@ -12,8 +12,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from client import AgentClient, AgentError
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient, AgentError
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import connected, eventually, metric, receive
 from tests.support import Calls, RunningAgent, running_agent, totals, wait_until
 

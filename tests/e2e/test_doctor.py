@@ -14,7 +14,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
-import bpf
+from coral.bpf.loading.object import object_path
 from tests.support import Puppet, RunningAgent, coral, running_agent, start_collector, wait_until
 
 COLUMNS: Final = 80
@@ -151,7 +151,7 @@ def test_programs_that_are_not_there_are_a_failure_that_says_what_to_do(tmp_path
 
 
 def test_a_collector_whose_programs_are_not_there_fails_by_itself(tmp_path: Path) -> None:
-    probe = bpf.object.object_path("features")
+    probe = object_path("features")
     (tmp_path / probe.name).symlink_to(probe)
     returncode, checks = examined(CORAL_BPF_OBJECTS=str(tmp_path))
     assert returncode == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import build_hook
-from bpf.capabilities import TRACING, missing
+from coral.bpf.probing.capabilities import TRACING, missing
 from tests.support import ROOT
 
 OFF_LINUX = textwrap.dedent("""
@@ -20,9 +20,9 @@ OFF_LINUX = textwrap.dedent("""
     # Other people's packages have parts for each platform; only this one's are installed.
     import grpc, numpy, prometheus_client, psutil, rich.console, structlog, urllib.request, uvloop
     sys.platform = "darwin"
-    import agent.main, cli.main, client, colony
-    from agent import StartRequest, Supervisor
-    from agent.errors import UnsupportedError
+    import coral.agent.main, coral.cli.main, coral.client, coral.colony
+    from coral.agent import StartRequest, Supervisor
+    from coral.agent.errors import UnsupportedError
 
     async def main():
         async with Supervisor() as supervisor:
@@ -38,13 +38,14 @@ OFF_LINUX = textwrap.dedent("""
 
 UNPRIVILEGED = textwrap.dedent("""
     import os, sys, asyncio
-    from proto.coral.mesh.v1 import ebpf_pb2 as pb
-    from client import AgentClient
+    from coral.mesh.v1 import ebpf_pb2 as pb
+    from coral.client import AgentClient
 
     async def main():
         agent = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "cli.main", "agent", "--listen", f"unix:{sys.argv[1]}/a.sock",
-            "--metrics", "127.0.0.1:0", stderr=asyncio.subprocess.PIPE)
+            sys.executable, "-P", "-m", "coral.cli.main", "agent",
+            "--listen", f"unix:{sys.argv[1]}/a.sock", "--metrics", "127.0.0.1:0",
+            stderr=asyncio.subprocess.PIPE)
         line = b""
         while b"listening" not in line:
             line = await agent.stderr.readline()
@@ -92,7 +93,7 @@ def test_without_privilege_the_agent_serves_and_says_why_it_cannot(tmp_path: Pat
 def test_the_wheel_carries_what_was_compiled(tmp_path: Path) -> None:
     subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
+            *(sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"),
             *("--no-build-isolation", "--wheel-dir", tmp_path, ROOT),
         ],
         check=True,
@@ -102,17 +103,21 @@ def test_the_wheel_carries_what_was_compiled(tmp_path: Path) -> None:
     assert "none-any" not in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "bpf/syscall_stats.bpf.o",
-        "bpf/features.bpf.o",
-        "proto/coral/mesh/v1/ebpf_pb2.py",
-        "collectors/syscalls.tsv",
-        "cli/main.py",
+        "coral/bpf/programs/syscall_stats/syscall_stats.bpf.o",
+        "coral/bpf/programs/features/features.bpf.o",
+        "coral/mesh/v1/ebpf_pb2.py",
+        "coral/collectors/syscall_stats/syscalls.tsv",
+        "coral/cli/main.py",
+        "coral/py.typed",
     } <= names
-    assert not {name for name in names if name.startswith(("tests/", "docs/", "benchmarks/"))}
+    assert {name.split("/")[0] for name in names} == {
+        "coral",
+        f"{wheel.name.partition('-py3')[0]}.dist-info",
+    }
 
 
 @pytest.mark.parametrize("arch", ["x86", "arm64"])
 def test_every_program_compiles_for_both_processors(tmp_path: Path, arch: str) -> None:
-    for source in (ROOT / "bpf").glob("*.bpf.c"):
+    for source in build_hook.program_sources():
         command = build_hook.clang_command(source, tmp_path / f"{source.stem}.o", arch)
         subprocess.run(command, check=True)

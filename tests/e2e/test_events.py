@@ -20,8 +20,8 @@ import grpc
 import numpy as np
 import pytest
 
-from collectors import syscall_table
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.collectors.syscall_stats import table as syscall_table
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import Received, connected, have_subscribed, receive, start_events
 from tests.support import ROOT, SERVICE, Calls, RunningAgent, running_agent
 
@@ -256,7 +256,8 @@ def tap(agent: RunningAgent, program: Path, *arguments: str) -> list[str]:
     """`coral tap --events` on a program that makes a few calls; the lines that it prints."""
     done = subprocess.run(
         [
-            *(sys.executable, "-W", "error", "-m", "cli.main", "tap", "--agent", agent.address),
+            *(sys.executable, "-W", "error", "-P", "-m", "coral.cli.main"),
+            *("tap", "--agent", agent.address),
             *("--syscall-stats", "--events", "--include", "getppid,nanosleep", *arguments),
             *("--", program, "getppid", "25", "nanosleep", "5"),
         ],

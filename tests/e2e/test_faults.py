@@ -21,9 +21,10 @@ import grpc
 import psutil
 import pytest
 
-from bpf import seal
-from bpf.rung import SUFFIXES
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.bpf.loading import seal
+from coral.bpf.loading.object import object_path
+from coral.bpf.rung import SUFFIXES
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import (
     has_tried_the_kernel,
     leaving_nothing,
@@ -491,11 +492,11 @@ def test_locked_memory_that_is_not_allowed_is_told_and_less_of_it_works(
 def test_damaged_types_of_an_object_without_a_seal_are_refused(
     offset: int, damage: bytes, tmp_path: Path
 ) -> None:
-    data = bytearray(seal.opened((ROOT / "bpf/syscall_stats.bpf.o").read_bytes()))
+    data = bytearray(seal.opened(object_path("syscall_stats").read_bytes()))
     at = data.index(b"\x9f\xeb\x01\x00\x18\x00\x00\x00") + offset
     data[at : at + len(damage)] = damage
     (tmp_path / "syscall_stats.bpf.o").write_bytes(data)
-    shutil.copy(ROOT / "bpf/features.bpf.o", tmp_path)
+    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", tmp_path)
     with refusing_agent(tmp_path, tmp_path) as agent:
         request = start_request({"pid": os.getpid()})
         code, text = code_and_text(agent, "StartCollector", request)

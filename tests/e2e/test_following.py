@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from collectors.targets import cgroup2_mount
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.collectors.targets import cgroup2_mount
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     Calls,
     Family,

@@ -16,8 +16,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from client import AgentClient
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     Puppet,
     RunningAgent,

@@ -13,8 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from client import AgentClient, AgentError
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient, AgentError
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel
 from tests.events import (
     Received,

@@ -18,9 +18,10 @@ from typing import Final
 import grpc
 import pytest
 
-from bpf.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
-from collectors.registry import kind_name
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.bpf.loading.object import object_path
+from coral.bpf.probing.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_name
 from tests.e2e.test_refusals import has_tried_the_kernel, refused_start
 from tests.e2e.test_services import in_cgroup
 from tests.support import (
@@ -450,7 +451,12 @@ def test_a_service_that_is_not_found_for_want_of_one_names_it(
 
 
 def nobody_reads_this() -> bool:
-    test = [*as_nobody(frozenset()), "test", "-r", str(ROOT / "bpf" / "features.bpf.o")]
+    test = [
+        *as_nobody(frozenset()),
+        "test",
+        "-r",
+        str(object_path("features")),
+    ]
     return subprocess.run(test, check=False).returncode == 0
 
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     ROOT,
     Calls,

@@ -29,8 +29,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from build_hook import clang_command
-from collectors.targets import cgroup2_mount
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.collectors.targets import cgroup2_mount
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     ROOT,
     Calls,
@@ -418,12 +418,12 @@ ENDLESS_LOOP: Final = """\
 
 def objects(directory: Path, edit: Callable[[str], str]) -> Path:
     """DIRECTORY with the agent's objects, where syscall_stats is made of an edited source."""
-    original = (ROOT / "bpf/syscall_stats.bpf.c").read_text()
+    original = (ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.c").read_text()
     source = directory / "syscall_stats.bpf.c"
     source.write_text(edit(original))
     assert source.read_text() != original
     subprocess.run(clang_command(source, source.with_suffix(".o")), check=True)
-    shutil.copy(ROOT / "bpf/features.bpf.o", directory)
+    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", directory)
     return directory
 
 
@@ -479,7 +479,7 @@ def test_a_hook_that_cannot_be_taken_is_tried_three_times_and_detaches_the_other
         )
         assert sample(agent, "coral_agent_sessions_ended_total", reason="failed") == 1
         # The agent is as good as before: with the right object the same request succeeds.
-        shutil.copy(ROOT / "bpf/syscall_stats.bpf.o", edited)
+        shutil.copy(ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.o", edited)
         serves_a_good_request(agent, calls("getppid", 1_000))
 
 
@@ -499,8 +499,8 @@ def test_a_hook_that_cannot_be_taken_is_tried_three_times_and_detaches_the_other
 def test_a_damaged_object_is_refused_with_its_name(
     damage: Callable[[bytes], bytes], said: str, tmp_path: Path
 ) -> None:
-    shutil.copy(ROOT / "bpf/features.bpf.o", tmp_path)
-    data = (ROOT / "bpf/syscall_stats.bpf.o").read_bytes()
+    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", tmp_path)
+    data = (ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.o").read_bytes()
     (tmp_path / "syscall_stats.bpf.o").write_bytes(damage(data))
     with refusing_agent(tmp_path, tmp_path) as agent:
         request = start_request({"pid": os.getpid()})
@@ -568,7 +568,7 @@ def test_a_collector_that_is_just_starting_counts_once(tmp_path: Path) -> None:
     ):
         first = pool.submit(code_and_text, agent, "StartCollector", request)
         wait_until(lambda: sample(agent, "coral_agent_sessions_active") == 1)
-        shutil.copy(ROOT / "bpf/syscall_stats.bpf.o", edited)
+        shutil.copy(ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.o", edited)
         second = start(agent, {"pid": os.getpid()})
         assert not first.done(), "the second did not come while the first was starting"
         stop(agent, second)
@@ -716,7 +716,7 @@ def refused_start(
     path.write_text(yaml.safe_dump(dict(config or {})))
     result = subprocess.run(
         [
-            *(sys.executable, "-W", "error", "-m", "cli.main", "agent"),
+            *(sys.executable, "-W", "error", "-P", "-m", "coral.cli.main", "agent"),
             *("--metrics", "127.0.0.1:0", "--config", str(path), *arguments),
         ],
         cwd=ROOT,

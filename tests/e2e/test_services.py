@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import ServiceRule
-from agent.errors import NotFoundError
-from agent.resolve import resolve
-from collectors.targets import cgroup2_mount, comm_of
+from coral.agent.config import ServiceRule
+from coral.agent.errors import NotFoundError
+from coral.agent.machine.resolve import resolve
+from coral.collectors.targets import cgroup2_mount, comm_of
 from tests.support import wait_until
 
 LISTENER = (

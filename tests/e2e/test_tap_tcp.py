@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from cli.text import times
+from coral.views.text import times
 from tests.network import READ_ALL, connected, listen, number, send, socket_of, ss, two_sides
 from tests.support import (
     Puppet,

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from client import AgentClient
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import connected, eventually, have_subscribed, info_of, receive, start_events
 from tests.support import ROOT, Calls, RunningAgent, Vitals, running_agent
 
@@ -113,7 +113,7 @@ class Reader:
 async def reader_process(agent: RunningAgent, collector_id: str) -> AsyncIterator[Reader]:
     """A subscriber in a process of its own. Killed when the block is left."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.reader", agent.address, collector_id),
+        *(sys.executable, "-P", "-m", "tests.reader", agent.address, collector_id),
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bpf import BpfError, BpfObject, LoadError
-from bpf.maps import sum_over_cpus
 from build_hook import clang_command
+from coral.bpf import BpfError, BpfObject, LoadError
+from coral.bpf.buffers.maps import sum_over_cpus
 from tests.support import ROOT, built
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

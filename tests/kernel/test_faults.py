@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bpf
-from bpf import BpfError, BpfObject, HashMap, LoadError, RingReader, climb
-from bpf.libbpf import call
+from coral import bpf
+from coral.bpf import BpfError, BpfObject, HashMap, LoadError, RingReader, climb
+from coral.bpf.libbpf import call
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

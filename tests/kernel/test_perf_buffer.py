@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bpf import BpfError, BpfObject, PerfReader, perf_buffer
 from build_hook import clang_command
+from coral.bpf import BpfError, BpfObject, PerfReader
+from coral.bpf.buffers import perf_buffer
 from tests.support import ROOT, Calls, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 
-from agent.session import Session, StartRequest
-from agent.supervisor import Supervisor
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.agent.sessions.session import Session, StartRequest
+from coral.agent.sessions.supervisor import Supervisor
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Puppet, Vitals, held_by, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import bpf
-from collectors.syscall_stats import SyscallStatsCollector
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral import bpf
+from coral.collectors.syscall_stats.collector import SyscallStatsCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import PATIENCE, Calls, Family, at_work, summaries, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

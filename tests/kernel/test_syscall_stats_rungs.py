@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import bpf
-from collectors.base import Batch, EventRows
-from collectors.registry import COLLECTORS
-from collectors.syscall_stats import SyscallStatsCollector
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral import bpf
+from coral.collectors.contract import Batch, EventRows
+from coral.collectors.registry import COLLECTORS
+from coral.collectors.syscall_stats.collector import SyscallStatsCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import PATIENCE, RUNGS, Calls, Family, at_work, summaries, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -12,16 +12,16 @@ from ipaddress import ip_address
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-import bpf
-from agent.filters import Filter
-from agent.session import StartRequest
-from agent.streams import Terms
-from agent.supervisor import Supervisor
-from client.batch import Batch as Received
-from collectors.base import EventRows, Measures
-from collectors.targets import cgroup2_mount, comm_of
-from collectors.tcp_metrics import TcpMetricsCollector
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral import bpf
+from coral.agent.sessions.session import StartRequest
+from coral.agent.sessions.supervisor import Supervisor
+from coral.agent.streams.channel import Terms
+from coral.agent.streams.filter import Filter
+from coral.client.batch import Batch as Received
+from coral.collectors.contract import EventRows, Measures
+from coral.collectors.targets import cgroup2_mount, comm_of
+from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
     HAS_COOKIES,
     LOOKED_UP,

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
-import bpf
-from bpf import sock_diag
-from collectors.base import EventRows
-from collectors.tcp_metrics import TcpMetricsCollector
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral import bpf
+from coral.bpf.probing import sock_diag
+from coral.collectors.contract import EventRows
+from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
     HAS_COOKIES,
     Seen,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import bpf
-from bpf.perf_event import TRACEFS
-from collectors.base import EventRows
-from collectors.tcp_metrics import TcpMetricsCollector
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral import bpf
+from coral.bpf.buffers.perf_event import TRACEFS
+from coral.collectors.contract import EventRows
+from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import Seen, Side, connected, number, puppets, send
 from tests.support import RUNGS, Puppet, at_work, wait_until
 

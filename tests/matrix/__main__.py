@@ -1,4 +1,4 @@
-"""`python -m tests.matrix [KERNEL...]`: runs the matrix, prints and keeps its table."""
+"""`python -P -m tests.matrix [KERNEL...]`: runs the matrix, prints and keeps its table."""
 
 from __future__ import annotations
 

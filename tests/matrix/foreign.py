@@ -13,7 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Final
 
-from build_hook import clang_command
+from build_hook import clang_command, program_sources
 from tests.matrix.apt import options_of, run
 from tests.support import ROOT
 
@@ -60,7 +60,7 @@ def install_wheels(root: Path, machine: str) -> None:
     python = (root / "usr/bin/python3").readlink().name
     target = root / "usr/local/lib" / python / "dist-packages"
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    pip = (sys.executable, "-P", "-m", "pip", "--disable-pip-version-check")
     text = run(*pip, "freeze", "--exclude", _PROJECT)
     versions = root.with_name("versions.txt")
     if versions.exists() and versions.read_text() == text:
@@ -85,9 +85,9 @@ def lay_out_project(directory: Path, target: str) -> None:
     for what runs in DIRECTORY."""
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=True)
-    for source in (directory / "bpf").glob("*.bpf.c"):
+    for source in program_sources(directory):
         run(*clang_command(source, source.with_suffix(".o"), target))
     project = distribution(_PROJECT)
-    installed = directory / f"{_PROJECT.replace('-', '_')}-{project.version}.dist-info"
+    installed = directory / "src" / f"{_PROJECT.replace('-', '_')}-{project.version}.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text(project.read_text("METADATA") or "")

@@ -104,7 +104,7 @@ def _rung(module: str, name: str) -> str:
 def _collector(module: str) -> str:
     """The collector that a test module is of: `tests.kernel.test_NAME...`, NAME in collectors/."""
     stem = module.rpartition(".")[2].removeprefix("test_")
-    names = [path.stem for path in (ROOT / "collectors").glob("*_*.py")]
+    names = [path.parent.name for path in (ROOT / "collectors").glob("*/collector.py")]
     return max((name for name in names if stem.startswith(name)), key=len, default=_RUNTIME)
 
 

@@ -16,7 +16,7 @@ class Row:
     rung: str = "best"
     loader: str = "core"
     without: str = ""
-    """Names of bpf/features.py that are taken as missing, by commas."""
+    """Names of bpf/probing/features.py that are taken as missing, by commas."""
     hide_btf: bool = False
     """Nothing under /sys/kernel/btf: not for libbpf either."""
     memlock_kib: int | None = None

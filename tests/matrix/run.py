@@ -180,7 +180,7 @@ def _command(row: Row, junit: Path, python: str, *, patience: int, slowness: int
         *(("prlimit", f"--memlock={limit << 10}:{limit << 10}") if limit else ()),
         *(("unshare", "--mount", "sh", "-c", _HIDE_BTF, "sh") if row.hide_btf else ()),
         *("timeout", "--kill-after=10", str(_ROW_LIMIT_S * slowness - 30)),
-        *(python, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=short"),
+        *(python, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=short"),
         *("--durations=15", "-o", f"timeout={120 * patience}", f"--junit-xml={junit}"),
         *row.tests,
     ]

@@ -23,9 +23,7 @@ def test_without_clang_the_build_stops_with_one_line_that_says_what_to_install(
 
 
 @pytest.mark.parametrize("arch", build_hook.TARGET_ARCH.values())
-@pytest.mark.parametrize(
-    "source", sorted((build_hook.ROOT / "bpf").glob("*.bpf.c")), ids=lambda s: s.name
-)
+@pytest.mark.parametrize("source", build_hook.program_sources(), ids=lambda s: s.name)
 def test_every_program_compiles_for_every_processor(
     source: Path, arch: str, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Config, ConfigError, load
+from coral.agent.config import Config, ConfigError, load
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto
 
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import ebpf_pb2 as pb
 
 FIXED: dict[str, dict[str, tuple[int, str]]] = {
     "EbpfCapabilities": {

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpf import LoadError, bcc, seal
-from bpf.btf import Btf, DamagedBtfError, NoLayoutError
+from coral.bpf import LoadError
+from coral.bpf.loading import bcc, seal
+from coral.bpf.loading.btf import Btf, DamagedBtfError, NoLayoutError
 from tests.support import ROOT
 
 SEAL_BYTES = 16
-OBJECTS = sorted((ROOT / "bpf").glob("*.bpf.o"))
+OBJECTS = sorted((ROOT / "bpf/programs").glob("*/*.bpf.o"))
 
 
 def btf(types: bytes, strings: bytes = b"\0int\0char\0s\0a\0") -> bytes:

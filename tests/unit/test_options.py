@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from collectors.base import ServiceProcesses
-from collectors.options import (
+from coral.collectors.contract import ServiceProcesses
+from coral.collectors.options import (
     OptionError,
     UnknownOptionError,
     describe,
@@ -17,8 +17,8 @@ from collectors.options import (
     parse_duration_s,
     parse_options,
 )
-from collectors.syscall_stats import SyscallStatsOptions
-from collectors.targets import Targets
+from coral.collectors.syscall_stats.collector import SyscallStatsOptions
+from coral.collectors.targets import Targets
 
 SERVICE = ServiceProcesses("checkout", (1,))
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpf import BpfError
-from bpf.perf_buffer import SampleLayout, cpus_in, records_between
+from coral.bpf import BpfError
+from coral.bpf.buffers.perf_buffer import SampleLayout, cpus_in, records_between
 
 RING = 1 << 13
 LOST, SAMPLE = 2, 9

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from agent.privileges import refusal, to_keep
-from bpf.capabilities import ALL, NAMES, TRACING, lacking, missing, number, required
-from collectors.registry import COLLECTORS
+from coral.agent.machine.privileges import refusal, to_keep
+from coral.bpf.probing.capabilities import ALL, NAMES, TRACING, lacking, missing, number, required
+from coral.collectors.registry import COLLECTORS
 from tests.support import ROOT
 
 BEFORE_5_8 = ALL - {"CAP_BPF", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE"}

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from bpf import capabilities as caps
-from bpf import features, reasons
-from bpf.reasons import TAKES, Facts, explain, lockdown_level, options_set
+from coral.bpf.probing import capabilities as caps
+from coral.bpf.probing import features, reasons
+from coral.bpf.probing.reasons import TAKES, Facts, explain, lockdown_level, options_set
 
 EVERY_OPTION = frozenset(option for takes in TAKES.values() for option in takes.config)
 MODERN = Facts(

@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from agent.resolve import container_names
-from bpf.btf import Btf
-from cli.text import bar, format_ns
-from client import Histogram
-from collectors import errno_class, syscall_table
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.agent.machine.resolve import container_names
+from coral.bpf.loading.btf import Btf
+from coral.client import Histogram
+from coral.collectors.syscall_stats import errno_class
+from coral.collectors.syscall_stats import table as syscall_table
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.text import bar, format_ns
 
 LONG_ID = "0123456789abcdef" * 4
 POD_UID = "12345678-1234-1234-1234-123456789abc"

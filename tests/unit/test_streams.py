@@ -14,9 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from agent.filters import EVERYTHING, Filter
-from agent.frames import Frame, Header
-from agent.streams import (
+from coral.agent.streams.channel import (
     MAX_ROWS,
     MAX_SUMMARIES,
     Channel,
@@ -24,10 +22,12 @@ from agent.streams import (
     SubscriptionEndedError,
     Terms,
 )
-from client import Batch as Received
-from collectors.base import Batch, EventRows
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
-from proto.rows import NotFixedError, row_layout
+from coral.agent.streams.filter import EVERYTHING, Filter
+from coral.agent.streams.frame import Frame, Header
+from coral.client import Batch as Received
+from coral.collectors.contract import Batch, EventRows
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.rows import NotFixedError, row_layout
 
 HEADER = Header("session", pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, "agent", "shop")
 CALL = row_layout(pb.EbpfEventBatch.DESCRIPTOR, "syscall_calls").dtype

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cli.names import Names
-from cli.sheet import Column, Sheet
-from cli.tcp_events import event_line, plain
-from cli.tcp_flows import (
+from coral.client import Batch, Buckets
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.names import Names
+from coral.views.sheet import Column, Sheet
+from coral.views.tcp_metrics.events import event_line, plain
+from coral.views.tcp_metrics.flows import (
     CLIENT,
     LISTENER,
     SERVER,
@@ -26,11 +28,9 @@ from cli.tcp_flows import (
     of_connection,
     of_peer,
 )
-from cli.tcp_peers import endpoint, peer
-from cli.tcp_tally import Tally, address_text
-from cli.text import format_age, format_amount, format_share, safe, shorten, times
-from client import Batch, Buckets
-from proto.coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.tcp_metrics.peers import endpoint, peer
+from coral.views.tcp_metrics.tally import Tally, address_text
+from coral.views.text import format_age, format_amount, format_share, safe, shorten, times
 
 V6 = "2001:db8:1111:2222:3333:4444:5555:6666"
 
@@ -158,7 +158,7 @@ def test_a_name_is_asked_for_once_and_shown_when_it_is_known() -> None:
 
 def test_a_name_server_that_does_not_answer_does_not_hold_up_the_end() -> None:
     code = (
-        "import time; from cli.names import Names\n"
+        "import time; from coral.views.names import Names\n"
         "names = Names(lambda _: time.sleep(1000))\n"
         "names.of('10.0.0.1'); names.settle(0.05); print(names.of('10.0.0.1') == '')"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from collectors.tcp_connections import NAMES, SLOTS, Changes, Connections
-from collectors.tcp_rows import address_text
+from coral.collectors.tcp_metrics.connections import NAMES, SLOTS, Changes, Connections
+from coral.collectors.tcp_metrics.rows import address_text
 
 _WIDE = ("sk", "found_ns", "ended_ns", "established_ns", "rtt_sum_us")
 _COUNTED = [name for name in NAMES if not name.startswith("retransmits_")]

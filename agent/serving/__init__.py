@@ -1,0 +1,1 @@
+"""The agent's network interfaces: gRPC and Prometheus."""

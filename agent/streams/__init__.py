@@ -1,0 +1,1 @@
+"""Streams: batches are numbered, encoded once, filtered, queued and accounted for."""

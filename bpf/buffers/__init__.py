@@ -1,0 +1,1 @@
+"""Reads what programs write: maps, ring buffers, perf buffers and iterators, in bulk."""

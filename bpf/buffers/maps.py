@@ -1,0 +1,200 @@
+"""Maps read in bulk into numpy: batches where the kernel has them, key by key where it has not."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from ctypes import byref, c_uint32
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf.libbpf import BpfError, call, possible_cpus
+
+_PERCPU_TYPES: Final = {5, 6, 10, 21}  # BPF_MAP_TYPE_{,LRU_}PERCPU_HASH, PERCPU_ARRAY, CGROUP
+_BATCH_KEYS: Final = 4096
+_UNSUPPORTED: Final = {errno.EINVAL, errno.ENOTSUP, 524}  # 524: the kernel's own ENOTSUPP
+
+Records = NDArray[np.void]
+
+
+class HashMap:
+    """A hash or array map of a loaded object.
+
+    `key_dtype` and `value_dtype` come from the object's BTF. Of a per-CPU map, values have one more
+    axis, as long as the machine has possible CPUs; each CPU's value is padded to 8 bytes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fd: int,
+        map_type: int,
+        key_dtype: np.dtype[Any],
+        value_dtype: np.dtype[Any],
+        *,
+        batches: bool = True,
+    ) -> None:
+        self.name = name
+        self.fd = fd
+        self.key_dtype = key_dtype
+        self.value_dtype = value_dtype
+        self.per_cpu = map_type in _PERCPU_TYPES
+        self.batches = batches
+        self._slot = value_dtype
+        self._cpus = 1
+        if self.per_cpu:
+            self._cpus = possible_cpus()
+            padded_bytes = -(-value_dtype.itemsize // 8) * 8
+            self._slot = np.dtype(
+                {"names": ["v"], "formats": [value_dtype], "offsets": [0], "itemsize": padded_bytes}
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the kernel charges for the map, elements made so far included."""
+        return fdinfo(self.fd).get("memlock", 0)
+
+    def read(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Every element: keys of shape (n,), values of shape (n,), or (n, CPUs) of a per-CPU map.
+
+        Elements added or removed meanwhile may be in or out; each of the others is there once.
+        """
+        return self._read("bpf_map_lookup_batch", self._read_each)
+
+    def read_and_delete(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """As `read`, and removes what it returns. What a running program adds to an element
+        between the two is lost: do not use it where every count matters."""
+        return self._read("bpf_map_lookup_and_delete_batch", self._read_and_delete_each)
+
+    def _read(
+        self, function: str, fallback: Callable[[], tuple[NDArray[Any], NDArray[Any]]]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        if not self.batches:
+            return fallback()
+        keys_read, values_read = [], []
+        cursor = np.zeros(max(8, self.key_dtype.itemsize), np.uint8)
+        batch_keys, first = _BATCH_KEYS, True
+        while True:
+            keys, values = self._buffers(batch_keys)
+            count = c_uint32(batch_keys)
+            error = -call(
+                function,
+                self.fd,
+                None if first else cursor.ctypes.data,
+                cursor.ctypes.data,
+                keys.ctypes.data,
+                values.ctypes.data,
+                byref(count),
+                None,
+            )
+            if error == errno.ENOSPC:  # one bucket holds more than the buffer
+                batch_keys *= 2
+                continue
+            if error in _UNSUPPORTED and first:
+                self.batches = False
+                return fallback()
+            if error not in (0, errno.ENOENT):
+                raise BpfError(f"reading map {self.name}", error)
+            keys_read.append(keys[: count.value])
+            values_read.append(values[: count.value])
+            first = False
+            if error == errno.ENOENT:
+                return np.concatenate(keys_read), self._values(np.concatenate(values_read))
+
+    def _buffers(self, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        # An empty array of values costs no memory until the kernel writes into it.
+        return np.empty(count, self.key_dtype), np.empty((count, self._cpus), self._slot)
+
+    def _values(self, slots: NDArray[Any]) -> NDArray[Any]:
+        return slots["v"] if self.per_cpu else slots[:, 0]
+
+    def _read_each(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        keys_read, values_read = [], []
+        for key in self._keys():
+            _, value = self._buffers(1)
+            error = -call("bpf_map_lookup_elem", self.fd, key.ctypes.data, value.ctypes.data)
+            if error == errno.ENOENT:  # removed meanwhile
+                continue
+            if error:
+                raise BpfError(f"reading map {self.name}", error)
+            keys_read.append(key)
+            values_read.append(value)
+        if not keys_read:
+            keys, values = self._buffers(0)
+            return keys, self._values(values)
+        return np.concatenate(keys_read), self._values(np.concatenate(values_read))
+
+    def _read_and_delete_each(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        keys, values = self._read_each()
+        self.delete(keys)
+        return keys, values
+
+    def _keys(self) -> list[NDArray[Any]]:
+        # Collected first: a walk whose current key is removed meanwhile begins again at the start.
+        keys: list[NDArray[Any]] = []
+        seen: set[bytes] = set()
+        current, revisited = None, 0
+        while revisited <= len(seen):
+            following = np.empty(1, self.key_dtype)
+            pointer = None if current is None else current.ctypes.data
+            error = -call("bpf_map_get_next_key", self.fd, pointer, following.ctypes.data)
+            if error == errno.ENOENT:
+                break
+            if error:
+                raise BpfError(f"reading map {self.name}", error)
+            if following.tobytes() in seen:
+                revisited += 1
+            else:
+                seen.add(following.tobytes())
+                keys.append(following)
+            current = following
+        return keys
+
+    def read_one(self, key: object) -> NDArray[Any] | None:
+        """The value of one key, of shape (), or (CPUs,) of a per-CPU map; None where absent."""
+        packed = np.array([key], self.key_dtype)
+        _, value = self._buffers(1)
+        error = -call("bpf_map_lookup_elem", self.fd, packed.ctypes.data, value.ctypes.data)
+        if error == errno.ENOENT:
+            return None
+        if error:
+            raise BpfError(f"reading map {self.name}", error)
+        found: NDArray[Any] = self._values(value)[0]
+        return found
+
+    def write(self, key: object, value: object) -> None:
+        """Sets one element of a map that is not per CPU. Raises `BpfError`, E2BIG when full."""
+        packed_key = np.array([key], self.key_dtype)
+        packed_value = np.array([value], self.value_dtype)
+        error = -call(
+            "bpf_map_update_elem", self.fd, packed_key.ctypes.data, packed_value.ctypes.data, 0
+        )
+        if error:
+            raise BpfError(f"writing map {self.name}", error)
+
+    def delete(self, keys: NDArray[Any] | Sequence[object]) -> None:
+        """Removes elements; keys that are absent are passed over."""
+        packed = np.ascontiguousarray(keys, self.key_dtype)
+        for key in packed.reshape(-1, 1):
+            error = -call("bpf_map_delete_elem", self.fd, key.ctypes.data)
+            if error not in (0, errno.ENOENT):
+                raise BpfError(f"deleting from map {self.name}", error)
+
+
+def fdinfo(fd: int) -> dict[str, int]:
+    """The numbers the kernel tells of a map, program or link, by name."""
+    found = {}
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.strip().isdigit():
+            found[name] = int(value)
+    return found
+
+
+def sum_over_cpus(values: NDArray[Any], field: str) -> NDArray[Any]:
+    """The sum over CPUs of one field of per-CPU values: (n, CPUs, ...) becomes (n, ...)."""
+    total: NDArray[Any] = values[field].sum(axis=1)
+    return total

@@ -1,0 +1,71 @@
+"""A walk that a program makes through the kernel's own objects, each time it is asked to: an
+iterator, in the kernel's words. What it writes on the way is what a reader gets."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import byref, c_size_t, c_uint32
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf.libbpf import BpfError, call, call_pointer, last_errno
+
+_READ_BYTES: Final = 1 << 18
+
+
+class _LinkInfo(ctypes.Structure):
+    """union bpf_iter_link_info, of which only the map is used."""
+
+    _fields_ = (("map_fd", c_uint32), ("rest", c_uint32 * 7))
+
+
+class _AttachOptions(ctypes.Structure):
+    """struct bpf_iter_attach_opts of libbpf."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("link_info", ctypes.POINTER(_LinkInfo)),
+        ("link_info_bytes", c_uint32),
+    )
+
+
+class Walk:
+    """The walk of one loaded program, through a map's elements where MAP_FD is given."""
+
+    def __init__(self, program: int, map_fd: int | None, record: np.dtype[Any]) -> None:
+        self._record = record
+        options = None
+        if map_fd is not None:
+            info = _LinkInfo(map_fd=map_fd)
+            options = byref(
+                _AttachOptions(
+                    ctypes.sizeof(_AttachOptions), ctypes.pointer(info), ctypes.sizeof(info)
+                )
+            )
+        self._link = call_pointer("bpf_program__attach_iter", program, options)
+        if not self._link:
+            raise BpfError("attaching a walk", last_errno())
+
+    def read(self) -> NDArray[Any]:
+        """Walks once: the records that the program wrote, of shape (n,). Raises `BpfError`."""
+        fd = call("bpf_iter_create", call("bpf_link__fd", self._link))
+        if fd < 0:
+            raise BpfError("beginning a walk", -fd)
+        try:
+            parts = []
+            while part := os.read(fd, _READ_BYTES):
+                parts.append(part)
+        except OSError as error:
+            raise BpfError("walking", error.errno or 0) from error
+        finally:
+            os.close(fd)
+        return np.frombuffer(bytearray(b"".join(parts)), self._record)
+
+    def close(self) -> None:
+        """Gives the walk back. Safe to call twice."""
+        if self._link:
+            call("bpf_link__destroy", self._link)
+            self._link = 0

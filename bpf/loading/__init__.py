@@ -1,0 +1,1 @@
+"""Loads eBPF objects into the kernel, with libbpf or with bcc."""

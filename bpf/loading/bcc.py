@@ -1,0 +1,153 @@
+"""bcc as a compiler: whether it can be used here, and the instructions it makes of our programs.
+
+Only Debian's (or another distribution's) bcc is meant; PyPI has another package of that name. It
+needs the running kernel's headers.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from coral.bpf.libbpf import LoadError
+
+_COMPILER: Final = Path(__file__).with_name("bcc_compiler.py")
+_INCLUDED_FROM: Final = Path(__file__).resolve().parent.parent
+_COMPILE_TIMEOUT_S: Final = 300  # an emulated machine takes one and a half minutes
+_TARGET_ARCH: Final = {"x86_64": "x86", "aarch64": "arm64"}
+_ENV_KERNEL_SOURCE: Final = "BCC_KERNEL_SOURCE"
+_KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")  # bcc unpacks it by itself
+# Where distributions put a kernel's headers, from the root of the file system.
+_HEADERS: Final = (
+    "lib/modules/{release}/build",  # a link, of most of them
+    "usr/src/linux-headers-{release}",  # Debian, Ubuntu
+    "usr/src/kernels/{release}",  # Fedora, RHEL
+    "usr/lib/modules/{release}/build",  # Arch
+)
+# The packages that bring bcc and the headers, by the ID (or ID_LIKE) of os-release.
+_PACKAGES: Final = {
+    "debian": ("python3-bpfcc", "linux-headers-{release}"),
+    "ubuntu": ("python3-bpfcc", "linux-headers-{release}"),
+    "fedora": ("python3-bcc", "kernel-devel-{release}"),
+    "rhel": ("python3-bcc", "kernel-devel-{release}"),
+    "suse": ("python3-bcc", "kernel-default-devel"),
+    "arch": ("python-bcc", "linux-headers"),
+    "alpine": ("py3-bcc", "linux-lts-dev"),
+}
+
+
+def obstacle() -> str:
+    """Why programs cannot be compiled with bcc here and what to install, or nothing."""
+    packages = _packages()
+    if not _bcc_paths():
+        return f"bcc is not installed: install {packages[0]}"
+    release = platform.release()
+    if headers(release) is None and not _KHEADERS.exists():
+        name = packages[1].format(release=release)
+        return f"there are no headers of this kernel ({release}): install {name}"
+    return ""
+
+
+def headers(release: str, root: Path = Path("/")) -> Path | None:
+    """The directory of a kernel's headers; None where there are none."""
+    if named := os.environ.get(_ENV_KERNEL_SOURCE):
+        return Path(named)
+    candidates = (root / place.format(release=release) for place in _HEADERS)
+    return next((path for path in candidates if (path / "include").is_dir()), None)
+
+
+def _packages() -> tuple[str, str]:
+    try:
+        system = platform.freedesktop_os_release()
+    except OSError:
+        system = {}
+    for name in (system.get("ID", ""), *system.get("ID_LIKE", "").split()):
+        if name in _PACKAGES:
+            return _PACKAGES[name]
+    return "your distribution's bcc for Python", "your distribution's headers of kernel {release}"
+
+
+@cache
+def _bcc_paths() -> tuple[str, ...]:
+    """Directories of packages that have the bcc meant here, this environment's or the system's."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    places = (
+        *sys.path,
+        "/usr/lib/python3/dist-packages",
+        f"/usr/lib/python{version}/site-packages",
+        f"/usr/lib64/python{version}/site-packages",
+    )
+    # That of PyPI has no such module.
+    return tuple(place for place in places if Path(place, "bcc", "libbcc.py").is_file())
+
+
+@cache
+def compiled(
+    source: Path, functions: tuple[str, ...], numbers: tuple[tuple[str, int], ...]
+) -> Mapping[str, bytes]:
+    """The instructions of FUNCTIONS of one `.bpf.c`, by name, compiled once for the life of the
+    process; NUMBERS are macros. Blocks for a second or so. Raises `LoadError`."""
+    what = f"compiling {source.name} with bcc"
+    if why := obstacle():
+        raise LoadError(f"{what}: {why}")
+    defines = "".join(f"#define {name} {number}\n" for name, number in numbers)
+    flags = [
+        "-DCORAL_BCC",
+        f"-D__TARGET_ARCH_{_TARGET_ARCH[platform.machine()]}",
+        f"-I{source.parent}",
+        f"-I{_INCLUDED_FROM}",
+        "-Wno-int-conversion",  # the arguments of a raw tracepoint are all 64 bits
+        "-Wno-macro-redefined",
+    ]
+    job = {
+        "text": f'{defines}#include "{source.name}"\n',
+        "flags": flags,
+        "functions": functions,
+        "paths": _bcc_paths(),
+    }
+    return {name: bytes.fromhex(code) for name, code in _run(json.dumps(job), what).items()}
+
+
+def _run(job: str, what: str, timeout_s: float = _COMPILE_TIMEOUT_S) -> Mapping[str, str]:
+    release = platform.release()
+    environment = dict(os.environ)
+    found = headers(release)
+    # bcc knows /lib/modules by itself, and the halves that Debian splits them into there.
+    if found and not found.is_relative_to(f"/lib/modules/{release}"):
+        environment[_ENV_KERNEL_SOURCE] = str(found)
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-I", _COMPILER],
+            input=job,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except OSError as error:
+        raise LoadError(f"{what}: starting the compiler", error.errno or errno.EIO) from error
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"{what}: it was not done in {timeout_s:g} s, and was killed") from error
+    if ran.returncode < 0:
+        killer = signal.Signals(-ran.returncode).name
+        raise LoadError(
+            f"{what}: the compiler was killed by {killer}; it takes 150 MB of memory",
+            log=ran.stderr,
+        )
+    if ran.returncode:
+        raise LoadError(f"{what}: it is refused", log=ran.stderr)
+    try:
+        instructions: Mapping[str, str] = json.loads(ran.stdout)
+    except ValueError as error:
+        raise LoadError(f"{what}: it answers what is no JSON", log=ran.stdout) from error
+    return instructions

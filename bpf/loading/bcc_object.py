@@ -1,0 +1,285 @@
+"""The second way in: the same object, but its programs compiled on this machine by bcc.
+
+For kernels without BTF. The built object still says what there is: programs, maps, options and the
+layout of every record. Only the instructions are made anew, against the kernel's own headers, and
+this makes the maps and puts their descriptors and the options' values into those instructions
+(bpf/include/portable.bpf.h has the other half). A global variable is an array map: older kernels
+know no other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Iterable, Sequence
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from coral.bpf.buffers.maps import HashMap
+from coral.bpf.buffers.perf_event import TRACEFS, open_perf_event
+from coral.bpf.libbpf import LoadError, call, call_string, capture_log
+from coral.bpf.loading import bcc
+from coral.bpf.loading.btf import NoLayoutError
+from coral.bpf.loading.object import VERIFIER_LOG_BYTES, BpfObject
+
+_LOAD_64: Final = 0x18  # a 64-bit constant, over two instructions
+_PSEUDO_MAP_FD: Final = 1
+_LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
+_NO_MAP: Final = -1
+_RAW, _PLAIN = _KINDS = ("raw_tp", "tracepoint")
+_VARIABLES_FROM: Final = 1000  # the numbers of variables that are maps, after those of maps
+_ARRAY: Final = 2
+_PERF_EVENT_ARRAY: Final = 4
+_PERF_TYPE_TRACEPOINT: Final = 2
+_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
+_NAME_BYTES: Final = 15
+_READ_ONLY: Final = ".rodata"
+
+_INSTRUCTION: Final = np.dtype(
+    [("code", "u1"), ("registers", "u1"), ("offset", "i2"), ("imm", "i4")]
+)
+
+
+class _MapOptions(ctypes.Structure):
+    """struct bpf_map_create_opts of libbpf."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("btf_fd", c_uint32),
+        ("btf_key_type_id", c_uint32),
+        ("btf_value_type_id", c_uint32),
+        ("btf_vmlinux_value_type_id", c_uint32),
+        ("inner_map_fd", c_uint32),
+        ("map_flags", c_uint32),
+        ("map_extra", c_uint64),
+        ("numa_node", c_uint32),
+        ("map_ifindex", c_uint32),
+    )
+
+
+class _ProgramOptions(ctypes.Structure):
+    """struct bpf_prog_load_opts of libbpf."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("attempts", c_int),
+        ("expected_attach_type", c_int),
+        ("prog_btf_fd", c_uint32),
+        ("prog_flags", c_uint32),
+        ("prog_ifindex", c_uint32),
+        ("kern_version", c_uint32),
+        ("attach_btf_id", c_uint32),
+        ("attach_prog_fd", c_uint32),
+        ("attach_btf_obj_fd", c_uint32),
+        ("fd_array", c_void_p),
+        ("func_info", c_void_p),
+        ("func_info_cnt", c_uint32),
+        ("func_info_rec_size", c_uint32),
+        ("line_info", c_void_p),
+        ("line_info_cnt", c_uint32),
+        ("line_info_rec_size", c_uint32),
+        ("log_level", c_uint32),
+        ("log_size", c_uint32),
+        ("log_buf", c_char_p),
+    )
+
+
+class BccObject(BpfObject):
+    """A `BpfObject` whose programs bcc compiles."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._fds: dict[str, int] = {}  # of maps and of programs
+        self._variables: dict[str, HashMap] = {}
+
+    def _load(self) -> None:
+        options, variables = self._split_variables()
+        maps = [name for name in self._maps if "." not in name]  # not the sections' own
+        numbers = {
+            **{f"MAP_{name}": number for number, name in enumerate(maps)},
+            **{f"MAP_{name}": _VARIABLES_FROM + n for n, name in enumerate(variables)},
+            **{f"OPTION_{name}": number for number, name in enumerate(options)},
+        }
+        source = self.path.with_suffix("").with_suffix(".bpf.c")
+        # All that can be attached, and not the chosen alone: the compiler takes as long, and the
+        # next rung, or the next request, finds its programs compiled.
+        compiled = bcc.compiled(source, self._attachable(), tuple(numbers.items()))
+        for name in maps:
+            if name not in self._without_maps:
+                self._make_map(name)
+        for name in variables:
+            self._make_variable(name)
+        fds = {number: self._fds[name] for number, name in enumerate(maps) if name in self._fds}
+        fds |= {_VARIABLES_FROM + n: self._fds[name] for n, name in enumerate(variables)}
+        values = [int(self._initial_value(name)[()]) for name in options]
+        for name in self._chosen:
+            self._load_program(name, _linked(compiled[name], fds, values))
+
+    def _attachable(self) -> tuple[str, ...]:
+        hooks = {name: self._hook_of(name)[0] for name in self._programs}
+        return tuple(name for name, kind in hooks.items() if kind in _KINDS)
+
+    def _hook_of(self, name: str) -> tuple[str, str]:
+        """The kind of a program's hook, and its name."""
+        kind, _, hook = call_string("bpf_program__section_name", self._programs[name]).partition(
+            "/"
+        )
+        return kind, hook
+
+    def _split_variables(self) -> tuple[list[str], list[str]]:
+        """The names of those that are constants of the programs, and of those that are maps."""
+        options: list[str] = []
+        variables: list[str] = []
+        for name, variable in self.btf.variables.items():
+            try:
+                _, dtype = self._described(name)
+            except NoLayoutError:  # a pointer, which only brings its type into the BTF
+                continue
+            scalar = dtype.shape == () and dtype.names is None
+            (options if variable.section == _READ_ONLY and scalar else variables).append(name)
+        return options, variables
+
+    def _make_map(self, name: str) -> None:
+        bpf_map = self._maps[name]
+        kind = call("bpf_map__type", bpf_map)
+        entries = call("bpf_map__max_entries", bpf_map)
+        if kind == _PERF_EVENT_ARRAY and not entries:
+            entries = call("libbpf_num_possible_cpus")
+        self._fds[name] = _create_map(
+            name,
+            kind,
+            (call("bpf_map__key_size", bpf_map), call("bpf_map__value_size", bpf_map)),
+            entries,
+            call("bpf_map__map_flags", bpf_map),
+        )
+
+    def _make_variable(self, name: str) -> None:
+        """An array map of one element, or of as many as the array has, as it begins."""
+        initial = np.atleast_1d(self._initial_value(name))
+        fd = _create_map(name, _ARRAY, (4, initial.dtype.itemsize), len(initial), 0)
+        self._fds[name] = fd
+        variable = HashMap(name, fd, _ARRAY, np.dtype(np.uint32), initial.dtype)
+        self._variables[name] = variable
+        for index in np.flatnonzero(initial != np.zeros(1, initial.dtype)).tolist():
+            variable.write(index, initial[index])
+
+    def _load_program(self, name: str, instructions: np.ndarray[Any, Any]) -> None:
+        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+        options = _ProgramOptions(
+            size=ctypes.sizeof(_ProgramOptions),
+            log_buf=ctypes.cast(log, c_char_p),
+            log_size=VERIFIER_LOG_BYTES,
+        )
+        with capture_log() as said:
+            fd = call(
+                "bpf_prog_load",
+                call("bpf_program__type", self._programs[name]),
+                name[:_NAME_BYTES].encode(),
+                b"GPL",
+                instructions.ctypes.data,
+                c_size_t(len(instructions)),
+                byref(options),
+            )
+        if fd < 0:
+            verifier_log = log.value.decode(errors="replace")
+            raise LoadError(f"loading {name}, compiled by bcc", -fd, verifier_log or said())
+        self._fds[name] = fd
+
+    def _attach_once(self, name: str) -> int:
+        kind, hook = self._hook_of(name)
+        if kind == _RAW:
+            fd = call("bpf_raw_tracepoint_open", hook.encode(), self._fds[name])
+            if fd < 0:
+                return -fd
+        elif kind == _PLAIN:
+            try:
+                fd = _open_tracepoint(hook, self._fds[name])
+            except OSError as error:
+                return error.errno or errno.EIO
+        else:
+            return errno.EOPNOTSUPP
+        self._links.append(partial(os.close, fd))
+        return 0
+
+    def map_fd(self, name: str) -> int:
+        """As the base has it."""
+        return self._fds.get(name, -1)
+
+    def _map_fds(self) -> Iterable[int]:
+        return [fd for name, fd in self._fds.items() if name not in self._programs]
+
+    def _program_fd(self, name: str) -> int:
+        return self._fds[name]
+
+    def read_variable(self, name: str) -> Any:  # noqa: ANN401
+        """As the base has it, from the variable's map."""
+        _, values = self._variables[name].read()
+        return values if self._described(name)[1].shape else values[0]
+
+    def write_variable(self, name: str, value: object) -> None:
+        """As the base has it, into the variable's map."""
+        self._variables[name].write(0, value)
+
+    def write_elements(self, name: str, indices: Sequence[int], value: object) -> None:
+        """As the base has it, into the variable's map."""
+        for index in indices:
+            self._variables[name].write(index, value)
+
+    def close(self) -> None:
+        """As the base has it."""
+        super().close()
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def _create_map(name: str, kind: int, sizes: tuple[int, int], entries: int, flags: int) -> int:
+    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags)
+    with capture_log() as said:
+        fd = call(
+            "bpf_map_create",
+            kind,
+            name[:_NAME_BYTES].encode(),
+            *sizes,
+            entries,
+            byref(options),
+        )
+    if fd < 0:
+        raise LoadError(f"making map {name}", -fd, said())
+    return fd
+
+
+def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Instructions with the maps' descriptors and the options' values in place of their numbers."""
+    instructions = np.frombuffer(bytearray(code), _INSTRUCTION)
+    registers, constants = instructions["registers"], instructions["imm"]
+    wide = instructions["code"] == _LOAD_64
+    at = np.flatnonzero(wide & (registers >> 4 == _LOAD_MAP))
+    found = np.array([fds.get(number, _NO_MAP) for number in constants[at].tolist()], np.int32)
+    # A map that is not made is a 0: the verifier sees that nothing comes to use it.
+    registers[at] = registers[at] & 0xF | np.where(found == _NO_MAP, 0, _PSEUDO_MAP_FD << 4)
+    constants[at] = np.where(found == _NO_MAP, 0, found)
+    at = np.flatnonzero(wide & (registers >> 4 == _LOAD_OPTION))
+    registers[at] ^= _LOAD_OPTION << 4
+    halves = np.array(values, np.uint64)[constants[at]].view(np.int32).reshape(-1, 2)
+    constants[at], constants[at + 1] = halves.T
+    return instructions
+
+
+def _open_tracepoint(hook: str, program_fd: int) -> int:
+    """A perf event of the tracepoint `category/name` that runs the program. Raises OSError."""
+    numbers = [path for root in TRACEFS if (path := root / "events" / hook / "id").exists()]
+    if not numbers:
+        raise FileNotFoundError(errno.ENOENT, f"tracefs is not mounted, or has no {hook}")
+    fd = open_perf_event(_PERF_TYPE_TRACEPOINT, config=int(numbers[0].read_text()), cpu=0)
+    try:
+        fcntl.ioctl(fd, _PERF_SET_BPF, program_fd)
+        fcntl.ioctl(fd, _PERF_ENABLE, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

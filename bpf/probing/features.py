@@ -1,0 +1,251 @@
+"""What the running kernel lets us do, found by trying, with the reason for each no.
+
+Never by version number: distributions back-port, strip and lock down. A probe loads and attaches
+an empty program, or makes a small map, and undoes it at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from coral.bpf.libbpf import (
+    BpfError,
+    LibbpfMissingError,
+    call,
+    call_pointer,
+    log_tail,
+    release_memory,
+    version,
+)
+from coral.bpf.loading import bcc
+from coral.bpf.loading.object import BpfObject, enable_run_time_stats, not_built, object_path
+from coral.bpf.probing import capabilities as caps
+from coral.bpf.probing import reasons, sock_diag
+
+VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
+_PROBE_OBJECT: Final = "features"
+
+# Hook kinds, best first, with the program that tries each.
+HOOKS: Final = {
+    "tp_btf": "coral_p_tp_btf",
+    "raw_tp": "coral_p_raw_tp",
+    "tracepoint": "coral_p_tp",
+    "fentry": "coral_p_fentry",
+    "kprobe": "coral_p_kprobe",
+    "iterator": "coral_p_iter",
+}
+# Map kinds, by their number in enum bpf_map_type.
+MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
+LOADERS: Final = ("auto", "core", "bcc")
+
+# For who wants to do without something that the kernel has, and for tests of what happens then.
+_ENV_WITHOUT: Final = "CORAL_WITHOUT"
+_ENV_LOADER: Final = "CORAL_LOADER"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One thing a kernel can or cannot do; `reason` is empty where it can."""
+
+    name: str
+    available: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What was found on this machine. `obstacle` is why eBPF cannot be used at all, or empty."""
+
+    kernel_release: str
+    libbpf_version: str
+    capabilities: frozenset[str]
+    features: tuple[Feature, ...]
+    obstacle: str = ""
+    loader: str = "auto"  # the one that is to be used: one of LOADERS
+
+    def __getitem__(self, name: str) -> Feature:
+        return next(
+            (feature for feature in self.features if feature.name == name),
+            Feature(name, False, self.obstacle or f"{name} was not tried"),
+        )
+
+    def without(self, *names: str) -> Features:
+        """These, but for the features named."""
+        kept = tuple(feature for feature in self.features if feature.name not in names)
+        return replace(self, features=kept)
+
+    @property
+    def cap_bpf(self) -> bool:
+        """Whether this process may load programs: CAP_BPF, or CAP_SYS_ADMIN, which implies it."""
+        return bool(self.capabilities & {"CAP_BPF", "CAP_SYS_ADMIN"})
+
+    def missing(self, names: Iterable[str]) -> list[Feature]:
+        """Those of NAMES that this machine does not have."""
+        return [feature for name in names if not (feature := self[name]).available]
+
+
+@cache
+def probe() -> Features:
+    """Tries everything, once for the life of the process: about 100 ms. Never raises."""
+    capabilities = caps.held()
+    obstacle = _obstacle(capabilities)
+    found: tuple[Feature, ...] = ()
+    loader = os.environ.get(_ENV_LOADER, "auto")
+    if loader not in LOADERS:
+        obstacle = f"{_ENV_LOADER} is {loader!r}; it can be {', '.join(LOADERS)}"
+    if not obstacle:
+        found = (
+            _btf(),
+            *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
+            *(_try(name, _make_map(number)) for name, number in MAPS.items()),
+            _elements_on_demand(),
+            _try("batch", _read_a_batch),
+            _try("run_time_stats", _enable_stats),
+            _pidfd(),
+            _sock_diag(),
+            _bcc(),
+            _others_listeners(capabilities),
+        )
+        found = tuple(map(_unless_switched_off, found))
+    release_memory()
+    return Features(
+        platform.release(),
+        "" if obstacle else version(),
+        capabilities,
+        found,
+        obstacle,
+        loader,
+    )
+
+
+def _unless_switched_off(feature: Feature) -> Feature:
+    if feature.name in os.environ.get(_ENV_WITHOUT, "").split(","):
+        return replace(feature, available=False, reason=f"switched off by {_ENV_WITHOUT}")
+    return feature
+
+
+def _obstacle(capabilities: frozenset[str]) -> str:
+    if sys.platform != "linux":
+        return f"eBPF needs Linux; this is {platform.system()}"
+    try:
+        version()
+    except LibbpfMissingError as error:
+        return str(error)
+    if not object_path(_PROBE_OBJECT).exists():
+        return not_built(object_path(_PROBE_OBJECT))
+    return caps.obstacle(capabilities)
+
+
+def _try(name: str, attempt: Callable[[], None]) -> Feature:
+    try:
+        attempt()
+    except BpfError as error:
+        if not error.errno:
+            return Feature(name, False, str(error))
+        return _refused(name, error.errno, log_tail(error.log, 1))
+    return Feature(name, True)
+
+
+def _refused(name: str, error: int, said: str = "") -> Feature:
+    return Feature(name, False, reasons.explain(name, error, said, reasons.facts()))
+
+
+def _attach_probe(program: str) -> Callable[[], None]:
+    def attempt() -> None:
+        with BpfObject(_PROBE_OBJECT, programs=(program,)) as probe_object:
+            probe_object.attach(tries=1)
+
+    return attempt
+
+
+def _make_map(number: int) -> Callable[[], None]:
+    def attempt() -> None:
+        verdict = call("libbpf_probe_bpf_map_type", number, None)
+        if verdict != 1:
+            raise BpfError("making a map", -verdict if verdict < 0 else errno.EOPNOTSUPP)
+
+    return attempt
+
+
+def _enable_stats() -> None:
+    os.close(enable_run_time_stats())
+
+
+def _read_a_batch() -> None:
+    """Reads the map of a loaded object as a whole (Linux 5.6)."""
+    with BpfObject(_PROBE_OBJECT, programs=()) as probe_object:
+        points = probe_object.map("coral_p_map")
+        points.read()
+        if not points.batches:
+            raise BpfError("reading a map in batches", errno.EOPNOTSUPP)
+
+
+def _pidfd() -> Feature:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        return _refused("pidfd", error.errno or errno.ENOSYS)
+    return Feature("pidfd", True)
+
+
+def _sock_diag() -> Feature:
+    try:
+        sock_diag.try_it()
+    except OSError as error:
+        return _refused("sock_diag", error.errno or errno.ETIMEDOUT)
+    return Feature("sock_diag", True)
+
+
+def _bcc() -> Feature:
+    try:
+        reason = bcc.obstacle()
+    except OSError as error:  # an ordinary user may not look there
+        reason = f"looking for bcc and its headers: {error}"
+    return Feature("bcc", not reason, reason)
+
+
+def _others_listeners(capabilities: frozenset[str]) -> Feature:
+    """Whether the process behind another user's listening socket can be found."""
+    lacking = caps.lacking(caps.LISTENERS, capabilities)
+    return Feature("others_listeners", not lacking, caps.missing(lacking) if lacking else "")
+
+
+def _btf() -> Feature:
+    if not VMLINUX_BTF.exists():
+        return _refused("btf", errno.ENOENT)
+    btf = call_pointer("btf__load_vmlinux_btf")
+    if not btf:
+        return Feature("btf", False, f"{VMLINUX_BTF} is damaged: libbpf cannot read it")
+    call_pointer("btf__free", btf)
+    return Feature("btf", True)
+
+
+def kernel_names(names: Iterable[str]) -> frozenset[str]:
+    """Those of NAMES that the kernel's BTF has as the name of a type, a function or a member; none
+    where it has no BTF. A tracepoint NAME is there as `btf_trace_NAME`."""
+    try:
+        described = VMLINUX_BTF.read_bytes()
+    except OSError:
+        return frozenset()
+    return frozenset(name for name in names if f"\0{name}\0".encode() in described)
+
+
+def _elements_on_demand() -> Feature:
+    """Whether programs may make hash elements as they need them, from any context (Linux 6.1).
+
+    The allocator that made this safe is a type of its own, which the kernel's BTF names.
+    """
+    name = "elements_on_demand"
+    try:
+        present = b"\0bpf_mem_alloc\0" in VMLINUX_BTF.read_bytes()
+    except OSError as error:
+        return Feature(name, False, f"unknown without BTF: {error.strerror}")
+    return Feature(name, True) if present else _refused(name, errno.EOPNOTSUPP)

@@ -1,0 +1,211 @@
+"""Why a kernel refuses what it was asked for, and what to do about it.
+
+What is known of each feature is in one table. The text comes from that, from the error and from
+facts about the machine; `facts` reads them, and nothing here tries anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from coral.bpf.buffers.perf_event import TRACEFS
+from coral.bpf.probing import capabilities as caps
+
+_ENOTSUPP: Final = 524  # the kernel's own, which errno does not know
+_FORBIDDEN: Final = (errno.EPERM, errno.EACCES)
+_ABSENT: Final = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ESRCH)
+_CAP_BPF_SINCE: Final = "5.8"  # and CAP_PERFMON: before, CAP_SYS_ADMIN was all there was
+_LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
+_CONFIDENTIALITY: Final = "confidentiality"
+_SECCOMP_FILTER: Final = "2"
+
+_BPF: Final = {"CAP_BPF": caps.TRACING["CAP_BPF"]}
+_EVENT: Final = {
+    **caps.TRACING,
+    "CAP_DAC_READ_SEARCH": "to read an event's number in tracefs, which is root's",
+}
+_BPF_SYSCTL: Final = "kernel.unprivileged_bpf_disabled"
+_PERF_SYSCTL: Final = "kernel.perf_event_paranoid"
+_BTF: Final = "CONFIG_DEBUG_INFO_BTF"
+_EVENTS: Final = "CONFIG_BPF_EVENTS"
+_SYSCALL: Final = "CONFIG_BPF_SYSCALL"
+
+
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What one feature takes of a machine."""
+
+    since: str = ""  # the first Linux that has it
+    config: tuple[str, ...] = (_SYSCALL,)  # all of these, where the kernel is built
+    capabilities: Mapping[str, str] = field(default_factory=lambda: _BPF)  # with what for
+    sysctl: str = ""  # what says that those without the capabilities may not
+    since_arm64: str = ""  # where it came there later
+    locked_down: bool = False  # lockdown=confidentiality forbids it
+
+
+TAKES: Final[Mapping[str, Takes]] = {
+    "btf": Takes("5.4", (_BTF,), {}),
+    "tp_btf": Takes("5.5", (_BTF, _EVENTS), caps.TRACING),
+    "raw_tp": Takes("4.17", (_EVENTS,), caps.TRACING),
+    "tracepoint": Takes(
+        "4.7", (_EVENTS, "CONFIG_EVENTcaps.TRACING"), _EVENT, _PERF_SYSCTL, locked_down=True
+    ),
+    # Of the kernel's own functions, which on arm64 came two years after the trampoline of 6.0.
+    "fentry": Takes(
+        "5.5",
+        (_BTF, "CONFIG_FUNCTION_TRACER", "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS"),
+        caps.TRACING,
+        since_arm64="6.4",
+    ),
+    "kprobe": Takes(
+        "4.1",
+        ("CONFIG_KPROBES", "CONFIG_KPROBE_EVENTS", _EVENTS),
+        _EVENT,
+        _PERF_SYSCTL,
+        locked_down=True,
+    ),
+    "iterator": Takes("5.8", (_BTF,), caps.TRACING),
+    "ring_buffer": Takes("5.8"),
+    "task_storage": Takes("5.11"),
+    "percpu_hash": Takes("4.6"),
+    "perf_buffer": Takes("4.3", (_SYSCALL, "CONFIG_PERF_EVENTS")),
+    "elements_on_demand": Takes("6.1"),
+    "batch": Takes("5.6"),
+    "run_time_stats": Takes("5.8", capabilities=caps.STATISTICS),
+    "pidfd": Takes("5.3", (), {}),
+    "sock_diag": Takes("3.3", ("CONFIG_INET_DIAG", "CONFIG_INET_TCP_DIAG"), {}),
+}
+_OPTIONS: Final = frozenset(option for takes in TAKES.values() for option in takes.config)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What of a machine explains a refusal. None is what cannot be read there."""
+
+    release: str
+    machine: str
+    capabilities: frozenset[str]
+    config: frozenset[str] | None  # of the options named in the table, those that are set
+    lockdown: str | None  # none, integrity or confidentiality
+    seccomp: bool  # a filter is around this process
+    sysctls: Mapping[str, str]
+    tracefs: bool  # mounted
+
+
+def explain(name: str, error: int, said: str, facts: Facts) -> str:
+    """Why the feature NAME failed with ERROR, an errno, where libbpf or the kernel SAID that."""
+    takes = TAKES.get(name, Takes())
+    code = errno.errorcode.get(error, str(error))
+    if error in _FORBIDDEN:
+        return f"{code}: {_forbidden(takes, facts)}"
+    if "create tracepoint" in said and not facts.tracefs:
+        return "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
+    if error in (*_ABSENT, _ENOTSUPP) and (why := _absent(takes, facts)):
+        return f"{code}: {why}"
+    return f"{code}: {said or os.strerror(error)}"
+
+
+def _forbidden(takes: Takes, facts: Facts) -> str:
+    known = caps.ALL
+    if _numbers(facts.release) < _numbers(_CAP_BPF_SINCE):
+        known -= set(caps.TRACING)
+    if missing := caps.lacking(caps.required(takes.capabilities, known), facts.capabilities):
+        rules = (_BPF_SYSCTL if "CAP_BPF" in missing else "", takes.sysctl)
+        values = ((rule, facts.sysctls.get(rule, "0")) for rule in rules)
+        said = "".join(f" ({rule} is {value})" for rule, value in values if int(value) > 0)
+        return caps.missing(missing) + said
+    if takes.locked_down and facts.lockdown == _CONFIDENTIALITY:
+        return "kernel lockdown is at confidentiality: boot with lockdown=integrity or none"
+    suspects = []
+    if facts.seccomp:
+        suspects.append("the seccomp filter around the agent (it must let bpf, perf_event_open by)")
+    if facts.lockdown is None:
+        suspects.append(f"kernel lockdown (to see it: mount -t securityfs none {_LOCKDOWN.parent})")
+    elif facts.lockdown != "none":
+        suspects.append(f"kernel lockdown, which is at {facts.lockdown}")
+    suspects.append("a security module's policy")
+    return f"forbidden, though no capability is missing: by {', or '.join(suspects)}"
+
+
+def _absent(takes: Takes, facts: Facts) -> str:
+    """Why the kernel does not have it; empty where it should."""
+    since = takes.since_arm64 if takes.since_arm64 and facts.machine == "aarch64" else takes.since
+    if since and _numbers(facts.release) < _numbers(since):
+        return f"Linux {since} has it, and this is {facts.release}: run a newer kernel"
+    if facts.config is None:
+        options = ", ".join(takes.config)
+        return f"this kernel, whose configuration cannot be read, may be without one of {options}"
+    unset = [option for option in takes.config if option not in facts.config]
+    if unset:
+        them = "it" if len(unset) == 1 else "them"
+        return f"this kernel is built without {', '.join(unset)}: run one that has {them}"
+    return ""
+
+
+def _numbers(release: str) -> tuple[int, int]:
+    """The first two numbers of a release such as 6.1.0-56-amd64."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+@cache
+def facts() -> Facts:
+    """Those of this machine and process, read once. Never raises."""
+    status = _status()
+    return Facts(
+        release=platform.release(),
+        machine=platform.machine(),
+        capabilities=caps.held(),
+        config=_config(platform.release()),
+        lockdown=lockdown_level(_text(_LOCKDOWN)),
+        seccomp=status.get("Seccomp") == _SECCOMP_FILTER,
+        sysctls={
+            name: value
+            for name in (_BPF_SYSCTL, _PERF_SYSCTL)
+            if (value := _text(Path("/proc/sys", name.replace(".", "/"))).strip())
+        },
+        tracefs=any(map(os.path.ismount, TRACEFS)),  # those who may not look inside know it too,
+    )
+
+
+def lockdown_level(text: str) -> str | None:
+    """The level in brackets, of `none [integrity] confidentiality`; None where there is none."""
+    match = re.search(r"\[(\w+)\]", text)
+    return match[1] if match else None
+
+
+def options_set(lines: Iterable[str]) -> frozenset[str]:
+    """Those of the table's options that a kernel's configuration sets."""
+    set_ = (line.partition("=")[0] for line in lines if line.rstrip().endswith(("=y", "=m")))
+    return frozenset(set_) & _OPTIONS
+
+
+def _config(release: str) -> frozenset[str] | None:
+    import gzip  # noqa: PLC0415  seldom needed
+
+    packed, plain = Path("/proc/config.gz"), Path(f"/boot/config-{release}")
+    try:
+        with gzip.open(packed, "rt") if packed.exists() else plain.open() as lines:
+            return options_set(lines)
+    except OSError:
+        return None
+
+
+def _status() -> Mapping[str, str]:
+    lines = _text(Path("/proc/self/status")).splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

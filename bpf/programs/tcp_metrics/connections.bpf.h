@@ -1,0 +1,488 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * One idiom: the TCP connections of watched processes, whose each is, and what the kernel says of
+ * it.
+ *
+ * Connections are found by the socket's address, not by its cookie. A socket may have none yet, and
+ * one that connects a second time keeps it; the address is there on every kernel, and is nobody
+ * else's until tcp_destroy_sock, where the element goes.
+ *
+ * Owners are taken where a process holds its own socket: at connect, listen and close. A server's
+ * connection belongs to the listener's process until another is seen to have it: by a walk through
+ * open files, or, where nothing walks, when it receives.
+ */
+#pragma once
+
+#include "include/kernel.bpf.h"
+#include "include/account.bpf.h"
+#include "net.bpf.h"
+#include "include/targets.bpf.h"
+
+enum role { ROLE_NONE, ROLE_CLIENT, ROLE_SERVER, ROLE_LISTENER };
+
+/* As enum End of the contract. */
+enum end {
+	END_OPEN,
+	END_FIN_LOCAL,
+	END_FIN_REMOTE,
+	END_FIN_BOTH,
+	END_RESET_LOCAL,
+	END_RESET_REMOTE,
+	END_TIMEOUT,
+	END_REFUSED,
+	END_ERROR,
+	END_ABORTED,
+};
+
+#define FAST	   0 /* in fast recovery */
+#define TIMEOUT	   1 /* after the retransmission timer */
+#define TAIL_PROBE 2 /* a probe for the loss of the last segments (TLP) */
+#define HANDSHAKE  3 /* of a SYN, or of the SYN-ACK */
+#define KINDS	   4
+
+#define RTT_SLOTS 16
+
+/* All that is known of one connection. What the kernel counts is as it was at `read_ns`. */
+struct tcp_connection {
+	__u64 sk;	/* the socket's address */
+	__u64 cookie;	/* the kernel's number for the socket, or one of ours */
+	__u64 found_ns; /* CLOCK_MONOTONIC, as all times; with `sk`, nobody else's */
+	__u64 start_ns; /* 0: it was there before it was found */
+	__u64 established_ns;
+	__u64 ended_ns;
+	__u64 read_ns;
+	__u64 bytes_sent; /* payload, each byte once */
+	__u64 bytes_acked;
+	__u64 bytes_received;
+	__u64 bytes_retransmitted; /* on top of those sent */
+	__u8 local[ADDRESS_BYTES];
+	__u8 remote[ADDRESS_BYTES];
+	char comm[COMM_BYTES];
+	__u32 pid; /* the owner's tgid; 0: none known */
+	__u32 network;
+	__u16 local_port;
+	__u16 remote_port;
+	__u8 role;
+	__u8 state;
+	__u8 end;
+	__u8 presumed; /* the owner is the listener's; nobody was seen to have the connection yet */
+	__u32 segments_sent;
+	__u32 segments_received;
+	__u32 retransmits;
+	__u32 retransmits_of[KINDS];
+	__u32 syn_ack_retransmits; /* of a listener */
+	__u32 srtt_us;		   /* times eight, as the kernel has it */
+	__u32 rtt_deviation_us;	   /* times four */
+	__u32 rtt_min_us;
+	__u32 congestion_window;
+	__u32 slow_start_threshold;
+	__u32 segment_bytes;
+	__u32 resets_sent;
+	__u32 resets_received;
+	__u32 reset_reason; /* of the last one sent */
+	__u32 error;
+	__u32 delivered; /* as it was when the last sample of the RTT was taken */
+	__u32 rtt[RTT_SLOTS];
+	/* What it had carried when it was found: zeros of one that was seen from its beginning. */
+	__u32 found_segments_sent;
+	__u32 found_segments_received;
+	__u32 found_retransmits;
+	__u32 walk; /* the last one that saw the owner have it open */
+	__u32 reserved;
+	__u64 found_bytes_sent;
+	__u64 found_bytes_acked;
+	__u64 found_bytes_received;
+	__u64 found_bytes_retransmitted;
+	__u64 rtt_sum_us; /* of the samples */
+};
+
+/* A port that a watched process listens on: its new connections are that process's. */
+struct port_key {
+	__u32 network;
+	__u32 port;
+};
+
+struct port_owner {
+	__u32 pid;
+	__u32 listeners;
+	char comm[COMM_BYTES];
+};
+
+OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to make an element from */
+MAP(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
+MAP(HASH, ports, struct port_key, struct port_owner, 4096, BPF_F_NO_PREALLOC);
+
+/*
+ * Where no program can walk through files, user space finds what was there before, by sock_diag,
+ * which tells a socket's cookie and not its address. Each is taken over when something next happens
+ * to it, whoever is at work then; listeners too, which `ports` has from the start.
+ */
+struct found_owner {
+	__u32 pid;
+	char comm[COMM_BYTES];
+};
+
+OPTION(bool, take_over_found, false);
+MAP(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
+
+/* As target_hints: a byte that is not set is of no socket that is followed. */
+#define SOCKET_HINTS 65536
+GLOBALS(__u8, socket_hints, SOCKET_HINTS);
+
+static __always_inline volatile __u8 *hint_of(struct sock *sk)
+{
+	return element(socket_hints, (half_of(sk) * 0x9E3779B1) >> 16);
+}
+
+static __always_inline struct tcp_connection *connection_of(struct sock *sk)
+{
+	volatile __u8 *hint = hint_of(sk);
+	__u64 key = (__u64)sk;
+
+	if (hint && !*hint)
+		return NULL;
+	return bpf_map_lookup_elem(map_of(connections), &key);
+}
+
+/* The process that the current task belongs to, where it is watched. */
+static __always_inline struct target *watched_process(void)
+{
+	struct target *target;
+
+	if (surely_no_target(current_tgid()) || cgroup_excludes_current())
+		return NULL;
+	target = target_of_current(current_tgid());
+	return target && target->state != TARGET_ARMED ? target : NULL;
+}
+
+static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk, bool typed)
+{
+	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
+	c->local_port = local_port_of(sk);
+	c->remote_port = remote_port_of(sk, typed);
+}
+
+/* A client gets its port after its first change of state. */
+static __always_inline void name_ends_late(struct tcp_connection *c, struct sock *sk, bool typed)
+{
+	if (!c->established_ns && c->start_ns)
+		name_ends(c, sk, typed);
+}
+
+/* A number that is nobody else's, where the kernel has none for the socket: by its highest bit it
+ * is none of the kernel's, which count from 1. */
+static __always_inline __u64 our_number(const struct tcp_connection *c)
+{
+	return 1ULL << 63 | (c->found_ns * 0x9E3779B97F4A7C15ULL + c->sk) >> 1;
+}
+
+static __always_inline __u64 number_of(const struct tcp_connection *c, struct sock *sk)
+{
+	__u64 cookie = socket_read(sk, __sk_common.skc_cookie.counter);
+
+	return cookie ? cookie : our_number(c);
+}
+
+/*
+ * NULL where there is no room. It is a loss where a connection begins; one that is only found to be
+ * there is tried again when it is used the next time.
+ */
+static __always_inline struct tcp_connection *connection_make(struct sock *sk, __u8 role,
+							      __u64 flags)
+{
+	volatile __u8 *hint = hint_of(sk);
+	void *zeros = (void *)element(no_connection, 0);
+	struct tcp_connection *c;
+	__u64 key = (__u64)sk;
+
+	if (hint)
+		*hint = 1;
+	if (!zeros || bpf_map_update_elem(map_of(connections), &key, zeros, flags))
+		return NULL;
+	c = bpf_map_lookup_elem(map_of(connections), &key);
+	if (!c)
+		return NULL;
+	c->sk = key;
+	c->role = role;
+	c->network = network_of(sk);
+	c->state = state_of(sk);
+	c->found_ns = bpf_ktime_get_ns();
+	c->cookie = number_of(c, sk);
+	return c;
+}
+
+static __always_inline struct tcp_connection *connection_begin(struct sock *sk, __u8 role)
+{
+	struct tcp_connection *c = connection_make(sk, role, BPF_ANY);
+
+	if (c)
+		c->start_ns = c->found_ns;
+	else
+		account_map_full();
+	return c;
+}
+
+static __always_inline void own(struct tcp_connection *c, __u32 pid, const char *comm)
+{
+	c->pid = pid;
+	c->presumed = false;
+	__builtin_memcpy(c->comm, comm, COMM_BYTES);
+}
+
+/* Copies what the kernel counts. */
+static __always_inline void read_counters(struct tcp_connection *c, struct tcp_sock *tp, bool typed)
+{
+	c->bytes_retransmitted = socket_read_if(typed, tp, bytes_retrans);
+	c->bytes_acked = socket_read_if(typed, tp, bytes_acked);
+	c->bytes_received = socket_read_if(typed, tp, bytes_received);
+	c->segments_sent = socket_read_if(typed, tp, segs_out);
+	c->segments_received = socket_read_if(typed, tp, segs_in);
+	c->retransmits = socket_read_if(typed, tp, total_retrans);
+	c->srtt_us = socket_read_if(typed, tp, srtt_us);
+	c->rtt_deviation_us = socket_read_if(typed, tp, mdev_us);
+	c->rtt_min_us = socket_read_if(typed, tp, rtt_min.s[0].v);
+	c->congestion_window = socket_read_if(typed, tp, snd_cwnd);
+	c->slow_start_threshold = socket_read_if(typed, tp, snd_ssthresh);
+	c->segment_bytes = socket_read_if(typed, tp, mss_cache);
+}
+
+/*
+ * SYN and FIN have a place in the numbering of bytes, and the kernel counts them as such. This
+ * makes payload of it: OLD is the state that the socket was in when it was read, or the one before
+ * CLOSE. What was sent is what was acknowledged and what is under way: the kernel's own bytes_sent
+ * has some twice, those that the machine itself dropped on the way out.
+ */
+static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk,
+					   struct tcp_sock *tp, int old, bool typed)
+{
+	__u32 unacked = socket_read_if(typed, tp, snd_una);
+	__u32 next = socket_read_if(typed, tp, snd_nxt), under_way = next - unacked;
+	__u32 end = socket_read_if(typed, tp, write_seq);
+	bool fin_acked = old == TCP_FIN_WAIT2;
+
+	if (socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
+	    c->bytes_received)
+		c->bytes_received--;
+	if (c->state == TCP_CLOSE && (old == TCP_LAST_ACK || old == TCP_CLOSING))
+		fin_acked = unacked == end;
+	if (c->role == ROLE_CLIENT && c->bytes_acked)
+		c->bytes_acked--;
+	if (fin_acked && c->bytes_acked)
+		c->bytes_acked--;
+	if (under_way && next == end &&
+	    (old == TCP_FIN_WAIT1 || old == TCP_CLOSING || old == TCP_LAST_ACK))
+		under_way--;
+	if (old == TCP_SYN_SENT)
+		under_way = 0;
+	c->bytes_sent = c->bytes_acked + under_way;
+}
+
+/* Where it is not TYPED, SK is read as memory: it may be gone, the reader finds out. */
+static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, int old, bool typed)
+{
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
+	c->read_ns = bpf_ktime_get_ns();
+	if (c->role == ROLE_LISTENER || !tp)
+		return;
+	read_counters(c, tp, typed);
+	take_flags_out(c, sk, tp, old, typed);
+}
+
+/* Upper ends in microseconds; the collector has the same. */
+static __always_inline __u32 rtt_slot(__u32 us)
+{
+	__u32 half = us < 5000;
+
+	if (half)
+		return us < 200 ? (us < 50 ? us >= 20 : 2 + (us >= 100))
+				: (us < 1000 ? 4 + (us >= 500) : 6 + (us >= 2000));
+	return us < 100000 ? (us < 25000 ? 8 + (us >= 10000) : 10 + (us >= 50000))
+			   : (us < 500000 ? 12 + (us >= 250000) : 14 + (us >= 1000000));
+}
+
+static __always_inline void count_rtt(struct tcp_connection *c, __u32 us)
+{
+	__u32 slot = rtt_slot(us);
+
+	c->rtt_sum_us += us;
+	if (slot < RTT_SLOTS)
+		c->rtt[slot]++;
+}
+
+/* One sample for each time that the peer was seen to have acknowledged something new: the time it
+ * took the segment that was sent last, of those (RACK, RFC 8985). */
+static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
+	__u32 delivered;
+
+	if (!tp)
+		return;
+	delivered = socket_read(tp, delivered);
+	if (delivered == c->delivered)
+		return;
+	c->delivered = delivered;
+	count_rtt(c, socket_read(tp, rack.rtt_us));
+}
+
+/* Ports. */
+
+static __always_inline struct port_key port_of(const struct tcp_connection *c)
+{
+	struct port_key key = {.network = c->network, .port = c->local_port};
+
+	return key;
+}
+
+static __always_inline void port_take(const struct tcp_connection *listener)
+{
+	struct port_key key = port_of(listener);
+	struct port_owner fresh = {.pid = listener->pid, .listeners = 1};
+	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
+
+	if (owner) {
+		__sync_fetch_and_add(&owner->listeners, 1);
+		return;
+	}
+	__builtin_memcpy(fresh.comm, listener->comm, COMM_BYTES);
+	if (bpf_map_update_elem(map_of(ports), &key, &fresh, BPF_ANY))
+		account_map_full();
+}
+
+static __always_inline void port_release(const struct tcp_connection *listener)
+{
+	struct port_key key = port_of(listener);
+	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
+
+	if (!owner)
+		return;
+	if (owner->listeners <= 1)
+		bpf_map_delete_elem(map_of(ports), &key);
+	else
+		__sync_fetch_and_add(&owner->listeners, -1);
+}
+
+/* Connections that were there before they were found. */
+
+/*
+ * A client's SYN has a place in the numbering, which a server's SYN-ACK has not in bytes_acked:
+ * what was acknowledged and what is under way is by one more than the payload that was sent.
+ */
+static __always_inline __u8 role_by_numbering(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	__u64 payload = kernel_read(tp, bytes_sent) - kernel_read(tp, bytes_retrans);
+	__u64 acked = kernel_read(tp, bytes_acked);
+	__u32 under_way = kernel_read(tp, snd_nxt) - kernel_read(tp, snd_una);
+	__u8 state = state_of(sk);
+	bool fin_sent = state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT &&
+			kernel_read(tp, snd_nxt) == kernel_read(tp, write_seq);
+
+	if (state == TCP_SYN_SENT) /* a SYN under way looks as a FIN would */
+		return ROLE_CLIENT;
+	return acked + under_way > payload + fin_sent ? ROLE_CLIENT : ROLE_SERVER;
+}
+
+static __always_inline bool is_listened_to(const struct tcp_connection *c)
+{
+	struct port_key key = port_of(c);
+
+	return bpf_map_lookup_elem(map_of(ports), &key);
+}
+
+/* What came before is not of the interval in which it was found. */
+static __always_inline void keep_as_found(struct tcp_connection *c)
+{
+	c->found_bytes_sent = c->bytes_sent;
+	c->found_bytes_acked = c->bytes_acked;
+	c->found_bytes_received = c->bytes_received;
+	c->found_bytes_retransmitted = c->bytes_retransmitted;
+	c->found_segments_sent = c->segments_sent;
+	c->found_segments_received = c->segments_received;
+	c->found_retransmits = c->retransmits;
+}
+
+static __always_inline struct tcp_connection *connection_find(struct sock *sk, __u32 pid,
+							      const char *comm)
+{
+	__u8 state = state_of(sk);
+	struct tcp_connection *c;
+
+	if (state == TCP_CLOSE || state == TCP_TIME_WAIT)
+		return NULL;
+	c = connection_make(sk, ROLE_NONE, BPF_NOEXIST); /* a hook may have been quicker */
+	if (!c)
+		return NULL;
+	own(c, pid, comm);
+	name_ends(c, sk, option(typed_sockets));
+	if (state == TCP_LISTEN) {
+		c->role = ROLE_LISTENER;
+		port_take(c);
+		return c;
+	}
+	c->role = is_listened_to(c) ? ROLE_SERVER : role_by_numbering(sk);
+	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
+	refresh(c, sk, state, false);
+	keep_as_found(c);
+	return c;
+}
+
+/* One that user space has found, and that nothing happened to since; else NULL. */
+static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64 *cookie)
+{
+	if (!option(take_over_found))
+		return NULL;
+	*cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
+	return *cookie ? bpf_map_lookup_elem(map_of(found), cookie) : NULL;
+}
+
+/* One that is in no map yet: that of TARGET, or the one that user space has found; else NULL. */
+static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
+							      struct target *target)
+{
+	__u64 cookie = 0;
+	struct found_owner *found_owner = found_owner_of(sk, &cookie);
+	struct tcp_connection *c;
+
+	if ((!target && !found_owner) || !is_tcp(sk))
+		return NULL;
+	c = connection_find(sk, target ? current_tgid() : found_owner->pid,
+			    target ? target->comm : found_owner->comm);
+	if (c && found_owner) {
+		if (c->role == ROLE_LISTENER)
+			port_release(c); /* user space has counted it already */
+		bpf_map_delete_elem(map_of(found), &cookie);
+	}
+	return c;
+}
+
+/*
+ * The connection that something happens to. Where a process is at work on the socket, BY_PROCESS,
+ * it is that one's from now on, if it is watched.
+ */
+static __always_inline struct tcp_connection *connection_met(struct sock *sk, bool by_process)
+{
+	struct tcp_connection *c = connection_of(sk);
+	struct target *target;
+
+	if (c && !by_process)
+		return c;
+	if (c && c->pid == current_tgid()) {
+		c->presumed = false;
+		return c;
+	}
+	target = by_process ? watched_process() : NULL;
+	if (!c)
+		return connection_seek(sk, target);
+	if (target) {
+		own(c, current_tgid(), target->comm);
+	} else if (c->presumed) {
+		__u64 key = (__u64)sk;
+
+		/* It shares a port with a watched process, and is another one's. */
+		bpf_map_delete_elem(map_of(connections), &key);
+		return NULL;
+	}
+	return c;
+}

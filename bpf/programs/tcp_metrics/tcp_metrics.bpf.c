@@ -1,0 +1,721 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+/*
+ * Follows the TCP connections of watched processes: who opened them, what they carried, how they
+ * ended. Or, where single events are asked for, writes a record of each change of state, each
+ * retransmit and each reset.
+ *
+ * The kernel keeps most of the figures itself, in struct tcp_sock. They are read, not counted
+ * again: when user space asks (coral_live_iter), and when a connection reaches CLOSE, the last
+ * change there is. Counted here is only what the kernel does not keep apart.
+ */
+#include "include/kernel.bpf.h"
+#include "include/account.bpf.h"
+#include "connections.bpf.h"
+#include "net.bpf.h"
+#include "include/records.bpf.h"
+#include "include/targets.bpf.h"
+
+/* As enum What of the contract. */
+enum what {
+	WHAT_NONE,
+	WHAT_STATE,
+	WHAT_RETRANSMIT_FAST,
+	WHAT_RETRANSMIT_TIMEOUT,
+	WHAT_RETRANSMIT_TAIL_PROBE,
+	WHAT_RETRANSMIT_HANDSHAKE,
+	WHAT_RESET_SENT,
+	WHAT_RESET_RECEIVED,
+};
+
+OPTION(bool, single_events, false);
+OPTION(bool, refresh_at_segments, false); /* where nobody can ask for the figures */
+OPTION(bool, make_cookies, false);	  /* the kernel lets programs ask for one (5.12) */
+
+#define REFRESH_NS 10000000
+
+/* One event, as it goes through the ring. */
+struct tcp_event {
+	__u64 time_ns;
+	__u64 connection_id;
+	__u8 local[ADDRESS_BYTES];
+	__u8 remote[ADDRESS_BYTES];
+	char name[COMM_BYTES];
+	__u32 pid;
+	__u32 network;
+	__u32 local_port;
+	__u32 remote_port;
+	__u32 role;
+	__u32 what;
+	__u32 old_state;
+	__u32 new_state;
+	__u32 count;
+	__u32 reason;
+	__u32 error;
+	__u32 end;
+};
+
+IN_BTF(struct tcp_event, tcp_event);
+
+static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, __u64 time_ns,
+					  __u32 what, __u32 old_state, __u32 new_state, __u32 count)
+{
+	struct tcp_event event = {
+	    .time_ns = time_ns,
+	    .connection_id = c->cookie,
+	    .pid = c->pid,
+	    .network = c->network,
+	    .local_port = c->local_port,
+	    .remote_port = c->remote_port,
+	    .role = c->role,
+	    .what = what,
+	    .old_state = old_state,
+	    .new_state = new_state,
+	    .count = count,
+	    .error = c->error,
+	    .end = new_state == TCP_CLOSE ? c->end : END_OPEN,
+	};
+
+	if (!option(single_events))
+		return;
+	if (what == WHAT_RESET_SENT)
+		event.reason = c->reset_reason;
+	__builtin_memcpy(event.local, c->local, ADDRESS_BYTES);
+	__builtin_memcpy(event.remote, c->remote, ADDRESS_BYTES);
+	__builtin_memcpy(event.name, c->comm, COMM_BYTES);
+	record_send(ctx, &event, sizeof(event));
+}
+
+static __always_inline void send_event(void *ctx, struct tcp_connection *c, __u32 what,
+				       __u32 old_state, __u32 count)
+{
+	send_event_of(ctx, c, bpf_ktime_get_ns(), what, old_state, c->state, count);
+}
+
+/* Beginnings. */
+
+static __always_inline void send_end(void *ctx, struct tcp_connection *c)
+{
+	if (option(single_events))
+		return;
+	if (c->role != ROLE_LISTENER || c->syn_ack_retransmits || c->resets_sent)
+		record_send(ctx, c, sizeof(*c));
+}
+
+static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
+{
+	struct target *target = watched_process();
+	struct tcp_connection *c = connection_of(sk);
+	__u64 key = (__u64)sk;
+
+	if (c) { /* the same socket once more, after its last connection was dissolved */
+		send_end(ctx, c);
+		bpf_map_delete_elem(map_of(connections), &key);
+	}
+	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_CLIENT) : NULL;
+	if (!c)
+		return 0;
+	own(c, current_tgid(), target->comm);
+	c->state = TCP_SYN_SENT;
+	name_ends(c, sk, option(typed_sockets));
+	send_event(ctx, c, WHAT_STATE, old, 0);
+	return 0;
+}
+
+static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
+{
+	struct target *target = watched_process();
+	struct tcp_connection *c;
+
+	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_LISTENER) : NULL;
+	if (!c)
+		return 0;
+	own(c, current_tgid(), target->comm);
+	c->state = TCP_LISTEN;
+	name_ends(c, sk, option(typed_sockets));
+	port_take(c);
+	send_event(ctx, c, WHAT_STATE, old, 0);
+	return 0;
+}
+
+/* A listener's child, cloned from it: of its own it has no addresses yet, so that the event of this
+ * is sent with the next one. */
+static __always_inline int on_child(void *ctx, struct sock *sk, int old)
+{
+	struct port_key key = {.network = network_of(sk), .port = local_port_of(sk)};
+	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
+	struct tcp_connection *c;
+
+	c = owner && is_tcp(sk) ? connection_begin(sk, ROLE_SERVER) : NULL;
+	if (!c)
+		return 0;
+	own(c, owner->pid, owner->comm);
+	c->presumed = true;
+	c->cookie = our_number(c); /* it may have the listener's still */
+	c->state = TCP_SYN_RECV;
+	c->local_port = key.port;
+	return 0;
+}
+
+static __always_inline void on_established(struct tcp_connection *c, struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
+	__u32 srtt_us;
+
+	c->established_ns = bpf_ktime_get_ns();
+	name_ends(c, sk, option(typed_sockets));
+	if (!tp)
+		return;
+	if (c->role == ROLE_SERVER)
+		c->cookie = number_of(c, sk);
+	c->delivered = socket_read(tp, delivered);
+	srtt_us = socket_read(tp, srtt_us);
+	if (srtt_us)
+		count_rtt(c, srtt_us >> 3);
+	if (option(refresh_at_segments))
+		refresh(c, sk, TCP_ESTABLISHED, false);
+	if (c->role == ROLE_SERVER) { /* the SYN-ACKs', which were sent before there was a socket */
+		c->retransmits = socket_read(tp, total_retrans);
+		c->retransmits_of[HANDSHAKE] = c->retransmits;
+	}
+}
+
+/* Ends. */
+
+static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
+{
+	if (c->resets_received)
+		return old == TCP_SYN_SENT ? END_REFUSED : END_RESET_REMOTE;
+	if (c->error == 110) /* ETIMEDOUT */
+		return END_TIMEOUT;
+	if (c->resets_sent && (c->error || !c->end)) /* and not for a stray segment, long ago */
+		return END_RESET_LOCAL;
+	if (c->error)
+		return END_ERROR;
+	if (c->end)
+		return c->end;
+	/* To close without a FIN is to reset, which comes next. */
+	return old == TCP_SYN_SENT || old == TCP_SYN_RECV ? END_ABORTED : END_RESET_LOCAL;
+}
+
+static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old)
+{
+	c->error = socket_read(sk, sk_err);
+	sample_rtt(c, sk);
+	refresh(c, sk, old, option(typed_sockets));
+	c->ended_ns = c->read_ns;
+	c->end = end_by(c, old);
+}
+
+static __always_inline void note_fin(struct tcp_connection *c, int old, int state)
+{
+	if (state == TCP_CLOSING)
+		c->end = END_FIN_BOTH;
+	else if (!c->end && state == TCP_FIN_WAIT1)
+		c->end = END_FIN_LOCAL;
+	else if (!c->end && (state == TCP_CLOSE_WAIT || state == TCP_LAST_ACK))
+		c->end = END_FIN_REMOTE;
+}
+
+static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
+{
+	struct tcp_connection *c;
+
+	c = connection_met(sk, held_by_process(sk) && old != TCP_LISTEN);
+	if (!c || c->ended_ns)
+		return 0;
+	c->state = state;
+	if (c->role == ROLE_LISTENER) {
+		if (state != TCP_CLOSE)
+			return 0;
+		port_release(c);
+		c->ended_ns = bpf_ktime_get_ns();
+	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
+		on_established(c, sk);
+		if (c->role == ROLE_SERVER && c->start_ns)
+			send_event_of(ctx, c, c->start_ns, WHAT_STATE, TCP_LISTEN, old, 0);
+	} else if (state == TCP_CLOSE) {
+		name_ends_late(c, sk, option(typed_sockets));
+		on_end(c, sk, old);
+	} else {
+		note_fin(c, old, state);
+	}
+	send_event(ctx, c, WHAT_STATE, old, 0);
+	return 0;
+}
+
+static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state)
+{
+	if (state == TCP_SYN_SENT)
+		return on_connect(ctx, sk, old);
+	if (state == TCP_LISTEN)
+		return on_listen(ctx, sk, old);
+	if (state == TCP_SYN_RECV && old == TCP_LISTEN)
+		return on_child(ctx, sk, old);
+	return on_change(ctx, sk, old, state);
+}
+
+static __always_inline int on_destroy(void *ctx, struct sock *sk)
+{
+	bool held = surely_no_target(current_tgid()) ? false : held_by_process(sk);
+	struct tcp_connection *c = held ? connection_met(sk, true) : connection_of(sk);
+	__u64 key = (__u64)sk;
+
+	if (!c)
+		return 0;
+	if (!c->ended_ns)
+		on_end(c, sk, c->state);
+	send_end(ctx, c);
+	bpf_map_delete_elem(map_of(connections), &key);
+	return 0;
+}
+
+/* What happens meanwhile. */
+
+static __always_inline int on_segment(struct sock *sk)
+{
+	struct tcp_connection *c = connection_met(sk, false);
+
+	if (!c || c->ended_ns)
+		return 0;
+	sample_rtt(c, sk);
+	if (option(refresh_at_segments) && bpf_ktime_get_ns() - c->read_ns > REFRESH_NS)
+		refresh(c, sk, c->state, false);
+	return 0;
+}
+
+/* Whether nothing can come of it that the current task uses a socket: it is the owner's already, or
+ * neither is one of ours. This is what most that receive pay. */
+static __always_inline bool use_changes_nothing(struct sock *sk)
+{
+	struct tcp_connection *c = connection_of(sk);
+	__u32 tgid = current_tgid();
+
+	if (option(refresh_at_segments))
+		return false;
+	return c ? c->pid == tgid && !c->presumed : surely_no_target(tgid);
+}
+
+static __always_inline int on_use(struct sock *sk)
+{
+	struct tcp_connection *c = connection_met(sk, true);
+
+	if (option(refresh_at_segments) && c && !c->ended_ns)
+		refresh(c, sk, c->state, false);
+	return 0;
+}
+
+/* An application has taken data in. Some protocols on top (kTLS) do it outside of processes. */
+static __always_inline int on_received(struct sock *sk)
+{
+	return !use_changes_nothing(sk) && held_by_process(sk) ? on_use(sk) : 0;
+}
+
+static __always_inline __u32 kind_of_retransmit(struct sock *sk)
+{
+	__u8 state = state_of(sk), congestion;
+
+	if (state == TCP_SYN_SENT || state == TCP_SYN_RECV)
+		return HANDSHAKE;
+	congestion = congestion_state(sk);
+	if (congestion == TCP_CA_LOSS)
+		return TIMEOUT;
+	return congestion == TCP_CA_RECOVERY ? FAST : TAIL_PROBE;
+}
+
+/* The kernel has counted it already: several segments may have gone at once. */
+static __always_inline int on_retransmit(void *ctx, struct sock *sk)
+{
+	struct tcp_connection *c = connection_met(sk, false);
+	__u32 kind, total, count;
+
+	if (!c)
+		return 0;
+	name_ends_late(c, sk, option(typed_sockets));
+	kind = kind_of_retransmit(sk);
+	total = kernel_read((struct tcp_sock *)sk, total_retrans);
+	count = total - c->retransmits;
+	c->retransmits = total;
+	c->retransmits_of[kind % KINDS] += count;
+	send_event(ctx, c, WHAT_RETRANSMIT_FAST + kind, c->state, count);
+	return 0;
+}
+
+static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener,
+						struct request_sock *request)
+{
+	struct tcp_connection *c = connection_met(listener, false);
+
+	if (!c)
+		return 0;
+	__sync_fetch_and_add(&c->syn_ack_retransmits, 1);
+	if (!option(single_events))
+		return 0;
+	{
+		struct tcp_event event = {
+		    .time_ns = bpf_ktime_get_ns(),
+		    .connection_id = kernel_read(request, __req_common.skc_cookie.counter),
+		    .pid = c->pid,
+		    .network = c->network,
+		    .local_port = c->local_port,
+		    .remote_port = bpf_ntohs(kernel_read(request, __req_common.skc_dport)),
+		    .role = ROLE_SERVER,
+		    .what = WHAT_RETRANSMIT_HANDSHAKE,
+		    .old_state = TCP_SYN_RECV,
+		    .new_state = TCP_SYN_RECV,
+		    .count = 1,
+		};
+
+		addresses_of(&request->__req_common, event.local, event.remote,
+			     option(typed_sockets));
+		__builtin_memcpy(event.name, c->comm, COMM_BYTES);
+		record_send(ctx, &event, sizeof(event));
+	}
+	return 0;
+}
+
+/* SK may be NULL: nobody listens there. On the way out of CLOSE the reset is the end's cause. */
+static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reason)
+{
+	struct tcp_connection *c = sk ? connection_met(sk, false) : NULL;
+
+	if (!c)
+		return 0;
+	c->resets_sent++;
+	c->reset_reason = reason;
+	if (c->ended_ns && c->role != ROLE_LISTENER) {
+		c->end = END_RESET_LOCAL;
+		c->segments_sent = kernel_read((struct tcp_sock *)sk, segs_out);
+	}
+	send_event(ctx, c, WHAT_RESET_SENT, c->state, 1);
+	return 0;
+}
+
+static __always_inline int on_reset_received(void *ctx, struct sock *sk)
+{
+	struct tcp_connection *c = connection_met(sk, false);
+
+	if (!c)
+		return 0;
+	name_ends_late(c, sk, option(typed_sockets));
+	c->resets_received++;
+	send_event(ctx, c, WHAT_RESET_RECEIVED, c->state, 1);
+	return 0;
+}
+
+/* The reason of a reset by our own numbers, which are those of Linux 6.18, and one more. */
+static __always_inline __u32 reset_reason_of(__u32 reason)
+{
+#ifdef CORAL_BCC
+	return 0;
+#else
+#define REASON(name)                                                                               \
+	if (bpf_core_enum_value_exists(enum sk_rst_reason, SK_RST_REASON_##name) &&                \
+	    reason == bpf_core_enum_value(enum sk_rst_reason, SK_RST_REASON_##name))               \
+	return SK_RST_REASON_##name + 1
+	REASON(NOT_SPECIFIED);
+	REASON(NO_SOCKET);
+	REASON(TCP_INVALID_ACK_SEQUENCE);
+	REASON(TCP_RFC7323_PAWS);
+	REASON(TCP_TOO_OLD_ACK);
+	REASON(TCP_ACK_UNSENT_DATA);
+	REASON(TCP_FLAGS);
+	REASON(TCP_OLD_ACK);
+	REASON(TCP_ABORT_ON_DATA);
+	REASON(TCP_TIMEWAIT_SOCKET);
+	REASON(INVALID_SYN);
+	REASON(TCP_ABORT_ON_CLOSE);
+	REASON(TCP_ABORT_ON_LINGER);
+	REASON(TCP_ABORT_ON_MEMORY);
+	REASON(TCP_STATE);
+	REASON(TCP_KEEPALIVE_TIMEOUT);
+	REASON(TCP_DISCONNECT_WITH_DATA);
+	return 0;
+#endif
+}
+
+#ifdef CORAL_BCC
+#define KERNEL_TELLS_REASON 0
+#else
+#define KERNEL_TELLS_REASON bpf_core_type_exists(enum sk_rst_reason)
+#endif
+
+/*
+ * Each hook three times: with BTF, without, and as a plain tracepoint, whose arguments lie where
+ * its format says. ctx[2] is a third argument only where the kernel has one.
+ */
+#ifdef CORAL_BCC
+#define make_cookie(sk) ((void)0)
+#else
+/* Only a program whose argument the verifier knows for a socket may. */
+#define make_cookie(sk)                                                                            \
+	do {                                                                                       \
+		if (option(make_cookies))                                                          \
+			bpf_get_socket_cookie(sk);                                                 \
+	} while (0)
+#endif
+
+SEC("tp_btf/inet_sock_set_state")
+int BTF_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
+{
+	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
+		make_cookie(sk);
+	return on_state(ctx, sk, old, state);
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state_raw, struct sock *sk, int old, int state)
+{
+	return on_state(ctx, sk, old, state);
+}
+
+SEC("tp_btf/tcp_destroy_sock")
+int BTF_PROGRAM(coral_destroy_btf, struct sock *sk)
+{
+	return on_destroy(ctx, sk);
+}
+
+SEC("raw_tp/tcp_destroy_sock")
+int RAW_PROGRAM(coral_destroy_raw, struct sock *sk)
+{
+	return on_destroy(ctx, sk);
+}
+
+SEC("tp_btf/tcp_probe")
+int BTF_PROGRAM(coral_segment_btf, struct sock *sk)
+{
+	return on_segment(sk);
+}
+
+SEC("raw_tp/tcp_probe")
+int RAW_PROGRAM(coral_segment_raw, struct sock *sk)
+{
+	return on_segment(sk);
+}
+
+SEC("tp_btf/tcp_rcv_space_adjust")
+int BTF_PROGRAM(coral_received_btf, struct sock *sk)
+{
+	return on_received(sk);
+}
+
+SEC("raw_tp/tcp_rcv_space_adjust")
+int RAW_PROGRAM(coral_received_raw, struct sock *sk)
+{
+	return on_received(sk);
+}
+
+SEC("tp_btf/tcp_retransmit_skb")
+int BTF_PROGRAM(coral_retransmit_btf, struct sock *sk)
+{
+	return on_retransmit(ctx, sk);
+}
+
+SEC("raw_tp/tcp_retransmit_skb")
+int RAW_PROGRAM(coral_retransmit_raw, struct sock *sk)
+{
+	return on_retransmit(ctx, sk);
+}
+
+SEC("tp_btf/tcp_retransmit_synack")
+int BTF_PROGRAM(coral_synack_btf, struct sock *sk, struct request_sock *request)
+{
+	return on_synack_retransmit(ctx, sk, request);
+}
+
+SEC("raw_tp/tcp_retransmit_synack")
+int RAW_PROGRAM(coral_synack_raw, struct sock *sk, struct request_sock *request)
+{
+	return on_synack_retransmit(ctx, sk, request);
+}
+
+SEC("tp_btf/tcp_send_reset")
+int BTF_PROGRAM(coral_reset_out_btf, struct sock *sk, void *skb)
+{
+	return on_reset_sent(ctx, sk, KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
+}
+
+SEC("raw_tp/tcp_send_reset")
+int RAW_PROGRAM(coral_reset_out_raw, struct sock *sk, void *skb)
+{
+	return on_reset_sent(ctx, sk, KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
+}
+
+SEC("tp_btf/tcp_receive_reset")
+int BTF_PROGRAM(coral_reset_in_btf, struct sock *sk)
+{
+	return on_reset_received(ctx, sk);
+}
+
+SEC("raw_tp/tcp_receive_reset")
+int RAW_PROGRAM(coral_reset_in_raw, struct sock *sk)
+{
+	return on_reset_received(ctx, sk);
+}
+
+/* As in the formats of these tracepoints: what comes first, and the socket after it. */
+struct sock_arguments {
+	__u64 common;
+	struct sock *sk;
+	int old;
+	int state;
+};
+
+struct skb_arguments {
+	__u64 common;
+	void *skb;
+	struct sock *sk;
+};
+
+struct request_arguments {
+	__u64 common;
+	struct sock *sk;
+	struct request_sock *request;
+};
+
+SEC("tracepoint/sock/inet_sock_set_state")
+int PROGRAM(coral_state_tp, struct sock_arguments *ctx)
+{
+	return on_state(ctx, ctx->sk, ctx->old, ctx->state);
+}
+
+SEC("tracepoint/tcp/tcp_destroy_sock")
+int PROGRAM(coral_destroy_tp, struct sock_arguments *ctx)
+{
+	return on_destroy(ctx, ctx->sk);
+}
+
+SEC("tracepoint/tcp/tcp_rcv_space_adjust")
+int PROGRAM(coral_received_tp, struct sock_arguments *ctx)
+{
+	return on_received(ctx->sk);
+}
+
+SEC("tracepoint/tcp/tcp_retransmit_skb")
+int PROGRAM(coral_retransmit_tp, struct skb_arguments *ctx)
+{
+	return on_retransmit(ctx, ctx->sk);
+}
+
+SEC("tracepoint/tcp/tcp_retransmit_synack")
+int PROGRAM(coral_synack_tp, struct request_arguments *ctx)
+{
+	return on_synack_retransmit(ctx, ctx->sk, ctx->request);
+}
+
+SEC("tracepoint/tcp/tcp_send_reset")
+int PROGRAM(coral_reset_out_tp, struct skb_arguments *ctx)
+{
+	return on_reset_sent(ctx, ctx->sk, 0);
+}
+
+SEC("tracepoint/tcp/tcp_receive_reset")
+int PROGRAM(coral_reset_in_tp, struct sock_arguments *ctx)
+{
+	return on_reset_received(ctx, ctx->sk);
+}
+
+#ifndef CORAL_BCC /* it takes BTF */
+
+/*
+ * Walks the connections when user space reads, and writes each as it is now. What is in the map is
+ * not written to: programs may be at it, and its room may be another connection's by then. For the
+ * same reason the socket is read as memory, and what was read is only good if it is still the same.
+ */
+SEC("iter/bpf_map_elem")
+int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
+{
+	const struct tcp_connection *value = ctx->value;
+	struct tcp_connection c;
+	struct sock *sk;
+
+	if (!value)
+		return 0;
+	c = *value;
+	sk = (struct sock *)c.sk;
+	if (!c.ended_ns) {
+		__u8 state = state_of(sk);
+
+		refresh(&c, sk, state, false);
+		name_ends_late(&c, sk, false);
+		if (state_of(sk) != state || c.state != state || value->sk != c.sk ||
+		    value->found_ns != c.found_ns)
+			return 0; /* it changes just now; the next time, or its end, has it */
+	}
+	bpf_seq_write(ctx->meta->seq, &c, sizeof(c));
+	return 0;
+}
+
+/* Counted up by user space before each walk through the open files. */
+GLOBAL(__u32, walk);
+
+/* A process has it open. It is that one's if the owner was not seen to have it, and not in the walk
+ * before either: in this one, it may come yet. */
+static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
+				   __u32 now)
+{
+	if (c->presumed || (c->pid != tgid && now - c->walk > 1))
+		own(c, tgid, comm);
+	if (c->pid == tgid)
+		c->walk = now;
+}
+
+/* A process that is not watched has it open: if it only shares a port with one that is, it goes. */
+static __always_inline void had_by_other(struct tcp_connection *c, struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	if (c && c->presumed)
+		bpf_map_delete_elem(map_of(connections), &key);
+}
+
+static __always_inline struct sock *socket_in(struct file *file)
+{
+	struct socket *socket;
+
+	if (!option(typed_sockets))
+		return socket_of(file);
+	socket = bpf_sock_from_file(file);
+	return socket ? socket->sk : NULL;
+}
+
+/* Walks the open files of all processes: for sockets that were there before, or that a process has
+ * from another, and for who has those that are known. */
+SEC("iter/task_file")
+int coral_find_iter(struct bpf_iter__task_file *ctx)
+{
+	volatile __u32 *number = global(walk);
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	char comm[COMM_BYTES] = {};
+	struct tcp_connection *c;
+	struct target *target;
+	struct sock *sk;
+	__u32 tgid;
+
+	if (!task || !file || !number)
+		return 0;
+	sk = socket_in(file);
+	if (!sk)
+		return 0;
+	c = connection_of(sk);
+	tgid = task->tgid;
+	target = bpf_map_lookup_elem(map_of(targets), &tgid);
+	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST) {
+		had_by_other(c, sk);
+		return 0;
+	}
+	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
+	if (!c && is_tcp(sk)) {
+		make_cookie(sk);
+		c = connection_find(sk, tgid, comm);
+		if (!c && *number == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
+			account_map_full();
+	}
+	if (c)
+		had_by(c, tgid, comm, *number);
+	return 0;
+}
+
+#endif
+
+LICENSED_AS("GPL");

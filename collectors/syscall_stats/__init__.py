@@ -1,0 +1,1 @@
+"""The `syscall_stats` collector: system calls by process and name."""

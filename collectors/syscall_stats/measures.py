@@ -1,0 +1,85 @@
+"""What Prometheus is told of system calls: added up by service and call, for the agent's life."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+from coral.collectors.contract import Batch, EventRows, Measures
+from coral.collectors.syscall_stats import errno_class
+from coral.collectors.syscall_stats.counters import (
+    COLUMNS,
+    ERRORS,
+    LATENCY,
+    LATENCY_FIRST,
+    TOTAL_NS,
+)
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+OTHER: Final = "other"
+# Upper bounds of the Prometheus histogram, as exponents of two, in ns: 256 ns to 17 s, times four.
+_BUCKET_EXPONENTS: Final = tuple(range(8, 35, 2))
+
+
+class SyscallMeasures(Measures):
+    """Calls, errors and latency by service and system call, for as long as the agent lives."""
+
+    def __init__(self, max_series: int) -> None:
+        self._max_series = max_series
+        self._lock = threading.Lock()  # a scrape runs in a thread of its own
+        self._series: dict[tuple[str, str], NDArray[np.uint64]] = {}
+
+    def observe(self, service: str, batch: Batch) -> None:
+        if isinstance(batch.rows, EventRows):
+            return  # filtered and sampled: no measure of the whole
+        with self._lock:
+            for row in batch.rows:
+                if isinstance(row, pb.SyscallStats):
+                    self._add(service, row)
+
+    def _add(self, service: str, row: pb.SyscallStats) -> None:
+        key = (service, row.syscall_name)
+        if key not in self._series and len(self._series) >= self._max_series:
+            key = (OTHER, OTHER)
+        series = self._series.setdefault(key, np.zeros(COLUMNS, np.uint64))
+        series[TOTAL_NS] += np.uint64(row.total_duration_ns)
+        for name, count in row.errors_by_class.items():
+            series[ERRORS + errno_class.NAMES.index(name)] += np.uint64(count)
+        counts = row.latency_ns.counts
+        series[LATENCY : LATENCY + len(counts)] += np.array(counts, np.uint64)
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            series = {key: value.copy() for key, value in self._series.items()}
+        calls = CounterMetricFamily(
+            "coral_syscall_calls", "System calls that ended.", labels=("service", "syscall")
+        )
+        errors = CounterMetricFamily(
+            "coral_syscall_errors",
+            "System calls that failed, by class of errno.",
+            labels=("service", "syscall", "class"),
+        )
+        seconds = HistogramMetricFamily(
+            "coral_syscall_duration_seconds",
+            "Time from a system call's start to its end.",
+            labels=("service", "syscall"),
+        )
+        for labels, counters in series.items():
+            latency = counters[LATENCY:].cumsum()
+            calls.add_metric(labels, int(latency[-1]))
+            buckets = [
+                (f"{2**exponent / 1e9:.9g}", float(latency[exponent - LATENCY_FIRST - 1]))
+                for exponent in _BUCKET_EXPONENTS
+            ]
+            buckets.append(("+Inf", float(latency[-1])))
+            seconds.add_metric(labels, buckets, float(counters[TOTAL_NS]) / 1e9)
+            for index, name in enumerate(errno_class.NAMES):
+                if counters[ERRORS + index]:
+                    errors.add_metric((*labels, name), int(counters[ERRORS + index]))
+        return (calls, errors, seconds)

@@ -1,0 +1,287 @@
+"""Connections as sock_diag tells them, where no program can walk to them: those that were open
+before the programs were, and the figures of all of them as they are now.
+
+sock_diag knows a socket by its cookie, the programs by its address. So the programs are told the
+cookies of what was found at the start (`found` of connections.bpf.h), and take a connection over
+when something happens to it. Until then it is shown from here; from then on it is the programs',
+under the same identity, so that what it carries is told once.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf import HashMap
+from coral.bpf.libbpf import BpfError
+from coral.bpf.probing import sock_diag
+from coral.collectors.targets import PROC
+from coral.collectors.tcp_metrics.connections import LISTENER, NAMES
+
+# An answer takes some 5 us a socket: with this, asking is never more than a twentieth of a CPU.
+_REST_NS: Final = 100_000
+_MOST_MISSING: Final = 3  # a socket that moves in the kernel's table may be passed over
+_SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
+_CLIENT, _SERVER = 1, 2  # enum TcpRole
+_AF_INET: Final = 2
+# enum TcpState, which is the kernel's.
+_ESTABLISHED, _SYN_SENT, _FIN_WAIT1, _FIN_WAIT2 = 1, 2, 4, 5
+_CLOSE_WAIT, _LAST_ACK, _LISTEN, _CLOSING = 8, 9, 10, 11
+_MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
+_ENDS: Final = ("network", "local_port", "remote_port", "local", "remote")
+_COUNTED: Final = NAMES[: NAMES.index("retransmits_fast")]
+
+
+class DiagConnections:
+    """Those of one session, beside the programs' own."""
+
+    def __init__(self, connections: HashMap, found: HashMap, ports: HashMap) -> None:
+        self._connections, self._found_map, self._ports = connections, found, ports
+        self._networks: dict[int, set[int]] = {}  # each with processes that were in it
+        self._found = np.empty(0, connections.value_dtype)  # as they were then, by cookie
+        self._idle = self._found  # those that only sock_diag knows
+        self._missing = Counter[int]()  # times, by cookie
+        self._sockets = np.empty(0, sock_diag.SOCKET)  # all of the last answer
+        self._ends = _ends_of(self._found)  # of the same
+        self._asked_ns = 0
+        self.unfollowed = 0  # there was no room for them
+
+    def find(self, processes: Mapping[int, str]) -> None:
+        """Looks among the sockets of PROCESSES, command names by tgid. After the programs are
+        attached: what opens from then on they see. Raises `BpfError`."""
+        owners = _socket_owners(processes)
+        self._networks = _networks(processes)
+        parts = [self._found]
+        for network in self._networks:
+            sockets = self._ask(network, owners)
+            sockets = sockets[np.unique(sockets["socket"]["cookie"], return_index=True)[1]]
+            records = _identified(sockets, self._found.dtype, network)
+            records["pid"] = [owners[inode] for inode in sockets["socket"]["inode"].tolist()]
+            records["comm"] = [processes[tgid].encode() for tgid in records["pid"].tolist()]
+            self._name_roles(records, sockets)
+            _count(records, sockets)
+            parts.append(records)
+        found = np.concatenate(parts)
+        # What the programs have found meanwhile is theirs.
+        found = found[~np.isin(_ends_of(found), _ends_of(self._connections.read()[1]))]
+        for name in _COUNTED:
+            found[f"found_{name}"] = found[name]
+        self._tell_ports(found[found["role"] == LISTENER])
+        found = found[np.array(self._tell(found), bool)]
+        self._found = found[np.argsort(found["cookie"])]
+        self._idle = self._found[self._found["role"] != LISTENER]
+
+    def read(self, *, now: bool) -> None:
+        """Asks again; not so often that it takes much time, unless it is to be NOW. Before the
+        programs' connections are read, so that one that they take over meanwhile is theirs."""
+        rest_ns = time.monotonic_ns() - self._asked_ns
+        if not (now or rest_ns > _REST_NS * len(self._sockets)):
+            return
+        self._asked_ns = time.monotonic_ns()
+        empty = np.empty(0, self._found.dtype)
+        parts, identified = [np.empty(0, sock_diag.SOCKET)], [empty]
+        for network in self._networks:
+            parts.append(self._ask(network))
+            identified.append(_identified(parts[-1], empty.dtype, network))
+        self._sockets, self._ends = np.concatenate(parts), _ends_of(np.concatenate(identified))
+        _, at, idle = np.intersect1d(
+            self._sockets["socket"]["cookie"], self._idle["cookie"], return_indices=True
+        )
+        records = self._idle[idle]
+        _count(records, self._sockets[at])
+        gone = np.delete(self._idle, idle)
+        self._missing = Counter({c: self._missing[c] + 1 for c in gone["cookie"].tolist()})
+        still = [self._missing[c] < _MOST_MISSING for c in gone["cookie"].tolist()]
+        self.unfollowed += still.count(False)  # ended, and the programs had no room to see it
+        self._idle = np.concatenate([records, gone[np.array(still, bool)]])
+
+    def merged(self, live: NDArray[Any], ended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The programs' connections, LIVE and ENDED: the former with the last answer's figures, and
+        with those that only sock_diag knows. What was found at the start keeps its identity."""
+        live = self._as_answered(live)
+        if len(self._found):
+            live, ended = self._recognized(live), self._recognized(ended)
+            for taken in (live, ended):
+                self._idle = self._idle[~np.isin(self._idle["found_ns"], taken["found_ns"])]
+            live = np.concatenate([live, self._idle])
+        return live, ended
+
+    def _as_answered(self, live: NDArray[Any]) -> NDArray[Any]:
+        for network in np.unique(live["network"]).tolist():
+            mine = live["pid"][live["network"] == network]
+            self._networks.setdefault(network, set()).update(mine.tolist())
+        _, at, known = np.intersect1d(self._ends, _ends_of(live), return_indices=True)
+        records, sockets = live[known], self._sockets[at]
+        # One that changes just now is as the programs have it.
+        same = (records["state"] == sockets["socket"]["state"]) & (records["ended_ns"] == 0)
+        same &= (records["read_ns"] < self._asked_ns) & (records["role"] != LISTENER)
+        records = records[same]
+        _count(records, sockets[same])
+        live = live.copy()
+        live[known[same]] = records
+        return live
+
+    def _recognized(self, records: NDArray[Any]) -> NDArray[Any]:
+        at = np.searchsorted(self._found["cookie"], records["cookie"])
+        at = at.clip(max=len(self._found) - 1)
+        ours = (self._found["cookie"][at] == records["cookie"]) & (records["start_ns"] == 0)
+        if ours.any():
+            records = records.copy()
+            for name in ("sk", "found_ns", *(f"found_{name}" for name in _COUNTED)):
+                records[name][ours] = self._found[name][at[ours]]
+        return records
+
+    def _ask(self, network: int, inodes: Container[int] | None = None) -> NDArray[Any]:
+        """The sockets, all or with these inodes, in a network namespace, through a process that
+        still is in it. None where it cannot be entered."""
+        ways: list[Path | None] = [None]
+        if network != _network_of("self"):
+            there = {tgid for tgid in self._networks[network] if _network_of(tgid) == network}
+            self._networks[network] = there
+            ways = [PROC / str(tgid) / "ns/net" for tgid in there]
+        for way in ways:
+            with suppress(OSError):
+                return sock_diag.tcp_sockets(inodes, way)
+        return np.empty(0, sock_diag.SOCKET)
+
+    def _name_roles(self, records: NDArray[Any], sockets: NDArray[Any]) -> None:
+        """As connection_find has it: servers by their port, others by the numbering of bytes."""
+        listens = records["state"] == _LISTEN
+        ports = records[["network", "local_port"]].tolist()
+        taken = {port for port, there in zip(ports, listens.tolist(), strict=True) if there}
+        taken.update(map(tuple, self._ports.read()[0].tolist()))
+        served = np.array([port in taken for port in ports], bool)
+        roles = np.where(served, _SERVER, _role_by_numbering(sockets))
+        records["role"] = np.where(listens, LISTENER, roles)
+
+    def _tell_ports(self, listeners: NDArray[Any]) -> None:
+        """With the number of listeners that each has: programs take one away when one closes."""
+        for network, port, pid, comm in listeners[
+            ["network", "local_port", "pid", "comm"]
+        ].tolist():
+            before = self._ports.read_one((network, port))
+            count = 1 if before is None else int(before["listeners"]) + 1
+            self._write(self._ports, (network, port), (pid, count, comm))
+
+    def _tell(self, found: NDArray[Any]) -> list[bool]:
+        """Whether there was room, of each."""
+        return [
+            self._write(self._found_map, cookie, (pid, comm))
+            for cookie, pid, comm in found[["cookie", "pid", "comm"]].tolist()
+        ]
+
+    def _write(self, to: HashMap, key: object, value: object) -> bool:
+        try:
+            to.write(key, value)
+        except BpfError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            self.unfollowed += 1
+            return False
+        return True
+
+
+def _socket_owners(tgids: Iterable[int]) -> dict[int, int]:
+    """By the inode of a socket, the first of these processes that has it open. Of a process that
+    may not be looked into, none."""
+    owners: dict[int, int] = {}
+    for tgid in sorted(tgids):
+        with suppress(OSError):
+            for entry in (PROC / str(tgid) / "fd").iterdir():
+                with suppress(OSError):  # it is closed meanwhile
+                    if socket := _SOCKET.fullmatch(str(entry.readlink())):
+                        owners.setdefault(int(socket[1]), tgid)
+    return owners
+
+
+def _network_of(tgid: int | str) -> int | None:
+    try:
+        return (PROC / str(tgid) / "ns/net").stat().st_ino
+    except OSError:
+        return None
+
+
+def _networks(tgids: Iterable[int]) -> dict[int, set[int]]:
+    """The network namespaces of these processes, each with those that are in it."""
+    found: dict[int, set[int]] = {}
+    for tgid in tgids:
+        if (network := _network_of(tgid)) is not None:
+            found.setdefault(network, set()).add(tgid)
+    return found
+
+
+def _identified(sockets: NDArray[Any], dtype: np.dtype[Any], network: int) -> NDArray[Any]:
+    """SOCKETS as struct tcp_connection, with all that does not change of them."""
+    message = sockets["socket"]
+    records = np.zeros(len(sockets), dtype)
+    for name in ("cookie", "state", "local_port", "remote_port"):
+        records[name] = message[name]
+    records["found_ns"], records["network"] = message["cookie"], network
+    v4 = message["family"] == _AF_INET
+    for name in ("local", "remote"):
+        address = np.ascontiguousarray(message[name]).view(np.uint8).reshape(-1, 16)
+        records[name] = address
+        records[name][v4, :12], records[name][v4, 12:] = _MAPPED, address[v4, :4]
+    return records
+
+
+def _under_way(sockets: NDArray[Any]) -> NDArray[np.int64]:
+    unacked = sockets["socket"]["unacked"].astype(np.int64)
+    unsent: NDArray[np.int64] = sockets["info"]["unsent"].astype(np.int64)
+    return unacked - unsent
+
+
+def _role_by_numbering(sockets: NDArray[Any]) -> NDArray[np.int64]:
+    """role_by_numbering of connections.bpf.h."""
+    info, state = sockets["info"], sockets["socket"]["state"]
+    payload = info["bytes_sent"].astype(np.int64) - info["bytes_retransmitted"].astype(np.int64)
+    fin_sent = ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
+    numbered = info["bytes_acked"].astype(np.int64) + _under_way(sockets)
+    began = (numbered > payload + fin_sent) | (state == _SYN_SENT)
+    return np.where(began, _CLIENT, _SERVER)
+
+
+def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
+    """Sets what the kernel counts in RECORDS, whose role is known: refresh of connections.bpf.h."""
+    info, state = sockets["info"], sockets["socket"]["state"]
+    for name in (
+        "bytes_retransmitted", "segments_sent", "segments_received", "retransmits", "rtt_min_us",
+        "congestion_window", "slow_start_threshold",
+    ):  # fmt: skip
+        records[name] = info[name]
+    records["state"], records["read_ns"] = state, time.monotonic_ns()
+    records["segment_bytes"] = info["mss"]
+    records["srtt_us"], records["rtt_deviation_us"] = (
+        info["rtt_us"] * 8,
+        info["rtt_variation_us"] * 4,
+    )
+    under_way = _under_way(sockets)
+    fin_came = np.isin(state, (_CLOSE_WAIT, _LAST_ACK, _CLOSING))
+    fin_under_way = np.isin(state, (_FIN_WAIT1, _CLOSING, _LAST_ACK)) & (info["unsent"] == 0)
+    acked = info["bytes_acked"].astype(np.int64)
+    acked -= (records["role"] == _CLIENT).astype(np.int64) + (state == _FIN_WAIT2)
+    records["bytes_received"] = (info["bytes_received"].astype(np.int64) - fin_came).clip(min=0)
+    records["bytes_acked"] = acked = acked.clip(min=0)
+    under_way = np.where(state == _SYN_SENT, 0, under_way - (fin_under_way & (under_way > 0)))
+    records["bytes_sent"] = acked + under_way
+
+
+def _ends_of(records: NDArray[Any]) -> NDArray[Any]:
+    """Both ends and the network of connections, as byte strings, which numpy can compare."""
+    columns = [
+        np.frombuffer(records[name].tobytes(), np.uint8).reshape(
+            len(records), records.dtype[name].itemsize
+        )
+        for name in _ENDS
+    ]
+    packed = np.ascontiguousarray(np.hstack(columns))
+    return packed.view(f"S{packed.shape[1]}").reshape(-1)

@@ -1,1 +1,0 @@
-"""The contract: .proto files, the classes generated from them, the wire form of its rows."""

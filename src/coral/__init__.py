@@ -1,0 +1,1 @@
+"""Coral's eBPF agent, its client and its command line."""

@@ -1,0 +1,71 @@
+"""The names of addresses, as this machine's resolver has them.
+
+A table never waits for a name: it shows the address until the name is known. Threads ask, and not
+the loop's executor, which would be waited for at the end: a name server that does not answer takes
+its time.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final
+
+from coral.views.text import safe
+
+_THREADS: Final = 8
+_MOST_NAMES: Final = 20_000
+_MOST_WAITING: Final = 1000
+_SETTLE_S: Final = 0.5
+
+
+def look_up(address: str) -> str:
+    """The name of an address; empty where it has none."""
+    try:
+        name, _ = socket.getnameinfo((address, 0), socket.NI_NAMEREQD)
+    except (OSError, UnicodeError):
+        return ""
+    return safe(name)
+
+
+class Names:
+    """Each address is asked for once, by a few threads that end with the process."""
+
+    def __init__(self, ask: Callable[[str], str] = look_up) -> None:
+        self._ask = ask
+        self._known: dict[str, str] = {}
+        self._waiting: set[str] = set()
+        self._queue: SimpleQueue[str] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._threads = 0
+
+    def of(self, address: str) -> str:
+        """The name, where it is known by now; else it is asked for, and empty."""
+        with self._changed:
+            if address in self._known:
+                return self._known[address]
+            full = len(self._known) >= _MOST_NAMES or len(self._waiting) >= _MOST_WAITING
+            if address in self._waiting or full:
+                return ""
+            self._waiting.add(address)
+            if self._threads < min(_THREADS, len(self._waiting)):
+                self._threads += 1
+                threading.Thread(target=self._work, name="coral-names", daemon=True).start()
+        self._queue.put(address)
+        return ""
+
+    def settle(self, timeout_s: float = _SETTLE_S) -> None:
+        """Waits for names that were asked for, so long at most: there is no later table."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            address = self._queue.get()
+            name = self._ask(address)
+            with self._changed:
+                self._known[address] = name
+                self._waiting.discard(address)
+                self._changed.notify_all()

@@ -1,0 +1,130 @@
+"""Single things that happened to connections, as lines and as data; figures as data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.message import Message
+
+from coral.client import Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.names import Names
+from coral.views.tcp_metrics.flows import CLIENT, LISTENER, SERVER, is_bad
+from coral.views.tcp_metrics.peers import endpoint
+from coral.views.tcp_metrics.tally import error_name, event_end, event_rows
+from coral.views.text import safe, styled, times
+from coral.wire.kinds import kind_name
+
+_WHO_WIDTH: Final = 22
+_ENDS_WIDTH: Final = 41
+_What = pb.TcpStateChange
+_KINDS: Final = {
+    _What.WHAT_RETRANSMIT_FAST: "fast recovery",
+    _What.WHAT_RETRANSMIT_TIMEOUT: "timer",
+    _What.WHAT_RETRANSMIT_TAIL_PROBE: "tail probe",
+    _What.WHAT_RETRANSMIT_HANDSHAKE: "handshake",
+}
+_ARROWS: Final = {CLIENT: "→", SERVER: "←"}
+_ENUMS: Final = {
+    "role": pb.TcpRole.DESCRIPTOR,
+    "what": pb.TcpStateChange.What.DESCRIPTOR,
+    "old_state": pb.TcpState.DESCRIPTOR,
+    "new_state": pb.TcpState.DESCRIPTOR,
+    "end": pb.TcpEnd.DESCRIPTOR,
+}
+
+
+def event_line(event: Mapping[str, Any], names: Names | None = None) -> str:
+    """One event for people: when, whose, between whom, what."""
+    seconds, ns = divmod(event["time_ns"], 10**9)
+    clock = f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{ns // 1000:06d}"
+    who = f"{safe(event['comm'])}/{event['pid']}"
+    what, colour = _what(event)
+    text = styled(what, colour, bold=colour == "red") if colour else what
+    return f"{clock}  {who:<{_WHO_WIDTH}} {_ends(event, names):<{_ENDS_WIDTH}} {text}"
+
+
+def _ends(event: Mapping[str, Any], names: Names | None) -> str:
+    local = endpoint(event["local_address"], event["local_port"])
+    if event["role"] == LISTENER and not event["remote_port"]:
+        return local
+    address = event["remote_address"]
+    remote = endpoint((names and names.of(address)) or address, event["remote_port"])
+    return f"{local} {_ARROWS.get(event['role'], '-')} {remote}"
+
+
+def _what(event: Mapping[str, Any]) -> tuple[str, str]:
+    """What happened, and in which colour."""
+    what, count = event["what"], event["count"]
+    many = f" {times(count)}" if count > 1 else ""
+    if kind := _KINDS.get(what):
+        return f"RETRANSMIT{many}, {kind}, {_state(event['new_state'])}", "yellow"
+    reason = event["reason"] and f": {event['reason']}"
+    if what == _What.WHAT_RESET_SENT:
+        return f"RESET sent{many}{reason}", "red"
+    if what == _What.WHAT_RESET_RECEIVED:
+        return f"RESET received{many}", "red"
+    text = f"{_state(event['old_state'])} → {_state(event['new_state'])}"
+    if event["new_state"] != pb.TCP_STATE_CLOSE or event["role"] == LISTENER:
+        return text, ""
+    error = error_name(event["error"])
+    word = event_end(event) if event["end"] else ""
+    said = [text, word, error if error != word else ""]
+    return "  ".join(part for part in said if part), "red" if is_bad(word) else ""
+
+
+def _state(number: int) -> str:
+    """`syn-sent` and its like, as `ss` says."""
+    return _short(pb.TcpState.DESCRIPTOR, number).replace("_", "-")
+
+
+def records(batch: Batch, names: Names | None = None) -> Iterator[dict[str, Any]]:
+    """Each row as plain data, with the names of the .proto."""
+    message = batch.message
+    head = {"collector": kind_name(message.kind), "service": message.service_name}
+    for event in event_rows(batch) if len(batch.events) else ():
+        data = {
+            name: _short(_ENUMS[name], value).lower() if name in _ENUMS else value
+            for name, value in event.items()
+        }
+        yield head | data | {"error": error_name(event["error"])} | _named(event, names)
+    interval = {
+        "interval_start_ns": message.interval_start_ns,
+        "interval_end_ns": message.interval_end_ns,
+    }
+    for index, row in enumerate((*message.tcp_metrics, *message.tcp_peers)):
+        data = plain(row)
+        yield head | {"seq": message.first_seq + index} | interval | data | _named(data, names)
+
+
+def _named(data: Mapping[str, Any], names: Names | None) -> dict[str, str]:
+    return {"remote_name": names.of(data["remote_address"])} if names else {}
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message with all its fields: numbers as numbers, enums by their short names."""
+    return {field.name: _plain(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _plain(message: Message, field: Any) -> Any:  # noqa: ANN401
+    value = getattr(message, field.name)
+    if field.message_type and field.message_type.GetOptions().map_entry:
+        return dict(value)
+    if field.message_type:
+        return plain(value)
+    if field.enum_type:
+        return _short(field.enum_type, value)
+    return list(value) if field.is_repeated else value
+
+
+def _short(enum: EnumDescriptor, number: int) -> str:
+    """A value's name in lower case, without what all of its enum begin with."""
+    names = enum.values_by_number
+    if number not in names:
+        return str(number)
+    first = enum.values[0].name
+    prefix = first[: first.rindex("_") + 1]
+    return names[number].name.removeprefix(prefix).lower()

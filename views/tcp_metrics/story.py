@@ -1,0 +1,358 @@
+"""What a tap of `tcp_metrics` shows: connections busiest first, what fails among them, and at the
+end peers, troubles and a picture of the round trips."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from coral.client import Batch
+from coral.views.names import Names
+from coral.views.sheet import Column, Content, Sheet
+from coral.views.tcp_metrics.events import event_line, records
+from coral.views.tcp_metrics.flows import Flow, Health, choose, fold, fold_peers, is_bad, sum_of
+from coral.views.tcp_metrics.peers import peer
+from coral.views.tcp_metrics.tally import Tally, event_rows
+from coral.views.text import (
+    bar,
+    format_age,
+    format_amount,
+    format_ns,
+    format_share,
+    safe,
+    shorten,
+    times,
+)
+
+_MOST_LINES: Final = 50  # in a pipe, where a terminal's height is no limit
+_MOST_PEERS: Final = 20
+_MOST_TROUBLES: Final = 15
+_BADLY_WIDTH: Final = 24
+_BAR_WIDTH: Final = 30
+_QUIET_S: Final = 2.0
+_STYLES: Final = {Health.WELL: "", Health.LOSSY: "yellow", Health.BAD: "bold red"}
+_US: Final = 1000
+
+_CONNECTIONS: Final = (
+    Column("PROCESS", right=False),
+    Column("PID", spare=4),
+    Column("CONNECTION", right=False, fits=True),
+    Column("STATE", right=False),
+    Column("OUT/S"),
+    Column("IN/S"),
+    Column("OUT", spare=2),
+    Column("IN", spare=2),
+    Column("RTT"),
+    Column("P50", spare=6),
+    Column("P99", spare=3),
+    Column("RESENT"),
+    Column("RETRANS", spare=5),
+    Column("CWND", spare=7),
+    Column("AGE", spare=1),
+)
+_PEERS: Final = (
+    Column("PEER", right=False, fits=True),
+    Column("OPEN"),
+    Column("NEW/S"),
+    Column("OUT/S"),
+    Column("IN/S"),
+    Column("P50"),
+    Column("P99", spare=2),
+    Column("RESENT", spare=1),
+    Column("ENDED BADLY", right=False),
+)
+_PEER_TOTALS: Final = (
+    Column("PEER", right=False, fits=True),
+    Column("OPENED"),
+    Column("OPEN", spare=4),
+    Column("FAILED"),
+    Column("OUT"),
+    Column("IN"),
+    Column("P50"),
+    Column("P99", spare=2),
+    Column("RESENT", spare=1),
+    Column("RETRANS", spare=3),
+)
+_EVENT_TOTALS: Final = (
+    Column("PEER", right=False, fits=True),
+    Column("OPENED"),
+    Column("CLOSED"),
+    Column("FAILED"),
+    Column("RESENT"),
+    Column("RESETS"),
+)
+_TROUBLES: Final = (
+    Column("ENDED BADLY", right=False),
+    Column("TIMES"),
+    Column("PROCESS", right=False, spare=1),
+    Column("CONNECTION", right=False, fits=True),
+    Column("WHY", right=False),
+)
+
+
+class TcpStory:
+    """The last interval, and all of them. With NAMES, addresses are shown by name as soon as these
+    are known."""
+
+    def __init__(self, names: Names | None = None) -> None:
+        self._names = names
+        self._tally = Tally()
+        self._heard_s = time.monotonic()
+        self._folded: tuple[bool, list[Flow]] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has gathered."""
+        return self._tally.intervals.seconds
+
+    def add(self, batch: Batch) -> None:
+        """Takes in figures, or single events."""
+        self._tally.add(batch)
+        self._heard_s = time.monotonic()
+        self._folded = None
+
+    def interval_table(self, width: int, most_lines: int) -> RenderableType:
+        """The last interval, for a terminal: connections in which nothing moves stay in sight."""
+        quiet_s = time.monotonic() - self._heard_s
+        quiet = quiet_s > max(2 * self._tally.intervals.latest_s, _QUIET_S)
+        if not self._folded or self._folded[0] != quiet:
+            flows = [] if quiet else self._tally.latest
+            idle = [] if self._tally.by_peer else self._tally.idle(everything=quiet)
+            self._folded = quiet, self._fold([*flows, *idle])
+        head = Text()
+        if quiet:
+            head = Text(f"{self._open()}nothing moved for {quiet_s:.0f}s", "dim")
+        else:
+            for text, style in self._headline():
+                head.append(", " if head else "").append(text, style)
+        sheet = self._interval_sheet(self._folded[1], most_lines - 3)
+        return Group(head, sheet.table(width)) if sheet.rows else head
+
+    def interval_lines(self) -> Iterator[str]:
+        """The last interval, for a pipe."""
+        yield ", ".join(text for text, _ in self._headline())
+        yield from self._interval_sheet(self._fold(self._tally.latest), _MOST_LINES).lines()
+
+    def end_table(self, width: int) -> RenderableType:
+        """All of it, for a terminal."""
+        parts: list[RenderableType] = [Text(line) for line in self._totals()]
+        for sheet in self._end_sheets():
+            parts += [Text(), sheet.table(width)]
+        return Group(*parts)
+
+    def end_lines(self) -> Iterator[str]:
+        """All of it, for a pipe."""
+        yield from self._totals()
+        for sheet in self._end_sheets():
+            yield ""
+            yield from sheet.lines()
+
+    def event_lines(self, batch: Batch) -> Iterator[str]:
+        """A line for each single event."""
+        if len(batch.events):
+            yield from (event_line(event, self._names) for event in event_rows(batch))
+
+    def records(self, batch: Batch) -> Iterator[dict[str, Any]]:
+        """Each row as plain data."""
+        yield from records(batch, self._names)
+
+    def _fold(self, flows: Sequence[Flow]) -> list[Flow]:
+        return fold_peers(flows) if self._tally.by_peer else fold(flows)
+
+    def _open(self) -> str:
+        return f"{self._tally.open_now:,} open, " if self._tally.knows_open else ""
+
+    def _headline(self) -> Iterator[tuple[str, str]]:
+        """The last interval in a line, each part with its style."""
+        tally = self._tally
+        latest = tally.interval
+        seconds = tally.intervals.latest_s or 1.0
+        resets = sum(count for word, count in latest.ends.items() if word.endswith("RESET"))
+        if tally.knows_open:
+            yield f"{tally.open_now:,} open", ""
+        yield f"{_rate(latest.opened, seconds)} new/s", ""
+        yield f"{latest.failed:,} FAILED" if latest.failed else "0 failed", _bad(latest.failed)
+        if resets:
+            yield f"{resets:,} RESET", _bad(resets)
+        yield f"{format_amount(latest.bytes_out / seconds)}B/s out", ""
+        yield f"{format_amount(latest.bytes_in / seconds)}B/s in", ""
+        style = _STYLES[Health.LOSSY] if latest.retransmits else ""
+        yield f"{format_share(latest.resent_share)} resent", style
+
+    def _interval_sheet(self, flows: Sequence[Flow], most: int) -> Sheet:
+        shown, rest = choose(flows, max(most, 1))
+        by_peer, seconds = self._tally.by_peer, self._tally.intervals.latest_s or 1.0
+        sheet = Sheet(_PEERS if by_peer else _CONNECTIONS)
+        cells = self._peer_cells if by_peer else self._connection_cells
+        called = _peer_alone if by_peer else peer
+        for flow in shown:
+            sheet.add(*cells(flow, called(flow, self._names), seconds))
+        if rest:
+            others = sum_of(rest)
+            others.comm, others.pid, others.word, others.age_ns = "", 0, "", 0
+            sheet.add(*cells(others, f"and {len(rest):,} more lines", seconds))
+        return sheet
+
+    def _connection_cells(
+        self, flow: Flow, content: Content, seconds: float
+    ) -> Iterator[Content | tuple[Content, str]]:
+        style = _STYLES[flow.health]
+        yield safe(flow.comm)
+        yield str(flow.pid or "")
+        yield content, style
+        yield flow.word, style
+        yield _bytes(flow.bytes_out / seconds)
+        yield _bytes(flow.bytes_in / seconds)
+        yield _bytes(flow.ever_out)
+        yield _bytes(flow.ever_in)
+        yield _us(flow.round_trip_us)
+        yield _us(flow.rtt.quantile(0.5))
+        yield _us(flow.rtt.quantile(0.99))
+        yield _resent(flow)
+        yield f"{flow.retransmits:,}" if flow.retransmits else ""
+        yield f"{flow.window:,}" if flow.window else ""
+        yield format_age(flow.age_ns) if flow.age_ns else ""
+
+    def _peer_cells(
+        self, flow: Flow, content: Content, seconds: float
+    ) -> Iterator[Content | tuple[Content, str]]:
+        yield content, _STYLES[flow.health]
+        yield f"{flow.open:,}"
+        yield _rate(flow.opened, seconds)
+        yield _bytes(flow.bytes_out / seconds)
+        yield _bytes(flow.bytes_in / seconds)
+        yield _us(flow.rtt.quantile(0.5))
+        yield _us(flow.rtt.quantile(0.99))
+        yield _resent(flow)
+        bad = ((word, count) for word, count in flow.ends.most_common() if is_bad(word))
+        text = ", ".join(f"{word} {times(count)}" for word, count in bad)
+        yield shorten(text, _BADLY_WIDTH), _STYLES[Health.BAD]
+
+    def _totals(self) -> Iterator[str]:
+        """All of it in two lines: how much, and who hung up."""
+        tally, everything = self._tally, self._tally.all
+        if self._names:
+            self._end_sheets()  # asks for the names
+            self._names.settle()
+        opened = f"{everything.opened:,} opened, {everything.failed:,} failed"
+        share = format_share(everything.resent_share)
+        if tally.single_events:
+            yield f"{opened}; segments resent: {everything.retransmits:,}"
+        else:
+            yield (
+                f"{self._open()}{opened}; {format_amount(everything.bytes_out)}B out, "
+                f"{format_amount(everything.bytes_in)}B in; "
+                f"{share} of {everything.segments:,} segments resent"
+            )
+        if everything.ends:
+            ends = sorted(everything.ends.items(), key=lambda item: (-item[1], item[0]))
+            yield "ended: " + ", ".join(f"{count:,} {word}" for word, count in ends)
+
+    def _end_sheets(self) -> list[Sheet]:
+        sheets = [self._peer_totals(), self._trouble_sheet(), self._rtt_sheet()]
+        return [sheet for sheet in sheets if sheet.rows]
+
+    def _peer_totals(self) -> Sheet:
+        events = self._tally.single_events
+        shown, rest = choose(fold_peers(self._tally.peers()), _MOST_PEERS)
+        sheet = Sheet(_EVENT_TOTALS if events else _PEER_TOTALS)
+        cells = self._event_total_cells if events else self._peer_total_cells
+        for flow in shown:
+            sheet.add(*cells(flow, _peer_alone(flow, self._names)))
+        if rest:
+            sheet.add(*cells(sum_of(rest), f"and {len(rest):,} more"))
+        return sheet
+
+    def _peer_total_cells(
+        self, flow: Flow, content: Content
+    ) -> Iterator[Content | tuple[Content, str]]:
+        yield content, _STYLES[flow.health]
+        yield f"{flow.opened:,}"
+        yield f"{flow.open:,}"
+        yield f"{flow.failed:,}", _bad(flow.failed)
+        yield _bytes(flow.bytes_out)
+        yield _bytes(flow.bytes_in)
+        yield _us(flow.rtt.quantile(0.5))
+        yield _us(flow.rtt.quantile(0.99))
+        yield _resent(flow)
+        yield f"{flow.retransmits:,}" if flow.retransmits else ""
+
+    def _event_total_cells(
+        self, flow: Flow, content: Content
+    ) -> Iterator[Content | tuple[Content, str]]:
+        yield content, _STYLES[flow.health]
+        yield f"{flow.opened:,}"
+        yield f"{flow.closed:,}"
+        yield f"{flow.failed:,}", _bad(flow.failed)
+        yield f"{flow.retransmits:,}", _STYLES[Health.LOSSY] if flow.retransmits else "dim"
+        yield f"{flow.resets:,}", _bad(flow.resets)
+
+    def _trouble_sheet(self) -> Sheet:
+        sheet = Sheet(_TROUBLES)
+        troubles = self._tally.troubles.most_common()
+        for trouble, count in troubles[:_MOST_TROUBLES]:
+            flow = Flow(trouble.role, trouble.address, trouble.port)
+            style = _STYLES[Health.BAD]
+            content = peer(flow, self._names)
+            number, who = f"{count:,}", safe(trouble.comm)
+            sheet.add((trouble.word, style), number, who, content, trouble.why)
+        if rest := troubles[_MOST_TROUBLES:]:
+            count = sum(count for _, count in rest)
+            sheet.add("", f"{count:,}", "", f"and {len(rest):,} more", "")
+        return sheet
+
+    def _rtt_sheet(self) -> Sheet:
+        """A picture of the round trips."""
+        rtt = self._tally.all.rtt
+        figures = ", ".join(f"p{q * 100:g} {_us(rtt.quantile(q))}" for q in (0.5, 0.95, 0.99))
+        sheet = Sheet((Column("ROUND TRIP"), Column("ACKS"), Column(figures, right=False)))
+        filled = [slot for slot, count in enumerate(rtt.counts) if count]
+        most = max(rtt.counts, default=0)
+        for slot in range(filled[0], filled[-1] + 1) if filled else ():
+            lower = _round_us(rtt.bounds[slot - 1]) if slot else "0"
+            above = slot == len(rtt.bounds)
+            name = f"over {lower}" if above else f"{lower} - {_round_us(rtt.bounds[slot])}"
+            count = rtt.counts[slot]
+            sheet.add(name, f"{count:,}", (bar(count / most, _BAR_WIDTH), "cyan"))
+        return sheet
+
+
+def _peer_alone(flow: Flow, names: Names | None) -> Content:
+    """A peer without how many connections there are, where columns say that."""
+    return peer(replace(flow, connections=1), names)
+
+
+def _bytes(amount: float) -> tuple[str, str]:
+    return (f"{format_amount(amount)}B", "") if amount else ("0", "dim")
+
+
+def _us(us: float) -> str:
+    return format_ns(us * _US) if us else ""
+
+
+def _round_us(us: int) -> str:
+    """A bound, which is a round number."""
+    for unit, size in (("s", 1_000_000), ("ms", 1000)):
+        if us >= size:
+            return f"{us / size:g}{unit}"
+    return f"{us}µs"
+
+
+def _rate(count: int, seconds: float) -> str:
+    rate = count / seconds
+    return f"{rate:.1f}" if 0 < rate < 9.95 else f"{rate:,.0f}"  # noqa: PLR2004
+
+
+def _resent(flow: Flow) -> tuple[str, str]:
+    if not flow.retransmits:
+        return "0%", "dim"
+    return format_share(flow.resent_share), _STYLES[Health.LOSSY]
+
+
+def _bad(count: int) -> str:
+    return _STYLES[Health.BAD] if count else "dim"

@@ -1,0 +1,249 @@
+"""Batches of `tcp_metrics` taken in: the last interval, and sums of all, in bounded room."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from functools import lru_cache
+from ipaddress import IPv6Address
+from typing import Any, Final, NamedTuple
+
+from coral.client import Batch
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.intervals import Intervals
+from coral.views.tcp_metrics.flows import (
+    CLIENT,
+    LISTENER,
+    OTHER,
+    SERVER,
+    Flow,
+    end_word,
+    has_ended,
+    is_bad,
+    of_connection,
+    of_peer,
+    sum_of,
+)
+
+_MOST_PEERS: Final = 10_000
+_MOST_TROUBLES: Final = 10_000
+_ERRNO_OF: Final = {"REFUSED": "ECONNREFUSED", "TIMEOUT": "ETIMEDOUT"}
+_RETRANSMITS: Final = (
+    pb.TcpStateChange.WHAT_RETRANSMIT_FAST,
+    pb.TcpStateChange.WHAT_RETRANSMIT_TIMEOUT,
+    pb.TcpStateChange.WHAT_RETRANSMIT_TAIL_PROBE,
+    pb.TcpStateChange.WHAT_RETRANSMIT_HANDSHAKE,
+)
+_RESETS: Final = (
+    pb.TcpStateChange.WHAT_RESET_SENT,
+    pb.TcpStateChange.WHAT_RESET_RECEIVED,
+)
+
+_ATTEMPTS: Final = (pb.TCP_STATE_SYN_SENT, pb.TCP_STATE_SYN_RECV)
+
+_Peer = tuple[int, str, int]
+
+
+class Trouble(NamedTuple):
+    """A way in which connections ended badly: what, why, whose, with whom."""
+
+    word: str
+    why: str
+    comm: str
+    role: int
+    address: str
+    port: int
+
+
+class Tally:
+    """All that a tap has been told."""
+
+    def __init__(self) -> None:
+        self.intervals = Intervals()
+        self.by_peer = False
+        self.single_events = False
+        # False where rows that the agent has added up hide which connections are open.
+        self.knows_open = True
+        self.latest: list[Flow] = []
+        self.interval = Flow(connections=0)  # the sum of the latest
+        self._before = Flow(connections=0)  # the sum of those before it
+        self.troubles: Counter[Trouble] = Counter()
+        self._peers: dict[_Peer, Flow] = {}
+        self._open: dict[Hashable, tuple[pb.TcpMetrics, int]] = {}
+        self._open_at: dict[_Peer, int] = {}
+        self._moved: set[Hashable] = set()
+        self._end_ns = 0
+
+    def add(self, batch: Batch) -> None:
+        """Takes in figures, or single events."""
+        message = batch.message
+        if self.intervals.begins(message):
+            self._before.merge(self.interval)
+            self.latest = []
+            self.interval = Flow(connections=0)
+            self._moved = set()
+            self._end_ns = message.interval_end_ns
+        if len(batch.events):
+            self.single_events = True
+            for flow, why in map(_of_event, event_rows(batch)):
+                self._take(flow, why)
+        else:
+            self._add_figures(message)
+
+    def _add_figures(self, message: pb.EbpfEventBatch) -> None:
+        for row in message.tcp_metrics:
+            self._follow(row)
+            flow = of_connection(row)
+            self.latest.append(flow)
+            self._take(flow, row.error or row.reset_reason)
+        for peer in message.tcp_peers:
+            self.by_peer = True
+            flow = of_peer(peer)
+            self.latest.append(flow)
+            self._open_at[_peer_of(flow)] = flow.open
+            self._take(flow, failures=peer.failures)
+
+    def _follow(self, row: pb.TcpMetrics) -> None:
+        """Notes whether it is open."""
+        if row.connections:
+            self.knows_open = False
+        if row.connections or row.role not in (CLIENT, SERVER):
+            return
+        key: Hashable = row.connection_id or (
+            row.network_namespace,
+            row.local_address,
+            row.local_port,
+            row.remote_address,
+            row.remote_port,
+            row.start_ns,
+        )
+        self._moved.add(key)
+        if has_ended(row):
+            self._open.pop(key, None)
+        else:
+            self._open[key] = row, self._end_ns
+
+    def _take(self, flow: Flow, why: str = "", failures: Mapping[str, int] | None = None) -> None:
+        self.interval.merge(flow)
+        key = _peer_of(flow)
+        if key not in self._peers and len(self._peers) >= _MOST_PEERS:
+            key = 0, OTHER, 0
+        if key not in self._peers:
+            self._peers[key] = Flow(*key, connections=0)
+        self._peers[key].merge(flow)
+        for word, count in flow.ends.items():
+            if not is_bad(word):
+                continue
+            if failures is not None:
+                why = _ERRNO_OF.get(word, "")
+                why = why if why in failures else ""
+            trouble = Trouble(word, why, flow.comm, *_peer_of(flow))
+            if trouble not in self.troubles and len(self.troubles) >= _MOST_TROUBLES:
+                trouble = Trouble(word, why, "", 0, OTHER, 0)
+            self.troubles[trouble] += count
+
+    @property
+    def open_now(self) -> int:
+        """Connections that are open."""
+        return sum(self._open_at.values()) if self.by_peer else len(self._open)
+
+    def idle(self, *, everything: bool = False) -> list[Flow]:
+        """The open connections in which nothing moved in the last interval; with EVERYTHING all
+        that are open, as if nothing had."""
+        flows = []
+        for key, (row, told_ns) in self._open.items():
+            if everything or key not in self._moved:
+                still = pb.TcpMetrics()
+                still.CopyFrom(row)
+                still.ClearField("delta")
+                still.ClearField("rtt_us_delta")
+                flow = of_connection(still)
+                flow.opened = 0
+                if row.start_ns:
+                    flow.age_ns += max(self._end_ns - told_ns, 0)
+                flows.append(flow)
+        return flows
+
+    def peers(self) -> list[Flow]:
+        """The sums of all intervals by peer, with what is open now."""
+        open_at = Counter(self._open_at)
+        if not self.by_peer:
+            open_at = Counter(_peer_of(of_connection(row)) for row, _ in self._open.values())
+        for key, flow in self._peers.items():
+            flow.open = open_at[key]
+        return [flow for flow in self._peers.values() if flow.role != LISTENER or flow.retransmits]
+
+    @property
+    def all(self) -> Flow:
+        """The sum of all intervals."""
+        return sum_of([self._before, self.interval])
+
+
+def _peer_of(flow: Flow) -> _Peer:
+    if flow.address == OTHER:
+        return 0, OTHER, 0
+    return flow.role, flow.address, flow.port
+
+
+def event_rows(batch: Batch) -> Iterable[dict[str, Any]]:
+    """Each single event, with addresses and names as texts."""
+    events = batch.events
+    names = events.dtype.names or ()
+    comms, reasons = batch.strings[events["comm"]], batch.strings[events["reason"]]
+    for values, comm, reason in zip(events.tolist(), comms.tolist(), reasons.tolist(), strict=True):
+        row = dict(zip(names, values, strict=True)) | {"comm": comm, "reason": reason}
+        event = {}
+        for name, value in row.items():
+            end, _, part = name.partition("_")
+            if part == "high":
+                event[f"{end}_address"] = address_text(value, row[f"{end}_low"])
+            elif part != "low":
+                event[name] = value
+        yield event
+
+
+@lru_cache(4096)
+def address_text(high: int, low: int) -> str:
+    """An address of 128 bits as text; that of IPv4 in IPv6 as IPv4."""
+    address = IPv6Address(high << 64 | low)
+    return str(address.ipv4_mapped or address)
+
+
+def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:
+    """What a single event adds, and why it ended where it did badly."""
+    client = event["role"] == CLIENT
+    flow = Flow(
+        role=event["role"],
+        address=event["remote_address"],
+        port=event["remote_port"] if client else event["local_port"],
+        comm=event["comm"],
+        connections=0,
+    )
+    what, new = event["what"], event["new_state"]
+    if what in _RETRANSMITS:
+        flow.retransmits = event["count"]
+    elif what in _RESETS:
+        flow.resets = event["count"]
+    elif event["role"] == LISTENER:
+        pass
+    elif new == (pb.TCP_STATE_SYN_SENT if client else pb.TCP_STATE_ESTABLISHED):
+        flow.opened = 1
+    elif new == pb.TCP_STATE_CLOSE:
+        flow.closed = 1
+        flow.failed = int(event["old_state"] in _ATTEMPTS)
+        flow.ends[event_end(event)] = 1
+    return flow, error_name(event["error"])
+
+
+def event_end(event: Mapping[str, Any]) -> str:
+    """How a connection ended, in a word."""
+    if event["end"] == pb.TCP_END_ABORTED and event["old_state"] not in _ATTEMPTS:
+        # Only a reset closes an established one so; that it was sent is told by the next event.
+        return end_word(pb.TCP_END_RESET_LOCAL)
+    return end_word(event["end"], error_name(event["error"]))
+
+
+def error_name(number: int) -> str:
+    """`ECONNREFUSED` and its like; empty for 0."""
+    return errno.errorcode.get(number, str(number)) if number else ""

@@ -1,0 +1,1 @@
+"""What both sides know of the contract beyond the generated stubs: its bytes as numpy arrays."""

@@ -1,0 +1,92 @@
+"""Histograms, by powers of two and by given bounds: added up, and read as quantiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+
+@dataclass
+class Histogram:
+    """Counts of values in ns, by powers of two; see Log2Histogram in the contract.
+
+    `max_ns` is exact; a quantile lies within its slot, that is, within a factor of two.
+    """
+
+    first_exponent: int = 0
+    counts: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    max_ns: int = 0
+
+    @property
+    def count(self) -> int:
+        """Values in it."""
+        return int(self.counts.sum())
+
+    def add(self, message: pb.Log2Histogram, max_ns: int) -> None:
+        """Adds another interval's, another process's values."""
+        if len(self.counts) < message.slots:
+            self.counts = np.pad(self.counts, (0, message.slots - len(self.counts)))
+        self.first_exponent = message.first_exponent
+        self.counts[: len(message.counts)] += np.array(message.counts, np.uint64)
+        self.max_ns = max(self.max_ns, max_ns)
+
+    def quantile_ns(self, q: float) -> float:
+        """The value that a share Q (0 to 1) of all values do not exceed, interpolated linearly
+        inside its slot, and never above the greatest value. 0 where there are no values."""
+        total = self.count
+        if not total:
+            return 0.0
+        cumulative = self.counts.cumsum()
+        slot = int(np.searchsorted(cumulative, q * total))
+        slot = min(slot, len(self.counts) - 1)
+        below = float(cumulative[slot - 1]) if slot else 0.0
+        lower = float(2 ** (self.first_exponent + slot)) if slot else 0.0
+        upper = float(2 ** (self.first_exponent + slot + 1))
+        share = (q * total - below) / float(self.counts[slot])
+        return min(lower + (upper - lower) * share, float(self.max_ns))
+
+
+@dataclass
+class Buckets:
+    """Counts of values by upper bounds; see BucketHistogram in the contract."""
+
+    bounds: tuple[int, ...] = ()
+    counts: list[int] = field(default_factory=list)
+    sum: int = 0
+
+    @property
+    def count(self) -> int:
+        """Values in it."""
+        return sum(self.counts)
+
+    def add(self, more: pb.BucketHistogram | Buckets) -> None:
+        """Adds another interval's, another connection's values. Raises ValueError where the bounds
+        are others."""
+        if not more.counts:
+            return
+        bounds = tuple(more.bounds)
+        if not self.counts:
+            self.bounds, self.counts, self.sum = bounds, list(more.counts), more.sum
+            return
+        if len(more.counts) != len(self.counts) or bounds != self.bounds:
+            raise ValueError("histograms of other bounds cannot be added up")
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, more.counts, strict=True)]
+        self.sum += more.sum
+
+    def quantile(self, q: float) -> float:
+        """The value that a share Q (0 to 1) of all values do not exceed, interpolated linearly
+        inside its slot; of what is above all bounds, the last bound. 0 where there are no
+        values."""
+        wanted, below = q * self.count, 0
+        for slot, count in enumerate(self.counts):
+            if count and below + count >= wanted:
+                if slot >= len(self.bounds):
+                    return float(self.bounds[-1])
+                lower = self.bounds[slot - 1] if slot else 0
+                return lower + (self.bounds[slot] - lower) * (wanted - below) / count
+            below += count
+        return 0.0
