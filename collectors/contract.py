@@ -14,9 +14,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import Metric
@@ -26,6 +27,7 @@ from coral.bpf.libbpf import release_memory
 from coral.bpf.probing import capabilities
 from coral.collectors.options import Option
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.columns import columns_layout
 
 # Until the first events are out, a collector looks this often, so that whoever asked sees within
 # a blink that it works; from then on at its interval.
@@ -52,6 +54,36 @@ class EventRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Summaries:
+    """The summaries of one interval as columns, which is what frames, filters and metrics work on.
+
+    `message` is the type of their columns (`pb.SyscallStatsColumns`). `columns` has arrays under
+    the names of its fields: (n,) with a value for each row, (n, width) for a matrix, (k,) for one
+    that is not by row. Those that are indices point into `strings`. `messages` makes the rows as
+    messages of columns and strings, for subscribers that want them so.
+    """
+
+    message: type[Message]
+    columns: Mapping[str, NDArray[Any]]
+    strings: Sequence[str]
+    messages: Callable[[Mapping[str, NDArray[Any]], Sequence[str]], Sequence[Message]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, index: NDArray[Any]) -> Summaries:
+        """The rows at INDEX, of shape (m,): numbers of rows in any order, or a mask."""
+        layout = columns_layout(self.message.DESCRIPTOR).columns
+        columns = {
+            name: values if layout[name].per_batch else values[index]
+            for name, values in self.columns.items()
+        }
+        count = int(np.count_nonzero(index)) if index.dtype == bool else len(index)
+        return replace(self, columns=columns, count=count)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What a collector has seen in one interval: rows of one message type, and what it lost.
 
@@ -59,7 +91,7 @@ class Batch:
     that the request asked for measures that tell more apart than by default.
     """
 
-    rows: Sequence[Message] | EventRows
+    rows: Summaries | EventRows
     interval_start_ns: int
     interval_end_ns: int
     losses: Mapping[int, int] = field(default_factory=dict)

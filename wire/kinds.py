@@ -1,10 +1,19 @@
-"""The kinds of collectors, by the names that users write."""
+"""The kinds of collectors and their rows, as the contract itself describes them.
+
+Everything here is read from the options of the .proto files, so that no other code lists kinds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import options_pb2 as options
 
 _PREFIX: Final = "EBPF_COLLECTOR_KIND_"
 
@@ -19,3 +28,72 @@ def kind_name(kind: int) -> str:
 def kind_of(name: str) -> int:
     """The kind that NAME names. Raises ValueError."""
     return pb.EbpfCollectorKind.Value(_PREFIX + name.upper())
+
+
+@dataclass(frozen=True, slots=True)
+class RowsField:
+    """A field of EbpfEventBatch that carries rows, or columns, of one kind."""
+
+    name: str
+    number: int
+    kind: int
+    form: int  # options.RowForm
+    message: Descriptor
+    same_as: str  # for columns: the field that carries the same rows as messages
+
+
+@cache
+def rows_fields() -> Mapping[str, RowsField]:
+    """Every field of EbpfEventBatch that carries rows, by name."""
+    found = {}
+    for field in pb.EbpfEventBatch.DESCRIPTOR.fields:
+        rows = field.GetOptions().Extensions[options.rows]
+        if rows.form and field.message_type:
+            found[field.name] = RowsField(
+                field.name,
+                field.number,
+                kind_of(rows.kind),
+                rows.form,
+                field.message_type,
+                rows.same_as,
+            )
+    return found
+
+
+@cache
+def fields_of_kind(kind: int, form: int) -> tuple[RowsField, ...]:
+    """The fields that carry rows of KIND in FORM (an options.RowForm)."""
+    return tuple(it for it in rows_fields().values() if it.kind == kind and it.form == form)
+
+
+@cache
+def field_of(message: Descriptor) -> RowsField:
+    """The field that carries rows of the type MESSAGE. Raises KeyError."""
+    for field in rows_fields().values():
+        if field.message.full_name == message.full_name:
+            return field
+    raise KeyError(message.full_name)
+
+
+@cache
+def event_field_of(message: Descriptor) -> str:
+    """The field of EbpfEvent's payload that carries a row of the type MESSAGE. Raises KeyError."""
+    for field in pb.EbpfEvent.DESCRIPTOR.oneofs_by_name["payload"].fields:
+        if field.message_type and field.message_type.full_name == message.full_name:
+            return field.name
+    raise KeyError(message.full_name)
+
+
+@cache
+def fields_meaning(message: Descriptor, meaning: int) -> tuple[FieldDescriptor, ...]:
+    """The fields of MESSAGE, a type of rows or of columns, with that options.Meaning."""
+    return tuple(
+        field
+        for field in message.fields
+        if field.GetOptions().Extensions[options.meaning] == meaning
+    )
+
+
+def is_string_index(field: FieldDescriptor) -> bool:
+    """Whether the values of FIELD point into the `strings` of their batch."""
+    return bool(field.GetOptions().Extensions[options.string_index])
