@@ -463,6 +463,7 @@ class Reader:
         self.failed = False
         if not self.last:  # then it begins anew, and is told again what was lost before
             self.told.clear()
+            self.lost_in_kernel.clear()
         terms = replace(self.subscription.terms, after_seq=self.last)
         self.subscription = self.stream.subscribe(terms)
 
@@ -531,7 +532,7 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     def publish(self, made: Batch) -> None:
         if not self.stream.ended:
-            self.largest = max(self.largest, size_of(made) + 200)  # what is lost, and the end
+            self.largest = max(self.largest, size_of(made) + 200)  # the end waits too
             self.stream.publish(made)
             self.published += len(made.rows)
             self.lost += sum(made.losses.values())
