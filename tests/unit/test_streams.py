@@ -532,7 +532,7 @@ class AnyInterleaving(RuleBasedStateMachine):
 
     def publish(self, made: Batch) -> None:
         if not self.stream.ended:
-            self.largest = max(self.largest, size_of(made) + 200)  # the end waits too
+            self.largest = max(self.largest, size_of(made) + 80)  # what was lost
             self.stream.publish(made)
             self.published += len(made.rows)
             self.lost += sum(made.losses.values())
@@ -593,7 +593,9 @@ class AnyInterleaving(RuleBasedStateMachine):
             assert account.produced == (
                 account.delivered + account.filtered + account.queued + sum(account.lost.values())
             )
-            assert account.queued_bytes <= max(reader.subscription.terms.queue_bytes, self.largest)
+            most_bytes = max(reader.subscription.terms.queue_bytes, self.largest)
+            end_bytes = 200 if self.stream.ended else 0  # it is queued whatever there is before it
+            assert account.queued_bytes <= most_bytes + end_bytes
 
     def teardown(self) -> None:
         """Each reader that reads on accounts for every event, and for what the kernel lost."""
@@ -619,7 +621,7 @@ class AnyInterleaving(RuleBasedStateMachine):
 
 
 AnyInterleaving.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None
+    max_examples=60, stateful_step_count=40, deadline=None
 )
 TestAnyInterleaving = AnyInterleaving.TestCase
 
