@@ -37,16 +37,10 @@ from coral.agent.sessions.budget import CPU_WINDOW_S, Backoff, Candidate, CpuBud
 from coral.agent.sessions.session import End, Session, StartRequest, lease_s
 from coral.bpf import BpfError, BpfObject, Features, probe
 from coral.bpf.probing import capabilities
-from coral.collectors.contract import (
-    Batch,
-    Collector,
-    Measures,
-    ServiceProcesses,
-    Support,
-    in_thread,
-)
+from coral.collectors.contract import Batch, Collector, Measures, ServiceProcesses, Support
 from coral.collectors.options import OptionError, UnknownOptionError, format_duration
 from coral.collectors.registry import COLLECTORS
+from coral.collectors.runner import in_thread, run
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 
@@ -312,8 +306,8 @@ class Supervisor:
         failure: Exception | None = None
         try:
             async with asyncio.timeout(None) as session.lease:
-                await session.collector.run(
-                    lambda batch: self._publish(session, batch), on_attached
+                await run(
+                    session.collector, lambda batch: self._publish(session, batch), on_attached
                 )
         except asyncio.CancelledError:
             end = session.wanted_end or End(pb.SessionEnd.REASON_AGENT_SHUTDOWN)
