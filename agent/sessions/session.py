@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from coral.agent.config import Config
@@ -61,6 +62,7 @@ class Session:
         self.wanted_end: End | None = None
         self.task: asyncio.Task[None] | None = None
         self.lease: asyncio.Timeout | None = None
+        self.slot = ExitStack()  # what it gives back at its end
 
     def subscribe(self, terms: Terms | None = None) -> Subscription:
         """A stream of this session's frames, from its first event if that is still kept. Terms are
