@@ -1,4 +1,4 @@
-"""Who calls: what the server knows of a caller, and the token that lets one in."""
+"""Which callers get in: those that send the token, where the agent has one."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ from grpc_reflection.v1alpha import reflection
 
 from coral.agent.config import Config, ConfigError, Limits
 from coral.agent.serving.caller import TokenInterceptor
+from coral.agent.serving.calls import handlers
 from coral.agent.serving.health import HEALTH_NAME, Health
 from coral.agent.serving.listening import UnixSocket, loopback_host
-from coral.agent.serving.service import SERVICE, EbpfService, handlers
+from coral.agent.serving.service import SERVICE, EbpfService
 from coral.agent.sessions.supervisor import Supervisor
 
 _GRACE_S: Final = 1.0
@@ -28,7 +29,7 @@ class Server:
         self._sockets: list[UnixSocket] = []
         interceptors = [TokenInterceptor(token)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
-        self._server.add_generic_rpc_handlers((handlers(EbpfService(supervisor)),))
+        self._server.add_generic_rpc_handlers((handlers(SERVICE, EbpfService(supervisor)),))
         self._health = Health(self._server, SERVICE.full_name)
         reflection.enable_server_reflection(
             (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server

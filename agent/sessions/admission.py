@@ -126,9 +126,6 @@ class Admission:
 
 
 def _kind(kind: str | int) -> int:
-    accepted = "one of " + ", ".join(
-        f"{name} ({number})" for name, number in pb.EbpfCollectorKind.items() if number
-    )
     if isinstance(kind, str):
         try:
             return kind_of(kind)
@@ -136,4 +133,5 @@ def _kind(kind: str | int) -> int:
             pass
     elif kind and kind in pb.EbpfCollectorKind.values():
         return kind
-    raise InvalidRequestError(f"kind: {kind!r} is not accepted; give {accepted}")
+    choices = (item for item in pb.EbpfCollectorKind.items() if item[1])
+    raise InvalidRequestError.not_one_of("kind", kind, choices)

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from coral.agent.config import Continuous
-from coral.agent.errors import RefusedError
+from coral.agent.errors import RefusedError, UnavailableError
 from coral.agent.sessions.session import Session, StartRequest
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -44,12 +44,15 @@ class Backoff:
 
 
 async def keep(rule: Continuous, start: Start) -> None:
-    """Keeps a continuous collector at work: again after a failure, with growing pauses."""
+    """Keeps a continuous collector at work until it is stopped or the agent shuts down. After a
+    failure, and while it cannot start, tries again with growing pauses."""
     request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
     backoff = Backoff()
     while True:
         try:
             session = await start(request)
+        except UnavailableError:
+            return
         except (RefusedError, BpfError) as error:
             reason = str(error)
         else:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -20,15 +19,25 @@ from typing import Final, Self
 
 import structlog
 
+from coral.agent.caller import LIBRARY, Caller
 from coral.agent.config import Config
-from coral.agent.errors import InvalidRequestError, LimitError, NotFoundError
+from coral.agent.errors import (
+    FailedPreconditionError,
+    LimitError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 from coral.agent.machine.program_stats import ProgramStatsSampler
 from coral.agent.sessions import continuous
 from coral.agent.sessions.admission import Admission
+from coral.agent.sessions.changes import Changes, Watch
 from coral.agent.sessions.ended import EndedSessions
 from coral.agent.sessions.enforcement import enforce
 from coral.agent.sessions.feed import Feed
-from coral.agent.sessions.session import End, Session, StartRequest, lease_s
+from coral.agent.sessions.info import info_of
+from coral.agent.sessions.session import EXPIRED, End, Session, StartRequest, lease_s
+from coral.agent.sessions.totals import Totals
 from coral.bpf import BpfError, BpfObject, Features
 from coral.collectors.contract import Batch, Measures, Support
 from coral.collectors.options import format_duration
@@ -37,21 +46,21 @@ from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
+_SHUTDOWN: Final = End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
+
 
 class Supervisor:
     """Starts, renews and ends sessions. Use it as a context manager: leaving it ends them all."""
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
-        self.sessions: dict[str, Session] = {}
-        self.started: Counter[int] = Counter()  # by kind
-        self.ends: Counter[tuple[int, int]] = Counter()  # by kind and reason
-        self.events: Counter[int] = Counter()  # by kind
-        self.lost: Counter[tuple[int, int]] = Counter()  # by kind and stage; see `losses`
+        self.sessions: dict[str, Session] = {}  # from the first step of their tasks to their end
+        self.totals = Totals()
+        self.ended = EndedSessions(self.config.limits, self.totals.leave)
         self.program_stats = ProgramStatsSampler(self._objects)
         self._admission = Admission(self.config)
+        self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
-        self._ended = EndedSessions()
         self._closing = False
         self._tasks = asyncio.TaskGroup()
 
@@ -59,7 +68,7 @@ class Supervisor:
         await self._tasks.__aenter__()
         self._background = [
             self._tasks.create_task(self.program_stats.run(), name="program statistics"),
-            self._tasks.create_task(self._enforce_limits(), name="limits"),
+            self._tasks.create_task(enforce(self.config.limits, self), name="limits"),
             *(
                 self._tasks.create_task(
                     continuous.keep(rule, self.start), name=f"continuous {rule.kind}"
@@ -78,45 +87,60 @@ class Supervisor:
         await self.shutdown()
         for task in self._background:
             task.cancel()
-        # Sessions raise nothing: what is under way is the caller's own, and stays as it is.
+        # Sessions raise nothing; an exception of the caller's block is not the group's concern.
         await self._tasks.__aexit__(None, None, None)
 
     async def shutdown(self) -> None:
-        """Ends every session for AGENT_SHUTDOWN; nothing can be started afterwards."""
+        """Ends every session for AGENT_SHUTDOWN, then every watch. Nothing can be started
+        afterwards."""
         self._closing = True
-        end = End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
-        await asyncio.gather(*(session.stop(end) for session in tuple(self.sessions.values())))
+        await asyncio.gather(
+            *(session.stop(_SHUTDOWN) for session in tuple(self.sessions.values()))
+        )
+        self._changes.close()
 
     @property
     def measures(self) -> Mapping[int, Measures]:
-        """What Prometheus is told of each kind."""
+        """The metrics of each kind for Prometheus."""
         return self._feed.measures
 
     async def features(self) -> Features:
-        """What this kernel can do, with the loader that the configuration wants; found at the first
-        call, in a thread."""
+        """What this kernel can do, with the loader that the configuration wants; probed at the
+        first call, in a thread."""
         return await self._admission.features()
 
     async def capabilities(self) -> Mapping[str, Support]:
-        """Of each kind of collector, whether it can run here, by which hook, or why not."""
+        """For each kind of collector, whether it can run here, by which hook, or why not."""
         return await self._admission.capabilities()
 
-    async def start(self, request: StartRequest) -> Session:
-        """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
-        `BpfError` when the kernel refuses; nothing is left of it then."""
-        if self._closing:
-            raise LimitError("the agent is shutting down")
+    async def start(self, request: StartRequest, caller: Caller = LIBRARY) -> Session:
+        """Starts a collector for CALLER; it is attached when this returns. Raises a `RefusedError`,
+        or a `BpfError` when the kernel refuses; nothing is left of it then."""
         collector_type = self._admission.admit(request)
         with ExitStack() as undo:
+            self._check_open()
             undo.enter_context(self._admission.slot(request))
             collector = await self._admission.create(collector_type, request)
+            self._check_open()
             session = Session(collector, request, self.config)
             session.slot = undo.pop_all()
         await self._launch(session)
-        await self._refuse_if_too_large(session)
+        log.info(
+            "session started",
+            session=session.id,
+            kind=kind_name(session.kind),
+            service=session.service_name,
+            lease=format_duration(session.lease_s) if session.lease_s else "none",
+            peer=caller.peer,
+        )
         return session
 
+    def _check_open(self) -> None:
+        if self._closing:
+            raise UnavailableError(_SHUTDOWN.detail)
+
     async def _launch(self, session: Session) -> None:
+        """Returns when SESSION is attached; raises why it could not be."""
         attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sessions[session.id] = session
         session.task = self._tasks.create_task(
@@ -127,128 +151,144 @@ class Supervisor:
         except asyncio.CancelledError:  # the caller went away: nobody would know this session
             await session.stop(End(pb.SessionEnd.REASON_STOPPED, "the caller went away"))
             raise
-        self.started[session.kind] += 1
-        log.info(
-            "session started",
-            session=session.id,
-            kind=kind_name(session.kind),
-            service=session.service_name,
-            lease=format_duration(session.lease_s) if session.lease_s else "none",
-        )
-
-    async def _refuse_if_too_large(self, session: Session) -> None:
-        limit, used = self.config.limits.memory, self.memory_bytes()
-        if used > limit:
-            own = session.memory_bytes
-            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, "limits.memory"))
-            raise LimitError(
-                f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes {own}, "
-                f"which makes {used} in all: ask for smaller buffers, or stop another collector"
-            )
-
-    def memory_bytes(self) -> int:
-        """Maps and buffers of all sessions."""
-        return sum(session.memory_bytes for session in self.sessions.values())
-
-    async def _enforce_limits(self) -> None:
-        await enforce(
-            self.config.limits,
-            self.sessions.values,
-            lambda: time.process_time() + self.program_stats.total_s,
-            self.memory_bytes,
-        )
 
     async def _run(self, session: Session, attached: asyncio.Future[None]) -> None:
         """The life of a session. Raises nothing but its own cancellation."""
 
         def on_attached() -> None:
-            session.started_at = time.time()
-            if session.lease_s is not None:
-                session.renew(session.lease_s)
+            self._check_memory(session)
+            session.attached()
+            self.totals.add(session)
+            self._changes.publish(pb.CollectorChange.WHAT_STARTED, info_of(session))
             if not attached.done():
                 attached.set_result(None)
 
         end = End(pb.SessionEnd.REASON_TARGET_EXITED)
         failure: Exception | None = None
         try:
+            session.begin()
             async with asyncio.timeout(None) as session.lease:
                 await session.collector.run(
                     lambda batch: self._publish(session, batch), on_attached
                 )
         except asyncio.CancelledError:
-            end = session.wanted_end or End(pb.SessionEnd.REASON_AGENT_SHUTDOWN)
+            end = session.decided_end or _SHUTDOWN
             raise
-        except Exception as error:  # whatever it is, it ends this session alone
-            lease = session.lease
-            if isinstance(error, TimeoutError) and lease and lease.expired():
-                end = End(pb.SessionEnd.REASON_EXPIRED)
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends this session alone
+            if isinstance(error, TimeoutError) and session.lease and session.lease.expired():
+                end = EXPIRED
             else:
-                end = End(pb.SessionEnd.REASON_FAILED, str(error))
-                failure = error
-                if not isinstance(error, BpfError):
-                    log.exception("session failed for what is not expected", session=session.id)
-                    failure = BpfError(f"{kind_name(session.kind)} failed: {error!r}")
+                failure, end = self._failure(session, error)
         finally:
             self._finish(session, end)
             if not attached.done():
-                attached.set_exception(failure or NotFoundError(f"the session ended: {end}"))
+                attached.set_exception(failure or _ended_early(end))
+
+    def _failure(self, session: Session, error: Exception) -> tuple[Exception, End]:
+        """What the starter of SESSION is told of ERROR, and what its subscribers are."""
+        if isinstance(error, LimitError):
+            return error, End(pb.SessionEnd.REASON_PREEMPTED, str(error))
+        end = End(pb.SessionEnd.REASON_FAILED, str(error))
+        if isinstance(error, BpfError):
+            return error, end
+        log.exception("session failed unexpectedly", session=session.id)
+        return BpfError(f"{kind_name(session.kind)} failed: {error!r}"), end
+
+    def _check_memory(self, session: Session) -> None:
+        limit, used = self.config.limits.memory, self.memory_bytes()
+        if used > limit:
+            raise LimitError(
+                f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes "
+                f"{session.memory_bytes}, which makes {used} in all: ask for smaller buffers, or "
+                "stop another collector"
+            )
 
     def _publish(self, session: Session, batch: Batch) -> None:
-        if not batch:
-            return
-        session.channel.publish(batch)
-        self.events[session.kind] += len(batch.rows)
-        for stage, count in batch.losses.items():
-            self.lost[session.kind, stage] += count
-        self._feed.observe(session, batch)
+        if batch:
+            session.channel.publish(batch)
+            self.totals.add_batch(session.kind, batch)
+            self._feed.observe(session, batch)
 
     def _finish(self, session: Session, end: End) -> None:
-        session.end = end
-        session.channel.end(end.reason, end.detail, time.time_ns())
         del self.sessions[session.id]
-        session.slot.close()
-        self._ended.add(session, end)
+        session.finish(end)
         self._feed.leave(session)
-        self.ends[session.kind, end.reason] += 1
-        for stage, count in session.channel.subscribers_lost.items():
-            self.lost[session.kind, stage] += count
-        session.ended.set()
+        self.totals.ended[session.kind, end.reason] += 1
+        if session.started_at:
+            self.ended.add(session)
+            self._changes.publish(pb.CollectorChange.WHAT_ENDED, info_of(session))
         event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info
         event("session ended", session=session.id, kind=kind_name(session.kind), end=str(end))
 
     def find(self, session_id: str) -> Session:
-        """The session of that id. Raises `NotFoundError`; of one that has ended, with how."""
+        """The session of that id. Raises `NotFoundError`, which says how one that has ended did."""
         if session := self.sessions.get(session_id):
             return session
-        if end := self._ended.end_of(session_id):
-            raise NotFoundError(f"collector_id: {session_id} has ended: {end}")
+        if end := self.ended.end_of(session_id):
+            raise _has_ended(session_id, end)
         raise NotFoundError(f"collector_id: this agent knows no collector {session_id!r}")
 
-    async def stop(self, session_id: str) -> None:
+    def readable(self, session_id: str) -> Session:
+        """The session of that id, if its stream can be read: until its end, and for a while
+        afterwards. Raises `NotFoundError`."""
+        return self.ended.find(session_id) or self.find(session_id)
+
+    async def stop(self, session_id: str, caller: Caller = LIBRARY) -> None:
         """Ends a session. Raises `NotFoundError`."""
-        await self.find(session_id).stop(End(pb.SessionEnd.REASON_STOPPED))
+        session = self.find(session_id)
+        log.info("session stopped", session=session_id, peer=caller.peer)
+        await session.stop(End(pb.SessionEnd.REASON_STOPPED))
 
     def renew(self, session_id: str, duration_s: float | None = None) -> Session:
-        """Gives a session a new lease from now on. Raises `NotFoundError`,
-        `InvalidRequestError`."""
+        """Gives a session a new lease from now on. Raises `NotFoundError`, `InvalidRequestError`,
+        or `FailedPreconditionError` for one that has no lease."""
         session = self.find(session_id)
+        if end := session.decided_end:
+            raise _has_ended(session_id, end)
         if session.continuous:
-            raise InvalidRequestError(
+            raise FailedPreconditionError(
                 f"collector_id: {session_id} is continuous, by the agent's configuration: it has "
                 "no lease"
             )
         session.renew(lease_s(duration_s, self.config))
         return session
 
-    def losses(self) -> Counter[tuple[int, int]]:
-        """Events lost so far, by kind and stage, of sessions that ended and of those at work."""
-        total = self.lost.copy()
-        for session in tuple(self.sessions.values()):
-            for stage, count in tuple(session.channel.subscribers_lost.items()):
-                total[session.kind, stage] += count
-        return total
+    def watch(self) -> Watch:
+        """The sessions at work, then each that starts or ends. Raises `UnavailableError`."""
+        return self._changes.watch(map(info_of, self.at_work()))
+
+    def at_work(self) -> list[Session]:
+        """The sessions that are attached."""
+        return [session for session in self.sessions.values() if session.at_work]
+
+    def in_memory(self) -> list[Session]:
+        """All sessions, with those that have ended and are still kept."""
+        return [*self.sessions.values(), *self.ended.in_memory()]
+
+    def cpu_s(self) -> float:
+        """CPU time that the agent and its programs have used, in seconds."""
+        return time.process_time() + self.program_stats.total_s
+
+    def memory_bytes(self) -> int:
+        """Maps and buffers of all sessions. Ended ones make room first, where they are over the
+        limit."""
+        self.ended.tick()
+        own = sum(session.memory_bytes for session in self.sessions.values())
+        excess = own + self.ended.memory_bytes - self.config.limits.memory
+        if excess > 0:
+            self.ended.make_room(excess)
+        return own + self.ended.memory_bytes
 
     def _objects(self) -> Iterator[tuple[int, BpfObject]]:
-        for session in self.sessions.values():
-            if session.started_at:
-                yield session.kind, session.collector.bpf_object
+        for session in self.at_work():
+            yield session.kind, session.collector.bpf_object
+
+
+def _has_ended(session_id: str, end: End) -> NotFoundError:
+    return NotFoundError(f"collector_id: {session_id} has ended: {end}")
+
+
+def _ended_early(end: End) -> RefusedError:
+    if end.reason == pb.SessionEnd.REASON_AGENT_SHUTDOWN:
+        return UnavailableError(end.detail)
+    return NotFoundError(f"the session ended before it was attached: {end}")
