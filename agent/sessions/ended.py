@@ -83,18 +83,14 @@ class EndedSessions:
     @property
     def memory_bytes(self) -> int:
         """What all of them hold, the queues of their subscribers included."""
-        read = (kept.session for kept in self._kept.values() if kept.session.channel.subscriptions)
-        return (
-            self._kept_bytes
-            + sum(session.channel.buffered_bytes for session in self._only_read.values())
-            + sum(s.channel.buffered_bytes - s.channel.kept_bytes for s in read)
-        )
+        return sum(map(_memory_bytes, self.in_memory()))
 
     def make_room(self, wanted_bytes: int) -> None:
-        """Closes sessions, oldest first, until WANTED_BYTES are free or none is left."""
-        aim = self._kept_bytes - wanted_bytes
-        while self._kept and self._kept_bytes > aim:
-            self._close_oldest()
+        """Closes sessions, oldest first, until WANTED_BYTES are free or none is left. One that is
+        being read is closed to others, and frees nothing yet."""
+        freed_bytes = 0
+        while self._kept and freed_bytes < wanted_bytes:
+            freed_bytes += self._close_oldest()
 
     def tick(self) -> None:
         """Lets go of those whose time is up, and of those that nobody reads any more."""
@@ -109,10 +105,16 @@ class EndedSessions:
         while self._kept and next(iter(self._kept.values())).until_s <= now:
             self._close_oldest()
 
-    def _close_oldest(self) -> None:
+    def _close_oldest(self) -> int:
+        """Returns how many bytes that frees."""
         session_id, kept = self._kept.popitem(last=False)
         self._kept_bytes -= kept.size_bytes
         if kept.session.channel.subscriptions:
             self._only_read[session_id] = kept.session
-        else:
-            self._forgotten(kept.session)
+            return 0
+        self._forgotten(kept.session)
+        return _memory_bytes(kept.session)
+
+
+def _memory_bytes(session: Session) -> int:
+    return SESSION_BYTES + session.channel.buffered_bytes
