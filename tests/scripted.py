@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -15,7 +17,7 @@ from coral.agent.sessions.session import End, Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Terms
 from coral.bpf import Features
-from coral.collectors.contract import Batch, Collector, Emit, EventRows, Measures, Support
+from coral.collectors.contract import Batch, Collector, EventRows, Measures, Support
 from coral.collectors.options import Option
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -28,52 +30,67 @@ def calls(count: int, lost: int = 0) -> Batch:
     """COUNT system calls, after the kernel lost LOST."""
     fields = {"ended_ns": "i8", "duration_ns": "u8", "return_value": "i8"}
     fields |= dict.fromkeys(("pid", "tid", "syscall_number", "syscall", "comm"), "u4")
-    records = np.zeros(count, list(fields.items()))
+    records: Any = np.zeros(count, list(fields.items()))
     losses: dict[int, int] = {pb.Loss.STAGE_KERNEL_BUFFER: lost} if lost else {}
     return Batch(EventRows(pb.SyscallCall, records, ("read",)), 1, 2, losses)
 
 
-@dataclass
 class Scripted(Collector):
     """A collector that does what a test tells it to, in place of a kernel's programs."""
 
     kind = STATS
 
-    map_bytes: int = 1000
-    at_exit: Batch = field(default_factory=lambda: calls(0))
-    failure: Exception | None = None
-    leaves_at_once: bool = False
-    closing: asyncio.Event = field(default_factory=asyncio.Event)  # set: closing takes no time
-    reached_close: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(
+        self,
+        *,
+        map_bytes: int = 1000,
+        last: Batch | None = None,
+        failure: Exception | None = None,
+        exits: bool = False,
+    ) -> None:
+        self.detaching = threading.Event()
+        self.may_detach = threading.Event()
+        self.may_detach.set()
+        self._pending: deque[Batch] = deque()
+        self._last = calls(0) if last is None else last
+        self._failure = failure
+        self._exited = os.eventfd(1) if exits else None
+        self._bpf_object = SimpleNamespace(
+            map_memory_bytes=map_bytes, program_stats=dict, detach=self._detach
+        )
 
-    def __post_init__(self) -> None:
-        self.closing.set()
-        self._emit: Emit | None = None
+    async def emit(self, batch: Batch) -> None:
+        """Returns when the batch has been drained."""
+        self._pending.append(batch)
+        await until(lambda: not self._pending)
 
-    def emit(self, batch: Batch) -> None:
-        assert self._emit
-        self._emit(batch)
+    def _detach(self) -> None:
+        self.detaching.set()
+        self.may_detach.wait()
+        self._pending.append(self._last)
 
-    async def run(self, emit: Emit, attached: Callable[[], None]) -> None:
-        self._emit = emit
-        if self.failure:
-            raise self.failure
-        try:
-            attached()
-            if not self.leaves_at_once:
-                await asyncio.Event().wait()
-        finally:
-            self.reached_close.set()
-            while not self.closing.is_set():
-                try:
-                    await self.closing.wait()
-                except asyncio.CancelledError:
-                    continue
-            emit(self.at_exit)
+    def open(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def drain(self) -> Batch:
+        return self._pending.popleft() if self._pending else calls(0)
+
+    def close(self) -> None:
+        if self._exited is not None:
+            os.close(self._exited)
+            self._exited = None
+
+    def exit_fds(self) -> Sequence[int]:
+        return () if self._exited is None else (self._exited,)
 
     @property
     def bpf_object(self) -> Any:
-        return SimpleNamespace(map_memory_bytes=self.map_bytes, program_stats=dict)
+        return self._bpf_object
+
+    @property
+    def drains_on_loop(self) -> bool:
+        return True
 
     @property
     def label(self) -> str:
@@ -81,14 +98,7 @@ class Scripted(Collector):
 
     @property
     def interval_s(self) -> float:
-        return 1.0
-
-    def open(self) -> None: ...
-
-    def drain(self) -> Batch:
-        return calls(0)
-
-    def close(self) -> None: ...
+        return 0.001
 
     @classmethod
     def options(cls) -> Sequence[Option]:
@@ -153,9 +163,7 @@ def frames(session: Session, after_seq: int = 0) -> list[pb.EbpfEventBatch]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Waits, by steps of the event loop, for what happens without waiting for anything else."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError(f"{condition} did not come true")
+    """Waits until CONDITION is true."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  it says nothing when it changes
+            await asyncio.sleep(0.0005)

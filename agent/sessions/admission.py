@@ -20,9 +20,10 @@ from coral.agent.machine.resolve import resolve
 from coral.agent.sessions.session import StartRequest, lease_s
 from coral.bpf import BpfError, Features, probe
 from coral.bpf.probing import capabilities
-from coral.collectors.contract import Collector, ServiceProcesses, Support, in_thread
+from coral.collectors.contract import Collector, ServiceProcesses, Support
 from coral.collectors.options import OptionError, UnknownOptionError
 from coral.collectors.registry import COLLECTORS
+from coral.collectors.runner import in_thread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 

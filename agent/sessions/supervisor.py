@@ -41,6 +41,7 @@ from coral.agent.sessions.totals import Totals
 from coral.bpf import BpfError, BpfObject, Features
 from coral.collectors.contract import Batch, Measures, Support
 from coral.collectors.options import format_duration
+from coral.collectors.runner import run
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 
@@ -168,8 +169,8 @@ class Supervisor:
         try:
             session.begin()
             async with asyncio.timeout(None) as session.lease:
-                await session.collector.run(
-                    lambda batch: self._publish(session, batch), on_attached
+                await run(
+                    session.collector, lambda batch: self._publish(session, batch), on_attached
                 )
         except asyncio.CancelledError:
             end = session.decided_end or _SHUTDOWN
@@ -204,7 +205,7 @@ class Supervisor:
             )
 
     def _publish(self, session: Session, batch: Batch) -> None:
-        if batch:
+        if batch and session.started_at:  # not of one that is refused after it was attached
             session.channel.publish(batch)
             self.totals.add_batch(session.kind, batch)
             self._feed.observe(session, batch)

@@ -21,9 +21,9 @@ from tests.scripted import STATS, STOPPED, Desk, Scripted, calls, frames
 
 
 async def test_who_comes_after_the_end_gets_what_is_kept_and_then_the_end(desk: Desk) -> None:
-    session = await desk.start(at_exit=calls(4, lost=2))
-    desk.made[0].emit(calls(10, lost=1))
-    desk.made[0].emit(calls(20))
+    session = await desk.start(last=calls(4, lost=2))
+    await desk.made[0].emit(calls(10, lost=1))
+    await desk.made[0].emit(calls(20))
     await desk.supervisor.stop(session.id)
     with pytest.raises(NotFoundError, match="has ended: STOPPED"):
         desk.supervisor.find(session.id)
@@ -123,7 +123,7 @@ async def test_ended_sessions_give_way_before_any_that_works() -> None:
     async with desk.supervisor:
         ended = []
         for _ in range(3):
-            session = await desk.start(at_exit=calls(3000))
+            session = await desk.start(last=calls(3000))
             await desk.supervisor.stop(session.id)
             ended.append(session)
         assert desk.supervisor.ended.readable() == ended
@@ -145,7 +145,7 @@ async def test_losses_are_counted_once_however_long_a_session_is_read() -> None:
     async with desk.supervisor:
         session = await desk.start()
         for _ in range(10):
-            desk.made[0].emit(calls(100, lost=1))
+            await desk.made[0].emit(calls(100, lost=1))
         subscription = session.subscribe()
         lost = subscription.account.lost[stage]
         assert 0 < lost < 1000

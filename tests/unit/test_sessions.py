@@ -109,12 +109,12 @@ async def test_a_start_during_the_shutdown_is_unavailable() -> None:
 async def test_a_renewal_while_a_session_expires_is_not_found_and_says_why(desk: Desk) -> None:
     session = await desk.start(duration_s=0.01)
     (collector,) = desk.made
-    collector.closing.clear()
-    await collector.reached_close.wait()
+    collector.may_detach.clear()
+    await until(collector.detaching.is_set)
     assert session.end is None
     with pytest.raises(NotFoundError, match=f"{session.id} has ended: EXPIRED"):
         desk.supervisor.renew(session.id, 10)
-    collector.closing.set()
+    collector.may_detach.set()
     await session.ended.wait()
     assert session.end == EXPIRED
     with pytest.raises(NotFoundError, match=f"{session.id} has ended: EXPIRED"):
@@ -124,13 +124,13 @@ async def test_a_renewal_while_a_session_expires_is_not_found_and_says_why(desk:
 async def test_a_renewal_while_a_session_is_stopped_is_not_found_and_says_why(desk: Desk) -> None:
     session = await desk.start()
     (collector,) = desk.made
-    collector.closing.clear()
+    collector.may_detach.clear()
     stopping = asyncio.create_task(desk.supervisor.stop(session.id))
-    await collector.reached_close.wait()
+    await until(collector.detaching.is_set)
     with pytest.raises(NotFoundError, match=f"{session.id} has ended: STOPPED"):
         desk.supervisor.renew(session.id, 10)
     again = asyncio.create_task(desk.supervisor.stop(session.id))
-    collector.closing.set()
+    collector.may_detach.set()
     await asyncio.gather(stopping, again)
     assert session.end == STOPPED
 
@@ -152,7 +152,7 @@ async def test_a_duration_that_is_none_is_refused(duration_s: float, desk: Desk)
 
 
 async def test_the_shortest_lease_starts_and_expires(desk: Desk) -> None:
-    session = await desk.start(duration_s=1e-9, at_exit=calls(3))
+    session = await desk.start(duration_s=1e-9, last=calls(3))
     async with asyncio.timeout(1):
         await session.ended.wait()
     assert session.end == EXPIRED

@@ -19,10 +19,10 @@ async def test_a_watch_begins_with_what_works_and_goes_on_in_order(desk: Desk) -
     first = await desk.start()
     watch = desk.supervisor.watch()
     second = await desk.start()
-    desk.made[0].emit(calls(7, lost=5))
+    await desk.made[0].emit(calls(7, lost=5))
     await desk.supervisor.stop(first.id)
     late = desk.supervisor.watch()
-    third = await desk.start(leaves_at_once=True)
+    third = await desk.start(exits=True)
     await third.ended.wait()
     assert desk.changes(watch) == [
         (Change.WHAT_PRESENT, first.id),
@@ -43,8 +43,8 @@ async def test_a_watch_begins_with_what_works_and_goes_on_in_order(desk: Desk) -
 async def test_the_end_in_a_watch_has_the_final_account(desk: Desk) -> None:
     watch = desk.supervisor.watch()
     began = time.time()
-    session = await desk.start(at_exit=calls(2, lost=1))
-    desk.made[0].emit(calls(7, lost=5))
+    session = await desk.start(last=calls(2, lost=1))
+    await desk.made[0].emit(calls(7, lost=5))
     await desk.supervisor.stop(session.id)
     _synced, started, ended = (watch.take() for _ in range(3))
     assert started
