@@ -25,6 +25,7 @@ METHODS: Final = (
     "StopCollector",
     "StreamEventBatches",
     "StreamEvents",
+    "WatchCollectors",
 )
 INVALID_ARGUMENT: Final = 3 << 3  # buf curl's exit status: the gRPC code, three bits to the left
 

@@ -40,7 +40,7 @@ async def all_rows(session: Session) -> list[pb.SyscallStats]:
     return [
         row
         async for frame in session.subscribe()
-        for row in pb.EbpfEventBatch.FromString(frame.wire).syscall_stats
+        for row in pb.EbpfEventBatch.FromString(frame.wire()).syscall_stats
     ]
 
 

@@ -1,0 +1,20 @@
+"""Fixtures of the tests without a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from coral.agent import logs
+from tests.scripted import Desk
+
+# As the agent logs: structlog's own way takes seconds to draw a traceback.
+logs.configure("console", "info")
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    desk = Desk()
+    async with desk.supervisor:
+        yield desk
