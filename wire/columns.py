@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from coral.mesh.v1 import options_pb2 as options
 from coral.wire.encoding import FORMATS, WIRE_BYTES, NotFixedError, fields, varint
+from coral.wire.kinds import is_string_index, said
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,11 @@ def columns_layout(message: Descriptor) -> ColumnsLayout:
         wire_format = FORMATS.get(field.type)
         if wire_format is None or not field.is_repeated:
             raise TypeError(f"{field.full_name} is not a column of fixed width")
-        said = field.GetOptions().Extensions
         columns[field.name] = ColumnFormat(
             field.number,
-            np.dtype(wire_format),
-            said[options.matrix],
-            said[options.per_batch],
-            said[options.string_index],
+            wire_format,
+            said(field, options.matrix),
+            said(field, options.per_batch),
+            is_string_index(field),
         )
     return ColumnsLayout(columns)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
@@ -18,7 +18,7 @@ _MORE: Final = 0x80
 _MOST_BYTES: Final = 10  # of a varint
 
 # The numpy types of the fields whose width is fixed.
-FORMATS: Final = {
+FORMATS: Final[Mapping[int, np.dtype[Any]]] = {
     FieldDescriptor.TYPE_FIXED64: np.dtype("<u8"),
     FieldDescriptor.TYPE_SFIXED64: np.dtype("<i8"),
     FieldDescriptor.TYPE_FIXED32: np.dtype("<u4"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -30,6 +30,12 @@ def kind_of(name: str) -> int:
     return pb.EbpfCollectorKind.Value(_PREFIX + name.upper())
 
 
+def said(field: Any, extension: object) -> Any:  # noqa: ANN401  of its own type
+    """What the contract says of FIELD in one of its options."""
+    extensions: Any = field.GetOptions().Extensions
+    return extensions[extension]
+
+
 @dataclass(frozen=True, slots=True)
 class RowsField:
     """A field of EbpfEventBatch that carries rows, or columns, of one kind."""
@@ -47,14 +53,14 @@ def rows_fields() -> Mapping[str, RowsField]:
     """Every field of EbpfEventBatch that carries rows, by name."""
     found = {}
     for field in pb.EbpfEventBatch.DESCRIPTOR.fields:
-        rows = field.GetOptions().Extensions[options.rows]
+        rows: options.Rows = said(field, options.rows)
         if rows.form and field.message_type:
             found[field.name] = RowsField(
                 field.name,
                 field.number,
                 kind_of(rows.kind),
                 rows.form,
-                field.message_type,
+                cast("Descriptor", field.message_type),
                 rows.same_as,
             )
     return found
@@ -87,13 +93,9 @@ def event_field_of(message: Descriptor) -> str:
 @cache
 def fields_meaning(message: Descriptor, meaning: int) -> tuple[FieldDescriptor, ...]:
     """The fields of MESSAGE, a type of rows or of columns, with that options.Meaning."""
-    return tuple(
-        field
-        for field in message.fields
-        if field.GetOptions().Extensions[options.meaning] == meaning
-    )
+    return tuple(field for field in message.fields if said(field, options.meaning) == meaning)
 
 
-def is_string_index(field: FieldDescriptor) -> bool:
+def is_string_index(field: Any) -> bool:  # noqa: ANN401  either of protobuf's descriptors
     """Whether the values of FIELD point into the `strings` of their batch."""
-    return bool(field.GetOptions().Extensions[options.string_index])
+    return bool(said(field, options.string_index))

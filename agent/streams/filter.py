@@ -1,24 +1,34 @@
-"""What a subscriber wants to see, compiled once, applied to arrays or to summary rows."""
+"""What a subscriber wants to see: compiled once, applied to whole arrays.
+
+The rows themselves say which of their fields are a process, an error or a duration (the `meaning`
+option of the contract), so no kind of collector is named here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import numpy as np
-from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from coral.collectors.contract import EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.mesh.v1 import options_pb2 as options
+from coral.wire.kinds import fields_meaning, is_string_index
 
 _MAX_ERRNO: Final = 4095
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Conditions that must all hold; one that is empty is not asked about. Hashable: equal filters
-    share one encoding."""
+    """Conditions that must all hold. An empty condition is not checked, and neither is one about
+    something the rows do not have. Hashable: equal filters share one encoding.
+
+    A summary passes if one of the events that it adds up could: its longest duration counts, and
+    one error is enough.
+    """
 
     pids: frozenset[int] = frozenset()
     tids: frozenset[int] = frozenset()
@@ -29,7 +39,7 @@ class Filter:
 
     @classmethod
     def of(cls, wanted: pb.EventFilter) -> Self:
-        """From a request."""
+        """The filter that a request describes."""
         return cls(
             frozenset(wanted.pids),
             frozenset(wanted.tids),
@@ -42,56 +52,50 @@ class Filter:
     def __bool__(self) -> bool:
         return self != EVERYTHING
 
-    def mask(self, records: NDArray[Any], strings: Sequence[str]) -> NDArray[np.bool_]:
-        """Which of RECORDS it takes, of shape (n,); indices in them point into STRINGS. A column
-        that the records do not have is not asked about."""
-        columns = records.dtype.names or ()
-        keep = np.ones(len(records), bool)
-        for column, numbers in (("pid", self.pids), ("tid", self.tids)):
-            if numbers and column in columns:
-                keep &= np.isin(records[column], list(numbers))
-        for column, names in (("comm", self.comms), ("syscall", self.syscalls)):
-            if names and column in columns:
-                wanted = np.array([string in names for string in strings], bool)
-                keep &= wanted[records[column]]
-        if self.errors_only and "return_value" in columns:
-            values = records["return_value"]
-            keep &= (values < 0) & (values >= -_MAX_ERRNO)
-        elif self.errors_only and "error" in columns:
-            keep &= records["error"] != 0
-        if self.min_duration_ns and "duration_ns" in columns:
-            keep &= records["duration_ns"] >= self.min_duration_ns
+    def mask(self, rows: EventRows | Summaries) -> NDArray[np.bool_]:
+        """Which of ROWS pass, of shape (n,)."""
+        keep = np.ones(len(rows), bool)
+        for meaning, numbers in (
+            (options.MEANING_PID, self.pids),
+            (options.MEANING_TID, self.tids),
+        ):
+            if numbers:
+                for values in _columns(rows, meaning):
+                    keep &= np.isin(values, list(numbers))
+        for meaning, names in (
+            (options.MEANING_COMMAND, self.comms),
+            (options.MEANING_SYSCALL, self.syscalls),
+        ):
+            if names:
+                for values in _columns(rows, meaning):
+                    keep &= np.isin(values, list(names))
+        if self.errors_only:
+            keep &= _failed(rows)
+        if self.min_duration_ns:
+            for values in _columns(rows, options.MEANING_DURATION):
+                keep &= values >= self.min_duration_ns
         return keep
-
-    def takes(self, row: Message) -> bool:
-        """Whether it takes a summary row. Of what is added up in it, one that fits is enough; a
-        thread's id is not asked about, because a summary is of processes, and neither is what the
-        row does not have."""
-        duration_ns = _value(row, *_DURATIONS)
-        return (
-            (not self.pids or _value(row, "pid") in (None, *self.pids))
-            and (not self.comms or _comm(row) in (None, *self.comms))
-            and (not self.syscalls or _value(row, "syscall_name") in (None, *self.syscalls))
-            and (not self.errors_only or _value(row, *_ERRORS) not in (0, ""))
-            and (not isinstance(duration_ns, int) or duration_ns >= self.min_duration_ns)
-        )
-
-
-# Fields of summaries, of which each kind has one or none.
-_ERRORS: Final = ("error_count", "error", "connections_failed")
-_DURATIONS: Final = ("max_duration_ns", "duration_ns")
-
-
-def _value(row: Message, *names: str) -> int | str | None:
-    """The value of the one field of ROW that has one of NAMES; None where there is none."""
-    fields = row.DESCRIPTOR.fields_by_name
-    return next((getattr(row, name) for name in names if name in fields), None)
-
-
-def _comm(row: Message) -> str | None:
-    labels = getattr(row, "labels", None)
-    name: str | None = getattr(row, "comm", None) if labels is None else labels.get("comm", "")
-    return name
 
 
 EVERYTHING: Final = Filter()
+
+
+def _columns(rows: EventRows | Summaries, meaning: int) -> Iterator[NDArray[Any]]:
+    """The columns of ROWS with that meaning, of shape (n,); those of strings as strings."""
+    values = rows.records if isinstance(rows, EventRows) else rows.columns
+    names = values.dtype.names or () if isinstance(values, np.ndarray) else values
+    for field in fields_meaning(rows.message.DESCRIPTOR, meaning):
+        if field.name in names:
+            column: NDArray[Any] = values[field.name]
+            yield np.array(rows.strings, str)[column] if is_string_index(field) else column
+
+
+def _failed(rows: EventRows | Summaries) -> NDArray[np.bool_]:
+    """Which of ROWS have an error; all where rows cannot have any."""
+    for values in _columns(rows, options.MEANING_RETURN_VALUE):
+        failed: NDArray[np.bool_] = (values < 0) & (values >= -_MAX_ERRNO)
+        return failed
+    for values in _columns(rows, options.MEANING_ERROR):
+        has: NDArray[np.bool_] = values != values.dtype.type()
+        return has
+    return np.ones(len(rows), bool)

@@ -1,38 +1,32 @@
-"""One message of a stream: rows, losses, an end; encoded once, filtered by array, loop-free."""
+"""One message of a stream: rows, losses, an end. Encoded once for each form, filtered by array,
+loop-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from coral.agent.streams.filter import Filter
-from coral.collectors.contract import Batch, EventRows
+from coral.collectors.contract import EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.columns import columns_layout
+from coral.wire.encoding import WIRE_BYTES, varint
+from coral.wire.kinds import event_field_of, field_of, is_string_index
 from coral.wire.rows import RowLayout, row_layout
 
-
-def _fields_by_row_type(message: type[Message], least_number: int) -> dict[str, str]:
-    return {
-        field.message_type.full_name: field.name
-        for field in message.DESCRIPTOR.fields
-        if field.message_type and field.number >= least_number
-    }
-
-
-# Where rows of each message type go. A new collector's message is found here by itself.
-_BATCH_FIELDS: Final = _fields_by_row_type(pb.EbpfEventBatch, 100)
-_EVENT_FIELDS: Final = _fields_by_row_type(pb.EbpfEvent, 10)
+Counts = Mapping[int, int]  # by pb.Loss.Stage
+_NOTHING: Final[Counts] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What every message of one session says of it."""
+    """What every message of a session says about the session."""
 
     collector_id: str
     kind: pb.EbpfCollectorKind
@@ -42,136 +36,168 @@ class Header:
 
 @dataclass(frozen=True)
 class Frame:
-    """A message of a stream: events `first_seq` to `last_seq`, or only losses, or the end.
+    """Accounts for the events FIRST_SEQ to LAST_SEQ, or only for losses, or for the end.
 
-    `wire` is made once, and shared by every subscriber that it goes to; `count` is how many rows
-    are in it, fewer than the numbers it covers where a filter left some out.
+    A frame is shared by every subscriber that it goes to, and so are its encodings. With a filter,
+    `rows` can be fewer than the numbers it covers; `seqs`, of shape (rows,), are then theirs.
+    Individual events are encoded when the frame is made, and `rows` is a view of those bytes.
     """
 
     header: Header
     first_seq: int
     last_seq: int
-    count: int
-    wire: bytes
-    batch: Batch  # of arrays without the records: those are in `wire` alone
-    seqs: NDArray[np.int64] | None = None  # (count,): the rows' numbers where some are left out
+    interval_start_ns: int
+    interval_end_ns: int
+    rows: EventRows | Summaries | None = None
+    losses: Counts = field(default_factory=dict)  # since the frame before
+    lost_in_kernel: Counts = field(default_factory=dict)  # so far, those of this frame included
+    seqs: NDArray[np.int64] | None = None
     end: pb.SessionEnd | None = None
+    _encoded: dict[bool, bytes] = field(default_factory=dict)  # by whether as columns
     _filtered: dict[Filter, Frame] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        header: Header,
-        first_seq: int,
-        batch: Batch,
-        *,
-        last_seq: int | None = None,
-        seqs: NDArray[np.int64] | None = None,
-        end: pb.SessionEnd | None = None,
-    ) -> Frame:
-        """Encodes a batch whose first row has the number FIRST_SEQ."""
-        rows = batch.rows
-        count = len(rows)
-        last_seq = first_seq + count - 1 if last_seq is None else last_seq
-        message = pb.EbpfEventBatch(
-            collector_id=header.collector_id,
-            kind=header.kind,
-            agent_id=header.agent_id,
-            service_name=header.service_name,
-            first_seq=first_seq,
-            last_seq=last_seq,
-            count=count,
-            interval_start_ns=batch.interval_start_ns,
-            interval_end_ns=batch.interval_end_ns,
-            losses=_losses(batch),
-            end=end,
-        )
-        if isinstance(rows, EventRows):
-            message.strings.extend(rows.strings)
-            message.sample_every = rows.sample_every
-            # Rows go last: then they are one array at the end of the bytes.
-            wire = message.SerializeToString() + _layout(rows).encode(rows.records)
-            batch = replace(batch, rows=replace(rows, records=rows.records[:0]))
-        else:
-            if rows:
-                name = _BATCH_FIELDS[rows[0].DESCRIPTOR.full_name]
-                getattr(message, name).extend(rows)
-            wire = message.SerializeToString()
-        return cls(header, first_seq, last_seq, count, wire, batch, seqs, end)
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, EventRows):
+            wire, offset = self._head(), 0
+            offset = len(wire)
+            layout = _layout(self.rows)
+            wire += layout.encode(self.rows.records)
+            self._encoded[False] = wire
+            records = layout.view(wire, offset)
+            object.__setattr__(self, "rows", replace(self.rows, records=records))
+
+    @property
+    def count(self) -> int:
+        """Rows in it."""
+        return 0 if self.rows is None else len(self.rows)
 
     @property
     def covered(self) -> int:
-        """How many numbers it stands for."""
+        """How many numbers it accounts for."""
         return self.last_seq - self.first_seq + 1
 
     @cached_property
-    def records(self) -> NDArray[np.void]:
-        """The rows of individual events, of shape (count,), as a view of `wire`."""
-        rows = self.batch.rows
-        assert isinstance(rows, EventRows)  # noqa: S101  callers have asked
-        records: NDArray[np.void] = _layout(rows).view(self.wire)[1]
-        return records
+    def size_bytes(self) -> int:
+        """What it takes in memory, about what it takes on the wire as columns."""
+        if isinstance(self.rows, EventRows):
+            return len(self._encoded[False])
+        if self.rows is None:
+            return len(self.wire())
+        return _HEAD_BYTES + int(row_sizes(self.rows).sum())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes in memory with the encodings that are kept now."""
+        if isinstance(self.rows, EventRows):
+            return self.size_bytes
+        return self.size_bytes + sum(map(len, self._encoded.values()))
+
+    @property
+    def lost_in_kernel_before(self) -> Counts:
+        """Lost in the kernel before this frame."""
+        return {
+            stage: count - self.losses.get(stage, 0) for stage, count in self.lost_in_kernel.items()
+        }
+
+    def wire(self, *, columns: bool = False) -> bytes:
+        """The frame as an encoded EbpfEventBatch; its summaries as messages, or as COLUMNS."""
+        as_columns = columns and isinstance(self.rows, Summaries)
+        if as_columns not in self._encoded:
+            self._encoded[as_columns] = self._encode(as_columns=as_columns)
+        return self._encoded[as_columns]
+
+    def forget_encodings(self) -> None:
+        """Frees what `wire` can make again."""
+        if not isinstance(self.rows, EventRows):
+            self._encoded.clear()
+            for frame in self._filtered.values():
+                frame.forget_encodings()
+
+    def _encode(self, *, as_columns: bool) -> bytes:
+        rows = self.rows
+        if not isinstance(rows, Summaries):
+            return self._head()
+        target = field_of(rows.message.DESCRIPTOR)
+        if as_columns:
+            body = columns_layout(rows.message.DESCRIPTOR).encode(rows.columns)
+            tag = varint(target.number << 3 | WIRE_BYTES)
+            return self._head(rows.strings) + tag + varint(len(body)) + body
+        message = pb.EbpfEventBatch()
+        getattr(message, target.same_as).extend(rows.messages(rows.columns, rows.strings))
+        return self._head() + message.SerializeToString()
+
+    def _head(self, strings: Sequence[str] = ()) -> bytes:
+        """Everything but the rows."""
+        rows = self.rows
+        message = pb.EbpfEventBatch(
+            collector_id=self.header.collector_id,
+            kind=self.header.kind,
+            agent_id=self.header.agent_id,
+            service_name=self.header.service_name,
+            first_seq=self.first_seq,
+            last_seq=self.last_seq,
+            count=self.count,
+            interval_start_ns=self.interval_start_ns,
+            interval_end_ns=self.interval_end_ns,
+            losses=loss_messages(self.losses),
+            end=self.end,
+            produced=self.last_seq,
+            lost_in_kernel=loss_messages(self.lost_in_kernel),
+            strings=rows.strings if isinstance(rows, EventRows) else strings,
+            sample_every=rows.sample_every if isinstance(rows, EventRows) else 0,
+        )
+        return message.SerializeToString()
 
     def filtered(self, wanted: Filter) -> Frame:
-        """The frame with the rows that WANTED takes; made once for each distinct filter."""
-        if not self.count or not wanted:
+        """The frame with the rows that pass; made once for each distinct filter."""
+        if not self.rows or not wanted:
             return self
         if wanted not in self._filtered:
-            self._filtered[wanted] = self._filter(wanted)
+            keep = wanted.mask(self.rows)
+            seqs = self.first_seq + np.flatnonzero(keep)
+            self._filtered[wanted] = self._with(rows=take(self.rows, keep), seqs=seqs)
         return self._filtered[wanted]
-
-    def _filter(self, wanted: Filter) -> Frame:
-        rows = self.batch.rows
-        left: Sequence[Message] | EventRows
-        if isinstance(rows, EventRows):
-            keep = wanted.mask(self.records, rows.strings)
-            left = replace(rows, records=self.records[keep])
-        else:
-            keep = np.array([wanted.takes(row) for row in rows], bool)
-            left = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
-        return Frame.of(
-            self.header,
-            self.first_seq,
-            replace(self.batch, rows=left),
-            last_seq=self.last_seq,
-            seqs=self.first_seq + np.flatnonzero(keep),
-        )
 
     def after(self, seq: int) -> Frame:
         """The frame without the events up to number SEQ, which lies within it."""
-        rows, skipped = self.batch.rows, seq - self.first_seq + 1
-        left: Sequence[Message] | EventRows
-        if isinstance(rows, EventRows):
-            left = replace(rows, records=self.records[skipped:])
-        else:
-            left = rows[skipped:]
-        return Frame.of(self.header, seq + 1, replace(self.batch, rows=left, losses={}))
+        if self.rows is None:
+            return self
+        keep = np.arange(len(self.rows)) > seq - self.first_seq
+        return self._with(first_seq=seq + 1, rows=take(self.rows, keep), losses=_NOTHING)
 
-    def events(self) -> Iterator[bytes]:
-        """The frame as encoded EbpfEvents, one for each event; losses and the end stand alone."""
-        if self.batch.losses:
-            yield self._event(losses=_losses(self.batch)).SerializeToString()
-        for seq, row in zip(self._seqs(), self._rows(), strict=True):
+    def _with(self, **changes: Any) -> Frame:
+        return replace(self, **changes, _encoded={}, _filtered={})
+
+    def events(self, account: pb.StreamAccount | None = None) -> Iterator[bytes]:
+        """The frame as encoded EbpfEvents, one for each event; losses, the end, and where the
+        stream stands are without one, and have the ACCOUNT."""
+        if self.losses or not (self.count or self.end):
+            event = self._event(losses=loss_messages(self.losses), account=account)
+            yield event.SerializeToString()
+        for seq, row in zip(self._seqs(), self._messages(), strict=True):
             event = self._event(seq=seq)
-            getattr(event, _EVENT_FIELDS[row.DESCRIPTOR.full_name]).CopyFrom(row)
-            if isinstance(self.batch.rows, EventRows):
-                event.strings.extend(self.batch.rows.strings)
+            getattr(event, event_field_of(row.DESCRIPTOR)).CopyFrom(row)
+            if isinstance(self.rows, EventRows):
+                event.sample_every = self.rows.sample_every
+                _send_strings(event, row, self.rows.strings)
             yield event.SerializeToString()
         if self.end:
-            yield self._event(end=self.end).SerializeToString()
+            yield self._event(end=self.end, account=account).SerializeToString()
 
     def _seqs(self) -> Sequence[int]:
         if self.seqs is not None:
             return [int(seq) for seq in self.seqs]
         return range(self.first_seq, self.first_seq + self.count)
 
-    def _rows(self) -> Sequence[Message]:
+    def _messages(self) -> Sequence[Message]:
         """The rows as messages, one Python object each."""
-        rows = self.batch.rows
-        if not isinstance(rows, EventRows):
-            return rows
-        field_name = _BATCH_FIELDS[rows.message.DESCRIPTOR.full_name]
-        messages: Sequence[Message] = getattr(pb.EbpfEventBatch.FromString(self.wire), field_name)
+        rows = self.rows
+        if rows is None:
+            return ()
+        if isinstance(rows, Summaries):
+            return rows.messages(rows.columns, rows.strings)
+        name = field_of(rows.message.DESCRIPTOR).name
+        messages: Sequence[Message] = getattr(pb.EbpfEventBatch.FromString(self.wire()), name)
         return messages
 
     def _event(
@@ -179,6 +205,7 @@ class Frame:
         seq: int = 0,
         losses: list[pb.Loss] | None = None,
         end: pb.SessionEnd | None = None,
+        account: pb.StreamAccount | None = None,
     ) -> pb.EbpfEvent:
         event = pb.EbpfEvent(
             collector_id=self.header.collector_id,
@@ -188,22 +215,77 @@ class Frame:
             losses=losses,
             end=end,
         )
-        event.timestamp.FromNanoseconds(self.batch.interval_end_ns)
+        if not seq:
+            event.produced = self.last_seq
+            event.lost_in_kernel.extend(loss_messages(self.lost_in_kernel))
+            if account:
+                event.account.CopyFrom(account)
+        event.timestamp.FromNanoseconds(self.interval_end_ns)
         return event
 
 
-def _losses(batch: Batch) -> list[pb.Loss]:
+_HEAD_BYTES: Final = 200
+
+
+def loss_messages(counts: Counts) -> list[pb.Loss]:
+    """Counts by stage as messages; stages without a loss are left out."""
     return [
         pb.Loss(stage=stage, count=count)  # type: ignore[arg-type]
-        for stage, count in batch.losses.items()
+        for stage, count in counts.items()
+        if count
     ]
 
 
-def row_bytes(rows: EventRows) -> int:
-    """What each of ROWS takes in a message."""
-    return _layout(rows).dtype.itemsize
+def _send_strings(event: pb.EbpfEvent, row: Message, strings: Sequence[str]) -> None:
+    """Gives EVENT the strings of its ROW alone, and the payload indices of these."""
+    payload = getattr(event, event_field_of(row.DESCRIPTOR))
+    for it in row.DESCRIPTOR.fields:
+        if is_string_index(it):
+            text = strings[getattr(row, it.name)]
+            if text not in event.strings:
+                event.strings.append(text)
+            setattr(payload, it.name, list(event.strings).index(text))
+
+
+def row_sizes(rows: EventRows | Summaries) -> NDArray[np.int64]:
+    """What each row takes in a message, in bytes, of shape (n,). Strings count for each row that
+    refers to them, as they do where summaries are sent as messages."""
+    if isinstance(rows, EventRows):
+        return np.full(len(rows), _layout(rows).dtype.itemsize, np.int64)
+    lengths = np.array([len(text.encode()) for text in rows.strings] or [0], np.int64)
+    sizes = np.full(len(rows), _ROW_OVERHEAD_BYTES, np.int64)
+    for name, column in columns_layout(rows.message.DESCRIPTOR).columns.items():
+        values = rows.columns.get(name)
+        if values is None or column.per_batch or not len(values):
+            continue
+        sizes += values[0].size * column.dtype.itemsize
+        if column.string_index:
+            sizes += lengths[values].reshape(len(rows), -1).sum(axis=1)
+    return sizes
+
+
+_ROW_OVERHEAD_BYTES: Final = 64
+
+
+def take(rows: EventRows | Summaries, keep: NDArray[np.bool_]) -> EventRows | Summaries:
+    """The rows that KEEP, of shape (n,), marks; summaries with the strings that they use alone."""
+    if isinstance(rows, EventRows):
+        return replace(rows, records=rows.records[keep])
+    return _with_used_strings(rows.take(keep))
+
+
+def _with_used_strings(rows: Summaries) -> Summaries:
+    layout = columns_layout(rows.message.DESCRIPTOR).columns
+    indices = {name: rows.columns[name] for name in rows.columns if layout[name].string_index}
+    if not indices:
+        return rows
+    used = np.unique(np.concatenate([values.ravel() for values in indices.values()]))
+    columns = {
+        name: np.searchsorted(used, values) if name in indices else values
+        for name, values in rows.columns.items()
+    }
+    return replace(rows, columns=columns, strings=[rows.strings[at] for at in used.tolist()])
 
 
 def _layout(rows: EventRows) -> RowLayout:
-    field_name = _BATCH_FIELDS[rows.message.DESCRIPTOR.full_name]
-    return row_layout(pb.EbpfEventBatch.DESCRIPTOR, field_name)
+    return row_layout(pb.EbpfEventBatch.DESCRIPTOR, field_of(rows.message.DESCRIPTOR).name)
