@@ -77,6 +77,16 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     subscriber_queue_bytes: Annotated[
         ByteCount, Meta(description="what waits for one subscriber before its oldest events go")
     ] = ByteCount(8 << 20)
+    ended_sessions: Annotated[
+        Duration, Meta(description="how long the stream of an ended session can still be read")
+    ] = Duration(60)
+    ended_bytes: Annotated[
+        ByteCount,
+        Meta(
+            description="memory for the streams of all ended sessions, the oldest of which go "
+            "first; it counts in `memory` and is given up before anything at work"
+        ),
+    ] = ByteCount(16 << 20)
     prometheus_series: Annotated[
         Positive, Meta(description="label sets of each collector's metrics; the rest is `other`")
     ] = 200

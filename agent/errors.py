@@ -1,6 +1,10 @@
-"""What the supervisor refuses, as types; each face (gRPC, a program) says it in its own way."""
+"""What the supervisor refuses, as types. Each front end (gRPC, a program) reports them in its own
+way."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
 
 
 class RefusedError(Exception):
@@ -8,11 +12,25 @@ class RefusedError(Exception):
 
 
 class InvalidRequestError(RefusedError):
-    """A field's value is not accepted; the message names the field, the value, what is."""
+    """A field's value is not accepted; the message names the field, the value, what is accepted."""
+
+    @classmethod
+    def not_one_of(cls, field: str, value: object, choices: Iterable[tuple[str, int]]) -> Self:
+        """For a VALUE of an enum's field that is none of CHOICES, names with their numbers."""
+        accepted = ", ".join(f"{name} ({number})" for name, number in choices)
+        return cls(f"{field}: {value!r} is not accepted; give one of {accepted}")
+
+
+class OutOfRangeError(RefusedError):
+    """A number is beyond the last one that exists so far; later it may be accepted."""
 
 
 class NotFoundError(RefusedError):
     """There is no such session, agent or service."""
+
+
+class FailedPreconditionError(RefusedError):
+    """The session exists, and is not one to which this can be done."""
 
 
 class LimitError(RefusedError):
@@ -25,3 +43,7 @@ class DeniedError(RefusedError):
 
 class UnsupportedError(RefusedError):
     """This machine, or this agent, cannot run the collector."""
+
+
+class UnavailableError(RefusedError):
+    """The agent is shutting down."""

@@ -18,7 +18,8 @@ from coral.agent import logs
 from coral.agent.config import Config, ConfigError, load
 from coral.agent.machine import privileges
 from coral.agent.serving import prometheus as metrics
-from coral.agent.serving.server import Server, read_token
+from coral.agent.serving.caller import read_token
+from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
 from coral.wire.kinds import kind_name

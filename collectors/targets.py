@@ -1,4 +1,4 @@
-"""Whom a collector watches: the options that say so, and the kernel's map of it.
+"""The processes that a collector watches: the options that select them, and the kernel's map.
 
 The C side is bpf/include/targets.bpf.h, whose programs follow forks, execs and exits. Any
 collector whose object includes that header can use this.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features
 from coral.bpf.libbpf import BpfError
@@ -57,28 +58,28 @@ class TargetOptions:
     comm: str = option(
         text("a command name of at most 15 bytes", COMM_BYTES),
         "",
-        "watch every process of this command name, those that start later too",
+        "watch every process with this command name, also those that start later",
     )
     cgroup: str = option(
         text("the path of a cgroup (v2), such as /system.slice/nginx.service", 4096),
         "",
-        "watch the processes in this cgroup and below it",
+        "watch the processes in this cgroup and in the cgroups below it",
     )
-    scope: str = option(choice("host"), "", "`host`: watch every process of this machine")
+    scope: str = option(choice("host"), "", "`host`: watch every process on this machine")
     follow_children: bool = option(
-        boolean(), "true", "watch what the watched processes fork, from its first call on"
+        boolean(), "true", "also watch the children of watched processes, from their first call on"
     )
     until_exit: bool = option(
-        boolean(), "false", "end the session when the processes it began with have ended"
+        boolean(), "false", "end the session once all processes that it started with have ended"
     )
     from_exec: bool = option(
         boolean(),
         "false",
-        "of the processes in `pid`, count from their next exec on, this included",
+        "watch the processes in `pid` from their next exec on, including the exec itself",
     )
 
     def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError` unless exactly one thing is named to watch."""
+        """Raises `OptionError` unless the options and SERVICE name exactly one target."""
         named = [name for name in ("pid", "comm", "cgroup", "scope") if getattr(self, name)]
         if len(named) > 1:
             raise OptionError(
@@ -98,6 +99,32 @@ class TargetOptions:
             raise OptionError("from_exec", "true", "it with pid only")
         if self.cgroup:
             cgroup_directory(self.cgroup)
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The n processes in one reading of the kernel's map."""
+
+    tgids: NDArray[np.uint32]  # (n,), sorted
+    comms: NDArray[np.bytes_]  # (n,): their command names
+    exited: NDArray[np.bool_]  # (n,)
+
+    @property
+    def ended(self) -> NDArray[np.uint32]:
+        """The tgids of those that have ended."""
+        return self.tgids[self.exited]
+
+    def comms_of(self, tgids: NDArray[Any]) -> NDArray[np.bytes_]:
+        """The command names of TGIDS, both of shape (m,); empty for a process that is not here."""
+        if not len(self.tgids):
+            return np.zeros(len(tgids), self.comms.dtype)
+        at = np.searchsorted(self.tgids, tgids).clip(max=len(self.tgids) - 1)
+        return np.where(self.tgids[at] == tgids, self.comms[at], b"")
+
+
+def comm_text(comm: bytes) -> str:
+    """A command name as text; in the kernel it ends at its first zero."""
+    return comm.split(b"\0")[0].decode(errors="replace")
 
 
 class Targets:
@@ -137,11 +164,12 @@ class Targets:
 
     @property
     def exit_fds(self) -> Sequence[int]:
-        """Process descriptors of the first targets, if the session is to end with them."""
+        """Process descriptors of the first targets, if the session should end with them."""
         return self._pidfds
 
     def fill(self, bpf_object: BpfObject) -> None:
-        """Names the targets to the kernel. After attach, so that no fork falls between."""
+        """Writes the targets to the kernel's map. Call it after `attach`, so that no fork is
+        missed. Raises `BpfError`."""
         self._map = bpf_object.map("targets")
         if self._options.cgroup:
             fd = os.open(cgroup_directory(self._options.cgroup), os.O_RDONLY | os.O_DIRECTORY)
@@ -161,8 +189,8 @@ class Targets:
             self._open_pidfds()
 
     def fill_members(self) -> None:
-        """Names the processes of a cgroup to the kernel, for programs that look for what a process
-        had before; the others it knows. After `fill`."""
+        """Writes the processes of a cgroup to the kernel's map, for programs that look up what a
+        process already had open; all other targets are there. Call it after `fill`."""
         if not self._options.cgroup:
             return
         for procs in cgroup_directory(self._options.cgroup).rglob("cgroup.procs"):
@@ -170,13 +198,15 @@ class Targets:
                 self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ACTIVE, 0))
 
     def present(self) -> dict[int, str]:
-        """Command names by tgid of the processes that are watched now, for who looks for what they
-        had before. After `fill_members`."""
+        """Command names by tgid of the processes that are watched now, for callers that look up
+        what these processes already had open. Call it after `fill_members`."""
         if self._options.scope:
             return {tgid: comm_of(tgid) or "" for tgid in running_tgids()}
         if self._options.from_exec:
             return {}
-        return self.read()[0]
+        members = self.read()
+        names = map(comm_text, members.comms.tolist())
+        return dict(zip(members.tgids.tolist(), names, strict=True))
 
     def _open_pidfds(self) -> None:
         for tgid in self._tgids:
@@ -188,21 +218,20 @@ class Targets:
             raise BpfError("every process to watch has ended before the programs were attached")
 
     def unfollowed(self, bpf_object: BpfObject) -> int:
-        """Processes that should have been watched and did not fit into the map."""
+        """How many processes should be watched and did not fit into the map."""
         return int(bpf_object.read_variable("targets_full"))
 
-    def read(self) -> tuple[dict[int, str], list[int]]:
-        """Command names by tgid, and the tgids that have ended."""
+    def read(self) -> Members:
+        """The processes that are watched now, and those that have ended since they were last
+        forgotten."""
         tgids, targets = self._map.read()
-        names = {
-            int(tgid): comm.split(b"\0")[0].decode(errors="replace")
-            for tgid, comm in zip(tgids.tolist(), targets["comm"].tolist(), strict=True)
-        }
-        return names, [int(tgid) for tgid in tgids[targets["state"] == _STATE_EXITED]]
+        tgids, at = np.unique(tgids, return_index=True)
+        return Members(tgids, targets["comm"][at], targets["state"][at] == _STATE_EXITED)
 
-    def forget(self, tgids: Iterable[int]) -> None:
-        """Removes processes that have ended."""
-        self._map.delete(np.array(list(tgids), self._map.key_dtype))
+    def forget(self, tgids: NDArray[Any]) -> None:
+        """Removes the processes of TGIDS, of shape (n,), which have ended, from the map."""
+        if len(tgids):
+            self._map.delete(tgids.astype(self._map.key_dtype))
 
     def close(self) -> None:
         """Closes the process descriptors."""
@@ -211,7 +240,8 @@ class Targets:
 
 
 def refused_options(features: Features) -> dict[str, str]:
-    """The options of `TargetOptions` that cannot be had here, with what can."""
+    """Options of `TargetOptions` that are unsupported on this machine, each with the value to use
+    instead and the reason."""
     refused = {}
     if not features["pidfd"].available:
         refused["until_exit"] = f"`false`: {features['pidfd'].reason}"
@@ -223,7 +253,8 @@ def refused_options(features: Features) -> dict[str, str]:
 
 
 def _comm_words(comm: str) -> Mapping[str, int]:
-    """A command name as the programs compare it: its bytes, padded with zeros, as two words."""
+    """A command name in the form that the programs compare: its bytes, padded with zeros, as two
+    words."""
     low, high = np.frombuffer(comm.encode().ljust(COMM_BYTES + 1, b"\0"), np.uint64).tolist()
     return {"wanted_comm_low": low, "wanted_comm_high": high}
 
@@ -249,12 +280,12 @@ def cgroup2_mount() -> Path | None:
 
 
 def running_tgids() -> list[int]:
-    """The processes of this machine."""
+    """The ids of all processes on this machine."""
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
 
 
 def comm_of(tgid: int) -> str | None:
-    """A process's command name; None where it has ended, or is hidden."""
+    """A process's command name; None for a process that has ended or is hidden."""
     try:
         return (PROC / str(tgid) / "comm").read_text(errors="replace").rstrip("\n")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -262,7 +293,7 @@ def comm_of(tgid: int) -> str | None:
 
 
 def thread_group_of(tid: int) -> int | None:
-    """The process that a thread belongs to; None where there is no such thread, or it is hidden."""
+    """The process that a thread belongs to; None for a thread that has ended or is hidden."""
     try:
         status = (PROC / str(tid) / "status").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -272,7 +303,7 @@ def thread_group_of(tid: int) -> int | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Of a process that /proc does not show, whether it is there all the same."""
+    """Whether a process that /proc does not show exists all the same."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

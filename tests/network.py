@@ -14,7 +14,7 @@ from typing import Final
 
 from coral import bpf
 from coral.bpf import kernel_names
-from coral.collectors.contract import EventRows
+from coral.collectors.contract import Batch, Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Puppet, at_work, wait_until
@@ -110,9 +110,12 @@ class Seen:
 
     def drain(self) -> list[pb.TcpMetrics]:
         """The rows of one more drain."""
-        batch = self.collector.drain()
-        assert not isinstance(batch.rows, EventRows)
-        rows = [row for row in batch.rows if isinstance(row, pb.TcpMetrics)]
+        return self.add(self.collector.drain())
+
+    def add(self, batch: Batch) -> list[pb.TcpMetrics]:
+        """Takes in a batch of connections; its rows."""
+        assert isinstance(batch.rows, Summaries)
+        rows = [row for row in batch.rows.as_messages() if isinstance(row, pb.TcpMetrics)]
         self.lost += sum(batch.losses.values())
         self.rows += rows
         return rows

@@ -25,7 +25,7 @@ import yaml
 from google.protobuf.message import Message
 from prometheus_client.parser import text_string_to_metric_families
 
-from coral.collectors.contract import Batch, Collector, EventRows
+from coral.collectors.contract import Batch, Collector, Summaries
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -245,8 +245,8 @@ def held_by(pid: int) -> dict[str, set[int]]:
 
 def summaries(batch: Batch) -> list[pb.SyscallStats]:
     """The rows of a batch that must have no others."""
-    assert not isinstance(batch.rows, EventRows)
-    return [row for row in batch.rows if isinstance(row, pb.SyscallStats)]
+    assert isinstance(batch.rows, Summaries)
+    return [row for row in batch.rows.as_messages() if isinstance(row, pb.SyscallStats)]
 
 
 def totals(rows: Iterable[pb.SyscallStats]) -> Counter[str]:

@@ -86,25 +86,25 @@ class _AgentMetrics(Collector):
         memory_bytes: Counter[int] = Counter()
         for session in sessions:
             subscribers[session.kind] += len(session.channel.subscriptions)
-            memory_bytes[session.kind] += session.collector.bpf_object.map_memory_bytes
+            memory_bytes[session.kind] += session.map_memory_bytes
         return (
             _gauge("sessions_active", "Sessions at work.", active),
             _gauge("subscribers", "Subscribers to sessions.", subscribers),
             _gauge("map_memory_bytes", "What the kernel charges for maps.", memory_bytes),
-            _counter("sessions_started", "Sessions that were started.", supervisor.started),
-            _counter("events", "Events that sessions numbered.", supervisor.events),
+            _counter("sessions_started", "Sessions that were started.", supervisor.totals.started),
+            _counter("events", "Events that sessions numbered.", supervisor.totals.events),
             _counter_by(
                 "sessions_ended",
                 "Sessions that ended, by reason.",
                 "reason",
-                supervisor.ends,
+                supervisor.totals.ended,
                 _label_values(pb.SessionEnd.Reason, "REASON_"),
             ),
             _counter_by(
                 "events_lost",
                 "Events not delivered, by stage; in a subscriber's stage, for each subscriber.",
                 "stage",
-                supervisor.losses(),
+                supervisor.totals.losses(),
                 _label_values(pb.Loss.Stage, "STAGE_"),
             ),
             *self._program_stats(),

@@ -1,76 +1,45 @@
-"""The gRPC face of the supervisor: requests in, refusals as status codes, frames out as bytes.
+"""The contract's RPCs on the supervisor: messages in, messages out, refusals as exceptions.
 
-No logic of its own. The handlers are bound by the service's descriptor, because what streams send
-is encoded already: their serialiser is the identity.
+One method for each RPC, of the same name; calls.py binds them.
 """
 
 from __future__ import annotations
 
-import string
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Final, Never
-from urllib.parse import quote
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
 
-import grpc
-import structlog
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 
-from coral.agent.errors import (
-    DeniedError,
-    InvalidRequestError,
-    LimitError,
-    NotFoundError,
-    RefusedError,
-    UnsupportedError,
-)
-from coral.agent.sessions.session import Session, StartRequest
+from coral.agent.caller import Caller
+from coral.agent.errors import InvalidRequestError, NotFoundError, UnsupportedError
+from coral.agent.serving.capabilities import capabilities_of
+from coral.agent.sessions.changes import Watch
+from coral.agent.sessions.info import info_of, timestamp
+from coral.agent.sessions.session import StartRequest
 from coral.agent.sessions.supervisor import Supervisor
-from coral.agent.streams.channel import SubscriptionEndedError, Terms
-from coral.agent.streams.filter import Filter
-from coral.agent.streams.frame import Frame
-from coral.bpf import BpfError, Feature
-from coral.bpf.libbpf import EXHAUSTED
-from coral.collectors.registry import COLLECTORS
+from coral.agent.streams import Filter, Frame, Subscription, Terms
 from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.wire.kinds import kind_name
-
-log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-# Clients take 8 KiB of trailing metadata, and a status's text is percent-encoded there.
-_STATUS_BYTES: Final = 4096
-_SENT_AS_IT_IS: Final = string.punctuation.replace("%", "") + " "
-
-_CODES: Final[dict[type[RefusedError], grpc.StatusCode]] = {
-    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFoundError: grpc.StatusCode.NOT_FOUND,
-    LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeniedError: grpc.StatusCode.PERMISSION_DENIED,
-}
-
 
 class EbpfService:
-    """One method for each RPC of the contract, of the same name."""
+    """One method for each RPC of the contract, which says what they do."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
 
     async def StartCollector(  # noqa: N802  the RPC's name
-        self, request: pb.StartEbpfCollectorRequest, context: Context
+        self, request: pb.StartEbpfCollectorRequest, caller: Caller
     ) -> pb.StartEbpfCollectorResponse:
-        """Starts a collector; see the contract."""
+        """Starts a collector."""
         name = self._supervisor.config.name
         if request.agent_id not in ("", name):
-            await _refuse(
-                context,
-                NotFoundError(
-                    f"agent_id: {request.agent_id!r} is not here; this agent is {name!r}"
-                ),
+            raise NotFoundError(
+                f"agent_id: {request.agent_id!r} is not here; this agent is {name!r}"
             )
         wanted = StartRequest(
             request.kind,
@@ -79,225 +48,110 @@ class EbpfService:
             _seconds(request.duration) if request.HasField("duration") else None,
         )
         try:
-            session = await self._supervisor.start(wanted)
+            session = await self._supervisor.start(wanted, caller)
         except UnsupportedError as error:
             return pb.StartEbpfCollectorResponse(supported=False, error=str(error))
-        except (RefusedError, BpfError) as error:
-            await _refuse(context, error)
-        log.info("collector started", peer=context.peer(), session=session.id)
         return pb.StartEbpfCollectorResponse(
-            collector_id=session.id, expires_at=_timestamp(session.expires_at), supported=True
+            collector_id=session.id, expires_at=timestamp(session.expires_at), supported=True
         )
 
     async def StopCollector(  # noqa: N802
-        self, request: pb.StopEbpfCollectorRequest, context: Context
+        self, request: pb.StopEbpfCollectorRequest, caller: Caller
     ) -> pb.StopEbpfCollectorResponse:
-        """Ends a collector; see the contract."""
-        try:
-            await self._supervisor.stop(request.collector_id)
-        except RefusedError as error:
-            await _refuse(context, error)
-        log.info("collector stopped", peer=context.peer(), session=request.collector_id)
+        """Ends a collector."""
+        await self._supervisor.stop(request.collector_id, caller)
         return pb.StopEbpfCollectorResponse(success=True)
 
     async def RenewCollector(  # noqa: N802
-        self, request: pb.RenewCollectorRequest, context: Context
+        self, request: pb.RenewCollectorRequest, _caller: Caller
     ) -> pb.RenewCollectorResponse:
-        """Moves a deadline; see the contract."""
+        """Moves a deadline."""
         duration_s = _seconds(request.duration) if request.HasField("duration") else None
-        try:
-            session = self._supervisor.renew(request.collector_id, duration_s)
-        except RefusedError as error:
-            await _refuse(context, error)
-        return pb.RenewCollectorResponse(expires_at=_timestamp(session.expires_at))
+        session = self._supervisor.renew(request.collector_id, duration_s)
+        return pb.RenewCollectorResponse(expires_at=timestamp(session.expires_at))
 
     async def GetCapabilities(  # noqa: N802
-        self, _request: pb.GetCapabilitiesRequest, _context: Context
+        self, _request: pb.GetCapabilitiesRequest, _caller: Caller
     ) -> pb.EbpfCapabilities:
-        """What can run here; see the contract."""
-        from importlib.metadata import version  # noqa: PLC0415  megabytes, and seldom asked for
-
-        features = await self._supervisor.features()
-        answer = pb.EbpfCapabilities(
-            kernel_version=features.kernel_release,
-            btf_available=features["btf"].available,
-            cap_bpf=features.cap_bpf,
-            agent_id=self._supervisor.config.name,
-            agent_version=version("coral-ebpf-agent"),
-            libbpf_version=features.libbpf_version,
-            features=_features(features.features),
-        )
-        supports = await self._supervisor.capabilities()
-        for kind, collector in COLLECTORS.items():
-            support = supports[kind_name(kind)]
-            answer.collectors.add(
-                kind=kind,
-                supported=support.supported,
-                hook=support.hook,
-                reason=support.reason,
-                options=[
-                    pb.CollectorOption(
-                        name=o.name,
-                        accepts=o.accepts,
-                        default_value=o.default,
-                        description=o.description,
-                        refused=support.refused_options.get(o.name),
-                    )
-                    for o in collector.options()
-                ],
-                steps=[
-                    pb.CollectorStep(
-                        what=step.what, taken=step.taken, refused=_features(step.refused)
-                    )
-                    for step in support.steps
-                ],
-            )
-            if support.supported:
-                answer.available_collectors.append(kind)  # type: ignore[arg-type]
-        answer.supported = bool(answer.available_collectors)
-        if not answer.supported:
-            answer.unsupported_reason = features.obstacle or "no collector can run on this kernel"
-        return answer
+        """What can run here."""
+        return await capabilities_of(self._supervisor)
 
     async def ListCollectors(  # noqa: N802
-        self, _request: pb.ListCollectorsRequest, _context: Context
+        self, request: pb.ListCollectorsRequest, _caller: Caller
     ) -> pb.ListCollectorsResponse:
-        """The collectors at work; see the contract."""
-        return pb.ListCollectorsResponse(
-            collectors=[_info(s) for s in self._supervisor.sessions.values() if s.started_at]
+        """The collectors at work, and on request those that have ended."""
+        sessions = self._supervisor.at_work()
+        if request.include_ended:
+            sessions = [*self._supervisor.ended.readable(), *sessions]
+        return pb.ListCollectorsResponse(collectors=map(info_of, sessions))
+
+    @contextmanager
+    def WatchCollectors(  # noqa: N802
+        self, _request: pb.WatchCollectorsRequest, _caller: Caller
+    ) -> Iterator[AsyncIterator[bytes]]:
+        """The collectors at work, then every start and end."""
+        watch = self._supervisor.watch()
+        try:
+            yield _encoded(watch)
+        finally:
+            watch.close()
+
+    @contextmanager
+    def StreamEvents(  # noqa: N802
+        self, request: pb.EbpfEventStreamRequest, caller: Caller
+    ) -> Iterator[AsyncIterator[bytes]]:
+        """Events, one in each message."""
+        if request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS:
+            raise InvalidRequestError(
+                "summaries: SUMMARIES_COLUMNS is not accepted; give SUMMARIES_ROWS, or call "
+                "StreamEventBatches: a message of StreamEvents is one event"
+            )
+        with self._subscription(request, caller) as subscription:
+            yield _read(subscription, subscription.events)
+
+    @contextmanager
+    def StreamEventBatches(  # noqa: N802
+        self, request: pb.EbpfEventStreamRequest, caller: Caller
+    ) -> Iterator[AsyncIterator[bytes]]:
+        """Events, in batches."""
+        with self._subscription(request, caller) as subscription:
+            yield _read(subscription, lambda frame: (subscription.message(frame),))
+
+    @contextmanager
+    def _subscription(
+        self, request: pb.EbpfEventStreamRequest, caller: Caller
+    ) -> Iterator[Subscription]:
+        terms = Terms(
+            after_seq=request.after_seq,
+            overflow=request.overflow,
+            queue_bytes=request.queue_bytes,
+            wanted=Filter.of(request.filter),
+            columns=request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS,
         )
-
-    async def StreamEvents(  # noqa: N802
-        self, request: pb.EbpfEventStreamRequest, context: Context
-    ) -> None:
-        """Events, one a message; see the contract."""
-        await self._stream(request, context, Frame.events)
-
-    async def StreamEventBatches(  # noqa: N802
-        self, request: pb.EbpfEventStreamRequest, context: Context
-    ) -> None:
-        """Events in batches; see the contract."""
-        await self._stream(request, context, lambda frame: (frame.wire,))
-
-    async def _stream(
-        self,
-        request: pb.EbpfEventStreamRequest,
-        context: Context,
-        messages: Callable[[Frame], Iterable[bytes]],
-    ) -> None:
+        session = self._supervisor.readable(request.collector_id)
+        caller = replace(caller, interactive=request.interactive)
+        subscription = session.subscribe(terms, caller)
         try:
-            session = self._supervisor.find(request.collector_id)
-            subscription = session.subscribe(_terms(request, context.peer()))
-        except RefusedError as error:
-            await _refuse(context, error)
-        try:
-            # A caller that has the headers knows that it is subscribed.
-            await context.send_initial_metadata(())
-            async for frame in subscription:
-                for message in messages(frame):
-                    subscription.blocked_since = time.monotonic()
-                    await context.write(message)
-                subscription.blocked_since = None
-        except SubscriptionEndedError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+            yield subscription
         finally:
             subscription.close()
 
 
-def _terms(request: pb.EbpfEventStreamRequest, peer: str) -> Terms:
-    return Terms(
-        after_seq=request.after_seq,
-        overflow=request.overflow,
-        queue_bytes=request.queue_bytes,
-        wanted=Filter.of(request.filter),
-        interactive=request.interactive,
-        peer=peer,
-    )
+async def _read(
+    subscription: Subscription, messages: Callable[[Frame], Iterable[bytes]]
+) -> AsyncIterator[bytes]:
+    """The messages of each frame. While one is being written, the subscription says since when."""
+    async for frame in subscription:
+        for message in messages(frame):
+            subscription.blocked_since = time.monotonic()
+            yield message
+        subscription.blocked_since = None
 
 
-def handlers(service: EbpfService) -> grpc.GenericRpcHandler:
-    """The service's handlers. Messages of streams are bytes already."""
-    return grpc.method_handlers_generic_handler(
-        SERVICE.full_name,
-        {method.name: _handler(service, method) for method in SERVICE.methods},
-    )
-
-
-def _handler(service: EbpfService, method: Any) -> grpc.RpcMethodHandler[Any, Any]:  # noqa: ANN401
-    behaviour: Callable[..., Any] = getattr(service, method.name)
-    request: Any = getattr(pb, method.input_type.name)
-    response: Any = getattr(pb, method.output_type.name)
-    if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(
-            behaviour, request_deserializer=request.FromString, response_serializer=None
-        )
-    return grpc.unary_unary_rpc_method_handler(
-        behaviour,
-        request_deserializer=request.FromString,
-        response_serializer=response.SerializeToString,
-    )
-
-
-async def _refuse(context: Context, error: RefusedError | BpfError) -> Never:
-    code = _CODES.get(type(error), grpc.StatusCode.FAILED_PRECONDITION)  # type: ignore[arg-type]
-    if isinstance(error, BpfError) and error.errno in EXHAUSTED:
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    if code is grpc.StatusCode.PERMISSION_DENIED:
-        log.warning("refused", peer=context.peer(), code=code.name, reason=str(error))
-    if isinstance(error, BpfError):
-        log.error("refused by the kernel", peer=context.peer(), what=error.what, said=error.log)
-    await context.abort(code, _fitting(str(error)))
-    raise AssertionError("abort returned")
-
-
-def _fitting(text: str) -> str:
-    """TEXT, without its middle where it would be more than a client takes: a caller whose value is
-    quoted in it would get a transport's error then, in place of the refusal."""
-    if len(quote(text, safe=_SENT_AS_IT_IS)) <= _STATUS_BYTES:
-        return text
-    plain = text.encode("ascii", "backslashreplace").decode()
-    return f"{plain[: _STATUS_BYTES // 4]} [...] {plain[-_STATUS_BYTES // 4 :]}"
-
-
-def _features(features: Iterable[Feature]) -> list[pb.KernelFeature]:
-    return [pb.KernelFeature(name=f.name, available=f.available, reason=f.reason) for f in features]
-
-
-def _info(session: Session) -> pb.CollectorInfo:
-    info = pb.CollectorInfo(
-        collector_id=session.id,
-        kind=session.kind,
-        service_name=session.service_name,
-        started_at=_timestamp(session.started_at),
-        expires_at=None if session.continuous else _timestamp(session.expires_at),
-        continuous=session.continuous,
-        config=session.config,
-        produced=session.channel.produced,
-        map_memory_bytes=session.collector.bpf_object.map_memory_bytes,
-    )
-    for subscription in session.channel.subscriptions:
-        account = subscription.account
-        info.subscribers.add(
-            peer=subscription.terms.peer,
-            queued_events=account.queued,
-            queued_bytes=account.queued_bytes,
-            delivered=account.delivered,
-            lost=sum(account.lost.values()),
-            filtered=account.filtered,
-            lag=session.channel.produced - subscription.last_delivered_seq,
-            losses=[
-                pb.Loss(stage=stage, count=count)  # type: ignore[arg-type]
-                for stage, count in account.lost.items()
-            ],
-        )
-    return info
+async def _encoded(watch: Watch) -> AsyncIterator[bytes]:
+    async for change in watch:
+        yield change.SerializeToString()
 
 
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
-
-
-def _timestamp(unix_s: float) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromNanoseconds(int(unix_s * 1e9))
-    return timestamp

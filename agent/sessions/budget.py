@@ -4,15 +4,12 @@ out."""
 from __future__ import annotations
 
 import enum
-import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 CPU_WINDOW_S: Final = 10.0
-_BACKOFF_FIRST_S: Final = 1.0
-_BACKOFF_MOST_S: Final = 60.0
 
 
 class Priority(enum.IntEnum):
@@ -73,19 +70,3 @@ class CpuBudget:
     def restart(self) -> None:
         """Begins a new window: what was used before is settled."""
         self._samples.clear()
-
-
-@dataclass
-class Backoff:
-    """Pauses that double from a second to a minute, each with a jitter of half its length."""
-
-    _next_s: float = _BACKOFF_FIRST_S
-
-    def pause_s(self) -> float:
-        """The next pause."""
-        pause_s, self._next_s = self._next_s, min(2 * self._next_s, _BACKOFF_MOST_S)
-        return pause_s * random.uniform(0.75, 1.25)  # noqa: S311  not a secret
-
-    def succeeded(self) -> None:
-        """Begins again with the shortest pause."""
-        self._next_s = _BACKOFF_FIRST_S

@@ -11,52 +11,43 @@ It knows nothing of gRPC. One session's failure never touches another.
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Self
 
 import structlog
 
-from coral.agent.config import Config, Continuous
+from coral.agent.caller import LIBRARY, Caller
+from coral.agent.config import Config
 from coral.agent.errors import (
-    DeniedError,
-    InvalidRequestError,
+    FailedPreconditionError,
     LimitError,
     NotFoundError,
     RefusedError,
-    UnsupportedError,
+    UnavailableError,
 )
-from coral.agent.machine.privileges import refusal
 from coral.agent.machine.program_stats import ProgramStatsSampler
-from coral.agent.machine.resolve import resolve
-from coral.agent.sessions.budget import CPU_WINDOW_S, Backoff, Candidate, CpuBudget, first_to_go
-from coral.agent.sessions.session import End, Session, StartRequest, lease_s
-from coral.bpf import BpfError, BpfObject, Features, probe
-from coral.bpf.probing import capabilities
-from coral.collectors.contract import (
-    Batch,
-    Collector,
-    Measures,
-    ServiceProcesses,
-    Support,
-    in_thread,
-)
-from coral.collectors.options import OptionError, UnknownOptionError, format_duration
-from coral.collectors.registry import COLLECTORS
+from coral.agent.sessions import continuous
+from coral.agent.sessions.admission import Admission
+from coral.agent.sessions.changes import Changes, Watch
+from coral.agent.sessions.ended import EndedSessions
+from coral.agent.sessions.enforcement import enforce
+from coral.agent.sessions.feed import Feed
+from coral.agent.sessions.info import info_of
+from coral.agent.sessions.session import EXPIRED, End, Session, StartRequest, lease_s
+from coral.agent.sessions.totals import Totals
+from coral.bpf import BpfError, BpfObject, Features
+from coral.collectors.contract import Batch, Measures, Support
+from coral.collectors.options import format_duration
+from coral.collectors.runner import run
 from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.wire.kinds import kind_name, kind_of
+from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
-_ENDED_KEPT: Final = 1000
-_ENFORCE_EVERY_S: Final = 1.0
-_STEADY_S: Final = 60.0
-_FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDOWN)
-_TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
+_SHUTDOWN: Final = End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
 
 
 class Supervisor:
@@ -64,19 +55,13 @@ class Supervisor:
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
-        self.sessions: dict[str, Session] = {}
-        self.started: Counter[int] = Counter()  # by kind
-        self.ends: Counter[tuple[int, int]] = Counter()  # by kind and reason
-        self.events: Counter[int] = Counter()  # by kind
-        self.lost: Counter[tuple[int, int]] = Counter()  # by kind and stage; see `losses`
-        self.measures: dict[int, Measures] = {
-            kind: collector.measures(self.config.limits.prometheus_series)
-            for kind, collector in COLLECTORS.items()
-        }
+        self.sessions: dict[str, Session] = {}  # from the first step of their tasks to their end
+        self.totals = Totals()
+        self.ended = EndedSessions(self.config.limits, self.totals.leave)
         self.program_stats = ProgramStatsSampler(self._objects)
-        self._ended: OrderedDict[str, End] = OrderedDict()
-        self._measured: dict[tuple[int, str], str] = {}  # the session that feeds Prometheus
-        self._starting = 0
+        self._admission = Admission(self.config)
+        self._changes = Changes()
+        self._feed = Feed(self.config.limits.prometheus_series)
         self._closing = False
         self._tasks = asyncio.TaskGroup()
 
@@ -84,9 +69,11 @@ class Supervisor:
         await self._tasks.__aenter__()
         self._background = [
             self._tasks.create_task(self.program_stats.run(), name="program statistics"),
-            self._tasks.create_task(self._enforce_limits(), name="limits"),
+            self._tasks.create_task(enforce(self.config.limits, self), name="limits"),
             *(
-                self._tasks.create_task(self._keep(rule), name=f"continuous {rule.kind}")
+                self._tasks.create_task(
+                    continuous.keep(rule, self.start), name=f"continuous {rule.kind}"
+                )
                 for rule in self.config.continuous
             ),
         ]
@@ -101,101 +88,60 @@ class Supervisor:
         await self.shutdown()
         for task in self._background:
             task.cancel()
-        # Sessions raise nothing: what is under way is the caller's own, and stays as it is.
+        # Sessions raise nothing; an exception of the caller's block is not the group's concern.
         await self._tasks.__aexit__(None, None, None)
 
     async def shutdown(self) -> None:
-        """Ends every session for AGENT_SHUTDOWN; nothing can be started afterwards."""
+        """Ends every session for AGENT_SHUTDOWN, then every watch. Nothing can be started
+        afterwards."""
         self._closing = True
-        end = End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
-        await asyncio.gather(*(session.stop(end) for session in tuple(self.sessions.values())))
+        await asyncio.gather(
+            *(session.stop(_SHUTDOWN) for session in tuple(self.sessions.values()))
+        )
+        self._changes.close()
+
+    @property
+    def measures(self) -> Mapping[int, Measures]:
+        """The metrics of each kind for Prometheus."""
+        return self._feed.measures
 
     async def features(self) -> Features:
-        """What this kernel can do, with the loader that the configuration wants; found at the first
-        call, in a thread."""
-        found, wanted = await in_thread(probe), self.config.loader
-        return found if wanted == "auto" else replace(found, loader=wanted)
+        """What this kernel can do, with the loader that the configuration wants; probed at the
+        first call, in a thread."""
+        return await self._admission.features()
 
     async def capabilities(self) -> Mapping[str, Support]:
-        """Of each kind of collector, whether it can run here, by which hook, or why not."""
-        features = await self.features()
-        return {
-            kind_name(kind): self._support(collector, features)
-            for kind, collector in COLLECTORS.items()
-        }
+        """For each kind of collector, whether it can run here, by which hook, or why not."""
+        return await self._admission.capabilities()
 
-    def _support(self, collector: type[Collector], features: Features) -> Support:
-        has = features.capabilities
-        if features.obstacle and features.obstacle != capabilities.obstacle(has):
-            return Support(False, reason=features.obstacle)
-        reason = refusal(
-            collector.needs(),
-            has,
-            capabilities.of_kernel(),
-            observe_only=self.config.policy.observe_only,
-        )
-        return Support(False, reason=reason) if reason else collector.support(features)
-
-    async def start(self, request: StartRequest) -> Session:
-        """Starts a collector; it is attached when this returns. Raises a `RefusedError`, or a
-        `BpfError` when the kernel refuses; nothing is left of it then."""
-        collector_type = self._admit(request)
-        self._starting += not request.continuous
-        try:
-            features = await self.features()
-            support = self._support(collector_type, features)
-            if not support.supported:
-                raise UnsupportedError(f"{kind_name(collector_type.kind)}: {support.reason}")
-            service = await self._resolve(request)
-            try:
-                collector = collector_type.create(request.config, service, features)
-            except (OptionError, UnknownOptionError) as error:
-                raise InvalidRequestError(str(error)) from error
+    async def start(self, request: StartRequest, caller: Caller = LIBRARY) -> Session:
+        """Starts a collector for CALLER; it is attached when this returns. Raises a `RefusedError`,
+        or a `BpfError` when the kernel refuses; nothing is left of it then."""
+        collector_type = self._admission.admit(request)
+        with ExitStack() as undo:
+            self._check_open()
+            undo.enter_context(self._admission.slot(request))
+            collector = await self._admission.create(collector_type, request)
+            self._check_open()
             session = Session(collector, request, self.config)
-        except OSError as error:  # /proc cannot be read: there are no descriptors left
-            raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
-        finally:
-            self._starting -= not request.continuous
-        await self._launch(session)  # counted among the sessions from its first step on
-        await self._refuse_if_too_large(session)
+            session.slot = undo.pop_all()
+        await self._launch(session)
+        log.info(
+            "session started",
+            session=session.id,
+            kind=kind_name(session.kind),
+            service=session.service_name,
+            lease=format_duration(session.lease_s) if session.lease_s else "none",
+            peer=caller.peer,
+        )
         return session
 
-    def _admit(self, request: StartRequest) -> type[Collector]:
-        """Everything that can be refused without looking at the machine."""
-        kind = _kind(request.kind)
-        config, policy = self.config, self.config.policy
+    def _check_open(self) -> None:
         if self._closing:
-            raise LimitError("the agent is shutting down")
-        if policy.collectors and kind_name(kind) not in policy.collectors:
-            raise DeniedError(
-                f"kind: {kind_name(kind)} is not allowed by this agent's policy.collectors, "
-                f"{', '.join(policy.collectors)}"
-            )
-        if request.config.get("scope") == "host" and not policy.host_scope:
-            raise DeniedError(
-                "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope"
-            )
-        lease_s(request.duration_s, config)
-        if kind not in COLLECTORS:
-            raise UnsupportedError(
-                f"this agent has no {kind_name(kind)} collector; it has "
-                + ", ".join(map(kind_name, COLLECTORS))
-            )
-        most = config.limits.concurrent_collectors
-        at_work = self._starting + sum(not s.continuous for s in self.sessions.values())
-        if at_work >= most and not request.continuous:
-            raise LimitError(
-                f"limits.concurrent_collectors is {most}, and {at_work} are at work: stop one, or "
-                f"wait for its lease to end, before you start this {kind_name(kind)}"
-            )
-        return COLLECTORS[kind]
-
-    async def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
-        if not request.service_name or _TARGET_KEYS & request.config.keys():
-            return None
-        return await in_thread(lambda: resolve(request.service_name, self.config.services))
+            raise UnavailableError(_SHUTDOWN.detail)
 
     async def _launch(self, session: Session) -> None:
+        """Returns when SESSION is attached; raises why it could not be."""
         attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sessions[session.id] = session
         session.task = self._tasks.create_task(
@@ -206,208 +152,144 @@ class Supervisor:
         except asyncio.CancelledError:  # the caller went away: nobody would know this session
             await session.stop(End(pb.SessionEnd.REASON_STOPPED, "the caller went away"))
             raise
-        self.started[session.kind] += 1
-        log.info(
-            "session started",
-            session=session.id,
-            kind=kind_name(session.kind),
-            service=session.service_name,
-            lease=format_duration(session.lease_s) if session.lease_s else "none",
-        )
-
-    async def _refuse_if_too_large(self, session: Session) -> None:
-        limit, used = self.config.limits.memory, self.memory_bytes()
-        if used > limit:
-            own = session.memory_bytes
-            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, "limits.memory"))
-            raise LimitError(
-                f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes {own}, "
-                f"which makes {used} in all: ask for smaller buffers, or stop another collector"
-            )
-
-    def memory_bytes(self) -> int:
-        """Maps and buffers of all sessions."""
-        return sum(session.memory_bytes for session in self.sessions.values())
-
-    async def _enforce_limits(self) -> None:
-        """Every second: preempts the session of the lowest priority while a limit is passed, and
-        lets go of subscribers that do not read."""
-        limits = self.config.limits
-        cpu = CpuBudget(limits.cpu_percent)
-        while True:
-            await asyncio.sleep(_ENFORCE_EVERY_S)
-            cpu.add(time.monotonic(), time.process_time() + self.program_stats.total_s)
-            if cpu.exceeded:
-                await self._preempt(
-                    f"limits.cpu_percent is {limits.cpu_percent:g} of one CPU; "
-                    f"{cpu.used_percent:.1f} were used over {CPU_WINDOW_S:g}s"
-                )
-                cpu.restart()
-            if (used := self.memory_bytes()) > limits.memory:
-                await self._preempt(f"limits.memory is {limits.memory} bytes; {used} were used")
-            self._release_stalled(limits.stalled_subscriber)
-
-    async def _preempt(self, detail: str) -> None:
-        session = first_to_go(
-            Candidate(session, session.priority, session.started_at)
-            for session in self.sessions.values()
-            if session.started_at
-        )
-        if session:
-            await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))
-
-    def _release_stalled(self, patience_s: float) -> None:
-        now = time.monotonic()
-        for session in self.sessions.values():
-            for subscription in tuple(session.channel.subscriptions):
-                since = subscription.blocked_since
-                if since is not None and now - since > patience_s:
-                    log.warning(
-                        "subscriber let go", session=session.id, peer=subscription.terms.peer
-                    )
-                    subscription.fail(
-                        f"nothing was read for {format_duration(patience_s)}, this agent's "
-                        "limits.stalled_subscriber"
-                    )
-                    subscription.close()
-
-    async def _keep(self, rule: Continuous) -> None:
-        """Keeps a continuous collector at work: again after a failure, with growing pauses."""
-        request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
-        backoff = Backoff()
-        while True:
-            try:
-                session = await self.start(request)
-            except (RefusedError, BpfError) as error:
-                reason = str(error)
-            else:
-                began = time.monotonic()
-                await session.ended.wait()
-                if time.monotonic() - began > _STEADY_S:
-                    backoff.succeeded()
-                reason = str(session.end)
-                if session.end and session.end.reason in _FINAL:
-                    return
-            pause_s = backoff.pause_s()
-            log.warning(
-                "continuous collector is not at work",
-                kind=rule.kind,
-                service=rule.service,
-                reason=reason,
-                again_in=f"{pause_s:.1f}s",
-            )
-            await asyncio.sleep(pause_s)
 
     async def _run(self, session: Session, attached: asyncio.Future[None]) -> None:
         """The life of a session. Raises nothing but its own cancellation."""
 
         def on_attached() -> None:
-            session.started_at = time.time()
-            if session.lease_s is not None:
-                session.renew(session.lease_s)
+            self._check_memory(session)
+            session.attached()
+            self.totals.add(session)
+            self._changes.publish(pb.CollectorChange.WHAT_STARTED, info_of(session))
             if not attached.done():
                 attached.set_result(None)
 
         end = End(pb.SessionEnd.REASON_TARGET_EXITED)
         failure: Exception | None = None
         try:
+            session.begin()
             async with asyncio.timeout(None) as session.lease:
-                await session.collector.run(
-                    lambda batch: self._publish(session, batch), on_attached
+                await run(
+                    session.collector, lambda batch: self._publish(session, batch), on_attached
                 )
         except asyncio.CancelledError:
-            end = session.wanted_end or End(pb.SessionEnd.REASON_AGENT_SHUTDOWN)
+            end = session.decided_end or _SHUTDOWN
             raise
-        except Exception as error:  # whatever it is, it ends this session alone
-            lease = session.lease
-            if isinstance(error, TimeoutError) and lease and lease.expired():
-                end = End(pb.SessionEnd.REASON_EXPIRED)
+        except Exception as error:  # noqa: BLE001  whatever it is, it ends this session alone
+            if isinstance(error, TimeoutError) and session.lease and session.lease.expired():
+                end = EXPIRED
             else:
-                end = End(pb.SessionEnd.REASON_FAILED, str(error))
-                failure = error
-                if not isinstance(error, BpfError):
-                    log.exception("session failed for what is not expected", session=session.id)
-                    failure = BpfError(f"{kind_name(session.kind)} failed: {error!r}")
+                failure, end = self._failure(session, error)
         finally:
             self._finish(session, end)
             if not attached.done():
-                attached.set_exception(failure or NotFoundError(f"the session ended: {end}"))
+                attached.set_exception(failure or _ended_early(end))
+
+    def _failure(self, session: Session, error: Exception) -> tuple[Exception, End]:
+        """What the starter of SESSION is told of ERROR, and what its subscribers are."""
+        if isinstance(error, LimitError):
+            return error, End(pb.SessionEnd.REASON_PREEMPTED, str(error))
+        end = End(pb.SessionEnd.REASON_FAILED, str(error))
+        if isinstance(error, BpfError):
+            return error, end
+        log.exception("session failed unexpectedly", session=session.id)
+        return BpfError(f"{kind_name(session.kind)} failed: {error!r}"), end
+
+    def _check_memory(self, session: Session) -> None:
+        limit, used = self.config.limits.memory, self.memory_bytes()
+        if used > limit:
+            raise LimitError(
+                f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes "
+                f"{session.memory_bytes}, which makes {used} in all: ask for smaller buffers, or "
+                "stop another collector"
+            )
 
     def _publish(self, session: Session, batch: Batch) -> None:
-        if not batch:
-            return
-        session.channel.publish(batch)
-        self.events[session.kind] += len(batch.rows)
-        for stage, count in batch.losses.items():
-            self.lost[session.kind, stage] += count
-        # Two sessions that watch the same service would count its calls twice.
-        feeds = self._measured.setdefault((session.kind, session.service_name), session.id)
-        if feeds == session.id:
-            self.measures[session.kind].observe(session.service_name, batch)
+        if batch and session.started_at:  # not of one that is refused after it was attached
+            session.channel.publish(batch)
+            self.totals.add_batch(session.kind, batch)
+            self._feed.observe(session, batch)
 
     def _finish(self, session: Session, end: End) -> None:
-        session.end = end
-        session.channel.end(end.reason, end.detail, time.time_ns())
         del self.sessions[session.id]
-        self._ended[session.id] = end
-        while len(self._ended) > _ENDED_KEPT:
-            self._ended.popitem(last=False)
-        if self._measured.get((session.kind, session.service_name)) == session.id:
-            del self._measured[session.kind, session.service_name]
-        self.ends[session.kind, end.reason] += 1
-        for stage, count in session.channel.subscribers_lost.items():
-            self.lost[session.kind, stage] += count
-        session.ended.set()
+        session.finish(end)
+        self._feed.leave(session)
+        self.totals.ended[session.kind, end.reason] += 1
+        if session.started_at:
+            self.ended.add(session)
+            self._changes.publish(pb.CollectorChange.WHAT_ENDED, info_of(session))
         event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info
         event("session ended", session=session.id, kind=kind_name(session.kind), end=str(end))
 
     def find(self, session_id: str) -> Session:
-        """The session of that id. Raises `NotFoundError`; of one that has ended, with how."""
+        """The session of that id. Raises `NotFoundError`, which says how one that has ended did."""
         if session := self.sessions.get(session_id):
             return session
-        if end := self._ended.get(session_id):
-            raise NotFoundError(f"collector_id: {session_id} has ended: {end}")
+        if end := self.ended.end_of(session_id):
+            raise _has_ended(session_id, end)
         raise NotFoundError(f"collector_id: this agent knows no collector {session_id!r}")
 
-    async def stop(self, session_id: str) -> None:
+    def readable(self, session_id: str) -> Session:
+        """The session of that id, if its stream can be read: until its end, and for a while
+        afterwards. Raises `NotFoundError`."""
+        return self.ended.find(session_id) or self.find(session_id)
+
+    async def stop(self, session_id: str, caller: Caller = LIBRARY) -> None:
         """Ends a session. Raises `NotFoundError`."""
-        await self.find(session_id).stop(End(pb.SessionEnd.REASON_STOPPED))
+        session = self.find(session_id)
+        log.info("session stopped", session=session_id, peer=caller.peer)
+        await session.stop(End(pb.SessionEnd.REASON_STOPPED))
 
     def renew(self, session_id: str, duration_s: float | None = None) -> Session:
-        """Gives a session a new lease from now on. Raises `NotFoundError`,
-        `InvalidRequestError`."""
+        """Gives a session a new lease from now on. Raises `NotFoundError`, `InvalidRequestError`,
+        or `FailedPreconditionError` for one that has no lease."""
         session = self.find(session_id)
+        if end := session.decided_end:
+            raise _has_ended(session_id, end)
         if session.continuous:
-            raise InvalidRequestError(
+            raise FailedPreconditionError(
                 f"collector_id: {session_id} is continuous, by the agent's configuration: it has "
                 "no lease"
             )
         session.renew(lease_s(duration_s, self.config))
         return session
 
-    def losses(self) -> Counter[tuple[int, int]]:
-        """Events lost so far, by kind and stage, of sessions that ended and of those at work."""
-        total = self.lost.copy()
-        for session in tuple(self.sessions.values()):
-            for stage, count in tuple(session.channel.subscribers_lost.items()):
-                total[session.kind, stage] += count
-        return total
+    def watch(self) -> Watch:
+        """The sessions at work, then each that starts or ends. Raises `UnavailableError`."""
+        return self._changes.watch(map(info_of, self.at_work()))
+
+    def at_work(self) -> list[Session]:
+        """The sessions that are attached."""
+        return [session for session in self.sessions.values() if session.at_work]
+
+    def in_memory(self) -> list[Session]:
+        """All sessions, with those that have ended and are still kept."""
+        return [*self.sessions.values(), *self.ended.in_memory()]
+
+    def cpu_s(self) -> float:
+        """CPU time that the agent and its programs have used, in seconds."""
+        return time.process_time() + self.program_stats.total_s
+
+    def memory_bytes(self) -> int:
+        """Maps and buffers of all sessions. Ended ones make room first, where they are over the
+        limit."""
+        self.ended.tick()
+        own = sum(session.memory_bytes for session in self.sessions.values())
+        excess = own + self.ended.memory_bytes - self.config.limits.memory
+        if excess > 0:
+            self.ended.make_room(excess)
+        return own + self.ended.memory_bytes
 
     def _objects(self) -> Iterator[tuple[int, BpfObject]]:
-        for session in self.sessions.values():
-            if session.started_at:
-                yield session.kind, session.collector.bpf_object
+        for session in self.at_work():
+            yield session.kind, session.collector.bpf_object
 
 
-def _kind(kind: str | int) -> int:
-    accepted = "one of " + ", ".join(
-        f"{name} ({number})" for name, number in pb.EbpfCollectorKind.items() if number
-    )
-    if isinstance(kind, str):
-        try:
-            return kind_of(kind)
-        except ValueError:
-            pass
-    elif kind and kind in pb.EbpfCollectorKind.values():
-        return kind
-    raise InvalidRequestError(f"kind: {kind!r} is not accepted; give {accepted}")
+def _has_ended(session_id: str, end: End) -> NotFoundError:
+    return NotFoundError(f"collector_id: {session_id} has ended: {end}")
+
+
+def _ended_early(end: End) -> RefusedError:
+    if end.reason == pb.SessionEnd.REASON_AGENT_SHUTDOWN:
+        return UnavailableError(end.detail)
+    return NotFoundError(f"the session ended before it was attached: {end}")

@@ -1,8 +1,7 @@
-"""The kernel's counters of system calls, read again and again: what each reading adds."""
+"""The kernel's counters of system calls: what each reading adds to the one before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ COLUMNS: Final = LATENCY + LATENCY_SLOTS
 
 @dataclass(frozen=True, slots=True)
 class Increase:
-    """What one interval added, for n pairs of process and system call that made a call in it."""
+    """What one interval added, for the n pairs of process and system call with a call in it."""
 
     tgids: NDArray[np.uint32]  # (n,)
     numbers: NDArray[np.uint32]  # (n,)
@@ -35,22 +34,31 @@ class Increase:
         return calls
 
     def take(self, index: NDArray[Any]) -> Increase:
-        """The rows at INDEX."""
+        """The rows at INDEX, of shape (m,)."""
         return Increase(
             self.tgids[index], self.numbers[index], self.max_ns[index], self.counters[index]
         )
 
+    def with_sum_of(self, rest: Increase) -> Increase:
+        """These rows, and one more that adds up REST, of process 0 and number 0."""
+        return Increase(
+            np.append(self.tgids, np.uint32(0)),
+            np.append(self.numbers, np.uint32(0)),
+            np.append(self.max_ns, rest.max_ns.max()),
+            np.vstack([self.counters, rest.counters.sum(axis=0)]),
+        )
+
 
 class Counters:
-    """The figures as they were read last, by key."""
+    """The figures of the last reading, by key."""
 
     def __init__(self) -> None:
         self._keys = np.empty(0, np.uint64)  # sorted
         self._values = np.empty((0, COLUMNS), np.uint64)
 
     def advance(self, keys: NDArray[Any], values: NDArray[Any], interval: int) -> Increase:
-        """Takes in what was read: keys (n,), values (n, CPUs); returns what it adds to the reading
-        before."""
+        """Takes in a reading, keys of shape (n,) and values of shape (n, CPUs); returns what it
+        adds to the one before. INTERVAL is the programs' number of the interval that ended."""
         packed = keys["tgid"].astype(np.uint64) << np.uint64(32) | keys["nr"]
         order = np.argsort(packed)
         packed, keys, values = packed[order], keys[order], values[order]
@@ -65,7 +73,7 @@ class Counters:
             known = self._keys[at] == packed
             increase[known] -= self._values[at[known]]
         active = increase[:, LATENCY:].any(axis=1)
-        # A call whose time is in and which is not itself in yet: all of it next time.
+        # A call may be counted in the time and not yet in the histogram: count it whole next time.
         current[~active] -= increase[~active]
         self._keys, self._values = packed, current
 
@@ -73,14 +81,15 @@ class Counters:
         max_ns = _bounded(_max_ns(values[active], interval), increase)
         return Increase(keys["tgid"][active], keys["nr"][active], max_ns, increase)
 
-    def forget(self, tgids: Sequence[int]) -> None:
-        """Drops the figures of processes that have ended."""
-        kept = ~np.isin(self._keys >> np.uint64(32), np.array(tgids, np.uint64))
+    def forget(self, tgids: NDArray[Any]) -> None:
+        """Drops the figures of the processes TGIDS, of shape (m,), which have ended."""
+        kept = ~np.isin(self._keys >> np.uint64(32), tgids)
         self._keys, self._values = self._keys[kept], self._values[kept]
 
 
 def _max_ns(values: NDArray[Any], interval: int) -> NDArray[np.uint64]:
-    """The greatest latency over all CPUs since INTERVAL began: values (n, CPUs) become (n,)."""
+    """The greatest latency over all CPUs since INTERVAL began, of shape (n,), for VALUES of shape
+    (n, CPUs)."""
     recent = (interval & 0xFFFFFFFF, (interval + 1) & 0xFFFFFFFF)
     kept = np.where(np.isin(values["max_interval"], recent), values["max_ns"], 0)
     max_ns: NDArray[np.uint64] = kept.max(axis=(1, 2), initial=0)
@@ -88,10 +97,10 @@ def _max_ns(values: NDArray[Any], interval: int) -> NDArray[np.uint64]:
 
 
 def _bounded(max_ns: NDArray[np.uint64], increase: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """MAX_NS as far as the histogram and the total of the same calls allow it.
+    """MAX_NS, within the bounds that the histogram and the total of the same calls set.
 
-    Around the change of interval a maximum can fall to the neighbouring one, while its call does
-    not: a few hundred microseconds lie between that change and the read.
+    When the interval changes, a maximum can land in the interval beside that of its call: a few
+    hundred microseconds pass between the change and the reading.
     """
     latency = increase[:, LATENCY:]
     last_slot = LATENCY_SLOTS - 1 - (latency[:, ::-1] != 0).argmax(axis=1)

@@ -1,4 +1,4 @@
-"""What Prometheus is told of system calls: added up by service and call, for the agent's life."""
+"""The Prometheus metrics of system calls, by service and call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
+from coral.collectors.columns import group, sum_by_group
 from coral.collectors.contract import Batch, EventRows, Measures
 from coral.collectors.syscall_stats import errno_class
 from coral.collectors.syscall_stats.counters import (
@@ -20,9 +21,8 @@ from coral.collectors.syscall_stats.counters import (
     LATENCY_FIRST,
     TOTAL_NS,
 )
-from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.collectors.syscall_stats.rows import OTHER
 
-OTHER: Final = "other"
 # Upper bounds of the Prometheus histogram, as exponents of two, in ns: 256 ns to 17 s, times four.
 _BUCKET_EXPONENTS: Final = tuple(range(8, 35, 2))
 
@@ -36,23 +36,28 @@ class SyscallMeasures(Measures):
         self._series: dict[tuple[str, str], NDArray[np.uint64]] = {}
 
     def observe(self, service: str, batch: Batch) -> None:
-        if isinstance(batch.rows, EventRows):
-            return  # filtered and sampled: no measure of the whole
+        rows = batch.rows
+        if isinstance(rows, EventRows):
+            return  # filtered and sampled events do not measure the whole
+        syscall = rows.columns["syscall"]
+        first, of_row = group(syscall)
+        figures = np.zeros((len(rows), COLUMNS), np.uint64)
+        latency = rows.columns["latency_ns"]
+        figures[:, TOTAL_NS] = rows.columns["total_duration_ns"]
+        figures[:, ERRORS:LATENCY] = rows.columns["errors_by_class"]
+        figures[:, LATENCY : LATENCY + latency.shape[1]] = latency
+        added = sum_by_group(figures, of_row, len(first))
         with self._lock:
-            for row in batch.rows:
-                if isinstance(row, pb.SyscallStats):
-                    self._add(service, row)
+            for call, counters in zip(syscall[first].tolist(), added, strict=True):
+                self._add((service, rows.strings[call]), counters)
 
-    def _add(self, service: str, row: pb.SyscallStats) -> None:
-        key = (service, row.syscall_name)
+    def _add(self, key: tuple[str, str], counters: NDArray[np.uint64]) -> None:
         if key not in self._series and len(self._series) >= self._max_series:
             key = (OTHER, OTHER)
-        series = self._series.setdefault(key, np.zeros(COLUMNS, np.uint64))
-        series[TOTAL_NS] += np.uint64(row.total_duration_ns)
-        for name, count in row.errors_by_class.items():
-            series[ERRORS + errno_class.NAMES.index(name)] += np.uint64(count)
-        counts = row.latency_ns.counts
-        series[LATENCY : LATENCY + len(counts)] += np.array(counts, np.uint64)
+        if key in self._series:
+            self._series[key] += counters
+        else:
+            self._series[key] = counters.copy()
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:

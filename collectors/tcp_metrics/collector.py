@@ -1,14 +1,14 @@
-"""TCP connections of processes: what they carry, how they fare, how they end. Source:
+"""TCP connections of processes: what they carry, how they perform, how they end. Source:
 tcp_metrics.bpf.c.
 
-At each interval a walk through the kernel's map brings every open connection with the figures that
-the kernel keeps of it; those that have ended come through the ring, each once.
+At each interval a walk through the kernel's map reads every open connection with the figures that
+the kernel keeps of it; connections that have ended come through the ring, each once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -20,42 +20,26 @@ from coral.bpf import (
     Feature,
     Features,
     HashMap,
-    RecordReader,
     Rung,
     Step,
     Walk,
-    climb,
     kernel_names,
 )
-from coral.bpf.buffers.maps import sum_over_cpus
 from coral.bpf.probing import capabilities as caps
-from coral.collectors.contract import Batch, Collector, ServiceProcesses, Support
-from coral.collectors.options import (
-    Option,
-    OptionError,
-    choice,
-    describe,
-    duration,
-    integer,
-    option,
-    parse_options,
-    size,
-)
-from coral.collectors.targets import TargetOptions, Targets, refused_options
+from coral.collectors.contract import EventRows, Summaries, Support
+from coral.collectors.kernel_collector import KernelCollector, KernelOptions, unix_offset_ns
+from coral.collectors.options import choice, integer, option, size
 from coral.collectors.tcp_metrics.connections import Connections
 from coral.collectors.tcp_metrics.diag import DiagConnections
 from coral.collectors.tcp_metrics.events import event_rows
 from coral.collectors.tcp_metrics.measures import TcpMeasures
-from coral.collectors.tcp_metrics.peers import peer_rows
-from coral.collectors.tcp_metrics.rows import connection_rows
+from coral.collectors.tcp_metrics.peers import peer_summaries
+from coral.collectors.tcp_metrics.rows import connection_summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_RING_INTERVAL_S: Final = 0.018  # as syscall_stats has it
-_RING_WAKEUP_SHARE: Final = 4
 _MOST_PEERS: Final = 1000
-_HOOKS: Final = ("tp_btf", "raw_tp", "tracepoint")  # best first
 _PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_state", "coral_destroy")
-# What may be missing, by the tracepoint that it hangs on.
+# Programs that a kernel may have no tracepoint for, and their tracepoints.
 _OPTIONAL: Final = {
     "coral_segment": "tcp_probe",
     "coral_received": "tcp_rcv_space_adjust",
@@ -64,64 +48,61 @@ _OPTIONAL: Final = {
     "coral_reset_out": "tcp_send_reset",
     "coral_reset_in": "tcp_receive_reset",
 }
-# There since Linux 4.16, where a kernel without BTF cannot be asked.
+# They exist since Linux 4.16, which a kernel without BTF does not tell.
 _OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
 _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
-# Its format names no socket before Linux 6.10.
+# Programs for tracepoints whose format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
-# A look at who has which socket open waits so many times as long as it took: a fiftieth of a CPU.
+# After a scan of open sockets, wait 50 times as long as it took, so that scanning uses at most 2 %
+# of a CPU.
 _LOOK_REST: Final = 50
 
 
 @dataclass(frozen=True)
-class TcpMetricsOptions(TargetOptions):
+class TcpMetricsOptions(KernelOptions):
     """The options of `tcp_metrics`."""
 
-    interval: float = option(duration(0.1, 60), "1s", "how often figures are sent")
-    by: str = option(
-        choice("connection", "peer"),
-        "connection",
-        "rows for each connection, or for each remote address and port",
-    )
-    top: int = option(
-        integer(0, 10240),
-        "0",
-        "rows an interval: those with most bytes, the rest added up in one row `other`; 0: all, "
-        "but 1000 of peers",
-    )
-    prometheus: str = option(
-        choice("service", "peer"),
-        "service",
-        "what Prometheus is told apart: services, or their peers' addresses and ports as well",
-    )
-    entries: int = option(
-        integer(1, 262144),
-        "10240",
-        "connections that are followed at once; further ones are losses of MAP_FULL",
-    )
     mode: str = option(
         choice("summaries", "events"),
         "summaries",
-        "figures of each interval, or every change of state, retransmit and reset",
+        "`summaries`: figures for each interval; `events`: every change of state, retransmit and "
+        "reset",
     )
     ring: int = option(
         size(64 << 10, 256 << 20),
         "4MiB",
-        "the ring buffer for connections that have ended and for single events, a power of two",
+        "the size of the ring buffer for single events and for connections that have ended",
     )
-
-    @property
-    def single_events(self) -> bool:
-        """Whether every change is an event."""
-        return self.mode == "events"
+    by: str = option(
+        choice("connection", "peer"),
+        "connection",
+        "`connection`: a row for each connection; `peer`: a row for each remote address and port",
+    )
+    top: int = option(
+        integer(0, 10240),
+        "0",
+        "how many rows to send for each interval: those with most bytes, then the row `other`, "
+        "which adds up the rest; 0: all connections, but at most 1000 peers",
+    )
+    prometheus: str = option(
+        choice("service", "peer"),
+        "service",
+        "how to split the Prometheus metrics: by service, or also by the address and port of each "
+        "peer",
+    )
+    entries: int = option(
+        integer(1, 262144),
+        "10240",
+        "how many connections to follow at once; further ones are lost at the stage MAP_FULL",
+    )
 
 
 @cache
 def _kernel_has() -> frozenset[str]:
-    """Of the tracepoints and helpers above, those that this kernel has."""
+    """The tracepoints and helpers of those above that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
     helpers = {_COOKIES, *_TYPED}
     found = kernel_names((*names, *helpers))
@@ -129,35 +110,32 @@ def _kernel_has() -> frozenset[str]:
     return frozenset((tracepoints or _OLD) | (found & helpers))
 
 
-class TcpMetricsCollector(Collector):
-    """Follows the TCP connections of the processes it was asked to watch."""
+class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
+    """Follows the TCP connections of the watched processes."""
 
     kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
+    options_type = TcpMetricsOptions
 
-    def __init__(
-        self, options: TcpMetricsOptions, service: ServiceProcesses | None, features: Features
-    ) -> None:
-        self._options = options
-        self._targets = Targets(options, service)
-        self._rung = climb(features, _HOOKS, thread_state=False)
-        refused = refused_options(features)
-        if options.until_exit and refused.get("until_exit"):
-            raise OptionError("until_exit", "true", refused["until_exit"])
+    def _make_object(self, features: Features) -> BpfObject:
+        options = self._options
+        self._live: Walk | None = None
+        self._find: Walk | None = None
+        self._looks, self._look_after_ns = 0, 0
+        self._diag: DiagConnections | None = None
         taken = _connections(features, self._rung).taken
         self._walks = (_LIVE, _FIND) if taken == "iterator" else ()
         self._asks = taken == "sock_diag"
-        self._object = self._rung.object(
+        return self._rung.object(
             "tcp_metrics",
             programs=self._programs(),
             options={
-                **self._targets.object_options,
+                **self._object_options,
                 "active_at_exec": True,
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "take_over_found": self._asks,
                 "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
                 "typed_sockets": self._rung.hook.taken == "tp_btf" and _kernel_has() >= _TYPED,
-                "ring_wakeup_bytes": options.ring // _RING_WAKEUP_SHARE,
             },
             map_entries={"connections": options.entries, "found": options.entries},
             preallocated=("connections", "ports", "targets", "found"),
@@ -165,41 +143,24 @@ class TcpMetricsCollector(Collector):
             walks=self._walks,
             without_maps=() if self._asks else ("found",),
         )
-        self._records: RecordReader | None = None
-        self._live: Walk | None = None
-        self._find: Walk | None = None
-        self._looks, self._look_after_ns = 0, 0
-        self._diag: DiagConnections | None = None
-        self._lost = {pb.Loss.STAGE_KERNEL_BUFFER: 0, pb.Loss.STAGE_MAP_FULL: 0}
-        self._read_at_ns = 0
 
     def _programs(self) -> tuple[str, ...]:
-        """What is attached here, named without the hook's suffix."""
+        """The programs to attach here, named without the hook's suffix."""
         wanted = {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
         if self._rung.hook.taken == "tracepoint":
             wanted -= _NOT_PLAIN
         if self._walks and self._options.single_events:
-            wanted.discard("coral_segment")  # has nothing to tell
+            wanted.discard("coral_segment")  # it sends no events
         elif self._walks and not self._options.cgroup:
-            wanted.discard("coral_received")  # who has a socket is looked up
+            wanted.discard("coral_received")  # scans find the owners of sockets
         return (*_PROGRAMS, *sorted(wanted))
 
     @classmethod
-    def options(cls) -> Sequence[Option]:
-        return describe(TcpMetricsOptions)
-
-    @classmethod
-    def create(
-        cls, config: Mapping[str, str], service: ServiceProcesses | None, features: Features
-    ) -> TcpMetricsCollector:
-        return cls(parse_options(TcpMetricsOptions, config), service, features)
-
-    @classmethod
     def support(cls, features: Features) -> Support:
+        support = super().support(features)
         if features.obstacle:
-            return Support(False, reason=features.obstacle)
-        rung = climb(features, _HOOKS, thread_state=False)
-        support = Support.by(rung, refused_options(features))
+            return support
+        rung = cls.climb(features)
         if not rung.buffer.taken:
             return replace(support, supported=False, reason=f"no buffer ({rung.buffer.why_not})")
         return replace(support, steps=(*support.steps, _connections(features, rung)))
@@ -208,49 +169,18 @@ class TcpMetricsCollector(Collector):
     def measures(cls, max_series: int) -> TcpMeasures:
         return TcpMeasures(max_series)
 
-    @property
-    def label(self) -> str:
-        return self._targets.label
-
-    @property
-    def bpf_object(self) -> BpfObject:
-        return self._object
-
-    @property
-    def interval_s(self) -> float:
-        return _RING_INTERVAL_S if self._options.single_events else self._options.interval
-
-    @property
-    def records(self) -> RecordReader | None:
-        return self._records
-
-    @property
-    def drains_on_loop(self) -> bool:
-        return self._options.single_events
-
-    def exit_fds(self) -> Sequence[int]:
-        return self._targets.exit_fds
-
-    def open(self) -> None:
-        self._object.load()
-        self._account = self._object.map("account")
+    def _open_maps(self) -> None:
         self._connections_map: HashMap = self._object.map("connections")
-        single = self._options.single_events
-        self._records = self._rung.reader(
-            self._object,
-            "tcp_event" if single else "tcp_connection",
-            buffer_bytes=self._options.ring,
-            wakeup_bytes=self._options.ring // _RING_WAKEUP_SHARE,
-            order_by="time_ns" if single else "ended_ns",
-        )
+        if self._options.single_events:
+            self._open_records("tcp_event", order_by="time_ns")
+        else:
+            self._open_records("tcp_connection", order_by="ended_ns")
         self._connections = Connections()
-        # Once, so that a connection's start is the same in all its rows.
-        self._offset_ns = time.time_ns() - time.monotonic_ns()
-        self._object.attach()
-        self._targets.fill(self._object)
-        # After the targets are known, and after the hooks: what opens now is seen by them.
+        # Once for the session, so that a connection's start is the same in all its rows.
+        self._offset_ns = unix_offset_ns()
+
+    def _on_attached(self) -> None:
         self._find_earlier()
-        self._read_at_ns = time.time_ns()
 
     def _find_earlier(self) -> None:
         if self._walks or self._asks:
@@ -265,32 +195,32 @@ class TcpMetricsCollector(Collector):
             )
             self._diag.find(self._targets.present())
 
-    def drain(self) -> Batch:
-        if self._records is None:
-            raise RuntimeError("not open")
-        started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
-        # Before the drain: a record that is refused in between is told next time.
-        losses = self._losses(self._records)
-        if self._options.single_events:
-            rows = event_rows(self._records)
-            self._forget_ended()
-            return Batch(rows, started_at_ns, self._read_at_ns, losses)
-        live, ended = self._read(self._records)
+    def _read_events(self) -> EventRows:
+        rows = event_rows(self._drain_records())
+        self._targets.forget(self._targets.read().ended)
+        return rows
+
+    def _read_summaries(self) -> Summaries:
+        live, ended = self._read()
         changes = self._connections.advance(
             live, ended, time.monotonic_ns(), everything=not self._object.attached
         )
-        names = self._forget_ended()
+        members = self._targets.read()
+        self._targets.forget(members.ended)
         top = self._options.top
-        summaries: Sequence[pb.TcpMetrics] | Sequence[pb.TcpPeerMetrics]
         if self._options.by == "peer":
-            summaries = peer_rows(changes, top or _MOST_PEERS)
-        else:
-            summaries = connection_rows(changes, names, self._offset_ns, top)
-        in_detail = self._options.prometheus == "peer"
-        return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
+            return peer_summaries(changes, top or _MOST_PEERS)
+        return connection_summaries(changes, members, self._offset_ns, top)
+
+    @property
+    def _in_detail(self) -> bool:
+        return self._options.prometheus == "peer"
+
+    def _uncounted(self) -> int:
+        return self._diag.unfollowed if self._diag else 0
 
     def _look(self) -> None:
-        """Looks who has which socket open, unless that would take too much time."""
+        """Scans which process has which socket open, unless that would take too much time."""
         began_ns = time.monotonic_ns()
         if self._find is None or began_ns < self._look_after_ns:
             return
@@ -300,46 +230,23 @@ class TcpMetricsCollector(Collector):
         ended_ns = time.monotonic_ns()
         self._look_after_ns = ended_ns + _LOOK_REST * (ended_ns - began_ns)
 
-    def _read(self, records: RecordReader) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _read(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The connections that are open, and those that have ended: struct tcp_connection."""
-        # The map before the ring: what ends in between is in both, and not in neither.
+        # Read the map before the ring, so that what ends in between is in both.
         if self._live:
             self._look()
-            return self._live.read(), records.drain()
+            return self._live.read(), self._drain_records()
         if self._diag:
             self._diag.read(now=not self._object.attached)
-        live, ended = self._connections_map.read()[1], records.drain()
+        live, ended = self._connections_map.read()[1], self._drain_records()
         if self._diag:
             live, ended = self._diag.merged(live, ended)
-        live["read_ns"] = time.monotonic_ns()  # they last, though no segment comes
+        live["read_ns"] = time.monotonic_ns()  # they go on, even if no segment comes
         return live, ended
 
-    def _forget_ended(self) -> Mapping[int, str]:
-        """Removes processes that have ended from the map; command names by tgid."""
-        names, ended = self._targets.read()
-        if ended:
-            self._targets.forget(ended)
-        return names
-
-    def _losses(self, records: RecordReader) -> dict[int, int]:
-        _, account = self._account.read()
-        full = int(sum_over_cpus(account, "map_full")[0])
-        full += self._diag.unfollowed if self._diag else 0
-        totals = {
-            pb.Loss.STAGE_KERNEL_BUFFER: max(int(sum_over_cpus(account, "lost")[0]), records.lost),
-            pb.Loss.STAGE_MAP_FULL: full + self._targets.unfollowed(self._object),
-        }
-        before, self._lost = self._lost, totals
-        return {
-            int(stage): total - before[stage]
-            for stage, total in totals.items()
-            if total > before[stage]
-        }
-
     def close(self) -> None:
-        self._records = self._live = self._find = self._diag = None
-        self._targets.close()
-        self._object.close()
+        self._live = self._find = self._diag = None
+        super().close()
 
 
 def _connections(features: Features, rung: Rung) -> Step:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from coral.bpf import RecordReader
+from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
-from coral.collectors.tcp_metrics.rows import RESET_REASONS
+from coral.collectors.kernel_collector import unix_offset_ns
+from coral.collectors.targets import comm_text
+from coral.collectors.tcp_metrics.names import reset_reason
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _COPIED: Final = (
@@ -26,12 +28,11 @@ _ROW: Final = np.dtype(
 )
 
 
-def event_rows(records: RecordReader) -> EventRows:
-    """Everything since the last drain, with Unix time, addresses as numbers, and names."""
-    read = records.drain()
+def event_rows(read: NDArray[Any]) -> EventRows:
+    """The rows of READ, struct tcp_event of shape (n,): with Unix time, addresses as numbers, and
+    names."""
     rows = np.empty(len(read), _ROW)
-    # One offset a batch: the two clocks drift by parts in a million.
-    rows["time_ns"] = read["time_ns"] + np.uint64(time.time_ns() - time.monotonic_ns())
+    rows["time_ns"] = read["time_ns"] + np.uint64(unix_offset_ns())
     rows["connection_id"] = read["connection_id"]
     rows["network_namespace"] = read["network"]
     for name in _COPIED:
@@ -39,9 +40,7 @@ def event_rows(records: RecordReader) -> EventRows:
     for end in ("local", "remote"):
         halves = np.ascontiguousarray(read[end]).view(">u8")
         rows[f"{end}_high"], rows[f"{end}_low"] = halves[:, 0], halves[:, 1]
-    names, of_row = np.unique(read["name"], return_inverse=True)
-    rows["comm"] = len(RESET_REASONS) + of_row
-    known = read["reason"] < len(RESET_REASONS)
-    rows["reason"] = np.where(known, read["reason"], 0)
-    strings = (*RESET_REASONS, *(name.decode(errors="replace") for name in names.tolist()))
-    return EventRows(pb.TcpStateChange, rows, strings)
+    strings = Strings()
+    rows["comm"] = strings.indices(read["name"], comm_text)
+    rows["reason"] = strings.indices(read["reason"], reset_reason)
+    return EventRows(pb.TcpStateChange, rows, strings.table)

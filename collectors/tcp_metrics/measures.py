@@ -1,41 +1,44 @@
-"""What Prometheus is told of connections: added up by service and role, for the agent's life.
+"""The Prometheus metrics of connections, by service and role.
 
 Names are those of OpenTelemetry's proposal for `system.network.tcp.*` (semantic-conventions, issue
-3682), in Prometheus form. There are addresses in labels only where a request asks for them.
+3682), in Prometheus form. Labels have addresses only in sessions that ask for them.
 """
 
 from __future__ import annotations
 
-import bisect
 import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
+from coral.collectors.columns import group, sum_by_group
 from coral.collectors.contract import Batch, EventRows, Measures
+from coral.collectors.tcp_metrics.connections import BOUNDS_US, NAMES
+from coral.collectors.tcp_metrics.names import OTHER
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-OTHER: Final = "other"
+Columns = Mapping[str, NDArray[Any]]
+
 _PREFIX: Final = "system_network_tcp_"
 _LABELS: Final = ("service", "role")
-# Of servers, the port is the one that they listen on.
+# For servers, the port is the one that they listen on.
 _PEER_LABELS: Final = ("network_peer_address", "server_port")
-# Of round trips and handshakes; all of them are ends of the slots that the kernel counts in.
+# For round trips and handshakes.
 _BUCKETS_US: Final = (
     500, 1_000, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
 )  # fmt: skip
 _DURATIONS_US: Final = tuple(
     seconds * 1_000_000 for seconds in (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600)
 )
-_ROLES: Final = {
+_ROLES: Final[Mapping[int, str]] = {
     pb.TCP_ROLE_CLIENT: "client",
-    pb.TCP_ROLE_SERVER: "server",
-    pb.TCP_ROLE_LISTENER: "server",
+    pb.TCP_ROLE_SERVER: "server",  # and listeners
 }
-# How a connection failed that was never established: error.type of the proposal.
+# Why an attempt to connect failed: error.type of the proposal.
 _ERROR_TYPES: Final = {
     "ECONNREFUSED": "refused",
     "ECONNRESET": "reset",
@@ -44,79 +47,23 @@ _ERROR_TYPES: Final = {
     "ENETUNREACH": "net_unreachable",
 }
 _ERROR_OTHER: Final = "_OTHER"
+_ATTEMPT_TYPES: Final = ("", *_ERROR_TYPES.values(), _ERROR_OTHER)  # "" is success
+_NO_PEER: Final = 0xFFFFFFFF  # in place of the index of an address
 
 
-class _Histogram:
-    """Counts by upper bounds, and the sum, in microseconds."""
-
-    def __init__(self, bounds_us: Sequence[float]) -> None:
-        self.bounds_us = bounds_us
-        self.counts = [0] * (len(bounds_us) + 1)
-        self.sum_us = 0.0
-
-    def observe(self, value_us: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds_us, value_us)] += 1
-        self.sum_us += value_us
-
-    def add(self, other: pb.BucketHistogram) -> None:
-        """Adds one whose bounds are finer, and have all of these."""
-        self.sum_us += other.sum
-        for bound, count in zip((*other.bounds, None), other.counts, strict=False):
-            at = len(self.bounds_us) if bound is None else bisect.bisect_left(self.bounds_us, bound)
-            self.counts[at] += count
-
-    @property
-    def buckets(self) -> list[tuple[str, float]]:
-        """As Prometheus has them: cumulative, by seconds."""
-        ends = [f"{bound / 1e6:.9g}" for bound in self.bounds_us] + ["+Inf"]
-        total, buckets = 0, []
-        for end, count in zip(ends, self.counts, strict=True):
-            total += count
-            buckets.append((end, float(total)))
-        return buckets
-
-
-class _Series:
-    """What there is of one service and role."""
-
-    def __init__(self) -> None:
-        self.counters = pb.TcpCounters()
-        self.connections: Counter[str] = Counter()  # by error type, "" where it was established
-        self.rtt = _Histogram(_BUCKETS_US)
-        self.handshake = _Histogram(_BUCKETS_US)
-        self.duration = _Histogram(_DURATIONS_US)
-
-    def add_counters(self, delta: pb.TcpCounters, role: pb.TcpRole) -> None:
-        for field, value in delta.ListFields():
-            setattr(self.counters, field.name, getattr(self.counters, field.name) + value)
-        if role == pb.TCP_ROLE_SERVER:  # the listener has them, and those that led to nothing
-            self.counters.retransmits_handshake -= delta.retransmits_handshake
-
-    def add_listener(self, delta: pb.TcpCounters) -> None:
-        self.counters.retransmits_handshake += delta.syn_ack_retransmits
-        self.counters.resets_sent += delta.resets_sent
-        self.counters.resets_received += delta.resets_received
-
-    def add_connection(self, row: pb.TcpMetrics) -> None:
-        self.add_counters(row.delta, row.role)
-        self.rtt.add(row.rtt_us_delta)
-        self.connections[""] += row.established
-        if row.established and row.connect_ns:
-            self.handshake.observe(row.connect_ns / 1000)
-        if row.end == pb.TCP_END_OPEN or row.preexisting:
-            return
-        if row.was_established:
-            self.duration.observe((row.duration_ns - row.connect_ns) / 1000)
-        else:
-            self.connections[_ERROR_TYPES.get(row.error, _ERROR_OTHER)] += 1
-
-    def add_peer(self, row: pb.TcpPeerMetrics) -> None:
-        self.add_counters(row.delta, row.role)
-        self.rtt.add(row.rtt_us_delta)
-        self.handshake.add(row.connect_us_delta)
-        self.connections[""] += row.connections_established
-        for error, count in row.failures.items():
-            self.connections[_ERROR_TYPES.get(error, _ERROR_OTHER)] += count
+# A series is one array of counters, which these slices of it name. A histogram has a count for each
+# bucket, the last without an upper bound, and then the sum of its values in nanoseconds.
+_COUNTERS: Final = slice(0, len(NAMES))
+_ATTEMPTS: Final = slice(_COUNTERS.stop, _COUNTERS.stop + len(_ATTEMPT_TYPES))
+_RTT: Final = slice(_ATTEMPTS.stop, _ATTEMPTS.stop + len(_BUCKETS_US) + 2)
+_HANDSHAKE: Final = slice(_RTT.stop, _RTT.stop + len(_BUCKETS_US) + 2)
+_DURATION: Final = slice(_HANDSHAKE.stop, _HANDSHAKE.stop + len(_DURATIONS_US) + 2)
+_WIDTH: Final = _DURATION.stop
+# The bucket for each slot that the kernel counts in: its bounds are finer, and have all of ours.
+_BUCKET_OF_SLOT: Final = np.searchsorted(_BUCKETS_US, (*BOUNDS_US, np.inf))
+_RESETS: Final = [NAMES.index("resets_sent"), NAMES.index("resets_received")]
+_HANDSHAKE_RETRANSMITS: Final = NAMES.index("retransmits_handshake")
+_SYN_ACK_RETRANSMITS: Final = NAMES.index("syn_ack_retransmits")
 
 
 class _Key(NamedTuple):
@@ -127,42 +74,49 @@ class _Key(NamedTuple):
 
 
 class TcpMeasures(Measures):
-    """Connections, bytes, retransmits, resets and times by service and role, and by peer where that
-    is asked for."""
+    """Connections, bytes, retransmits, resets and times by service and role, and by peer for
+    sessions that ask for it."""
 
     def __init__(self, max_series: int) -> None:
         self._max_series = max_series
         self._lock = threading.Lock()  # a scrape runs in a thread of its own
-        self._series: dict[_Key, _Series] = {}
+        self._series: dict[_Key, NDArray[np.uint64]] = {}
 
     def observe(self, service: str, batch: Batch) -> None:
-        if isinstance(batch.rows, EventRows):
+        rows = batch.rows
+        if isinstance(rows, EventRows):
             return  # no figures
+        columns = rows.columns
+        peers = rows.message is pb.TcpPeerMetricsColumns
+        listens = columns["role"] == pb.TCP_ROLE_LISTENER
+        role = np.where(listens, pb.TCP_ROLE_SERVER, columns["role"])
+        address = np.where(listens | (not batch.in_detail), _NO_PEER, columns["remote_address"])
+        port = np.where(address == _NO_PEER, 0, columns["port"] if peers else _server_port(columns))
+        first, of_row = group(_packed(address, port, role))
+        figures_of = _of_peers if peers else _of_connections
+        figures = figures_of(columns, rows.strings)
+        figures[listens] = _of_listeners(columns["delta"][listens])
+        added = sum_by_group(figures, of_row, len(first))
         with self._lock:
-            for row in batch.rows:
-                if not isinstance(row, pb.TcpMetrics | pb.TcpPeerMetrics):
-                    continue
-                listens = row.role == pb.TCP_ROLE_LISTENER
-                series = self._of(service, row, by_peer=batch.in_detail and not listens)
-                if listens:
-                    series.add_listener(row.delta)
-                elif isinstance(row, pb.TcpMetrics):
-                    series.add_connection(row)
-                else:
-                    series.add_peer(row)
+            for row, more in zip(first.tolist(), added, strict=True):
+                key = _Key(service, _ROLES.get(int(role[row]), OTHER))
+                if address[row] != _NO_PEER:
+                    key = self._of_peer(key, rows.strings[address[row]], str(port[row]))
+                self._add(key, more)
 
-    def _of(
-        self, service: str, row: pb.TcpMetrics | pb.TcpPeerMetrics, *, by_peer: bool
-    ) -> _Series:
-        key = _Key(service, _ROLES.get(row.role, OTHER))
-        if by_peer:
-            # Peers are anybody: they leave room for services.
-            peer = key._replace(address=row.remote_address, port=_server_port(row))
-            room = peer in self._series or len(self._series) < self._max_series // 2
-            key = peer if room else key._replace(address=OTHER)
+    def _of_peer(self, key: _Key, address: str, port: str) -> _Key:
+        peer = key._replace(address=address, port="" if address == OTHER else port)
+        # Anyone can be a peer, so peers leave room for services.
+        room = peer in self._series or len(self._series) < self._max_series // 2
+        return peer if room else key._replace(address=OTHER)
+
+    def _add(self, key: _Key, figures: NDArray[np.uint64]) -> None:
         if key not in self._series and len(self._series) >= self._max_series:
             key = _Key(OTHER, OTHER)
-        return self._series.setdefault(key, _Series())
+        if key in self._series:
+            self._series[key] += figures
+        else:
+            self._series[key] = figures.copy()
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:
@@ -197,40 +151,130 @@ def _families(
     return counters, histograms
 
 
-def _server_port(row: pb.TcpMetrics | pb.TcpPeerMetrics) -> str:
-    if row.remote_address == OTHER:
-        return ""
-    if isinstance(row, pb.TcpPeerMetrics):
-        return str(row.port)
-    return str(row.remote_port if row.role == pb.TCP_ROLE_CLIENT else row.local_port)
+def _server_port(columns: Columns) -> NDArray[Any]:
+    """The port at the server's end of each connection, of shape (n,)."""
+    client = columns["role"] == pb.TCP_ROLE_CLIENT
+    return np.where(client, columns["remote_port"], columns["local_port"])
+
+
+def _packed(address: NDArray[Any], port: NDArray[Any], role: NDArray[Any]) -> NDArray[np.uint64]:
+    """One number for each row, which is the same for rows of one series."""
+    packed = address.astype(np.uint64)
+    for values, bits in ((port, 16), (role, 8)):
+        packed = (packed << np.uint64(bits)) | values.astype(np.uint64)
+    return packed
+
+
+def _of_connections(columns: Columns, strings: Sequence[str]) -> NDArray[np.uint64]:
+    """What each row of TcpMetricsColumns adds to its series, of shape (n, _WIDTH)."""
+    figures = _counted(columns)
+    established, connect_ns = columns["established"], columns["connect_ns"]
+    figures[:, _ATTEMPTS.start] = established
+    shook = (established > 0) & (connect_ns > 0)
+    _observe(figures[:, _HANDSHAKE], shook, connect_ns, _BUCKETS_US)
+    ended = (columns["end"] != pb.TCP_END_OPEN) & (columns["preexisting"] == 0)
+    lasted_ns = np.maximum(columns["duration_ns"], connect_ns) - connect_ns
+    was_established = columns["was_established"] > 0
+    _observe(figures[:, _DURATION], ended & was_established, lasted_ns, _DURATIONS_US)
+    failed = np.flatnonzero(ended & ~was_established)
+    figures[failed, _attempt_columns(columns["error"][failed], strings)] += 1
+    return figures
+
+
+def _of_peers(columns: Columns, strings: Sequence[str]) -> NDArray[np.uint64]:
+    """What each row of TcpPeerMetricsColumns adds to its series, of shape (n, _WIDTH)."""
+    figures = _counted(columns)
+    _add_slots(figures[:, _HANDSHAKE], columns, "connect_us_delta")
+    figures[:, _ATTEMPTS.start] = columns["connections_established"]
+    at = _attempt_columns(columns["failure_names"], strings)
+    for column, failures in zip(at.tolist(), columns["failures"].T, strict=True):
+        figures[:, column] += failures
+    return figures
+
+
+def _of_listeners(delta: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What listeners add, by their counters: a listener has the SYN-ACKs that were sent again for
+    all clients, also for those that never came."""
+    figures = np.zeros((len(delta), _WIDTH), np.uint64)
+    figures[:, _HANDSHAKE_RETRANSMITS] = delta[:, _SYN_ACK_RETRANSMITS]
+    figures[:, _RESETS] = delta[:, _RESETS]
+    return figures
+
+
+def _counted(columns: Columns) -> NDArray[np.uint64]:
+    """The counters and round trips of rows of either type, of shape (n, _WIDTH)."""
+    figures = np.zeros((len(columns["role"]), _WIDTH), np.uint64)
+    figures[:, _COUNTERS] = columns["delta"]
+    # Those of servers are in the figures of their listener.
+    figures[columns["role"] == pb.TCP_ROLE_SERVER, _HANDSHAKE_RETRANSMITS] = 0
+    _add_slots(figures[:, _RTT], columns, "rtt_us_delta")
+    return figures
+
+
+def _add_slots(histogram: NDArray[np.uint64], columns: Columns, name: str) -> None:
+    """Adds the columns NAME and NAME_sum, histograms by BOUNDS_US, to HISTOGRAM, of shape
+    (n, buckets + 1)."""
+    for bucket, counts in zip(_BUCKET_OF_SLOT.tolist(), columns[name].T, strict=False):
+        histogram[:, bucket] += counts
+    histogram[:, -1] += columns[f"{name}_sum"] * np.uint64(1000)
+
+
+def _observe(
+    histogram: NDArray[np.uint64],
+    which: NDArray[np.bool_],
+    values_ns: NDArray[Any],
+    bounds_us: Sequence[float],
+) -> None:
+    """Adds the values of the rows WHICH to HISTOGRAM, of shape (n, buckets + 1)."""
+    at = np.flatnonzero(which)
+    buckets = np.searchsorted(np.array(bounds_us) * 1000, values_ns[at])
+    histogram[at, buckets] += 1
+    histogram[at, -1] += values_ns[at]
+
+
+def _attempt_columns(errors: NDArray[Any], strings: Sequence[str]) -> NDArray[np.intp]:
+    """The column of a series that counts attempts that failed with each of ERRORS, which are
+    indices into STRINGS."""
+    column_of = [_ATTEMPT_TYPES.index(_ERROR_TYPES.get(name, _ERROR_OTHER)) for name in strings]
+    columns: NDArray[np.intp] = np.array(column_of, np.intp)[errors] + _ATTEMPTS.start
+    return columns
+
+
+def _buckets(histogram: NDArray[np.uint64], bounds_us: Sequence[float]) -> list[tuple[str, float]]:
+    """In Prometheus' form: cumulative, by upper bounds in seconds."""
+    ends = [f"{bound / 1e6:.9g}" for bound in bounds_us] + ["+Inf"]
+    return list(zip(ends, histogram[:-1].cumsum().astype(float).tolist(), strict=True))
 
 
 def _expose(
-    counters: dict[str, CounterMetricFamily],
-    histograms: dict[str, HistogramMetricFamily],
+    counters: Mapping[str, CounterMetricFamily],
+    histograms: Mapping[str, HistogramMetricFamily],
     labels: Sequence[str],
-    series: _Series,
+    series: NDArray[np.uint64],
 ) -> None:
-    totals = series.counters
+    totals = dict(zip(NAMES, series[_COUNTERS].tolist(), strict=True))
+    attempts = dict(zip(_ATTEMPT_TYPES, series[_ATTEMPTS].tolist(), strict=True))
     for name, values in (
-        ("connections", {"": 0, **series.connections}),
-        ("io_bytes", {"transmit": totals.bytes_sent, "receive": totals.bytes_received}),
+        ("connections", {key: count for key, count in attempts.items() if count or not key}),
+        ("io_bytes", {"transmit": totals["bytes_sent"], "receive": totals["bytes_received"]}),
         (
             "retransmits",
             {
-                "fast": totals.retransmits_fast,
-                "timeout": totals.retransmits_timeout,
-                "tail_loss_probe": totals.retransmits_tail_probe,
-                "handshake": totals.retransmits_handshake,
+                "fast": totals["retransmits_fast"],
+                "timeout": totals["retransmits_timeout"],
+                "tail_loss_probe": totals["retransmits_tail_probe"],
+                "handshake": totals["retransmits_handshake"],
             },
         ),
-        ("resets", {"transmit": totals.resets_sent, "receive": totals.resets_received}),
+        ("resets", {"transmit": totals["resets_sent"], "receive": totals["resets_received"]}),
     ):
         for value, count in values.items():
             counters[name].add_metric((*labels, value), count)
-    for name, histogram in (
-        ("rtt", series.rtt),
-        ("handshake", series.handshake),
-        ("connection", series.duration),
+    for name, where, bounds_us in (
+        ("rtt", _RTT, _BUCKETS_US),
+        ("handshake", _HANDSHAKE, _BUCKETS_US),
+        ("connection", _DURATION, _DURATIONS_US),
     ):
-        histograms[name].add_metric(labels, histogram.buckets, histogram.sum_us / 1e6)
+        histogram = series[where]
+        buckets = _buckets(histogram, bounds_us)
+        histograms[name].add_metric(labels, buckets, float(histogram[-1]) / 1e9)

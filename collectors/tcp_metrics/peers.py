@@ -1,93 +1,73 @@
-"""Connections added up by who is at the other end: remote address and port of clients, remote
-address and listening port of servers."""
+"""Connections added up by peer: remote address and port for clients, remote address and listening
+port for servers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.collectors.columns import Strings, split_top, sum_by_group, with_row
+from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.connections import (
     BOUNDS_US,
-    COLUMNS,
     LISTENER,
     RTT,
+    RTT_SUM,
     SLOTS,
     Changes,
 )
-from coral.collectors.tcp_metrics.rows import (
+from coral.collectors.tcp_metrics.names import (
     OTHER,
-    addresses,
+    address_indices,
     counters_message,
     end_name,
     error_name,
-    histogram,
+    histogram_message,
 )
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_OPENED, _ESTABLISHED, _CLOSED, _FAILED, _OPEN = range(5)
-_STATES: Final = 5
-
-
-def peer_rows(changes: Changes, top: int) -> list[pb.TcpPeerMetrics]:
-    """A message for each peer with which anything moved, those with most bytes first; of TOP > 0,
-    at most so many, the last the rest's sum."""
-    connections = changes.connections
-    keys, of_row = np.unique(_peers_of(connections), return_inverse=True)
-    counters = np.zeros((len(keys), COLUMNS), np.uint64)
-    np.add.at(counters, of_row, changes.delta)
-    states = np.zeros((len(keys), _STATES), np.int64)
-    ended = (connections["ended_ns"] > 0) & (connections["role"] != LISTENER)
-    began = changes.new & (connections["start_ns"] > 0) & (connections["role"] != LISTENER)
-    np.add.at(states[:, _OPENED], of_row, began)
-    np.add.at(states[:, _ESTABLISHED], of_row, changes.established)
-    np.add.at(states[:, _CLOSED], of_row, ended)
-    failed = ended & _never_established(connections)
-    np.add.at(states[:, _FAILED], of_row, failed)
-    open_keys, open_counts = np.unique(_peers_of(changes.open), return_counts=True)
-    at = np.searchsorted(open_keys, keys).clip(max=max(len(open_keys) - 1, 0))
-    if len(open_keys):
-        states[:, _OPEN] = np.where(open_keys[at] == keys, open_counts[at], 0)
-    connects = np.zeros((len(keys), SLOTS + 1), np.uint64)
-    took_us, timed = _connect_times(changes)
-    slots = np.searchsorted(np.array(BOUNDS_US), took_us, side="right")
-    np.add.at(connects, (of_row[timed], slots[timed]), 1)
-    np.add.at(connects[:, SLOTS], of_row[timed], took_us[timed])
-
-    order = np.argsort(counters[:, 0] + counters[:, 2], kind="stable")[::-1]
-    rest = order[max(top - 1, 0) :] if top and len(order) > top else order[:0]
-    rows = []
-    raw = keys.view(np.uint8).reshape(-1, _KEY_BYTES)
-    texts = addresses(np.ascontiguousarray(raw[:, :16]))
-    for index in order[: len(order) - len(rest)].tolist():
-        row = _row(counters[index], states[index], connects[index])
-        row.remote_address = texts[index]
-        row.port = int(raw[index, 16]) << 8 | int(raw[index, 17])
-        row.role = int(raw[index, 18])  # type: ignore[assignment]
-        rows.append(row)
-    if len(rest):
-        row = _row(
-            counters[rest].sum(axis=0),
-            states[rest].sum(axis=0),
-            connects[rest].sum(axis=0),
-        )
-        row.remote_address = OTHER
-        rows.append(row)
-    place = np.full(len(keys), len(rows) - 1)  # of each peer's row
-    place[order[: len(order) - len(rest)]] = np.arange(len(order) - len(rest))
-    for index, end, count in _counts(place[of_row[ended]], connections["end"][ended]):
-        rows[index].ends[end_name(end)] = count
-    for index, error, count in _counts(place[of_row[failed]], connections["error"][failed]):
-        rows[index].failures[error_name(error)] = count
-    return rows
-
-
 _KEY_BYTES: Final = 20
+_ENDS: Final = len(pb.TcpEnd.values())
+
+
+def peer_summaries(changes: Changes, top: int) -> Summaries:
+    """A row for each peer with which anything moved, those with most bytes first. With TOP > 0 only
+    the first TOP, then the row `other`, which adds up the rest."""
+    strings = Strings()
+    keys, of_row = np.unique(_peers_of(changes.connections), return_inverse=True)
+    counters = sum_by_group(changes.delta, of_row, len(keys))
+    errors, failures = _failures(changes.connections, of_row, len(keys))
+    figures = {
+        "delta": counters[:, :RTT],
+        "rtt_us_delta": counters[:, RTT:RTT_SUM],
+        "rtt_us_delta_sum": counters[:, RTT_SUM],
+        "failures": failures,
+        **_states(changes, of_row, len(keys)),
+        **_connect_times(changes, of_row, len(keys)),
+        "connections_open": _open(changes, keys),
+    }
+    busiest, rest = split_top(counters[:, 0] + counters[:, 2], top)
+    raw = keys.view(np.uint8).reshape(-1, _KEY_BYTES)[busiest]
+    columns = {
+        "remote_address": address_indices(strings, raw[:, :16]),
+        "port": raw[:, 16].astype(np.uint32) << 8 | raw[:, 17],
+        "role": raw[:, 18].astype(np.uint32),
+        **{name: values[busiest] for name, values in figures.items()},
+    }
+    if len(rest):
+        added = {name: values[rest].sum(axis=0) for name, values in figures.items()}
+        columns = with_row(columns, {"remote_address": strings.index(OTHER), **added})
+    count = len(columns["port"])
+    columns["rtt_us_bounds"] = columns["connect_us_bounds"] = np.array(BOUNDS_US, np.uint32)
+    columns["failure_names"] = strings.indices(errors, error_name)
+    return Summaries(pb.TcpPeerMetricsColumns, columns, strings.table, messages, count)
 
 
 def _peers_of(connections: NDArray[Any]) -> NDArray[Any]:
-    """One key for each connection: address, port, role, and a last byte that is not 0, because
+    """A key for each connection: address, port, role, and a last byte that is not 0, because
     numpy's byte strings end where zeros do."""
     keys = np.ones((len(connections), _KEY_BYTES), np.uint8)
     client = connections["role"] == pb.TCP_ROLE_CLIENT
@@ -98,38 +78,115 @@ def _peers_of(connections: NDArray[Any]) -> NDArray[Any]:
     return keys.view(f"S{_KEY_BYTES}").reshape(-1)
 
 
-def _never_established(connections: NDArray[Any]) -> NDArray[np.bool_]:
-    """One that was there before it was found was established."""
-    never: NDArray[np.bool_] = (connections["established_ns"] == 0) & (connections["start_ns"] > 0)
-    return never
+def _ended(connections: NDArray[Any]) -> NDArray[np.bool_]:
+    ended: NDArray[np.bool_] = (connections["ended_ns"] > 0) & (connections["role"] != LISTENER)
+    return ended
 
 
-def _connect_times(changes: Changes) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-    """Each connection's time to connect, and which of them have one to tell."""
+def _failed(connections: NDArray[Any]) -> NDArray[np.bool_]:
+    """Those that ended and were never established; one that was there before it was found was."""
+    never = (connections["established_ns"] == 0) & (connections["start_ns"] > 0)
+    failed: NDArray[np.bool_] = _ended(connections) & never
+    return failed
+
+
+def _states(changes: Changes, of_row: NDArray[np.intp], peers: int) -> dict[str, NDArray[Any]]:
+    """How many connections of each peer were opened, ended and so on, (peers,), and how they ended,
+    (peers, _ENDS). OF_ROW is the peer of each connection."""
+    connections = changes.connections
+    ended = _ended(connections)
+    began = changes.new & (connections["start_ns"] > 0) & (connections["role"] != LISTENER)
+    states = {}
+    for name, mask in (
+        ("opened", began),
+        ("closed", ended),
+        ("failed", _failed(connections)),
+        ("established", changes.established),
+    ):
+        counts = np.bincount(of_row[mask], minlength=peers)
+        states[f"connections_{name}"] = counts.astype(np.uint64)
+    ends = np.zeros((peers, _ENDS), np.uint64)
+    np.add.at(ends, (of_row[ended], connections["end"][ended]), 1)
+    return {**states, "ends": ends}
+
+
+def _failures(
+    connections: NDArray[Any], of_row: NDArray[np.intp], peers: int
+) -> tuple[NDArray[Any], NDArray[np.uint64]]:
+    """The errors, (k,), of connections that failed, and how many of each peer failed for each,
+    (peers, k)."""
+    failed = _failed(connections)
+    errors, which = np.unique(connections["error"][failed], return_inverse=True)
+    failures = np.zeros((peers, len(errors)), np.uint64)
+    np.add.at(failures, (of_row[failed], which), 1)
+    return errors, failures
+
+
+def _open(changes: Changes, keys: NDArray[Any]) -> NDArray[np.uint64]:
+    """How many connections are open with each peer of KEYS, which are sorted."""
+    of_open = _peers_of(changes.open)
+    if not len(keys):
+        return np.zeros(0, np.uint64)
+    at = np.searchsorted(keys, of_open).clip(max=len(keys) - 1)
+    counts = np.bincount(at[keys[at] == of_open], minlength=len(keys))
+    return counts.astype(np.uint64)
+
+
+def _connect_times(
+    changes: Changes, of_row: NDArray[np.intp], peers: int
+) -> dict[str, NDArray[Any]]:
+    """The histogram of the time that clients took to connect, (peers, SLOTS), and its sum."""
     connections = changes.connections
     timed = changes.established & (connections["role"] == pb.TCP_ROLE_CLIENT)
     timed &= connections["start_ns"] > 0
-    took_ns = connections["established_ns"] - connections["start_ns"]
-    return took_ns // np.uint64(1000), timed
+    took_ns = connections["established_ns"][timed] - connections["start_ns"][timed]
+    took_us = took_ns // np.uint64(1000)
+    slots = np.searchsorted(np.array(BOUNDS_US), took_us, side="right")
+    counts = np.zeros((peers, SLOTS), np.uint64)
+    np.add.at(counts, (of_row[timed], slots), 1)
+    sums = np.zeros(peers, np.uint64)
+    np.add.at(sums, of_row[timed], took_us)
+    return {"connect_us_delta": counts, "connect_us_delta_sum": sums}
 
 
-def _counts(rows: NDArray[np.intp], values: NDArray[Any]) -> list[tuple[int, int, int]]:
-    """How often each row has each value."""
-    pairs = np.stack([rows, values.astype(np.intp)])
-    found, counts = np.unique(pairs, axis=1, return_counts=True)
-    return list(zip(*found.tolist(), counts.tolist(), strict=True))
+def messages(
+    columns: Mapping[str, NDArray[Any]], strings: Sequence[str]
+) -> list[pb.TcpPeerMetrics]:
+    """The rows of COLUMNS, a pb.TcpPeerMetricsColumns as arrays, as messages."""
+    rtt_bounds = columns["rtt_us_bounds"].tolist()
+    connect_bounds = columns["connect_us_bounds"].tolist()
+    errors = [strings[at] for at in columns["failure_names"].tolist()]
+    numbers = [columns[name].tolist() for name in _NUMBERS]
+    matrices = [columns[name].tolist() for name in _MATRICES]
+    rows = []
+    for address, values, (delta, rtt, rtt_sum, connect, connect_sum, ends, failures) in zip(
+        columns["remote_address"].tolist(),
+        zip(*numbers, strict=True),
+        zip(*matrices, strict=True),
+        strict=True,
+    ):
+        rows.append(
+            pb.TcpPeerMetrics(
+                **dict(zip(_NUMBERS, values, strict=True)),
+                remote_address=strings[address],
+                delta=counters_message(delta),
+                rtt_us_delta=histogram_message(rtt_bounds, rtt, rtt_sum),
+                connect_us_delta=histogram_message(connect_bounds, connect, connect_sum),
+                ends={end_name(end): count for end, count in enumerate(ends) if count},
+                failures={
+                    error: count for error, count in zip(errors, failures, strict=False) if count
+                },
+            )
+        )
+    return rows
 
 
-def _row(
-    counters: NDArray[np.uint64], states: NDArray[np.int64], connects: NDArray[np.uint64]
-) -> pb.TcpPeerMetrics:
-    return pb.TcpPeerMetrics(
-        connections_opened=int(states[_OPENED]),
-        connections_closed=int(states[_CLOSED]),
-        connections_failed=int(states[_FAILED]),
-        connections_open=int(states[_OPEN]),
-        connections_established=int(states[_ESTABLISHED]),
-        delta=counters_message(counters),
-        rtt_us_delta=histogram(counters[RTT:]),
-        connect_us_delta=histogram(connects),
-    )
+_MATRICES: Final = (
+    "delta", "rtt_us_delta", "rtt_us_delta_sum", "connect_us_delta", "connect_us_delta_sum", "ends",
+    "failures",
+)  # fmt: skip
+_NUMBERS: Final = tuple(
+    field.name
+    for field in pb.TcpPeerMetrics.DESCRIPTOR.fields
+    if field.name not in (*_MATRICES, "remote_address")
+)

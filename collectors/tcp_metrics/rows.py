@@ -1,166 +1,92 @@
-"""Connections as messages: a Python object for each row, and nothing that is not shown."""
+"""Summaries of connections: as columns, made by array, and as row messages for subscribers that
+want rows."""
 
 from __future__ import annotations
 
-import errno
-import socket
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.collectors.tcp_metrics.connections import BOUNDS_US, NAMES, RTT, Changes
+from coral.collectors.columns import Strings, split_top, with_row
+from coral.collectors.contract import Summaries
+from coral.collectors.targets import Members, comm_text
+from coral.collectors.tcp_metrics.connections import BOUNDS_US, RTT, RTT_SUM, Changes
+from coral.collectors.tcp_metrics.names import (
+    OTHER,
+    address_indices,
+    counters_message,
+    error_name,
+    histogram_message,
+    reset_reason,
+)
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-OTHER: Final = "other"
 _NO_THRESHOLD: Final = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH: no loss yet
-_MAPPED: Final = bytes(10) + b"\xff\xff"
-
-# Why the kernel sent a reset, by the numbers of tcp_metrics.bpf.c: enum sk_rst_reason of Linux
-# 6.18, and one more. 0 is that it does not say.
-RESET_REASONS: Final = (
-    "", "NOT_SPECIFIED", "NO_SOCKET", "TCP_INVALID_ACK_SEQUENCE", "TCP_RFC7323_PAWS",
-    "TCP_TOO_OLD_ACK", "TCP_ACK_UNSENT_DATA", "TCP_FLAGS", "TCP_OLD_ACK", "TCP_ABORT_ON_DATA",
-    "TCP_TIMEWAIT_SOCKET", "INVALID_SYN", "TCP_ABORT_ON_CLOSE", "TCP_ABORT_ON_LINGER",
-    "TCP_ABORT_ON_MEMORY", "TCP_STATE", "TCP_KEEPALIVE_TIMEOUT", "TCP_DISCONNECT_WITH_DATA",
-)  # fmt: skip
 
 
-@lru_cache(4096)
-def address_text(address: bytes) -> str:
-    """16 bytes of an address as text; that of IPv4 in IPv6 as IPv4."""
-    if address.startswith(_MAPPED):
-        return socket.inet_ntop(socket.AF_INET, address[-4:])
-    return socket.inet_ntop(socket.AF_INET6, address)
-
-
-def end_name(end: int) -> str:
-    """`fin_local` and its like."""
-    return pb.TcpEnd.Name(end).removeprefix("TCP_END_").lower()
-
-
-def error_name(number: int) -> str:
-    """`ECONNREFUSED` and its like; empty for 0."""
-    return errno.errorcode.get(number, str(number)) if number else ""
-
-
-def reset_reason(number: int) -> str:
-    """The kernel's word for why it sent a reset; empty where it says nothing that is known."""
-    return RESET_REASONS[number] if number < len(RESET_REASONS) else ""
-
-
-def addresses(column: NDArray[np.uint8]) -> list[str]:
-    """Addresses of shape (n, 16), as texts."""
-    wire = column.tobytes()
-    return [address_text(wire[at : at + 16]) for at in range(0, len(wire), 16)]
-
-
-def counters_message(counters: NDArray[np.uint64]) -> pb.TcpCounters:
-    """One row of counters."""
-    return _counters(counters[:RTT].tolist())
-
-
-def _counters(values: list[int]) -> pb.TcpCounters:
-    return pb.TcpCounters(
-        **{name: value for name, value in zip(NAMES, values, strict=True) if value}
-    )
-
-
-def histogram(counts: NDArray[np.uint64]) -> pb.BucketHistogram | None:
-    """Counts by `BOUNDS_US`, and after them the sum; none where there is nothing in it."""
-    return _histogram(counts.tolist())
-
-
-def _histogram(counts: list[int]) -> pb.BucketHistogram | None:
-    if not any(counts):
-        return None
-    return pb.BucketHistogram(bounds=BOUNDS_US, counts=counts[:-1], sum=counts[-1])
-
-
-def connection_rows(
-    changes: Changes, names: Mapping[int, str], offset_ns: int, top: int
-) -> list[pb.TcpMetrics]:
-    """A message for each connection, those that carried most first; of TOP > 0, at most so many,
-    the last the rest's sum. OFFSET_NS makes Unix time of the programs' times; NAMES are commands
-    by tgid."""
-    carried = changes.delta[:, 0] + changes.delta[:, 2]
-    order = np.argsort(carried, kind="stable")[::-1]
-    rest = order[max(top - 1, 0) :] if top and len(order) > top else order[:0]
-    rows = _rows(changes.take(order[: len(order) - len(rest)]), names, offset_ns)
+def connection_summaries(changes: Changes, members: Members, offset_ns: int, top: int) -> Summaries:
+    """A row for each connection, those that carried most bytes first. With TOP > 0 only the first
+    TOP, then the row `other`, which adds up the rest. OFFSET_NS makes Unix time of the programs'
+    times."""
+    strings = Strings()
+    busiest, rest = split_top(changes.delta[:, 0] + changes.delta[:, 2], top)
+    columns = _columns(changes.take(busiest), members, offset_ns, strings)
     if len(rest):
-        added = changes.delta[rest].sum(axis=0)
-        rows.append(
-            pb.TcpMetrics(
-                remote_address=OTHER,
-                connections=len(rest),
-                opened=int(changes.new[rest].sum()),
-                established=int(changes.established[rest].sum()),
-                delta=counters_message(added),
-                rtt_us_delta=histogram(added[RTT:]),
-            )
+        others = changes.take(rest)
+        added = others.delta.sum(axis=0)
+        columns = with_row(
+            columns,
+            {
+                "remote_address": strings.index(OTHER),
+                "connections": len(rest),
+                "opened": np.count_nonzero(others.new & (others.connections["start_ns"] > 0)),
+                "established": np.count_nonzero(others.established),
+                **_counter_columns("delta", added),
+            },
         )
-    return rows
+    count = len(columns["pid"])
+    columns["rtt_us_bounds"] = np.array(BOUNDS_US, np.uint32)
+    return Summaries(pb.TcpMetricsColumns, columns, strings.table, messages, count)
 
 
-def _rows(changes: Changes, names: Mapping[int, str], offset_ns: int) -> list[pb.TcpMetrics]:
-    columns = _columns(changes, offset_ns)
-    fields = tuple(columns)
-    texts = zip(
-        addresses(changes.connections["local"]),
-        addresses(changes.connections["remote"]),
-        map(error_name, changes.connections["error"].tolist()),
-        changes.connections["reset_reason"].tolist(),
-        changes.connections["comm"].tolist(),
-        strict=True,
-    )
-    rows = []
-    for values, (local, remote, error, reason, comm), delta, total in zip(
-        zip(*(column.tolist() for column in columns.values()), strict=True),
-        texts,
-        changes.delta.tolist(),
-        changes.total.tolist(),
-        strict=True,
-    ):
-        row = pb.TcpMetrics(
-            **dict(zip(fields, values, strict=True)),
-            local_address=local,
-            remote_address=remote,
-            error=error,
-            reset_reason=reset_reason(reason),
-            delta=_counters(delta[:RTT]),
-            total=_counters(total[:RTT]),
-            rtt_us_delta=_histogram(delta[RTT:]),
-            rtt_us_total=_histogram(total[RTT:]),
-        )
-        row.comm = names.get(row.pid) or comm.decode(errors="replace")
-        rows.append(row)
-    return rows
-
-
-def _columns(changes: Changes, offset_ns: int) -> dict[str, NDArray[Any]]:
-    """The fields of pb.TcpMetrics that are numbers, each of shape (n,)."""
+def _columns(
+    changes: Changes, members: Members, offset_ns: int, strings: Strings
+) -> dict[str, NDArray[Any]]:
+    """The columns of pb.TcpMetricsColumns that are by row."""
     c = changes.connections
     start_ns = c["start_ns"].astype(np.int64)
     known = start_ns > 0
     until_ns = np.where(c["ended_ns"] > 0, c["ended_ns"], c["read_ns"]).astype(np.int64)
     timed = known & (c["established_ns"] > 0) & (c["role"] == pb.TCP_ROLE_CLIENT)
+    comms = members.comms_of(c["pid"])
     return {
         "connection_id": c["cookie"],
-        "start_ns": np.where(known, start_ns + offset_ns, 0),
-        "duration_ns": np.where(known, until_ns - start_ns, 0).clip(min=0),
-        "connect_ns": np.where(timed, c["established_ns"].astype(np.int64) - start_ns, 0),
+        "local_address": address_indices(strings, c["local"]),
+        "remote_address": address_indices(strings, c["remote"]),
+        "comm": strings.indices(np.where(comms == b"", c["comm"], comms), comm_text),
         "network_namespace": c["network"],
-        "preexisting": ~known,
-        "end": np.where(c["ended_ns"] > 0, c["end"], pb.TCP_END_OPEN),  # who closed is known before
-        "was_established": (c["established_ns"] > 0) | ~known,
-        "opened": (changes.new & known).astype(np.int64),
-        "established": changes.established.astype(np.int64),
+        "start_ns": np.where(known, start_ns + offset_ns, 0),
+        "duration_ns": np.where(known, until_ns - start_ns, 0).clip(min=0).astype(np.uint64),
+        "connect_ns": np.where(timed, c["established_ns"].astype(np.int64) - start_ns, 0).astype(
+            np.uint64
+        ),
+        # The programs know who closed before the connection has ended.
+        "end": np.where(c["ended_ns"] > 0, c["end"], pb.TCP_END_OPEN),
+        "error": strings.indices(c["error"], error_name),
+        "reset_reason": strings.indices(c["reset_reason"], reset_reason),
+        "preexisting": (~known).astype(np.uint32),
+        **_counter_columns("delta", changes.delta),
+        **_counter_columns("total", changes.total),
         "rtt_us": c["srtt_us"] >> 3,
         "rtt_variation_us": c["rtt_deviation_us"] >> 2,
         "rtt_min_us": np.where(c["srtt_us"] > 0, c["rtt_min_us"], 0),
         "slow_start_threshold": c["slow_start_threshold"] % _NO_THRESHOLD,
+        "connections": np.zeros(len(c), np.uint32),
+        "opened": (changes.new & known).astype(np.uint32),
+        "established": changes.established.astype(np.uint32),
+        "was_established": ((c["established_ns"] > 0) | ~known).astype(np.uint32),
         **{name: c[name] for name in _SAME},
     }
 
@@ -170,3 +96,50 @@ _SAME: Final = (
     "local_port", "remote_port", "role", "state", "pid", "congestion_window",
     "segment_bytes",
 )  # fmt: skip
+
+
+def _counter_columns(name: str, counters: NDArray[np.uint64]) -> dict[str, NDArray[Any]]:
+    """The columns of counters, of shape (n, COLUMNS) or (COLUMNS,): NAME is `delta` or `total`."""
+    return {
+        name: counters[..., :RTT],
+        f"rtt_us_{name}": counters[..., RTT:RTT_SUM],
+        f"rtt_us_{name}_sum": counters[..., RTT_SUM],
+    }
+
+
+def messages(columns: Mapping[str, NDArray[Any]], strings: Sequence[str]) -> list[pb.TcpMetrics]:
+    """The rows of COLUMNS, a pb.TcpMetricsColumns as arrays, as messages."""
+    bounds = columns["rtt_us_bounds"].tolist()
+    numbers = [columns[name].tolist() for name in _NUMBERS]
+    texts = [[strings[at] for at in columns[name].tolist()] for name in _TEXTS]
+    matrices = [columns[name].tolist() for name in _MATRICES]
+    rows = []
+    for values, words, (delta, total, rtt, rtt_sum, rtt_all, rtt_all_sum) in zip(
+        zip(*numbers, strict=True),
+        zip(*texts, strict=True),
+        zip(*matrices, strict=True),
+        strict=True,
+    ):
+        row = pb.TcpMetrics(
+            **dict(zip(_NUMBERS, values, strict=True)),
+            **dict(zip(_TEXTS, words, strict=True)),
+            delta=counters_message(delta),
+            rtt_us_delta=histogram_message(bounds, rtt, rtt_sum),
+        )
+        if not row.connections:  # `other` has no figures since the beginning
+            row.total.CopyFrom(counters_message(total))
+            if has := histogram_message(bounds, rtt_all, rtt_all_sum):
+                row.rtt_us_total.CopyFrom(has)
+        rows.append(row)
+    return rows
+
+
+_TEXTS: Final = ("local_address", "remote_address", "comm", "error", "reset_reason")
+_MATRICES: Final = (
+    "delta", "total", "rtt_us_delta", "rtt_us_delta_sum", "rtt_us_total", "rtt_us_total_sum",
+)  # fmt: skip
+_NUMBERS: Final = tuple(
+    field.name
+    for field in pb.TcpMetrics.DESCRIPTOR.fields
+    if field.name not in (*_TEXTS, *_MATRICES)
+)

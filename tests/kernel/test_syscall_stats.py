@@ -180,9 +180,12 @@ def test_rows_beyond_top_are_added_up(calls: Callable[..., Calls]) -> None:
         running.go()
         running.finish()
         rows = _rows(collector)
-    assert [row.syscall_name for row in rows] == ["other"]
-    assert rows[0].call_count >= 302_000
-    assert sum(rows[0].latency_ns.counts) == rows[0].call_count
+    first, other = rows
+    assert (first.syscall_name, first.call_count) == ("getppid", 300_000)
+    assert (other.syscall_name, other.pid, dict(other.labels)) == ("other", 0, {})
+    assert other.call_count >= 2_000
+    assert other.errors_by_class["not_found"] == 1_000
+    assert sum(other.latency_ns.counts) == other.call_count
 
 
 def test_the_longest_call_is_the_intervals_own(calls: Callable[..., Calls]) -> None:

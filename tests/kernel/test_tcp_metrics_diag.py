@@ -10,7 +10,7 @@ import pytest
 
 from coral import bpf
 from coral.bpf.probing import sock_diag
-from coral.collectors.contract import EventRows
+from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
@@ -372,8 +372,8 @@ def test_peers_count_idle_connections_as_open(pair: tuple[Puppet, Puppet]) -> No
     client.do("more = [socket.create_connection(c.getpeername()) for _ in range(4)]")
     with asking(client, by="peer") as seen:
         batch = seen.collector.drain()
-        assert not isinstance(batch.rows, EventRows)
-        (row,) = batch.rows
+        assert isinstance(batch.rows, Summaries)
+        (row,) = batch.rows.as_messages()
         assert isinstance(row, pb.TcpPeerMetrics)
         assert (row.connections_open, row.connections_opened) == (5, 0)
 

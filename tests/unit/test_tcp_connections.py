@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from coral.collectors.tcp_metrics.connections import NAMES, SLOTS, Changes, Connections
-from coral.collectors.tcp_metrics.rows import address_text
+from coral.collectors.tcp_metrics.names import address_text
 
 _WIDE = ("sk", "found_ns", "ended_ns", "established_ns", "rtt_sum_us")
 _COUNTED = [name for name in NAMES if not name.startswith("retransmits_")]

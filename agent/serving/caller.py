@@ -1,0 +1,68 @@
+"""Which callers get in: those that send the token, where the agent has one."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from coral.agent.config import Config, ConfigError
+from coral.agent.serving.health import HEALTH_NAME
+
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
+
+
+def read_token(config: Config) -> str:
+    """The token that callers must send, or none. Raises `ConfigError`."""
+    if not config.auth.token_file:
+        return ""
+    try:
+        token = Path(config.auth.token_file).read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"auth.token_file: {config.auth.token_file}: {error.strerror}") from error
+    if not token:
+        raise ConfigError(f"auth.token_file: {config.auth.token_file} is empty")
+    return token
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Lets callers in that send the token; health checks need none."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Passes the call on, or answers it with UNAUTHENTICATED."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        given = str(metadata.get("authorization", ""))
+        if hmac.compare_digest(
+            given.encode(errors="replace"), self._expected.encode()
+        ) or method.startswith(f"/{HEALTH_NAME}/"):
+            return handler
+
+        async def refuse(_request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            reason = "authorization: the token is wrong" if given else "authorization: no token"
+            log.warning(
+                "refused", peer=context.peer(), code="UNAUTHENTICATED", method=method, reason=reason
+            )
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"{reason}; send `authorization: Bearer TOKEN` with this agent's token",
+            )
+
+        # The answer must have the arity of the method that was asked for.
+        if handler is not None and handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)

@@ -1,0 +1,138 @@
+"""Whether a collector may start: its kind, the agent's policy, the machine, and a free slot."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+
+from coral.agent.config import Config
+from coral.agent.errors import (
+    DeniedError,
+    InvalidRequestError,
+    LimitError,
+    UnsupportedError,
+)
+from coral.agent.machine.privileges import refusal
+from coral.agent.machine.resolve import resolve
+from coral.agent.sessions.session import StartRequest, lease_s
+from coral.bpf import BpfError, Features, probe
+from coral.bpf.probing import capabilities
+from coral.collectors.contract import Collector, ServiceProcesses, Support
+from coral.collectors.options import OptionError, UnknownOptionError
+from coral.collectors.registry import COLLECTORS
+from coral.collectors.runner import in_thread
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_name, kind_of
+
+_TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
+
+
+class Admission:
+    """Turns a request into a collector that may be opened, or refuses it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._on_demand = 0  # slots that are taken
+
+    async def features(self) -> Features:
+        """What this kernel can do, with the loader that the configuration wants; found at the first
+        call, in a thread."""
+        found, wanted = await in_thread(probe), self._config.loader
+        return found if wanted == "auto" else replace(found, loader=wanted)
+
+    async def capabilities(self) -> Mapping[str, Support]:
+        """Of each kind of collector, whether it can run here, by which hook, or why not."""
+        features = await self.features()
+        return {
+            kind_name(kind): self._support(collector, features)
+            for kind, collector in COLLECTORS.items()
+        }
+
+    def _support(self, collector: type[Collector], features: Features) -> Support:
+        has = features.capabilities
+        if features.obstacle and features.obstacle != capabilities.obstacle(has):
+            return Support(False, reason=features.obstacle)
+        reason = refusal(
+            collector.needs(),
+            has,
+            capabilities.of_kernel(),
+            observe_only=self._config.policy.observe_only,
+        )
+        return Support(False, reason=reason) if reason else collector.support(features)
+
+    def admit(self, request: StartRequest) -> type[Collector]:
+        """Everything that can be refused without looking at the machine. Raises a
+        `RefusedError`."""
+        kind = _kind(request.kind)
+        policy = self._config.policy
+        if policy.collectors and kind_name(kind) not in policy.collectors:
+            raise DeniedError(
+                f"kind: {kind_name(kind)} is not allowed by this agent's policy.collectors, "
+                f"{', '.join(policy.collectors)}"
+            )
+        if request.config.get("scope") == "host" and not policy.host_scope:
+            raise DeniedError(
+                "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope"
+            )
+        lease_s(request.duration_s, self._config)
+        if kind not in COLLECTORS:
+            raise UnsupportedError(
+                f"this agent has no {kind_name(kind)} collector; it has "
+                + ", ".join(map(kind_name, COLLECTORS))
+            )
+        return COLLECTORS[kind]
+
+    @contextmanager
+    def slot(self, request: StartRequest) -> Iterator[None]:
+        """A place among the collectors on demand, from the first step of a start to the end of the
+        session. Continuous collectors need none. Raises `LimitError`."""
+        if request.continuous:
+            yield
+            return
+        most, taken = self._config.limits.concurrent_collectors, self._on_demand
+        if taken >= most:
+            raise LimitError(
+                f"limits.concurrent_collectors is {most}, and {taken} are at work: stop one, or "
+                f"wait for its lease to end, before you start this {kind_name(_kind(request.kind))}"
+            )
+        self._on_demand += 1
+        try:
+            yield
+        finally:
+            self._on_demand -= 1
+
+    async def create(self, collector: type[Collector], request: StartRequest) -> Collector:
+        """The collector that REQUEST asks for, if this machine can run it; nothing of it is in the
+        kernel yet. Raises a `RefusedError`, or a `BpfError` where /proc cannot be read."""
+        try:
+            features = await self.features()
+            support = self._support(collector, features)
+            if not support.supported:
+                raise UnsupportedError(f"{kind_name(collector.kind)}: {support.reason}")
+            service = await self._resolve(request)
+            try:
+                return collector.create(request.config, service, features)
+            except (OptionError, UnknownOptionError) as error:
+                raise InvalidRequestError(str(error)) from error
+        except OSError as error:  # /proc cannot be read: there are no descriptors left
+            raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
+
+    async def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
+        if not request.service_name or _TARGET_KEYS & request.config.keys():
+            return None
+        return await in_thread(lambda: resolve(request.service_name, self._config.services))
+
+
+def _kind(kind: str | int) -> int:
+    if isinstance(kind, str):
+        try:
+            return kind_of(kind)
+        except ValueError:
+            pass
+    elif kind and kind in pb.EbpfCollectorKind.values():
+        return kind
+    choices = (item for item in pb.EbpfCollectorKind.items() if item[1])
+    raise InvalidRequestError.not_one_of("kind", kind, choices)

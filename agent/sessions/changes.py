@@ -1,0 +1,113 @@
+"""Starts and ends of sessions, for callers that watch them: in order, and bounded for each watcher.
+Loop-free, except for `Watch.__anext__`, which only waits.
+
+A watch begins with every session at work, then a mark that these were all; then come the starts and
+ends, each as it happens. A watch is complete or it fails: no change is left out silently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from coral.agent.errors import LimitError, UnavailableError
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+# What may wait for one watcher beside what it began with.
+MAX_WAITING: Final = 1024
+
+
+class Changes:
+    """Sends every watcher each change; the message is made once."""
+
+    def __init__(self) -> None:
+        self.watches: set[Watch] = set()
+        self._closed = False
+
+    def publish(self, what: pb.CollectorChange.What, collector: pb.CollectorInfo) -> None:
+        """Queues a change for every watcher. Never blocks."""
+        if self.watches:
+            change = pb.CollectorChange(what=what, collector=collector)
+            for watch in self.watches:
+                watch.offer(change)
+
+    def watch(self, present: Iterable[pb.CollectorInfo]) -> Watch:
+        """A new watcher, which gets those PRESENT first. Raises `UnavailableError` after
+        `close`."""
+        if self._closed:
+            raise UnavailableError("the agent is shutting down")
+        watch = Watch(self, present)
+        self.watches.add(watch)
+        return watch
+
+    def close(self) -> None:
+        """Ends every watch after the changes that it has not read yet."""
+        self._closed = True
+        for watch in self.watches:
+            watch.end()
+
+
+class Watch:
+    """One watcher's end. Iterate over it to get changes; close it when done."""
+
+    def __init__(self, changes: Changes, present: Iterable[pb.CollectorInfo]) -> None:
+        self._changes = changes
+        self._waiting = deque(
+            pb.CollectorChange(what=pb.CollectorChange.WHAT_PRESENT, collector=collector)
+            for collector in present
+        )
+        self._waiting.append(pb.CollectorChange(what=pb.CollectorChange.WHAT_SYNCED))
+        self._room = len(self._waiting) + MAX_WAITING
+        self._failed = self._ended = False
+        self._news = asyncio.Event()
+
+    def offer(self, change: pb.CollectorChange) -> None:
+        """Queues a change; without room the watch fails, and frees what it holds."""
+        if self._failed:
+            return
+        if len(self._waiting) < self._room:
+            self._waiting.append(change)
+        else:
+            self._failed = True
+            self._waiting.clear()
+        self._news.set()
+
+    def end(self) -> None:
+        """Ends the watch once the waiting changes are taken."""
+        self._ended = True
+        self._news.set()
+
+    def take(self) -> pb.CollectorChange | None:
+        """The next change, or None where there is none yet. Raises EOFError after the end, and
+        `LimitError` where changes were dropped because they were not read."""
+        if self._failed:
+            raise LimitError(
+                f"more than {MAX_WAITING} changes were waiting to be read: watch again, which "
+                "begins with the collectors that are at work then"
+            )
+        if self._waiting:
+            return self._waiting.popleft()
+        if self._ended:
+            raise EOFError
+        return None
+
+    def close(self) -> None:
+        """Leaves. Safe to call twice."""
+        self._changes.watches.discard(self)
+        self._waiting.clear()
+
+    def __aiter__(self) -> Watch:
+        return self
+
+    async def __anext__(self) -> pb.CollectorChange:
+        while True:
+            try:
+                change = self.take()
+            except EOFError:
+                raise StopAsyncIteration from None
+            if change:
+                return change
+            self._news.clear()
+            await self._news.wait()

@@ -1,0 +1,169 @@
+"""The async shell around a collector: opens it, drains it in time, closes it.
+
+It decides when to drain. What a drain does, the collector alone knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import select
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final, Self, TypeVar
+
+from coral.bpf import LoadError
+from coral.bpf.libbpf import release_memory
+from coral.collectors.contract import Batch, Collector, Emit
+
+# Until a collector has its first rows, it is drained this often, so that users see within a blink
+# that it works; from then on at its interval.
+_FIRST_DRAIN_S: Final = 0.01
+
+T = TypeVar("T")
+
+
+async def run(collector: Collector, emit: Emit, attached: Callable[[], None]) -> None:
+    """Opens COLLECTOR, calls ATTACHED, then drains it and emits at every interval, until cancelled
+    or until all processes that it watches have ended. Either way it then detaches the collector,
+    drains it once more, and closes it. Raises `BpfError` where it cannot be opened or drained."""
+    opened = False
+    try:
+        await in_thread(lambda: _open(collector))
+        opened = True
+        attached()
+        await in_thread(release_memory)
+        with _Watch(collector) as watch:
+            await _drain_until_exit(collector, watch, emit)
+    finally:
+        try:
+            if opened:
+                await in_thread(collector.bpf_object.detach)
+                await _drain(collector, emit)
+        finally:
+            await in_thread(collector.close)
+
+
+def _open(collector: Collector) -> None:
+    try:
+        collector.open()
+    except OSError as error:  # a descriptor, a file of /proc
+        what = f"opening {error.filename or 'a descriptor'}"
+        raise LoadError(what, error.errno or errno.EIO) from error
+    except KeyError as error:
+        raise LoadError(
+            f"{collector.bpf_object.path.name} has no {error}: it is of another version of this "
+            "agent, or damaged"
+        ) from error
+
+
+async def _drain(collector: Collector, emit: Emit) -> bool:
+    """Drains and emits; whether there was anything. A cancellation is deferred until the batch is
+    emitted: its rows are in no map any more, and would be lost without a number."""
+    drained: list[Batch] = []
+    try:
+        if collector.drains_on_loop:
+            drained.append(collector.drain())
+        else:
+            await in_thread(lambda: drained.append(collector.drain()))
+    finally:
+        for batch in drained:
+            emit(batch)
+    return bool(drained[0])
+
+
+async def _drain_until_exit(collector: Collector, watch: _Watch, emit: Emit) -> None:
+    loop, interval_s = asyncio.get_running_loop(), collector.interval_s
+    started = tick = loop.time()
+    seen = False
+    while not watch.exited:
+        if seen:
+            if tick <= loop.time():  # a wake-up does not put off the tick
+                tick = max(tick + interval_s, loop.time())
+        else:
+            tick = min(loop.time() + _FIRST_DRAIN_S, started + interval_s)
+            seen = tick == started + interval_s
+        if await watch.wait_until(tick):
+            continue
+        if await _drain(collector, emit) and not seen:
+            seen, tick = True, loop.time()
+
+
+class _Watch:
+    """Waits for the next time to drain: a tick, a program's wake-up, or the end of all targets."""
+
+    def __init__(self, collector: Collector) -> None:
+        self.exited = False
+        self._woken = asyncio.Event()
+        self._running = set(collector.exit_fds())
+        self._records = collector.records
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> Self:
+        for fd in self._running:
+            self._loop.add_reader(fd, self._on_exit, fd)
+        if self._records:
+            wakeup = self._records.wakeup
+            self._loop.add_reader(wakeup.fileno(), self._on_wakeup, wakeup)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._running:
+            self._loop.remove_reader(fd)
+        if self._records:
+            self._loop.remove_reader(self._records.wakeup.fileno())
+
+    def _on_exit(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        self._running.discard(fd)
+        self.exited = not self._running
+        if self.exited:
+            self._woken.set()
+
+    def _on_wakeup(self, wakeup: select.epoll) -> None:
+        wakeup.poll(0)
+        self._woken.set()
+
+    async def wait_until(self, tick: float) -> bool:
+        """Waits until TICK, by the loop's clock, or a wake-up; whether all targets have ended."""
+        try:
+            async with asyncio.timeout_at(tick):
+                await self._woken.wait()
+        except TimeoutError:
+            pass
+        self._woken.clear()
+        return self.exited
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Runs FUNCTION in a thread. A caller that is cancelled meanwhile still waits for its end, so
+    that everything it makes has an owner; then the cancellation goes on."""
+    loop, taken = asyncio.get_running_loop(), threading.Lock()
+    done: Future[T] = Future()
+
+    def job() -> None:
+        if taken.acquire(blocking=False):
+            try:
+                done.set_result(function())
+            except BaseException as error:  # noqa: BLE001  raised below, by result()
+                done.set_exception(error)
+
+    try:
+        loop.run_in_executor(None, job)
+    except RuntimeError:
+        # No thread can be started, yet the job stays queued: run it here, and only once.
+        job()
+    future = asyncio.wrap_future(done)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:  # noqa: BLE001, S110  raised below, by result()
+            pass
+    if cancelled:
+        future.exception()  # the cancellation goes before what FUNCTION raised
+        raise cancelled
+    return future.result()
