@@ -43,6 +43,7 @@ class Stream:
         self._ledger = Ledger(wanted.after_seq)
         self._calls = RepeatedCall(self._resume, error, retry, timeout_s)
         self._over = False
+        self.received_bytes = 0  # of batches, as they are on the wire
 
     @property
     def account(self) -> Account:
@@ -97,6 +98,7 @@ class Stream:
             ) from error
         if wire is None:
             raise ContractError("the stream ended, and its last batch did not say why")
+        self.received_bytes += len(wire)
         return Batch.parse(wire)
 
     def _resume(self) -> Call:

@@ -59,8 +59,7 @@ def records(layout: RowLayout, count: int) -> np.ndarray[Any, Any]:
 
 def foreign(field: str, row: Sequence[int], *, backwards: bool, extra: bytes) -> bytes:
     """A row as another library may write it: without zeros, its fields in any order."""
-    message = BATCH.fields_by_name[field].message_type
-    assert message
+    message: Any = BATCH.fields_by_name[field].message_type
     names = [f.name for f in sorted(message.fields, key=lambda f: f.number)]
     made = getattr(pb, message.name)(**dict(zip(names, row, strict=True)))
     parts = [_only(made, f.name).SerializeToString() for f, _ in made.ListFields()]
