@@ -110,7 +110,7 @@ def error_of(
         return _lost(details, address)
     message = details or code.name
     if code is grpc.StatusCode.UNAUTHENTICATED:
-        message = f"{message} (here it is read from {ENV_TOKEN})"
+        message = f"{message} (set {ENV_TOKEN}, or pass `token`)"
     return _TYPES.get(code, AgentError)(code, message)
 
 

@@ -40,7 +40,7 @@ class Kind(int):
     @property
     def name(self) -> str:
         """`syscall_stats` and its like; the number, where the contract has no such kind."""
-        return kind_name(self)
+        return kind_name(int(self))
 
     def __str__(self) -> str:
         return self.name
