@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from build_hook import clang_command
-from coral.client import AgentClient, Batch
+from coral.client import AgentClient, Batch, Started
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Calls, RunningAgent, running_agent, wait_until
 
@@ -112,16 +112,12 @@ class Tap:
                 await reading
 
 
-async def start_syscall_stats(
-    client: AgentClient, pid: int, **config: str
-) -> pb.StartEbpfCollectorResponse:
+async def start_syscall_stats(client: AgentClient, pid: int, **config: str) -> Started:
     """Starts our collector of system calls on a process."""
     return await start(client, pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, pid=str(pid), **config)
 
 
-async def start(
-    client: AgentClient, kind: pb.EbpfCollectorKind, **config: str
-) -> pb.StartEbpfCollectorResponse:
+async def start(client: AgentClient, kind: pb.EbpfCollectorKind, **config: str) -> Started:
     """Starts one of our collectors. Raises `BenchError` where this kernel cannot."""
     started = await client.start(kind, config=config, duration_s=_LEASE_S)
     if not started.supported:

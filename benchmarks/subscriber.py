@@ -1,9 +1,9 @@
-"""Subscribers in a process of their own, for the bench: N of one session, each on a connection of
-its own.
+"""Subscribers in a process of their own, for the bench: COUNT of one session, each on its own
+connection.
 
     python -P -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT
 
-Prints `subscribed` when all are; at the session's end one line of JSON, the sums over them all.
+Prints `subscribed` when all are, and at the session's end one line of JSON: the sums over them all.
 """
 
 from __future__ import annotations
@@ -14,18 +14,11 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Final
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.client import Batch
-from coral.mesh.v1 import ebpf_pb2 as pb
-
-_METHOD: Final = "/coral.mesh.v1.EbpfService/StreamEventBatches"
-# Or all channels of a process to one address would be one connection.
-_OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1),)
+from coral.client import AgentClient, Batch, Stream
 
 
 @dataclass
@@ -39,20 +32,23 @@ class Got:
     lost: Counter[str] = field(default_factory=Counter)
     latencies_ns: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def take(self, wire: bytes) -> None:
+    def take(self, batch: Batch) -> None:
         """Counts one message."""
         arrived_ns = time.time_ns()
-        batch = Batch.parse(wire)
         self.rows += len(batch.events)
         self.batches += 1
-        self.wire_bytes += len(wire)
-        self.lost.update(batch.lost)
         if len(batch.events):
             self.last_at_s = time.monotonic()
             self.latencies_ns.append(arrived_ns - batch.events["ended_ns"])
 
+    def finish(self, stream: Stream) -> None:
+        """Adds what a stream knows at its end."""
+        self.wire_bytes += stream.received_bytes
+        self.lost.update(stream.account.lost)
+        self.lost.update(stream.account.lost_in_kernel)
+
     def percentiles_us(self) -> dict[str, float]:
-        """From the end of a call to its row's arrival here."""
+        """The time from the end of a call to the arrival of its row, in percentiles."""
         if not self.latencies_ns:
             return {}
         p50, p99 = np.percentile(np.concatenate(self.latencies_ns), (50, 99))
@@ -60,17 +56,11 @@ class Got:
 
 
 async def _subscribe(address: str, collector_id: str, ready: asyncio.Event, got: Got) -> None:
-    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
-        method: Any = channel.unary_stream(
-            _METHOD,
-            request_serializer=pb.EbpfEventStreamRequest.SerializeToString,
-            response_deserializer=None,
-        )
-        call = method(pb.EbpfEventStreamRequest(collector_id=collector_id))
-        await call.initial_metadata()
+    async with AgentClient(address) as agent, agent.subscribe(collector_id) as stream:
         ready.set()
-        async for wire in call:
-            got.take(wire)
+        async for batch in stream:
+            got.take(batch)
+        got.finish(stream)
 
 
 async def _main(address: str, collector_id: str, count: int) -> None:

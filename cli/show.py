@@ -11,8 +11,7 @@ from rich.text import Text
 
 from coral.cli.common import agent_option, as_dict, echo_data, output_option, run
 from coral.cli.ladder import refusals, taken
-from coral.client import AgentClient
-from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import AgentClient, Capabilities, CollectorCapability
 from coral.wire.kinds import kind_name
 
 
@@ -58,7 +57,7 @@ async def _capabilities(address: str, output: str) -> int:
     return 0
 
 
-def _collector_table(answer: pb.EbpfCapabilities) -> Table:
+def _collector_table(answer: Capabilities) -> Table:
     table = _table("COLLECTOR", "HERE", "STANDS ON, OR WHY NOT")
     for collector in answer.collectors:
         # Why it cannot run is told step by step below, where it came to steps.
@@ -74,7 +73,7 @@ def _refusal_table(refused: list[tuple[str, str, str]]) -> Table:
     return table
 
 
-def _option_table(collector: pb.CollectorCapability) -> Table:
+def _option_table(collector: CollectorCapability) -> Table:
     table = _table("OPTION", "DEFAULT", "MEANING")
     table.title = f"options of {kind_name(collector.kind)}"
     table.title_justify = "left"
@@ -84,7 +83,7 @@ def _option_table(collector: pb.CollectorCapability) -> Table:
     return table
 
 
-def _feature_table(answer: pb.EbpfCapabilities) -> Table:
+def _feature_table(answer: Capabilities) -> Table:
     table = _table("KERNEL FEATURE", "HERE", "WHY NOT")
     for feature in answer.features:
         table.add_row(feature.name, _yes(feature.available), feature.reason)

@@ -1,18 +1,80 @@
-"""The Python client of the contract: connect, start, subscribe, stop.
+"""The Python client of the contract: connect, start, subscribe, watch, stop; see docs/client.md.
 
-It shares the generated messages with the agent, and nothing else.
+It shares the generated messages and `coral.wire` with the agent, and nothing else.
 """
 
+from coral.client.account import Account
+from coral.client.address import DEFAULT_ADDRESS, default_address
+from coral.client.backoff import Retry
 from coral.client.batch import Batch
-from coral.client.client import DEFAULT_ADDRESS, AgentClient, AgentError, default_address
+from coral.client.client import AgentClient
+from coral.client.errors import (
+    AgentError,
+    ConnectionLostError,
+    ContractError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    LimitExceededError,
+    NotFoundError,
+    PermissionDeniedError,
+    StreamLostError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from coral.client.results import (
+    Capabilities,
+    CollectorCapability,
+    CollectorInfo,
+    CollectorOption,
+    Collectors,
+    CollectorStep,
+    EndReason,
+    KernelFeature,
+    Kind,
+    SessionEnd,
+    Started,
+    SubscriberInfo,
+)
+from coral.client.stream import Stream
+from coral.client.terms import Terms
+from coral.client.watch import Change, Watch, What
 from coral.wire.histogram import Buckets, Histogram
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "Account",
     "AgentClient",
     "AgentError",
     "Batch",
     "Buckets",
+    "Capabilities",
+    "Change",
+    "CollectorCapability",
+    "CollectorInfo",
+    "CollectorOption",
+    "CollectorStep",
+    "Collectors",
+    "ConnectionLostError",
+    "ContractError",
+    "DeadlineExceededError",
+    "EndReason",
     "Histogram",
+    "InvalidArgumentError",
+    "KernelFeature",
+    "Kind",
+    "LimitExceededError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "Retry",
+    "SessionEnd",
+    "Started",
+    "Stream",
+    "StreamLostError",
+    "SubscriberInfo",
+    "Terms",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "Watch",
+    "What",
     "default_address",
 ]

@@ -1,80 +1,88 @@
-"""One batch as a subscriber reads it: its head as a message, its rows as an array."""
+"""One batch as a subscriber reads it: its head as a message, its rows as arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.client.results import Kind, SessionEnd, by_stage
+from coral.client.split import split
 from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.wire.rows import NotFixedError, first_varint, row_layout
-
-# Where rows of individual events are, by kind; a kind that has none has no such rows either.
-_EVENTS: Final[Mapping[int, str]] = {
-    pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS: "syscall_calls",
-    pb.EBPF_COLLECTOR_KIND_TCP_METRICS: "tcp_state_changes",
-}
-_KIND: Final = pb.EbpfEventBatch.KIND_FIELD_NUMBER
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """`message` is all of it but the rows of individual events: these are in `events`, an array of
-    shape (n,) with the fields of the row's message, without a Python object a row."""
+    """Events of one session, in order; there are `count` of them. Where the rows are depends on
+    the collector and on what the stream asked for:
+
+    `events`: single events, an array of shape (count,) with the fields of the row's message.
+    `columns`: summaries as columns, by name: arrays of shape (count,); matrices of (count, n);
+    a few that belong to the batch as a whole. Empty for a batch without them.
+    `message`: everything else. Summaries as rows are in the field that `rows` names, as messages.
+
+    Arrays are read-only, without a Python object for each row.
+    """
 
     message: pb.EbpfEventBatch
     events: NDArray[Any]
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rows: str = ""
+    """What the rows are, by the contract's field for them as messages: `syscall_stats`,
+    `syscall_calls`, `tcp_peers`; empty where there are none."""
 
     @classmethod
     def parse(cls, wire: bytes) -> Self:
-        """From the bytes of an EbpfEventBatch. Raises protobuf's DecodeError."""
-        field = _EVENTS.get(first_varint(wire, _KIND), "syscall_calls")
-        layout = row_layout(pb.EbpfEventBatch.DESCRIPTOR, field)
-        try:
-            offset, events = layout.view(wire)
-        except NotFixedError:
-            # Another agent may write rows as any protobuf library does.
-            message = pb.EbpfEventBatch.FromString(wire)
-            names = layout.dtype.names or ()
-            found = getattr(message, field)
-            rows = [tuple(getattr(r, name) for name in names) for r in found]
-            message.ClearField(field)
-            return cls(message, np.array(rows, layout.dtype))
-        return cls(pb.EbpfEventBatch.FromString(wire[:offset]), events)
+        """From the bytes of an EbpfEventBatch, written by any protobuf library. Raises
+        `ContractError`."""
+        parts = split(wire)
+        rows = (parts.field.same_as or parts.field.name) if parts.field else ""
+        return cls(parts.message, parts.events, parts.columns, rows)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of collector."""
+        return Kind(self.message.kind)
 
     @property
     def first_seq(self) -> int:
-        """The number of the first event that it tells of."""
+        """The number of the first event that the batch accounts for."""
         return self.message.first_seq
 
     @property
     def last_seq(self) -> int:
-        """The number of the last; ask for what comes after it to resume."""
+        """The number of the last event that the batch accounts for; `first_seq` - 1 where it
+        accounts for none. To resume after this batch, subscribe with `after_seq=last_seq`."""
         return self.message.last_seq
 
     @property
     def count(self) -> int:
-        """Rows in it."""
+        """How many rows there are. A filter and losses leave out others between `first_seq` and
+        `last_seq`."""
         return self.message.count
 
     @property
-    def lost(self) -> Mapping[str, int]:
-        """What was lost since the batch before, by stage: `subscriber_queue` and its like."""
-        return {
-            pb.Loss.Stage.Name(loss.stage).removeprefix("STAGE_").lower(): loss.count
-            for loss in self.message.losses
-        }
+    def sample_every(self) -> int:
+        """How many events each row stands for: the collector samples one in this number."""
+        return self.message.sample_every or 1
 
     @property
-    def end(self) -> pb.SessionEnd | None:
-        """Why the session ended, in its last batch."""
-        return self.message.end if self.message.HasField("end") else None
+    def lost(self) -> Mapping[str, int]:
+        """Events lost since the batch before, by stage: `subscriber_queue`, `kernel_buffer` and
+        so on. Over a reconnect use `Stream.account`, which is exact."""
+        return by_stage(self.message.losses)
+
+    @property
+    def end(self) -> SessionEnd | None:
+        """How the session ended, in its last batch; else None."""
+        return SessionEnd.of(self.message.end) if self.message.HasField("end") else None
 
     @cached_property
     def strings(self) -> NDArray[np.str_]:
-        """What indices in `events` point into: `batch.strings[batch.events["syscall"]]`."""
+        """The strings that indices in `events` and `columns` point into:
+        `batch.strings[batch.events["syscall"]]`."""
         return np.array(list(self.message.strings), str)

@@ -1,7 +1,7 @@
 """A connection to one agent. Errors of gRPC become `AgentError`, with a text for people.
 
 async with AgentClient() as agent:
-    started = await agent.start(pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config={"pid": "1234"})
+    started = await agent.start("syscall_stats", config={"pid": "1234"})
     async with agent.subscribe(started.collector_id) as stream:
         async for batch in stream:
             ...
@@ -12,47 +12,58 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
 
-from coral.client.batch import Batch
+from coral.client.address import ENV_TOKEN, channel_options, default_address
+from coral.client.backoff import Retry
+from coral.client.calls import Call, RepeatedCall
+from coral.client.errors import AgentError, InvalidArgumentError, error_of
+from coral.client.results import Capabilities, Collectors, Kind, Started
+from coral.client.stream import Stream
+from coral.client.terms import Terms, stream_request
+from coral.client.watch import Watch
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-DEFAULT_ADDRESS: Final = "unix:/run/coral/agent.sock"
-ENV_ADDRESS: Final = "CORAL_AGENT"
-ENV_TOKEN: Final = "CORAL_TOKEN"  # noqa: S105  the variable's name
+DEFAULT_TIMEOUT_S: Final = 30.0
+DEFAULT_RETRY: Final = Retry()
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"].full_name
 
 Answer = TypeVar("Answer", bound=Message)
 
 
-def default_address() -> str:
-    """CORAL_AGENT, else the socket of this machine's agent."""
-    return os.environ.get(ENV_ADDRESS, DEFAULT_ADDRESS)
-
-
-class AgentError(Exception):
-    """The agent refused, or could not be reached. `code` is a gRPC status code."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        self.code = code
-        super().__init__(message)
-
-
 class AgentClient:
-    """One agent, by its address (`unix:PATH`, `HOST:PORT`). Use it as a context manager."""
+    """One agent. Use it as a context manager; every method raises `AgentError`.
 
-    def __init__(self, address: str | None = None, token: str | None = None) -> None:
+    ADDRESS is `unix:PATH` or `HOST:PORT`; by default the environment's CORAL_AGENT, else the local
+    socket. TOKEN is the agent's, by default the environment's CORAL_TOKEN. A call that the agent
+    has not answered after TIMEOUT_S raises `DeadlineExceededError`. RETRY says how streams and
+    watches reconnect; calls with one answer are never repeated.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        token: str | None = None,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retry: Retry = DEFAULT_RETRY,
+    ) -> None:
         self.address = address or default_address()
+        self.timeout_s = timeout_s
+        self.retry = retry
         token = token or os.environ.get(ENV_TOKEN)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(self.address)
+        self._channel = grpc.aio.insecure_channel(
+            self.address, options=channel_options(self.address)
+        )
         return self
 
     async def __aexit__(
@@ -63,79 +74,119 @@ class AgentClient:
     ) -> None:
         await self._channel.close()
 
-    async def capabilities(self) -> pb.EbpfCapabilities:
+    async def capabilities(self) -> Capabilities:
         """What the agent can do on its machine."""
-        return await self._call("GetCapabilities", pb.GetCapabilitiesRequest(), pb.EbpfCapabilities)
+        request = pb.GetCapabilitiesRequest()
+        answer = await self._call("GetCapabilities", request, pb.EbpfCapabilities)
+        return Capabilities.of(answer)
 
-    async def collectors(self) -> pb.ListCollectorsResponse:
-        """The collectors at work."""
-        return await self._call(
-            "ListCollectors", pb.ListCollectorsRequest(), pb.ListCollectorsResponse
-        )
+    async def collectors(self, *, include_ended: bool = False) -> Collectors:
+        """The collectors at work, and with INCLUDE_ENDED those whose streams can still be read."""
+        request = pb.ListCollectorsRequest(include_ended=include_ended)
+        answer = await self._call("ListCollectors", request, pb.ListCollectorsResponse)
+        return Collectors.of(answer)
 
     async def start(
         self,
-        kind: pb.EbpfCollectorKind,
+        kind: int | str,
         *,
         service_name: str = "",
         config: Mapping[str, str] | None = None,
         duration_s: float | None = None,
-    ) -> pb.StartEbpfCollectorResponse:
-        """Starts a collector. Look at `supported`: a machine that cannot is not an error."""
+    ) -> Started:
+        """Starts a collector of KIND, such as `syscall_stats`, for DURATION_S seconds, by default
+        as long as the agent likes. Look at `supported`: a machine that cannot run it is no error.
+        """
+        try:
+            number = Kind.of(kind)
+        except ValueError as error:
+            raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
         request = pb.StartEbpfCollectorRequest(
-            service_name=service_name, kind=kind, config=dict(config or {})
+            service_name=service_name,
+            kind=number,  # type: ignore[arg-type]
+            config=dict(config or {}),
         )
         if duration_s is not None:
-            request.duration.FromNanoseconds(int(duration_s * 1e9))
-        return await self._call("StartCollector", request, pb.StartEbpfCollectorResponse)
+            request.duration.FromNanoseconds(round(duration_s * 1e9))
+        answer = await self._call("StartCollector", request, pb.StartEbpfCollectorResponse)
+        return Started.of(answer)
 
-    async def renew(
-        self, collector_id: str, duration_s: float | None = None
-    ) -> pb.RenewCollectorResponse:
-        """Moves a collector's deadline to so many seconds from now."""
+    async def renew(self, collector_id: str, duration_s: float | None = None) -> int:
+        """Moves a collector's deadline to DURATION_S seconds from now; returns it, in Unix
+        nanoseconds."""
         request = pb.RenewCollectorRequest(collector_id=collector_id)
         if duration_s is not None:
-            request.duration.FromNanoseconds(int(duration_s * 1e9))
-        return await self._call("RenewCollector", request, pb.RenewCollectorResponse)
+            request.duration.FromNanoseconds(round(duration_s * 1e9))
+        answer = await self._call("RenewCollector", request, pb.RenewCollectorResponse)
+        return answer.expires_at.ToNanoseconds()
 
-    async def stop(self, collector_id: str) -> pb.StopEbpfCollectorResponse:
+    async def stop(self, collector_id: str) -> None:
         """Ends a collector; returns when it is detached."""
-        return await self._call(
-            "StopCollector",
-            pb.StopEbpfCollectorRequest(collector_id=collector_id),
-            pb.StopEbpfCollectorResponse,
-        )
+        request = pb.StopEbpfCollectorRequest(collector_id=collector_id)
+        answer = await self._call("StopCollector", request, pb.StopEbpfCollectorResponse)
+        if not answer.success:
+            raise AgentError(grpc.StatusCode.UNKNOWN, answer.error or "the agent did not stop it")
 
     @asynccontextmanager
     async def subscribe(
-        self, collector_id: str, terms: pb.EbpfEventStreamRequest | None = None
-    ) -> AsyncIterator[AsyncIterator[Batch]]:
-        """A collector's batches, from its first event if that is still kept, to the one that
-        carries the end. Inside the block the subscription stands. TERMS may ask for another start,
-        a filter, another overflow policy.
+        self,
+        collector_id: str,
+        terms: pb.EbpfEventStreamRequest | None = None,
+        *,
+        retry: Retry | None = None,
+        **wanted: Unpack[Terms],
+    ) -> AsyncIterator[Stream]:
+        """A collector's stream, from its first event that is still kept to its end. The block is
+        entered when the subscription stands. See `Terms` for what can be asked for; the contract's
+        own message is accepted too.
 
-        A connection that breaks, or that the agent renews for its age, is made again, and the
-        stream resumed after the last event that was read.
+        When the connection breaks, or the agent renews it for its age, the stream resumes after the
+        last event that it has accounted for: no event comes twice, and none is missing without
+        being counted.
         """
-        wanted = pb.EbpfEventStreamRequest()
-        if terms:
-            wanted.CopyFrom(terms)
-        wanted.collector_id = collector_id
-        stream = _Stream(self, wanted)
+        try:
+            request = stream_request(collector_id, terms, wanted)
+        except ValueError as error:
+            raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
+        error_of_status = partial(self._error, "StreamEventBatches")
+        stream = Stream(
+            request, self.stream_call, error_of_status, retry or self.retry, self.timeout_s
+        )
         await stream.open()
         try:
-            yield stream.batches()
+            yield stream
         finally:
             stream.close()
 
-    def stream_call(self, wanted: pb.EbpfEventStreamRequest) -> Any:  # noqa: ANN401
-        """A call of StreamEventBatches whose messages are bytes."""
-        method: Any = self._channel.unary_stream(
-            f"/{_SERVICE}/StreamEventBatches",
-            request_serializer=pb.EbpfEventStreamRequest.SerializeToString,
+    @asynccontextmanager
+    async def watch(self, *, retry: Retry | None = None) -> AsyncIterator[Watch]:
+        """The collectors at work, then each one that starts or ends. The block is entered when the
+        watch stands. After a broken connection it begins anew, with `What.RECONNECTED`."""
+        calls = RepeatedCall(
+            partial(self._stream, "WatchCollectors", pb.WatchCollectorsRequest()),
+            partial(self._error, "WatchCollectors"),
+            retry or self.retry,
+            self.timeout_s,
+        )
+        watch = Watch(calls)
+        await watch.open()
+        try:
+            yield watch
+        finally:
+            watch.close()
+
+    def stream_call(self, wanted: pb.EbpfEventStreamRequest) -> Call:
+        """A single call of StreamEventBatches, whose messages are bytes."""
+        return self._stream("StreamEventBatches", wanted)
+
+    def _stream(self, method: str, request: Message) -> Call:
+        stream: Any = self._channel.unary_stream(
+            f"/{_SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
             response_deserializer=None,
         )
-        return method(wanted, metadata=self._metadata)
+        call: Call = stream(request, metadata=self._metadata)
+        return call
 
     async def _call(self, method: str, request: Message, answer: type[Answer]) -> Answer:
         call: Any = self._channel.unary_unary(
@@ -144,61 +195,10 @@ class AgentClient:
             response_deserializer=answer.FromString,
         )
         try:
-            response: Answer = await call(request, metadata=self._metadata)
+            response: Answer = await call(request, metadata=self._metadata, timeout=self.timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise self.error_of(error) from error
+            raise self._error(method, error.code(), error.details() or "") from error
         return response
 
-    def error_of(self, error: grpc.aio.AioRpcError) -> AgentError:
-        """What a failed call means, for people."""
-        message = error.details() or error.code().name
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            message = (
-                f"no agent answers at {self.address}: start one with `coral agent`, or name its "
-                f"address with --agent or {ENV_ADDRESS}"
-            )
-        return AgentError(error.code(), message)
-
-
-class _Stream:
-    """One subscription, over as many calls as it takes."""
-
-    def __init__(self, agent: AgentClient, wanted: pb.EbpfEventStreamRequest) -> None:
-        self._agent = agent
-        self._wanted = wanted
-        self._call: Any = None
-
-    async def open(self) -> None:
-        """Subscribes; returns when the agent has said that the subscription stands."""
-        self._call = self._agent.stream_call(self._wanted)
-        try:
-            await self._call.initial_metadata()
-        except grpc.aio.AioRpcError as error:
-            self.close()
-            raise self._agent.error_of(error) from error
-
-    async def batches(self) -> AsyncIterator[Batch]:
-        """Every batch, over as many calls as it takes."""
-        resuming = False
-        while True:
-            try:
-                async for wire in self._call:
-                    batch = Batch.parse(wire)
-                    resuming = False
-                    # Of a batch of losses this is the event before the next: what was told as
-                    # lost is not asked for again.
-                    self._wanted.after_seq = max(self._wanted.after_seq, batch.last_seq)
-                    yield batch
-                    if batch.end:
-                        return  # whatever becomes of the connection
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or resuming:
-                    raise self._agent.error_of(error) from error
-                resuming = True
-                await self.open()
-            else:
-                return
-
-    def close(self) -> None:
-        """Leaves."""
-        self._call.cancel()
+    def _error(self, method: str, code: grpc.StatusCode, details: str) -> AgentError:
+        return error_of(code, details, self.address, method, self.timeout_s)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.client import AgentClient, Batch
+from coral.client import AgentClient, Batch, CollectorInfo, SessionEnd
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
@@ -62,7 +62,7 @@ class Received:
         return lost
 
     @property
-    def end(self) -> pb.SessionEnd:
+    def end(self) -> SessionEnd:
         """Why the session ended: told once, and last."""
         assert [batch.end is not None for batch in self.batches[-2:]] in ([True], [False, True])
         end = self.batches[-1].end
@@ -96,7 +96,7 @@ async def receive(
     return received
 
 
-async def info_of(client: AgentClient, collector_id: str) -> pb.CollectorInfo:
+async def info_of(client: AgentClient, collector_id: str) -> CollectorInfo:
     """What the agent tells of that collector, with its subscribers."""
     listed = await client.collectors()
     (info,) = (one for one in listed.collectors if one.collector_id == collector_id)

@@ -1,10 +1,10 @@
-"""A subscriber in a process of its own: reads a collector's stream to its end and says what it got.
+"""A subscriber in a process of its own: reads a stream to its end and reports what it got.
 
     python -P -m tests.reader ADDRESS COLLECTOR_ID [--after N] [--overflow POLICY] [--until N]
 
-Prints `subscribed`, then, when it is done, one line of JSON: rows, losses by stage, the last
-number, how many numbers nothing explained, and how the session ended. With --until it leaves,
-without a word to the agent, after the batch that has event number N.
+Prints `subscribed`, then, at the end, one line of JSON: rows, losses by stage, the last number, how
+many numbers nothing explains, and how the session ended. With --until it exits, without closing the
+connection, after the batch that has event number N.
 """
 
 from __future__ import annotations
@@ -13,46 +13,47 @@ import argparse
 import asyncio
 import json
 import os
-from collections import Counter
 
-from coral.client import AgentClient, AgentError
+from coral.client import Account, AgentClient, AgentError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 
 async def read(arguments: argparse.Namespace) -> None:
     rows = 0
-    last = int(arguments.after)
-    lost: Counter[str] = Counter()
-    untold = 0  # numbers between two batches that no loss has explained
+    account = Account(arguments.after, arguments.after, 0, 0, 0)
     end = error = None
     terms = pb.EbpfEventStreamRequest(
-        after_seq=last, overflow=arguments.overflow, queue_bytes=arguments.queue_bytes
+        after_seq=arguments.after, overflow=arguments.overflow, queue_bytes=arguments.queue_bytes
     )
 
-    def say() -> None:
-        told = {"rows": rows, "lost": lost, "last": last, "untold": untold, "end": end}
-        print(json.dumps({**told, "error": error}), flush=True)
+    def report() -> None:
+        explained = rows + account.filtered + sum(account.lost.values())
+        unexplained = account.last_seq - account.after_seq - explained
+        if end:
+            unexplained += end.produced - account.last_seq
+        told = {
+            "rows": rows,
+            "lost": {**account.lost, **account.lost_in_kernel},
+            "last": account.last_seq,
+            "untold": unexplained,
+            "end": pb.SessionEnd.Reason.Name(end.reason) if end else None,
+            "error": error,
+        }
+        print(json.dumps(told), flush=True)
 
     async with AgentClient(arguments.address) as agent:
         try:
             async with agent.subscribe(arguments.collector_id, terms) as stream:
                 print("subscribed", flush=True)
                 async for batch in stream:
-                    lost.update(batch.lost)
-                    untold -= sum(n for stage, n in batch.lost.items() if stage != "kernel_buffer")
-                    if batch.last_seq >= batch.first_seq:
-                        untold += batch.first_seq - last - 1
-                        last = batch.last_seq
-                        rows += len(batch.events)
-                    if batch.end:
-                        end = pb.SessionEnd.Reason.Name(batch.end.reason)
-                        untold += batch.end.produced - last
-                    if arguments.until and last >= arguments.until:
-                        say()
+                    rows += len(batch.events)
+                    account, end = stream.account, batch.end
+                    if arguments.until and account.last_seq >= arguments.until:
+                        report()
                         os._exit(0)
         except AgentError as refused:
             error = str(refused)
-    say()
+    report()
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ class ColumnsLayout:
             parts += [varint(column.number << 3 | WIRE_BYTES), varint(len(body)), body]
         return b"".join(parts)
 
-    def decode(self, message: bytes, count: int) -> dict[str, NDArray[Any]]:
+    def decode(self, message: bytes | memoryview, count: int) -> dict[str, NDArray[Any]]:
         """The columns of an encoded message of COUNT rows: views of it, read-only. Every column is
         there; one that was not sent is zeros, a matrix that was not sent has the width 0. Raises
         `NotFixedError` where a column has another length."""

@@ -1,4 +1,4 @@
-"""Histograms, by powers of two and by given bounds: added up, and read as quantiles."""
+"""Histograms by powers of two and by given bounds: adding them up, and reading quantiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 @dataclass
 class Histogram:
-    """Counts of values in ns, by powers of two; see Log2Histogram in the contract.
+    """Counts of values in ns by powers of two; see Log2Histogram in the contract.
 
     `max_ns` is exact; a quantile lies within its slot, that is, within a factor of two.
     """
@@ -23,15 +23,30 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """Values in it."""
+        """How many values were added."""
         return int(self.counts.sum())
 
     def add(self, message: pb.Log2Histogram, max_ns: int) -> None:
-        """Adds another interval's, another process's values."""
-        if len(self.counts) < message.slots:
-            self.counts = np.pad(self.counts, (0, message.slots - len(self.counts)))
-        self.first_exponent = message.first_exponent
-        self.counts[: len(message.counts)] += np.array(message.counts, np.uint64)
+        """Adds the values of another interval or another process. Raises ValueError where its slots
+        begin at another exponent."""
+        counts = np.zeros(max(message.slots, len(message.counts)), np.uint64)
+        counts[: len(message.counts)] = message.counts
+        self.add_counts(message.first_exponent, counts, max_ns)
+
+    def add_counts(self, first_exponent: int, counts: NDArray[np.uint64], max_ns: int) -> None:
+        """The same from counts by slot, of shape (slots,), such as a row of the column
+        `latency_ns`, or the sum of its rows."""
+        if not len(counts):
+            return
+        if len(self.counts) and first_exponent != self.first_exponent:
+            raise ValueError(
+                f"histograms from 2^{first_exponent} and from 2^{self.first_exponent} up cannot be "
+                "added up"
+            )
+        self.first_exponent = first_exponent
+        if len(self.counts) < len(counts):
+            self.counts = np.pad(self.counts, (0, len(counts) - len(self.counts)))
+        self.counts[: len(counts)] += counts
         self.max_ns = max(self.max_ns, max_ns)
 
     def quantile_ns(self, q: float) -> float:
@@ -41,8 +56,7 @@ class Histogram:
         if not total:
             return 0.0
         cumulative = self.counts.cumsum()
-        slot = int(np.searchsorted(cumulative, q * total))
-        slot = min(slot, len(self.counts) - 1)
+        slot = int(np.argmax((cumulative >= q * total) & (self.counts > 0)))
         below = float(cumulative[slot - 1]) if slot else 0.0
         lower = float(2 ** (self.first_exponent + slot)) if slot else 0.0
         upper = float(2 ** (self.first_exponent + slot + 1))
@@ -52,7 +66,8 @@ class Histogram:
 
 @dataclass
 class Buckets:
-    """Counts of values by upper bounds; see BucketHistogram in the contract."""
+    """Counts of values by upper bounds; see BucketHistogram in the contract. `sum` adds up the
+    values."""
 
     bounds: tuple[int, ...] = ()
     counts: list[int] = field(default_factory=list)
@@ -60,12 +75,12 @@ class Buckets:
 
     @property
     def count(self) -> int:
-        """Values in it."""
+        """How many values were added."""
         return sum(self.counts)
 
     def add(self, more: pb.BucketHistogram | Buckets) -> None:
-        """Adds another interval's, another connection's values. Raises ValueError where the bounds
-        are others."""
+        """Adds the values of another interval or another connection. Raises ValueError where the
+        bounds differ."""
         if not more.counts:
             return
         bounds = tuple(more.bounds)
@@ -73,13 +88,13 @@ class Buckets:
             self.bounds, self.counts, self.sum = bounds, list(more.counts), more.sum
             return
         if len(more.counts) != len(self.counts) or bounds != self.bounds:
-            raise ValueError("histograms of other bounds cannot be added up")
+            raise ValueError("histograms with other bounds cannot be added up")
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, more.counts, strict=True)]
         self.sum += more.sum
 
     def quantile(self, q: float) -> float:
         """The value that a share Q (0 to 1) of all values do not exceed, interpolated linearly
-        inside its slot; of what is above all bounds, the last bound. 0 where there are no
+        inside its slot; the last bound for values above all bounds. 0 where there are no
         values."""
         wanted, below = q * self.count, 0
         for slot, count in enumerate(self.counts):

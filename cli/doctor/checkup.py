@@ -20,8 +20,15 @@ import grpc
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.doctor.provoke import PROVOCATIONS, UNKNOWN, Patient, Provocation
 from coral.cli.ladder import refusals, taken
-from coral.client import AgentClient, AgentError, Batch
-from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import (
+    AgentClient,
+    AgentError,
+    Batch,
+    Capabilities,
+    CollectorCapability,
+    EndReason,
+    SessionEnd,
+)
 from coral.wire.kinds import kind_name
 
 _ANSWER_S: Final = 15.0
@@ -86,7 +93,7 @@ async def examine(
         yield await _left_behind(agent, process, private=private)
 
 
-def _kernel(answer: pb.EbpfCapabilities) -> Iterator[Check]:
+def _kernel(answer: Capabilities) -> Iterator[Check]:
     """What the agent says of the kernel, and of what it loads programs with."""
     if answer.features:
         yield Check("kernel", Status.OK, answer.kernel_version)
@@ -155,7 +162,7 @@ def _mounted(process: AgentProcess, kind: str, usual: str, why: str) -> Check:
     return Check(kind, Status.WARN, f"not mounted, and {why}: mount -t {kind} {kind} {usual}")
 
 
-async def _collector(agent: AgentClient, collector: pb.CollectorCapability) -> AsyncIterator[Check]:
+async def _collector(agent: AgentClient, collector: CollectorCapability) -> AsyncIterator[Check]:
     name = kind_name(collector.kind)
     if not collector.supported:
         yield Check(name, Status.WARN, f"cannot run here: {collector.reason}")
@@ -167,7 +174,7 @@ async def _collector(agent: AgentClient, collector: pb.CollectorCapability) -> A
         yield await _at_work(agent, collector.kind, mode)
 
 
-def _modes(collector: pb.CollectorCapability) -> list[str]:
+def _modes(collector: CollectorCapability) -> list[str]:
     """What its option `mode` can be here; an empty one where it has no such option."""
     for option in collector.options:
         if option.name == "mode":
@@ -175,7 +182,7 @@ def _modes(collector: pb.CollectorCapability) -> list[str]:
     return [""]
 
 
-async def _at_work(agent: AgentClient, kind: pb.EbpfCollectorKind, mode: str) -> Check:
+async def _at_work(agent: AgentClient, kind: int, mode: str) -> Check:
     """Starts it on a process of ours, has that do something, and counts what comes."""
     name = f"{kind_name(kind)}, {mode}" if mode else kind_name(kind)
     provocation = PROVOCATIONS.get(kind, UNKNOWN)
@@ -208,7 +215,7 @@ class _Watch:
         self._provocation = provocation
         self._seen = 0
         self._lost: Counter[str] = Counter()
-        self._end: pb.SessionEnd | None = None
+        self._end: SessionEnd | None = None
         self._enough = asyncio.Event()
         self._first_s = 0.0
 
@@ -259,7 +266,7 @@ class _Watch:
                 f"{self._seen:,} of {wanted:,} {things}{lost and '; '}{lost}: see the agent's log"
             )
             return Check(name, Status.FAIL, found)
-        if not self._end or self._end.reason != pb.SessionEnd.REASON_STOPPED:
+        if not self._end or self._end.reason != EndReason.STOPPED:
             detail = self._end.detail if self._end else "the agent went away"
             return Check(name, Status.FAIL, f"{found}, but it did not end as it was told: {detail}")
         return Check(name, Status.OK, found)

@@ -15,7 +15,7 @@ import click
 from coral.cli.common import EXIT_ERROR, DurationType, agent_option, output_option, run
 from coral.cli.tap.display import Story, Tapped, View, view_of
 from coral.cli.tap.launch import HeldCommand
-from coral.client import AgentClient, AgentError, Batch
+from coral.client import AgentClient, AgentError, Batch, EndReason
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.names import Names
 from coral.views.syscall_stats.story import SyscallStory
@@ -183,7 +183,7 @@ async def _tap(
             return status
     if tapped.interrupted:
         return 128 + tapped.interrupted
-    return EXIT_ERROR if end == pb.SessionEnd.REASON_FAILED else 0
+    return EXIT_ERROR if end == EndReason.FAILED else 0
 
 
 async def _read(stream: AsyncIterator[Batch], tapped: Tapped, view: View) -> None:
@@ -205,7 +205,7 @@ async def _read(stream: AsyncIterator[Batch], tapped: Tapped, view: View) -> Non
 
 async def _follow(
     agent: AgentClient, tapped: Tapped, view: View, held: HeldCommand | None
-) -> pb.SessionEnd.Reason | None:
+) -> EndReason | None:
     """Shows batches until the session's end. The first Ctrl-C stops the collector, and what it
     still had is shown too."""
     stopping: set[asyncio.Task[Any]] = set()

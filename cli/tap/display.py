@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coral.cli.common import echo_data
-from coral.client import Batch
+from coral.client import Batch, SessionEnd, Started
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _LEASE_BAR_WIDTH: Final = 30
@@ -56,14 +56,14 @@ class Story(Protocol):
 class Tapped:
     """What is known of the tap so far."""
 
-    def __init__(self, target: str, started: pb.StartEbpfCollectorResponse, story: Story) -> None:
+    def __init__(self, target: str, started: Started, story: Story) -> None:
         self.target = target
         self.story = story
         self.collector_id = started.collector_id
         self.started_at = time.time()
         self.expires_at = started.expires_at.ToNanoseconds() / 1e9
         self.lost: Counter[str] = Counter()
-        self.end: pb.SessionEnd | None = None
+        self.end: SessionEnd | None = None
         self.interrupted = 0  # the signal
 
     def add(self, batch: Batch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from coral.client import AgentClient, AgentError
+from coral.client import AgentClient, AgentError, CollectorInfo, EndReason
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import connected, eventually, metric, receive
 from tests.support import Calls, RunningAgent, running_agent, totals, wait_until
@@ -48,15 +48,15 @@ def calls_counted(agent: RunningAgent, syscall: str) -> float:
     return metric(agent, series)
 
 
-async def at_work(client: AgentClient) -> list[pb.CollectorInfo]:
+async def at_work(client: AgentClient) -> list[CollectorInfo]:
     """The collectors at work."""
     return list((await client.collectors()).collectors)
 
 
-async def the_only_one(client: AgentClient) -> pb.CollectorInfo:
+async def the_only_one(client: AgentClient) -> CollectorInfo:
     """The continuous collector, once it is at work."""
 
-    async def started() -> list[pb.CollectorInfo]:
+    async def started() -> list[CollectorInfo]:
         return await at_work(client)
 
     (info,) = await eventually(started)
@@ -71,10 +71,10 @@ async def test_it_runs_without_a_reader_and_feeds_prometheus_exactly(
     with running_agent(tmp_path / "agent", config) as agent:
         async with connected(agent) as client:
             info = await the_only_one(client)
-            assert info.kind == STATS
+            assert info.kind.name == "syscall_stats"
             assert info.service_name == "calls"
             assert info.config == {"comm": program.name}
-            assert not info.HasField("expires_at")
+            assert info.expires_at_ns is None
             assert not info.subscribers
 
             made = run(program, "getppid", 250_000, "nanosleep", 300, threads=2)
@@ -156,7 +156,7 @@ async def test_the_agents_end_ends_it_and_its_reader_gets_what_it_had(
                 run(program, "getppid", count)
             assert await asyncio.to_thread(agent.stop) == 0
             got = await reader
-    assert got.end.reason == pb.SessionEnd.REASON_AGENT_SHUTDOWN
+    assert got.end.reason == EndReason.AGENT_SHUTDOWN
     assert got.end.detail == "the agent is shutting down"
     rows = [row for batch in got.batches for row in batch.message.syscall_stats]
     assert totals(rows)["getppid"] == 2_234

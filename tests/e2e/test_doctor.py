@@ -175,7 +175,8 @@ def test_an_agent_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
     done = run("doctor", "--agent", address)
     assert (done.returncode, done.stderr) == (1, "")
     line, summary = done.stdout.splitlines()
-    assert re.match(f"FAIL +agent +no agent answers at {address}: start one with ", line)
+    why = rf"no agent answers at {address} \(no such file or directory\): start one with "
+    assert re.match(f"FAIL +agent +{why}", line)
     assert summary == "1 of 1 checks failed"
 
 

@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 import pytest
 
+from coral.client import EndReason, SessionEnd
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import Received, connected, have_subscribed, receive, start_events
@@ -48,7 +49,7 @@ async def events_of(
         pids = [one.pid for one in running]
         collector_id = await start_events(client, *pids, until_exit="true", **config)
         received = await receive(client, collector_id, terms, *(one.go for one in running))
-    assert received.end.reason == pb.SessionEnd.REASON_TARGET_EXITED
+    assert received.end.reason == EndReason.TARGET_EXITED
     return received
 
 
@@ -224,7 +225,7 @@ async def test_events_one_a_message_and_events_in_batches_are_the_same(
     assert [row.strings[row.syscall_call.syscall] for row in rows] == got.calls.tolist()
     assert [row.strings[row.syscall_call.comm] for row in rows] == got.comms.tolist()
     assert last.WhichOneof("payload") is None
-    assert last.end == got.end
+    assert SessionEnd.of(last.end) == got.end
 
 
 @pytest.fixture

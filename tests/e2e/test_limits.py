@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from coral.client import AgentClient, AgentError
+from coral.client import AgentClient, AgentError, EndReason
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel
 from tests.events import (
@@ -131,7 +131,7 @@ async def test_the_processor_limit_takes_the_least_important_session_and_says_wh
             assert left.collector_id == watched.collector_id
             await client.stop(watched.collector_id)
             for each in await last:
-                assert each.end.reason == pb.SessionEnd.REASON_STOPPED
+                assert each.end.reason == EndReason.STOPPED
                 assert each.end.produced > 10
 
 
@@ -147,7 +147,7 @@ async def continuous(client: AgentClient) -> str:
 
 def assert_preempted_for_processor_time(got: Received) -> None:
     """Fails unless the limit's name, its value and the use were told."""
-    assert got.end.reason == pb.SessionEnd.REASON_PREEMPTED
+    assert got.end.reason == EndReason.PREEMPTED
     told = re.fullmatch(
         r"limits\.cpu_percent is 0\.01 of one CPU; (\d+\.\d) were used over 10s", got.end.detail
     )
@@ -188,10 +188,7 @@ async def test_what_is_over_a_subscribers_rate_is_a_loss_and_its_account_is_exac
 
         assert Counter(of_few.calls.tolist()) == {"openat": 80}
         assert not of_few.lost
-        told = {
-            (one.delivered, one.filtered, sum(loss.count for loss in one.losses))
-            for one in accounts
-        }
+        told = {(one.delivered, one.filtered, sum(one.losses.values())) for one in accounts}
         assert told == {(len(got.events), 0, got.lost["rate_limit"]), (80, 8_000, 0)}
         lost = 'coral_agent_events_lost_total{kind="syscall_stats",stage="rate_limit"}'
         assert metric(agent, lost) == got.lost["rate_limit"]

@@ -313,8 +313,8 @@ def test_an_agent_that_is_not_there_is_one_line_and_exit_status_1(
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"coral: no agent answers at {address}: start one with `coral agent`, or name its address "
-        "with --agent or CORAL_AGENT\n"
+        f"coral: no agent answers at {address} (no such file or directory): start one with "
+        "`coral agent`, or name its address with --agent or CORAL_AGENT\n"
     )
     assert list(tmp_path.iterdir()) == []
 

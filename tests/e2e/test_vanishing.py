@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from coral.client import AgentClient
+from coral.client import AgentClient, EndReason
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.events import connected, eventually, have_subscribed, info_of, receive, start_events
 from tests.support import ROOT, Calls, RunningAgent, Vitals, running_agent
@@ -263,4 +263,4 @@ async def test_a_stream_outlives_its_connections_and_has_every_event_once(
             assert client.stream_calls >= 3
     assert got.seqs.tolist() == list(range(1, made + 1))
     assert not got.lost
-    assert got.end.reason == pb.SessionEnd.REASON_TARGET_EXITED
+    assert got.end.reason == EndReason.TARGET_EXITED
