@@ -70,7 +70,7 @@ clean: ## remove .venv and everything built
 $(VENV)/bin/python:
 	@deploy/packages $(RUN_PACKAGES)
 	@echo "# making $(VENV)"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -I -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 	@echo "# installing the agent into $(VENV), compiling its eBPF programs"
