@@ -1,8 +1,11 @@
-# The front desk. `make help` says what there is; every target does its own set-up.
+# `make help` lists the targets; each one installs what it needs.
 
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
+
+# The contract may only grow: `buf breaking` compares proto/ with this commit, the last one released.
+CONTRACT_BASE := 163a7ba
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
 TEST_PACKAGES := gcc libc6-dev strace bpftool procps iproute2 nftables
@@ -13,10 +16,10 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 
 .PHONY: help setup demo run test test-kernels lint format docs bench clean
 
-help: ## say what there is
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 
-setup: $(VENV)/.run ## install what is missing, make .venv, build
+setup: $(VENV)/.run ## install missing packages, make .venv, build
 
 demo: setup ## watch a real HTTP service through a real agent for 10 s
 	$(BIN)/coral demo
@@ -24,7 +27,7 @@ demo: setup ## watch a real HTTP service through a real agent for 10 s
 run: setup ## run the agent in the foreground
 	$(BIN)/coral agent
 
-test: $(VENV)/.dev build/prometheus/prometheus ## run every test; as root, the kernel's too
+test: $(VENV)/.dev build/prometheus/prometheus ## run every test; those on the kernel need root
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -P -m pytest
 
@@ -32,20 +35,27 @@ test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
-lint: $(VENV)/.dev ## check style, types, imports and C format
+lint: $(VENV)/.dev ## check style, types, imports, C format and the contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
 	$(BIN)/python -P docs/generate.py --check
+	$(BIN)/buf lint
+	@if git cat-file -e $(CONTRACT_BASE)^{commit} 2>/dev/null; then \
+		rm -rf build/contract && mkdir -p build/contract && \
+		git archive $(CONTRACT_BASE) proto | tar -x -C build/contract && \
+		echo "$(BIN)/buf breaking --against build/contract/proto" && \
+		$(BIN)/buf breaking --against build/contract/proto; \
+	else echo "# commit $(CONTRACT_BASE) is not in this copy's history: the contract is not compared"; fi
 
-format: $(VENV)/.dev ## put Python and C into their format
+format: $(VENV)/.dev ## format Python and C
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_SOURCES)
 
-docs: $(VENV)/.dev ## write the pages that are generated from the code
+docs: $(VENV)/.dev ## generate pages from the code
 	$(BIN)/python -P docs/generate.py
 
 bench: $(VENV)/.dev ## measure beside bpftrace, bcc, libbpf-tools and strace
@@ -60,7 +70,7 @@ clean: ## remove .venv and everything built
 $(VENV)/bin/python:
 	@deploy/packages $(RUN_PACKAGES)
 	@echo "# making $(VENV)"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -I -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 	@echo "# installing the agent into $(VENV), compiling its eBPF programs"
@@ -68,7 +78,7 @@ $(VENV)/.run: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
-	@echo "# installing the agent and what tests it into $(VENV), compiling its eBPF programs"
+	@echo "# installing the agent and its test tools into $(VENV), compiling its eBPF programs"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.run
 

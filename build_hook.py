@@ -1,7 +1,7 @@
-"""Builds what is compiled: every eBPF program with clang, every .proto with grpcio-tools.
+"""Compiles every eBPF program with clang and every .proto with grpcio-tools.
 
-Run by `pip install` (as hatchling's build hook) and by `make` (as a program). Objects lie beside
-their sources and stubs in src/coral/mesh; the wheel carries both, git neither.
+`pip install` runs it as hatchling's build hook. Objects are written beside their sources, stubs to
+src/coral/mesh; the wheel contains both, git neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-sign-c
 
 def clang_command(source: Path, output: Path, arch: str | None = None) -> list[str]:
     """The command that compiles one eBPF source for this machine's processor, or for ARCH (`x86`,
-    `arm64`). SystemExit, with what to install, where there is no clang."""
+    `arm64`). Raises SystemExit, naming the packages to install, if there is no clang."""
     clang = os.environ.get("CLANG") or shutil.which("clang")
     if not clang:
         raise SystemExit("clang is missing: apt-get install clang libbpf-dev (or set CLANG)")
@@ -36,6 +36,9 @@ def clang_command(source: Path, output: Path, arch: str | None = None) -> list[s
         *("-target", "bpf", "-mcpu=v3", "-O2", "-g"),
         f"-D__TARGET_ARCH_{arch or TARGET_ARCH[platform.machine()]}",
         *WARNINGS,
+        # Line information names files relative to the project, so that the same sources give the
+        # same object in any directory.
+        f"-ffile-prefix-map={ROOT}=.",
         f"-I{ROOT / 'bpf'}",
         *("-idirafter", f"/usr/include/{multiarch}"),
         *("-c", str(source), "-o", str(output)),
@@ -43,13 +46,13 @@ def clang_command(source: Path, output: Path, arch: str | None = None) -> list[s
 
 
 def program_sources(root: Path = ROOT) -> list[Path]:
-    """The eBPF programs of the project at ROOT, one an object."""
+    """The eBPF sources of the project at ROOT, one for each object."""
     return sorted((root / "bpf/programs").glob("*/*.bpf.c"))
 
 
 def build_objects() -> None:
     """Compiles each bpf/programs/NAME/NAME.bpf.c to NAME.bpf.o beside it, and seals it."""
-    # By its path: the package would import what is not installed when this runs.
+    # By path: importing the package needs dependencies that a build environment does not have.
     sealed = runpy.run_path(str(ROOT / "bpf/loading/seal.py"))["sealed"]
     for source in program_sources():
         result = subprocess.run(
@@ -62,13 +65,13 @@ def build_objects() -> None:
             hint = ""
             if "bpf/bpf_helpers.h" in result.stderr or "linux/bpf.h" in result.stderr:
                 hint = "\nheaders are missing: apt-get install libbpf-dev linux-libc-dev"
-            raise SystemExit(f"clang refuses {source.name}:\n{result.stderr}{hint}")
+            raise SystemExit(f"clang cannot compile {source.name}:\n{result.stderr}{hint}")
         output = source.with_suffix(".o")
         output.write_bytes(sealed(output.read_bytes()))
 
 
 def build_stubs() -> None:
-    """Generates the message classes, as `coral.mesh.v1` and its like in src."""
+    """Generates the message classes of proto/PACKAGE/*.proto into src/PACKAGE."""
     from grpc_tools import protoc
 
     protos = [str(path) for path in sorted((ROOT / "proto").rglob("*.proto"))]
@@ -84,33 +87,31 @@ def build_stubs() -> None:
             *protos,
         ]
     ):
-        raise SystemExit("protoc refuses the .proto files, see above")
+        raise SystemExit("protoc cannot compile the .proto files, see above")
     for proto in (ROOT / "proto").rglob("*.proto"):
         package = proto.parent.relative_to(ROOT / "proto")
-        while package.parent.name:  # `coral` has its own
+        while package.parent.name:  # src/coral has an __init__.py of its own
             (out / package / "__init__.py").touch()
             package = package.parent
 
 
 def build_all() -> None:
     """Builds the objects and the stubs."""
-    if sys.platform == "linux":  # elsewhere the agent runs, and says that it has no kernel for it
+    if sys.platform == "linux":  # elsewhere the agent runs, and reports that eBPF needs Linux
         build_objects()
     build_stubs()
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """hatchling's way in."""
+    """The hook that hatchling calls."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Builds before the wheel's files are gathered. The wheel is for one processor: the
-        objects are."""
+        """Builds before hatchling collects the files. The objects are for one processor, and so is
+        the wheel. An sdist has sources only."""
+        if self.target_name != "wheel":
+            return
         build_all()
         build_data["pure_python"] = False
         build_data["tag"] = (
             f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
         )
-
-
-if __name__ == "__main__":
-    build_all()

@@ -1,5 +1,5 @@
-"""`coral`: the table of commands. A command's module is imported when it is used: an agent that
-runs for months should not hold what only a terminal needs."""
+"""`coral`: the table of commands. The module of a command is imported only when that command runs,
+so that a long-running agent does not hold in memory what only a terminal needs."""
 
 from __future__ import annotations
 

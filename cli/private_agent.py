@@ -1,4 +1,4 @@
-"""An agent of one's own: on a socket that nobody else knows, for as long as a block lasts."""
+"""A private agent on a temporary socket, for the duration of a block."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from pathlib import Path
 from typing import Any, Final
 
 _START_TIMEOUT_S: Final = 10.0
-_LOOK_EVERY_S: Final = 0.02
+_POLL_INTERVAL_S: Final = 0.02
 
 
 class AgentDidNotStartError(Exception):
-    """An agent that ended, or said nothing; the message is what it logged."""
+    """The agent exited or did not listen in time; the message is its log."""
 
 
 @dataclass(frozen=True)
 class PrivateAgent:
-    """One that listens."""
+    """A running agent that listens at `address` and serves metrics at `metrics`."""
 
     process: subprocess.Popen[bytes]
     address: str
     metrics: str
 
     def stop(self) -> int:
-        """Tells it to stop; its exit status."""
+        """Sends SIGTERM and returns the exit status."""
         self.process.terminate()
         return self.process.wait()
 
 
 @contextmanager
 def private_agent(directory: Path, *arguments: str) -> Iterator[PrivateAgent]:
-    """`coral agent` with its socket and its log in DIRECTORY; ended with the block. Raises
-    `AgentDidNotStartError`."""
+    """`coral agent` with its socket and its log in DIRECTORY, stopped at the end of the block.
+    Raises `AgentDidNotStartError`."""
     address, log_path = f"unix:{directory}/agent.sock", directory / "agent.log"
     command = coral(
         *("agent", "--listen", address, "--metrics", "127.0.0.1:0", "--log-format", "json"),
@@ -48,25 +48,25 @@ def private_agent(directory: Path, *arguments: str) -> Iterator[PrivateAgent]:
 
 
 def _metrics_address(agent: subprocess.Popen[bytes], log_path: Path) -> str:
-    """Where it serves its metrics, once it says that it listens."""
+    """Waits until the log says that the agent listens; returns where it serves its metrics."""
     end = time.monotonic() + _START_TIMEOUT_S
     while True:
         ended = agent.poll() is not None
         for line in log_path.read_text().splitlines(keepends=True):
-            told = _event(line)
-            if told.get("event") == "listening":
-                return str(told["metrics"])
+            entry = _event(line)
+            if entry.get("event") == "listening":
+                return str(entry["metrics"])
         if ended or time.monotonic() > end:
             raise AgentDidNotStartError(log_path.read_text().strip())
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def _event(line: str) -> dict[str, Any]:
-    """A whole line of the log; nothing where it is not one."""
+    """A complete JSON line of the log as a dict; an empty one for anything else."""
     if not line.startswith("{") or not line.endswith("\n"):
         return {}
-    told: dict[str, Any] = json.loads(line)
-    return told
+    entry: dict[str, Any] = json.loads(line)
+    return entry
 
 
 def coral(*arguments: str) -> list[str]:
@@ -83,7 +83,7 @@ def module(name: str, *arguments: str) -> list[str]:
 def process(
     command: Sequence[str], stdout: int | None = None, stderr: object = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended when the block is left, if it has not ended by itself."""
+    """A process for the duration of the block; SIGTERM ends it if it still runs then."""
     started = subprocess.Popen(command, stdout=stdout, stderr=stderr)  # type: ignore[call-overload]
     try:
         yield started

@@ -1,23 +1,28 @@
-"""Off Linux, without privilege, from a wheel: everything imports and starts, and says why not."""
+"""Off Linux, without privilege, in a hostile directory: everything starts, and says what is
+missing."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import textwrap
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import pytest
 
-import build_hook
 from coral.bpf.probing.capabilities import TRACING, missing
+from coral.cli.main import COMMANDS
+from tests.environment import agent_of
 from tests.support import ROOT
 
-OFF_LINUX = textwrap.dedent("""
+CORAL: Final = Path(sys.executable).with_name("coral")
+
+OFF_LINUX: Final = textwrap.dedent("""
     import sys, asyncio
-    # Other people's packages have parts for each platform; only this one's are installed.
+    # Other packages have modules for each platform, and only those for this one are installed.
     import grpc, numpy, prometheus_client, psutil, rich.console, structlog, urllib.request, uvloop
     sys.platform = "darwin"
     import coral.agent.main, coral.cli.main, coral.client, coral.colony
@@ -36,7 +41,7 @@ OFF_LINUX = textwrap.dedent("""
     asyncio.run(main())
 """)
 
-UNPRIVILEGED = textwrap.dedent("""
+UNPRIVILEGED: Final = textwrap.dedent("""
     import os, sys, asyncio
     from coral.mesh.v1 import ebpf_pb2 as pb
     from coral.client import AgentClient
@@ -64,11 +69,22 @@ UNPRIVILEGED = textwrap.dedent("""
     asyncio.run(main())
 """)
 
+# Runs the compiler's process. No path leads it to bcc, so it finds the hostile one or none.
+COMPILER: Final = textwrap.dedent("""
+    import json
+    from coral.bpf import LoadError
+    from coral.bpf.loading import bcc
+    try:
+        bcc._run(json.dumps({"text": "", "flags": [], "functions": [], "paths": []}), "compiling")
+    except LoadError as error:
+        print(error.log)
+""")
 
-def run(code: str, *arguments: str, prefix: Sequence[str] = ()) -> list[str]:
+
+def run(code: str, *arguments: str, prefix: Sequence[str] = (), cwd: Path = ROOT) -> list[str]:
     done = subprocess.run(
-        [*prefix, sys.executable, "-W", "error", "-c", code, *arguments],
-        capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+        [*prefix, sys.executable, "-W", "error", "-P", "-c", code, *arguments],
+        capture_output=True, text=True, cwd=cwd, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -81,7 +97,7 @@ def test_off_linux_everything_imports_and_says_why_it_cannot() -> None:
 
 
 def test_without_privilege_the_agent_serves_and_says_why_it_cannot(tmp_path: Path) -> None:
-    # Not another user: who could not read a checkout in somebody's home.
+    # Another user might not be able to read the checkout, so the test drops capabilities instead.
     without = ("setpriv", "--bounding-set=-bpf,-perfmon,-sys_admin")
     can, reason, started, status = run(UNPRIVILEGED, str(tmp_path), prefix=without)
     assert can == "False False []"
@@ -90,34 +106,85 @@ def test_without_privilege_the_agent_serves_and_says_why_it_cannot(tmp_path: Pat
     assert status == "0"
 
 
-def test_the_wheel_carries_what_was_compiled(tmp_path: Path) -> None:
-    subprocess.run(
-        [
-            *(sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps"),
-            *("--no-build-isolation", "--wheel-dir", tmp_path, ROOT),
-        ],
-        check=True,
+class Hostile(NamedTuple):
+    """A directory with a module of every name that a program here might import; importing one adds
+    a line to the file `imported`."""
+
+    directory: Path
+    imported: Path
+
+    def coral(self, *arguments: str, status: int = 0) -> str:
+        """Runs the installed command in the directory; returns its standard output."""
+        done = subprocess.run(
+            [CORAL, *arguments], cwd=self.directory, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Iterator[Hostile]:
+    """Fails if anything was imported from the directory."""
+    here = Hostile(tmp_path / "hostile", tmp_path / "imported")
+    names = {*sys.stdlib_module_names, *packages_distributions(), "bcc", "sitecustomize"}
+    folders = [path.name for path in (ROOT / "src/coral").iterdir() if path.is_dir()]
+    places = [
+        *(Path(f"{name}.py") for name in names | set(folders) if name.isidentifier()),
+        *(Path("coral", folder, "__init__.py") for folder in folders),
+        *(Path("coral", folder, "main.py") for folder in folders),
+        *(Path(folder, "main.py") for folder in folders),
+        Path("coral/__init__.py"),
+    ]
+    code = f"with open({str(here.imported)!r}, 'a') as file:\n    print(__file__, file=file)\n"
+    for place in places:
+        path = here.directory / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    yield here
+    assert not here.imported.exists(), here.imported.read_text()
+
+
+def test_a_hostile_directory_would_be_noticed(hostile: Hostile) -> None:
+    program = hostile.directory / "program.py"  # Python looks for modules beside it first
+    program.write_text("import agent")
+    subprocess.run([sys.executable, program], check=True)
+    assert hostile.imported.read_text().splitlines()[-1].endswith("hostile/agent.py")
+    hostile.imported.unlink()
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids="".join)
+def test_help_imports_nothing_from_the_current_directory(
+    command: tuple[str, ...], hostile: Hostile
+) -> None:
+    assert hostile.coral(*command, "--help").startswith(" ".join(("Usage: coral", *command)))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_an_agent_and_its_clients_import_nothing_from_the_current_directory(
+    hostile: Hostile, tmp_path: Path
+) -> None:
+    with agent_of(CORAL, tmp_path, cwd=hostile.directory) as address:
+        to_it = ("--agent", address)
+        assert "syscall_stats" in hostile.coral("capabilities", *to_it)
+        assert hostile.coral("collectors", *to_it) == "no collector is at work\n"
+        assert hostile.coral("stop", *to_it, "none", status=1) == ""
+        assert "execve" in hostile.coral("tap", *to_it, "--syscall-stats", "--", "true")
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [(("demo", "-d", "1s"), "coral_syscall_calls_total"), (("doctor",), "agent stops")],
+    ids=["demo", "doctor"],
+)
+def test_started_processes_import_nothing_from_the_current_directory(
+    command: tuple[str, ...], text: str, hostile: Hostile
+) -> None:
+    assert text in hostile.coral(*command)
+
+
+def test_bccs_compiler_imports_nothing_from_the_current_directory(hostile: Hostile) -> None:
+    assert run(COMPILER, cwd=hostile.directory)[0] == (
+        "bcc cannot be imported: No module named 'bcc'"
     )
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith("coral_ebpf_agent-")
-    assert "none-any" not in wheel.name
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "coral/bpf/programs/syscall_stats/syscall_stats.bpf.o",
-        "coral/bpf/programs/features/features.bpf.o",
-        "coral/mesh/v1/ebpf_pb2.py",
-        "coral/collectors/syscall_stats/syscalls.tsv",
-        "coral/cli/main.py",
-        "coral/py.typed",
-    } <= names
-    assert {name.split("/")[0] for name in names} == {
-        "coral",
-        f"{wheel.name.partition('-py3')[0]}.dist-info",
-    }
-
-
-@pytest.mark.parametrize("arch", ["x86", "arm64"])
-def test_every_program_compiles_for_both_processors(tmp_path: Path, arch: str) -> None:
-    for source in build_hook.program_sources():
-        command = build_hook.clang_command(source, tmp_path / f"{source.stem}.o", arch)
-        subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-"""What the README shows as a program is one."""
+"""The README's example program runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_library_example_watches_prints_and_stops(calls: Callable[..., Calls
     running = calls("getppid", 100_000_000)
     running.go()
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example.replace("1234", str(running.pid))],
+        [sys.executable, "-W", "error", "-P", "-c", example.replace("1234", str(running.pid))],
         capture_output=True, text=True, cwd=ROOT, timeout=30, check=True,
     )  # fmt: skip
     capabilities, *frames = [line for line in done.stdout.splitlines() if "session" not in line]

@@ -845,5 +845,5 @@ def test_from_exec_follows_the_command_alone() -> None:
         puppet.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
         puppet.do("c = socket.create_connection(l.getsockname()); c.sendall(bytes(5))")
         assert seen.drain() == []
-        puppet.begin(f"os.execv(sys.executable, [sys.executable, '-c', {command!r}])")
+        puppet.begin(f"os.execv(sys.executable, [sys.executable, '-I', '-c', {command!r}])")
         assert seen.ended(role=CLIENT, preexisting=False).total.bytes_sent == 9
