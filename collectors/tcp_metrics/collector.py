@@ -70,6 +70,7 @@ _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
 _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
 _LIVE, _FIND = "coral_live_iter", "coral_find_iter"
+_ITERATORS: Final = ("iterator", "map_iterator")  # what these two need
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
 # A look at who has which socket open waits so many times as long as it took: a fiftieth of a CPU.
@@ -343,17 +344,19 @@ class TcpMetricsCollector(Collector):
 
 
 def _connections(features: Features, rung: Rung) -> Step:
-    """How open connections are read, and those that were there before are found: by programs that
-    walk to them, by asking the kernel for its list, or at their next segment and use."""
-    what, iterator = "connections", features["iterator"]
+    """How open connections are read, and how those that were open before are found: by iterators,
+    by asking the kernel for its list, or when they next carry a segment and are used."""
+    what, iterators = "connections", [features[name] for name in _ITERATORS]
     if rung.loader.taken != "core":
-        iterator = Feature("iterator", False, "bcc's programs have no BTF, which it takes")
-    if iterator.available:
+        no_btf = "iterators need BTF, which programs compiled by bcc lack"
+        iterators = [Feature(name, False, no_btf) for name in _ITERATORS[:1]]
+    refused = [iterator for iterator in iterators if not iterator.available]
+    if not refused:
         return Step(what, "iterator")
     asked = features["sock_diag"]
     if not asked.available:
-        return Step(what, "segments", (iterator, asked))
-    return Step(what, "sock_diag", (iterator, *_hidden(features)))
+        return Step(what, "segments", (*refused, asked))
+    return Step(what, "sock_diag", (*refused, *_hidden(features)))
 
 
 def _hidden(features: Features) -> Iterator[Feature]:
