@@ -33,6 +33,7 @@ from coral.bpf.probing import reasons, sock_diag
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
 _PROBE_RECORD: Final = "coral_p_record"
+_PROBE_RUN: Final = "coral_p_syscall"
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
@@ -111,6 +112,7 @@ def probe() -> Features:
             _btf(),
             *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
             *(_try(name, _attach_iterator(*way)) for name, way in ITERATORS.items()),
+            _try("syscall_program", _run_program),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _elements_on_demand(),
             _try("batch", _read_a_batch),
@@ -178,6 +180,12 @@ def _attach_iterator(program: str, map_name: str | None) -> Callable[[], None]:
             probe_object.walk(program, _PROBE_RECORD, map_name=map_name)
 
     return attempt
+
+
+def _run_program() -> None:
+    """Runs a program that calls a function for each element of a map (Linux 5.14)."""
+    with BpfObject(_PROBE_OBJECT, programs=(), walks=(_PROBE_RUN,)) as probe_object:
+        probe_object.run(_PROBE_RUN)
 
 
 def _make_map(number: int) -> Callable[[], None]:

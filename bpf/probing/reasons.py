@@ -74,6 +74,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     ),
     "iterator": Takes("5.8", (_BTF,), caps.TRACING),
     "map_iterator": Takes("5.9", (_BTF,), caps.TRACING),
+    "syscall_program": Takes("5.14", capabilities=caps.TRACING),
     "ring_buffer": Takes("5.8"),
     "task_storage": Takes("5.11"),
     "percpu_hash": Takes("4.6"),

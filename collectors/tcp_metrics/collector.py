@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from coral.bpf import (
     BpfObject,
+    ElementReader,
     Feature,
     Features,
     HashMap,
@@ -69,8 +70,9 @@ _OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
 _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
-_LIVE, _FIND = "coral_live_iter", "coral_find_iter"
-_ITERATORS: Final = ("iterator", "map_iterator")  # what these two need
+_FIND: Final = "coral_find_iter"
+# Programs that read the figures of open connections, by the feature that each needs, best first.
+_LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
 # A look at who has which socket open waits so many times as long as it took: a fiftieth of a CPU.
@@ -144,9 +146,11 @@ class TcpMetricsCollector(Collector):
         refused = refused_options(features)
         if options.until_exit and refused.get("until_exit"):
             raise OptionError("until_exit", "true", refused["until_exit"])
-        taken = _connections(features, self._rung).taken
-        self._walks = (_LIVE, _FIND) if taken == "iterator" else ()
-        self._asks = taken == "sock_diag"
+        self._reads_by = _connections(features, self._rung).taken
+        live = _LIVE.get(self._reads_by, "")
+        self._walks = (_FIND, live) if live else ()
+        self._asks = self._reads_by == "sock_diag"
+        without_maps = {"found": not self._asks, "live": self._reads_by != "syscall_program"}
         self._object = self._rung.object(
             "tcp_metrics",
             programs=self._programs(),
@@ -164,10 +168,10 @@ class TcpMetricsCollector(Collector):
             preallocated=("connections", "ports", "targets", "found"),
             records=options.ring,
             walks=self._walks,
-            without_maps=() if self._asks else ("found",),
+            without_maps=[name for name, unused in without_maps.items() if unused],
         )
         self._records: RecordReader | None = None
-        self._live: Walk | None = None
+        self._live: Walk | ElementReader | None = None
         self._find: Walk | None = None
         self._looks, self._look_after_ns = 0, 0
         self._diag: DiagConnections | None = None
@@ -258,13 +262,19 @@ class TcpMetricsCollector(Collector):
             self._targets.fill_members()
         if self._walks:
             self._find = self._object.walk(_FIND, "tcp_connection")
-            self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
+            self._live = self._live_reader(*self._walks[1:])
             self._look()
         if self._asks:
             self._diag = DiagConnections(
                 self._connections_map, self._object.map("found"), self._object.map("ports")
             )
             self._diag.find(self._targets.present())
+
+    def _live_reader(self, program: str) -> Walk | ElementReader:
+        record, of = "tcp_connection", "connections"
+        if self._reads_by == "map_iterator":
+            return self._object.walk(program, record, map_name=of)
+        return self._object.element_reader(program, record, keys=of, records="live")
 
     def drain(self) -> Batch:
         if self._records is None:
@@ -344,15 +354,17 @@ class TcpMetricsCollector(Collector):
 
 
 def _connections(features: Features, rung: Rung) -> Step:
-    """How open connections are read, and how those that were open before are found: by iterators,
-    by asking the kernel for its list, or when they next carry a segment and are used."""
-    what, iterators = "connections", [features[name] for name in _ITERATORS]
+    """How open connections are read, and how those that were open before are found: by programs
+    that walk to them, by asking the kernel for its list, or when they next carry a segment and are
+    used."""
+    what, walk = "connections", features["iterator"]
     if rung.loader.taken != "core":
-        no_btf = "iterators need BTF, which programs compiled by bcc lack"
-        iterators = [Feature(name, False, no_btf) for name in _ITERATORS[:1]]
-    refused = [iterator for iterator in iterators if not iterator.available]
-    if not refused:
-        return Step(what, "iterator")
+        walk = Feature("iterator", False, "it needs BTF, which programs compiled by bcc lack")
+    refused = [] if walk.available else [walk]
+    for name in _LIVE if walk.available else ():
+        if features[name].available:
+            return Step(what, name, tuple(refused))
+        refused.append(features[name])
     asked = features["sock_diag"]
     if not asked.available:
         return Step(what, "segments", (*refused, asked))

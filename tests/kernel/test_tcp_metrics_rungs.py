@@ -15,14 +15,15 @@ from coral.bpf.buffers.perf_event import TRACEFS
 from coral.collectors.contract import EventRows
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.network import Seen, Side, connected, number, puppets, send
+from tests.network import Seen, Side, connected, identity, number, puppets, send
 from tests.support import RUNGS, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-# It keeps no state of threads; and without iterators, figures are those of the last segment.
+# It keeps no state of threads; and there is more than one way to read open connections.
 TCP_RUNGS = {
     **{name: RUNGS[name] for name in ("best", "raw_tp", "tracepoint", "perf_buffer")},
+    "run": ("map_iterator",),
     "no walks": ("iterator",),
     "oldest": (*RUNGS["oldest"], "iterator"),
 }
@@ -74,6 +75,52 @@ def test_bytes_and_ends_are_exact(without: tuple[str, ...]) -> None:
                 assert (ours.end, theirs.end) == (pb.TCP_END_FIN_LOCAL, pb.TCP_END_FIN_REMOTE)
             assert sum(row.opened for row in seen.rows) == 2
             assert not seen.lost
+
+
+CONNECTIONS, PARTS, PART_BYTES = 400, 4, 250
+
+
+@every_rung
+def test_readings_amid_comings_and_goings_add_up(without: tuple[str, ...]) -> None:
+    """Connections end, and their sockets' memory becomes that of others, while they are read."""
+    loop = f"for _ in range({CONNECTIONS}):\n "
+    accept = loop + "s, _ = l.accept()\n while s.recv(65536): pass\n s.close()"
+    part = f"c.sendall(bytes({PART_BYTES}))\n "
+    connect = loop + "c = socket.create_connection(a)\n " + PARTS * part + "c.close()"
+    with (
+        puppets(2) as (client, server),
+        following_without(without, client, server) as collector,
+    ):
+        seen = Seen(collector)
+        server.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
+        client.do(f"import socket; a = ('127.0.0.1', {number(server, 'l.getsockname()[1]')})")
+        server.begin(f"exec({accept!r})")
+        client.begin(f"exec({connect!r})")
+
+        def all_ended() -> bool:
+            rows = seen.drain()
+            assert len({identity(row) for row in rows}) == len(rows)
+            return sum(row.end != 0 for row in seen.rows) >= 2 * CONNECTIONS
+
+        wait_until(all_ended, 30)
+        client.done()
+        server.done()
+        seen.drain()
+        sent = PARTS * PART_BYTES
+        for role, pid in ((CLIENT, client.pid), (SERVER, server.pid)):
+            rows = [row for row in seen.rows if row.role == role]
+            totals = [row.total for row in rows if row.end]
+            assert len(totals) == CONNECTIONS
+            assert {(it.bytes_sent, it.bytes_received) for it in totals} == {
+                (sent, 0) if role == CLIENT else (0, sent)
+            }
+            assert sum(row.delta.bytes_sent for row in rows) == sum(t.bytes_sent for t in totals)
+            assert sum(row.delta.bytes_received for row in rows) == sum(
+                it.bytes_received for it in totals
+            )
+            assert sum(row.opened for row in rows) == CONNECTIONS
+            assert {row.pid for row in rows} == {pid}
+        assert not seen.lost
 
 
 @every_rung

@@ -5,6 +5,8 @@
  */
 #include "include/kernel.bpf.h"
 
+struct bpf_map;
+
 MAP(HASH, coral_p_map, __u32, __u32, 8, 0);
 
 /* What an iterator writes has a type. */
@@ -59,6 +61,19 @@ int PROGRAM(coral_p_iter, void *ctx)
 SEC("iter/bpf_map_elem")
 int PROGRAM(coral_p_map_iter, void *ctx)
 {
+	return 0;
+}
+
+/* User space runs it, and it calls a function for each element of a map. */
+static long coral_p_element(struct bpf_map *map, __u32 *key, __u32 *value, void *ctx)
+{
+	return 0;
+}
+
+SEC("syscall")
+int PROGRAM(coral_p_syscall, void *ctx)
+{
+	bpf_for_each_map_elem(map_of(coral_p_map), coral_p_element, NULL, 0);
 	return 0;
 }
 
