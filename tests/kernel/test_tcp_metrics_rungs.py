@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coral import bpf
@@ -15,7 +16,7 @@ from coral.bpf.buffers.perf_event import TRACEFS
 from coral.collectors.contract import EventRows
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.network import Seen, Side, connected, identity, number, puppets, send
+from tests.network import Seen, Side, connected, number, puppets, send
 from tests.support import RUNGS, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -77,50 +78,68 @@ def test_bytes_and_ends_are_exact(without: tuple[str, ...]) -> None:
             assert not seen.lost
 
 
-CONNECTIONS, PARTS, PART_BYTES = 400, 4, 250
+CONNECTIONS, SENDS = 1000, 4
+COUNTED = (
+    "bytes_sent", "bytes_acked", "bytes_received", "segments_sent", "segments_received",
+    "retransmits",
+)  # fmt: skip
 
 
-@every_rung
-def test_readings_amid_comings_and_goings_add_up(without: tuple[str, ...]) -> None:
-    """Connections end, and their sockets' memory becomes that of others, while they are read."""
+@pytest.mark.parametrize("without", [(), ("map_iterator",)], ids=["best", "run"])
+def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, ...]) -> None:
+    """Read as often as can be while connections open, change state and end, and while the memory
+    of their sockets becomes that of others."""
     loop = f"for _ in range({CONNECTIONS}):\n "
     accept = loop + "s, _ = l.accept()\n while s.recv(65536): pass\n s.close()"
-    part = f"c.sendall(bytes({PART_BYTES}))\n "
-    connect = loop + "c = socket.create_connection(a)\n " + PARTS * part + "c.close()"
+    connect = loop + "c = socket.create_connection(a)\n " + "c.send(b'x' * 250)\n " * SENDS
+    connect += "c.close()"
     with (
-        puppets(2) as (client, server),
-        following_without(without, client, server) as collector,
+        puppets(4) as four,
+        following_without(without, *four, ring="16MiB") as collector,
     ):
-        seen = Seen(collector)
-        server.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
-        client.do(f"import socket; a = ('127.0.0.1', {number(server, 'l.getsockname()[1]')})")
-        server.begin(f"exec({accept!r})")
-        client.begin(f"exec({connect!r})")
+        if not (live := live_reader(collector, without)):
+            pytest.skip("no program reads open connections here")
+        for client, server in (four[:2], four[2:]):
+            server.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
+            client.do(f"import socket; a = ('127.0.0.1', {number(server, 'l.getsockname()[1]')})")
+            server.begin(f"exec({accept!r})")
+            client.begin(f"exec({connect!r})")
+        assert (records := collector.records)
+        read, ended = [live.read()], [records.drain()]
 
         def all_ended() -> bool:
-            rows = seen.drain()
-            assert len({identity(row) for row in rows}) == len(rows)
-            return sum(row.end != 0 for row in seen.rows) >= 2 * CONNECTIONS
+            read.extend(live.read() for _ in range(50))
+            ended.append(records.drain())
+            return sum(map(len, ended)) >= 4 * CONNECTIONS
 
         wait_until(all_ended, 30)
-        client.done()
-        server.done()
-        seen.drain()
-        sent = PARTS * PART_BYTES
-        for role, pid in ((CLIENT, client.pid), (SERVER, server.pid)):
-            rows = [row for row in seen.rows if row.role == role]
-            totals = [row.total for row in rows if row.end]
-            assert len(totals) == CONNECTIONS
-            assert {(it.bytes_sent, it.bytes_received) for it in totals} == {
-                (sent, 0) if role == CLIENT else (0, sent)
-            }
-            assert sum(row.delta.bytes_sent for row in rows) == sum(t.bytes_sent for t in totals)
-            assert sum(row.delta.bytes_received for row in rows) == sum(
-                it.bytes_received for it in totals
-            )
-            assert sum(row.opened for row in rows) == CONNECTIONS
-            assert {row.pid for row in rows} == {pid}
-        assert not seen.lost
+        last = {(it["sk"], it["found_ns"]): it for it in np.concatenate(ended)}
+        assert len(last) == 4 * CONNECTIONS
+        payload = 250 * SENDS
+        assert {(it["bytes_sent"], it["bytes_received"]) for it in last.values()} == {
+            (payload, 0),
+            (0, payload),
+        }
+        seen = [it for it in np.concatenate(read) if it["role"] in (CLIENT, SERVER)]
+        assert len(seen) > CONNECTIONS
+        for it in seen:
+            end = last[it["sk"], it["found_ns"]]
+            ahead = [name for name in COUNTED if it[name] > end[name]]
+            assert not ahead, (ahead, it, end)
+
+
+def live_reader(
+    collector: TcpMetricsCollector, without: tuple[str, ...]
+) -> bpf.Walk | bpf.ElementReader | None:
+    """What reads the open connections of COLLECTOR, if a program does."""
+    steps = TcpMetricsCollector.support(bpf.probe().without(*without)).steps
+    (taken,) = (step.taken for step in steps if step.what == "connections")
+    its, record, keys = collector.bpf_object, "tcp_connection", "connections"
+    if taken == "map_iterator":
+        return its.walk("coral_live_iter", record, map_name=keys)
+    if taken == "syscall_program":
+        return its.element_reader("coral_live_run", record, keys=keys, records="live")
+    return None
 
 
 @every_rung

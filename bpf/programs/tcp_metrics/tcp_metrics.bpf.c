@@ -617,6 +617,18 @@ int PROGRAM(coral_reset_in_tp, struct sock_arguments *ctx)
 #ifndef CORAL_BCC /* it takes BTF */
 
 /*
+ * Whether the kernel is about to number a FIN, or has just seen it acknowledged: for a moment
+ * nothing tells whether it is among the bytes.
+ */
+static __always_inline bool fin_is_unsettled(struct sock *sk, __u8 state)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return (state == TCP_FIN_WAIT1 || state == TCP_CLOSING || state == TCP_LAST_ACK) &&
+	       kernel_read(tp, snd_una) == kernel_read(tp, write_seq);
+}
+
+/*
  * Copies the element VALUE of `connections` to C, and brings the copy up to date from the socket.
  * The element is not written to: hooks may be at work on it, and its memory may belong to another
  * connection by then. For the same reason the socket is read as plain memory, and the copy is only
@@ -635,7 +647,7 @@ static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp
 		state = state_of(sk);
 		refresh(c, sk, state, false);
 		name_ends_late(c, sk, false);
-		if (state_of(sk) != state)
+		if (fin_is_unsettled(sk, state) || state_of(sk) != state)
 			return false;
 	}
 	barrier();
