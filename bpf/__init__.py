@@ -4,6 +4,7 @@ It knows nothing of collectors, events or the agent. Everything here is synchron
 live on an event loop call it in a thread.
 """
 
+from coral.bpf.buffers.element_reader import ElementReader
 from coral.bpf.buffers.maps import HashMap
 from coral.bpf.buffers.perf_buffer import PerfReader
 from coral.bpf.buffers.ring import RingReader
@@ -18,6 +19,7 @@ __all__ = [
     "AttachError",
     "BpfError",
     "BpfObject",
+    "ElementReader",
     "Feature",
     "Features",
     "HashMap",

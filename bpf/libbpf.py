@@ -90,6 +90,7 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "bpf_program__attach_iter": (c_void_p, (c_void_p, c_void_p)),
     "bpf_link__fd": (c_int, (c_void_p,)),
     "bpf_iter_create": (c_int, (c_int,)),
+    "bpf_prog_test_run_opts": (c_int, (c_int, c_void_p)),
     "bpf_enable_stats": (c_int, (c_int,)),
     "libbpf_probe_bpf_map_type": (c_int, (c_int, c_void_p)),
 }

@@ -28,7 +28,7 @@ _DROP: Final = "table inet drops {{ chain in {{ type filter hook input priority 
 
 _TAKEN: Final = {step.what: step.taken for step in TcpMetricsCollector.support(bpf.probe()).steps}
 # Whether it is looked up who has a socket open; else it is its owner's who receives on it.
-LOOKED_UP: Final = _TAKEN.get("connections") == "iterator"
+LOOKED_UP: Final = _TAKEN.get("connections") in ("map_iterator", "syscall_program")
 # Whether programs may ask for a socket's cookie here; else connections have numbers of our own.
 HAS_COOKIES: Final = _TAKEN.get("hook") == "tp_btf" and bool(
     kernel_names(["bpf_get_socket_ptr_cookie"])

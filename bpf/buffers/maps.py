@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import byref, c_uint32
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,9 @@ _PERCPU_TYPES: Final = {5, 6, 10, 21}  # BPF_MAP_TYPE_{,LRU_}PERCPU_HASH, PERCPU
 _BATCH_KEYS: Final = 4096
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOTSUP, 524}  # 524: the kernel's own ENOTSUPP
 
-Records = NDArray[np.void]
+
+class _NoBatchesError(Exception):
+    """The kernel cannot read this map in batches."""
 
 
 class HashMap:
@@ -69,12 +71,30 @@ class HashMap:
         between the two is lost: do not use it where every count matters."""
         return self._read("bpf_map_lookup_and_delete_batch", self._read_and_delete_each)
 
+    def read_keys(self) -> NDArray[Any]:
+        """The key of every element, of shape (n,): as `read`, in a fraction of the time."""
+        if self.batches:
+            try:
+                parts = [keys for keys, _ in self._read_batches("bpf_map_lookup_batch")]
+                return np.concatenate(parts)
+            except _NoBatchesError:
+                self.batches = False
+        keys = self._keys()
+        return np.concatenate(keys) if keys else np.empty(0, self.key_dtype)
+
     def _read(
         self, function: str, fallback: Callable[[], tuple[NDArray[Any], NDArray[Any]]]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        if not self.batches:
-            return fallback()
-        keys_read, values_read = [], []
+        if self.batches:
+            try:
+                keys, slots = zip(*self._read_batches(function), strict=True)
+                return np.concatenate(keys), self._values(np.concatenate(slots))
+            except _NoBatchesError:
+                self.batches = False
+        return fallback()
+
+    def _read_batches(self, function: str) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Keys and values, at least once. Raises `_NoBatchesError` where the kernel has none."""
         cursor = np.zeros(max(8, self.key_dtype.itemsize), np.uint8)
         batch_keys, first = _BATCH_KEYS, True
         while True:
@@ -94,15 +114,13 @@ class HashMap:
                 batch_keys *= 2
                 continue
             if error in _UNSUPPORTED and first:
-                self.batches = False
-                return fallback()
+                raise _NoBatchesError
             if error not in (0, errno.ENOENT):
                 raise BpfError(f"reading map {self.name}", error)
-            keys_read.append(keys[: count.value])
-            values_read.append(values[: count.value])
+            yield keys[: count.value], values[: count.value]
             first = False
             if error == errno.ENOENT:
-                return np.concatenate(keys_read), self._values(np.concatenate(values_read))
+                return
 
     def _buffers(self, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
         # An empty array of values costs no memory until the kernel writes into it.

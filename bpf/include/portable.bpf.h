@@ -2,8 +2,8 @@
 /*
  * One idiom: what differs between the two compilers of these programs. clang makes an object at
  * build time, which libbpf fits to the running kernel (CO-RE). bcc compiles on the machine itself,
- * with its kernel's headers, for kernels without BTF; bpf/loading/bcc_object.py is the other half
- * of that: it makes the maps, and writes them and the options' values into the instructions.
+ * with its kernel's headers, for kernels without BTF; bpf/loading/bcc_object.py is the other half:
+ * it makes the maps, and writes them and the options' values into the instructions.
  *
  *	MAP(HASH, name, key type, value type, entries, flags)	map_of(name)
  *	BUFFER(RINGBUF, name, bytes)				map_of(name)

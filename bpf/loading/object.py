@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.bpf.buffers.element_reader import ElementReader, run_program
 from coral.bpf.buffers.maps import HashMap, fdinfo
 from coral.bpf.buffers.perf_buffer import PerfReader
 from coral.bpf.buffers.ring import RingReader
@@ -122,11 +123,12 @@ def enable_run_time_stats() -> int:
 class BpfObject:
     """One object, and the only owner of all that it has in the kernel.
 
-    `programs` are loaded and attached; `walks` are loaded, for `walk`; others are not. `options`
-    set the C program's `const volatile` globals; `map_entries` and `map_flags` change maps before
-    they are made; `without_maps` are not made at all: no program that is chosen may come to use
-    them. A name that the object does not have is a KeyError. Maps are read in batches where the
-    kernel has them, unless BATCHES is off. Nothing touches the kernel before `load`.
+    `programs` are loaded and attached; `walks` are loaded, for `walk`, `element_reader` or `run`;
+    others are not. `options` set the C program's `const volatile` globals; `map_entries` and
+    `map_flags` change maps before they are made; `without_maps` are not made at all: no chosen
+    program may use them. A name that the object does not have is a KeyError. Maps are read in
+    batches where the kernel has them, unless BATCHES is off. Nothing touches the kernel before
+    `load`.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class BpfObject:
         self._maps: dict[str, int] = {}
         self._links: list[Callable[[], object]] = []
         self._readers: list[RecordReader] = []
-        self._walks: list[Walk] = []
+        self._walks: list[Walk | ElementReader] = []
         self._sections: dict[str, mmap.mmap] = {}
         self._map_memory_bytes = 0
 
@@ -384,6 +386,23 @@ class BpfObject:
         walk = Walk(self._programs[name], map_fd, self.btf.struct_dtype(record))
         self._walks.append(walk)
         return walk
+
+    def element_reader(self, name: str, record: str, *, keys: str, records: str) -> ElementReader:
+        """The reader of the elements of the map KEYS by the program NAME, which makes `struct
+        RECORD`s of them in the array map RECORDS; as `walk` otherwise."""
+        reader = ElementReader(
+            self._program_fd(name),
+            self.map(keys),
+            self.map_fd(records),
+            call("bpf_map__max_entries", self._maps[records]),
+            self.btf.struct_dtype(record),
+        )
+        self._walks.append(reader)
+        return reader
+
+    def run(self, name: str) -> None:
+        """Runs the `syscall` program NAME once. Raises `BpfError`."""
+        run_program(self._program_fd(name))
 
     @property
     def attached(self) -> bool:

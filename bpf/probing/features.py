@@ -32,6 +32,8 @@ from coral.bpf.probing import reasons, sock_diag
 
 VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
+_PROBE_RECORD: Final = "coral_p_record"
+_PROBE_RUN: Final = "coral_p_syscall"
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
@@ -40,7 +42,11 @@ HOOKS: Final = {
     "tracepoint": "coral_p_tp",
     "fentry": "coral_p_fentry",
     "kprobe": "coral_p_kprobe",
-    "iterator": "coral_p_iter",
+}
+# Types of iterators, with the program that tries each, and the map that it walks through, if any.
+ITERATORS: Final = {
+    "iterator": ("coral_p_iter", None),  # through the open files of all tasks
+    "map_iterator": ("coral_p_map_iter", "coral_p_map"),
 }
 # Map kinds, by their number in enum bpf_map_type.
 MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
@@ -105,6 +111,8 @@ def probe() -> Features:
         found = (
             _btf(),
             *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
+            *(_try(name, _attach_iterator(*way)) for name, way in ITERATORS.items()),
+            _try("syscall_program", _run_program),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _elements_on_demand(),
             _try("batch", _read_a_batch),
@@ -164,6 +172,20 @@ def _attach_probe(program: str) -> Callable[[], None]:
             probe_object.attach(tries=1)
 
     return attempt
+
+
+def _attach_iterator(program: str, map_name: str | None) -> Callable[[], None]:
+    def attempt() -> None:
+        with BpfObject(_PROBE_OBJECT, programs=(), walks=(program,)) as probe_object:
+            probe_object.walk(program, _PROBE_RECORD, map_name=map_name)
+
+    return attempt
+
+
+def _run_program() -> None:
+    """Runs a program that calls a function for each element of a map (Linux 5.14)."""
+    with BpfObject(_PROBE_OBJECT, programs=(), walks=(_PROBE_RUN,)) as probe_object:
+        probe_object.run(_PROBE_RUN)
 
 
 def _make_map(number: int) -> Callable[[], None]:

@@ -56,7 +56,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "tp_btf": Takes("5.5", (_BTF, _EVENTS), caps.TRACING),
     "raw_tp": Takes("4.17", (_EVENTS,), caps.TRACING),
     "tracepoint": Takes(
-        "4.7", (_EVENTS, "CONFIG_EVENTcaps.TRACING"), _EVENT, _PERF_SYSCTL, locked_down=True
+        "4.7", (_EVENTS, "CONFIG_EVENT_TRACING"), _EVENT, _PERF_SYSCTL, locked_down=True
     ),
     # Of the kernel's own functions, which on arm64 came two years after the trampoline of 6.0.
     "fentry": Takes(
@@ -73,6 +73,8 @@ TAKES: Final[Mapping[str, Takes]] = {
         locked_down=True,
     ),
     "iterator": Takes("5.8", (_BTF,), caps.TRACING),
+    "map_iterator": Takes("5.9", (_BTF,), caps.TRACING),
+    "syscall_program": Takes("5.14", capabilities=caps.TRACING),
     "ring_buffer": Takes("5.8"),
     "task_storage": Takes("5.11"),
     "percpu_hash": Takes("4.6"),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from coral.bpf import (
     BpfObject,
+    ElementReader,
     Feature,
     Features,
     HashMap,
@@ -53,7 +54,9 @@ _OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
 _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
-_LIVE, _FIND = "coral_live_iter", "coral_find_iter"
+_FIND: Final = "coral_find_iter"
+# Programs that read the figures of open connections, by the feature that each needs, best first.
+_LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
 # Programs for tracepoints whose format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
 # After a scan of open sockets, wait 50 times as long as it took, so that scanning uses at most 2 %
@@ -118,13 +121,15 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
 
     def _make_object(self, features: Features) -> BpfObject:
         options = self._options
-        self._live: Walk | None = None
+        self._live: Walk | ElementReader | None = None
         self._find: Walk | None = None
         self._looks, self._look_after_ns = 0, 0
         self._diag: DiagConnections | None = None
-        taken = _connections(features, self._rung).taken
-        self._walks = (_LIVE, _FIND) if taken == "iterator" else ()
-        self._asks = taken == "sock_diag"
+        self._reads_by = _connections(features, self._rung).taken
+        live = _LIVE.get(self._reads_by, "")
+        self._walks = (_FIND, live) if live else ()
+        self._asks = self._reads_by == "sock_diag"
+        without_maps = {"found": not self._asks, "live": self._reads_by != "syscall_program"}
         return self._rung.object(
             "tcp_metrics",
             programs=self._programs(),
@@ -141,7 +146,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             preallocated=("connections", "ports", "targets", "found"),
             records=options.ring,
             walks=self._walks,
-            without_maps=() if self._asks else ("found",),
+            without_maps=[name for name, unused in without_maps.items() if unused],
         )
 
     def _programs(self) -> tuple[str, ...]:
@@ -187,13 +192,19 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             self._targets.fill_members()
         if self._walks:
             self._find = self._object.walk(_FIND, "tcp_connection")
-            self._live = self._object.walk(_LIVE, "tcp_connection", map_name="connections")
+            self._live = self._live_reader(*self._walks[1:])
             self._look()
         if self._asks:
             self._diag = DiagConnections(
                 self._connections_map, self._object.map("found"), self._object.map("ports")
             )
             self._diag.find(self._targets.present())
+
+    def _live_reader(self, program: str) -> Walk | ElementReader:
+        record, of = "tcp_connection", "connections"
+        if self._reads_by == "map_iterator":
+            return self._object.walk(program, record, map_name=of)
+        return self._object.element_reader(program, record, keys=of, records="live")
 
     def _read_events(self) -> EventRows:
         rows = event_rows(self._drain_records())
@@ -250,17 +261,21 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
 
 
 def _connections(features: Features, rung: Rung) -> Step:
-    """How open connections are read, and those that were there before are found: by programs that
-    walk to them, by asking the kernel for its list, or at their next segment and use."""
-    what, iterator = "connections", features["iterator"]
+    """How open connections are read, and how those that were open before are found: by programs
+    that walk to them, by asking the kernel for its list, or when they next carry a segment and are
+    used."""
+    what, walk = "connections", features["iterator"]
     if rung.loader.taken != "core":
-        iterator = Feature("iterator", False, "bcc's programs have no BTF, which it takes")
-    if iterator.available:
-        return Step(what, "iterator")
+        walk = Feature("iterator", False, "it needs BTF, which programs compiled by bcc lack")
+    refused = [] if walk.available else [walk]
+    for name in _LIVE if walk.available else ():
+        if features[name].available:
+            return Step(what, name, tuple(refused))
+        refused.append(features[name])
     asked = features["sock_diag"]
     if not asked.available:
-        return Step(what, "segments", (iterator, asked))
-    return Step(what, "sock_diag", (iterator, *_hidden(features)))
+        return Step(what, "segments", (*refused, asked))
+    return Step(what, "sock_diag", (*refused, *_hidden(features)))
 
 
 def _hidden(features: Features) -> Iterator[Feature]:

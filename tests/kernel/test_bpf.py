@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from build_hook import clang_command
-from coral.bpf import BpfError, BpfObject, LoadError
+from coral.bpf import BpfError, BpfObject, LoadError, probe
 from coral.bpf.buffers.maps import sum_over_cpus
 from tests.support import ROOT, built
 
@@ -27,6 +27,13 @@ def ring_object() -> Path:
     source = ROOT / "tests/bpf/ring.bpf.c"
     sources = [source, *(ROOT / "bpf/include").glob("*.h")]
     return built("ring.bpf.o", sources, partial(clang_command, source))
+
+
+@pytest.fixture(scope="module")
+def squares_object() -> Path:
+    source = ROOT / "tests/bpf/elements.bpf.c"
+    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
+    return built("elements.bpf.o", sources, partial(clang_command, source))
 
 
 @pytest.fixture
@@ -217,3 +224,23 @@ def test_what_the_verifier_refuses_comes_with_its_last_lines(tmp_path: Path) -> 
         BpfObject(output, programs=("bad",)),
     ):
         pass
+
+
+@pytest.mark.parametrize("batches", [True, False], ids=["batches", "key by key"])
+@pytest.mark.parametrize(("count", "runs"), [(0, 0), (1, 1), (4, 1), (5, 2), (12, 3)])
+def test_elements_are_read_by_a_program(
+    count: int, runs: int, batches: bool, squares_object: Path
+) -> None:
+    if reason := probe()["syscall_program"].reason:
+        pytest.skip(reason)
+    with BpfObject(squares_object, programs=(), walks=("squares_run",), batches=batches) as it:
+        numbers = it.map("numbers")
+        for number in range(1, count + 1):
+            numbers.write(number, number)
+        reader = it.element_reader("squares_run", "square", keys="numbers", records="squares")
+        for _ in range(2):  # nothing of the first reading is left in the second
+            squares = {number: number**2 for number in range(1, count + 1) if number != 7}
+            read = reader.read()
+            assert len(read) == len(squares)
+            assert dict(read.tolist()) == squares
+        assert it.read_variable("runs") == 2 * runs

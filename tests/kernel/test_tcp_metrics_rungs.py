@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coral import bpf
@@ -20,9 +21,10 @@ from tests.support import RUNGS, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-# It keeps no state of threads; and without iterators, figures are those of the last segment.
+# It keeps no state of threads; and there is more than one way to read open connections.
 TCP_RUNGS = {
     **{name: RUNGS[name] for name in ("best", "raw_tp", "tracepoint", "perf_buffer")},
+    "run": ("map_iterator",),
     "no walks": ("iterator",),
     "oldest": (*RUNGS["oldest"], "iterator"),
 }
@@ -74,6 +76,70 @@ def test_bytes_and_ends_are_exact(without: tuple[str, ...]) -> None:
                 assert (ours.end, theirs.end) == (pb.TCP_END_FIN_LOCAL, pb.TCP_END_FIN_REMOTE)
             assert sum(row.opened for row in seen.rows) == 2
             assert not seen.lost
+
+
+CONNECTIONS, SENDS = 1000, 4
+COUNTED = (
+    "bytes_sent", "bytes_acked", "bytes_received", "segments_sent", "segments_received",
+    "retransmits",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("without", [(), ("map_iterator",)], ids=["best", "run"])
+def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, ...]) -> None:
+    """Read as often as can be while connections open, change state and end, and while the memory
+    of their sockets becomes that of others."""
+    loop = f"for _ in range({CONNECTIONS}):\n "
+    accept = loop + "s, _ = l.accept()\n while s.recv(65536): pass\n s.close()"
+    connect = loop + "c = socket.create_connection(a)\n " + "c.send(b'x' * 250)\n " * SENDS
+    connect += "c.close()"
+    with (
+        puppets(4) as four,
+        following_without(without, *four, ring="16MiB") as collector,
+    ):
+        if not (live := live_reader(collector, without)):
+            pytest.skip("no program reads open connections here")
+        for client, server in (four[:2], four[2:]):
+            server.do("import socket; l = socket.create_server(('127.0.0.1', 0))")
+            client.do(f"import socket; a = ('127.0.0.1', {number(server, 'l.getsockname()[1]')})")
+            server.begin(f"exec({accept!r})")
+            client.begin(f"exec({connect!r})")
+        assert (records := collector.records)
+        read, ended = [live.read()], [records.drain()]
+
+        def all_ended() -> bool:
+            read.extend(live.read() for _ in range(50))
+            ended.append(records.drain())
+            return sum(map(len, ended)) >= 4 * CONNECTIONS
+
+        wait_until(all_ended, 30)
+        last = {(it["sk"], it["found_ns"]): it for it in np.concatenate(ended)}
+        assert len(last) == 4 * CONNECTIONS
+        payload = 250 * SENDS
+        assert {(it["bytes_sent"], it["bytes_received"]) for it in last.values()} == {
+            (payload, 0),
+            (0, payload),
+        }
+        seen = [it for it in np.concatenate(read) if it["role"] in (CLIENT, SERVER)]
+        assert len(seen) > CONNECTIONS
+        for it in seen:
+            end = last[it["sk"], it["found_ns"]]
+            ahead = [name for name in COUNTED if it[name] > end[name]]
+            assert not ahead, (ahead, it, end)
+
+
+def live_reader(
+    collector: TcpMetricsCollector, without: tuple[str, ...]
+) -> bpf.Walk | bpf.ElementReader | None:
+    """What reads the open connections of COLLECTOR, if a program does."""
+    steps = TcpMetricsCollector.support(bpf.probe().without(*without)).steps
+    (taken,) = (step.taken for step in steps if step.what == "connections")
+    its, record, keys = collector.bpf_object, "tcp_connection", "connections"
+    if taken == "map_iterator":
+        return its.walk("coral_live_iter", record, map_name=keys)
+    if taken == "syscall_program":
+        return its.element_reader("coral_live_run", record, keys=keys, records="live")
+    return None
 
 
 @every_rung

@@ -157,7 +157,7 @@ def test_of_a_configuration_the_options_that_are_set_are_taken() -> None:
 
 
 def test_everything_that_is_probed_is_in_the_table() -> None:
-    assert {*features.HOOKS, *features.MAPS} <= TAKES.keys()
+    assert {*features.HOOKS, *features.ITERATORS, *features.MAPS} <= TAKES.keys()
 
 
 def test_the_facts_of_this_machine_can_be_read() -> None:

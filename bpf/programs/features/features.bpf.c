@@ -1,11 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
- * One empty program for each kind of hook: what can be loaded and attached, the kernel can do.
- * bpf_fentry_test1 is the kernel's own function for trying fentry; nothing calls it by itself.
+ * One empty program for each kind of hook: a kernel that loads and attaches it supports that kind.
+ * bpf_fentry_test1 is a kernel function that exists for trying fentry; nothing else calls it.
  */
 #include "include/kernel.bpf.h"
 
+struct bpf_map;
+
 MAP(HASH, coral_p_map, __u32, __u32, 8, 0);
+
+/* What an iterator writes has a type. */
+struct coral_p_record {
+	__u32 value;
+};
+
+IN_BTF(struct coral_p_record, coral_p_record);
 
 /* libbpf asks the kernel once for all whether it has global data, when an object first has some.
  * That is to be now: of a question that fails for want of memory it never asks again. */
@@ -42,9 +51,29 @@ int PROGRAM(coral_p_fentry, void *ctx)
 	return 0;
 }
 
-SEC("iter/task")
+/* Kernels may load one type of iterator and refuse another: each that a collector uses is tried. */
+SEC("iter/task_file")
 int PROGRAM(coral_p_iter, void *ctx)
 {
+	return 0;
+}
+
+SEC("iter/bpf_map_elem")
+int PROGRAM(coral_p_map_iter, void *ctx)
+{
+	return 0;
+}
+
+/* User space runs it, and it calls a function for each element of a map. */
+static long coral_p_element(struct bpf_map *map, __u32 *key, __u32 *value, void *ctx)
+{
+	return 0;
+}
+
+SEC("syscall")
+int PROGRAM(coral_p_syscall, void *ctx)
+{
+	bpf_for_each_map_elem(map_of(coral_p_map), coral_p_element, NULL, 0);
 	return 0;
 }
 

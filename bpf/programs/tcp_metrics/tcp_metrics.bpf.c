@@ -617,31 +617,80 @@ int PROGRAM(coral_reset_in_tp, struct sock_arguments *ctx)
 #ifndef CORAL_BCC /* it takes BTF */
 
 /*
- * Walks the connections when user space reads, and writes each as it is now. What is in the map is
- * not written to: programs may be at it, and its room may be another connection's by then. For the
- * same reason the socket is read as memory, and what was read is only good if it is still the same.
+ * Whether the kernel is about to number a FIN, or has just seen it acknowledged: for a moment
+ * nothing tells whether it is among the bytes.
  */
+static __always_inline bool fin_is_unsettled(struct sock *sk, __u8 state)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return (state == TCP_FIN_WAIT1 || state == TCP_CLOSING || state == TCP_LAST_ACK) &&
+	       kernel_read(tp, snd_una) == kernel_read(tp, write_seq);
+}
+
+/*
+ * Copies the element VALUE of `connections` to C, and brings the copy up to date from the socket.
+ * The element is not written to: hooks may be at work on it, and its memory may belong to another
+ * connection by then. For the same reason the socket is read as plain memory, and the copy is only
+ * good if nothing has changed meanwhile. Where this is false, the next reading has the connection,
+ * or the record of its end.
+ */
+static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp_connection *value)
+{
+	struct sock *sk;
+	__u8 state;
+
+	*c = *value;
+	sk = (struct sock *)c->sk;
+	state = c->state;
+	if (!c->ended_ns) {
+		state = state_of(sk);
+		refresh(c, sk, state, false);
+		name_ends_late(c, sk, false);
+		if (fin_is_unsettled(sk, state) || state_of(sk) != state)
+			return false;
+	}
+	barrier();
+	return c->state == state && value->sk == c->sk && value->found_ns == c->found_ns;
+}
+
+/* The connections as they are now, for user space to read: by an iterator over the map ... */
 SEC("iter/bpf_map_elem")
 int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 {
-	const struct tcp_connection *value = ctx->value;
 	struct tcp_connection c;
-	struct sock *sk;
 
-	if (!value)
-		return 0;
-	c = *value;
-	sk = (struct sock *)c.sk;
-	if (!c.ended_ns) {
-		__u8 state = state_of(sk);
+	if (ctx->value && copy_live(&c, ctx->value))
+		bpf_seq_write(ctx->meta->seq, &c, sizeof(c));
+	return 0;
+}
 
-		refresh(&c, sk, state, false);
-		name_ends_late(&c, sk, false);
-		if (state_of(sk) != state || c.state != state || value->sk != c.sk ||
-		    value->found_ns != c.found_ns)
-			return 0; /* it changes just now; the next time, or its end, has it */
-	}
-	bpf_seq_write(ctx->meta->seq, &c, sizeof(c));
+/*
+ * ... or by a program that user space runs itself, where the kernel refuses that type of iterator.
+ * User space writes the keys to the first elements of `live`, and a 0 behind them; a key that it
+ * finds to be 0 afterwards has no good copy.
+ */
+#define LIVE_ELEMENTS 1024
+
+MAP(ARRAY, live, __u32, struct tcp_connection, LIVE_ELEMENTS, BPF_F_MMAPABLE);
+
+static long copy_live_of_key(struct bpf_map *map, __u32 *index, struct tcp_connection *c, void *ctx)
+{
+	__u64 key = c->sk;
+	struct tcp_connection *value;
+
+	if (!key)
+		return 1; /* no further one */
+	value = bpf_map_lookup_elem(map_of(connections), &key);
+	if (!value || !copy_live(c, value))
+		c->sk = 0;
+	return 0;
+}
+
+SEC("syscall")
+int coral_live_run(void *ctx)
+{
+	bpf_for_each_map_elem(map_of(live), copy_live_of_key, NULL, 0);
 	return 0;
 }
 
