@@ -1,4 +1,4 @@
-"""Who is at the other end, in as many characters as there are."""
+"""The peer of a connection, in the room that a column has."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def endpoint(host: str, port: int) -> str:
 
 
 def peer(flow: Flow, names: Names | None = None) -> Callable[[int], str]:
-    """`→ HOST:PORT` of a client, `:PORT ← HOST` of a server; several with their
-    number. What is too long
-    loses the middle of an address, or the end of a name, and neither port nor number."""
+    """`→ HOST:PORT` of a client, `:PORT ← HOST` of a server, and the number where there are
+    several. Where there is no room, an address loses its middle and a name its end; port and
+    number stay."""
     many = f" {times(flow.connections)}" if flow.connections > 1 else ""
     if flow.address == OTHER:
         return lambda width: shorten(f"others{many}", width, len(many))
