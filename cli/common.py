@@ -27,7 +27,7 @@ _FIELD: Final = re.compile(
     r"(?:config\[\"(?P<option>[^\"]*)\"\]|(?P<field>[a-z_]+)): (?P<problem>.*)", re.DOTALL
 )
 _NOT_ACCEPTED: Final = re.compile(
-    r"(?P<value>'.*?'|\".*?\"|\S+) is not (?:accepted; |(?=allowed))(?P<rest>.*)", re.DOTALL
+    r"(?P<value>'.*?'|\".*?\"|\S+) is (?:not accepted; |(?=not allowed))(?P<rest>.*)", re.DOTALL
 )
 _NO_PROCESS: Final = re.compile(r"give the ids of processes that run now: (\d+) does not")
 _A_THREAD: Final = re.compile(r"give the ids of processes: ((\d+) is a thread of process (\d+))")

@@ -21,12 +21,12 @@ from coral.wire.kinds import kind_name
 
 _COLLECTORS: Final = (
     Column("COLLECTOR", right=False),  # an id, to be copied: it is never shortened
-    Column("KIND", right=False),
-    Column("SERVICE", right=False, fits=True, room=12, spare=1, below=True),
-    Column("ENDS IN"),
-    Column("EVENTS", spare=2, below=True),
-    Column("MAPS", spare=3, below=True),
-    Column("SUBSCRIBERS", right=False, wraps=True, room=48),
+    Column("KIND", right=False, spare=1, below=True),
+    Column("SERVICE", right=False, fits=True, room=12, spare=2, below=True),
+    Column("ENDS IN", spare=1, below=True),
+    Column("EVENTS", spare=3, below=True),
+    Column("MAPS", spare=4, below=True),
+    Column("SUBSCRIBERS", right=False, wraps=True, room=48, spare=5, below=True),
 )
 _SUPPORT: Final = (
     Column("COLLECTOR", right=False),
@@ -178,7 +178,7 @@ def collectors_sheet(collectors: Iterable[pb.CollectorInfo], now_s: float) -> Sh
             _ends_in(collector, now_s),
             f"{collector.produced:,}",
             f"{format_amount(collector.map_memory_bytes)}B",
-            "\n".join(_subscribers(collector)) or "none",
+            "\n".join(_subscribers(collector)) or "no subscriber",
         )
     return sheet
 
@@ -193,8 +193,12 @@ def _ends_in(collector: pb.CollectorInfo, now_s: float) -> str:
 
 def _subscribers(collector: pb.CollectorInfo) -> Iterator[str]:
     for each in collector.subscribers:
-        figures = f"{each.delivered:,} delivered, {each.queued_events:,} queued, {each.lost:,} lost"
-        yield f"{each.peer.rstrip(':') or 'unknown'}: {figures}"
+        figures = [f"{each.delivered:,} delivered"]
+        if each.queued_events:
+            figures.append(f"{each.queued_events:,} queued")
+        if each.lost:
+            figures.append(f"{each.lost:,} lost")
+        yield f"{each.peer.rstrip(':') or 'unknown'}: {', '.join(figures)}"
 
 
 @click.command()

@@ -33,8 +33,8 @@ _TIMED_WAITS: Final = frozenset(
 
 
 def errno_name(number: int) -> str:
-    """`ECONNREFUSED` and its like; the number where it has no name, empty for 0."""
-    return _NAMES.get(number, str(number)) if number else ""
+    """`ECONNREFUSED` and its like; `errno 4000` where there is no name, empty for 0."""
+    return _NAMES.get(number, f"errno {number}") if number else ""
 
 
 def is_errno(return_value: int) -> bool:

@@ -21,7 +21,7 @@ from coral.views.text import safe, shorten, wrapped
 Content = str | Callable[[int], str]
 _GAP: Final = 2
 _INDENT: Final = 2  # of what stands below a row
-_MINOR: Final = 3  # columns that are at least so spare are of little importance
+_MINOR: Final = 6  # columns that are at least so spare are of little importance
 _NARROWEST: Final = 6  # cells are shortened to this where no other column can give way
 _NO_LIMIT: Final = 1 << 16
 _NOTHING: Final = "-"  # an empty cell in a pipe, so that every row has the same fields
@@ -87,10 +87,7 @@ class Sheet:
         shown = [at for at, column in enumerate(self.columns) if not column.drawn]
         yield self._line([column.title for column in self.columns], shown, widths).plain
         for row in self.rows:
-            texts = [
-                "; ".join(_text(content).splitlines()) or _NOTHING if at in shown else ""
-                for at, (content, _) in enumerate(row)
-            ]
+            texts = ["; ".join(lines) or _NOTHING for lines in self._cells(row, _NO_LIMIT)]
             yield self._line(texts, shown, widths).plain
 
     def _texts(self, layout: _Layout, width: int) -> Iterator[Text]:
@@ -104,17 +101,21 @@ class Sheet:
 
     def _row(self, row: Sequence[tuple[Content, str]], layout: _Layout) -> Iterator[Text]:
         """The lines of a row: more than one where prose is wrapped."""
-        cells: list[list[str]] = [
-            _prose(content, layout.widths[at])
-            if self.columns[at].wraps
-            else [_text(content, layout.widths[at])]
-            for at, (content, _) in enumerate(row)
-        ]
+        cells = self._cells(row, *layout.widths)
         styles = [style for _, style in row]
         height = max(len(cells[at]) for at in layout.shown)
         for number in range(height):
             texts = [lines[number] if number < len(lines) else "" for lines in cells]
             yield self._line(texts, layout.shown, layout.widths, *styles)
+
+    def _cells(self, row: Sequence[tuple[Content, str]], *widths: int) -> list[list[str]]:
+        """The lines of each cell, in columns of WIDTHS or of one width for all."""
+        if len(widths) == 1:
+            widths = widths * len(row)
+        return [
+            _prose(content, width) if column.wraps else [_text(content, width)]
+            for column, width, (content, _) in zip(self.columns, widths, row, strict=True)
+        ]
 
     def _notes(
         self, row: Sequence[tuple[Content, str]], layout: _Layout, width: int
@@ -150,14 +151,11 @@ class Sheet:
 
     def _natural(self) -> list[int]:
         """How wide each column would be."""
-        return [
-            max(
-                cell_len(column.title),
-                *(cell_len(line) for row in self.rows for line in _text(row[at][0]).split("\n")),
-                0,
-            )
-            for at, column in enumerate(self.columns)
-        ]
+        widths = [cell_len(column.title) for column in self.columns]
+        for row in self.rows:
+            for at, lines in enumerate(self._cells(row, _NO_LIMIT)):
+                widths[at] = max(widths[at], *map(cell_len, lines))
+        return widths
 
     def _layout(self, width: int) -> _Layout:
         """How the columns stand on a terminal."""
@@ -225,13 +223,13 @@ def _cropped(line: Text, width: int) -> Text:
     return line
 
 
-def _prose(content: Content, width: int) -> list[str]:
-    lines = _text(content).split("\n")
-    return [line for text in lines for line in wrapped(text.split(" "), width)] or [""]
-
-
 def _text(content: Content, width: int = _NO_LIMIT) -> str:
-    """CONTENT in at most WIDTH cells, safe for a terminal; each of its lines by itself."""
-    if not isinstance(content, str):
-        return safe(content(width))
-    return "\n".join(shorten(safe(line), width) for line in content.split("\n"))
+    """CONTENT in one line of at most WIDTH cells, safe for a terminal."""
+    return shorten(safe(content if isinstance(content, str) else content(width)), width)
+
+
+def _prose(content: Content, width: int) -> list[str]:
+    """CONTENT, which may have line breaks of its own, in lines of at most WIDTH cells."""
+    text = content if isinstance(content, str) else content(width)
+    lines = [line for part in text.split("\n") for line in wrapped(safe(part).split(" "), width)]
+    return lines or [""]

@@ -46,6 +46,8 @@ def call_line(call: Mapping[str, Any], width: int | None = None) -> str:
     thread = f"/{call['tid']}"
     who = shorten(f"{safe(call['comm'])}{thread}", who_width, len(thread))
     result = error or (hex(value) if value >= _ADDRESS else str(value))
+    if width is not None:
+        result = shorten(result, _OUTCOME_WIDTH)
     outcome = f"{result:<{_OUTCOME_WIDTH}}"
     return (
         f"{clock}  {who:<{who_width}} "

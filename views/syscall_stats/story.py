@@ -18,11 +18,11 @@ from coral.views.text import bar, format_ns, format_rate, format_share, shorten,
 _BAR_WIDTH: Final = 20
 
 _COLUMNS: Final = (
-    Column("SYSCALL", right=False, fits=True, room=16, least=20),
+    Column("SYSCALL", right=False, fits=True, room=15, comfort=20, least=20),
     Column("CALLS", least=10),
     Column("CALLS/S", spare=4, least=9),
     Column("ERRORS", least=8),
-    Column("WHY", right=False, fits=True, room=10, spare=2, optional=True, least=20),
+    Column("WHY", right=False, fits=True, room=11, comfort=20, spare=2, optional=True, least=20),
     Column("P50", spare=3, least=7),
     Column("P95", spare=6, least=7),
     Column("P99", spare=1, least=7),
