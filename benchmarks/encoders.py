@@ -17,7 +17,7 @@ from benchmarks.bench import Bench
 from benchmarks.report import Aim, Report, Samples, times
 from coral.agent.streams.frame import Frame, Header
 from coral.client import Batch as Read
-from coral.collectors.contract import Batch, EventRows
+from coral.collectors.contract import EventRows
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.rows import row_layout
 
@@ -93,12 +93,11 @@ def _ways() -> list[Way]:
         return run
 
     def of_frame(records: NDArray[Any]) -> Callable[[], object]:
-        batch = Batch(EventRows(pb.SyscallCall, records, ("getppid", "calls")), 1, 2)
-        return lambda: Frame.of(_HEADER, 1, batch)
+        return lambda: _frame(records)
 
     def of_wire(read: Callable[[bytes], object]) -> Callable[[NDArray[Any]], Callable[[], object]]:
         def prepare(records: NDArray[Any]) -> Callable[[], object]:
-            wire = _frame(records).wire
+            wire = _frame(records).wire()
             return lambda: read(wire)
 
         return prepare
@@ -119,7 +118,8 @@ def _ways() -> list[Way]:
 
 
 def _frame(records: NDArray[Any]) -> Frame:
-    return Frame.of(_HEADER, 1, Batch(EventRows(pb.SyscallCall, records, ("getppid",)), 1, 2))
+    rows = EventRows(pb.SyscallCall, records, ("getppid", "calls"))
+    return Frame(_HEADER, 1, len(records), 1, 2, rows)
 
 
 def _records(count: int) -> NDArray[Any]:
@@ -137,7 +137,7 @@ def _records(count: int) -> NDArray[Any]:
 
 def _check(records: NDArray[Any]) -> None:
     """What is written is what any protobuf library reads."""
-    row = pb.EbpfEventBatch.FromString(_frame(records).wire).syscall_calls[-1]
+    row = pb.EbpfEventBatch.FromString(_frame(records).wire()).syscall_calls[-1]
     assert all(getattr(row, name) == records[name][-1] for name in _NAMES)
 
 

@@ -6,8 +6,8 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import click
 import yaml
@@ -15,16 +15,40 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from coral.client import AgentError, default_address
+from coral.views.text import safe
 
 EXIT_ERROR: Final = 1
 EXIT_INTERRUPTED: Final = 130
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
+# An agent names a field of the request, then what is wrong with it.
+_FIELD: Final = re.compile(
+    r"(?:config\[\"(?P<option>[^\"]*)\"\]|(?P<field>[a-z_]+)): (?P<problem>.*)", re.DOTALL
+)
+_NOT_ACCEPTED: Final = re.compile(
+    r"(?P<value>'.*?'|\".*?\"|\S+) is (?:not accepted; |(?=not allowed))(?P<rest>.*)", re.DOTALL
+)
+_NO_PROCESS: Final = re.compile(r"give the ids of processes that run now: (\d+) does not")
+_A_THREAD: Final = re.compile(r"give the ids of processes: ((\d+) is a thread of process (\d+))")
+_KIND: Final = re.compile(r"EBPF_COLLECTOR_KIND_(\w+)")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class DurationType(click.ParamType[float]):
+class Duration(float):
+    """Seconds, and the text that they were given as."""
+
+    text: str
+
+    def __new__(cls, seconds: float, text: str) -> Self:
+        """A float that remembers TEXT."""
+        duration = super().__new__(cls, seconds)
+        duration.text = text
+        return duration
+
+
+class DurationType(click.ParamType[Duration]):
     """`500ms`, `30s`, `5m`, as seconds."""
 
     name = "duration"
@@ -34,12 +58,12 @@ class DurationType(click.ParamType[float]):
         value: object,
         param: click.Parameter | None,
         ctx: click.Context | None,
-    ) -> float:
+    ) -> Duration:
         """Seconds, or a usage error."""
         match = _DURATION.fullmatch(str(value))
         if not match:
             self.fail(f"{value!r} is not a duration; give 500ms, 30s or 5m", param, ctx)
-        return float(match[1]) * _SECONDS[match[2] or "s"]
+        return Duration(float(match[1]) * _SECONDS[match[2] or "s"], str(value))
 
 
 def agent_option(function: F) -> F:
@@ -62,20 +86,60 @@ def output_option(function: F) -> F:
         type=click.Choice(["table", "json", "yaml"]),
         default="table",
         show_default=True,
-        help="For people, or for programs.",
+        help="A table for people, or data for programs.",
     )(short(function))
 
 
-def run(main: Coroutine[Any, Any, int]) -> None:
-    """Runs a command to its exit status; what the agent refuses is one line on standard error."""
+def run(main: Coroutine[Any, Any, int], typed: Mapping[str, str] | None = None) -> None:
+    """Runs a command to its exit status. A refusal of the agent is one line on standard error, in
+    the words that the user TYPED; see `in_users_words`."""
     try:
         status = asyncio.run(main)
     except AgentError as error:
-        click.echo(f"coral: {error}", err=True)
+        echo_error(in_users_words(str(error), typed or {}))
         status = EXIT_ERROR
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     sys.exit(status)
+
+
+def echo_error(text: str) -> None:
+    """One line on standard error."""
+    click.echo(f"coral: {'; '.join(safe(line) for line in text.splitlines())}", err=True)
+
+
+def in_users_words(message: str, typed: Mapping[str, str]) -> str:
+    """An agent's refusal, without the names that only the contract knows. TYPED has, by the option
+    of the collector or the field of the request, what the user typed for it: {"pid": "pid:1234",
+    "top": "-c top=x"}. A message that names no such field stays as it is."""
+    message = _KIND.sub(lambda match: match[1].lower(), message)
+    match = _FIELD.fullmatch(message)
+    if not match:
+        return message
+    option, field, problem = match["option"], match["field"], match["problem"]
+    words = typed.get(option or field)
+    refused = _NOT_ACCEPTED.fullmatch(problem)
+    if field == "authorization":
+        wrong = "is wrong" in problem
+        return f"this agent asks for a token{' other than this' if wrong else ''}: set CORAL_TOKEN"
+    if option is None and field in ("service_name", "collector_id"):
+        return problem
+    if option is None and words is None:
+        return message
+    if words is None:
+        words = f"-c {option}"
+        if refused:
+            words += "=" + refused["value"].strip("'\"")
+    return f"{words}: {_problem(refused['rest'] if refused else problem, words)}"
+
+
+def _problem(text: str, words: str) -> str:
+    """What is wrong with a value, where the agent could say it more simply."""
+    if match := _NO_PROCESS.fullmatch(text):
+        return f"there is no process {match[1]}" if "," in words else "there is no such process"
+    if match := _A_THREAD.fullmatch(text):
+        return f"{match[1]}: give pid:{match[3]}"
+    return text
 
 
 def echo_data(data: object, output: str) -> None:
@@ -91,12 +155,12 @@ class Answer(Protocol):
 
     @property
     def message(self) -> Message:
-        """All that the agent said."""
+        """The agent's whole answer."""
 
 
 def as_dict(answer: Answer | Message, *, whole: bool = False) -> dict[str, Any]:
-    """An answer as plain data, under the names of the .proto; a WHOLE one has what is false, 0 or
-    empty too."""
+    """An answer as plain data, under the names of the .proto; a WHOLE one includes fields that are
+    false, 0 or empty."""
     message = answer if isinstance(answer, Message) else answer.message
     return MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=whole

@@ -1,4 +1,4 @@
-"""What a collector stands on, in words: the ways that are taken, and why no better ones are."""
+"""The ladder of a collector in words: the rungs that it stands on, and why no better ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from coral.client import CollectorCapability, CollectorStep
 
 
 def taken(collector: CollectorCapability) -> str:
-    """The ways that are taken: `core, tp_btf, ...`."""
+    """The rungs that it stands on: `core, tp_btf, ...`."""
     return ", ".join(step.taken for step in collector.steps if step.taken)
 
 
 def refusals(collector: CollectorCapability) -> Iterator[tuple[str, str]]:
-    """Of each step that is not the best and each option that cannot be had: its name, and what
-    there is in place of what, and why."""
+    """The steps on which a better rung was refused, and the options that this machine does not
+    support: the name of each, and what there is in its place and why."""
     for step in collector.steps:
         if step.refused:
             yield step.what, _refusal(step)

@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterable, Iterator
+from typing import Final
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from coral.cli.common import agent_option, as_dict, echo_data, output_option, run
 from coral.cli.ladder import refusals, taken
-from coral.client import AgentClient, Capabilities, CollectorCapability
+from coral.client import (
+    AgentClient,
+    CollectorCapability,
+    CollectorInfo,
+    CollectorOption,
+    KernelFeature,
+)
+from coral.views.sheet import Column, Sheet
+from coral.views.text import clauses, format_age, format_amount, safe
 from coral.wire.kinds import kind_name
+
+_COLLECTORS: Final = (
+    Column("COLLECTOR", right=False),  # an id, to be copied: it is never shortened
+    Column("KIND", right=False, spare=1, below=True),
+    Column("SERVICE", right=False, fits=True, room=12, spare=2, below=True),
+    Column("ENDS IN", spare=1, below=True),
+    Column("EVENTS", spare=3, below=True),
+    Column("MAPS", spare=4, below=True),
+    Column("SUBSCRIBERS", right=False, wraps=True, room=48, spare=5, below=True),
+)
+_SUPPORT: Final = (
+    Column("COLLECTOR", right=False),
+    Column("HERE", right=False),
+    Column("STANDS ON, OR WHY NOT", right=False, wraps=True, room=30),
+)
+_REFUSALS: Final = (
+    Column("COLLECTOR", right=False),
+    Column("STEP, OPTION", right=False),
+    Column("IN USE, AND WHY NOTHING BETTER", right=False, wraps=True, room=28),
+)
+_OPTIONS: Final = (
+    Column("OPTION", right=False),
+    Column("DEFAULT", right=False),
+    Column("MEANING", right=False, wraps=True, room=30),
+)
+_FEATURES: Final = (
+    Column("KERNEL FEATURE", right=False),
+    Column("HERE", right=False),
+    Column("WHY NOT", right=False, wraps=True, room=30),
+)
+
+
+class _Page:
+    """Text and tables on standard output: fitted to a terminal, or to COLUMNS; in a pipe as wide
+    as they are, to be searched and copied."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        fitted = self._console.is_terminal or "COLUMNS" in os.environ
+        self._width = self._console.width if fitted else None
+
+    def text(self, text: str, style: str = "") -> None:
+        """A sentence."""
+        for line in clauses(safe(text), self._width) if self._width else (safe(text),):
+            self._console.print(Text(line, style), soft_wrap=True)
+
+    def sheet(self, sheet: Sheet) -> None:
+        """A table."""
+        if self._width is None:
+            click.echo("\n".join(sheet.lines()))
+        else:
+            self._console.print(sheet.table(self._width))
 
 
 @click.command()
@@ -29,85 +91,70 @@ async def _capabilities(address: str, output: str) -> int:
     if output != "table":
         echo_data(as_dict(answer, whole=True), output)
         return 0
-    console = Console()
-    console.print(
-        f"agent [bold]{answer.agent_id}[/] {answer.agent_version}, kernel {answer.kernel_version}, "
-        f"libbpf {answer.libbpf_version or 'not used'}",
-        highlight=False,
+    page = _Page()
+    page.text(
+        f"agent {answer.agent_id} {answer.agent_version}, kernel {answer.kernel_version}, "
+        f"libbpf {answer.libbpf_version or 'not used'}"
     )
     if answer.unsupported_reason:
-        console.print(Text(answer.unsupported_reason, "red"))
-    console.print()
-    console.print(_collector_table(answer))
-    refused = [
-        (kind_name(collector.kind), what, why)
-        for collector in answer.collectors
-        if collector.supported
-        for what, why in refusals(collector)
-    ]
-    if refused:
-        console.print()
-        console.print(_refusal_table(refused))
+        page.text(answer.unsupported_reason, "red")
+    page.text("")
+    page.sheet(_support(answer.collectors))
+    refused = _refusals(answer.collectors)
+    if refused.rows:
+        page.text("")
+        page.sheet(refused)
     for collector in answer.collectors:
-        console.print()
-        console.print(_option_table(collector))
+        page.text("")
+        page.text(f"options of {kind_name(collector.kind)}", "italic")
+        page.sheet(_options(collector.options))
     if answer.features:
-        console.print()
-        console.print(_feature_table(answer))
+        page.text("")
+        page.sheet(_features(answer.features))
     return 0
 
 
-def _collector_table(answer: Capabilities) -> Table:
-    table = _table("COLLECTOR", "HERE", "STANDS ON, OR WHY NOT")
-    for collector in answer.collectors:
-        # Why it cannot run is told step by step below, where it came to steps.
+def _support(collectors: Iterable[CollectorCapability]) -> Sheet:
+    sheet = Sheet(_SUPPORT)
+    for collector in collectors:
+        # The reasons step by step are in the next table, if it came to steps.
         why = "" if collector.supported or collector.steps else collector.reason
-        table.add_row(kind_name(collector.kind), _yes(collector.supported), taken(collector) or why)
-    return table
+        sheet.add(kind_name(collector.kind), _yes(collector.supported), taken(collector) or why)
+    return sheet
 
 
-def _refusal_table(refused: list[tuple[str, str, str]]) -> Table:
-    table = _table("COLLECTOR", "STEP, OPTION", "WHAT THERE IS, AND WHY NOT BETTER")
-    for kind, what, why in refused:
-        table.add_row(kind, what, why)
-    return table
+def _refusals(collectors: Iterable[CollectorCapability]) -> Sheet:
+    sheet = Sheet(_REFUSALS)
+    for collector in collectors:
+        if collector.supported:
+            for what, why in refusals(collector):
+                sheet.add(kind_name(collector.kind), what, why)
+    return sheet
 
 
-def _option_table(collector: CollectorCapability) -> Table:
-    table = _table("OPTION", "DEFAULT", "MEANING")
-    table.title = f"options of {kind_name(collector.kind)}"
-    table.title_justify = "left"
-    for option in collector.options:
-        meaning = Text.assemble(option.description, ("; " + option.accepts, "dim"))
-        table.add_row(option.name, option.default_value, meaning)
-    return table
+def _options(options: Iterable[CollectorOption]) -> Sheet:
+    sheet = Sheet(_OPTIONS)
+    for option in options:
+        sheet.add(option.name, option.default_value, f"{option.description}; {option.accepts}")
+    return sheet
 
 
-def _feature_table(answer: Capabilities) -> Table:
-    table = _table("KERNEL FEATURE", "HERE", "WHY NOT")
-    for feature in answer.features:
-        table.add_row(feature.name, _yes(feature.available), feature.reason)
-    return table
+def _features(features: Iterable[KernelFeature]) -> Sheet:
+    sheet = Sheet(_FEATURES)
+    for feature in features:
+        sheet.add(feature.name, _yes(feature.available), feature.reason)
+    return sheet
 
 
-def _yes(value: bool) -> Text:
-    return Text("yes", "green") if value else Text("no", "red")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    first, *others = columns
-    table.add_column(first, no_wrap=True)  # a name or an id, to be copied
-    for column in others:
-        table.add_column(column, overflow="fold")
-    return table
+def _yes(value: bool) -> tuple[str, str]:
+    return ("yes", "green") if value else ("no", "red")
 
 
 @click.command()
 @agent_option
 @output_option
 def collectors(address: str, output: str) -> None:
-    """The collectors at work, and who is watching them."""
+    """The collectors that are running, and their subscribers."""
     run(_collectors(address, output))
 
 
@@ -117,28 +164,46 @@ async def _collectors(address: str, output: str) -> int:
     if output != "table":
         echo_data(as_dict(answer), output)
         return 0
-    console = Console()
+    page = _Page()
     if not answer.collectors:
-        console.print("no collector is at work")
+        page.text("no collector is running")
         return 0
-    table = _table("COLLECTOR", "KIND", "SERVICE", "ENDS IN", "EVENTS", "MAPS", "SUBSCRIBERS")
-    for collector in answer.collectors:
-        left_s = max(collector.expires_at.ToNanoseconds() / 1e9 - time.time(), 0)
-        readers = [
-            f"{s.peer}: {s.delivered} delivered, {s.queued_events} queued, {s.lost} lost"
-            for s in collector.subscribers
-        ]
-        table.add_row(
+    page.sheet(collectors_sheet(answer.collectors, time.time()))
+    return 0
+
+
+def collectors_sheet(collectors: Iterable[CollectorInfo], now_s: float) -> Sheet:
+    """Running collectors as a table, at the Unix time NOW_S."""
+    sheet = Sheet(_COLLECTORS)
+    for collector in collectors:
+        sheet.add(
             collector.collector_id,
             kind_name(collector.kind),
             collector.service_name,
-            f"{left_s:.0f}s",
-            str(collector.produced),
-            f"{collector.map_memory_bytes / 1024:.0f} KiB",
-            "\n".join(readers) or "none",
+            _ends_in(collector, now_s),
+            f"{collector.produced:,}",
+            f"{format_amount(collector.map_memory_bytes)}B",
+            "\n".join(_subscribers(collector)) or "no subscriber",
         )
-    console.print(table)
-    return 0
+    return sheet
+
+
+def _ends_in(collector: CollectorInfo, now_s: float) -> str:
+    """How long its lease lasts; a continuous collector has none."""
+    if collector.continuous or collector.expires_at_ns is None:
+        return "never"
+    left_ns = collector.expires_at_ns - now_s * 1e9
+    return format_age(left_ns) if left_ns > 0 else "now"
+
+
+def _subscribers(collector: CollectorInfo) -> Iterator[str]:
+    for each in collector.subscribers:
+        figures = [f"{each.delivered:,} delivered"]
+        if each.queued_events:
+            figures.append(f"{each.queued_events:,} queued")
+        if each.lost:
+            figures.append(f"{each.lost:,} lost")
+        yield f"{each.peer.rstrip(':') or 'unknown'}: {', '.join(figures)}"
 
 
 @click.command()

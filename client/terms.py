@@ -72,7 +72,7 @@ def _filter(wanted: Terms) -> pb.EventFilter:
         tids=wanted.get("tids"),
         comms=wanted.get("comms"),
         syscalls=wanted.get("syscalls"),
-        errors_only=wanted.get("errors_only"),
+        errors_only=wanted.get("errors_only", False),
         min_duration_ns=round(wanted.get("min_duration_s", 0.0) * 1e9),
     )
 

@@ -1,24 +1,67 @@
-"""How long a tap has gathered: what an interval brought may come in several batches."""
+"""How long a tap has watched: from its start to its end, also while nothing happened.
+
+All times are the agent's clock, as Unix time in nanoseconds.
+"""
 
 from __future__ import annotations
 
+from typing import Final
+
 from coral.mesh.v1 import ebpf_pb2 as pb
+
+# A rate over less than half a second is an extrapolation, unless every interval is that short:
+# then it is one over less than half an interval. No interval is shorter than 100 ms, but the first
+# may be, which ends as soon as there is anything to show, and the last.
+_LONG_S: Final = 0.5
+_SHORT_S: Final = 0.05
 
 
 class Intervals:
-    """The intervals that batches have told of."""
+    """The time that a tap has watched, and the intervals that brought rows."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # of all
-        self.latest_s = 0.0
+        self.latest_s = 0.0  # the last interval that brought rows
         self._latest = 0, 0
+        self._longest_s = 0.0
+        self._began_ns: int | None = None
+        self._reached_ns = 0
 
-    def begins(self, batch: pb.EbpfEventBatch) -> bool:
-        """Takes a batch's interval in; whether it is another one than that of the batch before."""
+    def begin(self, at_ns: int) -> None:
+        """Notes when the collector began to watch."""
+        self._began_ns = at_ns
+        self.reach(at_ns)
+
+    def reach(self, at_ns: int) -> None:
+        """Notes that the collector has watched until then."""
+        self._reached_ns = max(self._reached_ns, at_ns)
+
+    def add(self, batch: pb.EbpfEventBatch) -> bool:
+        """Takes in the interval of a batch with rows. True where it is another one than that of
+        the batch before: an interval may come in several batches."""
         interval = batch.interval_start_ns, batch.interval_end_ns
+        self.reach(interval[1])
+        if self._began_ns is None or interval[0] < self._began_ns:
+            self._began_ns = interval[0]
         if interval == self._latest:
             return False
         self._latest = interval
         self.latest_s = (interval[1] - interval[0]) / 1e9
-        self.seconds += self.latest_s
+        self._longest_s = max(self._longest_s, self.latest_s)
         return True
+
+    @property
+    def seconds(self) -> float:
+        """How long the collector has watched."""
+        return 0.0 if self._began_ns is None else (self._reached_ns - self._began_ns) / 1e9
+
+    @property
+    def rate_s(self) -> float:
+        """Over how many seconds a rate of the latest interval is taken; 0 where the interval is
+        too short for a rate."""
+        least_s = min(max(self._longest_s / 2, _SHORT_S), _LONG_S)
+        return self.latest_s if self.latest_s >= least_s else 0.0
+
+    @property
+    def total_rate_s(self) -> float:
+        """Over how many seconds a rate of the whole is taken; 0 where that is too short."""
+        return self.seconds if self.seconds >= _LONG_S else 0.0

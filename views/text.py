@@ -1,31 +1,59 @@
-"""Figures and foreign words as people read them, in the same way in every table."""
+"""Figures and foreign text as people read them, the same in every table."""
 
 from __future__ import annotations
 
+import re
+import time
 import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from rich.cells import cell_len, set_cell_size
+
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
-_UNITS: Final = ("", "k", "M", "G", "T", "P", "E")
-_STEP: Final = 1000
+_AMOUNTS: Final = tuple((unit, 1000.0**power) for power, unit in enumerate(" kMGTPEZY"))
+_TIMES_NS: Final = (
+    *(("ns", 1.0), ("µs", 1e3), ("ms", 1e6), ("s", 1e9)),
+    *(("min", 60e9), ("h", 3600e9), ("d", 86_400e9), ("y", 31_557_600e9)),
+)
+_CLAUSES: Final = re.compile(r"(?<=[,;]) ")
+_FOUR_DIGITS: Final = 999.5  # rounds to 1000
+_NS_PER_MS: Final = 1_000_000
+_NS_PER_S: Final = 1_000_000_000
 _COLOURS: Final = {"red": 31, "yellow": 33}
-# Control, format (such as what turns the direction of writing), and what is no character at all.
+# Control, format (such as marks that turn the direction of writing), and unassigned characters.
 _UNSAFE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def format_ns(ns: float) -> str:
-    """Three digits and a unit: 870ns, 4.21µs, 12.5ms, 1.20s."""
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if ns >= size:
-            return f"{_three_digits(ns / size)}{unit}"
-    return f"{ns:.0f}ns"
+    """Three digits and a unit: 870ns, 4.21µs, 12.5ms, 1.20s, 16.7min."""
+    return _scaled(ns, _TIMES_NS)
+
+
+def format_amount(amount: float) -> str:
+    """Three digits and a unit of thousands: 0, 870, 4.21k, 12.5M, 1.20G."""
+    return _scaled(amount, _AMOUNTS)
+
+
+def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
+    """VALUE in the first unit in which it has at most three digits. Below the second unit there
+    are no decimals."""
+    least = units[0][0]
+    unit, size = next(
+        (each for each in units if value / each[1] < _FOUR_DIGITS), units[-1]
+    )  # a larger unit takes what would round to four digits
+    value /= size
+    if unit == least:
+        return f"{value:.0f}{unit.strip()}"
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0  # noqa: PLR2004
+    return f"{value:.{digits}f}{unit}"
 
 
 def format_age(ns: float) -> str:
-    """How long ago, in two units at most: 870ms, 12s, 3m20s, 5h02m, 12d04h."""
-    seconds = int(ns / 1e9)
+    """An age in at most two units, rounded down: 870ms, 12s, 3m20s, 5h02m, 12d04h."""
+    seconds = int(ns / _NS_PER_S)
     if not seconds:
-        return f"{ns / 1e6:.0f}ms" if ns >= 1e6 else "<1ms"  # noqa: PLR2004
+        return f"{int(ns / _NS_PER_MS)}ms" if ns >= _NS_PER_MS else "<1ms"
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if days:
         return f"{days}d{hours % 24:02}h"
@@ -34,18 +62,8 @@ def format_age(ns: float) -> str:
     return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
 
 
-def format_amount(amount: float) -> str:
-    """Three digits and a unit of thousands: 0, 870, 4.21k, 12.5M, 1.20G."""
-    unit = 0
-    # What would be rounded up to four digits takes the next unit.
-    while amount >= _STEP - 0.5 and unit < len(_UNITS) - 1:
-        amount /= _STEP
-        unit += 1
-    return f"{_three_digits(amount)}{_UNITS[unit]}" if unit else f"{amount:.0f}"
-
-
 def format_share(share: float) -> str:
-    """A share that is not zero is never shown as zero: <0.1%, 3.1%, 42%."""
+    """A share in percent; one that is not zero is never shown as zero: <0.1%, 3.1%, 42%."""
     if not share:
         return "0%"
     percent = share * 100
@@ -54,14 +72,23 @@ def format_share(share: float) -> str:
     return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"  # noqa: PLR2004
 
 
+def format_rate(count: float, seconds: float) -> str:
+    """COUNT per second; a rate that is not zero is never shown as zero: <0.1, 3.1, 1,234."""
+    rate = count / seconds
+    if 0 < rate < 0.05:  # noqa: PLR2004
+        return "<0.1"
+    return f"{rate:.1f}" if 0 < rate < 9.95 else f"{rate:,.0f}"  # noqa: PLR2004
+
+
+def format_clock(unix_ns: int) -> str:
+    """The local time of day, to the microsecond: 14:03:07.000042."""
+    seconds, ns = divmod(unix_ns, _NS_PER_S)
+    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{ns // 1000:06d}"
+
+
 def times(count: int) -> str:
-    """How many there are of it: x 1,234, with the sign that is made for it."""
+    """COUNT behind a multiplication sign, as in 'REFUSED x5'."""
     return f"\N{MULTIPLICATION SIGN}{count:,}"
-
-
-def _three_digits(value: float) -> str:
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0  # noqa: PLR2004
-    return f"{value:.{digits}f}"
 
 
 def bar(share: float, width: int) -> str:
@@ -72,13 +99,13 @@ def bar(share: float, width: int) -> str:
 
 
 def styled(text: str, colour: str, *, bold: bool = False) -> str:
-    """TEXT with what makes a terminal show it in COLOUR ("red", "yellow")."""
+    """TEXT between the escape sequences that show it in COLOUR ("red", "yellow")."""
     return f"\x1b[{_COLOURS[colour]}{';1' if bold else ''}m{text}\x1b[0m"
 
 
 def safe(text: str) -> str:
-    """TEXT that somebody else has chosen, such as a command's name or a name server's answer,
-    without what a terminal would obey. The kernel's names end at the first NUL."""
+    """TEXT from a foreign source, such as a command's name or a name server's answer, without the
+    characters that a terminal would act on. The kernel's names end at the first NUL."""
     text = text.partition("\0")[0]
     if text.isascii() and text.isprintable():
         return text
@@ -86,8 +113,45 @@ def safe(text: str) -> str:
 
 
 def shorten(text: str, width: int, keep_end: int = 0) -> str:
-    """TEXT in at most WIDTH characters: what goes is before the last KEEP_END ones."""
-    if len(text) <= width:
+    """TEXT in at most WIDTH cells of a terminal, with an ellipsis for the part that was cut out;
+    the last KEEP_END characters stay."""
+    if cell_len(text) <= width:
         return text
-    keep_end = min(keep_end, width - 1)
-    return text[: width - 1 - keep_end] + "…" + (text[-keep_end:] if keep_end else "")
+    if width < 1:
+        return ""
+    end = text[len(text) - min(keep_end, width - 1, len(text)) :]
+    room = width - 1 - cell_len(end)
+    return f"{set_cell_size(text, room).rstrip() if room > 0 else ''}…{end}"
+
+
+def wrapped(parts: Iterable[str], width: int, separator: str = " ") -> Iterator[str]:
+    """PARTS joined into lines of at most WIDTH cells, broken between parts. Only a part that is
+    longer than a line is broken inside."""
+    line = ""
+    for part in parts:
+        longer = f"{line}{separator}{part}" if line else part
+        if cell_len(longer) <= width:
+            line = longer
+            continue
+        if line:
+            yield (line + separator).rstrip()
+        line = part
+        while cell_len(line) > width:
+            head = _head(line, width)
+            yield head
+            line = line[len(head) :]
+    if line:
+        yield line
+
+
+def clauses(text: str, width: int) -> Iterator[str]:
+    """TEXT in lines of at most WIDTH cells, broken after commas and semicolons."""
+    return wrapped(_CLAUSES.split(text), width)
+
+
+def _head(text: str, width: int) -> str:
+    """The longest start of TEXT that fits into WIDTH cells; at least one character."""
+    at = 1
+    while at < len(text) and cell_len(text[: at + 1]) <= width:
+        at += 1
+    return text[:at]

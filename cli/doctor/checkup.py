@@ -1,7 +1,7 @@
-"""The checks of `coral doctor`: each looks at one thing of an agent and says what it found.
+"""The checks of `coral doctor`: each examines one property of an agent and says what it found.
 
-What the agent answers is believed where it is about the kernel; that its collectors really see
-something, and leave nothing behind, is tried.
+The agent's answers about the kernel are taken as they are. Whether its collectors really see
+something, and leave nothing behind, is tested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 import grpc
 
 from coral.cli.doctor.machine import AgentProcess
-from coral.cli.doctor.provoke import PROVOCATIONS, UNKNOWN, Patient, Provocation
+from coral.cli.doctor.provoke import UNKNOWN, Patient
 from coral.cli.ladder import refusals, taken
 from coral.client import (
     AgentClient,
@@ -29,6 +29,8 @@ from coral.client import (
     EndReason,
     SessionEnd,
 )
+from coral.views.contract import Provocation
+from coral.views.registry import VIEWS
 from coral.wire.kinds import kind_name
 
 _ANSWER_S: Final = 15.0
@@ -53,7 +55,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `found` says what, of what is not well why and what to do."""
+    """One property that was examined. `found` is the result; where that is bad, why, and what to
+    do."""
 
     name: str
     status: Status
@@ -63,8 +66,8 @@ class Check:
 async def examine(
     address: str, process: AgentProcess | None, about: str, *, private: bool
 ) -> AsyncGenerator[Check, None]:
-    """Every check of the agent at ADDRESS, as it comes out. ABOUT is how the agent came to be;
-    a PRIVATE one has nothing to do but this."""
+    """Every check of the agent at ADDRESS, as soon as it is done. ABOUT says where the agent comes
+    from; a PRIVATE one has no other collectors."""
     async with AgentClient(address) as agent:
         try:
             async with asyncio.timeout(_ANSWER_S):
@@ -94,7 +97,7 @@ async def examine(
 
 
 def _kernel(answer: Capabilities) -> Iterator[Check]:
-    """What the agent says of the kernel, and of what it loads programs with."""
+    """What the agent says about the kernel, and about its loaders of programs."""
     if answer.features:
         yield Check("kernel", Status.OK, answer.kernel_version)
     else:
@@ -116,14 +119,14 @@ def _has(name: str, there: bool, found: str, reason: str) -> Check:
 
 
 def _process(process: AgentProcess, release: str) -> Iterator[Check]:
-    """What /proc says of the agent; a check for each thing that may be read."""
+    """What /proc says about the agent: a check for each file that may be read."""
     checks: tuple[Callable[[], Check], ...] = (
         lambda: _capabilities(process),
         lambda: _locked_memory(process, release),
         lambda: _mounted(
-            process, "tracefs", "/sys/kernel/tracing", "the hook `tracepoint` takes it"
+            process, "tracefs", "/sys/kernel/tracing", "the hook `tracepoint` needs it"
         ),
-        lambda: _mounted(process, "cgroup2", "/sys/fs/cgroup", "the option `cgroup` takes it"),
+        lambda: _mounted(process, "cgroup2", "/sys/fs/cgroup", "the option `cgroup` needs it"),
     )
     for check in checks:
         try:
@@ -149,10 +152,14 @@ def _locked_memory(process: AgentProcess, release: str) -> Check:
     limit = process.locked_memory_bytes()
     text = "unlimited" if limit is None else f"{limit >> 10} KiB"
     if numbers and (int(numbers[1]), int(numbers[2])) >= _UNCOUNTED_SINCE:
-        return Check("locked memory", Status.OK, f"{text}; maps do not count since Linux 5.11")
+        return Check(
+            "locked memory", Status.OK, f"{text}; since Linux 5.11 maps do not count against it"
+        )
     if limit is None:
         return Check("locked memory", Status.OK, text)
-    found = f"{text}, and maps count: raise it, by `ulimit -l unlimited` or systemd's LimitMEMLOCK="
+    found = (
+        f"{text}, and maps count against it: raise it with `ulimit -l unlimited` or LimitMEMLOCK="
+    )
     return Check("locked memory", Status.WARN, found)
 
 
@@ -175,7 +182,7 @@ async def _collector(agent: AgentClient, collector: CollectorCapability) -> Asyn
 
 
 def _modes(collector: CollectorCapability) -> list[str]:
-    """What its option `mode` can be here; an empty one where it has no such option."""
+    """The values of its option `mode` that work here; an empty one where it has no such option."""
     for option in collector.options:
         if option.name == "mode":
             return [option.default_value] if option.refused else option.accepts.split(" or ")
@@ -183,9 +190,11 @@ def _modes(collector: CollectorCapability) -> list[str]:
 
 
 async def _at_work(agent: AgentClient, kind: int, mode: str) -> Check:
-    """Starts it on a process of ours, has that do something, and counts what comes."""
+    """Starts it on a process of the doctor's own, has that run a known workload, and counts what
+    the collector reports."""
     name = f"{kind_name(kind)}, {mode}" if mode else kind_name(kind)
-    provocation = PROVOCATIONS.get(kind, UNKNOWN)
+    view = VIEWS.get(kind)
+    provocation = (view and view.provocation) or UNKNOWN
     async with Patient(provocation.code) as patient:
         config = {"pid": str(patient.pid), **provocation.config, **({"mode": mode} if mode else {})}
         try:
@@ -197,19 +206,19 @@ async def _at_work(agent: AgentClient, kind: int, mode: str) -> Check:
                 try:
                     await watch.run(agent, started.collector_id, patient.begin)
                 finally:
-                    # It has ended, unless something went wrong.
+                    # It has ended already, unless something went wrong.
                     with suppress(AgentError, TimeoutError):
                         async with asyncio.timeout(_STOP_S):
                             await agent.stop(started.collector_id)
         except AgentError as error:
             return Check(name, Status.WARN if error.code in _NOT_OURS else Status.FAIL, str(error))
         except TimeoutError:
-            return Check(name, Status.FAIL, "the agent did not answer any more: look at its log")
+            return Check(name, Status.FAIL, "the agent stopped answering: look at its log")
     return watch.verdict(name)
 
 
 class _Watch:
-    """One subscription of a collector: what it has told of so far."""
+    """One subscription of a collector, and what has come so far."""
 
     def __init__(self, provocation: Provocation) -> None:
         self._provocation = provocation
@@ -220,13 +229,13 @@ class _Watch:
         self._first_s = 0.0
 
     async def run(self, agent: AgentClient, collector_id: str, begin: Callable[[], None]) -> None:
-        """Subscribes, has it BEGIN, reads until all has come or time is up, stops the collector,
-        and reads to its end."""
+        """Subscribes, calls BEGIN, reads until everything has come or the time is up, stops the
+        collector, and reads to its end."""
         async with agent.subscribe(collector_id) as batches:
             reading = asyncio.create_task(self._read(batches))
             begin()
             try:
-                with suppress(TimeoutError):  # the verdict tells
+                with suppress(TimeoutError):  # the verdict says so
                     async with asyncio.timeout(_EVENTS_S):
                         await self._enough.wait()
                 if not self._end:
@@ -255,11 +264,11 @@ class _Watch:
             self._enough.set()
 
     def verdict(self, name: str) -> Check:
-        """How it came out."""
+        """The result."""
         wanted, things = self._provocation.times, self._provocation.things
         found = f"{self._seen:,} of {wanted:,} {things}, the first after {self._first_s:.3f} s"
         if not wanted:
-            found = "starts and stops; nothing is known here that it would have to see"
+            found = "starts and stops; there is no known workload for it"
         elif self._seen != wanted:
             lost = ", ".join(f"{count} lost ({stage})" for stage, count in self._lost.items())
             found = (
@@ -268,23 +277,25 @@ class _Watch:
             return Check(name, Status.FAIL, found)
         if not self._end or self._end.reason != EndReason.STOPPED:
             detail = self._end.detail if self._end else "the agent went away"
-            return Check(name, Status.FAIL, f"{found}, but it did not end as it was told: {detail}")
+            return Check(
+                name, Status.FAIL, f"{found}, but it did not end when it was stopped: {detail}"
+            )
         return Check(name, Status.OK, found)
 
 
 async def _left_behind(agent: AgentClient, process: AgentProcess | None, *, private: bool) -> Check:
-    """Whether anything of the checks is still there."""
+    """Whether the checks have left anything behind."""
     name = "left behind"
     try:
         async with asyncio.timeout(_ANSWER_S):
             at_work = [it.collector_id for it in (await agent.collectors()).collectors]
         if at_work and not private:
-            return Check(name, Status.OK, "not looked for: collectors of others are at work")
+            return Check(name, Status.OK, "not checked: other users' collectors are running")
         if at_work:
             return Check(name, Status.FAIL, f"collectors {', '.join(at_work)}: see the agent's log")
         held = process.held() if process else {}
     except (AgentError, OSError, TimeoutError) as error:
-        return Check(name, Status.WARN, f"cannot be seen: {error}")
+        return Check(name, Status.WARN, f"cannot be checked: {error}")
     if held:
         text = ", ".join(f"{count} {kind}" for kind, count in held.items())
         return Check(name, Status.FAIL, f"the agent still holds {text}: restart it")

@@ -1,10 +1,15 @@
-"""`coral tap`: start a collector on a target, show what it sees, stop it."""
+"""`coral tap`: start a collector on a target, show what it sees, stop it.
+
+No kind of collector is named here: the flags of each come from `coral.views.registry`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -12,17 +17,25 @@ from typing import Any, Final
 
 import click
 
-from coral.cli.common import EXIT_ERROR, DurationType, agent_option, output_option, run
-from coral.cli.tap.display import Story, Tapped, View, view_of
+from coral.cli.common import (
+    EXIT_ERROR,
+    Duration,
+    DurationType,
+    agent_option,
+    echo_error,
+    output_option,
+    run,
+)
+from coral.cli.tap.display import Screen, Tapped, screen_of
 from coral.cli.tap.launch import HeldCommand
 from coral.client import AgentClient, AgentError, Batch, EndReason
-from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.views.names import Names
-from coral.views.syscall_stats.story import SyscallStory
-from coral.views.tcp_metrics.story import TcpStory
+from coral.views.contract import Flag, Story, View
+from coral.views.registry import VIEWS
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _APART_S: Final = 0.03  # batches that are further apart are of different intervals
+_LIMIT: Final = re.compile(r"limits\.\w+")
+_BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED)
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Target:
 
     name: str
     service_name: str = ""
-    config: dict[str, str] = field(default_factory=dict)
+    config: Mapping[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ()
 
 
@@ -59,8 +72,24 @@ def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> T
     return Target(target, service_name=target)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What to start, and how to show it. `typed` has the user's words for each option of the
+    collector and each field of the request; see `coral.cli.common.in_users_words`."""
+
+    view: View
+    target: Target
+    config: Mapping[str, str]
+    typed: Mapping[str, str]
+    story: Story
+    duration_s: float | None
+    address: str
+    output: str
+
+
 class _TapCommand(click.Command):
-    """Takes what stands after `--` for a command to start, which click would not tell apart."""
+    """Keeps what stands after `--` apart: a command to start, which click would take for
+    arguments."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--" in args:
@@ -73,141 +102,238 @@ class _TapCommand(click.Command):
         formatter.write_usage(ctx.command_path, "[OPTIONS] TARGET | -- COMMAND [ARG]...")
 
 
-@click.command(cls=_TapCommand)
-@click.argument("target", required=False)
-@click.option("--host", is_flag=True, help="Watch every process of the machine.")
-@click.option("--syscall-stats", is_flag=True, help="System calls: counts, errors, latency.")
-@click.option("--tcp-metrics", is_flag=True, help="TCP connections: bytes, losses, failures.")
-@click.option("--events", is_flag=True, help="Every single event, a line each, no figures.")
-@click.option("--resolve", is_flag=True, help="Addresses of --tcp-metrics by name, where known.")
-@click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
-@click.option("-i", "--interval", metavar="DURATION", help="How often figures come.  [default: 1s]")
-@click.option("--include", metavar="NAMES", help="Only these system calls, comma-separated.")
-@click.option("--exclude", metavar="NAMES", help="All but these system calls.")
-@click.option(
-    "-c",
-    "--config",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any other option of the collector; `coral capabilities` lists them.",
-)
-@agent_option
-@output_option
-@click.pass_context
-def tap(
-    ctx: click.Context,
-    *,
-    target: str | None,
-    host: bool,
-    syscall_stats: bool,
-    tcp_metrics: bool,
-    events: bool,
-    resolve: bool,
-    duration: float | None,
-    interval: str | None,
-    include: str | None,
-    exclude: str | None,
-    options: tuple[str, ...],
-    address: str,
-    output: str,
-) -> None:
-    """Watch a service, a process, a cgroup or a command, and see what it does.
+def tap_command(views: Mapping[int, View]) -> click.Command:
+    """`coral tap` for some kinds of collectors."""
+    flags = {flag.name: flag for view in views.values() for flag in view.flags}
 
-    TARGET is a service's name, pid:N, cgroup:PATH or comm:NAME. A command after -- is started, and
-    watched from its exec on, with what it starts itself. Ctrl-C stops the collector and prints the
-    totals.
-    """
-    if syscall_stats == tcp_metrics:
-        raise click.UsageError("name what to collect: --syscall-stats or --tcp-metrics")
-    if resolve and not tcp_metrics:
-        raise click.UsageError("--resolve goes with --tcp-metrics")
-    wanted = parse_target(target, ctx.obj or (), host=host)
-    config = dict(wanted.config)
-    given = {"interval": interval, "include": include, "exclude": exclude}
-    config |= {name: value for name, value in given.items() if value is not None}
-    if events:
-        config["mode"] = "events"
+    # One keyword argument for each flag below, by its name without the dashes.
+    @click.command("tap", cls=_TapCommand)
+    @click.argument("target", required=False)
+    @click.option("--host", is_flag=True, help="Watch every process of the machine.")
+    @_each(_kind_option(view) for view in views.values())
+    @_each(_flag_option(flag, views) for flag in flags.values())
+    @click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
+    @click.option(
+        "-c",
+        "--config",
+        "options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any other option of the collector; `coral capabilities` lists them.",
+    )
+    @agent_option
+    @output_option
+    @click.pass_context
+    def tap(
+        ctx: click.Context,
+        /,
+        *,
+        target: str | None,
+        host: bool,
+        options: tuple[str, ...],
+        duration: Duration | None,
+        address: str,
+        output: str,
+        **given: Any,
+    ) -> None:
+        """Watch a service, a process, a cgroup or a command, and see what it does.
+
+        TARGET is a service's name, pid:N, cgroup:PATH or comm:NAME. A command after -- is started,
+        and watched from its exec on, with the processes that it starts itself. Ctrl-C stops the
+        collector and prints the totals.
+        """
+        view = _chosen(views, given)
+        wanted = parse_target(target, ctx.obj or (), host=host)
+        taken = [flag for flag in flags.values() if given[_parameter(flag)]]
+        for flag in taken:
+            if flag not in view.flags:
+                raise click.UsageError(f"{flag.name} goes with {_or(_having(flag, views))}")
+        config, typed = _config(taken, given, options)
+        for key in ("pid", *wanted.config):  # the pid of a command is known later
+            typed[key] = "--host" if host else wanted.name
+        if duration is not None:
+            typed["duration"] = f"--duration {duration.text}"
+        request = Request(
+            view,
+            wanted,
+            {**wanted.config, **config},
+            {**typed, "kind": view.flag},
+            view.story(frozenset(flag.name for flag in taken if not flag.key)),
+            duration,
+            address,
+            output,
+        )
+        run(_tap(request), request.typed)
+
+    return tap
+
+
+def _each(decorators: Iterator[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    """Several options, which help shows in this order."""
+
+    def decorate(function: Any) -> Any:  # noqa: ANN401  what click decorates
+        for decorator in reversed(tuple(decorators)):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _kind_option(view: View) -> Callable[[Any], Any]:
+    return click.option(view.flag, view.name, is_flag=True, help=view.about)
+
+
+def _flag_option(flag: Flag, views: Mapping[int, View]) -> Callable[[Any], Any]:
+    """An option. Its help names the kinds that have it, unless all have."""
+    having = _having(flag, views)
+    names = [name for name in (flag.short, flag.name) if name]
+    return click.option(
+        *names,
+        _parameter(flag),
+        is_flag=flag.is_switch,
+        metavar=flag.metavar or None,
+        help=flag.help + (f"  [with {_or(having)}]" if len(having) < len(views) else ""),
+    )
+
+
+def _parameter(flag: Flag) -> str:
+    return flag.name.removeprefix("--").replace("-", "_")
+
+
+def _having(flag: Flag, views: Mapping[int, View]) -> list[str]:
+    """The kinds that have a flag, as users ask for them."""
+    return [view.flag for view in views.values() if flag in view.flags]
+
+
+def _chosen(views: Mapping[int, View], given: Mapping[str, Any]) -> View:
+    """The one kind that was asked for. Raises a usage error."""
+    chosen = [view for view in views.values() if given[view.name]]
+    if len(chosen) != 1:
+        kinds = _or([view.flag for view in views.values()])
+        raise click.UsageError(f"name what to collect: {kinds}")
+    return chosen[0]
+
+
+def _config(
+    taken: Sequence[Flag], given: Mapping[str, Any], options: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The collector's options, and what the user typed for each. Raises a usage error."""
+    config, typed = {}, {}
+    for flag in taken:
+        if flag.key:
+            config[flag.key] = flag.value or given[_parameter(flag)]
+            typed[flag.key] = flag.name if flag.is_switch else f"{flag.name} {config[flag.key]}"
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise click.UsageError(f"--config {option}: KEY=VALUE is expected")
-        config[key] = value
-    kind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
-    story: Story = SyscallStory()
-    if tcp_metrics:
-        kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
-        story = TcpStory(Names() if resolve else None)
-    run(_tap(wanted, kind, config, story, duration_s=duration, address=address, output=output))
+        config[key], typed[key] = value, f"-c {option}"
+    return config, typed
 
 
-async def _tap(
-    target: Target,
-    kind: pb.EbpfCollectorKind,
-    config: dict[str, str],
-    story: Story,
-    *,
-    duration_s: float | None,
-    address: str,
-    output: str,
-) -> int:
+def _or(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+tap: Final = tap_command(VIEWS)
+
+
+async def _tap(request: Request) -> int:
+    target, config = request.target, dict(request.config)
     held = await HeldCommand.start(target.command) if target.command else None
     try:
         if held:
             config["pid"] = str(held.pid)
-        async with AgentClient(address) as agent:
+        async with AgentClient(request.address) as agent:
             started = await agent.start(
-                kind,
+                request.view.kind,
                 service_name=target.service_name,
                 config=config,
-                duration_s=duration_s,
+                duration_s=request.duration_s,
             )
             if not started.supported:
-                click.echo(f"coral: this cannot run here: {started.error}", err=True)
+                echo_error(f"this cannot run here: {started.error}")
                 return EXIT_ERROR
-            tapped = Tapped(target.name, started, story)
+            tapped = Tapped(target.name, started, request.story)
             try:
-                view = view_of(output, tapped, config)
-                end = await _follow(agent, tapped, view, held)
+                tapped.begin(await _began_ns(agent, started.collector_id))
+                screen = screen_of(request.output, tapped, config)
+                await _follow(agent, tapped, screen, held)
             finally:
                 if not tapped.end:  # whatever ended this, a closed pipe for one
                     with suppress(AgentError):
                         await agent.stop(tapped.collector_id)
-        view.finish()
+        tapped.close()
+        screen.finish()
     finally:
         if held:
             held.abandon()
+    return await _exit_status(request, tapped, held)
+
+
+async def _exit_status(request: Request, tapped: Tapped, held: HeldCommand | None) -> int:
+    """The command's where there is one, the signal's where one came; an error where the collector
+    did not end as it should."""
+    reason = tapped.end.reason if tapped.end else None
+    if tapped.end and reason == EndReason.PREEMPTED:
+        echo_error(_preempted(request, tapped.end.detail))
     if held and not tapped.interrupted:
         status = await held.wait()
         if status:
             return status
     if tapped.interrupted:
         return 128 + tapped.interrupted
-    return EXIT_ERROR if end == EndReason.FAILED else 0
+    return EXIT_ERROR if reason is None or reason in _BAD_ENDS else 0
 
 
-async def _read(stream: AsyncIterator[Batch], tapped: Tapped, view: View) -> None:
-    """Reads to the end. An interval may come in several batches, one at once after the other."""
+def _preempted(request: Request, detail: str) -> str:
+    """Why the agent ended a tap before its time, and what would help."""
+    helps = []
+    if request.config.get("mode") == "events":
+        helps.append("show figures, without --events")
+    if request.config.get("scope"):
+        helps.append("watch one service or process in place of --host")
+    limits = _LIMIT.findall(detail)
+    raised = f"{' and '.join(limits)} in " if limits else ""
+    helps += [request.view.cheaper, f"raise {raised}the agent's configuration"]
+    return f"the agent ended this tap before its time: {detail}: {_or(helps)}"
+
+
+async def _began_ns(agent: AgentClient, collector_id: str) -> int:
+    """When a collector began to watch, by its agent's clock; by this machine's where the agent does
+    not say."""
+    now_ns = time.time_ns()
+    with suppress(AgentError):
+        for collector in (await agent.collectors()).collectors:
+            if collector.collector_id == collector_id:
+                return collector.started_at_ns or now_ns
+    return now_ns
+
+
+async def _read(stream: AsyncIterator[Batch], tapped: Tapped, screen: Screen) -> None:
+    """Reads to the end. The batches of one interval come at once, one after the other."""
     while True:
         coming = asyncio.ensure_future(anext(stream, None))
         try:
             await asyncio.wait([coming], timeout=_APART_S)
             if not coming.done():
-                view.show()
+                screen.show()
             batch = await coming
         finally:
             coming.cancel()
         if not batch:
             return
-        view.update(batch)
+        screen.update(batch)
         tapped.add(batch)
 
 
 async def _follow(
-    agent: AgentClient, tapped: Tapped, view: View, held: HeldCommand | None
-) -> EndReason | None:
-    """Shows batches until the session's end. The first Ctrl-C stops the collector, and what it
-    still had is shown too."""
+    agent: AgentClient, tapped: Tapped, screen: Screen, held: HeldCommand | None
+) -> None:
+    """Shows batches until the session's end. The first Ctrl-C stops the collector; the rows that it
+    still had are shown too."""
     stopping: set[asyncio.Task[Any]] = set()
 
     def on_signal(number: int) -> None:
@@ -223,12 +349,10 @@ async def _follow(
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     try:
-        terms = pb.EbpfEventStreamRequest(interactive=True)
-        async with agent.subscribe(tapped.collector_id, terms) as stream:
+        async with agent.subscribe(tapped.collector_id, interactive=True) as stream:
             if held:
                 held.release()
-            await _read(stream, tapped, view)
+            await _read(stream, tapped, screen)
     finally:
         leave_signals()
     await asyncio.gather(*stopping, return_exceptions=True)
-    return tapped.end.reason if tapped.end else None

@@ -5,107 +5,99 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Mapping
+from typing import Final, Protocol
 
 import click
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from coral.cli.common import echo_data
 from coral.client import Batch, SessionEnd, Started
-from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.contract import Story
+from coral.views.text import safe, shorten
 
-_LEASE_BAR_WIDTH: Final = 30
+_BAR_WIDTH: Final = 30
+_SHORTEST_BAR: Final = 10  # less room than this has no bar
+_SHORTEST_TARGET: Final = 12
+_GAP: Final = "  "
 _LINES_AROUND_TABLE: Final = 6
 _REFRESH_PER_S: Final = 4
 
 
-class Story(Protocol):
-    """What a tap of one kind of collector tells, however it is shown."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it has gathered."""
-
-    def add(self, batch: Batch) -> None:
-        """Takes in a batch that has rows."""
-
-    def interval_table(self, width: int, most_lines: int) -> RenderableType:
-        """The last interval, for a terminal."""
-
-    def interval_lines(self) -> Iterable[str]:
-        """The last interval, for a pipe: columns that stand, no colour."""
-
-    def end_table(self, width: int) -> RenderableType:
-        """All of it, for a terminal."""
-
-    def end_lines(self) -> Iterable[str]:
-        """All of it, for a pipe."""
-
-    def event_lines(self, batch: Batch) -> Iterable[str]:
-        """A line for each single event; colours in it are for a terminal alone."""
-
-    def records(self, batch: Batch) -> Iterable[dict[str, Any]]:
-        """Each row as plain data."""
-
-
 class Tapped:
-    """What is known of the tap so far."""
+    """The state of one tap."""
 
     def __init__(self, target: str, started: Started, story: Story) -> None:
-        self.target = target
+        self.target = safe(target)
         self.story = story
         self.collector_id = started.collector_id
         self.started_at = time.time()
-        self.expires_at = started.expires_at.ToNanoseconds() / 1e9
+        self.expires_at = (started.expires_at_ns or 0) / 1e9
         self.lost: Counter[str] = Counter()
         self.end: SessionEnd | None = None
         self.interrupted = 0  # the signal
+        self._began_ns = 0
+
+    def begin(self, at_ns: int) -> None:
+        """Notes when the collector began to watch, by its agent's clock."""
+        self._began_ns = at_ns
+        self.story.intervals.begin(at_ns)
 
     def add(self, batch: Batch) -> None:
-        """Takes a batch in."""
+        """Takes a batch in. One without rows says how far the collector has come, too."""
         self.lost.update(batch.lost)
+        self.story.intervals.reach(batch.message.interval_end_ns)
         if batch.count:
             self.story.add(batch)
         self.end = batch.end
+
+    def close(self) -> None:
+        """Notes that nothing more comes. Without the agent's word for when the session ended, this
+        machine's clock says how long it was."""
+        if not self.end:
+            watched_ns = int((time.time() - self.started_at) * 1e9)
+            self.story.intervals.reach(self._began_ns + watched_ns)
 
     @property
     def end_text(self) -> str:
         """How it ended, for people."""
         if not self.end:
             return "the agent went away"
-        reason = pb.SessionEnd.Reason.Name(self.end.reason).removeprefix("REASON_")
-        text = reason.lower().replace("_", " ")
-        return f"{text}: {self.end.detail}" if self.end.detail else text
+        text = self.end.reason.name.lower().replace("_", " ")
+        return f"{text}: {safe(self.end.detail)}" if self.end.detail else text
+
+    @property
+    def totals_text(self) -> str:
+        """The heading of the totals."""
+        return f"totals of {self.story.intervals.seconds:.1f}s, {self.end_text}"
 
 
-class View(Protocol):
+class Screen(Protocol):
     """One way to show a tap."""
 
     def update(self, batch: Batch) -> None:
         """A batch has come, and is not taken in yet."""
 
     def show(self) -> None:
-        """Nothing more comes for now: what has been taken in is whole."""
+        """Nothing more comes for now: every interval that has been taken in is complete."""
 
     def finish(self) -> None:
         """Shows the end and the totals."""
 
 
-def view_of(output: str, tapped: Tapped, config: Mapping[str, str]) -> View:
+def screen_of(output: str, tapped: Tapped, config: Mapping[str, str]) -> Screen:
     """The way that OUTPUT, the collector's CONFIG and standard output ask for."""
     if output != "table":
-        return _DataView(tapped, output)
+        return _DataScreen(tapped, output)
     if config.get("mode") == "events":
-        return _EventView(tapped)
-    return _LiveView(tapped) if sys.stdout.isatty() else _PlainView(tapped)
+        return _EventScreen(tapped)
+    return _LiveScreen(tapped) if sys.stdout.isatty() else _PlainScreen(tapped)
 
 
-class _DataView:
+class _DataScreen:
     """One object a row, for programs."""
 
     def __init__(self, tapped: Tapped, output: str) -> None:
@@ -123,12 +115,12 @@ class _DataView:
 
     def finish(self) -> None:
         end = self._tapped.end
-        reason = pb.SessionEnd.Reason.Name(end.reason).removeprefix("REASON_") if end else "UNKNOWN"
+        reason = end.reason.name if end else "UNKNOWN"
         echo_data({"end": reason.lower(), "detail": end.detail if end else ""}, self._output)
 
 
-class _PlainView:
-    """Rows of fixed width as they come, for a pipe."""
+class _PlainScreen:
+    """A table for each interval, for a pipe."""
 
     def __init__(self, tapped: Tapped) -> None:
         self._tapped = tapped
@@ -153,22 +145,34 @@ class _PlainView:
     def finish(self) -> None:
         self.show()
         tapped = self._tapped
-        click.echo(f"\ntotals of {tapped.story.seconds:.1f}s, {tapped.end_text}")
+        click.echo(f"\n{tapped.totals_text}")
         for line in tapped.story.end_lines():
             click.echo(line)
         for stage, count in tapped.lost.items():
-            click.echo(f"lost {count} ({stage})")
+            click.echo(f"lost {count:,} ({stage})")
 
 
-class _EventView(_PlainView):
+class _EventScreen(_PlainScreen):
     """A line for each single event."""
 
+    def __init__(self, tapped: Tapped) -> None:
+        super().__init__(tapped)
+        self._console = Console()
+
     def update(self, batch: Batch) -> None:
-        if lines := list(self._tapped.story.event_lines(batch)):
+        width = self._console.width if self._console.is_terminal else None
+        if lines := list(self._tapped.story.event_lines(batch, width)):
             click.echo("\n".join(lines))
 
+    def finish(self) -> None:
+        if self._console.is_terminal:
+            click.echo()
+            show_end(self._console, self._tapped)
+        else:
+            super().finish()
 
-class _LiveView:
+
+class _LiveScreen:
     """A table that is drawn anew with every interval, for a terminal."""
 
     def __init__(self, tapped: Tapped) -> None:
@@ -183,37 +187,48 @@ class _LiveView:
         self._live.start()
 
     def update(self, batch: Batch) -> None:
-        """What is drawn is what has been taken in."""
+        """What is drawn comes from the story, which has not taken this batch in yet."""
 
     def show(self) -> None:
         self._live.refresh()
 
     def finish(self) -> None:
         self._live.stop()
-        tapped = self._tapped
-        self._console.print(
-            Text.assemble(("totals", "bold"), f" of {tapped.story.seconds:.1f}s, {tapped.end_text}")
-        )
-        self._console.print(tapped.story.end_table(self._console.width))
-        self._console.print(self._losses())
+        show_end(self._console, self._tapped)
 
     def _render(self) -> RenderableType:
+        width = self._console.width
         lines = max(self._console.height - _LINES_AROUND_TABLE, 1)
-        table = self._tapped.story.interval_table(self._console.width, lines)
-        return Group(self._lease(), Text(), table, self._losses())
+        table = self._tapped.story.interval_table(width, lines)
+        return Group(self._lease(width), Text(), table, _losses(self._tapped))
 
-    def _lease(self) -> RenderableType:
+    def _lease(self, width: int) -> Text:
+        """Whom this watches, and how much of its time is left; where there is no room, without the
+        bar."""
         tapped = self._tapped
-        lease_s = tapped.expires_at - tapped.started_at
+        lease_s = max(tapped.expires_at - tapped.started_at, 1e-3)
         left_s = max(tapped.expires_at - time.time(), 0)
-        line = Table.grid(padding=(0, 2))
-        line.add_row(
-            Text(tapped.target, "bold"),
-            ProgressBar(lease_s, lease_s - left_s, width=_LEASE_BAR_WIDTH),
-            Text(f"{left_s:.0f}s left, Ctrl-C stops", "dim"),
-        )
-        return line
+        end = f"{left_s:.0f}s left, Ctrl-C stops"
+        room = width - len(end) - len(_GAP)
+        target = shorten(tapped.target, max(room, _SHORTEST_TARGET))
+        bar_width = min(room - cell_len(target) - len(_GAP), _BAR_WIDTH)
+        line = Text(target, "bold", no_wrap=True)
+        if bar_width >= _SHORTEST_BAR:
+            done = round(bar_width * min(max(1 - left_s / lease_s, 0), 1))
+            line.append(_GAP).append("━" * done, "cyan").append("━" * (bar_width - done), "dim")
+        return line.append(_GAP).append(end, "not bold dim")
 
-    def _losses(self) -> Text:
-        lost = ", ".join(f"{count} {stage}" for stage, count in self._tapped.lost.items())
-        return Text(f"lost: {lost}", "red") if lost else Text()
+
+def show_end(console: Console, tapped: Tapped) -> None:
+    """The totals, on a terminal."""
+    heading = Text(tapped.totals_text)
+    heading.stylize("bold", 0, len("totals"))
+    console.print(heading)
+    console.print(tapped.story.end_table(console.width))
+    if tapped.lost:
+        console.print(_losses(tapped))
+
+
+def _losses(tapped: Tapped) -> Text:
+    lost = ", ".join(f"{count:,} {stage}" for stage, count in tapped.lost.items())
+    return Text(f"lost: {lost}", "red") if lost else Text()

@@ -190,7 +190,7 @@ SHEET.add("bcd", "here", "", "1,234")
               "a    [a place that is long]      7",
               "bcd  here                    1,234"]),
         (30, ["WHO  WHERE                   N",
-              "a    [a place that is …      7",
+              "a    [a place that is…       7",
               "bcd  here                1,234"]),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_lines_for_a_pipe_are_as_wide_as_what_is_in_them() -> None:
     assert list(SHEET.lines()) == [
         "WHO  WHERE                   SPARE      N",
         "a    [a place that is long]  12345      7",
-        "bcd  here                           1,234",
+        "bcd  here                        -  1,234",
     ]
     assert list(Sheet((Column("ONLY"),)).lines()) == ["ONLY"]
 

@@ -1,230 +1,120 @@
-"""What a tap of `syscall_stats` shows: rows of batches added up by system call, and drawn."""
+"""A tap of `syscall_stats` in a table: system calls, those that took most time first."""
 
 from __future__ import annotations
 
-import errno
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, Final
 
-import numpy as np
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
+from rich.console import RenderableType
 
-from coral.client import Batch, Histogram
-from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.client import Batch
 from coral.views.intervals import Intervals
-from coral.views.text import bar, format_ns, safe
-from coral.wire.kinds import kind_name
+from coral.views.sheet import Column, Content, Sheet
+from coral.views.syscall_stats.calls import QUANTILES, call_lines, records
+from coral.views.syscall_stats.totals import SyscallRow, SyscallTotals, sum_of
+from coral.views.text import bar, format_ns, format_rate, format_share, shorten, times
 
-_SLOTS: Final = 64
-_MAX_ERRNO: Final = 4095
 _BAR_WIDTH: Final = 20
-_QUANTILES: Final = {"P50": 0.5, "P95": 0.95, "P99": 0.99}
 
-
-@dataclass
-class SyscallRow:
-    """One system call, added up over processes and intervals."""
-
-    calls: int = 0
-    errors: int = 0
-    total_ns: int = 0
-    latency: Histogram = field(default_factory=Histogram)
-
-
-@dataclass
-class SyscallTotals:
-    """Rows by the name of the system call, and how long they were gathered."""
-
-    rows: dict[str, SyscallRow] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def add(self, batch: pb.EbpfEventBatch) -> None:
-        """Adds a batch."""
-        for stats in batch.syscall_stats:
-            row = self.rows.setdefault(stats.syscall_name, SyscallRow())
-            row.calls += stats.call_count
-            row.errors += stats.error_count
-            row.total_ns += stats.total_duration_ns
-            row.latency.add(stats.latency_ns, stats.max_duration_ns)
-
-    def add_calls(self, batch: Batch) -> None:
-        """Adds single calls; each counts for as many as its sample stands for."""
-        events, weight = batch.events, batch.message.sample_every or 1
-        for index in np.unique(events["syscall"]).tolist():
-            of_call = events[events["syscall"] == index]
-            values, durations = of_call["return_value"], of_call["duration_ns"]
-            row = self.rows.setdefault(str(batch.strings[index]), SyscallRow())
-            row.calls += weight * len(of_call)
-            row.errors += weight * int(((values < 0) & (values >= -_MAX_ERRNO)).sum())
-            row.total_ns += weight * int(durations.sum())
-            slots = np.log2(durations.clip(1)).astype(int)
-            counts = weight * np.bincount(slots, minlength=_SLOTS)
-            latency = pb.Log2Histogram(first_exponent=0, slots=_SLOTS, counts=counts.tolist())
-            row.latency.add(latency, int(durations.max()))
-
-    def busiest(self) -> list[tuple[str, SyscallRow]]:
-        """By time spent."""
-        return sorted(self.rows.items(), key=lambda item: -item[1].total_ns)
-
-    def table(self, most_rows: int | None = None) -> Table:
-        """For a terminal."""
-        table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-        table.add_column("SYSCALL")
-        for column in ("CALLS", "CALLS/S", "ERRORS", *_QUANTILES, "MAX", "TIME"):
-            table.add_column(column, justify="right")
-        table.add_column("", width=_BAR_WIDTH)
-        all_ns = sum(row.total_ns for row in self.rows.values()) or 1
-        busiest = self.busiest()
-        for name, row in busiest[:most_rows]:
-            share = row.total_ns / all_ns
-            table.add_row(
-                name,
-                f"{row.calls:,}",
-                f"{row.calls / self.seconds:,.0f}" if self.seconds else "",
-                Text(f"{row.errors:,}", "red" if row.errors else "dim"),
-                *(format_ns(row.latency.quantile_ns(q)) for q in _QUANTILES.values()),
-                format_ns(row.latency.max_ns),
-                f"{share:.1%}",
-                Text(bar(share, _BAR_WIDTH), "cyan"),
-            )
-        if most_rows is not None and len(busiest) > most_rows:
-            table.add_row(Text(f"and {len(busiest) - most_rows} more", "dim"))
-        return table
-
-    def lines(self) -> Iterator[str]:
-        """For a pipe: columns of fixed width, no colour."""
-        all_ns = sum(row.total_ns for row in self.rows.values()) or 1
-        for name, row in self.busiest():
-            quantiles = " ".join(
-                f"{format_ns(row.latency.quantile_ns(q)):>8}" for q in _QUANTILES.values()
-            )
-            rate = row.calls / self.seconds if self.seconds else 0
-            yield (
-                f"{name:<20} {row.calls:>10} {rate:>10.0f} {row.errors:>8} {quantiles} "
-                f"{format_ns(row.latency.max_ns):>8} {row.total_ns / all_ns:>6.1%}"
-            )
-
-
-HEADER: Final = (
-    f"{'SYSCALL':<20} {'CALLS':>10} {'CALLS/S':>10} {'ERRORS':>8} "
-    f"{'P50':>8} {'P95':>8} {'P99':>8} {'MAX':>8} {'TIME':>6}"
+_COLUMNS: Final = (
+    Column("SYSCALL", right=False, fits=True, room=15, comfort=20, least=20),
+    Column("CALLS", least=10),
+    Column("CALLS/S", spare=4, least=9),
+    Column("ERRORS", least=8),
+    Column("WHY", right=False, fits=True, room=11, comfort=20, spare=2, optional=True, least=20),
+    Column("P50", spare=3, least=7),
+    Column("P95", spare=6, least=7),
+    Column("P99", spare=1, least=7),
+    Column("MAX", spare=5, least=7),
+    Column("TIME", least=5),
+    Column("", right=False, spare=7, drawn=True),
 )
 
 
 class SyscallStory:
-    """The last interval, and all of them."""
+    """The last interval, and the whole session."""
 
     def __init__(self) -> None:
-        self._intervals = Intervals()
+        self.intervals = Intervals()
         self._latest = SyscallTotals()
         self._totals = SyscallTotals()
 
-    @property
-    def seconds(self) -> float:
-        """How long it has gathered."""
-        return self._totals.seconds
-
     def add(self, batch: Batch) -> None:
         """Takes in figures, or single calls."""
-        if self._intervals.begins(batch.message):
-            self._latest = SyscallTotals(seconds=self._intervals.latest_s)
-            self._totals.seconds = self._intervals.seconds
-        if len(batch.events):
-            self._totals.add_calls(batch)
-            return
-        self._latest.add(batch.message)
-        self._totals.add(batch.message)
+        if self.intervals.add(batch.message):
+            self._latest = SyscallTotals()
+        self._latest.add(batch)
+        self._totals.add(batch)
 
-    def interval_table(self, _width: int, most_lines: int) -> Table:
+    def interval_table(self, width: int, most_lines: int) -> RenderableType:
         """The last interval, for a terminal."""
-        return self._latest.table(most_lines)
+        return _sheet(self._latest, self.intervals.rate_s, most_lines).table(width)
 
     def interval_lines(self) -> Iterator[str]:
         """The last interval, for a pipe."""
-        yield HEADER
-        yield from self._latest.lines()
+        yield from _sheet(self._latest, self.intervals.rate_s).lines()
 
-    def end_table(self, _width: int) -> Table:
-        """All of it, for a terminal."""
-        return self._totals.table()
+    def end_table(self, width: int) -> RenderableType:
+        """The whole session, for a terminal."""
+        return _sheet(self._totals, self.intervals.total_rate_s).table(width)
 
     def end_lines(self) -> Iterator[str]:
-        """All of it, for a pipe."""
-        yield HEADER
-        yield from self._totals.lines()
+        """The whole session, for a pipe."""
+        yield from _sheet(self._totals, self.intervals.total_rate_s).lines()
 
-    def event_lines(self, batch: Batch) -> Iterator[str]:
+    def event_lines(self, batch: Batch, width: int | None = None) -> Iterator[str]:
         """A line for each single call."""
-        yield from map(call_line, call_records(batch))
+        yield from call_lines(batch, width)
 
     def records(self, batch: Batch) -> Iterator[dict[str, Any]]:
-        """Each row as plain data: a summary with its quantiles, or a single call."""
-        yield from _summary_records(batch.message)
-        yield from call_records(batch)
+        """Each row as plain data."""
+        yield from records(batch)
 
 
-def call_records(batch: Batch) -> Iterator[dict[str, Any]]:
-    """Each single call as plain data."""
-    events = batch.events
-    if not len(events):
-        return
-    syscalls, comms = batch.strings[events["syscall"]], batch.strings[events["comm"]]
-    sample_every = batch.message.sample_every or 1
-    for event, syscall, comm in zip(
-        events.tolist(), syscalls.tolist(), comms.tolist(), strict=True
-    ):
-        call = dict(zip(events.dtype.names or (), event, strict=True))
-        yield {
-            "collector": kind_name(batch.message.kind),
-            "service": batch.message.service_name,
-            "ended_ns": call["ended_ns"],
-            "pid": call["pid"],
-            "tid": call["tid"],
-            "comm": comm,
-            "syscall": syscall,
-            "return_value": call["return_value"],
-            "duration_ns": call["duration_ns"],
-            "sample_every": sample_every,
-        }
+def _sheet(totals: SyscallTotals, seconds: float, most_rows: int | None = None) -> Sheet:
+    """TOTALS, gathered in so many SECONDS; 0 where that is too short for rates."""
+    sheet = Sheet(_COLUMNS)
+    busiest = totals.busiest()
+    shown = busiest if most_rows is None or len(busiest) <= most_rows else busiest[: most_rows - 1]
+    all_ns = totals.total_ns or 1
+    for name, row in shown:
+        sheet.add(*_cells(name, row, seconds, row.total_ns / all_ns))
+    if rest := [row for _, row in busiest[len(shown) :]]:
+        one = sum_of(rest)
+        sheet.add(*_cells(f"and {len(rest)} more", one, seconds, one.total_ns / all_ns))
+    return sheet
 
 
-def call_line(call: Mapping[str, Any]) -> str:
-    """A single call for people: when, who, what, what came out, how long it took."""
-    seconds, ns = divmod(call["ended_ns"], 10**9)
-    clock = f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{ns // 1000:06d}"
-    value = call["return_value"]
-    failed = -_MAX_ERRNO <= value < 0
-    outcome = errno.errorcode.get(-value, str(value)) if failed else str(value)
-    who = f"{safe(call['comm'])}/{call['tid']}"
-    return (
-        f"{clock}  {who:<22} {call['syscall']:<20} = {outcome:<12} "
-        f"{format_ns(call['duration_ns']):>8}"
-    )
+def _cells(
+    name: str, row: SyscallRow, seconds: float, share: float
+) -> Iterator[Content | tuple[Content, str]]:
+    yield name
+    yield f"{row.calls:,}"
+    yield format_rate(row.calls, seconds) if seconds else ""
+    style = "red" if row.failures else "" if row.errors else "dim"
+    yield f"{row.errors:,}", style
+    yield _why(row), style
+    for quantile in QUANTILES.values():
+        yield format_ns(row.latency.quantile_ns(quantile))
+    yield format_ns(row.latency.max_ns)
+    yield format_share(share)
+    yield bar(share, _BAR_WIDTH), "cyan"
 
 
-def _summary_records(batch: pb.EbpfEventBatch) -> Iterator[dict[str, Any]]:
-    for index, stats in enumerate(batch.syscall_stats):
-        latency = Histogram()
-        latency.add(stats.latency_ns, stats.max_duration_ns)
-        yield {
-            "collector": kind_name(batch.kind),
-            "service": batch.service_name,
-            "seq": batch.first_seq + index,
-            "interval_start_ns": batch.interval_start_ns,
-            "interval_end_ns": batch.interval_end_ns,
-            "pid": stats.pid,
-            "comm": stats.labels.get("comm", ""),
-            "syscall": stats.syscall_name,
-            "calls": stats.call_count,
-            "errors": stats.error_count,
-            "errors_by_class": dict(stats.errors_by_class),
-            "total_ns": stats.total_duration_ns,
-            "max_ns": stats.max_duration_ns,
-            **{
-                f"{name.lower()}_ns": round(latency.quantile_ns(q))
-                for name, q in _QUANTILES.items()
-            },
-        }
+def _why(row: SyscallRow) -> Content:
+    """The errors by cause, the most frequent first, with how many where there are several. A cause
+    that does not fit is left out, and never a part of a number."""
+    causes = row.causes.most_common()
+    if len(causes) <= 1:
+        return "".join(cause for cause, _ in causes)
+    texts = [f"{cause} {times(count)}" for cause, count in causes]
+
+    def fit(width: int) -> str:
+        for shown in range(len(texts), 0, -1):
+            text = ", ".join([*texts[:shown], *(["…"] if shown < len(texts) else [])])
+            if cell_len(text) <= width:
+                return text
+        return shorten(f"{causes[0][0]}, …", width)
+
+    return fit

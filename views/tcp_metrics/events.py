@@ -1,9 +1,8 @@
-"""Single things that happened to connections, as lines and as data; figures as data."""
+"""Single events of connections as lines and as data, and figures as data."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from google.protobuf.descriptor import EnumDescriptor
@@ -11,15 +10,19 @@ from google.protobuf.message import Message
 
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.errnos import errno_name
 from coral.views.names import Names
-from coral.views.tcp_metrics.flows import CLIENT, LISTENER, SERVER, is_bad
-from coral.views.tcp_metrics.peers import endpoint
-from coral.views.tcp_metrics.tally import error_name, event_end, event_rows
-from coral.views.text import safe, styled, times
+from coral.views.tcp_metrics.flows import CLIENT, LISTENER, SERVER, Flow, is_bad
+from coral.views.tcp_metrics.peers import endpoint, peer
+from coral.views.tcp_metrics.tally import event_end, event_rows
+from coral.views.text import format_clock, safe, shorten, styled, times
 from coral.wire.kinds import kind_name
 
 _WHO_WIDTH: Final = 22
 _ENDS_WIDTH: Final = 41
+_WIDE: Final = 120  # of a terminal; on a narrower one the local address is left out
+_WHO_SHARE: Final = 5  # of the room beside the clock, which a fifth is for
+_PEER_WIDTHS: Final = (18, 28)  # least, most
 _What = pb.TcpStateChange
 _KINDS: Final = {
     _What.WHAT_RETRANSMIT_FAST: "fast recovery",
@@ -37,14 +40,33 @@ _ENUMS: Final = {
 }
 
 
-def event_line(event: Mapping[str, Any], names: Names | None = None) -> str:
-    """One event for people: when, whose, between whom, what."""
-    seconds, ns = divmod(event["time_ns"], 10**9)
-    clock = f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{ns // 1000:06d}"
-    who = f"{safe(event['comm'])}/{event['pid']}"
+def event_line(
+    event: Mapping[str, Any], names: Names | None = None, width: int | None = None
+) -> str:
+    """One event for people: when, whose, between which addresses, what. A terminal of WIDTH columns
+    may be too narrow for both addresses: then only the peer's is shown."""
+    clock = f"{format_clock(event['time_ns'])}  "
+    process = f"/{event['pid']}"
+    who = f"{safe(event['comm'])}{process}"
     what, colour = _what(event)
-    text = styled(what, colour, bold=colour == "red") if colour else what
-    return f"{clock}  {who:<{_WHO_WIDTH}} {_ends(event, names):<{_ENDS_WIDTH}} {text}"
+    if width is None or width >= _WIDE:
+        head = f"{clock}{who:<{_WHO_WIDTH}} {_ends(event, names):<{_ENDS_WIDTH}} "
+    else:
+        room = width - len(clock)
+        who_width = max(room // _WHO_SHARE, len(process) + 4)
+        least, most = _PEER_WIDTHS
+        ends = _peer(event, names)(min(max(room // 3, least), most))
+        who = shorten(who, who_width, len(process))
+        head = f"{clock}{who:<{who_width}} {ends:<{min(max(room // 3, least), most)}} "
+    if width is not None:
+        what = shorten(what, max(width - len(head), 1), max(width - len(head) - 5, 0))
+    return head + (styled(what, colour, bold=colour == "red") if colour else what)
+
+
+def _peer(event: Mapping[str, Any], names: Names | None) -> Callable[[int], str]:
+    local, remote = event["local_port"], event["remote_port"]
+    near, far = (remote, local) if event["role"] == CLIENT else (local, remote)
+    return peer(Flow(event["role"], event["remote_address"], near, far), names)
 
 
 def _ends(event: Mapping[str, Any], names: Names | None) -> str:
@@ -70,7 +92,7 @@ def _what(event: Mapping[str, Any]) -> tuple[str, str]:
     text = f"{_state(event['old_state'])} → {_state(event['new_state'])}"
     if event["new_state"] != pb.TCP_STATE_CLOSE or event["role"] == LISTENER:
         return text, ""
-    error = error_name(event["error"])
+    error = errno_name(event["error"])
     word = event_end(event) if event["end"] else ""
     said = [text, word, error if error != word else ""]
     return "  ".join(part for part in said if part), "red" if is_bad(word) else ""
@@ -90,7 +112,7 @@ def records(batch: Batch, names: Names | None = None) -> Iterator[dict[str, Any]
             name: _short(_ENUMS[name], value).lower() if name in _ENUMS else value
             for name, value in event.items()
         }
-        yield head | data | {"error": error_name(event["error"])} | _named(event, names)
+        yield head | data | {"error": errno_name(event["error"])} | _named(event, names)
     interval = {
         "interval_start_ns": message.interval_start_ns,
         "interval_end_ns": message.interval_end_ns,

@@ -1,4 +1,4 @@
-"""What a tap of `tcp_metrics` knows: connections, several alike as one, and peers, added up."""
+"""Connections and peers as a tap of `tcp_metrics` shows them, several alike added up to one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WELL: Final = (pb.TCP_END_OPEN, pb.TCP_END_FIN_LOCAL, pb.TCP_END_FIN_REMOTE, pb
 
 
 class Health(IntEnum):
-    """How much something asks to be looked at."""
+    """How much attention a connection needs."""
 
     WELL = 0
     LOSSY = 1
@@ -50,8 +50,7 @@ class Health(IntEnum):
 
 @dataclass
 class Flow:
-    """One connection, or several added up; of bytes and segments, those of one interval or of
-    several."""
+    """One connection, or several added up, over one interval or over several."""
 
     role: int = pb.TCP_ROLE_UNSPECIFIED
     address: str = ""
@@ -82,18 +81,18 @@ class Flow:
 
     @property
     def resent_share(self) -> float:
-        """Of the segments, those that were sent again."""
+        """The share of the segments that were sent again."""
         return min(self.retransmits / max(self.segments, 1), 1.0)
 
     @property
     def round_trip_us(self) -> float:
-        """The kernel's smoothed one; of several, the median of all."""
+        """The kernel's smoothed round trip; of several connections, the median of all."""
         if self.connections == 1 and self.rtt_us:
             return self.rtt_us
         return self.rtt.quantile(0.5) or self.rtt_us
 
     def merge(self, more: Flow) -> None:
-        """Adds another one; whose it is, and how it is called, stays as it was."""
+        """Adds another one; process, peer and word stay as they were."""
         self.connections += more.connections
         self.opened += more.opened
         self.closed += more.closed
@@ -116,7 +115,7 @@ class Flow:
 
 
 def of_connection(row: pb.TcpMetrics) -> Flow:
-    """A row of one connection, or of what the agent has added up."""
+    """A row of one connection, or of several that the agent has added up."""
     delta = row.delta
     ended = has_ended(row)
     resent = delta.retransmits or delta.syn_ack_retransmits
@@ -160,7 +159,7 @@ def of_connection(row: pb.TcpMetrics) -> Flow:
 
 
 def has_ended(row: pb.TcpMetrics) -> bool:
-    """Whether it is over: while it is being closed, it may be told already who began."""
+    """Whether it is over. A connection that is still closing may have an `end` already."""
     return bool(row.end) and row.state == pb.TCP_STATE_CLOSE
 
 
@@ -184,7 +183,7 @@ def of_peer(row: pb.TcpPeerMetrics) -> Flow:
     flow.rtt.add(row.rtt_us_delta)
     if flow.retransmits or flow.role == LISTENER:
         flow.health = Health.LOSSY
-    # Of those that failed the errors are told, which say more than ERROR does.
+    # The errors of those that failed say more than ERROR does.
     errors = [name for name in row.failures if name not in ("", "ECONNREFUSED", "ETIMEDOUT")]
     for name, count in row.ends.items():
         end = pb.TcpEnd.Value(f"TCP_END_{name.upper()}")
@@ -196,19 +195,20 @@ def of_peer(row: pb.TcpPeerMetrics) -> Flow:
 
 
 def end_word(end: int, error: str = "") -> str:
-    """How it ended, in a word: of an error, which."""
+    """How a connection ended, in a word; an error by its name."""
     if end == pb.TCP_END_ERROR and error:
         return error
     return END_WORDS.get(end, "ended")  # type: ignore[call-overload, no-any-return]
 
 
 def is_bad(word: str) -> bool:
-    """Whether a word of an end is of one that should not have been."""
+    """Whether a word says that a connection should not have ended so."""
     return word.isupper()
 
 
 def fold(flows: Sequence[Flow]) -> list[Flow]:
-    """Many that are alike as one: with one peer, and of one server with many addresses."""
+    """Many that are alike as one: those with one peer, and those of one server with many
+    addresses."""
     lasting = [flow for flow in flows if not flow.closed]
     ended = [flow for flow in flows if flow.closed]
     alike = [*_fold(lasting, _ALIKE_MANY, _likeness), *_fold(ended, 1, _likeness)]
@@ -259,7 +259,7 @@ def _fold(
 
 
 def sum_of(flows: Sequence[Flow]) -> Flow:
-    """Several, called as the first is."""
+    """Several as one, with process, peer and word of the first."""
     first = flows[0]
     one = Flow(first.role, first.address, first.port, 0, first.pid, first.comm, first.word)
     one.connections = 0
@@ -269,16 +269,18 @@ def sum_of(flows: Sequence[Flow]) -> Flow:
 
 
 def choose(flows: Sequence[Flow], most: int) -> tuple[list[Flow], list[Flow]]:
-    """The MOST that are shown, busiest first, and the rest. What asks to be looked at is among
-    them, however little it carried: it has up to half of the lines before others."""
+    """The MOST that are shown, busiest first, and the rest. Those in trouble get up to half of the
+    lines before others, however little they carried; the agent's own sum of others is last."""
 
-    def busy(flow: Flow) -> tuple[int, int, int]:
-        return (-flow.bytes_out - flow.bytes_in, -flow.health, -flow.connections)
+    def busy(flow: Flow) -> tuple[bool, int, int, int]:
+        carried = flow.bytes_out + flow.bytes_in
+        return (flow.address == OTHER, -carried, -flow.health, -flow.connections)
 
     def worst(flow: Flow) -> tuple[int, int, int]:
         return (-flow.health, -max(flow.failed, flow.retransmits), -flow.connections)
 
-    troubled = sorted((flow for flow in flows if flow.health), key=worst)[: max(most // 2, 1)]
+    bad = (flow for flow in flows if flow.health and flow.address != OTHER)
+    troubled = sorted(bad, key=worst)[: max(most // 2, 1)]
     first = {id(flow) for flow in troubled}
     ordered = troubled + sorted((flow for flow in flows if id(flow) not in first), key=busy)
     return sorted(ordered[:most], key=busy), ordered[most:]

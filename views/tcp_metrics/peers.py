@@ -1,4 +1,4 @@
-"""Who is at the other end, in as many characters as there are."""
+"""The peer of a connection, in the room that a column has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from coral.views.names import Names
 from coral.views.tcp_metrics.flows import LISTENER, OTHER, SERVER, Flow
 from coral.views.text import shorten, times
 
-_LEAST: Final = 5
+_LEAST: Final = 12  # of an address; a client's own port is left out before it gets less
 
 
 def endpoint(host: str, port: int) -> str:
@@ -18,9 +18,9 @@ def endpoint(host: str, port: int) -> str:
 
 
 def peer(flow: Flow, names: Names | None = None) -> Callable[[int], str]:
-    """`→ HOST:PORT` of a client, `:PORT ← HOST` of a server; several with their
-    number. What is too long
-    loses the middle of an address, or the end of a name, and neither port nor number."""
+    """`→ HOST:PORT` of a client, `:PORT ← HOST` of a server, and the number where there are
+    several. Where there is no room, an address loses its middle, a name its end, and a client's own
+    port is left out; the server's port and the number stay."""
     many = f" {times(flow.connections)}" if flow.connections > 1 else ""
     if flow.address == OTHER:
         return lambda width: shorten(f"others{many}", width, len(many))
@@ -36,14 +36,15 @@ def peer(flow: Flow, names: Names | None = None) -> Callable[[int], str]:
 
     def fit(width: int) -> str:
         after = f"{port}{many}"
-        least = max(width - len(before) - len(after), _LEAST)
+        if flow.role == SERVER and width - len(before) - len(after) < _LEAST:
+            after = many
+        room = max(width - len(before) - len(after), 1)
         if name:
-            host = shorten(name, least)
-        elif ":" in flow.address:
-            host = f"[{shorten(flow.address, least - 2, (least - 2) // 2)}]" if port else ""
-            host = host or shorten(flow.address, least, least // 2)
+            host = shorten(name, room)
+        elif ":" in flow.address and after != many:
+            host = f"[{shorten(flow.address, room - 2, (room - 2) // 2)}]"
         else:
-            host = shorten(flow.address, least, least // 2)
+            host = shorten(flow.address, room, room // 2)
         return f"{before}{host}{after}"
 
     return fit

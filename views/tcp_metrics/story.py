@@ -1,10 +1,10 @@
-"""What a tap of `tcp_metrics` shows: connections busiest first, what fails among them, and at the
-end peers, troubles and a picture of the round trips."""
+"""A tap of `tcp_metrics` in tables: connections, busiest first, with those that fail; at the end
+peers, failures by cause, and a histogram of the round trips."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
+from coral.views.intervals import Intervals
 from coral.views.names import Names
 from coral.views.sheet import Column, Content, Sheet
 from coral.views.tcp_metrics.events import event_line, records
@@ -20,68 +21,67 @@ from coral.views.tcp_metrics.peers import peer
 from coral.views.tcp_metrics.tally import Tally, event_rows
 from coral.views.text import (
     bar,
+    clauses,
     format_age,
     format_amount,
     format_ns,
+    format_rate,
     format_share,
-    safe,
-    shorten,
     times,
 )
 
 _MOST_LINES: Final = 50  # in a pipe, where a terminal's height is no limit
 _MOST_PEERS: Final = 20
 _MOST_TROUBLES: Final = 15
-_BADLY_WIDTH: Final = 24
 _BAR_WIDTH: Final = 30
 _QUIET_S: Final = 2.0
 _STYLES: Final = {Health.WELL: "", Health.LOSSY: "yellow", Health.BAD: "bold red"}
 _US: Final = 1000
 
 _CONNECTIONS: Final = (
-    Column("PROCESS", right=False),
-    Column("PID", spare=4),
-    Column("CONNECTION", right=False, fits=True),
+    Column("PROCESS", right=False, fits=True, room=8, comfort=15),
+    Column("PID", spare=9),
+    Column("CONNECTION", right=False, fits=True, room=18, comfort=28),
     Column("STATE", right=False),
-    Column("OUT/S"),
-    Column("IN/S"),
-    Column("OUT", spare=2),
-    Column("IN", spare=2),
-    Column("RTT"),
-    Column("P50", spare=6),
-    Column("P99", spare=3),
-    Column("RESENT"),
-    Column("RETRANS", spare=5),
-    Column("CWND", spare=7),
-    Column("AGE", spare=1),
+    Column("OUT/S", spare=1),
+    Column("IN/S", spare=1),
+    Column("OUT", spare=7),
+    Column("IN", spare=7),
+    Column("RTT", spare=3),
+    Column("P50", spare=11),
+    Column("P99", spare=8),
+    Column("RESENT", spare=2),
+    Column("RETRANS", spare=10, optional=True),
+    Column("CWND", spare=12),
+    Column("AGE", spare=6),
 )
 _PEERS: Final = (
-    Column("PEER", right=False, fits=True),
+    Column("PEER", right=False, fits=True, room=18, comfort=28),
     Column("OPEN"),
-    Column("NEW/S"),
-    Column("OUT/S"),
-    Column("IN/S"),
-    Column("P50"),
-    Column("P99", spare=2),
-    Column("RESENT", spare=1),
-    Column("ENDED BADLY", right=False),
+    Column("NEW/S", spare=2),
+    Column("OUT/S", spare=1),
+    Column("IN/S", spare=1),
+    Column("P50", spare=6),
+    Column("P99", spare=7),
+    Column("RESENT", spare=3),
+    Column("ENDED BADLY", right=False, fits=True, room=12, optional=True),
 )
 _PEER_TOTALS: Final = (
-    Column("PEER", right=False, fits=True),
+    Column("PEER", right=False, fits=True, room=18, comfort=28),
     Column("OPENED"),
-    Column("OPEN", spare=4),
+    Column("OPEN", spare=9),
     Column("FAILED"),
-    Column("OUT"),
-    Column("IN"),
-    Column("P50"),
-    Column("P99", spare=2),
-    Column("RESENT", spare=1),
-    Column("RETRANS", spare=3),
+    Column("OUT", spare=1),
+    Column("IN", spare=1),
+    Column("P50", spare=6),
+    Column("P99", spare=7),
+    Column("RESENT", spare=2),
+    Column("RETRANS", spare=8, optional=True),
 )
 _EVENT_TOTALS: Final = (
-    Column("PEER", right=False, fits=True),
+    Column("PEER", right=False, fits=True, room=18, comfort=28),
     Column("OPENED"),
-    Column("CLOSED"),
+    Column("CLOSED", spare=1),
     Column("FAILED"),
     Column("RESENT"),
     Column("RESETS"),
@@ -89,15 +89,15 @@ _EVENT_TOTALS: Final = (
 _TROUBLES: Final = (
     Column("ENDED BADLY", right=False),
     Column("TIMES"),
-    Column("PROCESS", right=False, spare=1),
-    Column("CONNECTION", right=False, fits=True),
-    Column("WHY", right=False),
+    Column("PROCESS", right=False, fits=True, room=8, spare=1, optional=True),
+    Column("CONNECTION", right=False, fits=True, room=18, comfort=28),
+    Column("WHY", right=False, fits=True, room=12, optional=True),
 )
 
 
 class TcpStory:
-    """The last interval, and all of them. With NAMES, addresses are shown by name as soon as these
-    are known."""
+    """The last interval, and the whole session. With NAMES, an address is shown by name as soon as
+    its name is known."""
 
     def __init__(self, names: Names | None = None) -> None:
         self._names = names
@@ -106,9 +106,9 @@ class TcpStory:
         self._folded: tuple[bool, list[Flow]] | None = None
 
     @property
-    def seconds(self) -> float:
-        """How long it has gathered."""
-        return self._tally.intervals.seconds
+    def intervals(self) -> Intervals:
+        """How long the session has watched."""
+        return self._tally.intervals
 
     def add(self, batch: Batch) -> None:
         """Takes in figures, or single events."""
@@ -124,13 +124,12 @@ class TcpStory:
             flows = [] if quiet else self._tally.latest
             idle = [] if self._tally.by_peer else self._tally.idle(everything=quiet)
             self._folded = quiet, self._fold([*flows, *idle])
-        head = Text()
         if quiet:
             head = Text(f"{self._open()}nothing moved for {quiet_s:.0f}s", "dim")
         else:
-            for text, style in self._headline():
-                head.append(", " if head else "").append(text, style)
-        sheet = self._interval_sheet(self._folded[1], most_lines - 3)
+            head = _flowing(self._headline(), width)
+        most = most_lines - 3 - head.plain.count("\n")
+        sheet = self._interval_sheet(self._folded[1], most)
         return Group(head, sheet.table(width)) if sheet.rows else head
 
     def interval_lines(self) -> Iterator[str]:
@@ -139,23 +138,25 @@ class TcpStory:
         yield from self._interval_sheet(self._fold(self._tally.latest), _MOST_LINES).lines()
 
     def end_table(self, width: int) -> RenderableType:
-        """All of it, for a terminal."""
-        parts: list[RenderableType] = [Text(line) for line in self._totals()]
+        """The whole session, for a terminal."""
+        parts: list[RenderableType] = [
+            Text(line) for text in self._totals() for line in clauses(text, width)
+        ]
         for sheet in self._end_sheets():
             parts += [Text(), sheet.table(width)]
         return Group(*parts)
 
     def end_lines(self) -> Iterator[str]:
-        """All of it, for a pipe."""
+        """The whole session, for a pipe."""
         yield from self._totals()
         for sheet in self._end_sheets():
             yield ""
             yield from sheet.lines()
 
-    def event_lines(self, batch: Batch) -> Iterator[str]:
+    def event_lines(self, batch: Batch, width: int | None = None) -> Iterator[str]:
         """A line for each single event."""
         if len(batch.events):
-            yield from (event_line(event, self._names) for event in event_rows(batch))
+            yield from (event_line(event, self._names, width) for event in event_rows(batch))
 
     def records(self, batch: Batch) -> Iterator[dict[str, Any]]:
         """Each row as plain data."""
@@ -168,25 +169,27 @@ class TcpStory:
         return f"{self._tally.open_now:,} open, " if self._tally.knows_open else ""
 
     def _headline(self) -> Iterator[tuple[str, str]]:
-        """The last interval in a line, each part with its style."""
+        """The last interval in a line, each part with its style. An interval that is too short for
+        rates has amounts in their place."""
         tally = self._tally
         latest = tally.interval
-        seconds = tally.intervals.latest_s or 1.0
+        rate_s = tally.intervals.rate_s
+        seconds, per_s = (rate_s, "/s") if rate_s else (1.0, "")
         resets = sum(count for word, count in latest.ends.items() if word.endswith("RESET"))
         if tally.knows_open:
             yield f"{tally.open_now:,} open", ""
-        yield f"{_rate(latest.opened, seconds)} new/s", ""
+        yield f"{format_rate(latest.opened, rate_s) if rate_s else latest.opened} new{per_s}", ""
         yield f"{latest.failed:,} FAILED" if latest.failed else "0 failed", _bad(latest.failed)
         if resets:
             yield f"{resets:,} RESET", _bad(resets)
-        yield f"{format_amount(latest.bytes_out / seconds)}B/s out", ""
-        yield f"{format_amount(latest.bytes_in / seconds)}B/s in", ""
+        yield f"{format_amount(latest.bytes_out / seconds)}B{per_s} out", ""
+        yield f"{format_amount(latest.bytes_in / seconds)}B{per_s} in", ""
         style = _STYLES[Health.LOSSY] if latest.retransmits else ""
         yield f"{format_share(latest.resent_share)} resent", style
 
     def _interval_sheet(self, flows: Sequence[Flow], most: int) -> Sheet:
         shown, rest = choose(flows, max(most, 1))
-        by_peer, seconds = self._tally.by_peer, self._tally.intervals.latest_s or 1.0
+        by_peer, seconds = self._tally.by_peer, self._tally.intervals.rate_s
         sheet = Sheet(_PEERS if by_peer else _CONNECTIONS)
         cells = self._peer_cells if by_peer else self._connection_cells
         called = _peer_alone if by_peer else peer
@@ -202,12 +205,12 @@ class TcpStory:
         self, flow: Flow, content: Content, seconds: float
     ) -> Iterator[Content | tuple[Content, str]]:
         style = _STYLES[flow.health]
-        yield safe(flow.comm)
+        yield flow.comm
         yield str(flow.pid or "")
         yield content, style
         yield flow.word, style
-        yield _bytes(flow.bytes_out / seconds)
-        yield _bytes(flow.bytes_in / seconds)
+        yield _bytes_rate(flow.bytes_out, seconds)
+        yield _bytes_rate(flow.bytes_in, seconds)
         yield _bytes(flow.ever_out)
         yield _bytes(flow.ever_in)
         yield _us(flow.round_trip_us)
@@ -223,18 +226,18 @@ class TcpStory:
     ) -> Iterator[Content | tuple[Content, str]]:
         yield content, _STYLES[flow.health]
         yield f"{flow.open:,}"
-        yield _rate(flow.opened, seconds)
-        yield _bytes(flow.bytes_out / seconds)
-        yield _bytes(flow.bytes_in / seconds)
+        yield format_rate(flow.opened, seconds) if seconds else ""
+        yield _bytes_rate(flow.bytes_out, seconds)
+        yield _bytes_rate(flow.bytes_in, seconds)
         yield _us(flow.rtt.quantile(0.5))
         yield _us(flow.rtt.quantile(0.99))
         yield _resent(flow)
         bad = ((word, count) for word, count in flow.ends.most_common() if is_bad(word))
         text = ", ".join(f"{word} {times(count)}" for word, count in bad)
-        yield shorten(text, _BADLY_WIDTH), _STYLES[Health.BAD]
+        yield text, _STYLES[Health.BAD]
 
     def _totals(self) -> Iterator[str]:
-        """All of it in two lines: how much, and who hung up."""
+        """The whole session in two lines: how much it carried, and how connections ended."""
         tally, everything = self._tally, self._tally.all
         if self._names:
             self._end_sheets()  # asks for the names
@@ -299,7 +302,7 @@ class TcpStory:
             flow = Flow(trouble.role, trouble.address, trouble.port)
             style = _STYLES[Health.BAD]
             content = peer(flow, self._names)
-            number, who = f"{count:,}", safe(trouble.comm)
+            number, who = f"{count:,}", trouble.comm
             sheet.add((trouble.word, style), number, who, content, trouble.why)
         if rest := troubles[_MOST_TROUBLES:]:
             count = sum(count for _, count in rest)
@@ -307,7 +310,7 @@ class TcpStory:
         return sheet
 
     def _rtt_sheet(self) -> Sheet:
-        """A picture of the round trips."""
+        """A histogram of the round trips."""
         rtt = self._tally.all.rtt
         figures = ", ".join(f"p{q * 100:g} {_us(rtt.quantile(q))}" for q in (0.5, 0.95, 0.99))
         sheet = Sheet((Column("ROUND TRIP"), Column("ACKS"), Column(figures, right=False)))
@@ -322,9 +325,28 @@ class TcpStory:
         return sheet
 
 
+def _flowing(parts: Iterable[tuple[str, str]], width: int) -> Text:
+    """Texts with their styles, in lines of at most WIDTH cells that are broken between texts."""
+    text, used = Text(), 0
+    for part, style in parts:
+        if used and used + len(part) + 3 > width:
+            text.append(",\n")
+            used = 0
+        elif used:
+            text.append(", ")
+            used += 2
+        text.append(part, style)
+        used += len(part)
+    return text
+
+
 def _peer_alone(flow: Flow, names: Names | None) -> Content:
-    """A peer without how many connections there are, where columns say that."""
+    """A peer without the number of its connections, which has columns of its own."""
     return peer(replace(flow, connections=1), names)
+
+
+def _bytes_rate(amount: int, seconds: float) -> tuple[str, str]:
+    return _bytes(amount / seconds) if seconds else ("", "")
 
 
 def _bytes(amount: float) -> tuple[str, str]:
@@ -341,11 +363,6 @@ def _round_us(us: int) -> str:
         if us >= size:
             return f"{us / size:g}{unit}"
     return f"{us}µs"
-
-
-def _rate(count: int, seconds: float) -> str:
-    rate = count / seconds
-    return f"{rate:.1f}" if 0 < rate < 9.95 else f"{rate:,.0f}"  # noqa: PLR2004
 
 
 def _resent(flow: Flow) -> tuple[str, str]:

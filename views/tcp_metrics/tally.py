@@ -1,8 +1,7 @@
-"""Batches of `tcp_metrics` taken in: the last interval, and sums of all, in bounded room."""
+"""Batches of `tcp_metrics`: the last interval, and sums of all, in bounded memory."""
 
 from __future__ import annotations
 
-import errno
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.errnos import errno_name
 from coral.views.intervals import Intervals
 from coral.views.tcp_metrics.flows import (
     CLIENT,
@@ -46,7 +46,7 @@ _Peer = tuple[int, str, int]
 
 
 class Trouble(NamedTuple):
-    """A way in which connections ended badly: what, why, whose, with whom."""
+    """A way in which connections ended badly: how, why, whose, and with which peer."""
 
     word: str
     why: str
@@ -57,7 +57,7 @@ class Trouble(NamedTuple):
 
 
 class Tally:
-    """All that a tap has been told."""
+    """Everything that the batches of a tap have reported."""
 
     def __init__(self) -> None:
         self.intervals = Intervals()
@@ -78,7 +78,7 @@ class Tally:
     def add(self, batch: Batch) -> None:
         """Takes in figures, or single events."""
         message = batch.message
-        if self.intervals.begins(message):
+        if self.intervals.add(message):
             self._before.merge(self.interval)
             self.latest = []
             self.interval = Flow(connections=0)
@@ -211,7 +211,7 @@ def address_text(high: int, low: int) -> str:
 
 
 def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:
-    """What a single event adds, and why it ended where it did badly."""
+    """What a single event adds to its peer, and the error of a connection that ended badly."""
     client = event["role"] == CLIENT
     flow = Flow(
         role=event["role"],
@@ -233,17 +233,12 @@ def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:
         flow.closed = 1
         flow.failed = int(event["old_state"] in _ATTEMPTS)
         flow.ends[event_end(event)] = 1
-    return flow, error_name(event["error"])
+    return flow, errno_name(event["error"])
 
 
 def event_end(event: Mapping[str, Any]) -> str:
     """How a connection ended, in a word."""
     if event["end"] == pb.TCP_END_ABORTED and event["old_state"] not in _ATTEMPTS:
-        # Only a reset closes an established one so; that it was sent is told by the next event.
+        # Only a reset closes an established one so; the next event reports that it was sent.
         return end_word(pb.TCP_END_RESET_LOCAL)
-    return end_word(event["end"], error_name(event["error"]))
-
-
-def error_name(number: int) -> str:
-    """`ECONNREFUSED` and its like; empty for 0."""
-    return errno.errorcode.get(number, str(number)) if number else ""
+    return end_word(event["end"], errno_name(event["error"]))
