@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.support import wait_until
 
-# Every file that the installed distributions record is there, and every requirement is met.
+# Asserts that every file that the installed distributions record is there.
 _WHOLE = """
 from importlib.metadata import distributions
 missing = [str(f) for d in distributions() for f in d.files or () if not f.locate().exists()]
@@ -43,7 +43,7 @@ class Environment:
         self.pip("install", "--no-compile", *within, *requirements)
 
     def uninstall(self, *names: str) -> None:
-        """Removes distributions, and asserts that every other one is whole."""
+        """Removes distributions, and asserts that the files of all others are still there."""
         self.pip("uninstall", "--yes", *names)
         self.run_code(_WHOLE)
 
@@ -52,7 +52,7 @@ class Environment:
         program, *arguments = command
         done = subprocess.run(
             [self.directory / "bin" / program, *arguments],
-            cwd=cwd, env=self.variables(), capture_output=True, text=True, timeout=60, check=False,
+            cwd=cwd, env=self.variables(), capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -62,7 +62,7 @@ class Environment:
         return self.run("python", "-P", "-c", code, *arguments)
 
     def variables(self) -> dict[str, str]:
-        """The environment variables for its programs: none makes Python look elsewhere."""
+        """The environment variables for its programs, without those that configure Python."""
         return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
     def files(self) -> set[Path]:

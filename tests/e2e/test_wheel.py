@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from tests.environment import Environment, agent_of
 from tests.support import ROOT, Calls
 
+pytestmark = pytest.mark.timeout(300)  # it installs packages
+
 PROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NAME: Final = PROJECT["project"]["name"]
 DIST_INFO: Final = f"{NAME.replace('-', '_')}-{PROJECT['project']['version']}.dist-info"
@@ -142,9 +144,14 @@ def test_the_sdist_contains_sources_alone_and_builds_the_same_wheel(built: Built
 
 
 @pytest.fixture(scope="module")
-def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment that tests share: installing the dependencies takes long."""
+    return Environment(tmp_path_factory.mktemp("installed") / "venv")
+
+
+@pytest.fixture
+def installed(built: Built, environment: Environment) -> Environment:
     """An environment with the wheel and the newest versions of its dependencies."""
-    environment = Environment(tmp_path_factory.mktemp("installed") / "venv")
     environment.install(built.wheel)
     return environment
 
@@ -220,14 +227,14 @@ def test_the_lowest_versions_that_the_metadata_allows_work(
 ) -> None:
     constraints = tmp_path / "lowest.txt"
     constraints.write_text("\n".join(map(lowest, PROJECT["project"]["dependencies"])))
-    environment = Environment(tmp_path / "venv")
-    environment.install(built.wheel, constraints=constraints)
-    use_ours(environment)
+    oldest = Environment(tmp_path / "venv")
+    oldest.install(built.wheel, constraints=constraints)
+    use_ours(oldest)
     running = calls("getppid", 100_000)
-    strict = environment.variables() | {"PYTHONWARNINGS": "error"}
-    with agent_of(environment.directory / "bin/coral", tmp_path, environment=strict) as address:
+    strict = oldest.variables() | {"PYTHONWARNINGS": "error"}
+    with agent_of(oldest.directory / "bin/coral", tmp_path, environment=strict) as address:
         client = subprocess.Popen(
-            [environment.python, "-P", "-c", CLIENT, address, str(running.pid)],
+            [oldest.python, "-P", "-c", CLIENT, address, str(running.pid)],
             env=strict, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert client.stdout
