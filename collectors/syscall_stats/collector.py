@@ -144,3 +144,6 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
         self._stats.delete(keys[np.isin(keys["tgid"], tgids)])
         self._counters.forget(tgids)
         self._targets.forget(tgids)
+
+
+COLLECTOR: Final = SyscallStatsCollector

@@ -249,6 +249,9 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         super().close()
 
 
+COLLECTOR: Final = TcpMetricsCollector
+
+
 def _connections(features: Features, rung: Rung) -> Step:
     """How open connections are read, and those that were there before are found: by programs that
     walk to them, by asking the kernel for its list, or at their next segment and use."""
