@@ -106,6 +106,7 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
             programs=_PROGRAMS,
             options={
                 **self._object_options,
+                "active_at_exec": False,  # the exec counts, when it returns
                 **options.syscall_filter,
                 **options.event_filter,
                 "error_class": errno_class.table(),

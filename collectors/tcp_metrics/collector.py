@@ -130,7 +130,6 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             programs=self._programs(),
             options={
                 **self._object_options,
-                "active_at_exec": True,
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "take_over_found": self._asks,

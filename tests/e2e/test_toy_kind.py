@@ -18,7 +18,16 @@ from typing import Any, Final
 
 import pytest
 
-from tests.support import ROOT, Puppet, RunningAgent, coral, running_agent, sample, wait_until
+from tests.support import (
+    ROOT,
+    Puppet,
+    RunningAgent,
+    coral,
+    running_agent,
+    samples,
+    scrape,
+    wait_until,
+)
 
 TOY: Final = ROOT / "tests/toy"
 PROTO: Final = "proto/coral/mesh/v1/ebpf.proto"
@@ -34,9 +43,8 @@ NEW_FILES: Final = {
 }
 CHANGED_FILES: Final = {PROTO, "collectors/registry.py", "views/registry.py"}
 GENERATED_FILES: Final = {"docs/configuration.md", "docs/metrics.md"}
-# Left out of the copy: what git does not have.
-NOT_COPIED: Final = shutil.ignore_patterns(
-    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "mesh", "*.bpf.o"
+_MADE: Final = shutil.ignore_patterns(
+    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.bpf.o"
 )
 
 BATCH_FIELDS: Final = """
@@ -62,17 +70,18 @@ CLIENT: Final = textwrap.dedent("""
 
     async def rows(agent, collector_id, **terms):
         found = []
-        async for batch in agent.subscribe(collector_id, **terms):
-            found += [[row.pid, row.comm, row.forks] for row in batch.message.toy_counts]
-            if batch.columns:
-                columns = batch.columns
-                comms = batch.strings[columns["comm"]].tolist()
-                pids, forks = columns["pid"].tolist(), columns["forks"].tolist()
-                found += map(list, zip(pids, comms, forks, strict=True))
-            for event in batch.events:
-                comm = str(batch.strings[event["comm"]])
-                found.append([int(event["pid"]), comm, int(event["child_pid"])])
+        async with agent.subscribe(collector_id, **terms) as stream:
+            async for batch in stream:
+                found += rows_of(batch)
         return found
+
+    def rows_of(batch):
+        for row in batch.message.toy_counts:
+            yield row.pid, row.comm, row.forks
+        table, key = (batch.columns, "forks") if batch.columns else (batch.events, "child_pid")
+        if len(table):
+            comms = batch.strings[table["comm"]].tolist()
+            yield from zip(table["pid"].tolist(), comms, table[key].tolist(), strict=True)
 
     async def main(address, command, argument):
         async with AgentClient(address) as agent:
@@ -86,6 +95,12 @@ CLIENT: Final = textwrap.dedent("""
 
     print(json.dumps(asyncio.run(main(*sys.argv[1:]))))
 """)
+
+
+def not_in_git(directory: str, names: list[str]) -> set[str]:
+    """Of the NAMES in a directory, those that a build or a test made."""
+    stubs = {"mesh"} if directory.endswith("src/coral") else set()
+    return _MADE(directory, names) | stubs
 
 
 def insert_at_end(text: str, opening: str, lines: str) -> str:
@@ -125,8 +140,8 @@ def contents(root: Path) -> Mapping[str, str]:
     """The files below ROOT that git would have, by a checksum of each."""
     found = {}
     for directory, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - NOT_COPIED(directory, folders))
-        for name in set(names) - NOT_COPIED(directory, names):
+        folders[:] = sorted(set(folders) - not_in_git(directory, folders))
+        for name in set(names) - not_in_git(directory, names):
             path = Path(directory, name)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             found[str(path.relative_to(root))] = digest
@@ -175,7 +190,7 @@ class Copy:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     """With the assertion that nothing but the files listed above was touched."""
     root = tmp_path_factory.mktemp("toy") / "project"
-    shutil.copytree(ROOT, root, symlinks=True, ignore=NOT_COPIED)
+    shutil.copytree(ROOT, root, symlinks=True, ignore=not_in_git)
     made = Copy(root)
     before = contents(root)
     add_toy(root)
@@ -222,7 +237,7 @@ def test_its_summaries_come_as_rows_and_as_columns_and_are_filtered(
             fork(one, 2)
 
             def scraped() -> bool:
-                return sample(agent, "coral_toy_forks_total") == 12
+                return sum(samples(scrape(agent), "coral_toy_forks_total").values()) == 12
 
             wait_until(scraped)
         everything = {one.pid: 9, other.pid: 3}
@@ -261,7 +276,8 @@ def test_its_options_are_checked(copy: Copy, agent: RunningAgent) -> None:
 @pytest.mark.kernel
 def test_the_command_line_shows_it(copy: Copy, agent: RunningAgent) -> None:
     command = (*coral("tap"), "--agent", agent.address)
-    assert re.search(r"^toy +yes", copy.run(*coral("capabilities"), "--agent", agent.address), re.M)
+    capabilities = copy.run(*coral("capabilities"), "--agent", agent.address)
+    assert re.search(r"^toy +yes", capabilities, re.MULTILINE)
     code = "import os; [os.waitpid(os.fork() or os._exit(0), 0) for _ in range(6)]"
     told = copy.run(*command, "--toy", "--", sys.executable, "-c", code)
     assert re.search(r"^python\S* +6$", told.split("COMMAND")[-1], re.MULTILINE), told
