@@ -3,6 +3,7 @@ contract: a copy of the project gets one, and everything there knows it."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ from tests.support import (
     scrape,
     wait_until,
 )
+
+pytestmark = pytest.mark.timeout(600)  # the first test builds the whole project
 
 TOY: Final = ROOT / "tests/toy"
 PROTO: Final = "proto/coral/mesh/v1/ebpf.proto"
@@ -225,7 +228,6 @@ def forks_by_pid(rows: Sequence[Sequence[Any]]) -> dict[int, int]:
     return by_pid
 
 
-@pytest.mark.kernel
 def test_its_summaries_come_as_rows_and_as_columns_and_are_filtered(
     copy: Copy, agent: RunningAgent
 ) -> None:
@@ -252,7 +254,6 @@ def test_its_summaries_come_as_rows_and_as_columns_and_are_filtered(
             assert forks_by_pid(rows) == wanted, terms
 
 
-@pytest.mark.kernel
 def test_its_single_events_are_exact(copy: Copy, agent: RunningAgent) -> None:
     with Puppet() as one, Puppet() as other:
         pids = f"{one.pid},{other.pid}"
@@ -267,13 +268,11 @@ def test_its_single_events_are_exact(copy: Copy, agent: RunningAgent) -> None:
         assert filtered == [row for row in rows if row[0] == other.pid]
 
 
-@pytest.mark.kernel
 def test_its_options_are_checked(copy: Copy, agent: RunningAgent) -> None:
     with pytest.raises(AssertionError, match=r'config\["least"\]: .*whole number from 1 to 1000'):
         copy.client(agent, "start", json.dumps({"scope": "host", "least": "0"}))
 
 
-@pytest.mark.kernel
 def test_the_command_line_shows_it(copy: Copy, agent: RunningAgent) -> None:
     command = (*coral("tap"), "--agent", agent.address)
     capabilities = copy.run(*coral("capabilities"), "--agent", agent.address)
@@ -284,6 +283,15 @@ def test_the_command_line_shows_it(copy: Copy, agent: RunningAgent) -> None:
     lines = copy.run(*command, "--toy", "--events", "--", sys.executable, "-c", code)
     assert len(re.findall(r"^python\S*/\d+ forked \d+$", lines, re.MULTILINE)) == 6
     assert "Children that processes fork." in copy.run(*coral("tap"), "--help")
+
+
+def test_what_was_there_gets_lines_and_loses_none(copy: Copy) -> None:
+    for name in CHANGED_FILES:
+        before, after = ((root / name).read_text().splitlines() for root in (ROOT, copy.root))
+        diff = [line[0] for line in difflib.ndiff(before, after) if line[0] in "+-"]
+        assert set(diff) == {"+"}, name
+        if name != PROTO:
+            assert len(diff) == 1, name
 
 
 def test_the_documentation_has_it(copy: Copy) -> None:
