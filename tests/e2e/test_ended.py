@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +142,7 @@ def test_watchers_that_come_and_go_leave_nothing_and_see_the_same(agent: Running
     request = pb.WatchCollectorsRequest()
 
     def open_files() -> int:
-        return len([link for link in files.iterdir() if "socket" not in os.readlink(link)])
+        return len([link for link in files.iterdir() if "socket" not in str(link.readlink())])
 
     before = open_files()
     with ExitStack() as stack:
@@ -175,8 +174,8 @@ def test_the_agents_end_is_the_end_of_every_watch(tmp_path: Path) -> None:
         ]
         agent.process.send_signal(signal.SIGTERM)
         with ThreadPoolExecutor() as pool:
-            for changes in pool.map(list, watches):
-                present, synced, ended = changes
+            read_all: Callable[[Any], list[Any]] = list
+            for present, synced, ended in pool.map(read_all, watches):
                 assert present.collector.collector_id == collector_id
                 assert synced.what == Change.WHAT_SYNCED
                 assert ended.collector.end.reason == pb.SessionEnd.REASON_AGENT_SHUTDOWN
