@@ -47,12 +47,6 @@ LIMITS: Final = {
 def agent(tmp_path: Path) -> Iterator[RunningAgent]:
     config = {"limits": LIMITS}
     with running_agent(tmp_path / "agent", config, "--listen", "127.0.0.1:0") as running:
-        running.address = next(
-            str(address)
-            for line in running.log()
-            if line["event"] == "listening"
-            for address in line["grpc"]  # type: ignore[attr-defined]
-        )
         yield running
 
 
