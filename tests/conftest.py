@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,7 @@ from tests.support import (
     running_agent,
     wait_until,
 )
-
-TRACEFS = Path("/sys/kernel/tracing")
+from tests.tracefs import hold_tracefs
 
 pytest.register_assert_rewrite("tests.network")  # its assertions say what differs, too
 
@@ -30,19 +28,12 @@ _ran = {"passed": 0, "failed": 0, "skipped": 0}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One rung hangs on tracefs, which not every machine has mounted."""
-
-    def unmount() -> None:
-        subprocess.run(["umount", "--lazy", TRACEFS], check=False)
-
-    if os.geteuid() == 0 and TRACEFS.is_dir() and not (TRACEFS / "events").exists():
-        ran = subprocess.run(["mount", "-t", "tracefs", "tracefs", TRACEFS], check=False)
-        if ran.returncode == 0:
-            config.add_cleanup(unmount)
+    """The hook `tracepoint` needs tracefs, which not every machine has mounted."""
+    config.add_cleanup(hold_tracefs())
 
 
 def pytest_sessionstart() -> None:
-    """A rung is tested where it is taken, or not at all: what was to be missing has to be."""
+    """A rung is only tested where it is taken: what CORAL_WITHOUT names has to be missing."""
     features = bpf.probe()
     found = {feature.name for feature in features.features if not feature.available}
     wanted = {name for name in os.environ.get("CORAL_WITHOUT", "").split(",") if name}

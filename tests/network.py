@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from coral import bpf
@@ -26,13 +27,26 @@ _ENTER: Final = (
 READ_ALL: Final = "n = 0\nwhile n < {n}: n += len({s}.recv(65536))"
 _DROP: Final = "table inet drops {{ chain in {{ type filter hook input priority 0; {rule}; }}; }}"
 
-_TAKEN: Final = {step.what: step.taken for step in TcpMetricsCollector.support(bpf.probe()).steps}
-# Whether it is looked up who has a socket open; else it is its owner's who receives on it.
-LOOKED_UP: Final = _TAKEN.get("connections") in ("map_iterator", "syscall_program")
-# Whether programs may ask for a socket's cookie here; else connections have numbers of our own.
-HAS_COOKIES: Final = _TAKEN.get("hook") == "tp_btf" and bool(
-    kernel_names(["bpf_get_socket_ptr_cookie"])
-)
+
+def _taken(what: str) -> str:
+    """The way that the collector takes on this machine, of what kernels do in different ways."""
+    steps = TcpMetricsCollector.support(bpf.probe()).steps
+    return next((step.taken for step in steps if step.what == what), "")
+
+
+@cache
+def looks_up_owners() -> bool:
+    """Whether the collector looks up which process has a socket open; otherwise a socket belongs to
+    the process that receives on it."""
+    return _taken("connections") in ("map_iterator", "syscall_program")
+
+
+@cache
+def has_cookies() -> bool:
+    """Whether programs may ask for a socket's cookie here; otherwise the collector numbers
+    connections by itself."""
+    cookies = "bpf_get_socket_ptr_cookie"
+    return _taken("hook") == "tp_btf" and bool(kernel_names([cookies]))
 
 
 @dataclass(frozen=True)

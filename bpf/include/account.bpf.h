@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: what a program wanted to report, and what it could not. Every collector carries this
- * map; nothing is dropped without a number in it.
+ * One idiom: the count of what a program wanted to report, and of what it could not. Every
+ * collector has this map; nothing is dropped without being counted here.
  */
 #pragma once
 
@@ -9,8 +9,8 @@
 
 struct account {
 	__u64 produced; /* records meant for the buffer, lost ones included */
-	__u64 lost;	/* of these: refused, because the buffer was full */
-	__u64 seen;	/* candidates for a sample */
+	__u64 lost;	/* the part of them that was refused because the buffer was full */
+	__u64 seen;	/* calls from which samples are drawn */
 	__u64 map_full; /* calls not counted, because a map had no room or the kernel no memory */
 };
 

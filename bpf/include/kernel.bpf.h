@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * The kernel as the programs see it: the helpers, and of each kernel type only the members that
- * are touched. libbpf finds their true offsets on the running kernel (preserve_access_index); bcc
- * takes the types from the kernel's own headers.
+ * The kernel as the programs see it: the helpers, and each kernel type with only the members that
+ * the programs use. libbpf finds their true offsets on the running kernel (preserve_access_index);
+ * bcc takes the types from the kernel's own headers.
  */
 #pragma once
 
@@ -44,8 +44,9 @@ static __always_inline struct task_struct *this_task(void)
 }
 
 /*
- * The current thread, asked for once a run. Where it can be had as BTF describes it (5.11) its
- * members are plain loads; else the ids come from a helper, and members by kernel_read.
+ * The current thread, looked up once per run of a program. Where the kernel provides it as a typed
+ * pointer (5.11), members are plain loads; otherwise the ids come from a helper, and members from
+ * kernel_read.
  */
 struct thread {
 	struct task_struct *task;

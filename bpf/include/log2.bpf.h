@@ -18,8 +18,8 @@ static __always_inline __u32 log2_u64(__u64 v)
 }
 
 /*
- * Slot 0 holds values below 2^(first + 1), slot i those in [2^(first + i), 2^(first + i + 1)),
- * the last slot all that is larger.
+ * Slot 0 holds values below 2^(first + 1), slot i those in [2^(first + i), 2^(first + i + 1)), and
+ * the last slot everything larger.
  */
 static __always_inline __u32 log2_slot(__u64 v, __u32 first, __u32 slots)
 {

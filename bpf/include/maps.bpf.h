@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
-/* One idiom: find a map's element, or make it. */
+/* One idiom: find an element of a map, or create it. */
 #pragma once
 
 #include "kernel.bpf.h"
 
 /*
- * Returns the element of KEY, made as a copy of INITIAL where there was none, or NULL where the
- * map is full. Of two CPUs that make the same element at once, one makes it and both find it.
+ * Returns the element of KEY, created as a copy of INITIAL if there was none, or NULL if the map is
+ * full. When two CPUs create the same element at once, one succeeds and both find it.
  */
 static __always_inline void *map_lookup_or_init(void *map, void *key, void *initial)
 {

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: what differs between the two compilers of these programs. clang makes an object at
- * build time, which libbpf fits to the running kernel (CO-RE). bcc compiles on the machine itself,
- * with its kernel's headers, for kernels without BTF; bpf/loading/bcc_object.py is the other half:
- * it makes the maps, and writes them and the options' values into the instructions.
+ * One idiom: the differences between the two compilers of these programs. clang builds an object at
+ * build time, which libbpf relocates for the running kernel (CO-RE). bcc compiles on the target,
+ * with the headers of its kernel, for kernels without BTF; bpf/loading/bcc_object.py is the other
+ * half: it creates the maps, and writes their descriptors and the options' values into the
+ * instructions.
  *
  *	MAP(HASH, name, key type, value type, entries, flags)	map_of(name)
  *	BUFFER(RINGBUF, name, bytes)				map_of(name)
@@ -14,7 +15,7 @@
  *	int RAW_PROGRAM(name, ...)	a program of tp_btf/ or raw_tp/, with the hook's arguments
  *	int BTF_PROGRAM(name, ...)	likewise, one that is only for tp_btf/
  *	int PROGRAM(name, argument)	a program of any other kind
- *	IN_BTF(struct record, record)	describes a type to user space
+ *	IN_BTF(struct record, record)	puts a type into the BTF, for user space
  *	kernel_read(task, tgid)		a member of a kernel structure
  *	kernel_read_string(&to, task, comm)
  */
@@ -26,7 +27,7 @@
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 
-/* Kinds of 64-bit constants that the loader puts in place of their number. */
+/* Kinds of 64-bit constants; the loader replaces each by what its number stands for. */
 #define LOAD_MAP    14
 #define LOAD_OPTION 15
 
@@ -34,7 +35,7 @@
 #define BUFFER(kind, name, bytes)			      _Static_assert(1, "")
 #define map_of(name) ((void *)bpf_pseudo_fd(LOAD_MAP, MAP_##name))
 
-/* Declared for their types alone: an option is an instruction, anything else an array map. */
+/* Declared for their types only: an option becomes an instruction, anything else an array map. */
 #define OPTION(type, name, value)  extern const type name
 #define OPTIONS(type, name, count) extern const type name[count]
 #define GLOBAL(type, name)	   extern type name
@@ -61,7 +62,7 @@ static __always_inline void *element_at(void *map, __u32 index)
 		return name##_(___bpf_ctx_cast(args));                                             \
 	}                                                                                          \
 	static __always_inline int name##_(unsigned long long *ctx, ##args)
-/* Cannot be loaded, so it is not compiled: a third of the compiler's work. */
+/* Cannot be loaded, so it is not compiled: that saves a third of the compiler's work. */
 #define BTF_PROGRAM(name, args...)                                                                 \
 	static inline __attribute__((unused)) name(unsigned long long *ctx, ##args)
 #define LICENSED_AS(license) _Static_assert(1, license)
@@ -114,7 +115,7 @@ static __always_inline void *element_at(void *map, __u32 index)
 
 #define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))
 
-/* Variables, for the compiler cannot nest these. */
+/* The pointer goes into a variable, because these macros cannot be nested. */
 #define kernel_read(pointer, member)                                                               \
 	({                                                                                         \
 		typeof(pointer) from_ = (pointer);                                                 \

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: records to user space, each counted as produced, each one refused as lost. They go
- * through a ring buffer, or through a perf buffer a CPU where the kernel has no ring buffers
- * (before 5.8). User space comes by every few milliseconds; it is woken only when a buffer fills up
- * before.
+ * One idiom: records sent to user space. Each is counted as produced, and each that the buffer
+ * refuses as lost. They go through a ring buffer, or through one perf buffer per CPU on kernels
+ * that have no ring buffers (before 5.8). User space drains the buffers every few milliseconds; a
+ * program wakes it only when a buffer fills up earlier.
  */
 #pragma once
 
@@ -13,10 +13,10 @@
 #define WAKEUP_WINDOW_BYTES (16 << 10)
 
 OPTION(bool, records_in_ring, true);
-OPTION(__u64, ring_wakeup_bytes, 0); /* wake the reader when so much waits in the ring */
+OPTION(__u64, ring_wakeup_bytes, 0); /* wake the reader when this much is waiting in the ring */
 
-BUFFER(RINGBUF, ring, 4096); /* the page size at least; user space sets the real size */
-MAP(PERF_EVENT_ARRAY, perf, int, int, 0, 0); /* one buffer a CPU, which user space makes */
+BUFFER(RINGBUF, ring, 4096);		     /* at least a page; user space sets the real size */
+MAP(PERF_EVENT_ARRAY, perf, int, int, 0, 0); /* user space opens a buffer per CPU */
 
 /* Sends a record of SIZE bytes, a constant. CTX is the program's own argument. */
 static __always_inline void record_send(void *ctx, void *record, const __u64 size)
@@ -28,7 +28,7 @@ static __always_inline void record_send(void *ctx, void *record, const __u64 siz
 		return;
 	account->produced++;
 	if (option(records_in_ring)) {
-		/* At the mark and a little beyond, not for each record of a ring that stays full.
+		/* Within a window above the mark, not for every record of a ring that stays full.
 		 */
 		__u64 waiting = bpf_ringbuf_query(map_of(ring), BPF_RB_AVAIL_DATA);
 		bool wake = waiting - option(ring_wakeup_bytes) < WAKEUP_WINDOW_BYTES;

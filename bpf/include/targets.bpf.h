@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: which processes a collector watches. User space fills the map at the start; from then
- * on these programs keep it: a child of a target becomes one before its first instruction, a
- * process that execs gets its new name, one that has ended is marked, for user space to remove
- * once its last figures are read.
+ * One idiom: the processes that a collector watches. User space fills the map at the start; from
+ * then on these programs maintain it. A child of a target becomes a target before its first
+ * instruction, a process that execs gets its new name, and a process that exits is marked, so that
+ * user space removes it once its last figures are read.
  */
 #pragma once
 
@@ -12,13 +12,13 @@
 enum {
 	SELECT_HOST,	/* every process */
 	SELECT_TARGETS, /* the processes in the targets map */
-	SELECT_CGROUP,	/* the processes below the cgroup (v2) in slot 0 of the cgroups map */
+	SELECT_CGROUP,	/* the processes in or below the cgroup (v2) in slot 0 of `cgroups` */
 };
 
 enum {
 	TARGET_ACTIVE,
-	TARGET_ARMED,  /* becomes active with its next successful exec, which is counted */
-	TARGET_EXITED, /* its last thread has ended */
+	TARGET_ARMED,  /* becomes active at its next successful exec, which counts */
+	TARGET_EXITED, /* its last thread has exited */
 };
 
 struct target {
@@ -29,8 +29,8 @@ struct target {
 
 OPTION(__u32, selection, SELECT_TARGETS);
 OPTION(bool, follow_children, true);
-OPTION(bool, active_at_exec, false); /* where the collector has no use for the exec itself */
-OPTION(bool, select_comm, false);    /* adopt what execs to the name whose bytes these are */
+OPTION(bool, active_at_exec, false); /* the collector does not count the exec itself */
+OPTION(bool, select_comm, false);    /* adopt processes that exec to the name below */
 OPTION(__u64, wanted_comm_low, 0);
 OPTION(__u64, wanted_comm_high, 0);
 
@@ -38,14 +38,14 @@ MAP(HASH, targets, __u32, struct target, 10240, BPF_F_NO_PREALLOC); /* by tgid *
 MAP(CGROUP_ARRAY, cgroups, __u32, __u32, 1, 0);
 
 /*
- * What every process of the machine pays is one look here: a target's byte is set, so a byte that
- * is not set is no target's. It is never cleared; bytes, not bits, so that user space and programs
- * can set them without seeing each other.
+ * The only cost for processes that are not watched is one lookup here: the byte of every target is
+ * set, so a byte that is clear belongs to no target. Bytes are never cleared. They are bytes and
+ * not bits, so that user space and programs can set them without synchronization.
  */
 #define TARGET_HINTS 65536
 GLOBALS(__u8, target_hints, TARGET_HINTS);
 
-/* Targets that did not fit: each is a process of which nothing is seen. */
+/* Targets for which the map had no room: the collector sees nothing of these processes. */
 GLOBAL(__u64, targets_full);
 
 static __always_inline bool surely_no_target(__u32 tgid)
@@ -71,8 +71,8 @@ static __always_inline struct target *target_add(__u32 tgid, struct target *targ
 }
 
 /*
- * The target that the current task belongs to, or NULL. In a mode that does not ask for single
- * processes, the first sight of one adds it, so that user space can name it.
+ * The target that the current task belongs to, or NULL. Where single processes are not selected, a
+ * process is added when it is first seen, so that user space can name it.
  */
 static __always_inline struct target *target_of_current(__u32 tgid)
 {
@@ -91,7 +91,7 @@ static __always_inline bool cgroup_excludes_current(void)
 	       bpf_current_task_under_cgroup(map_of(cgroups), 0) != 1;
 }
 
-/* The current process makes another one; a child has its parent's name until it execs. */
+/* The current process forks; the child has its parent's name until it execs. */
 static __always_inline int on_fork(__u32 child_tgid)
 {
 	__u32 parent_tgid = current_tgid();
@@ -134,7 +134,7 @@ static __always_inline int on_exec(void)
 	return 0;
 }
 
-/* Runs once for each thread; the kernel has taken the thread out of signal->live before. */
+/* Runs once per thread; the kernel has already subtracted the thread from signal->live. */
 static __always_inline int on_exit(void)
 {
 	__u32 tgid = current_tgid();
@@ -152,7 +152,7 @@ static __always_inline int on_task_fork(struct task_struct *child)
 {
 	__u32 tgid = kernel_read(child, tgid);
 
-	/* A new thread belongs to its process already. */
+	/* A new thread already belongs to its process. */
 	return tgid == current_tgid() ? 0 : on_fork(tgid);
 }
 
@@ -170,7 +170,7 @@ int RAW_PROGRAM(coral_fork_raw, struct task_struct *parent, struct task_struct *
 
 #define CLONE_THREAD_FLAG 0x10000
 
-/* As in events/task/task_newtask/format. That of sched_process_fork does not tell a thread. */
+/* As in events/task/task_newtask/format; sched_process_fork does not distinguish threads. */
 struct newtask_arguments {
 	__u64 common;
 	int pid;

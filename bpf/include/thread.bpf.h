@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: a little state for each thread that is watched, between one hook and the next. It lies
- * in the kernel's task storage, which frees it with the thread, or in a hash map by thread id where
- * there is none (before 5.11): then a program frees it.
+ * One idiom: a little state for each watched thread, from one hook to the next. It is kept in the
+ * kernel's task storage, which frees it with the thread, or, on kernels that have none
+ * (before 5.11), in a hash map by thread id, from which a program removes it.
  *
- * Define THREAD_STATE, the state's type, before this is included.
+ * Define THREAD_STATE, the type of the state, before including this.
  */
 #pragma once
 
@@ -15,17 +15,17 @@ OPTION(bool, state_in_task_storage, true);
 MAP(TASK_STORAGE, thread_storage, int, THREAD_STATE, 0, BPF_F_NO_PREALLOC);
 MAP(HASH, thread_hash, __u32, THREAD_STATE, 10240, BPF_F_NO_PREALLOC);
 
-/* The current thread's state, or NULL where it has none. */
+/* The state of the current thread, or NULL if it has none. */
 static __always_inline THREAD_STATE *thread_state(const struct thread *me)
 {
-#ifndef CORAL_BCC /* it takes BTF */
+#ifndef CORAL_BCC /* task storage needs BTF */
 	if (option(state_in_task_storage))
 		return bpf_task_storage_get(map_of(thread_storage), me->task, 0, 0);
 #endif
 	return bpf_map_lookup_elem(map_of(thread_hash), &me->tid);
 }
 
-/* Gives the current thread, which has none, the state INITIAL; NULL where there is no room. */
+/* Gives the current thread, which has no state, the state INITIAL; NULL if there is no room. */
 static __always_inline THREAD_STATE *thread_state_make(const struct thread *me,
 						       THREAD_STATE *initial)
 {

@@ -23,14 +23,14 @@ from coral.collectors.targets import cgroup2_mount, comm_of
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
-    HAS_COOKIES,
-    LOOKED_UP,
     Seen,
     Side,
     connected,
     following,
+    has_cookies,
     identity,
     listen,
+    looks_up_owners,
     number,
     puppets,
     send,
@@ -120,7 +120,7 @@ def _differing(
     rtt, variation = (round(float(part) * 1000) for part in fields["rtt"].split("/"))
     sent_again = row.total.bytes_retransmitted
     for what, ours, theirs in (
-        ("sk", row.connection_id, int(fields["sk"], 16) if HAS_COOKIES else row.connection_id),
+        ("sk", row.connection_id, int(fields["sk"], 16) if has_cookies() else row.connection_id),
         ("rtt", (row.rtt_us, row.rtt_variation_us), (rtt, variation)),
         ("minrtt", row.rtt_min_us, round(float(fields["minrtt"]) * 1000)),
         ("cwnd", row.congestion_window, int(fields["cwnd"])),
@@ -357,7 +357,7 @@ def test_a_workers_connection_is_the_workers(does: str) -> None:
         worker = number(master, "worker")
         client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
         client.do("c.sendall(b'x')")
-        owner = worker if LOOKED_UP or does == "receives" else master.pid
+        owner = worker if looks_up_owners() or does == "receives" else master.pid
         seen.until(lambda: (row := seen.last(role=SERVER)) and row.pid == owner)
         master.do("os.write(w, b'x'); os.waitpid(worker, 0)")
         assert seen.ended(role=SERVER).pid == worker
@@ -714,7 +714,7 @@ def test_a_socket_that_connects_again_is_two_connections() -> None:
         client.do("c.close()")
         seen.until(lambda: sum(row.end != 0 for row in seen.rows) == 2)
         first, second = sorted((row for row in seen.rows if row.end), key=lambda row: row.start_ns)
-        assert (first.connection_id == second.connection_id) == HAS_COOKIES
+        assert (first.connection_id == second.connection_id) == has_cookies()
         assert (first.total.bytes_sent, second.total.bytes_sent) == (10, 7)
         assert (first.end, second.end) == (pb.TCP_END_RESET_LOCAL, pb.TCP_END_FIN_LOCAL)
 

@@ -14,14 +14,14 @@ from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
-    HAS_COOKIES,
-    LOOKED_UP,
     Seen,
     Side,
     assert_deltas_add_up,
     connected,
     following,
+    has_cookies,
     listen,
+    looks_up_owners,
     number,
     send,
 )
@@ -117,7 +117,7 @@ HISTORIES = {
 @pytest.mark.parametrize("history", HISTORIES)
 def test_figures_are_those_of_a_walk(history: str, way: str, sides: tuple[Side, Side]) -> None:
     right = sides[1]
-    if not LOOKED_UP:
+    if not looks_up_owners():
         pytest.skip("no program can walk here")
     with sides[0].puppet() as client, right.puppet() as server:
         connected(
@@ -151,7 +151,7 @@ def _comparable(seen: Seen, role: int) -> pb.TcpMetrics:
     same.CopyFrom(row)
     # The kernel tells this by sock_diag in whole quarters.
     same.ClearField("rtt_variation_us")
-    if not HAS_COOKIES:
+    if not has_cookies():
         same.ClearField("connection_id")
     return same
 

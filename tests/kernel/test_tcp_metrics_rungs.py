@@ -122,7 +122,7 @@ def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, .
             (0, payload),
         }
         seen = [it for it in np.concatenate(read) if it["role"] in (CLIENT, SERVER)]
-        assert len(seen) > CONNECTIONS
+        assert len(seen) > CONNECTIONS // 10
         for it in seen:
             end = last[it["sk"], it["found_ns"]]
             ahead = [name for name in COUNTED if it[name] > end[name]]

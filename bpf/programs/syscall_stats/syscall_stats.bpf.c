@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
- * Counts system calls: for each (process, system call) the calls, the errors by class, the total
- * and the greatest latency and a histogram of it. Or, where single events are asked for, writes a
- * record of each call into the ring. A call is seen when it returns; the two that never do, exit
- * and exit_group, when they begin.
+ * Counts system calls: for each (process, system call) the number of calls, the errors by class,
+ * the total and the maximum latency, and a latency histogram. In events mode, sends a record of
+ * each call instead. A call is counted when it returns; exit and exit_group, which never return,
+ * when they begin.
  *
- * The figures only ever grow; user space reads them at each interval and subtracts what it read
- * before. So nothing has to be cleared under a running program, and no call falls between two
+ * The counters only grow; user space reads them at each interval and subtracts the previous
+ * reading. So nothing is cleared under a running program, and no call is lost between two
  * intervals.
  */
 #include "include/kernel.bpf.h"
@@ -17,7 +17,7 @@
 #include "include/targets.bpf.h"
 
 struct call {
-	__u64 start_ns; /* 0: no call is under way that is to be counted */
+	__u64 start_ns; /* 0: no call to count is in progress */
 	__u32 nr;
 	__u32 armed;
 };
@@ -25,10 +25,10 @@ struct call {
 #define THREAD_STATE struct call
 #include "include/thread.bpf.h"
 
-#define NR_SYSCALLS   1024 /* numbers from here on count as NR_SYSCALLS: none is defined */
-#define NR_COMPAT     4096 /* added to the number of a call by the 32-bit way in */
+#define NR_SYSCALLS   1024 /* larger numbers, which are undefined, count as this one */
+#define NR_COMPAT     4096 /* added to the number of a call from a 32-bit program */
 #define LATENCY_SLOTS 32
-#define LATENCY_FIRST 6 /* slot 0: below 2^7 ns; the last: from 2^37 ns, two minutes, on */
+#define LATENCY_FIRST 6 /* slot 0: below 2^7 ns; the last: 2^37 ns (two minutes) and more */
 #define ERROR_CLASSES 8
 #define MAX_ERRNO     4095
 
@@ -47,20 +47,22 @@ struct call {
 #define NR_EXECVE     221
 #define NR_EXECVEAT   281
 #else
-#error "this processor's system call numbers are not known"
+#error "the system call numbers of this architecture are unknown"
 #endif
 
 OPTION(bool, single_events, false);
-OPTION(bool, errors_only, false);  /* of single events */
-OPTION(__u64, min_duration_ns, 0); /* of single events */
-OPTION(__u32, sample_every, 1);	   /* of single events, on each CPU, one in so many */
+/* In events mode: which calls are sent, and one in how many of them, on each CPU. */
+OPTION(bool, errors_only, false);
+OPTION(__u64, min_duration_ns, 0);
+OPTION(__u32, sample_every, 1);
 OPTION(bool, filter_syscalls, false);
-OPTION(bool, filter_includes, false); /* the mask says which to count, or which not to */
+OPTION(bool, filter_includes, false); /* the mask lists the calls to count, or those to leave out */
 OPTIONS(__u64, syscall_mask, NR_SYSCALLS / 64);
-OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, the kernel's own included */
+OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
 
-/* The current interval: user space counts it up before it reads, so that the greatest latency is
- * the interval's own. Two slots, because the interval before is read while this one runs. */
+/* The number of the current interval. User space increments it before it reads, so that a maximum
+ * belongs to one interval. There are two slots, because the previous interval is read during the
+ * current one. */
 GLOBAL(__u32, interval);
 
 struct syscall_key {
@@ -68,8 +70,9 @@ struct syscall_key {
 	__u32 nr;
 };
 
-/* Written from the end to the start, and copied by readers from the start to the end: whoever sees
- * an error sees its call, whoever sees a call sees its time. The calls are the histogram's sum. */
+/* Written from the end to the start, and copied by readers from the start to the end: a reader that
+ * sees an error also sees its call, and one that sees a call also sees its time. The number of
+ * calls is the sum of the histogram. */
 struct syscall_stats {
 	__u64 errors[ERROR_CLASSES];
 	__u64 latency[LATENCY_SLOTS];
@@ -78,7 +81,7 @@ struct syscall_stats {
 	__u32 max_interval[2];
 };
 
-/* One call, as it goes through the ring. */
+/* The record of one call. */
 struct syscall_call {
 	__u64 ended_ns; /* CLOCK_MONOTONIC */
 	__u64 duration_ns;
@@ -86,12 +89,12 @@ struct syscall_call {
 	__u32 pid;
 	__u32 tid;
 	__u32 syscall_number;
-	__u32 syscall; /* this and the next: for user space to fill in */
+	__u32 syscall; /* user space fills in this one and the next */
 	__u32 comm;
 	__u32 reserved;
 };
 
-OPTIONS(struct syscall_stats, no_stats, 1); /* zeros, to make an element from */
+OPTIONS(struct syscall_stats, no_stats, 1); /* zeros, to create elements from */
 IN_BTF(struct syscall_call, syscall_call);
 
 MAP(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240, BPF_F_NO_PREALLOC);
@@ -188,7 +191,7 @@ static __always_inline void see(void *ctx, const struct thread *me, __u32 nr, __
 		count(me->tgid, nr, duration_ns, ret);
 }
 
-/* The state of the current thread's call, made at the first call of a watched process. */
+/* The state of the current thread's call, created at the first call of a watched thread. */
 static __always_inline struct call *call_of_target(const struct thread *me)
 {
 	struct call *call = thread_state(me), fresh = {};
@@ -209,7 +212,7 @@ static __always_inline struct call *call_of_target(const struct thread *me)
 static __always_inline bool is_compat(const struct thread *me)
 {
 #ifndef CORAL_BCC
-	if (option(current_by_btf)) /* no copy to make */
+	if (option(current_by_btf)) /* a plain load */
 		return me->task->compat_word & COMPAT_BIT;
 #endif
 	return kernel_read(this_task(), compat_word) & COMPAT_BIT;
@@ -282,7 +285,7 @@ int RAW_PROGRAM(coral_enter_raw, void *regs, long id)
 	return on_sys_enter(ctx, id);
 }
 
-/* As in events/raw_syscalls/sys_enter/format, and that of sys_exit. */
+/* As in events/raw_syscalls/sys_enter/format and sys_exit/format. */
 struct sys_enter_arguments {
 	__u64 common;
 	long id;

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: the TCP connections of watched processes, whose each is, and what the kernel says of
- * it.
+ * One idiom: the TCP connections of watched processes, their owners, and the kernel's figures of
+ * them.
  *
- * Connections are found by the socket's address, not by its cookie. A socket may have none yet, and
- * one that connects a second time keeps it; the address is there on every kernel, and is nobody
- * else's until tcp_destroy_sock, where the element goes.
+ * The key of a connection is the address of its socket, not its cookie. A socket may have no cookie
+ * yet, and keeps it when it connects a second time; the address exists on every kernel, and is
+ * unique until tcp_destroy_sock, which removes the element.
  *
- * Owners are taken where a process holds its own socket: at connect, listen and close. A server's
- * connection belongs to the listener's process until another is seen to have it: by a walk through
- * open files, or, where nothing walks, when it receives.
+ * The owner is the process that holds its own socket at connect, listen or close. A server's
+ * connection belongs to the listener's process until another process is seen to have it: by an
+ * iterator over open files, or, where there is none, when that process receives.
  */
 #pragma once
 
@@ -37,41 +37,41 @@ enum end {
 #define FAST	   0 /* in fast recovery */
 #define TIMEOUT	   1 /* after the retransmission timer */
 #define TAIL_PROBE 2 /* a probe for the loss of the last segments (TLP) */
-#define HANDSHAKE  3 /* of a SYN, or of the SYN-ACK */
+#define HANDSHAKE  3 /* of a SYN or a SYN-ACK */
 #define KINDS	   4
 
 #define RTT_SLOTS 16
 
-/* All that is known of one connection. What the kernel counts is as it was at `read_ns`. */
+/* Everything known about one connection. The kernel's counters are as of `read_ns`. */
 struct tcp_connection {
 	__u64 sk;	/* the socket's address */
-	__u64 cookie;	/* the kernel's number for the socket, or one of ours */
-	__u64 found_ns; /* CLOCK_MONOTONIC, as all times; with `sk`, nobody else's */
-	__u64 start_ns; /* 0: it was there before it was found */
+	__u64 cookie;	/* the kernel's number of the socket, or one of ours */
+	__u64 found_ns; /* CLOCK_MONOTONIC, as all times; unique together with `sk` */
+	__u64 start_ns; /* 0: it existed before it was found */
 	__u64 established_ns;
 	__u64 ended_ns;
 	__u64 read_ns;
 	__u64 bytes_sent; /* payload, each byte once */
 	__u64 bytes_acked;
 	__u64 bytes_received;
-	__u64 bytes_retransmitted; /* on top of those sent */
+	__u64 bytes_retransmitted; /* not among those sent */
 	__u8 local[ADDRESS_BYTES];
 	__u8 remote[ADDRESS_BYTES];
 	char comm[COMM_BYTES];
-	__u32 pid; /* the owner's tgid; 0: none known */
+	__u32 pid; /* tgid of the owner; 0: unknown */
 	__u32 network;
 	__u16 local_port;
 	__u16 remote_port;
 	__u8 role;
 	__u8 state;
 	__u8 end;
-	__u8 presumed; /* the owner is the listener's; nobody was seen to have the connection yet */
+	__u8 presumed; /* the owner is the listener's: no process was seen to have it yet */
 	__u32 segments_sent;
 	__u32 segments_received;
 	__u32 retransmits;
 	__u32 retransmits_of[KINDS];
-	__u32 syn_ack_retransmits; /* of a listener */
-	__u32 srtt_us;		   /* times eight, as the kernel has it */
+	__u32 syn_ack_retransmits; /* of listeners */
+	__u32 srtt_us;		   /* times eight, as in the kernel */
 	__u32 rtt_deviation_us;	   /* times four */
 	__u32 rtt_min_us;
 	__u32 congestion_window;
@@ -79,15 +79,15 @@ struct tcp_connection {
 	__u32 segment_bytes;
 	__u32 resets_sent;
 	__u32 resets_received;
-	__u32 reset_reason; /* of the last one sent */
+	__u32 reset_reason; /* of the last reset sent */
 	__u32 error;
-	__u32 delivered; /* as it was when the last sample of the RTT was taken */
+	__u32 delivered; /* as of the last sample of the RTT */
 	__u32 rtt[RTT_SLOTS];
-	/* What it had carried when it was found: zeros of one that was seen from its beginning. */
+	/* Counters when it was found: zeros for a connection seen from its beginning. */
 	__u32 found_segments_sent;
 	__u32 found_segments_received;
 	__u32 found_retransmits;
-	__u32 walk; /* the last one that saw the owner have it open */
+	__u32 walk; /* the last walk in which the owner had it open */
 	__u32 reserved;
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
@@ -96,7 +96,7 @@ struct tcp_connection {
 	__u64 rtt_sum_us; /* of the samples */
 };
 
-/* A port that a watched process listens on: its new connections are that process's. */
+/* A port that a watched process listens on: new connections belong to that process. */
 struct port_key {
 	__u32 network;
 	__u32 port;
@@ -108,14 +108,14 @@ struct port_owner {
 	char comm[COMM_BYTES];
 };
 
-OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to make an element from */
+OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to create elements from */
 MAP(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
 MAP(HASH, ports, struct port_key, struct port_owner, 4096, BPF_F_NO_PREALLOC);
 
 /*
- * Where no program can walk through files, user space finds what was there before, by sock_diag,
- * which tells a socket's cookie and not its address. Each is taken over when something next happens
- * to it, whoever is at work then; listeners too, which `ports` has from the start.
+ * Where there is no iterator over files, user space finds earlier connections by sock_diag, which
+ * reports the cookie of a socket and not its address. A connection is taken over at the next hook
+ * that sees it, whichever process runs; so are listeners, which are in `ports` from the start.
  */
 struct found_owner {
 	__u32 pid;
@@ -125,7 +125,7 @@ struct found_owner {
 OPTION(bool, take_over_found, false);
 MAP(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
 
-/* As target_hints: a byte that is not set is of no socket that is followed. */
+/* As target_hints: a byte that is clear belongs to no socket that is followed. */
 #define SOCKET_HINTS 65536
 GLOBALS(__u8, socket_hints, SOCKET_HINTS);
 
@@ -144,7 +144,7 @@ static __always_inline struct tcp_connection *connection_of(struct sock *sk)
 	return bpf_map_lookup_elem(map_of(connections), &key);
 }
 
-/* The process that the current task belongs to, where it is watched. */
+/* The process of the current task if it is watched, or NULL. */
 static __always_inline struct target *watched_process(void)
 {
 	struct target *target;
@@ -162,15 +162,15 @@ static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk,
 	c->remote_port = remote_port_of(sk, typed);
 }
 
-/* A client gets its port after its first change of state. */
+/* A client gets its port after its first state change. */
 static __always_inline void name_ends_late(struct tcp_connection *c, struct sock *sk, bool typed)
 {
 	if (!c->established_ns && c->start_ns)
 		name_ends(c, sk, typed);
 }
 
-/* A number that is nobody else's, where the kernel has none for the socket: by its highest bit it
- * is none of the kernel's, which count from 1. */
+/* A unique number for a socket that has no cookie. Its highest bit distinguishes it from the
+ * kernel's cookies, which count from 1. */
 static __always_inline __u64 our_number(const struct tcp_connection *c)
 {
 	return 1ULL << 63 | (c->found_ns * 0x9E3779B97F4A7C15ULL + c->sk) >> 1;
@@ -184,8 +184,8 @@ static __always_inline __u64 number_of(const struct tcp_connection *c, struct so
 }
 
 /*
- * NULL where there is no room. It is a loss where a connection begins; one that is only found to be
- * there is tried again when it is used the next time.
+ * NULL if there is no room. That is a loss where a connection begins; one that is only found is
+ * tried again when it is next used.
  */
 static __always_inline struct tcp_connection *connection_make(struct sock *sk, __u8 role,
 							      __u64 flags)
@@ -247,10 +247,10 @@ static __always_inline void read_counters(struct tcp_connection *c, struct tcp_s
 }
 
 /*
- * SYN and FIN have a place in the numbering of bytes, and the kernel counts them as such. This
- * makes payload of it: OLD is the state that the socket was in when it was read, or the one before
- * CLOSE. What was sent is what was acknowledged and what is under way: the kernel's own bytes_sent
- * has some twice, those that the machine itself dropped on the way out.
+ * SYN and FIN occupy sequence numbers, and the kernel counts them as bytes. This subtracts them:
+ * OLD is the state of the socket when it was read, or its last state before CLOSE. The bytes sent
+ * are those acknowledged and those in flight: the kernel's own bytes_sent counts some twice, those
+ * that the machine itself dropped on the way out.
  */
 static __always_inline void take_flags_out(struct tcp_connection *c, struct sock *sk,
 					   struct tcp_sock *tp, int old, bool typed)
@@ -277,7 +277,7 @@ static __always_inline void take_flags_out(struct tcp_connection *c, struct sock
 	c->bytes_sent = c->bytes_acked + under_way;
 }
 
-/* Where it is not TYPED, SK is read as memory: it may be gone, the reader finds out. */
+/* Unless it is TYPED, SK is read as plain memory: it may be gone, which the caller checks. */
 static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, int old, bool typed)
 {
 	struct tcp_sock *tp = tcp_of(sk, typed);
@@ -289,7 +289,7 @@ static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, i
 	take_flags_out(c, sk, tp, old, typed);
 }
 
-/* Upper ends in microseconds; the collector has the same. */
+/* The bounds are those of the collector's BOUNDS_US. */
 static __always_inline __u32 rtt_slot(__u32 us)
 {
 	__u32 half = us < 5000;
@@ -310,8 +310,8 @@ static __always_inline void count_rtt(struct tcp_connection *c, __u32 us)
 		c->rtt[slot]++;
 }
 
-/* One sample for each time that the peer was seen to have acknowledged something new: the time it
- * took the segment that was sent last, of those (RACK, RFC 8985). */
+/* One sample each time the peer acknowledges new data: the round-trip time of the most recently
+ * sent segment among those acknowledged (RACK, RFC 8985). */
 static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk)
 {
 	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
@@ -363,11 +363,11 @@ static __always_inline void port_release(const struct tcp_connection *listener)
 		__sync_fetch_and_add(&owner->listeners, -1);
 }
 
-/* Connections that were there before they were found. */
+/* Connections that existed before they were found. */
 
 /*
- * A client's SYN has a place in the numbering, which a server's SYN-ACK has not in bytes_acked:
- * what was acknowledged and what is under way is by one more than the payload that was sent.
+ * bytes_acked includes a client's SYN, but not a server's SYN-ACK: for a client, the bytes
+ * acknowledged and in flight exceed the payload sent by one.
  */
 static __always_inline __u8 role_by_numbering(struct sock *sk)
 {
@@ -379,7 +379,7 @@ static __always_inline __u8 role_by_numbering(struct sock *sk)
 	bool fin_sent = state != TCP_ESTABLISHED && state != TCP_CLOSE_WAIT &&
 			kernel_read(tp, snd_nxt) == kernel_read(tp, write_seq);
 
-	if (state == TCP_SYN_SENT) /* a SYN under way looks as a FIN would */
+	if (state == TCP_SYN_SENT) /* a SYN in flight looks like a FIN */
 		return ROLE_CLIENT;
 	return acked + under_way > payload + fin_sent ? ROLE_CLIENT : ROLE_SERVER;
 }
@@ -391,7 +391,7 @@ static __always_inline bool is_listened_to(const struct tcp_connection *c)
 	return bpf_map_lookup_elem(map_of(ports), &key);
 }
 
-/* What came before is not of the interval in which it was found. */
+/* What a connection carried earlier does not count in the interval in which it is found. */
 static __always_inline void keep_as_found(struct tcp_connection *c)
 {
 	c->found_bytes_sent = c->bytes_sent;
@@ -411,7 +411,7 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 
 	if (state == TCP_CLOSE || state == TCP_TIME_WAIT)
 		return NULL;
-	c = connection_make(sk, ROLE_NONE, BPF_NOEXIST); /* a hook may have been quicker */
+	c = connection_make(sk, ROLE_NONE, BPF_NOEXIST); /* a hook may have been faster */
 	if (!c)
 		return NULL;
 	own(c, pid, comm);
@@ -428,7 +428,7 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	return c;
 }
 
-/* One that user space has found, and that nothing happened to since; else NULL. */
+/* The owner of a connection that user space has found and no hook has seen since; or NULL. */
 static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64 *cookie)
 {
 	if (!option(take_over_found))
@@ -437,7 +437,7 @@ static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64
 	return *cookie ? bpf_map_lookup_elem(map_of(found), cookie) : NULL;
 }
 
-/* One that is in no map yet: that of TARGET, or the one that user space has found; else NULL. */
+/* A connection not yet in the map: one of TARGET, or one that user space has found; or NULL. */
 static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
 							      struct target *target)
 {
@@ -451,15 +451,15 @@ static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
 			    target ? target->comm : found_owner->comm);
 	if (c && found_owner) {
 		if (c->role == ROLE_LISTENER)
-			port_release(c); /* user space has counted it already */
+			port_release(c); /* user space has already counted it */
 		bpf_map_delete_elem(map_of(found), &cookie);
 	}
 	return c;
 }
 
 /*
- * The connection that something happens to. Where a process is at work on the socket, BY_PROCESS,
- * it is that one's from now on, if it is watched.
+ * The connection of the socket that a hook sees. If a process is using the socket (BY_PROCESS) and
+ * is watched, it owns the connection from now on.
  */
 static __always_inline struct tcp_connection *connection_met(struct sock *sk, bool by_process)
 {
@@ -480,7 +480,7 @@ static __always_inline struct tcp_connection *connection_met(struct sock *sk, bo
 	} else if (c->presumed) {
 		__u64 key = (__u64)sk;
 
-		/* It shares a port with a watched process, and is another one's. */
+		/* Another process, which shares the port with a watched one, has it. */
 		bpf_map_delete_elem(map_of(connections), &key);
 		return NULL;
 	}

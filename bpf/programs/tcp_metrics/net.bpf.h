@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * Sockets as the programs see them: the members that are touched, as in kernel.bpf.h, and what can
- * be read off a struct sock alone.
+ * Sockets as the programs see them: the members that they use, as in kernel.bpf.h, and the figures
+ * that follow from a struct sock alone.
  */
 #pragma once
 
@@ -19,7 +19,7 @@
 #include <linux/tcp.h>
 #pragma pop_macro("kernel_read")
 
-/* A bit field has no address: these are the bits of the byte before the next member. */
+/* A bit field has no address: these are bits of the byte before the next member. */
 static __always_inline __u8 congestion_state(struct sock *sk)
 {
 	struct inet_connection_sock *icsk = (void *)sk;
@@ -156,7 +156,7 @@ struct tcp_sock {
 	struct tcp_rack rack;
 };
 
-/* The kernel's words for why it sends a reset (6.10); their numbers differ between versions. */
+/* The kernel's reasons for sending a reset (6.10); their values differ between versions. */
 enum sk_rst_reason {
 	SK_RST_REASON_NOT_SPECIFIED,
 	SK_RST_REASON_NO_SOCKET,
@@ -224,7 +224,7 @@ static __always_inline __u8 congestion_state(struct sock *sk)
 	return BPF_CORE_READ_BITFIELD_PROBED(icsk, icsk_ca_state);
 }
 
-/* The socket of an open file, or NULL: one that was opened with O_PATH has none. */
+/* The socket of an open file, or NULL; a file opened with O_PATH has none. */
 static __always_inline struct sock *socket_of(struct file *file)
 {
 	struct socket *socket;
@@ -241,8 +241,9 @@ static __always_inline struct sock *socket_of(struct file *file)
 #define TCP_CA_LOSS	4
 
 /*
- * The verifier knows the arguments of tp_btf programs for sockets, and those of TCP (5.9): members
- * are plain loads then. Said of one place by a constant TYPED, else of all.
+ * Whether the verifier knows the arguments of tp_btf programs to be sockets, and TCP's (5.9):
+ * members are plain loads then. Functions that also read untyped sockets have a constant argument
+ * TYPED.
  */
 OPTION(bool, typed_sockets, false);
 
@@ -250,7 +251,7 @@ OPTION(bool, typed_sockets, false);
 	((typed) ? (pointer)->member : kernel_read(pointer, member))
 #define socket_read(pointer, member) socket_read_if(option(typed_sockets), pointer, member)
 
-/* NULL where it is none of TCP. */
+/* NULL if it is not a TCP socket. */
 static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
 {
 #ifndef CORAL_BCC
@@ -260,7 +261,7 @@ static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
 	return (struct tcp_sock *)sk;
 }
 
-/* The lower half of an address, which is a number to the verifier even where the whole is not. */
+/* The lower half of an address, which the verifier takes for a number, unlike the whole. */
 static __always_inline __u32 half_of(struct sock *sk)
 {
 	__u32 half = (__u64)sk;
@@ -280,9 +281,9 @@ static __always_inline bool is_tcp(struct sock *sk)
 }
 
 /*
- * Whether the current task holds the socket's lock: then it is a process at work on its socket.
- * Where packets and timers are handled on top of whatever runs, a socket that is held is left
- * alone, so that this is false there (sock_owned_by_user in the kernel).
+ * Whether the current task holds the socket's lock, which means that a process is using its socket.
+ * Packets and timers, which interrupt arbitrary tasks, leave a socket alone while a process holds
+ * it, so that this is false there (sock_owned_by_user in the kernel).
  */
 static __always_inline bool held_by_process(struct sock *sk)
 {
@@ -293,7 +294,7 @@ static __always_inline __u8 state_of(struct sock *sk)
 {
 	__u8 state = 0;
 
-#ifdef CORAL_BCC /* to the kernel it is volatile */
+#ifdef CORAL_BCC /* volatile in the kernel's headers */
 	bpf_probe_read_kernel(&state, sizeof(state), (void *)&sk->__sk_common.skc_state);
 #else
 	state = kernel_read(sk, __sk_common.skc_state);
@@ -306,7 +307,7 @@ static __always_inline __u32 network_of(struct sock *sk)
 	return kernel_read(socket_read(sk, __sk_common.skc_net.net), ns.inum);
 }
 
-/* An IPv4 address becomes ::ffff:a.b.c.d, which is what a socket of both families has, too. */
+/* An IPv4 address becomes ::ffff:a.b.c.d, as it is in a dual-stack socket. */
 static __always_inline void address_of_v4(__u8 *to, __be32 v4)
 {
 	__u32 *words = (__u32 *)to;
@@ -316,7 +317,7 @@ static __always_inline void address_of_v4(__u8 *to, __be32 v4)
 	words[3] = v4;
 }
 
-/* Both ends' addresses, of a socket or of a request for one. TO are words in memory. */
+/* The addresses of both ends of a socket, or of a request for one. */
 static __always_inline void addresses_of(struct sock_common *sk, __u8 *local, __u8 *remote,
 					 bool typed)
 {
@@ -332,7 +333,7 @@ static __always_inline void addresses_of(struct sock_common *sk, __u8 *local, __
 	}
 }
 
-/* What a port still is after the kernel has given it back, on the way to CLOSE. */
+/* Stays valid after the kernel has released the port, on the way to CLOSE. */
 static __always_inline __u16 local_port_of(struct sock *sk)
 {
 	return bpf_ntohs(kernel_read((struct inet_sock *)sk, inet_sport));

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
- * Follows the TCP connections of watched processes: who opened them, what they carried, how they
- * ended. Or, where single events are asked for, writes a record of each change of state, each
- * retransmit and each reset.
+ * Follows the TCP connections of watched processes: which process opened them, what they carried
+ * and how they ended. In events mode, sends a record of each state change, retransmit and reset
+ * instead.
  *
  * The kernel keeps most of the figures itself, in struct tcp_sock. They are read, not counted
- * again: when user space asks (coral_live_iter), and when a connection reaches CLOSE, the last
- * change there is. Counted here is only what the kernel does not keep apart.
+ * again: when user space asks (copy_live), and when a connection reaches CLOSE, its last state
+ * change. These programs only count what the kernel does not count separately.
  */
 #include "include/kernel.bpf.h"
 #include "include/account.bpf.h"
@@ -28,12 +28,12 @@ enum what {
 };
 
 OPTION(bool, single_events, false);
-OPTION(bool, refresh_at_segments, false); /* where nobody can ask for the figures */
-OPTION(bool, make_cookies, false);	  /* the kernel lets programs ask for one (5.12) */
+OPTION(bool, refresh_at_segments, false); /* where no program reads open connections */
+OPTION(bool, make_cookies, false);	  /* programs may ask for one (5.12) */
 
 #define REFRESH_NS 10000000
 
-/* One event, as it goes through the ring. */
+/* The record of one event. */
 struct tcp_event {
 	__u64 time_ns;
 	__u64 connection_id;
@@ -107,7 +107,7 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
-	if (c) { /* the same socket once more, after its last connection was dissolved */
+	if (c) { /* the same socket again, after its previous connection was dissolved */
 		send_end(ctx, c);
 		bpf_map_delete_elem(map_of(connections), &key);
 	}
@@ -137,8 +137,8 @@ static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
 	return 0;
 }
 
-/* A listener's child, cloned from it: of its own it has no addresses yet, so that the event of this
- * is sent with the next one. */
+/* A listener's child, cloned from it. It has no addresses of its own yet, so that this event is
+ * sent together with the next one. */
 static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 {
 	struct port_key key = {.network = network_of(sk), .port = local_port_of(sk)};
@@ -150,7 +150,7 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 		return 0;
 	own(c, owner->pid, owner->comm);
 	c->presumed = true;
-	c->cookie = our_number(c); /* it may have the listener's still */
+	c->cookie = our_number(c); /* the socket's may still be the listener's */
 	c->state = TCP_SYN_RECV;
 	c->local_port = key.port;
 	return 0;
@@ -173,7 +173,7 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 		count_rtt(c, srtt_us >> 3);
 	if (option(refresh_at_segments))
 		refresh(c, sk, TCP_ESTABLISHED, false);
-	if (c->role == ROLE_SERVER) { /* the SYN-ACKs', which were sent before there was a socket */
+	if (c->role == ROLE_SERVER) { /* SYN-ACKs, sent before there was a socket */
 		c->retransmits = socket_read(tp, total_retrans);
 		c->retransmits_of[HANDSHAKE] = c->retransmits;
 	}
@@ -187,13 +187,13 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 		return old == TCP_SYN_SENT ? END_REFUSED : END_RESET_REMOTE;
 	if (c->error == 110) /* ETIMEDOUT */
 		return END_TIMEOUT;
-	if (c->resets_sent && (c->error || !c->end)) /* and not for a stray segment, long ago */
+	if (c->resets_sent && (c->error || !c->end)) /* and not long ago, for a stray segment */
 		return END_RESET_LOCAL;
 	if (c->error)
 		return END_ERROR;
 	if (c->end)
 		return c->end;
-	/* To close without a FIN is to reset, which comes next. */
+	/* A close without a FIN is a reset, which is sent next. */
 	return old == TCP_SYN_SENT || old == TCP_SYN_RECV ? END_ABORTED : END_RESET_LOCAL;
 }
 
@@ -269,7 +269,7 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk)
 	return 0;
 }
 
-/* What happens meanwhile. */
+/* While a connection is open. */
 
 static __always_inline int on_segment(struct sock *sk)
 {
@@ -283,8 +283,8 @@ static __always_inline int on_segment(struct sock *sk)
 	return 0;
 }
 
-/* Whether nothing can come of it that the current task uses a socket: it is the owner's already, or
- * neither is one of ours. This is what most that receive pay. */
+/* Whether the current task's use of a socket changes nothing: the task owns it already, or neither
+ * is watched. This is the cost for most processes that receive. */
 static __always_inline bool use_changes_nothing(struct sock *sk)
 {
 	struct tcp_connection *c = connection_of(sk);
@@ -304,7 +304,7 @@ static __always_inline int on_use(struct sock *sk)
 	return 0;
 }
 
-/* An application has taken data in. Some protocols on top (kTLS) do it outside of processes. */
+/* An application has received data. Some layers above (kTLS) do so outside of any process. */
 static __always_inline int on_received(struct sock *sk)
 {
 	return !use_changes_nothing(sk) && held_by_process(sk) ? on_use(sk) : 0;
@@ -322,7 +322,7 @@ static __always_inline __u32 kind_of_retransmit(struct sock *sk)
 	return congestion == TCP_CA_RECOVERY ? FAST : TAIL_PROBE;
 }
 
-/* The kernel has counted it already: several segments may have gone at once. */
+/* The kernel has already counted it; several segments may have been sent at once. */
 static __always_inline int on_retransmit(void *ctx, struct sock *sk)
 {
 	struct tcp_connection *c = connection_met(sk, false);
@@ -373,7 +373,7 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 	return 0;
 }
 
-/* SK may be NULL: nobody listens there. On the way out of CLOSE the reset is the end's cause. */
+/* SK is NULL if nothing listens there. A reset on the way to CLOSE is the cause of the end. */
 static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reason)
 {
 	struct tcp_connection *c = sk ? connection_met(sk, false) : NULL;
@@ -402,7 +402,7 @@ static __always_inline int on_reset_received(void *ctx, struct sock *sk)
 	return 0;
 }
 
-/* The reason of a reset by our own numbers, which are those of Linux 6.18, and one more. */
+/* The reason of a reset in our own numbering: the values of Linux 6.18, plus one. */
 static __always_inline __u32 reset_reason_of(__u32 reason)
 {
 #ifdef CORAL_BCC
@@ -440,13 +440,13 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 #endif
 
 /*
- * Each hook three times: with BTF, without, and as a plain tracepoint, whose arguments lie where
- * its format says. ctx[2] is a third argument only where the kernel has one.
+ * Each hook comes three times: with BTF, without, and as a plain tracepoint, whose arguments are
+ * laid out as its format says. ctx[2] is a third argument only on kernels that have one.
  */
 #ifdef CORAL_BCC
 #define make_cookie(sk) ((void)0)
 #else
-/* Only a program whose argument the verifier knows for a socket may. */
+/* Only allowed for an argument that the verifier knows to be a socket. */
 #define make_cookie(sk)                                                                            \
 	do {                                                                                       \
 		if (option(make_cookies))                                                          \
@@ -552,7 +552,7 @@ int RAW_PROGRAM(coral_reset_in_raw, struct sock *sk)
 	return on_reset_received(ctx, sk);
 }
 
-/* As in the formats of these tracepoints: what comes first, and the socket after it. */
+/* As in the formats of these tracepoints. */
 struct sock_arguments {
 	__u64 common;
 	struct sock *sk;
@@ -614,7 +614,7 @@ int PROGRAM(coral_reset_in_tp, struct sock_arguments *ctx)
 	return on_reset_received(ctx, ctx->sk);
 }
 
-#ifndef CORAL_BCC /* it takes BTF */
+#ifndef CORAL_BCC /* iterators need BTF */
 
 /*
  * Whether the kernel is about to number a FIN, or has just seen it acknowledged: for a moment
@@ -694,11 +694,11 @@ int coral_live_run(void *ctx)
 	return 0;
 }
 
-/* Counted up by user space before each walk through the open files. */
+/* User space increments it before each walk through the open files. */
 GLOBAL(__u32, walk);
 
-/* A process has it open. It is that one's if the owner was not seen to have it, and not in the walk
- * before either: in this one, it may come yet. */
+/* A process has it open. It becomes the owner if the present owner did not have it open in the
+ * previous walk; in the current one, the owner may still follow. */
 static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
 				   __u32 now)
 {
@@ -708,7 +708,7 @@ static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const c
 		c->walk = now;
 }
 
-/* A process that is not watched has it open: if it only shares a port with one that is, it goes. */
+/* A process that is not watched has it open: drop it if it was only presumed to be ours. */
 static __always_inline void had_by_other(struct tcp_connection *c, struct sock *sk)
 {
 	__u64 key = (__u64)sk;
@@ -727,8 +727,8 @@ static __always_inline struct sock *socket_in(struct file *file)
 	return socket ? socket->sk : NULL;
 }
 
-/* Walks the open files of all processes: for sockets that were there before, or that a process has
- * from another, and for who has those that are known. */
+/* Walks the open files of all processes, for sockets that existed before or were passed on from
+ * another process, and for the present owners of known ones. */
 SEC("iter/task_file")
 int coral_find_iter(struct bpf_iter__task_file *ctx)
 {
