@@ -333,7 +333,7 @@ def test_what_top_leaves_out_is_the_last_row(agent: RunningAgent) -> None:
 
 
 def test_a_preempted_tap_fails_and_says_what_would_help(
-    tmp_path: Path, calls: Callable[..., Calls]
+    tmp_path: Path,
 ) -> None:
     limits = {"limits": {"cpu_percent": 0.01}}
     with running_agent(tmp_path / "agent", limits) as strict, Puppet() as puppet:
@@ -361,7 +361,7 @@ def test_on_a_terminal_no_line_is_longer_than_that(columns: int, agent: RunningA
             events.press("\x03")
             assert events.finish() == 130
     for text in (terminal.text, events.text):
-        lines = [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
+        lines = text.replace("^C", "").replace("\r", "\n").split("\n")
         assert max(map(len, lines)) <= columns
     header = terminal.text[terminal.text.index("SYSCALL") :].splitlines()[0].split()
     assert {"SYSCALL", "CALLS", "ERRORS", "P99", "TIME"} <= set(header)
@@ -551,7 +551,7 @@ def test_collectors_of_any_name_are_listed_within_the_terminal(
     """What others call their services is neither markup nor an order to the terminal."""
     with Puppet() as puppet:
         name = "[/x]\x1b[2J"
-        started = start_collector(agent, 60, name, pid=str(puppet.pid))
+        started = start_collector(agent, 290, name, pid=str(puppet.pid))
         shown = run("collectors", "--agent", agent.address, COLUMNS=str(columns))
         whole = run("collectors", "--agent", agent.address)
         run("stop", "--agent", agent.address, started.collector_id)
@@ -561,7 +561,7 @@ def test_collectors_of_any_name_are_listed_within_the_terminal(
         assert "[/x]?[2J" in done.stdout
         assert "\x1b" not in done.stdout
     assert max(map(len, shown.stdout.splitlines())) <= columns
-    assert re.search(r" (59|1m00)s\b", shown.stdout)
+    assert re.search(r" 4m[345]\ds\b", shown.stdout)
     assert len(whole.stdout.splitlines()) == 2
 
 
