@@ -274,7 +274,8 @@ def test_a_quiet_tap_says_how_long_it_watched(agent: RunningAgent) -> None:
             *(f"pid:{puppet.pid}", "-d", "1500ms"),
         )
     assert (done.returncode, done.stderr) == (0, "")
-    (seconds,) = re.findall(r"^totals of ([\d.]+)s, expired$", done.stdout, re.MULTILINE)
+    pattern = r"^totals of ([\d.]+)s, expired\nno system calls$"
+    (seconds,) = re.findall(pattern, done.stdout, re.MULTILINE)
     assert 1.5 <= float(seconds) < 3
 
 
@@ -345,6 +346,25 @@ def test_a_preempted_tap_fails_and_says_what_would_help(
     assert err.startswith("coral: the agent ended this tap before its time: limits.cpu_percent is ")
     assert "without --events" in err
     assert err.endswith("or raise limits.cpu_percent in the agent's configuration\n")
+
+
+def test_an_agent_that_dies_leaves_the_totals_and_is_an_error(tmp_path: Path) -> None:
+    with running_agent(tmp_path / "agent") as mortal, Puppet() as puppet:
+        running = tap(mortal, f"pid:{puppet.pid}", "--include", "getppid")
+        puppet.getppid(123)
+        assert running.stdout
+        shown = ""
+        while "getppid" not in shown:
+            shown = running.stdout.readline()
+        mortal.process.kill()
+        out, err = running.communicate(timeout=20)
+    assert running.returncode == 1
+    assert re.search(
+        r"^totals of [\d.]+s, the connection to the agent was lost$", out, re.MULTILINE
+    )
+    assert err.startswith(f"coral: no agent answers at {mortal.address}: ")
+    _, rows = totals_of(out)
+    assert rows["getppid"][0] == "123"
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
