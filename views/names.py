@@ -1,8 +1,8 @@
 """The names of addresses, as this machine's resolver has them.
 
-A table never waits for a name: it shows the address until the name is known. Threads ask, and not
-the loop's executor, which would be waited for at the end: a name server that does not answer takes
-its time.
+A table never waits for a name: it shows the address until the name is known. Daemon threads ask the
+resolver: a program that ends waits for the threads of the loop's executor, and a name server that
+does not answer would hold it up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def look_up(address: str) -> str:
 
 
 class Names:
-    """Each address is asked for once, by a few threads that end with the process."""
+    """Looks up each address once, in a few threads that end with the process."""
 
     def __init__(self, ask: Callable[[str], str] = look_up) -> None:
         self._ask = ask
@@ -42,7 +42,7 @@ class Names:
         self._threads = 0
 
     def of(self, address: str) -> str:
-        """The name, where it is known by now; else it is asked for, and empty."""
+        """The name of an address, if it is known by now; else starts a look-up, and is empty."""
         with self._changed:
             if address in self._known:
                 return self._known[address]
@@ -57,7 +57,7 @@ class Names:
         return ""
 
     def settle(self, timeout_s: float = _SETTLE_S) -> None:
-        """Waits for names that were asked for, so long at most: there is no later table."""
+        """Waits at most TIMEOUT_S for the look-ups that have been started, before a last table."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, timeout_s)
 

@@ -257,16 +257,21 @@ async def _tap(request: Request) -> int:
                 echo_error(f"this cannot run here: {started.error}")
                 return EXIT_ERROR
             tapped = Tapped(target.name, started, request.story)
+            failure: AgentError | None = None
             try:
                 tapped.begin(await _began_ns(agent, started.collector_id))
                 screen = screen_of(request.output, tapped, config)
                 await _follow(agent, tapped, screen, held)
+            except AgentError as error:
+                failure = error  # what has come before it is shown all the same
             finally:
                 if not tapped.end:  # whatever ended this, a closed pipe for one
                     with suppress(AgentError):
                         await agent.stop(tapped.collector_id)
         tapped.close()
         screen.finish()
+        if failure:
+            raise failure
     finally:
         if held:
             held.abandon()

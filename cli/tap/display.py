@@ -65,7 +65,7 @@ class Tapped:
     def end_text(self) -> str:
         """How it ended, for people."""
         if not self.end:
-            return "the agent went away"
+            return "the connection to the agent was lost"
         text = self.end.reason.name.lower().replace("_", " ")
         return f"{text}: {safe(self.end.detail)}" if self.end.detail else text
 

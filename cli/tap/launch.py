@@ -1,6 +1,6 @@
-"""Starts a command that waits for a word before it becomes what it was asked to be.
+"""Starts a command in two steps: a process that waits, and then its exec.
 
-So a collector can be attached first, and counts from the command's exec on.
+So a collector can be attached to the process first, and counts from the command's exec on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import click
 
 EXIT_NOT_FOUND: Final = 127
 EXIT_NOT_EXECUTABLE: Final = 126
-# Reads a byte, then execs; leaves without a word when the pipe closes first. What Python changed
-# for itself, the command must not find: LC_CTYPE, ignored signals, a descriptor too many.
+# Reads a byte, then execs; exits silently when the pipe closes first. The command must not inherit
+# what Python has changed for itself: LC_CTYPE, ignored signals, one more descriptor.
 _HELD: Final = f"""
 import os, signal, sys
 release_fd, path, *command = sys.argv[1:]
@@ -37,7 +37,7 @@ except OSError as error:
 
 
 class HeldCommand:
-    """A command that has a process id, and has not begun."""
+    """A command that has a process id before its exec."""
 
     def __init__(self, process: Process, release_fd: int) -> None:
         self._process = process
@@ -45,7 +45,8 @@ class HeldCommand:
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> HeldCommand:
-        """Starts it held. Exits with 127, as a shell does, where there is no such command."""
+        """Starts the process that waits. Exits with 127, as a shell does, where there is no such
+        command."""
         path = shutil.which(command[0])
         if path is None:
             click.echo(f"coral: {command[0]}: there is no such command", err=True)
@@ -60,16 +61,16 @@ class HeldCommand:
 
     @property
     def pid(self) -> int:
-        """The process id, before and after it begins."""
+        """The process id, the same before and after the exec."""
         return self._process.pid
 
     def release(self) -> None:
-        """Lets it begin."""
+        """Lets it exec."""
         os.write(self._release_fd, b"x")
         self._close()
 
     def abandon(self) -> None:
-        """Ends it if it has not begun."""
+        """Ends the process if it still waits."""
         self._close()
 
     def _close(self) -> None:
@@ -78,6 +79,6 @@ class HeldCommand:
             self._release_fd = -1
 
     async def wait(self) -> int:
-        """Its exit status, as a shell would tell it."""
+        """Waits for the command's end; its exit status, as a shell has it."""
         status = await self._process.wait()
         return status if status >= 0 else 128 - status

@@ -253,7 +253,7 @@ def test_peers_are_rows_of_their_own(agent: RunningAgent, pair: tuple[Puppet, Pu
     assert peers[f"→ 127.0.0.1:{port}"][:5] == ["21", "1", "0", "20.0kB", "0"]
     assert peers[f"→ 127.0.0.1:{closed}"][:3] == ["20", "0", "20"]
     troubles = sheet(out, "ENDED BADLY", "TIMES")
-    assert troubles["REFUSED"] == ["20", f"→ 127.0.0.1:{closed}", "ECONNREFUSED"]
+    assert troubles["REFUSED"] == ["20", "-", f"→ 127.0.0.1:{closed}", "ECONNREFUSED"]
 
 
 def test_addresses_are_shown_by_their_names(
@@ -297,14 +297,34 @@ def test_every_event_is_a_line(agent: RunningAgent, pair: tuple[Puppet, Puppet])
     assert peers[f"→ 127.0.0.1:{closed}"][:3] == ["1", "1", "1"]
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_every_event_fits_into_the_terminal(
+    columns: int, agent: RunningAgent, pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    closed = nobody(server)
+    command = coral("tap", "--agent", agent.address, "--tcp-metrics", "--events", "-d", "50s")
+    with Terminal([*command, f"pid:{client.pid},{server.pid}"], 24, columns) as terminal:
+        wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()))
+        port = connected(client, server, "::1")
+        client.do(f"d = socket.socket(); d.connect_ex(('127.0.0.1', {closed}))")
+        wait_until(lambda: terminal.has_drawn("REFUSED", f"→ [::1]:{port}", f":{port} ← "))
+        terminal.press("\x03")
+        assert terminal.finish() == 130
+    lines = terminal.text.replace("^C", "").replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= columns
+    assert re.search(r"\x1b\[31;1m[^\x1b]*REFUSED", terminal.output)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
 def test_a_terminal_shows_connections_in_colour_and_within_its_width(
-    agent: RunningAgent, pair: tuple[Puppet, Puppet]
+    columns: int, agent: RunningAgent, pair: tuple[Puppet, Puppet]
 ) -> None:
     client, server = pair
     closed = nobody(server)
     command = coral("tap", "--agent", agent.address, "--tcp-metrics", "-i", "100ms")
     target = f"pid:{client.pid},{server.pid}"
-    with Terminal([*command, target, "-d", "50s"], 24, 80) as terminal:
+    with Terminal([*command, target, "-d", "50s"], 24, columns) as terminal:
         wait_until(lambda: terminal.has_drawn("Ctrl-C stops"))
         wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()))
         port = connected(client, server, "::1")
@@ -319,9 +339,9 @@ def test_a_terminal_shows_connections_in_colour_and_within_its_width(
         terminal.press("\x03")
         assert terminal.finish() == 130
     lines = terminal.text.replace("\r", "\n").splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= columns
     totals = terminal.text[terminal.text.index("totals of ") :]
-    assert re.search(rf"REFUSED +1 +{COMM} +→ 127.0.0.1:{closed} +ECONNREFUSED", totals)
+    assert re.search(rf"REFUSED +1 +({COMM} +)?→ 127.0.0.1:{closed} +ECONNREFUSED", totals)
 
 
 def test_losses_on_the_way_are_told(agent: RunningAgent) -> None:

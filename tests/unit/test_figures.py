@@ -29,7 +29,7 @@ BOUNDARIES = st.builds(
     lambda size, share: size * share,
     st.sampled_from([*NS.values(), *AMOUNTS.values()]),
     st.floats(0.9, 1.1) | st.floats(995, 1005) | st.floats(9.9, 10.1) | st.floats(99, 101),
-).filter(lambda value: value < 1e20)
+).filter(lambda value: value < 2.0**64)
 VALUES = MAGNITUDES | BOUNDARIES
 
 

@@ -99,7 +99,10 @@ def test_a_rate_of_single_calls_is_over_the_whole_time_too() -> None:
 
 
 def test_a_quiet_tap_has_watched_all_the_same() -> None:
-    assert story_of(0, reached_s=2.5).intervals.seconds == 2.5
+    story = story_of(0, reached_s=2.5)
+    assert story.intervals.seconds == 2.5
+    assert list(story.end_lines()) == ["no system calls"]
+    assert drawn(story.end_table(80)) == "no system calls\n"
     assert Intervals().seconds == 0
 
 

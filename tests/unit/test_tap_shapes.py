@@ -113,6 +113,9 @@ def test_buckets_add_up_and_have_quantiles() -> None:
         (Flow(CLIENT, V6, 443), 60, f"→ [{V6}]:443"),
         (Flow(CLIENT, V6, 443), 24, "→ [2001:db…555:6666]:443"),
         (Flow(SERVER, V6, 443), 24, ":443 ← 2001:db8…555:6666"),
+        (Flow(SERVER, V6, 443, 41234), 24, ":443 ← 2001:db8…555:6666"),
+        (Flow(SERVER, "10.0.0.5", 8080, 41234), 22, ":8080 ← 10.0.0.5:41234"),
+        (Flow(SERVER, "10.0.0.5", 8080, 41234), 21, ":8080 ← 10.0.0.5"),
     ],
 )  # fmt: skip
 def test_a_peer_fits_and_keeps_port_and_number(flow: Flow, width: int, text: str) -> None:

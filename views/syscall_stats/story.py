@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from rich.cells import cell_len
 from rich.console import RenderableType
+from rich.text import Text
 
 from coral.client import Batch
 from coral.views.intervals import Intervals
@@ -16,6 +17,7 @@ from coral.views.syscall_stats.totals import SyscallRow, SyscallTotals, sum_of
 from coral.views.text import bar, format_ns, format_rate, format_share, shorten, times
 
 _BAR_WIDTH: Final = 20
+_NOTHING: Final = "no system calls"
 
 _COLUMNS: Final = (
     Column("SYSCALL", right=False, fits=True, room=15, comfort=20, least=20),
@@ -57,11 +59,13 @@ class SyscallStory:
 
     def end_table(self, width: int) -> RenderableType:
         """The whole session, for a terminal."""
-        return _sheet(self._totals, self.intervals.total_rate_s).table(width)
+        sheet = _sheet(self._totals, self.intervals.total_rate_s)
+        return sheet.table(width) if sheet.rows else Text(_NOTHING, "dim")
 
     def end_lines(self) -> Iterator[str]:
         """The whole session, for a pipe."""
-        yield from _sheet(self._totals, self.intervals.total_rate_s).lines()
+        sheet = _sheet(self._totals, self.intervals.total_rate_s)
+        yield from sheet.lines() if sheet.rows else (_NOTHING,)
 
     def event_lines(self, batch: Batch, width: int | None = None) -> Iterator[str]:
         """A line for each single call."""

@@ -36,7 +36,8 @@ def peer(flow: Flow, names: Names | None = None) -> Callable[[int], str]:
 
     def fit(width: int) -> str:
         after = f"{port}{many}"
-        if flow.role == SERVER and width - len(before) - len(after) < _LEAST:
+        least = min(_LEAST, len(name or flow.address))
+        if flow.role == SERVER and width - len(before) - len(after) < least:
             after = many
         room = max(width - len(before) - len(after), 1)
         if name:
