@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from coral import bpf
 from coral.agent.sessions.session import StartRequest
 from coral.agent.sessions.supervisor import Supervisor
-from coral.agent.streams.subscription import Terms
 from coral.agent.streams.filter import Filter
+from coral.agent.streams.subscription import Terms
 from coral.client.batch import Batch as Received
 from coral.collectors.contract import EventRows, Measures, Summaries
 from coral.collectors.targets import cgroup2_mount, comm_of
