@@ -133,12 +133,12 @@ async def test_it_ends_when_all_that_it_watches_have_ended() -> None:
     batches = asyncio.Queue[Batch]()
     task = asyncio.create_task(run(steps, batches.put_nowait, lambda: None))
     try:
-        await first.communicate()
+        await first.communicate(b"")  # the end of its input
         for _ in range(batches.qsize() + 2):
             await batches.get()
         assert not task.done()  # one of them still runs
     finally:
-        await second.communicate()
+        await second.communicate(b"")
     await task
     assert steps.done[-2:] == ["drain", "close"]
     for fd in steps.exit_fds():
