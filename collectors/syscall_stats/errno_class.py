@@ -1,6 +1,6 @@
-"""Errors by class: some 130 errno values, gathered into eight groups that call for different acts.
+"""Errors by class: about 130 errno values in eight groups, each with a remedy of its own.
 
-The class of an errno is looked up in the kernel, in a table that is written from here.
+Programs look up the class of an errno in a table, which is written from here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 MAX_ERRNO: Final = 4095
 
-# include/linux/errno.h: the kernel's own, which a signal turns into EINTR or a second call.
+# include/linux/errno.h: internal to the kernel, which turns them into EINTR or repeats the call.
 _RESTARTS: Final = (512, 513, 514, 516)
 
 CLASSES: Final[dict[str, tuple[int, ...]]] = {

@@ -1,4 +1,4 @@
-"""System calls by number and by name, for the processor the agent runs on."""
+"""System calls by number and by name, for the processor that the agent runs on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TABLE: Final = Path(__file__).with_name("syscalls.tsv")
 
 @cache
 def numbers(machine: str = platform.machine()) -> Mapping[str, int]:
-    """Numbers by name; empty for a processor that the table does not have."""
+    """Numbers by name; empty for a processor that is not in the table."""
     with _TABLE.open() as lines:
         rows = csv.DictReader((line for line in lines if line[0] != "#"), delimiter="\t")
         return {row["name"]: int(row[machine]) for row in rows if row.get(machine, "-") != "-"}
@@ -28,8 +28,8 @@ def _names() -> Mapping[int, str]:
 
 
 def name_of(number: int) -> str:
-    """The name of the number that the eBPF program gives: `syscall_N` where the table is older
-    than the kernel, `compat_N` of the 32-bit way in, `unknown` for a number no kernel has."""
+    """The name for a number as the eBPF program gives it: `syscall_N` if the table is older than
+    the kernel, `compat_N` for the 32-bit entry, `unknown` for a number that no kernel has."""
     if number in (NR_UNKNOWN, NR_UNKNOWN + NR_COMPAT):
         return "unknown"
     if number >= NR_COMPAT:

@@ -1,7 +1,7 @@
-"""The kernel's connections, read again and again: what each reading adds, as arrays.
+"""The kernel's connections: what each reading adds to the one before, as arrays.
 
-A connection is known by its socket's address and the time it was found. It is in a reading as long
-as it is open, and comes once more when it has ended, through the ring.
+A connection is identified by its socket's address and the time it was found. Every reading has it
+while it is open, and it comes once more, through the ring, when it has ended.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-# Upper ends of the histograms' slots, in microseconds, as in tcp_metrics.bpf.c; the last has none.
+# Upper bounds of the histograms' slots, in microseconds, as in tcp_metrics.bpf.c; the last slot has
+# none.
 BOUNDS_US: Final = (
     20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000,
     500_000, 1_000_000,
@@ -33,12 +34,12 @@ RTT_SUM: Final = RTT + SLOTS  # of all samples, in microseconds
 COLUMNS: Final = RTT_SUM + 1
 LISTENER: Final = 3  # enum TcpRole
 
-# An end is told at once by the ring. A socket that its process keeps after the end is in the map
-# still: it is told from there after so long, when a reset that was the cause is surely counted,
-# even where the processor was taken from the kernel in between.
+# The ring reports an end at once. A socket that its process keeps open after the end stays in the
+# map: its end is reported from there after this time, when a reset that was the cause is surely
+# counted, even if the virtual machine did not run in between.
 _LINGERS_NS: Final = 250_000_000
-# A connection that changes while it is read is left out, and is there the next time. One that is
-# missing so often, and for so long, has ended, and its record was lost.
+# A reading leaves out a connection that changes meanwhile; the next one has it again. A connection
+# that is missing from this many readings, for this long, has ended, and its record was lost.
 _MOST_MISSING: Final = 3
 _MISSING_NS: Final = 2_000_000_000
 _KEY: Final = np.dtype("S16")  # numpy sorts byte strings, and not records
@@ -47,7 +48,7 @@ _NEVER: Final = np.uint64(2**64 - 1)
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The connections of one interval in which anything moved, n of them."""
+    """The n connections on which anything moved in one interval."""
 
     connections: NDArray[Any]  # (n,): struct tcp_connection
     total: NDArray[np.uint64]  # (n, COLUMNS)
@@ -57,7 +58,7 @@ class Changes:
     open: NDArray[Any]  # (m,): all that are open now
 
     def take(self, index: NDArray[Any]) -> Changes:
-        """Those at INDEX."""
+        """The connections at INDEX, of shape (m,)."""
         return Changes(
             self.connections[index],
             self.total[index],
@@ -72,7 +73,7 @@ class Changes:
 
 
 class Connections:
-    """What was read last."""
+    """The figures of the last reading."""
 
     def __init__(self) -> None:
         self._keys = np.empty(0, _KEY)  # sorted
@@ -84,10 +85,10 @@ class Connections:
     def advance(
         self, live: NDArray[Any], ended: NDArray[Any], now_ns: int, *, everything: bool = False
     ) -> Changes:
-        """Takes in a reading of the map and, after it, of the ring: both struct tcp_connection, of
-        shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, after which nothing is
-        counted any more, all that are open are among the changes."""
-        live = live[live["pid"] > 0]  # has been made, but for its owner
+        """Takes in a reading of the map and one of the ring after it: both struct tcp_connection,
+        of shape (n,). NOW_NS is on the programs' clock. With EVERYTHING, for the last reading, all
+        open connections are among the changes."""
+        live = live[live["pid"] > 0]  # others are still without an owner
         settled = now_ns - live["ended_ns"].astype(np.int64) > _LINGERS_NS
         waits = (live["ended_ns"] > 0) & ~settled & (not everything)
         self._missing[np.isin(self._keys, _keys_of(live[waits]))] = 0
@@ -102,7 +103,7 @@ class Connections:
         at, known = self._find(keys)
         before[known], told_before[known] = self._totals[at[known]], self._told[at[known]]
         is_open = read["ended_ns"] == 0
-        # Read while it moves, one may seem to fall. What has ended is as it was.
+        # A figure that moves while it is read may seem to fall. Those of ended ones are final.
         np.maximum(current, before, out=current, where=is_open[:, np.newaxis])
         delta = current - np.minimum(current, before)
 
@@ -165,7 +166,7 @@ def _told_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def _found_with(connections: NDArray[Any]) -> NDArray[np.uint64]:
-    """The counters that they had when they were found, of shape (n, COLUMNS)."""
+    """The counters of connections when they were found, of shape (n, COLUMNS)."""
     counters = np.zeros((len(connections), COLUMNS), np.uint64)
     for column, name in enumerate(NAMES[:_KINDS]):
         counters[:, column] = connections[f"found_{name}"]
@@ -173,7 +174,7 @@ def _found_with(connections: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def counters_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
-    """The counters of connections, of shape (n,), as (n, COLUMNS)."""
+    """The counters of connections, of shape (n, COLUMNS)."""
     counters = np.empty((len(connections), COLUMNS), np.uint64)
     for column, name in enumerate(NAMES):
         if name in (connections.dtype.names or ()):

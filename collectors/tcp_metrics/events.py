@@ -1,4 +1,4 @@
-"""Single things that happen to connections, from the kernel to rows, by array."""
+"""Single events of connections: rows made from the kernel's records by array, not by event."""
 
 from __future__ import annotations
 
