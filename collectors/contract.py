@@ -1,8 +1,9 @@
 """The contract of a collector: all that a new one has to know.
 
 A collector is synchronous: `open`, then `drain` again and again, then `close`. `runner.run` is the
-async shell around it. To add a kind, write `collectors/NAME/collector.py` with a subclass of
-`Collector` (`KernelCollector` where its programs follow processes), and add it to `registry.py`.
+async shell around it. To add a kind, write a folder here with a `collector.py`, whose `COLLECTOR`
+is a subclass of `Collector` (of `KernelCollector` if its programs follow processes), and add the
+folder's name to `registry.py`.
 """
 
 from __future__ import annotations

@@ -173,8 +173,13 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     @property
     def _object_options(self) -> Mapping[str, object]:
-        """The read-only globals of targets.bpf.h and records.bpf.h."""
-        return {**self._targets.object_options, "ring_wakeup_bytes": self._wakeup_bytes}
+        """The read-only globals of targets.bpf.h and records.bpf.h. With `from_exec`, a process
+        counts once it has exec'd; programs that count the exec itself turn `active_at_exec` off."""
+        return {
+            **self._targets.object_options,
+            "active_at_exec": True,
+            "ring_wakeup_bytes": self._wakeup_bytes,
+        }
 
     @property
     def _wakeup_bytes(self) -> int:

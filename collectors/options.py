@@ -1,7 +1,7 @@
 """The options of collectors: `map<string, string>` on the wire, typed and checked here.
 
-An options class is a frozen dataclass whose fields are made by `option`. A bad value is an
-`OptionError` that names the field, the value and what is accepted.
+An options class is a frozen dataclass whose fields are made by `option`. A bad value raises an
+`OptionError`, which names the option, the value and what is accepted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class OptionError(ValueError):
-    """A config key or value that is not accepted."""
+    """A config value that is not accepted.
+
+    `str()` is the text for the API, in the contract's terms. For words of its own, a user interface
+    has `name`, `value` and `accepts`, a phrase to put after "give".
+    """
 
     def __init__(self, name: str, value: str, accepts: str) -> None:
         self.name, self.value, self.accepts = name, value, accepts
@@ -32,20 +36,24 @@ class OptionError(ValueError):
 
 
 class UnknownOptionError(ValueError):
-    """A config key that the collector does not have."""
+    """A config key that the collector does not have.
+
+    `known` are the options that it has, `nearest` is the one most like `name`, or "".
+    """
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        names = sorted(known)
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f' (did you mean "{near[0]}"?)' if near else ""
+        self.name, self.known = name, tuple(sorted(known))
+        self.nearest = next(iter(difflib.get_close_matches(name, self.known, 1)), "")
+        hint = f' (did you mean "{self.nearest}"?)' if self.nearest else ""
         super().__init__(
-            f'config["{name}"]: there is no such option{hint}; accepted are {", ".join(names)}'
+            f'config["{name}"]: there is no such option{hint}; accepted are {", ".join(self.known)}'
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Parser:
-    """How a text becomes a value; `parse` raises ValueError for what it does not accept."""
+    """How a text becomes a value. `parse` raises ValueError for a text that it does not accept,
+    with a phrase to put after "give", or without one where `accepts` says it all."""
 
     accepts: str
     parse: Callable[[str], Any]
@@ -53,7 +61,7 @@ class Parser:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option, as help and documentation show it."""
+    """One option, for help and documentation."""
 
     name: str
     accepts: str
@@ -62,8 +70,8 @@ class Option:
 
 
 def option(parser: Parser, default: str, description: str) -> Any:  # noqa: ANN401
-    """A field of an options class. DEFAULT is text, as a request would give it; "" is the
-    parser's own empty value where it has one."""
+    """A field of an options class. DEFAULT is the text that a request would give; "" stands for the
+    parser's empty value."""
     return dataclasses.field(
         default=parser.parse(default),
         metadata={"parser": parser, "default": default, "description": description},
@@ -71,7 +79,7 @@ def option(parser: Parser, default: str, description: str) -> Any:  # noqa: ANN4
 
 
 def describe(options_type: type) -> tuple[Option, ...]:
-    """The options of a class, in its own order."""
+    """The options of a class, in the order of its fields."""
     return tuple(
         Option(
             field.name,
@@ -107,7 +115,7 @@ def parse_duration_s(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest of the forms that `parse_duration_s` takes."""
+    """The shortest text that `parse_duration_s` reads as SECONDS."""
     if seconds and seconds < 1:
         return f"{seconds * 1000:g}ms"
     if seconds >= _MINUTE_S and seconds % _MINUTE_S == 0:
@@ -171,7 +179,7 @@ def boolean() -> Parser:
 
 
 def choice(*values: str) -> Parser:
-    """One of VALUES, or nothing."""
+    """One of VALUES, or an empty text."""
     accepts = " or ".join(values)
 
     def parse(text: str) -> str:

@@ -1,14 +1,29 @@
-"""Which collectors this agent has. A new one is a line here."""
+"""Which kinds of collectors this agent has. A new one is a name here, of a folder beside this file.
+
+The folder's `collector.py` has a variable `COLLECTOR`, its subclass of `Collector`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Final
 
 from coral.collectors.contract import Collector
-from coral.collectors.syscall_stats.collector import SyscallStatsCollector
-from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+
+_FOLDERS: Final = (
+    "syscall_stats",
+    "tcp_metrics",
+)
+
+
+def _collector(folder: str) -> type[Collector]:
+    found = import_module(f"coral.collectors.{folder}.collector").COLLECTOR
+    if not (isinstance(found, type) and issubclass(found, Collector)):
+        raise TypeError(f"coral.collectors.{folder}.collector.COLLECTOR is no Collector")
+    return found
+
 
 COLLECTORS: Final[Mapping[int, type[Collector]]] = {
-    cls.kind: cls for cls in (SyscallStatsCollector, TcpMetricsCollector)
+    collector.kind: collector for collector in map(_collector, _FOLDERS)
 }

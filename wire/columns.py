@@ -44,7 +44,7 @@ class ColumnsLayout:
         parts = []
         for name, array in values.items():
             column = self.columns[name]
-            if not array.size or not (column.matrix or array.any()):
+            if not array.size or not (column.matrix or column.per_batch or array.any()):
                 continue
             body = np.ascontiguousarray(array, column.dtype).tobytes()
             parts += [varint(column.number << 3 | WIRE_BYTES), varint(len(body)), body]

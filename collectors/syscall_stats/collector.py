@@ -106,6 +106,7 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
             programs=_PROGRAMS,
             options={
                 **self._object_options,
+                "active_at_exec": False,  # the exec counts, when it returns
                 **options.syscall_filter,
                 **options.event_filter,
                 "error_class": errno_class.table(),
@@ -144,3 +145,6 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
         self._stats.delete(keys[np.isin(keys["tgid"], tgids)])
         self._counters.forget(tgids)
         self._targets.forget(tgids)
+
+
+COLLECTOR: Final = SyscallStatsCollector

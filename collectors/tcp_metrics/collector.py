@@ -130,7 +130,6 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             programs=self._programs(),
             options={
                 **self._object_options,
-                "active_at_exec": True,
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "take_over_found": self._asks,
@@ -247,6 +246,9 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def close(self) -> None:
         self._live = self._find = self._diag = None
         super().close()
+
+
+COLLECTOR: Final = TcpMetricsCollector
 
 
 def _connections(features: Features, rung: Rung) -> Step:

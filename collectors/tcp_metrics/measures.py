@@ -36,7 +36,8 @@ _DURATIONS_US: Final = tuple(
 )
 _ROLES: Final[Mapping[int, str]] = {
     pb.TCP_ROLE_CLIENT: "client",
-    pb.TCP_ROLE_SERVER: "server",  # and listeners
+    pb.TCP_ROLE_SERVER: "server",
+    pb.TCP_ROLE_LISTENER: "server",
 }
 # Why an attempt to connect failed: error.type of the proposal.
 _ERROR_TYPES: Final = {
@@ -88,15 +89,18 @@ class TcpMeasures(Measures):
             return  # no figures
         columns = rows.columns
         peers = rows.message is pb.TcpPeerMetricsColumns
-        listens = columns["role"] == pb.TCP_ROLE_LISTENER
-        role = np.where(listens, pb.TCP_ROLE_SERVER, columns["role"])
-        address = np.where(listens | (not batch.in_detail), _NO_PEER, columns["remote_address"])
-        port = np.where(address == _NO_PEER, 0, columns["port"] if peers else _server_port(columns))
+        role = columns["role"]
+        by_peer = (role != pb.TCP_ROLE_LISTENER) & batch.in_detail
+        address = np.where(by_peer, columns["remote_address"], _NO_PEER)
+        port = np.where(by_peer, columns["port"] if peers else _server_port(columns), 0)
         first, of_row = group(_packed(address, port, role))
-        figures_of = _of_peers if peers else _of_connections
-        figures = figures_of(columns, rows.strings)
-        figures[listens] = _of_listeners(columns["delta"][listens])
-        added = sum_by_group(figures, of_row, len(first))
+        added = _counted(columns, of_row, role[first])
+        if peers:
+            _add_peers(added, columns, of_row, rows.strings)
+        else:
+            _add_connections(added, columns, of_row, rows.strings)
+        listens = role[first] == pb.TCP_ROLE_LISTENER
+        added[listens] = _of_listeners(added[listens])
         with self._lock:
             for row, more in zip(first.tolist(), added, strict=True):
                 key = _Key(service, _ROLES.get(int(role[row]), OTHER))
@@ -165,71 +169,76 @@ def _packed(address: NDArray[Any], port: NDArray[Any], role: NDArray[Any]) -> ND
     return packed
 
 
-def _of_connections(columns: Columns, strings: Sequence[str]) -> NDArray[np.uint64]:
-    """What each row of TcpMetricsColumns adds to its series, of shape (n, _WIDTH)."""
-    figures = _counted(columns)
+def _counted(columns: Columns, of_row: NDArray[np.intp], roles: NDArray[Any]) -> NDArray[np.uint64]:
+    """The counters and round trips of rows of either type, added up by group: of shape (groups,
+    _WIDTH). OF_ROW is the group of each row, ROLES the role of each group."""
+    added = np.zeros((len(roles), _WIDTH), np.uint64)
+    added[:, _COUNTERS] = sum_by_group(columns["delta"], of_row, len(roles))
+    # Listeners count what is sent again for their connections.
+    added[roles == pb.TCP_ROLE_SERVER, _HANDSHAKE_RETRANSMITS] = 0
+    _add_histograms(added[:, _RTT], columns, "rtt_us_delta", of_row)
+    return added
+
+
+def _add_connections(
+    added: NDArray[np.uint64], columns: Columns, of_row: NDArray[np.intp], strings: Sequence[str]
+) -> None:
+    """Adds what only rows of TcpMetricsColumns have to ADDED, of shape (groups, _WIDTH)."""
     established, connect_ns = columns["established"], columns["connect_ns"]
-    figures[:, _ATTEMPTS.start] = established
+    np.add.at(added[:, _ATTEMPTS.start], of_row, established)
     shook = (established > 0) & (connect_ns > 0)
-    _observe(figures[:, _HANDSHAKE], shook, connect_ns, _BUCKETS_US)
+    _observe(added[:, _HANDSHAKE], of_row[shook], connect_ns[shook], _BUCKETS_US)
     ended = (columns["end"] != pb.TCP_END_OPEN) & (columns["preexisting"] == 0)
+    lasted = ended & (columns["was_established"] > 0)
     lasted_ns = np.maximum(columns["duration_ns"], connect_ns) - connect_ns
-    was_established = columns["was_established"] > 0
-    _observe(figures[:, _DURATION], ended & was_established, lasted_ns, _DURATIONS_US)
-    failed = np.flatnonzero(ended & ~was_established)
-    figures[failed, _attempt_columns(columns["error"][failed], strings)] += 1
-    return figures
+    _observe(added[:, _DURATION], of_row[lasted], lasted_ns[lasted], _DURATIONS_US)
+    failed = ended & ~lasted
+    failures = _attempt_columns(columns["error"][failed], strings)
+    np.add.at(added, (of_row[failed], failures), 1)
 
 
-def _of_peers(columns: Columns, strings: Sequence[str]) -> NDArray[np.uint64]:
-    """What each row of TcpPeerMetricsColumns adds to its series, of shape (n, _WIDTH)."""
-    figures = _counted(columns)
-    _add_slots(figures[:, _HANDSHAKE], columns, "connect_us_delta")
-    figures[:, _ATTEMPTS.start] = columns["connections_established"]
+def _add_peers(
+    added: NDArray[np.uint64], columns: Columns, of_row: NDArray[np.intp], strings: Sequence[str]
+) -> None:
+    """Adds what only rows of TcpPeerMetricsColumns have to ADDED, of shape (groups, _WIDTH)."""
+    _add_histograms(added[:, _HANDSHAKE], columns, "connect_us_delta", of_row)
+    np.add.at(added[:, _ATTEMPTS.start], of_row, columns["connections_established"])
     at = _attempt_columns(columns["failure_names"], strings)
     for column, failures in zip(at.tolist(), columns["failures"].T, strict=True):
-        figures[:, column] += failures
-    return figures
+        np.add.at(added[:, column], of_row, failures)
 
 
-def _of_listeners(delta: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """What listeners add, by their counters: a listener has the SYN-ACKs that were sent again for
-    all clients, also for those that never came."""
-    figures = np.zeros((len(delta), _WIDTH), np.uint64)
-    figures[:, _HANDSHAKE_RETRANSMITS] = delta[:, _SYN_ACK_RETRANSMITS]
-    figures[:, _RESETS] = delta[:, _RESETS]
-    return figures
+def _of_listeners(added: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What listeners, of shape (groups, _WIDTH), add to the series of servers: SYN-ACKs that were
+    sent again for all clients, also for those that never came, and resets."""
+    kept = np.zeros_like(added)
+    kept[:, _HANDSHAKE_RETRANSMITS] = added[:, _SYN_ACK_RETRANSMITS]
+    kept[:, _RESETS] = added[:, _RESETS]
+    return kept
 
 
-def _counted(columns: Columns) -> NDArray[np.uint64]:
-    """The counters and round trips of rows of either type, of shape (n, _WIDTH)."""
-    figures = np.zeros((len(columns["role"]), _WIDTH), np.uint64)
-    figures[:, _COUNTERS] = columns["delta"]
-    # Those of servers are in the figures of their listener.
-    figures[columns["role"] == pb.TCP_ROLE_SERVER, _HANDSHAKE_RETRANSMITS] = 0
-    _add_slots(figures[:, _RTT], columns, "rtt_us_delta")
-    return figures
-
-
-def _add_slots(histogram: NDArray[np.uint64], columns: Columns, name: str) -> None:
-    """Adds the columns NAME and NAME_sum, histograms by BOUNDS_US, to HISTOGRAM, of shape
-    (n, buckets + 1)."""
-    for bucket, counts in zip(_BUCKET_OF_SLOT.tolist(), columns[name].T, strict=False):
+def _add_histograms(
+    histogram: NDArray[np.uint64], columns: Columns, name: str, of_row: NDArray[np.intp]
+) -> None:
+    """Adds the columns NAME and NAME_sum, histograms by BOUNDS_US, to HISTOGRAM, of shape (groups,
+    buckets + 1)."""
+    slots = sum_by_group(columns[name], of_row, len(histogram))
+    for bucket, counts in zip(_BUCKET_OF_SLOT.tolist(), slots.T, strict=False):
         histogram[:, bucket] += counts
-    histogram[:, -1] += columns[f"{name}_sum"] * np.uint64(1000)
+    sums_us = sum_by_group(columns[f"{name}_sum"], of_row, len(histogram))
+    histogram[:, -1] += sums_us * np.uint64(1000)
 
 
 def _observe(
     histogram: NDArray[np.uint64],
-    which: NDArray[np.bool_],
+    of_value: NDArray[np.intp],
     values_ns: NDArray[Any],
     bounds_us: Sequence[float],
 ) -> None:
-    """Adds the values of the rows WHICH to HISTOGRAM, of shape (n, buckets + 1)."""
-    at = np.flatnonzero(which)
-    buckets = np.searchsorted(np.array(bounds_us) * 1000, values_ns[at])
-    histogram[at, buckets] += 1
-    histogram[at, -1] += values_ns[at]
+    """Adds VALUES_NS, whose groups are OF_VALUE, to HISTOGRAM, of shape (groups, buckets + 1)."""
+    buckets = np.searchsorted(np.array(bounds_us) * 1000, values_ns)
+    np.add.at(histogram, (of_value, buckets), 1)
+    np.add.at(histogram[:, -1], of_value, values_ns)
 
 
 def _attempt_columns(errors: NDArray[Any], strings: Sequence[str]) -> NDArray[np.intp]:

@@ -114,7 +114,8 @@ def messages(columns: Mapping[str, NDArray[Any]], strings: Sequence[str]) -> lis
     texts = [[strings[at] for at in columns[name].tolist()] for name in _TEXTS]
     matrices = [columns[name].tolist() for name in _MATRICES]
     rows = []
-    for values, words, (delta, total, rtt, rtt_sum, rtt_all, rtt_all_sum) in zip(
+    for others, values, words, (delta, total, rtt, rtt_sum, rtt_all, rtt_all_sum) in zip(
+        columns["connections"].tolist(),
         zip(*numbers, strict=True),
         zip(*texts, strict=True),
         zip(*matrices, strict=True),
@@ -124,12 +125,11 @@ def messages(columns: Mapping[str, NDArray[Any]], strings: Sequence[str]) -> lis
             **dict(zip(_NUMBERS, values, strict=True)),
             **dict(zip(_TEXTS, words, strict=True)),
             delta=counters_message(delta),
+            # `other` has no figures since the beginning.
+            total=None if others else counters_message(total),
             rtt_us_delta=histogram_message(bounds, rtt, rtt_sum),
+            rtt_us_total=histogram_message(bounds, rtt_all, rtt_all_sum),
         )
-        if not row.connections:  # `other` has no figures since the beginning
-            row.total.CopyFrom(counters_message(total))
-            if has := histogram_message(bounds, rtt_all, rtt_all_sum):
-                row.rtt_us_total.CopyFrom(has)
         rows.append(row)
     return rows
 

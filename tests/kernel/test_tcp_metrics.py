@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from coral import bpf
 from coral.agent.sessions.session import StartRequest
 from coral.agent.sessions.supervisor import Supervisor
-from coral.agent.streams.channel import Terms
 from coral.agent.streams.filter import Filter
+from coral.agent.streams.subscription import Terms
 from coral.client.batch import Batch as Received
 from coral.collectors.contract import EventRows, Measures, Summaries
 from coral.collectors.targets import cgroup2_mount, comm_of
@@ -794,7 +794,7 @@ async def test_sessions_stream_rows_and_events() -> None:
             only_client = Terms(wanted=Filter(pids=frozenset((client.pid,))))
             states: list[str] = []
             async for frame in events.subscribe(only_client):
-                batch = Received.parse(frame.wire)
+                batch = Received.parse(frame.wire())
                 assert set(batch.events["pid"].tolist()) <= {client.pid}
                 states += [pb.TcpState.Name(n) for n in batch.events["new_state"].tolist()]
                 if "TCP_STATE_CLOSE" in states:
@@ -802,7 +802,7 @@ async def test_sessions_stream_rows_and_events() -> None:
             assert states[:2] == ["TCP_STATE_SYN_SENT", "TCP_STATE_ESTABLISHED"]
             ended: set[int] = set()
             async for frame in rows.subscribe(only_client):
-                for row in pb.EbpfEventBatch.FromString(frame.wire).tcp_metrics:
+                for row in pb.EbpfEventBatch.FromString(frame.wire()).tcp_metrics:
                     assert row.pid == client.pid
                     ended.add(row.end)
                 if pb.TCP_END_FIN_LOCAL in ended:

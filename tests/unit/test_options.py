@@ -80,14 +80,20 @@ def test_a_bad_value_is_refused_by_name_value_and_what_is_accepted(
 ) -> None:
     with pytest.raises(OptionError) as caught:
         parse(**{name: value})
-    message = str(caught.value)
-    assert message.startswith(f'config["{name}"]: {value!r} is not accepted; give ')
-    assert accepts in message
+    error = caught.value
+    assert (error.name, error.value) == (name, value)
+    assert accepts in error.accepts
+    assert str(error) == f'config["{name}"]: {value!r} is not accepted; give {error.accepts}'
 
 
 def test_an_unknown_option_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownOptionError, match='did you mean "interval"'):
+    with pytest.raises(UnknownOptionError, match='did you mean "interval"') as caught:
         parse(intervall="1s")
+    assert (caught.value.name, caught.value.nearest) == ("intervall", "interval")
+    assert "top" in caught.value.known
+    with pytest.raises(UnknownOptionError) as caught:
+        parse(zzz="1s")
+    assert caught.value.nearest == ""
 
 
 def test_a_threads_id_is_not_a_processs() -> None:

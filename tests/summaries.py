@@ -1,0 +1,93 @@
+"""Summaries of every type that no kernel gave: for tests of what collectors make of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from coral.collectors.contract import Summaries
+from coral.collectors.syscall_stats import rows as syscall_rows
+from coral.collectors.syscall_stats.counters import COLUMNS as SYSCALL_COLUMNS
+from coral.collectors.syscall_stats.counters import LATENCY, TOTAL_NS, Increase
+from coral.collectors.targets import Members
+from coral.collectors.tcp_metrics import peers as peer_rows
+from coral.collectors.tcp_metrics import rows as connection_rows
+from coral.collectors.tcp_metrics.connections import COLUMNS, Changes
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+# Makes summaries by a seed, a number of rows at most, and `top`.
+Make = Callable[[int, int, int], Summaries]
+
+MEMBERS = Members(
+    np.array([7, 9], np.uint32), np.array([b"shop", b"db"], "S16"), np.array([False, True])
+)
+RECORD = np.dtype(
+    [
+        *((name, "u8") for name in ("start_ns", "established_ns", "ended_ns", "read_ns", "cookie")),
+        *(
+            (name, "u4")
+            for name in (
+                "pid", "network", "local_port", "remote_port", "srtt_us", "rtt_deviation_us",
+                "rtt_min_us", "congestion_window", "slow_start_threshold", "segment_bytes",
+                "error", "reset_reason",
+            )
+        ),
+        *((name, "u1") for name in ("role", "state", "end")),
+        ("comm", "S16"),
+        *((name, "u1", (16,)) for name in ("local", "remote")),
+    ]
+)  # fmt: skip
+
+
+def increase(seed: int, count: int) -> Increase:
+    """Calls of COUNT pairs of process and system call."""
+    random = np.random.default_rng(seed)
+    pairs = random.permutation(48)[:count].astype(np.uint32)
+    counters = random.integers(0, 4, (count, SYSCALL_COLUMNS)).astype(np.uint64)
+    counters[:, LATENCY + int(random.integers(1, 32)) :] = 0
+    counters[:, LATENCY] += np.uint64(1)
+    counters[:, TOTAL_NS] = random.integers(0, 10**12, count)
+    return Increase(pairs // 12 + 6, pairs % 12, counters[:, TOTAL_NS] // 2, counters)
+
+
+def changes(seed: int, count: int) -> Changes:
+    """COUNT connections of every kind, in which anything or nothing moved."""
+    random = np.random.default_rng(seed)
+    c = np.zeros(count, RECORD)
+    c["start_ns"] = random.choice([0, 10**9, 2 * 10**9], count)
+    shook = random.random(count) < 0.7
+    c["established_ns"] = shook * (c["start_ns"] + random.integers(1, 10**8, count))
+    began = np.maximum(c["start_ns"], c["established_ns"])
+    c["ended_ns"] = (random.random(count) < 0.5) * (began + random.integers(1, 10**10, count))
+    c["read_ns"], c["cookie"] = 10**11, random.integers(1, 2**63, count)
+    c["role"], c["state"] = random.integers(1, 4, count), random.integers(1, 12, count)
+    c["end"], c["error"] = random.integers(1, 10, count), random.choice([0, 110, 111, 4000], count)
+    c["reset_reason"], c["pid"] = random.integers(0, 20, count), random.integers(6, 10, count)
+    c["comm"] = random.choice([b"cron", b"sh"], count)
+    c["slow_start_threshold"] = random.choice([0x7FFFFFFF, 10], count)
+    for name in ("local_port", "remote_port"):
+        c[name] = random.integers(80, 82, count)
+    for name in ("network", "srtt_us", "rtt_deviation_us", "rtt_min_us", "congestion_window"):
+        c[name] = random.integers(0, 2**31, count)
+    for name in ("local", "remote"):  # 10.0.0.0, ::, ::1
+        c[name][:, 15] = random.integers(0, 2, count)
+        c[name][random.random(count) < 0.3] = [*bytes(10), 255, 255, 10, 0, 0, 0]
+    moved = random.random((count, 1)) < 0.7
+    delta = (random.integers(0, 5, (count, COLUMNS)) * moved).astype(np.uint64)
+    total = delta + random.integers(0, 2, (count, COLUMNS)).astype(np.uint64)
+    established = (c["established_ns"] > 0) & (random.random(count) < 0.5)
+    is_open = (c["ended_ns"] == 0) & (c["role"] != pb.TCP_ROLE_LISTENER)
+    return Changes(c, total, delta, random.random(count) < 0.5, established, c[is_open])
+
+
+def syscalls(seed: int, count: int, top: int) -> Summaries:
+    return syscall_rows.summaries(increase(seed, count), MEMBERS, top)
+
+
+def connections(seed: int, count: int, top: int) -> Summaries:
+    return connection_rows.connection_summaries(changes(seed, count), MEMBERS, 10**18, top)
+
+
+def peers(seed: int, count: int, top: int) -> Summaries:
+    return peer_rows.peer_summaries(changes(seed, count), top)
