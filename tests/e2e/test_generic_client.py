@@ -209,6 +209,7 @@ def test_a_collector_is_started_read_as_events_and_as_batches_and_stopped(
 
     *events, last_event = event_stream.messages()
     *batches, last_batch = batch_stream.messages()
+    events = [event for event in events if "seq" in event]  # others say where the stream stands
     rows = [row for batch in batches for row in batch.get("syscallStats", ())]
     for told in ([event["syscallStats"] for event in events], rows):
         counted = syscall_calls(told)
@@ -271,6 +272,7 @@ def test_a_client_of_the_fixed_contract_alone_gets_the_exact_count(
     running.go()
     running.finish()
     *told, last = events.messages()
+    told = [event for event in told if "syscallStats" in event]  # others have fields it cannot see
     assert syscall_calls([event["syscallStats"] for event in told])["getppid"] == 1_000
     assert {event["serviceName"] for event in told} == {"checkout"}
     # To such a client the end is an event without a payload.

@@ -122,6 +122,29 @@ def test_a_text_with_a_nul_is_an_invalid_argument(
     )
 
 
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        (
+            start_request({"comm": "no-such-comm"}, service_name="x" * 256),
+            "service_name: 256 bytes are not accepted; give at most 255",
+        ),
+        (
+            start_request({"comm": "no-such-comm", "include": "read," * 30_000}),
+            "config: 150012 bytes are not accepted; give at most 131072",
+        ),
+    ],
+    ids=["service_name", "config"],
+)
+def test_texts_that_would_make_every_list_too_long_are_an_invalid_argument(
+    request_: Message, told: str, agent: RunningAgent
+) -> None:
+    assert code_and_text(agent, "StartCollector", request_) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        told,
+    )
+
+
 @pytest.mark.parametrize("method", ["StreamEvents", "StreamEventBatches"])
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
