@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 import yaml
@@ -86,18 +86,9 @@ def echo_data(data: object, output: str) -> None:
         click.echo("---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True), nl=False)
 
 
-class Answer(Protocol):
-    """A result of the client, with the contract's message that it was made from."""
-
-    @property
-    def message(self) -> Message:
-        """All that the agent said."""
-
-
-def as_dict(answer: Answer | Message, *, whole: bool = False) -> dict[str, Any]:
-    """An answer as plain data, under the names of the .proto; a WHOLE one has what is false, 0 or
+def as_dict(message: Message, *, whole: bool = False) -> dict[str, Any]:
+    """A message as plain data, under the names of the .proto; a WHOLE one has what is false, 0 or
     empty too."""
-    message = answer if isinstance(answer, Message) else answer.message
     return MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=whole
     )

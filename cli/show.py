@@ -11,7 +11,8 @@ from rich.text import Text
 
 from coral.cli.common import agent_option, as_dict, echo_data, output_option, run
 from coral.cli.ladder import refusals, taken
-from coral.client import AgentClient, Capabilities, CollectorCapability
+from coral.client import AgentClient
+from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 
 
@@ -25,7 +26,7 @@ def capabilities(address: str, output: str) -> None:
 
 async def _capabilities(address: str, output: str) -> int:
     async with AgentClient(address) as agent:
-        answer = await agent.capabilities()
+        answer = (await agent.capabilities()).message
     if output != "table":
         echo_data(as_dict(answer, whole=True), output)
         return 0
@@ -57,7 +58,7 @@ async def _capabilities(address: str, output: str) -> int:
     return 0
 
 
-def _collector_table(answer: Capabilities) -> Table:
+def _collector_table(answer: pb.EbpfCapabilities) -> Table:
     table = _table("COLLECTOR", "HERE", "STANDS ON, OR WHY NOT")
     for collector in answer.collectors:
         # Why it cannot run is told step by step below, where it came to steps.
@@ -73,7 +74,7 @@ def _refusal_table(refused: list[tuple[str, str, str]]) -> Table:
     return table
 
 
-def _option_table(collector: CollectorCapability) -> Table:
+def _option_table(collector: pb.CollectorCapability) -> Table:
     table = _table("OPTION", "DEFAULT", "MEANING")
     table.title = f"options of {kind_name(collector.kind)}"
     table.title_justify = "left"
@@ -83,7 +84,7 @@ def _option_table(collector: CollectorCapability) -> Table:
     return table
 
 
-def _feature_table(answer: Capabilities) -> Table:
+def _feature_table(answer: pb.EbpfCapabilities) -> Table:
     table = _table("KERNEL FEATURE", "HERE", "WHY NOT")
     for feature in answer.features:
         table.add_row(feature.name, _yes(feature.available), feature.reason)
@@ -113,7 +114,7 @@ def collectors(address: str, output: str) -> None:
 
 async def _collectors(address: str, output: str) -> int:
     async with AgentClient(address) as agent:
-        answer = await agent.collectors()
+        answer = (await agent.collectors()).message
     if output != "table":
         echo_data(as_dict(answer), output)
         return 0

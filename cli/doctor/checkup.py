@@ -20,15 +20,8 @@ import grpc
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.doctor.provoke import PROVOCATIONS, UNKNOWN, Patient, Provocation
 from coral.cli.ladder import refusals, taken
-from coral.client import (
-    AgentClient,
-    AgentError,
-    Batch,
-    Capabilities,
-    CollectorCapability,
-    EndReason,
-    SessionEnd,
-)
+from coral.client import AgentClient, AgentError, Batch, EndReason, SessionEnd
+from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 
 _ANSWER_S: Final = 15.0
@@ -68,7 +61,7 @@ async def examine(
     async with AgentClient(address) as agent:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                answer = await agent.capabilities()
+                answer = (await agent.capabilities()).message
         except AgentError as error:
             yield Check("agent", Status.FAIL, str(error))
             return
@@ -93,7 +86,7 @@ async def examine(
         yield await _left_behind(agent, process, private=private)
 
 
-def _kernel(answer: Capabilities) -> Iterator[Check]:
+def _kernel(answer: pb.EbpfCapabilities) -> Iterator[Check]:
     """What the agent says of the kernel, and of what it loads programs with."""
     if answer.features:
         yield Check("kernel", Status.OK, answer.kernel_version)
@@ -162,7 +155,7 @@ def _mounted(process: AgentProcess, kind: str, usual: str, why: str) -> Check:
     return Check(kind, Status.WARN, f"not mounted, and {why}: mount -t {kind} {kind} {usual}")
 
 
-async def _collector(agent: AgentClient, collector: CollectorCapability) -> AsyncIterator[Check]:
+async def _collector(agent: AgentClient, collector: pb.CollectorCapability) -> AsyncIterator[Check]:
     name = kind_name(collector.kind)
     if not collector.supported:
         yield Check(name, Status.WARN, f"cannot run here: {collector.reason}")
@@ -174,7 +167,7 @@ async def _collector(agent: AgentClient, collector: CollectorCapability) -> Asyn
         yield await _at_work(agent, collector.kind, mode)
 
 
-def _modes(collector: CollectorCapability) -> list[str]:
+def _modes(collector: pb.CollectorCapability) -> list[str]:
     """What its option `mode` can be here; an empty one where it has no such option."""
     for option in collector.options:
         if option.name == "mode":
@@ -182,7 +175,7 @@ def _modes(collector: CollectorCapability) -> list[str]:
     return [""]
 
 
-async def _at_work(agent: AgentClient, kind: int, mode: str) -> Check:
+async def _at_work(agent: AgentClient, kind: pb.EbpfCollectorKind, mode: str) -> Check:
     """Starts it on a process of ours, has that do something, and counts what comes."""
     name = f"{kind_name(kind)}, {mode}" if mode else kind_name(kind)
     provocation = PROVOCATIONS.get(kind, UNKNOWN)
