@@ -168,7 +168,7 @@ class Subscription:
             return
         if self._failure:
             self._drop(self._live.tail, passed, pb.Loss.STAGE_SUBSCRIBER_QUEUE)
-        elif passed.count and not self._within_rate(passed.size_bytes, now):
+        elif not self._within_rate(passed.size_bytes, now):
             self._drop(self._live.tail, passed, pb.Loss.STAGE_RATE_LIMIT)
         else:
             self._admit(self._live, passed)
@@ -192,17 +192,15 @@ class Subscription:
         return self._filter(frame, self._held.tail)
 
     def _filter(self, frame: Frame, gap: _Gap) -> Frame | None:
-        """The frame as this reader wants it; None where nothing of it is left, which goes into the
+        """The frame as this reader wants it; None where it has no rows for it, which goes into the
         GAP before what follows."""
         passed = frame.filtered(self.terms.wanted)
-        if passed.count == frame.covered:
-            return passed
         self.filtered += frame.covered - passed.count
         if passed.count:
             return passed
         gap.filtered += frame.covered
         gap.in_kernel.update(frame.losses)
-        self._filtered_bytes += frame.size_bytes
+        self._filtered_bytes += frame.size_bytes if frame.rows else 0
         if frame.losses or self._should_tell_filtered:
             self._wake()
         return None
@@ -211,7 +209,7 @@ class Subscription:
         """Queues a frame, if there is room or the policy makes room."""
         terms = self.terms
         room = terms.queue_bytes - self._held.size_bytes - self._live.size_bytes
-        fits = not frame.count or not self._waiting or frame.size_bytes <= room
+        fits = not self._waiting or frame.size_bytes <= room
         if fits or terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_DROP_OLDEST:
             queue.push(frame)
             while not fits and self._waiting > 1 and self._is_over():
