@@ -1,4 +1,4 @@
-"""The agent: supervisor, streams, and their gRPC and Prometheus faces."""
+"""The agent: sessions and their streams, served over gRPC and to Prometheus."""
 
 from coral.agent.config import Config
 from coral.agent.sessions.session import Session, StartRequest

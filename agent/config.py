@@ -1,6 +1,6 @@
-"""The agent's configuration: a YAML file, then environment, then flags, each over the one before.
+"""The agent's configuration: a YAML file, the environment, flags; later sources override earlier.
 
-Every value is typed; an unknown key or a wrong type is a `ConfigError` with the path to it.
+Every value is typed. An unknown key or a wrong type is a `ConfigError` with the path to the value.
 docs/configuration.md is generated from this file.
 """
 
@@ -20,14 +20,14 @@ from coral.collectors.options import format_duration, parse_duration_s
 
 ENV_PREFIX: Final = "CORAL__"
 DEFAULT_SOCKET: Final = "unix:/run/coral/agent.sock"
-MAX_PORT: Final = 65535  # gRPC takes a greater one too, and listens at its remainder
+MAX_PORT: Final = 65535  # gRPC accepts a greater one, and listens on its lower 16 bits
 _SIZE: Final = re.compile(r"(\d+)(KiB|MiB|GiB)?")
 _UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VALUE_PATH: Final = re.compile(r" - at (?:key in )?`\$\.?(.*?)`$")
 
 
 class ConfigError(ValueError):
-    """A configuration that is not accepted; the message has the source, the path and the value."""
+    """A configuration is not accepted; the message has the source, the path and the value."""
 
 
 class Duration(float):
@@ -45,50 +45,57 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the agent may spend."""
 
     concurrent_collectors: Annotated[
-        Positive, Meta(description="collectors on demand at one time")
+        Positive, Meta(description="how many collectors on demand may run at a time")
     ] = 3
     max_duration: Annotated[Duration, Meta(description="the longest lease")] = Duration(300)
     default_duration: Annotated[
         Duration,
-        Meta(description="the lease where a request names none, if `max_duration` allows it"),
+        Meta(description="the lease of a request without a duration, at most `max_duration`"),
     ] = Duration(300)
     memory: Annotated[
-        ByteCount, Meta(description="maps in the kernel and buffers here, of all collectors")
+        ByteCount,
+        Meta(
+            description="maps in the kernel and buffers in the agent, for all collectors together"
+        ),
     ] = ByteCount(512 << 20)
     cpu_percent: Annotated[
         float,
-        Meta(gt=0, description="of one CPU: the programs' run time and the agent's own, over 10 s"),
+        Meta(
+            gt=0,
+            description="CPU time of the programs and the agent, in percent of one CPU over 10 s",
+        ),
     ] = 5.0
     subscriber_bytes_per_second: Annotated[
-        ByteCount, Meta(description="the rate of one subscriber; what is over it is a loss")
+        ByteCount, Meta(description="the rate for one subscriber; events beyond it are lost")
     ] = ByteCount(10 << 20)
     stalled_subscriber: Annotated[
-        Duration, Meta(description="a subscriber that has not read for so long is let go")
+        Duration, Meta(description="end a subscription that has not been read for this long")
     ] = Duration(30)
     connection_age: Annotated[
-        Duration, Meta(description="connections are renewed after so long; clients resume")
+        Duration, Meta(description="close connections of this age; clients reconnect and resume")
     ] = Duration(3600)
     keepalive: Annotated[
-        Duration, Meta(description="a silent connection is asked for a sign of life after so long")
+        Duration, Meta(description="ping a connection that has been silent for this long")
     ] = Duration(20)
     replay_bytes: Annotated[
-        ByteCount, Meta(description="what a session keeps for subscribers that come later")
+        ByteCount, Meta(description="how much of its stream a session keeps for later subscribers")
     ] = ByteCount(4 << 20)
     subscriber_queue_bytes: Annotated[
-        ByteCount, Meta(description="what waits for one subscriber before its oldest events go")
+        ByteCount, Meta(description="the queue of one subscriber, at most and by default")
     ] = ByteCount(8 << 20)
     ended_sessions: Annotated[
-        Duration, Meta(description="how long the stream of an ended session can still be read")
+        Duration, Meta(description="how long an ended session's stream can still be read")
     ] = Duration(60)
     ended_bytes: Annotated[
         ByteCount,
         Meta(
-            description="memory for the streams of all ended sessions, the oldest of which go "
-            "first; it counts in `memory` and is given up before anything at work"
+            description="how much the streams of ended sessions may keep; it counts towards "
+            "`memory`, where ended sessions give way before collectors at work"
         ),
     ] = ByteCount(16 << 20)
     prometheus_series: Annotated[
-        Positive, Meta(description="label sets of each collector's metrics; the rest is `other`")
+        Positive,
+        Meta(description="label sets in each collector's metrics; further ones are `other`"),
     ] = 200
 
 
@@ -96,19 +103,19 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What callers may ask for."""
 
     collectors: Annotated[
-        tuple[str, ...], Meta(description="the kinds that may be started; empty: all")
+        tuple[str, ...], Meta(description="the kinds that callers may start; empty: all")
     ] = ()
     host_scope: Annotated[
-        bool, Meta(description="whether a collector may watch every process of the machine")
+        bool, Meta(description="whether collectors may watch every process of the machine")
     ] = True
     observe_only: Annotated[
         bool,
-        Meta(description="never keep CAP_SYS_ADMIN; refuse collectors that need it on this kernel"),
+        Meta(description="drop CAP_SYS_ADMIN; refuse collectors that need it on this kernel"),
     ] = False
 
 
 class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who may call."""
+    """Which callers are let in."""
 
     token_file: Annotated[
         str,
@@ -119,25 +126,27 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to find a service's processes."""
 
-    comm: Annotated[str, Meta(description="processes of this command name")] = ""
-    cgroup: Annotated[str, Meta(description="processes in this cgroup and below")] = ""
-    pid_file: Annotated[str, Meta(description="the process whose id this file holds")] = ""
+    comm: Annotated[str, Meta(description="the processes with this command name")] = ""
+    cgroup: Annotated[str, Meta(description="the processes in this cgroup and below it")] = ""
+    pid_file: Annotated[str, Meta(description="the process whose id is in this file")] = ""
 
 
 class Continuous(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A collector that runs as long as the agent does."""
+    """A collector that runs for as long as the agent."""
 
-    kind: Annotated[str, Meta(description="the collector")]
-    service: Annotated[str, Meta(description="the service it watches, or its label")] = ""
+    kind: Annotated[str, Meta(description="the kind of collector")]
+    service: Annotated[
+        str, Meta(description="the service to watch; a label only, where `config` names processes")
+    ] = ""
     config: Annotated[
-        dict[str, str], Meta(description="its options; values are texts, as in a request")
+        dict[str, str], Meta(description="its options, as strings like those of a request")
     ] = field(default_factory=dict)
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole configuration."""
 
-    agent_id: Annotated[str, Meta(description="this agent's id; empty: the host's name")] = ""
+    agent_id: Annotated[str, Meta(description="this agent's id; empty: the host name")] = ""
     user: Annotated[
         str,
         Meta(
@@ -146,34 +155,39 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = ""
     listen: Annotated[
-        tuple[str, ...], Meta(description="gRPC addresses: `unix:PATH`, or `127.0.0.1:PORT`")
+        tuple[str, ...],
+        Meta(description="addresses for gRPC, each `unix:PATH` or `127.0.0.1:PORT`"),
     ] = (DEFAULT_SOCKET,)
     metrics: Annotated[
-        str, Meta(description="the address of /metrics for Prometheus; empty: none")
+        str, Meta(description="the address that serves /metrics to Prometheus; empty: none")
     ] = "127.0.0.1:9464"
     log_format: Annotated[
-        Literal["console", "json"], Meta(description="lines for people, or for machines")
+        Literal["console", "json"], Meta(description="log lines for people, or as JSON")
     ] = "console"
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="the least that is logged")
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="the lowest level that is logged"),
     ] = "info"
     loader: Annotated[
         Literal["auto", "core", "bcc"],
-        Meta(description="how programs get into the kernel; `auto`: `core`, `bcc` without BTF"),
+        Meta(
+            description="what loads the programs; `auto`: `core`, or `bcc` on kernels without BTF"
+        ),
     ] = "auto"
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)
     continuous: Annotated[
-        tuple[Continuous, ...], Meta(description="collectors that run as long as the agent does")
+        tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
     services: Annotated[
-        dict[str, ServiceRule], Meta(description="services by name, each with one rule")
+        dict[str, ServiceRule],
+        Meta(description="services by name, each with exactly one of the keys below"),
     ] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The agent's id, as it tells it."""
+        """The agent's id in messages."""
         return self.agent_id or socket.gethostname()
 
 
@@ -182,7 +196,7 @@ def load(
     environment: Mapping[str, str] = os.environ,
     flags: Mapping[str, object] | None = None,
 ) -> Config:
-    """The configuration from its three sources; FLAGS by key of the top level. Raises
+    """Reads the configuration from its three sources. FLAGS are values by top-level key. Raises
     `ConfigError`."""
     values: dict[str, Any] = _read_yaml(path) if path else {}
     config = _convert(values, f"{path}" if path else "defaults")
@@ -223,7 +237,7 @@ def _put(values: dict[str, Any], keys: list[str], value: object, source: str) ->
 
 
 def _from_text(struct: type, keys: list[str], text: str) -> object:
-    """What TEXT, from the environment, means for the field at KEYS: a list is split at commas."""
+    """TEXT, from the environment, as a value for the field at KEYS: lists are split at commas."""
     hint = get_type_hints(struct).get(keys[0])
     if hint and len(keys) > 1 and isinstance(hint, type) and issubclass(hint, Struct):
         return _from_text(hint, keys[1:], text)

@@ -1,4 +1,4 @@
-"""The agent's process: start up, serve until told to stop, shut down."""
+"""The agent's process: start up, serve until a signal, shut down."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _EXIT_CONFIG: Final = 2
 
 
-# mallopt(3): how many arenas glibc may make, and how much may lie free at the end of one.
+# mallopt(3): the most arenas that glibc makes, and the most free memory at the end of one.
 _M_ARENA_MAX: Final = -8
 _M_TRIM_THRESHOLD: Final = -1
 _TRIM_THRESHOLD_BYTES: Final = 128 << 10
@@ -42,7 +42,7 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
-        token = read_token(config)  # a file that may be root's alone
+        token = read_token(config)  # before root is given up: only root may be able to read it
         kept = _settle(config)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config, token, kept))
@@ -53,9 +53,11 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
 
 
 def _keep_little_memory() -> None:
-    """One arena for all threads: libbpf reads the kernel's BTF in a thread, and what it frees is
-    given back to the system from the main arena alone. Threads that hold the interpreter's lock
-    do not compete for it. And a fixed threshold, which freeing that BTF would raise to megabytes.
+    """Makes glibc return what libbpf frees after it has read the kernel's BTF in a thread.
+
+    Only the main arena returns memory, so all threads share it; they hold the interpreter's lock
+    and do not compete for it. The trim threshold is fixed, because freeing that BTF would raise it
+    to megabytes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -65,14 +67,14 @@ def _keep_little_memory() -> None:
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
-        import uvloop  # noqa: PLC0415  it is not made for every platform
+        import uvloop  # noqa: PLC0415  it does not exist for every platform
     except ImportError:
         return asyncio.new_event_loop
     return uvloop.new_event_loop
 
 
 def _settle(config: Config) -> frozenset[str]:
-    """Gives up the capabilities that no collector needs that this agent may start."""
+    """Drops the capabilities that none of the collectors needs that this agent may start."""
     allowed = config.policy.collectors
     return privileges.settle(
         config,
@@ -101,8 +103,8 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
 
 
 def _stop_on_signal() -> asyncio.Future[None]:
-    """A future that the first signal completes; the second ends the process at once. Then too
-    nothing stays attached: the kernel detaches what a dead process held."""
+    """A future that the first signal completes. A second signal ends the process at once; nothing
+    stays attached then either, because the kernel detaches the links of a process that ends."""
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
 
@@ -125,7 +127,7 @@ async def _report_capabilities(supervisor: Supervisor) -> None:
     features = await supervisor.features()
     if not (features.obstacle or (statistics := features["run_time_stats"]).available):
         log.warning(
-            "no run time of programs: limits.cpu_percent sees the agent's own time alone",
+            "no run time of programs: limits.cpu_percent covers the agent's own CPU time only",
             reason=statistics.reason,
         )
     for name in supervisor.config.policy.collectors:

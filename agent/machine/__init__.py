@@ -1,1 +1,1 @@
-"""What the agent asks of the machine: privileges, processes by service name, program statistics."""
+"""The agent and its machine: privileges, processes by service name, statistics of programs."""

@@ -1,9 +1,8 @@
-"""Least privilege: at start the agent gives up every capability that it does not need, for good,
-and where it is told to becomes an ordinary user.
+"""Least privilege: at start the agent permanently drops every capability that it does not need, and
+becomes an ordinary user if configured to.
 
-The kernel keeps capabilities for each thread by itself, so `settle` is called before the first one
-is started. What is kept is decided by `to_keep`, from sets alone. docs/privileges.md says what each
-capability is for.
+Capabilities belong to threads, so call `settle` before any thread is started. `to_keep` decides
+what is kept, from sets alone. docs/privileges.md says what each capability is for.
 """
 
 from __future__ import annotations
@@ -43,10 +42,12 @@ def to_keep(
     observe_only: bool = False,
     ordinary_user: bool = False,
 ) -> frozenset[str]:
-    """The capabilities to keep where they are held: what collectors NEED on a kernel that has the
-    capabilities KNOWN, what finds the processes of a service, and what perf buffers take. For the
-    run-time statistics alone CAP_SYS_ADMIN is kept too, but not where the agent is told to become
-    an ORDINARY_USER. Where it is to OBSERVE_ONLY it is never kept."""
+    """The capabilities to keep if the process holds them.
+
+    They are those that collectors NEED on a kernel that has the capabilities KNOWN, those that find
+    the processes of a service, and those for perf buffers. CAP_SYS_ADMIN is kept for the run-time
+    statistics too, unless the agent becomes an ORDINARY_USER. With OBSERVE_ONLY it is never kept.
+    """
     kept = {*caps.LISTENERS, *caps.BUFFERS}
     for need in needs:
         kept |= set(caps.required(need, known))
@@ -65,7 +66,7 @@ def refusal(
     observe_only: bool = False,
 ) -> str:
     """Why a collector that NEEDS these capabilities cannot run in a process that HAS those, on a
-    kernel that has the capabilities KNOWN; empty where it can."""
+    kernel that has the capabilities KNOWN. Empty if it can."""
     needed = caps.required(needs, known)
     if observe_only and "CAP_SYS_ADMIN" in needed:
         return (
@@ -77,8 +78,8 @@ def refusal(
 
 
 def settle(config: Config, needs: Iterable[Mapping[str, str]]) -> frozenset[str]:
-    """Gives up what the agent does not need, of this thread and all that it starts, and becomes
-    `config.user`; returns what is kept. Raises `ConfigError` where that cannot be done."""
+    """Drops what the agent does not need, for this thread and all threads that it starts, and
+    becomes `config.user`. Returns what is kept. Raises `ConfigError` if that fails."""
     if not sys.platform.startswith("linux"):
         return frozenset()
     held = caps.held("CapPrm")
@@ -89,7 +90,7 @@ def settle(config: Config, needs: Iterable[Mapping[str, str]]) -> frozenset[str]
         observe_only=config.policy.observe_only,
         ordinary_user=user is not None and user.pw_uid != 0,
     )
-    # Before Linux 5.11 maps count against this limit; afterwards nobody may raise it any more.
+    # Before Linux 5.11, maps count against this limit; without capabilities it cannot be raised.
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
     try:
@@ -104,12 +105,14 @@ def settle(config: Config, needs: Iterable[Mapping[str, str]]) -> frozenset[str]
         raise ConfigError(f"privileges cannot be given up: {error}") from error
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208  a count, no paths
     if threads > 1:
-        log.warning("threads of libraries were started before, and keep theirs", count=threads - 1)
+        log.warning(
+            "threads that libraries have started keep their capabilities", count=threads - 1
+        )
     return keep
 
 
 def _user(name: str, held: frozenset[str]) -> pwd.struct_passwd | None:
-    """The user of that name or number, whom a process that HELD these capabilities can become.
+    """The user with that name or number, if a process with the capabilities HELD can become it.
     Raises `ConfigError`."""
     if not name:
         return None
@@ -125,7 +128,7 @@ def _user(name: str, held: frozenset[str]) -> pwd.struct_passwd | None:
 
 
 def _make_socket_directories(config: Config, user: pwd.struct_passwd) -> None:
-    """The directories of sockets, where there are none yet: under /run only root makes any."""
+    """Makes the directories of sockets that do not exist: under /run, only root can."""
     for address in config.listen:
         directory = Path(address.removeprefix("unix:")).parent
         if address.startswith("unix:") and not directory.exists():
@@ -137,19 +140,19 @@ def _make_socket_directories(config: Config, user: pwd.struct_passwd) -> None:
 
 
 def _become(user: pwd.struct_passwd) -> None:
-    """That user, in all threads; capabilities stay permitted in this one."""
+    """Changes to USER in all threads; this thread keeps its permitted capabilities."""
     _prctl(_PR_SET_KEEPCAPS, 1)
     os.initgroups(user.pw_name, user.pw_gid)
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
     os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
     _prctl(_PR_SET_KEEPCAPS, 0)
-    # Or the kernel would give this process's own files in /proc to root.
+    # Otherwise this process's files in /proc would belong to root.
     _prctl(_PR_SET_DUMPABLE, 1)
 
 
 def _drop_bounds(keep: frozenset[str], held: frozenset[str]) -> None:
-    """What no program that this process executes may ever have. Takes CAP_SETPCAP: without it the
-    bounding set stays, and no_new_privs alone keeps such a program from having more."""
+    """Drops all but KEEP from the bounding set, so that no program that this process executes can
+    have them. That needs CAP_SETPCAP; without it, no_new_privs alone has the same effect."""
     if "CAP_SETPCAP" not in held:
         return
     for number in range(64):
@@ -159,11 +162,11 @@ def _drop_bounds(keep: frozenset[str], held: frozenset[str]) -> None:
             if _prctl(_PR_CAPBSET_READ, number):
                 _prctl(_PR_CAPBSET_DROP, number)
         except OSError:
-            return  # the kernel knows no more
+            return  # the kernel has no more capabilities
 
 
 def _set_capabilities(keep: frozenset[str]) -> None:
-    """Exactly KEEP, effective and permitted; none inheritable."""
+    """Makes KEEP the effective and permitted capabilities; none are inheritable."""
     mask = sum(1 << caps.number(name) for name in keep)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     low, high = mask & 0xFFFFFFFF, mask >> 32

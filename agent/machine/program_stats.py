@@ -1,8 +1,8 @@
 """Run time of programs, by sampling the kernel's statistics.
 
-While the kernel keeps run-time statistics, every run of every program on the machine costs some
-80 ns more. So they are on for a short window now and then, and what was counted in it stands for
-the time since the window before. The figures are estimates; their error is that of the sampling.
+While the kernel keeps run-time statistics, every run of every program on the machine costs about
+80 ns more. So the statistics are on for a short window in each period, and the counts of a window
+are scaled up to the time since the window before. The figures are estimates.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ObjectsByKind = Callable[[], Iterable[tuple[int, BpfObject]]]
 
 @dataclass(slots=True)
 class RunEstimate:
-    """What one program of one kind has used since the agent started."""
+    """The use of one program of one kind since the agent started."""
 
     seconds: float = 0.0
     runs: float = 0.0
 
 
 class ProgramStatsSampler:
-    """Estimates run time and run count by (kind, program), over all sessions there were."""
+    """Estimates run time and run count by (kind, program), over all sessions so far."""
 
     def __init__(self, objects: ObjectsByKind) -> None:
         self._objects = objects
@@ -50,7 +50,7 @@ class ProgramStatsSampler:
                     await self._sample()
                 except BpfError as error:
                     if error.errno not in EXHAUSTED:
-                        return  # this kernel has no such statistics; there is no figure then
+                        return  # this kernel has no such statistics, so there are no figures
             await asyncio.sleep(PERIOD_S - WINDOW_S)
 
     async def _sample(self) -> None:

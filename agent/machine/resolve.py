@@ -1,8 +1,8 @@
 """From a service's name to its processes.
 
-In this order, the first that finds any: the agent's configuration, a systemd unit, a container or
-pod in the cgroup path, the command name of a process that listens on a TCP port. All matches of
-that step are taken.
+The steps, in order: the agent's configuration, a systemd unit, a container or pod in the cgroup
+path, the command name of a process that listens on a TCP port. The first step that finds any
+process decides, with all its matches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coral.collectors.options import OptionError
 from coral.collectors.targets import PROC, cgroup_directory, comm_of, running_tgids
 
 _UNIT: Final = re.compile(r"(.+)\.(?:service|scope)")
-# What container runtimes put before an id in a cgroup's name, and systemd behind it.
+# Container runtimes put a prefix before the id in a cgroup's name, and systemd a suffix after it.
 _CONTAINER: Final = re.compile(
     r"(?:docker-|cri-containerd-|crio-|libpod-)?(.+?)(?:\.scope|\.slice)?"
 )
@@ -95,13 +95,13 @@ def _cgroup_components(tgid: int) -> set[str]:
     try:
         lines = (PROC / str(tgid) / "cgroup").read_text(errors="replace").splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return set()  # it has ended, or /proc hides it (hidepid)
+        return set()  # the process has ended, or /proc hides it (hidepid)
     return {part for line in lines for part in line.split(":", 2)[2].split("/") if part}
 
 
 def container_names(component: str) -> Iterator[str]:
-    """What a container or pod is called by one component of a cgroup path: its id, whole and
-    short, a pod's uid, or the name that a runtime gave the cgroup."""
+    """The names of a container or pod in one component of a cgroup path: the container's id, whole
+    and short, the pod's uid, or the name that the runtime gave the cgroup."""
     if match := _POD.match(component):
         yield match[1].replace("_", "-")
         return
@@ -113,7 +113,7 @@ def container_names(component: str) -> Iterator[str]:
 
 
 def _by_listening_comm() -> Mapping[str, set[int]]:
-    import psutil  # noqa: PLC0415  a megabyte that many an agent never needs
+    import psutil  # noqa: PLC0415  a megabyte that most agents never need
 
     found: dict[str, set[int]] = defaultdict(set)
     for connection in psutil.net_connections("tcp"):

@@ -1,7 +1,7 @@
-"""What Prometheus sees: the collectors' measures, and how the agent fares. No global registry.
+"""The metrics for Prometheus: those of the collectors, and those of the agent itself.
 
-Figures that somebody else keeps (the kernel, the supervisor) are read at scrape time.
-docs/metrics.md is generated from this registry.
+Figures that are kept elsewhere (in the kernel, by the supervisor) are read at scrape time, in the
+scrape's thread. docs/metrics.md is generated from this registry; no registry is global.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from coral.wire.kinds import kind_name
 
 
 def registry(supervisor: Supervisor) -> CollectorRegistry:
-    """A registry of everything, for one supervisor."""
+    """A registry with all metrics of one supervisor."""
     new = CollectorRegistry()
     new.register(_AgentMetrics(supervisor))
     for measures in supervisor.measures.values():
@@ -44,8 +44,8 @@ def registry(supervisor: Supervisor) -> CollectorRegistry:
 
 @contextmanager
 def serve(address: str, supervisor: Supervisor) -> Iterator[str]:
-    """Serves /metrics at ADDRESS from a thread of its own; yields the address with its port.
-    An empty ADDRESS serves nothing. Raises `ConfigError`."""
+    """Serves /metrics at ADDRESS from its own thread, and yields the address with its port. An
+    empty ADDRESS serves nothing. Raises `ConfigError`."""
     if not address:
         yield ""
         return
@@ -73,7 +73,7 @@ class _Measures(Collector):
 
 
 class _AgentMetrics(Collector):
-    """How the agent fares."""
+    """The metrics of the agent itself."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
@@ -156,7 +156,7 @@ def _counter_by(
     values: Counter[tuple[int, int]],
     label_values: Mapping[int, str],
 ) -> Metric:
-    """A counter by kind and one more label; every value of it is there, zeros included."""
+    """A counter by kind and one more label; samples of zero are exposed too."""
     family = CounterMetricFamily(_PREFIX + name, documentation, labels=("kind", label))
     for kind in COLLECTORS:
         for value, text in label_values.items():

@@ -23,6 +23,8 @@ from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Filter, Frame, Subscription, Terms
 from coral.mesh.v1 import ebpf_pb2 as pb
 
+_NANOS: Final = 1_000_000_000
+
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
 
 
@@ -154,4 +156,10 @@ async def _encoded(watch: Watch) -> AsyncIterator[bytes]:
 
 
 def _seconds(duration: Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9
+    """Raises `InvalidRequestError` for what google.protobuf.Duration does not allow."""
+    if abs(duration.nanos) >= _NANOS or duration.seconds * duration.nanos < 0:
+        raise InvalidRequestError(
+            f"duration: seconds {duration.seconds} with nanos {duration.nanos} is not accepted; "
+            "give nanos of less than a second and of the same sign"
+        )
+    return duration.seconds + duration.nanos / _NANOS

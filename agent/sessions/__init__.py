@@ -1,1 +1,1 @@
-"""Sessions: who may start one, how long it runs, what it may use, and how it ends."""
+"""Sessions: which may start, how long they run, what they may use, how they end."""

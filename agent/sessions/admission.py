@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -27,6 +27,10 @@ from coral.collectors.runner import in_thread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 
+# Both are in every description of the session. A name that a machine knows has no more bytes than
+# one component of a path; the longest config names 10,240 processes.
+_SERVICE_NAME_BYTES: Final = 255
+_CONFIG_BYTES: Final = 128 << 10
 _TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
 
 
@@ -78,6 +82,7 @@ class Admission:
                 "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope"
             )
         lease_s(request.duration_s, self._config)
+        _check_size("service_name", [request.service_name], _SERVICE_NAME_BYTES)
         if kind not in COLLECTORS:
             raise UnsupportedError(
                 f"this agent has no {kind_name(kind)} collector; it has "
@@ -114,9 +119,11 @@ class Admission:
                 raise UnsupportedError(f"{kind_name(collector.kind)}: {support.reason}")
             service = await self._resolve(request)
             try:
-                return collector.create(request.config, service, features)
+                created = collector.create(request.config, service, features)
             except (OptionError, UnknownOptionError) as error:
                 raise InvalidRequestError(str(error)) from error
+            _check_size("config", request.config.values(), _CONFIG_BYTES)
+            return created
         except OSError as error:  # /proc cannot be read: there are no descriptors left
             raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
 
@@ -124,6 +131,14 @@ class Admission:
         if not request.service_name or _TARGET_KEYS & request.config.keys():
             return None
         return await in_thread(lambda: resolve(request.service_name, self._config.services))
+
+
+def _check_size(field: str, texts: Iterable[str], most_bytes: int) -> None:
+    size_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+    if size_bytes > most_bytes:
+        raise InvalidRequestError(
+            f"{field}: {size_bytes} bytes are not accepted; give at most {most_bytes}"
+        )
 
 
 def _kind(kind: str | int) -> int:

@@ -1,5 +1,5 @@
-"""What the agent may spend, and who has to go when it is too much. Loop-free: figures in, verdicts
-out."""
+"""The CPU budget, and which session is preempted when a limit is exceeded. Loop-free: figures in,
+decisions out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CPU_WINDOW_S: Final = 10.0
 
 
 class Priority(enum.IntEnum):
-    """Who goes first when a limit is passed: the lowest."""
+    """The order in which sessions are preempted: the lowest first."""
 
     CONTINUOUS = 0
     ON_DEMAND = 1
-    WATCHED = 2  # a person is looking
+    WATCHED = 2  # a person is watching
 
 
 S = TypeVar("S")
@@ -33,7 +33,7 @@ class Candidate(Generic[S]):
 
 
 def first_to_go(candidates: Iterable[Candidate[S]]) -> S | None:
-    """The session of the lowest priority; of several, the youngest. None where there is none."""
+    """The youngest session of the lowest priority; None without candidates."""
     ordered = sorted(candidates, key=lambda c: (c.priority, -c.started_at))
     return ordered[0].session if ordered else None
 
@@ -46,7 +46,7 @@ class CpuBudget:
     _samples: deque[tuple[float, float]] = field(default_factory=deque)
 
     def add(self, at_s: float, used_s: float) -> None:
-        """Takes in that by the time AT_S so much CPU time had been used in all."""
+        """Adds a sample: at the time AT_S, USED_S seconds of CPU time had been used in all."""
         self._samples.append((at_s, used_s))
         while len(self._samples) > 2 and self._samples[1][0] <= at_s - CPU_WINDOW_S:  # noqa: PLR2004
             self._samples.popleft()
@@ -63,10 +63,10 @@ class CpuBudget:
 
     @property
     def exceeded(self) -> bool:
-        """Whether the window is full and the use in it over the budget."""
+        """Whether the window is full and the use in it exceeds the budget."""
         used = self.used_percent
         return used is not None and used > self.percent
 
     def restart(self) -> None:
-        """Begins a new window: what was used before is settled."""
+        """Begins a new window, in which the use so far does not count."""
         self._samples.clear()

@@ -15,8 +15,8 @@ from typing import Final
 from coral.agent.errors import LimitError, UnavailableError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-# What may wait for one watcher beside what it began with.
-MAX_WAITING: Final = 1024
+# The most that may wait for one watcher, beside the collectors that it began with.
+MAX_WAITING_BYTES: Final = 1 << 20
 
 
 class Changes:
@@ -30,8 +30,9 @@ class Changes:
         """Queues a change for every watcher. Never blocks."""
         if self.watches:
             change = pb.CollectorChange(what=what, collector=collector)
+            size_bytes = change.ByteSize()
             for watch in self.watches:
-                watch.offer(change)
+                watch.offer(change, size_bytes)
 
     def watch(self, present: Iterable[pb.CollectorInfo]) -> Watch:
         """A new watcher, which gets those PRESENT first. Raises `UnavailableError` after
@@ -54,22 +55,23 @@ class Watch:
 
     def __init__(self, changes: Changes, present: Iterable[pb.CollectorInfo]) -> None:
         self._changes = changes
-        self._waiting = deque(
-            pb.CollectorChange(what=pb.CollectorChange.WHAT_PRESENT, collector=collector)
+        # Each with its size, which is 0 for those that were queued at the beginning.
+        self._waiting: deque[tuple[pb.CollectorChange, int]] = deque(
+            (pb.CollectorChange(what=pb.CollectorChange.WHAT_PRESENT, collector=collector), 0)
             for collector in present
         )
-        self._waiting.append(pb.CollectorChange(what=pb.CollectorChange.WHAT_SYNCED))
-        self._room = len(self._waiting) + MAX_WAITING
+        self._waiting.append((pb.CollectorChange(what=pb.CollectorChange.WHAT_SYNCED), 0))
+        self._waiting_bytes = 0
         self._failed = self._ended = False
         self._news = asyncio.Event()
 
-    def offer(self, change: pb.CollectorChange) -> None:
+    def offer(self, change: pb.CollectorChange, size_bytes: int) -> None:
         """Queues a change; without room the watch fails, and frees what it holds."""
         if self._failed:
             return
-        if len(self._waiting) < self._room:
-            self._waiting.append(change)
-        else:
+        self._waiting.append((change, size_bytes))
+        self._waiting_bytes += size_bytes
+        if self._waiting_bytes > MAX_WAITING_BYTES:
             self._failed = True
             self._waiting.clear()
         self._news.set()
@@ -84,11 +86,13 @@ class Watch:
         `LimitError` where changes were dropped because they were not read."""
         if self._failed:
             raise LimitError(
-                f"more than {MAX_WAITING} changes were waiting to be read: watch again, which "
-                "begins with the collectors that are at work then"
+                f"more than {MAX_WAITING_BYTES} bytes of changes were waiting to be read: watch "
+                "again, which begins with the collectors that are at work then"
             )
         if self._waiting:
-            return self._waiting.popleft()
+            change, size_bytes = self._waiting.popleft()
+            self._waiting_bytes -= size_bytes
+            return change
         if self._ended:
             raise EOFError
         return None

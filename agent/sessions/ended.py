@@ -16,9 +16,9 @@ from coral.agent.config import Limits
 from coral.agent.sessions.session import End, Session
 
 _ENDS_KEPT: Final = 1000
-# A session with its stream, as Python objects, without any frame: tests/unit/test_sessions.py
+# What a session takes as Python objects, with a few frames; tests/unit/test_ended_sessions.py
 # measures it.
-SESSION_BYTES: Final = 8 << 10
+SESSION_BYTES: Final = 12 << 10
 
 
 @dataclass(frozen=True, slots=True)

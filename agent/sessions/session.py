@@ -161,6 +161,11 @@ class Session:
         self.slot.close()
         self.ended.set()
 
+    def forget_task(self, _task: object = None) -> None:
+        """Lets go of the task, once it is done: a cancelled one holds the frames that it left, and
+        with them the collector."""
+        self.task = self.lease = None
+
     async def stop(self, end: End) -> None:
         """Ends the session for the reason END, and returns when it is detached and its stream has
         ended."""

@@ -147,6 +147,7 @@ class Supervisor:
         session.task = self._tasks.create_task(
             self._run(session, attached), name=f"session {session.id}"
         )
+        session.task.add_done_callback(session.forget_task)
         try:
             await attached
         except asyncio.CancelledError:  # the caller went away: nobody would know this session

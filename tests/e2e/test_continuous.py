@@ -90,7 +90,7 @@ async def test_it_runs_without_a_reader_and_feeds_prometheus_exactly(
 
             with pytest.raises(AgentError, match="is continuous, by the agent's config") as refused:
                 await client.renew(info.collector_id)
-            assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert refused.value.code is grpc.StatusCode.FAILED_PRECONDITION
         assert agent.stop() == 0
     # The one on demand beside it: nothing was started over.
     starts = [line for line in agent.log() if line["event"] == "session started"]

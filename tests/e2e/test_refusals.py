@@ -79,6 +79,14 @@ def agent(directory: Path) -> Iterator[RunningAgent]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def impatient(directory: Path) -> Iterator[RunningAgent]:
+    """An agent that keeps ended streams for 50 ms."""
+    config = {"limits": {"ended_sessions": "50ms"}}
+    with running_agent(directory / "impatient", config) as running:
+        yield running
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(agent: RunningAgent) -> Iterator[None]:
     with leaving_nothing(agent):
@@ -369,22 +377,23 @@ def test_an_unknown_collector_is_not_found(collector_id: str, agent: RunningAgen
 
 @pytest.mark.parametrize("end", ["STOPPED", "EXPIRED", "TARGET_EXITED"])
 def test_an_ended_collector_is_not_found_and_says_how_it_ended(
-    end: str, agent: RunningAgent, calls: Callable[..., Calls]
+    end: str, impatient: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
     running = calls("getppid", 1)
     request = start_request(
         {"pid": running.pid, "until_exit": str(end == "TARGET_EXITED").lower()},
         duration_s=0.05 if end == "EXPIRED" else None,
     )
-    collector_id = agent.call("StartCollector", request).collector_id
+    collector_id = impatient.call("StartCollector", request).collector_id
     if end == "STOPPED":
-        stop(agent, collector_id)
+        stop(impatient, collector_id)
     if end == "TARGET_EXITED":
         running.go()
         running.finish()
-    wait_until(lambda: not agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors)
+    everything = pb.ListCollectorsRequest(include_ended=True)
+    wait_until(lambda: not impatient.call("ListCollectors", everything).collectors)
     for method, request_ in requests_for(collector_id).items():
-        assert code_and_text(agent, method, request_) == (
+        assert code_and_text(impatient, method, request_) == (
             grpc.StatusCode.NOT_FOUND,
             f"collector_id: {collector_id} has ended: {end}",
         )
@@ -671,6 +680,10 @@ def test_with_the_token_every_method_answers(
         assert [len(info.subscribers) for info in listed.collectors] == [2]
         guarded.call("GetCapabilities", pb.GetCapabilitiesRequest(), AUTHORIZED)
         guarded.call("RenewCollector", about["RenewCollector"], AUTHORIZED)
+        with streaming(
+            guarded, "WatchCollectors", pb.WatchCollectorsRequest(), AUTHORIZED
+        ) as changes:
+            assert next(changes).collector.collector_id == collector_id
         guarded.call("StopCollector", about["StopCollector"], AUTHORIZED)
         assert totals(event.syscall_stats for event in events)["getppid"] == 10
         assert totals(row for batch in batches for row in batch.syscall_stats)["getppid"] == 10

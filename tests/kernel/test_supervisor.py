@@ -40,7 +40,7 @@ async def all_rows(session: Session) -> list[pb.SyscallStats]:
     return [
         row
         async for frame in session.subscribe()
-        for row in pb.EbpfEventBatch.FromString(frame.wire).syscall_stats
+        for row in pb.EbpfEventBatch.FromString(frame.wire()).syscall_stats
     ]
 
 
@@ -51,9 +51,10 @@ async def test_200_sessions_leave_no_task_and_no_session(
     async def one_after_another(times: int) -> None:
         for _ in range(times):
             session = await supervisor.start(request(puppet))
+            task = session.task
             await supervisor.stop(session.id)
-            assert session.task
-            assert session.task.done()
+            assert task
+            assert task.done()
 
     async def at_once(times: int) -> None:
         await asyncio.gather(one_after_another(times // 2), one_after_another(times // 2))

@@ -6,7 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from coral.agent import logs
 from tests.scripted import Desk
+
+# As the agent logs: structlog's own way takes seconds to draw a traceback.
+logs.configure("console", "info")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import weakref
 
 import pytest
 
@@ -17,7 +18,7 @@ from coral.agent.sessions.ended import SESSION_BYTES, EndedSessions
 from coral.agent.sessions.session import Session, StartRequest
 from coral.agent.streams import Terms
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.scripted import STATS, STOPPED, Desk, Scripted, calls, frames
+from tests.scripted import STATS, STOPPED, Desk, Scripted, calls, frames, until
 
 
 async def test_who_comes_after_the_end_gets_what_is_kept_and_then_the_end(desk: Desk) -> None:
@@ -175,3 +176,13 @@ def test_an_ended_session_takes_no_more_memory_than_it_is_counted_for() -> None:
     finally:
         tracemalloc.stop()
     assert SESSION_BYTES / 4 < used < SESSION_BYTES
+
+
+async def test_an_ended_session_lets_go_of_its_collector(desk: Desk) -> None:
+    session = await desk.start()
+    collector = weakref.ref(desk.made.pop())
+    await desk.supervisor.stop(session.id)
+    await until(lambda: session.task is None)
+    gc.collect()
+    assert collector() is None
+    assert frames(desk.supervisor.readable(session.id))

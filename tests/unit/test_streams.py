@@ -620,9 +620,7 @@ class AnyInterleaving(RuleBasedStateMachine):
                 assert counted(reader.end.lost_in_kernel).total() == self.lost
 
 
-AnyInterleaving.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+AnyInterleaving.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyInterleaving = AnyInterleaving.TestCase
 
 

@@ -10,7 +10,7 @@ import pytest
 from coral.agent.errors import (
     LimitError,
 )
-from coral.agent.sessions.changes import MAX_WAITING, Changes
+from coral.agent.sessions.changes import MAX_WAITING_BYTES, Changes
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.scripted import Change, Desk, calls
 
@@ -61,25 +61,27 @@ async def test_the_end_in_a_watch_has_the_final_account(desk: Desk) -> None:
 
 
 def info(number: int = 0) -> pb.CollectorInfo:
-    return pb.CollectorInfo(collector_id=str(number))
+    return pb.CollectorInfo(collector_id=str(number), service_name="x" * 1000)
 
 
 def test_a_watcher_that_does_not_read_is_ended_and_told_to_watch_again() -> None:
+    each = pb.CollectorChange(what=Change.WHAT_STARTED, collector=info()).ByteSize()
+    fitting = MAX_WAITING_BYTES // each
     changes = Changes()
     stalled, reading = changes.watch(map(info, range(10))), changes.watch(())
-    got = []
-    for number in range(MAX_WAITING):
-        changes.publish(Change.WHAT_STARTED, info(number))
-        while change := reading.take():
-            got.append(change)
-    assert len(got) == 1 + MAX_WAITING
-    assert (first := stalled.take())
-    assert first.what == Change.WHAT_PRESENT
-    changes.publish(Change.WHAT_STARTED, info())  # into the place of the one that was taken
+    read = 0
+    for _ in range(fitting):
+        changes.publish(Change.WHAT_STARTED, info())
+        while reading.take():
+            read += 1
+    assert read == 1 + fitting
+    for _ in range(12):  # the ten that were there, the mark, and one whose place is free now
+        assert stalled.take()
+    changes.publish(Change.WHAT_STARTED, info())
     assert stalled.take()
     for _ in range(2):
         changes.publish(Change.WHAT_STARTED, info())
-    with pytest.raises(LimitError, match=f"more than {MAX_WAITING} changes.*: watch again"):
+    with pytest.raises(LimitError, match=f"more than {MAX_WAITING_BYTES} bytes.*: watch again"):
         stalled.take()
     assert not stalled._waiting
     assert reading.take()
