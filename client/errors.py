@@ -45,6 +45,11 @@ class LimitExceededError(AgentError):
     its reader is too slow and asked for `overflow="end"`, or stalls."""
 
 
+class FailedPreconditionError(AgentError):
+    """The kernel refused the collector's programs or hooks, or the collector is not in a state for
+    this: a continuous one has no lease to renew."""
+
+
 class UnavailableError(AgentError):
     """No agent could be reached at the address."""
 
@@ -81,6 +86,7 @@ _TYPES: Final[Mapping[grpc.StatusCode, type[AgentError]]] = {
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: LimitExceededError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
 }
 
 _START_ONE: Final = (

@@ -186,6 +186,11 @@ class CollectorInfo:
         )
 
     @property
+    def started_at(self) -> Timestamp:
+        """The start as a protobuf Timestamp; see `started_at_ns`."""
+        return self.message.started_at
+
+    @property
     def expires_at(self) -> Timestamp:
         """The deadline as a protobuf Timestamp; see `expires_at_ns`."""
         return self.message.expires_at

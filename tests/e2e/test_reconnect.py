@@ -5,6 +5,7 @@ once, left out by its own filter, or counted as lost."""
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ LIMITS: Final = {
     "subscriber_bytes_per_second": "1GiB",
     "cpu_percent": 1000,
     "subscriber_queue_bytes": "8MiB",
-    "replay_bytes": "4MiB",
+    "replay_bytes": "2MiB",
     "ended_sessions": "120s",
 }
 
@@ -105,10 +106,10 @@ async def test_a_hundred_streams_over_connections_that_break_account_for_every_c
 ) -> None:
     running = calls("getppid", CALLS, "openat", 1_000, threads=THREADS)
     made = THREADS * (CALLS + 1_000)
-    async with connected(agent) as client, cutting_proxy(agent.address, SEED, (0.1, 2.0)) as proxy:
-        # A ring of 64 KiB has room for a few hundred records: many are lost in the kernel.
+    async with connected(agent) as client, cutting_proxy(agent.address, SEED, (0.05, 0.7)) as proxy:
+        # A ring of 256 KiB has room for a few thousand records: many are lost in the kernel.
         session = await start_events(
-            client, running.pid, ring="64KiB", include="getppid,openat", until_exit="true"
+            client, running.pid, ring="256KiB", include="getppid,openat", until_exit="true"
         )
         streams = [Got(terms_of(number, running)) for number in range(STREAMS)]
         early = [got for got in streams if "after_seq" not in got.terms]
@@ -143,13 +144,18 @@ async def test_a_hundred_streams_over_connections_that_break_account_for_every_c
         if got.terms.get("comms"):
             assert (got.rows, account.lost.get("subscriber_queue", 0)) == (0, 0)
     reconnects = sum(got.reconnects for got in streams)
+    lost: Counter[str] = Counter()
+    for got in streams:
+        lost.update(got.account.lost if got.account else {})
     with capsys.disabled():
         print(
             f"\n{STREAMS} streams, {STREAMS - len(early)} after the end, {reconnects} reconnects; "
             f"{made:,} calls, {lost_in_kernel:,} lost in the kernel, "
-            f"{sum(got.rows for got in streams):,} rows delivered"
+            f"{sum(got.rows for got in streams):,} rows delivered, lost by stream: {dict(lost)}"
         )
-    assert reconnects > STREAMS
+    assert sum(got.reconnects > 0 for got in streams) > STREAMS // 4
+    # Late streams always lose; whether a reader falls behind depends on the machine.
+    assert {"replay_evicted"} <= set(lost) <= {"replay_evicted", "subscriber_queue"}
 
 
 async def has_ended(client: AgentClient) -> bool:

@@ -21,6 +21,7 @@ from coral.client import (
     AgentClient,
     AgentError,
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     Kind,
     LimitExceededError,
@@ -112,7 +113,8 @@ asyncio.run(main())
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidArgumentError),
         (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, LimitExceededError),
-        (grpc.StatusCode.FAILED_PRECONDITION, AgentError),
+        (grpc.StatusCode.FAILED_PRECONDITION, FailedPreconditionError),
+        (grpc.StatusCode.ABORTED, AgentError),
     ],
 )
 async def test_a_refusal_has_a_type_and_the_agents_own_words(
