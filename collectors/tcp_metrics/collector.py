@@ -1,8 +1,8 @@
-"""TCP connections of processes: what they carry, how they fare, how they end. Source:
+"""TCP connections of processes: what they carry, how they perform, how they end. Source:
 tcp_metrics.bpf.c.
 
-At each interval a walk through the kernel's map brings every open connection with the figures that
-the kernel keeps of it; those that have ended come through the ring, each once.
+At each interval, a program reads every open connection with the kernel's present figures; a
+connection that has ended comes through the ring, once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _RING_WAKEUP_SHARE: Final = 4
 _MOST_PEERS: Final = 1000
 _HOOKS: Final = ("tp_btf", "raw_tp", "tracepoint")  # best first
 _PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_state", "coral_destroy")
-# What may be missing, by the tracepoint that it hangs on.
+# Optional programs, and the tracepoint of each.
 _OPTIONAL: Final = {
     "coral_segment": "tcp_probe",
     "coral_received": "tcp_rcv_space_adjust",
@@ -65,7 +65,7 @@ _OPTIONAL: Final = {
     "coral_reset_out": "tcp_send_reset",
     "coral_reset_in": "tcp_receive_reset",
 }
-# There since Linux 4.16, where a kernel without BTF cannot be asked.
+# Available since Linux 4.16, if the kernel has no BTF to read.
 _OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
@@ -75,7 +75,7 @@ _FIND: Final = "coral_find_iter"
 _LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
 # Its format names no socket before Linux 6.10.
 _NOT_PLAIN: Final = {"coral_segment"}
-# A look at who has which socket open waits so many times as long as it took: a fiftieth of a CPU.
+# After a scan of open sockets, wait 50 times as long as it took: scans use at most 2 % of a CPU.
 _LOOK_REST: Final = 50
 
 
@@ -124,7 +124,7 @@ class TcpMetricsOptions(TargetOptions):
 
 @cache
 def _kernel_has() -> frozenset[str]:
-    """Of the tracepoints and helpers above, those that this kernel has."""
+    """The tracepoints and helpers above that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
     helpers = {_COOKIES, *_TYPED}
     found = kernel_names((*names, *helpers))
@@ -179,14 +179,14 @@ class TcpMetricsCollector(Collector):
         self._read_at_ns = 0
 
     def _programs(self) -> tuple[str, ...]:
-        """What is attached here, named without the hook's suffix."""
+        """The programs to attach here, named without the hook's suffix."""
         wanted = {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
         if self._rung.hook.taken == "tracepoint":
             wanted -= _NOT_PLAIN
         if self._walks and self._options.single_events:
-            wanted.discard("coral_segment")  # has nothing to tell
+            wanted.discard("coral_segment")  # it reports no events
         elif self._walks and not self._options.cgroup:
-            wanted.discard("coral_received")  # who has a socket is looked up
+            wanted.discard("coral_received")  # owners of sockets are looked up
         return (*_PROGRAMS, *sorted(wanted))
 
     @classmethod
@@ -249,11 +249,11 @@ class TcpMetricsCollector(Collector):
             order_by="time_ns" if single else "ended_ns",
         )
         self._connections = Connections()
-        # Once, so that a connection's start is the same in all its rows.
+        # Read once, so that a connection's start is the same in all its rows.
         self._offset_ns = time.time_ns() - time.monotonic_ns()
         self._object.attach()
         self._targets.fill(self._object)
-        # After the targets are known, and after the hooks: what opens now is seen by them.
+        # After the hooks and the targets, so that the hooks see every connection that opens later.
         self._find_earlier()
         self._read_at_ns = time.time_ns()
 
@@ -280,7 +280,7 @@ class TcpMetricsCollector(Collector):
         if self._records is None:
             raise RuntimeError("not open")
         started_at_ns, self._read_at_ns = self._read_at_ns, time.time_ns()
-        # Before the drain: a record that is refused in between is told next time.
+        # Before the drain: a record refused in between is reported next time.
         losses = self._losses(self._records)
         if self._options.single_events:
             rows = event_rows(self._records)
@@ -301,7 +301,7 @@ class TcpMetricsCollector(Collector):
         return Batch(summaries, started_at_ns, self._read_at_ns, losses, in_detail)
 
     def _look(self) -> None:
-        """Looks who has which socket open, unless that would take too much time."""
+        """Looks up which process has which socket open, if enough time has passed."""
         began_ns = time.monotonic_ns()
         if self._find is None or began_ns < self._look_after_ns:
             return
@@ -313,7 +313,7 @@ class TcpMetricsCollector(Collector):
 
     def _read(self, records: RecordReader) -> tuple[NDArray[Any], NDArray[Any]]:
         """The connections that are open, and those that have ended: struct tcp_connection."""
-        # The map before the ring: what ends in between is in both, and not in neither.
+        # The map before the ring: a connection that ends in between is in both, not in neither.
         if self._live:
             self._look()
             return self._live.read(), records.drain()
@@ -322,11 +322,11 @@ class TcpMetricsCollector(Collector):
         live, ended = self._connections_map.read()[1], records.drain()
         if self._diag:
             live, ended = self._diag.merged(live, ended)
-        live["read_ns"] = time.monotonic_ns()  # they last, though no segment comes
+        live["read_ns"] = time.monotonic_ns()  # they are open, even if no segment arrives
         return live, ended
 
     def _forget_ended(self) -> Mapping[int, str]:
-        """Removes processes that have ended from the map; command names by tgid."""
+        """Removes ended processes from the map; returns command names by tgid."""
         names, ended = self._targets.read()
         if ended:
             self._targets.forget(ended)
@@ -372,7 +372,7 @@ def _connections(features: Features, rung: Rung) -> Step:
 
 
 def _hidden(features: Features) -> Iterator[Feature]:
-    """What the kernel's list does not show here."""
+    """The connections that the kernel's list does not show here."""
     if lacking := caps.lacking(caps.NAMESPACES, features.capabilities):
         yield Feature("other network namespaces", False, caps.missing(lacking))
     others = features["others_listeners"]
