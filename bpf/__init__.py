@@ -1,7 +1,7 @@
 """The ground floor: eBPF objects, their maps and rings, and what the running kernel allows.
 
-It knows nothing of collectors, events or the agent. Everything here is synchronous; callers that
-live on an event loop call it in a thread.
+It knows nothing about collectors, events or the agent. Everything here is synchronous; callers on
+an event loop call it in a thread.
 """
 
 from coral.bpf.buffers.element_reader import ElementReader

@@ -1,7 +1,7 @@
 """libbpf as typed Python: the one place that knows ctypes signatures.
 
-The library is opened at the first use, so that this module imports on any machine. Every failure
-is a `BpfError` that carries the errno and, where the verifier or libbpf said something, their log.
+The library is opened at its first use, so that this module can be imported on any machine. Every
+failure is a `BpfError` with the errno and the log of the verifier or libbpf, if there is one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Final
 
 _LIBRARY_NAME: Final = "libbpf.so.1"
 _LOG_TAIL_LINES: Final = 12
-# What is short at the moment, and may not be later.
+# Errors from a shortage that may pass.
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
-# What to do about an errno, where it says by itself.
+# Remedies for errors whose cause is plain.
 _REMEDIES: Final = {
-    errno.EMFILE: "the agent has as many files open as it may: raise its LimitNOFILE (ulimit -n)",
-    errno.ENFILE: "this machine has as many files open as it may: raise fs.file-max",
+    errno.EMFILE: "the agent has reached its limit of open files: raise LimitNOFILE (ulimit -n)",
+    errno.ENFILE: "this machine has reached its limit of open files: raise fs.file-max",
     errno.ENOMEM: (
-        "there is no memory left for it: ask for smaller buffers, or raise the agent's MemoryMax, "
+        "there is not enough memory: ask for smaller buffers, or raise the agent's MemoryMax or "
         "its container's limit"
     ),
     errno.EPERM: (
-        "it takes CAP_BPF and CAP_PERFMON, no policy or lockdown of the kernel against it, and "
-        "for memory that is locked CAP_IPC_LOCK or a LimitMEMLOCK that is large enough"
+        "it needs CAP_BPF and CAP_PERFMON, must not be forbidden by a security policy or kernel "
+        "lockdown, and for locked memory needs CAP_IPC_LOCK or a sufficient LimitMEMLOCK"
     ),
 }
 _LEVEL_DEBUG: Final = 2
@@ -99,8 +99,8 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
 class BpfError(Exception):
     """A call into the kernel or libbpf that failed.
 
-    `errno` is positive, or 0 where there is none; `log` holds what the verifier or libbpf said,
-    whole; the message holds its last lines.
+    `errno` is positive, or 0 if there is none; `log` is the full log of the verifier or libbpf; the
+    message contains its last lines.
     """
 
     def __init__(self, what: str, errno_: int = 0, log: str = "") -> None:
@@ -116,7 +116,7 @@ class BpfError(Exception):
 
 
 class LibbpfMissingError(BpfError):
-    """libbpf is not on this machine, or too old."""
+    """libbpf is not installed, or too old."""
 
 
 class LoadError(BpfError):
@@ -124,16 +124,16 @@ class LoadError(BpfError):
 
 
 class AttachError(BpfError):
-    """A program was loaded and its hook could not be taken."""
+    """A program was loaded but could not be attached to its hook."""
 
 
 def log_tail(log: str, lines: int = _LOG_TAIL_LINES) -> str:
-    """The last LINES lines of LOG that say something."""
+    """The last LINES lines of LOG that are not blank."""
     return "\n".join([line for line in log.splitlines() if line.strip()][-lines:])
 
 
 class _Said(threading.local):
-    """What libbpf printed during a call, for each thread."""
+    """The output of libbpf during a call, per thread."""
 
     def __init__(self) -> None:
         self.lines: list[str] | None = None
@@ -163,7 +163,7 @@ def _library() -> ctypes.CDLL:
 @_PRINT_CALLBACK  # type: ignore[untyped-decorator]
 def _print_callback(level: int, fmt: bytes, va_list: int) -> int:
     if level == _LEVEL_DEBUG:
-        return 0  # some four hundred lines a load
+        return 0  # about four hundred lines per load
     # A va_list arrives as a pointer on x86-64 (an array type) and on arm64 (a large struct).
     if _said.lines is not None:
         buffer = ctypes.create_string_buffer(4096)
@@ -174,7 +174,7 @@ def _print_callback(level: int, fmt: bytes, va_list: int) -> int:
 
 @contextmanager
 def capture_log() -> Iterator[Callable[[], str]]:
-    """Collects what libbpf prints in this thread; yields a function that returns it so far."""
+    """Collects the output of libbpf in this thread; yields a function that returns it so far."""
     lines: list[str] = []
     _said.lines = lines
     try:
@@ -184,13 +184,13 @@ def capture_log() -> Iterator[Callable[[], str]]:
 
 
 def call(name: str, *args: object) -> int:
-    """Calls a libbpf function that returns an int; its value, -errno where it failed."""
+    """Calls a libbpf function that returns an int: its value, or -errno if it failed."""
     value: int = getattr(_library(), name)(*args)
     return value
 
 
 def call_pointer(name: str, *args: object) -> int:
-    """Calls a libbpf function that returns a pointer; 0 where it failed, with `last_errno` set."""
+    """Calls a libbpf function that returns a pointer: 0 if it failed, with `last_errno` set."""
     value: int | None = getattr(_library(), name)(*args)
     return value or 0
 
@@ -202,7 +202,7 @@ def call_string(name: str, *args: object) -> str:
 
 
 def last_errno() -> int:
-    """errno as the last call in this thread left it."""
+    """The errno of the last failed call in this thread."""
     return ctypes.get_errno()
 
 
@@ -212,8 +212,8 @@ def version() -> str:
 
 
 def release_memory() -> None:
-    """Gives freed memory back to the system. libbpf reads all of the kernel's BTF to load an
-    object, some 20 MB, and glibc would keep it for the life of the process."""
+    """Returns freed memory to the system. To load an object, libbpf reads all of the kernel's BTF,
+    about 20 MB, which glibc would keep for the life of the process."""
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim:
         trim(0)
@@ -221,7 +221,7 @@ def release_memory() -> None:
 
 @cache
 def possible_cpus() -> int:
-    """How many slots a per-CPU map's value has on this machine."""
+    """The number of slots in a value of a per-CPU map on this machine."""
     count = call("libbpf_num_possible_cpus")
     if count < 0:
         raise BpfError("counting the possible CPUs", -count)

@@ -1,8 +1,8 @@
-"""The ladder: of each thing that kernels do in different ways, the best way that this one has.
+"""The ladder: for everything that kernels do in different ways, the best way that this kernel has.
 
-A collector says what it hangs on and what it wants; `climb` says which loader, hook, thread state,
-record buffer and map reads it gets, and of each better one why not. `Rung.object` makes the object
-accordingly, so that a collector does not know which loader it got.
+A collector names its hooks and its needs; `climb` chooses the loader, hook, thread state, record
+buffer and map reads, and gives the reason for every better one that was refused. `Rung.object`
+makes the object accordingly, so that a collector does not know which loader it got.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from coral.bpf.loading.bcc_object import BccObject
 from coral.bpf.loading.object import BpfObject, RecordReader
 from coral.bpf.probing.features import Feature, Features
 
-# By hook, how the programs of an object that hang on it are called.
+# The suffix of the programs for each hook.
 SUFFIXES: Final = {"tp_btf": "btf", "raw_tp": "raw", "tracepoint": "tp"}
-_LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each takes
-_NO_BTF: Final = "bcc's programs have no BTF, which it takes"
+_LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
+_NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"
 _UNUSED: Final = "not used"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that kernels do in different ways: the way taken, empty where there is none, and
-    the better ones that were refused, with the reasons."""
+    """One thing that kernels do in different ways: the way taken, empty if there is none, and the
+    better ways that were refused, with the reasons."""
 
     what: str
     taken: str
@@ -36,7 +36,7 @@ class Step:
 
     @property
     def why_not(self) -> str:
-        """The reasons of all that was refused."""
+        """The reasons for all refusals."""
         return "; ".join(f"{feature.name}: {feature.reason}" for feature in self.refused)
 
 
@@ -49,7 +49,7 @@ class Rung:
     state: Step
     buffer: Step
     reads: Step
-    on_demand: Feature  # hash elements are made when they are needed
+    on_demand: Feature  # hash elements are allocated when they are needed
 
     def __iter__(self) -> Iterator[Step]:
         steps = (self.loader, self.hook, self.state, self.buffer, self.reads)
@@ -57,7 +57,7 @@ class Rung:
 
     @property
     def missing(self) -> Sequence[Step]:
-        """The steps without which nothing runs, and for which there is no way."""
+        """The indispensable steps for which this kernel has no way."""
         return [step for step in (self.loader, self.hook, self.state) if not step.taken]
 
     def object(
@@ -74,11 +74,11 @@ class Rung:
     ) -> BpfObject:
         """The object NAME with PROGRAMS, named without the hook's suffix, as the rung has it.
 
-        `records` is the size in bytes of the buffer for them, 0 where the collector sends none;
-        `preallocated` are the hash maps whose elements are made at once where they cannot be made
-        when they are needed; `walks` are programs by their whole names; `without_maps` are not
-        made, beside those that the rung has no use for. For objects that include records.bpf.h, and
-        thread.bpf.h where the rung has a thread state.
+        `records` is the size of the record buffer in bytes, 0 if the collector sends none;
+        `preallocated` are the hash maps whose elements are allocated at load time on kernels that
+        cannot allocate them on demand; `walks` are programs by their full names; `without_maps` are
+        not created, nor are those that the rung does not use. The object has to include
+        records.bpf.h, and thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
         without = [*without_maps] + ([] if records and ringed else ["ring"])
@@ -87,7 +87,7 @@ class Rung:
         if self.state.taken != _UNUSED:
             settings["state_in_task_storage"] = stored
             without += ["thread_hash"] if stored else ["thread_storage"]
-            if not stored:  # then the kernel does not forget threads by itself: a program does
+            if not stored:  # the kernel does not free the state with its thread: a program does
                 wanted.insert(0, "coral_forget")
                 hashes.append("thread_hash")
         cls = BpfObject if self.loader.taken == "core" else BccObject
@@ -97,7 +97,7 @@ class Rung:
             walks=walks,
             options={
                 **settings,
-                "current_by_btf": stored,  # which came with it
+                "current_by_btf": stored,  # both came with Linux 5.11
                 "records_in_ring": ringed,
             },
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
@@ -115,11 +115,11 @@ class Rung:
         wakeup_bytes: int,
         order_by: str,
     ) -> RecordReader:
-        """The reader of a loaded object's records, which are `struct RECORD`; those of several CPUs
-        are in the order of the field ORDER_BY, a time."""
+        """The reader of a loaded object's records, each a `struct RECORD`; records of different
+        CPUs are sorted by the field ORDER_BY, a time."""
         if self.buffer.taken == "ring_buffer":
             return bpf_object.ring("ring", record)
-        # As much in all: a power of two of pages for each CPU.
+        # The same total: a power of two of pages per CPU.
         cpus = os.cpu_count() or 1
         return bpf_object.perf(
             "perf",
@@ -131,8 +131,8 @@ class Rung:
 
 
 def climb(features: Features, hooks: Sequence[str], *, thread_state: bool = True) -> Rung:
-    """The rung of a collector whose programs hang on one of HOOKS, named best first, and which
-    keeps a state for each thread, or none."""
+    """The rung of a collector whose programs attach to one of HOOKS, named best first, and which
+    keeps a state for each thread if THREAD_STATE."""
     loader = _loader(features)
     by_bcc = loader.taken == "bcc"
     return Rung(
@@ -163,7 +163,7 @@ def _loader(features: Features) -> Step:
         refused.append(Feature(loader, False, needed.reason))
     others = [name for name in set(_LOADERS) - set(wanted) if features[_LOADERS[name]].available]
     if others:  # one was forced
-        reason = f"{refused[0].reason}; `loader: auto` takes {others[0]} here"
+        reason = f"{refused[0].reason}; `loader: auto` chooses {others[0]} here"
         refused = [replace(refused[0], reason=reason)]
     return Step("loader", "", tuple(refused))
 
@@ -177,7 +177,7 @@ def _first(
     called: Mapping[str, str] | None = None,
     free: str = "",
 ) -> Step:
-    """The first of WAYS that the kernel has and that is not EXCLUDED; FREE is always there."""
+    """The first of WAYS that the kernel has and that is not EXCLUDED; FREE needs no feature."""
     refused: list[Feature] = []
     for way in ways:
         name = (called or {}).get(way, way)

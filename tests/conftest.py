@@ -1,4 +1,4 @@
-"""Fixtures, and the rule for tests that need the kernel: they run, or say why not."""
+"""Fixtures, and the rule for tests that need the kernel: they run, or say why they cannot."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _cc(source: Path, flags: Sequence[str], output: Path) -> list[str | Path]:
 
 @pytest.fixture
 def calls(programs: Path) -> Iterator[Callable[..., Calls]]:
-    """Starts `calls` with the given arguments, waiting to be let go; none outlives the test."""
+    """Starts `calls` with the given arguments, waiting to be released; none outlives the test."""
     started: list[Calls] = []
 
     def start(*arguments: object, threads: int = 1) -> Calls:
@@ -100,7 +100,7 @@ def agent(tmp_path: Path) -> Iterator[RunningAgent]:
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """Fails unless every program, map and link that the kernel holds was there before."""
+    """Fails if the test leaves a program, map or link in the kernel."""
     before = loaded()
     yield
     wait_until(lambda: nothing_new_since(before))

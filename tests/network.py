@@ -1,5 +1,5 @@
-"""What tests of connections share: two network namespaces with a cable between them, what the
-kernel itself says of sockets in them, and puppets that talk to each other."""
+"""Helpers for tests of connections: two network namespaces with a cable between them, the kernel's
+own figures of sockets in them, and puppets that talk to each other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DROP: Final = "table inet drops {{ chain in {{ type filter hook input priority 
 
 
 def _taken(what: str) -> str:
-    """The way that the collector takes on this machine, of what kernels do in different ways."""
+    """The way that the collector takes on this machine for one step of its ladder."""
     steps = TcpMetricsCollector.support(bpf.probe()).steps
     return next((step.taken for step in steps if step.what == what), "")
 
@@ -58,7 +58,7 @@ class Side:
     v6: str
 
     def run(self, *command: str) -> str:
-        """Runs a command in it; what it prints."""
+        """Runs a command in the namespace and returns its output."""
         ran = subprocess.run(
             ["ip", "netns", "exec", self.name, *command],
             capture_output=True,
@@ -69,14 +69,14 @@ class Side:
         return ran.stdout
 
     def puppet(self) -> Puppet:
-        """A process in it, with what it takes to talk."""
+        """A process in the namespace, ready to use sockets."""
         puppet = Puppet()
         puppet.do(_ENTER.format(path=f"/run/netns/{self.name}"))
         return puppet
 
     @contextmanager
     def dropping(self, rule: str) -> Iterator[None]:
-        """Drops what comes and RULE (of nftables) says."""
+        """Drops incoming packets that match RULE, of nftables."""
         self.run("nft", _DROP.format(rule=rule))
         try:
             yield
@@ -84,7 +84,7 @@ class Side:
             self.run("nft", "delete table inet drops")
 
     def counter(self, name: str) -> int:
-        """One of the kernel's own counters in it, such as TcpRetransSegs."""
+        """One of the kernel's counters in the namespace, such as TcpRetransSegs."""
         return int(re.search(rf"^{name}\s+(\d+)", self.run("nstat", "-asz", name), re.MULTILINE)[1])  # type: ignore[index]
 
 
@@ -106,7 +106,7 @@ def two_sides() -> Iterator[tuple[Side, Side]]:
             side.run("ip", "addr", "add", f"{side.v6}/64", "dev", "cable", "nodad")
             side.run("ip", "link", "set", "cable", "up")
             side.run("ip", "link", "set", "lo", "up")
-            # So that what is lost comes again soon.
+            # So that lost segments are sent again soon.
             side.run("ip", "route", "change", "10.77.0.0/24", "dev", "cable", "rto_min", "5ms")
         yield left, right
     finally:
@@ -115,7 +115,7 @@ def two_sides() -> Iterator[tuple[Side, Side]]:
 
 
 class Seen:
-    """A collector at work, and every row that it has given."""
+    """A running collector, and all rows from it so far."""
 
     def __init__(self, collector: TcpMetricsCollector) -> None:
         self.collector = collector
@@ -151,8 +151,8 @@ class Seen:
         wait_until(met, 15)
 
     def ended(self, **wanted: object) -> pb.TcpMetrics:
-        """Waits for the last row of a connection that has ended; of all its rows, the intervals
-        add up to the totals."""
+        """Waits for the last row of a connection that has ended, and checks that the intervals of
+        all its rows add up to the totals."""
         found: list[pb.TcpMetrics] = []
 
         def has_ended() -> bool:
@@ -170,14 +170,14 @@ class Seen:
 
 
 def identity(row: pb.TcpMetrics) -> tuple[int, ...]:
-    """What no other connection has, where it has no id too. A client that still connects has no
-    local port on every rung."""
+    """A key that is unique even where a connection has no id. On some rungs a client that is still
+    connecting has no local port."""
     ports = (row.local_port, row.remote_port) if row.preexisting else ()
     return row.connection_id, row.role, row.start_ns, *ports
 
 
 def assert_deltas_add_up(rows: Iterable[pb.TcpMetrics]) -> None:
-    """Of one connection: what one that was there before carried until then is in no interval."""
+    """For the rows of one connection. What it carried before it was found is in no interval."""
     first, *more = rows
     added, before = _counters(first.delta), _counters(first.total)
     last, samples = first, sum(first.rtt_us_delta.counts)
@@ -205,20 +205,20 @@ def following(*puppets: Puppet, **config: str) -> Iterator[Seen]:
 
 @contextmanager
 def puppets(count: int) -> Iterator[list[Puppet]]:
-    """So many, with what they have in common with all others here."""
+    """The given number of puppets, ended with the block."""
     with ExitStack() as stack:
         yield [stack.enter_context(Puppet()) for _ in range(count)]
 
 
 def send(sender: Puppet, sends: str, receiver: Puppet, receives: str, count: int) -> None:
-    """Has one send COUNT bytes, and the other read them all."""
+    """Makes one puppet send COUNT bytes, and the other read them all."""
     receiver.begin(f"exec({READ_ALL.format(s=receives, n=count)!r})")
     sender.do(f"{sends}.sendall(bytes({count}))")
     receiver.done()
 
 
 def connected(client: Puppet, server: Puppet, address: str) -> int:
-    """Has them connect; the port. They have `c` and `s`, the server has `l` too."""
+    """Connects them, as `c` and `s`; the server also has its listener `l`. Returns the port."""
     port = listen(server, address)
     client.do(f"{socket_of(address)}; c.connect(({address!r}, {port}))")
     server.do("s, _ = l.accept()")
@@ -226,24 +226,24 @@ def connected(client: Puppet, server: Puppet, address: str) -> int:
 
 
 def listen(server: Puppet, address: str) -> int:
-    """Has it listen at a port that the kernel chooses; the port."""
+    """Makes it listen at a port that the kernel chooses; returns the port."""
     server.do(f"{socket_of(address, 'l')}; l.bind(({address!r}, 0)); l.listen()")
     return number(server, "l.getsockname()[1]")
 
 
 def socket_of(address: str, name: str = "c") -> str:
-    """Code that makes a socket."""
+    """Code that creates a socket."""
     family = "AF_INET6" if ":" in address else "AF_INET"
     return f"import socket; {name} = socket.socket(socket.{family})"
 
 
 def number(puppet: Puppet, expression: str) -> int:
-    """What the puppet says that a number is."""
+    """The value of a number in the puppet."""
     return int(puppet.ask(expression))
 
 
 def ss(side: Side | None, port: int) -> dict[tuple[int, int], dict[str, str]]:
-    """What `ss -tieOn` says of sockets with that port, by local and remote port."""
+    """The fields that `ss -tieOn` prints of sockets with PORT, by local and remote port."""
     command = ["ss", "-tieOnH", f"( sport = :{port} or dport = :{port} )"]
     out = side.run(*command) if side else subprocess.check_output(command, text=True)
     found = {}

@@ -1,4 +1,4 @@
-"""What orders our reads and writes of shared pages against the kernel's. Both buffers need it."""
+"""Memory barriers between our accesses to shared pages and the kernel's, for both buffers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _MEMBARRIER_GLOBAL_EXPEDITED: Final = 1 << 1
 
 
 def memory_barrier() -> Callable[[], None]:
-    """A function to call between two steps of reading that others must see, or have done, in order.
+    """A function to call between two accesses whose order matters.
 
-    x86-64 keeps loads in order, stores in order, and a store behind the loads before it, which is
-    all that is asked: there it does nothing. arm64 does not; Python has no acquire and release, so
-    membarrier(2) stands in: it is a full barrier in the calling thread. The global one, which
-    interrupts no process that has not asked for it; the private one does nothing at all for a
-    process of one thread.
+    x86-64 keeps loads in order, stores in order, and a store behind earlier loads, which is
+    sufficient: the function does nothing there. arm64 does not, and Python has no acquire and
+    release; membarrier(2) replaces them, as a full barrier in the calling thread. It is the global
+    command, which interrupts no process that has not registered for it: the private one does
+    nothing in a process with one thread.
     """
     if platform.machine() in ("x86_64", "AMD64"):
         return lambda: None

@@ -1,5 +1,5 @@
-"""Elements of a hash map read through a program that user space runs itself, a batch of keys at a
-time: a walk for kernels that refuse iterators over maps."""
+"""Reads the elements of a hash map through a program that user space runs itself, a batch of keys
+at a time, on kernels that refuse iterators over maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coral.bpf.libbpf import BpfError, call
 
 
 class _RunOptions(ctypes.Structure):
-    """struct bpf_test_run_opts of libbpf, as far as all versions have it."""
+    """struct bpf_test_run_opts of libbpf, with the members of all versions."""
 
     _fields_ = (
         ("size", c_size_t),
@@ -46,11 +46,11 @@ def run_program(program_fd: int) -> None:
 
 
 class ElementReader:
-    """The elements of the map KEYS, as the program makes records of them.
+    """Reads the elements of the map KEYS as records that a program makes of them.
 
-    RECORDS_FD is an array map of RECORDS_COUNT elements that user space can map; each begins with
-    an element's key, of 64 bits and never 0. The program replaces each up to the first key of 0 by
-    the record of that key, and sets the key to 0 where there is none. Raises `BpfError`.
+    RECORDS_FD is a mappable array map of RECORDS_COUNT records, each of which begins with the key
+    of an element, of 64 bits and never 0. The program replaces the records up to the first key of 0
+    by those of the keys, and sets a key to 0 if it has no record. Raises `BpfError`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Maps read in bulk into numpy: batches where the kernel has them, key by key where it has not."""
+"""Maps read in bulk into numpy: in batches if the kernel has them, key by key if not."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _NoBatchesError(Exception):
 class HashMap:
     """A hash or array map of a loaded object.
 
-    `key_dtype` and `value_dtype` come from the object's BTF. Of a per-CPU map, values have one more
-    axis, as long as the machine has possible CPUs; each CPU's value is padded to 8 bytes.
+    `key_dtype` and `value_dtype` come from the object's BTF. Values of a per-CPU map have one more
+    axis, whose length is the number of possible CPUs; each CPU's value is padded to 8 bytes.
     """
 
     def __init__(
@@ -56,23 +56,23 @@ class HashMap:
 
     @property
     def memory_bytes(self) -> int:
-        """What the kernel charges for the map, elements made so far included."""
+        """What the kernel charges for the map, including the elements allocated so far."""
         return fdinfo(self.fd).get("memlock", 0)
 
     def read(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Every element: keys of shape (n,), values of shape (n,), or (n, CPUs) of a per-CPU map.
+        """Every element: keys of shape (n,), values of shape (n,), or (n, CPUs) for a per-CPU map.
 
-        Elements added or removed meanwhile may be in or out; each of the others is there once.
+        Elements added or removed during the read may be missing; every other one appears once.
         """
         return self._read("bpf_map_lookup_batch", self._read_each)
 
     def read_and_delete(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """As `read`, and removes what it returns. What a running program adds to an element
-        between the two is lost: do not use it where every count matters."""
+        """Like `read`, and removes what it returns. What a running program adds to an element
+        between reading and removal is lost: do not use it where every count matters."""
         return self._read("bpf_map_lookup_and_delete_batch", self._read_and_delete_each)
 
     def read_keys(self) -> NDArray[Any]:
-        """The key of every element, of shape (n,): as `read`, in a fraction of the time."""
+        """The key of every element, of shape (n,): like `read`, in half the time."""
         if self.batches:
             try:
                 parts = [keys for keys, _ in self._read_batches("bpf_map_lookup_batch")]
@@ -94,7 +94,7 @@ class HashMap:
         return fallback()
 
     def _read_batches(self, function: str) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Keys and values, at least once. Raises `_NoBatchesError` where the kernel has none."""
+        """Keys and values, at least once. Raises `_NoBatchesError` if the kernel has no batches."""
         cursor = np.zeros(max(8, self.key_dtype.itemsize), np.uint8)
         batch_keys, first = _BATCH_KEYS, True
         while True:
@@ -151,7 +151,7 @@ class HashMap:
         return keys, values
 
     def _keys(self) -> list[NDArray[Any]]:
-        # Collected first: a walk whose current key is removed meanwhile begins again at the start.
+        # Collected first, because an iteration restarts if its current key is removed.
         keys: list[NDArray[Any]] = []
         seen: set[bytes] = set()
         current, revisited = None, 0
@@ -172,7 +172,7 @@ class HashMap:
         return keys
 
     def read_one(self, key: object) -> NDArray[Any] | None:
-        """The value of one key, of shape (), or (CPUs,) of a per-CPU map; None where absent."""
+        """The value of one key, of shape (), or (CPUs,) for a per-CPU map; None if absent."""
         packed = np.array([key], self.key_dtype)
         _, value = self._buffers(1)
         error = -call("bpf_map_lookup_elem", self.fd, packed.ctypes.data, value.ctypes.data)
@@ -184,7 +184,7 @@ class HashMap:
         return found
 
     def write(self, key: object, value: object) -> None:
-        """Sets one element of a map that is not per CPU. Raises `BpfError`, E2BIG when full."""
+        """Sets one element of a map that is not per CPU. Raises `BpfError`: E2BIG if it is full."""
         packed_key = np.array([key], self.key_dtype)
         packed_value = np.array([value], self.value_dtype)
         error = -call(
@@ -194,7 +194,7 @@ class HashMap:
             raise BpfError(f"writing map {self.name}", error)
 
     def delete(self, keys: NDArray[Any] | Sequence[object]) -> None:
-        """Removes elements; keys that are absent are passed over."""
+        """Removes elements; absent keys are ignored."""
         packed = np.ascontiguousarray(keys, self.key_dtype)
         for key in packed.reshape(-1, 1):
             error = -call("bpf_map_delete_elem", self.fd, key.ctypes.data)
@@ -203,7 +203,7 @@ class HashMap:
 
 
 def fdinfo(fd: int) -> dict[str, int]:
-    """The numbers the kernel tells of a map, program or link, by name."""
+    """The numbers that the kernel reports of a map, program or link, by name."""
     found = {}
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
         name, _, value = line.partition(":")

@@ -1,8 +1,8 @@
-"""A BPF perf buffer drained in bulk: a few slices of each CPU's ring, no Python for an event.
+"""A BPF perf buffer drained in bulk: a few slices of each CPU's ring, no Python per event.
 
-For kernels that have no ring buffer map (before 5.8), and for programs that bcc compiled. It is one
-ring for each CPU, not mapped twice as a ring buffer is: a record may begin at the end of the memory
-and end at its start. Layout: perf_event_open(2) and the kernel's include/uapi/linux/perf_event.h.
+For kernels that have no ring buffer map (before 5.8). There is one ring per CPU, not mapped twice
+as a ring buffer is: a record may begin at the end of the memory and continue at its start. Layout:
+perf_event_open(2) and the kernel's include/uapi/linux/perf_event.h.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ _LOST_AT: Final = _HEADER_BYTES + 8  # behind the u64 id
 
 
 class SampleLayout:
-    """How records of one size lie in a ring: a header, the length of what follows, the record,
+    """The layout of records of one size in a ring: a header, the length of the data, the record,
     padded to 8 bytes."""
 
     def __init__(self, record_bytes: int) -> None:
         self.record_bytes = record_bytes
         self.stride = -(-(_RAW_AT + record_bytes) // 8) * 8
-        self.header = _PERF_RECORD_SAMPLE | self.stride << _SIZE_SHIFT  # but for its misc
-        # Records as plain bytes: numpy copies those whole in 4 ns, structures field by field in 25.
+        self.header = _PERF_RECORD_SAMPLE | self.stride << _SIZE_SHIFT  # with misc 0
+        # As plain bytes, which numpy copies whole in 4 ns; structures field by field, in 25 ns.
         self.record = np.dtype(f"V{record_bytes}")
         self.slot = np.dtype(
             {
@@ -79,14 +79,14 @@ class SampleLayout:
 def records_between(
     memory: NDArray[np.uint8], tail: int, head: int, layout: SampleLayout
 ) -> tuple[list[NDArray[np.void]], int]:
-    """The records that lie in [TAIL, HEAD) of one ring, in order, and the sum of what the kernel
-    says in between that it lost.
+    """The records in [TAIL, HEAD) of one ring, in order, and the number of records that the kernel
+    reports lost among them.
 
-    MEMORY is the ring's data, of shape (2^n,). TAIL and HEAD are multiples of 8 and never wrap
-    themselves, as in the kernel: a byte lies at its position modulo 2^n. The arrays are of shape
-    (n,), of plain bytes, and but for a record that wraps they are views of MEMORY. Each step is a
-    run of records or one interruption: a record that wraps, a loss, or what is neither, which is
-    passed over. Raises `BpfError` for a record of another size, and for what no kernel writes.
+    MEMORY is the ring's data, of shape (2^n,). TAIL and HEAD are multiples of 8 and do not wrap, as
+    in the kernel: a byte lies at its position modulo 2^n. The arrays have shape (n,) and contain
+    plain bytes; except for a record that wraps they are views of MEMORY. Each step is a run of
+    records or one interruption: a record that wraps, a loss, or another kind of record, which is
+    skipped. Raises `BpfError` for a record of another size, and for data that no kernel writes.
     """
     words = memory.view(np.uint64)
     found: list[NDArray[np.void]] = []
@@ -119,7 +119,7 @@ def records_between(
 def _run_of_samples(
     memory: NDArray[np.uint8], start: int, length: int, layout: SampleLayout
 ) -> NDArray[np.void]:
-    """The records from START on up to the first interruption, within LENGTH bytes."""
+    """The records from START to the first interruption, within LENGTH bytes."""
     slots = np.ndarray((length // layout.stride,), layout.slot, memory, start)
     others = slots["header"] & _TYPE_AND_SIZE != layout.header
     end = int(others.argmax()) if others.any() else len(slots)
@@ -128,7 +128,7 @@ def _run_of_samples(
 
 
 def cpus_in(text: str) -> list[int]:
-    """The CPUs of a list as the kernel writes it: `0-3,5`."""
+    """The CPUs of a list in the kernel's notation: `0-3,5`."""
     cpus: list[int] = []
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -142,16 +142,16 @@ class PerfReader:
     Every CPU that is online gets a ring of `bytes_per_cpu`, a power of two of pages; a CPU that
     comes online later has none, and what programs send there is refused them (ENOENT). A program is
     refused a record (ENOSPC) while its CPU's ring is full. `order_by` names a field to sort the
-    records of a drain by, the time as a rule: without it they come CPU after CPU.
+    records of a drain by, usually the time: without it they are ordered by CPU.
 
-    `wakeup` is readable (epoll) once for each `wakeup_bytes` that a CPU's programs have written, as
-    soon as the next record exceeds them, however much of it is drained by then; 0 stands for half
-    a ring. The kernel forgets a wake-up once it has told it: to watch `wakeup` by an event loop
-    (another epoll), do so before programs write.
+    `wakeup` is readable (epoll) once for every `wakeup_bytes` that the programs on a CPU have
+    written, as soon as the next record exceeds them, however much is drained by then; 0 stands for
+    half a ring. The kernel reports a wake-up only once: register `wakeup` with an event loop
+    (another epoll) before programs write.
 
-    Raises `BpfError` with the errno of the step that failed, and KeyError where there is no field
-    `order_by`; nothing is left open then. One reader to a map; it is not safe to drain from two
-    threads at once. It may outlive the map's object.
+    Raises `BpfError` with the errno of the step that failed, and KeyError if there is no field
+    `order_by`; nothing is left open then. There may be one reader per map, and two threads must not
+    drain at once. The reader may outlive the map's object.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class PerfReader:
     ) -> None:
         self._count_lost = count_lost
         if order_by is not None:
-            record_dtype[order_by]  # a KeyError names the one that is not there
+            record_dtype[order_by]  # raises a KeyError with its name
         pages, rest = divmod(bytes_per_cpu, mmap.PAGESIZE)
         if rest or pages.bit_count() != 1:
             raise BpfError(f"{bytes_per_cpu} bytes are no power of two of pages", errno.EINVAL)
@@ -183,12 +183,12 @@ class PerfReader:
         with ExitStack() as opened:
             with _step("opening an epoll for the perf buffer"):
                 self.wakeup: select.epoll = opened.enter_context(select.epoll())
-                # Our own, so that closing takes nothing out of a map that has got the number since.
+                # A duplicate, so that closing never affects a map that has reused the number.
                 self._map_fd = os.dup(map_fd)
             opened.callback(os.close, self._map_fd)
             with _step("asking what map is to hold the perf events"):
                 map_type = fdinfo(self._map_fd).get("map_type")
-            if map_type != _BPF_MAP_TYPE_PERF_EVENT_ARRAY:  # another's keys may be of any length
+            if map_type != _BPF_MAP_TYPE_PERF_EVENT_ARRAY:  # others may have keys of any length
                 raise BpfError("a perf buffer in a map that is no perf event array", errno.EINVAL)
             with _step("reading which CPUs are online"):
                 online = cpus_in(_ONLINE_CPUS.read_text())
@@ -202,7 +202,7 @@ class PerfReader:
         try:
             fd, counts_lost = _open_event(cpu, wakeup_bytes, count_lost=self._count_lost)
         except OSError as error:
-            if error.errno == errno.ENODEV:  # it went offline since
+            if error.errno == errno.ENODEV:  # it has gone offline
                 return
             raise BpfError(f"opening a perf event on CPU {cpu}", error.errno or 0) from error
         opened.callback(os.close, fd)
@@ -227,44 +227,45 @@ class PerfReader:
 
     @property
     def ring_bytes(self) -> int:
-        """The room of all CPUs' rings."""
+        """The size of the rings of all CPUs."""
         return sum(len(ring.memory) for ring in self._rings)
 
     @property
     def memory_bytes(self) -> int:
-        """What the rings and their first pages take."""
+        """The memory of the rings and their first pages."""
         return self.ring_bytes + mmap.PAGESIZE * len(self._rings)
 
     @property
     def counts_lost(self) -> bool:
-        """Whether the kernel is asked for its count of losses (6.0 on, unless `count_lost` is off);
-        else it tells of them in front of the next record."""
+        """Whether losses are read from the kernel's counter (6.0 and later, unless `count_lost` is
+        off); otherwise the kernel reports them before the next record."""
         return all(ring.counts_lost for ring in self._rings)
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that programs have written and that are not drained yet."""
+        """Bytes that programs have written and that have not been drained."""
         return sum(ring.head - ring.tail for ring in self._rings)
 
     @property
     def lost(self) -> int:
-        """Records lost for want of room since the start, as the kernel counts them.
+        """Records lost for lack of room since the start, as counted by the kernel.
 
-        Since Linux 6.0 it is asked, a system call for each CPU, which that CPU is interrupted for.
-        Before, it says so by itself, with the first record that fits again: of a loss that nothing
-        has followed yet, or that is not drained yet, nothing is known here.
+        Since Linux 6.0 the count is read, by one system call per CPU, which interrupts that CPU.
+        Earlier kernels report losses with the first record that fits again: a loss that no record
+        has followed, or that has not been drained, is not known yet.
         """
         if self._rings:
             self._lost = sum(ring.lost() for ring in self._rings)
         return self._lost
 
     def drain(self) -> NDArray[Any]:
-        """Every record there is, as a copy of shape (n,); gives their room back.
+        """All records, as a copy of shape (n,); frees their space.
 
-        Sorted by the field `order_by`, equal ones in the order of CPUs and on each as written. It
-        sorts what it drains: a CPU whose record came in behind this drain's look has it in the next
-        one. Raises `BpfError`, and gives no room back, for a record that is not as long as
-        `record_dtype`; padding is of up to 7 bytes, so that a smaller difference may not show.
+        Sorted by the field `order_by`, equal ones in the order of CPUs, and on each CPU as written.
+        Only the records of one drain are sorted: a record written after a CPU's ring was looked at
+        is in the next drain. Raises `BpfError`, and frees nothing, for a record whose length is not
+        that of `record_dtype`; with padding of up to 7 bytes, a smaller difference may go
+        unnoticed.
         """
         heads = [ring.head for ring in self._rings]
         self._barrier()
@@ -295,8 +296,8 @@ class PerfReader:
         return copied.take(keys.argsort(kind="stable")).view(self._record_dtype)
 
     def close(self) -> None:
-        """Takes the rings out of the map, and unmaps them. Safe to call twice; `lost` stays."""
-        with suppress(OSError):  # it stays as it was told last, then
+        """Removes the rings from the map and unmaps them. Safe to call twice; `lost` stays."""
+        with suppress(OSError):  # then the last value stays
             _ = self.lost
         self._rings.clear()
         self._opened.close()
@@ -319,35 +320,35 @@ class _CpuRing:
 
     @property
     def head(self) -> int:
-        """How many bytes the kernel has ever written."""
+        """The number of bytes that the kernel has written in total."""
         return int(self._head[0])
 
     @property
     def tail(self) -> int:
-        """How many of them are given back."""
+        """The number of bytes whose space was freed."""
         return int(self._tail[0])
 
     def give_back(self, head: int, lost: int) -> None:
-        """Makes room for the kernel up to HEAD; LOST is what it said on the way there."""
+        """Frees the space up to HEAD; LOST is the number of losses reported on the way."""
         self._tail[0] = head
         self._lost_told += lost
 
     def lost(self) -> int:
-        """Records that the kernel says it had no room for."""
+        """Records for which the kernel had no room."""
         if not self.counts_lost:
             return self._lost_told
-        return int.from_bytes(os.read(self._fd, 16)[8:], sys.byteorder)  # behind the event's count
+        return int.from_bytes(os.read(self._fd, 16)[8:], sys.byteorder)  # after the event's count
 
     def close(self) -> None:
         """Unmaps it."""
         del self.memory, self._head, self._tail
-        # The traceback of a drain that failed may still look at it; then it goes with that.
+        # A traceback of a failed drain may still refer to the memory, which is then freed with it.
         with suppress(BufferError):
             self._pages.close()
 
 
 def _open_event(cpu: int, wakeup_bytes: int, *, count_lost: bool) -> tuple[int, bool]:
-    """The perf event that BPF programs on one CPU write to, and whether it counts what it loses.
+    """The perf event that BPF programs on one CPU write to, and whether it counts its losses.
     Raises OSError."""
     for read_format in (_PERF_FORMAT_LOST, 0) if count_lost else (0,):
         try:

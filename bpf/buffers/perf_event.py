@@ -1,4 +1,4 @@
-"""perf_event_open(2): what perf buffers and tracepoints hang on."""
+"""perf_event_open(2), on which perf buffers and tracepoints are built."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ctypes import c_long
 from pathlib import Path
 from typing import Final
 
-# Where the numbers of tracepoints' events are found, in the order of preference.
+# Where the ids of tracepoints are found, in order of preference.
 TRACEFS: Final = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 
 _SYS_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241}
-# struct perf_event_attr as of its first version: every kernel takes it.
+# struct perf_event_attr in its first version, which every kernel accepts.
 _ATTR: Final = struct.Struct("=IIQQQQQIIQ")
 _PERF_FLAG_FD_CLOEXEC: Final = 1 << 3
 _EVERY_PROCESS, _NO_GROUP = -1, -1
@@ -32,8 +32,8 @@ def open_perf_event(
     flags: int = 0,
     wakeup: int = 0,
 ) -> int:
-    """The descriptor of an event of every process on one CPU; arguments are the members of struct
-    perf_event_attr. Raises OSError."""
+    """The descriptor of an event of every process on one CPU; the arguments are members of
+    struct perf_event_attr. Raises OSError."""
     number = _SYS_PERF_EVENT_OPEN.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"perf events on {platform.machine()} are not known here")

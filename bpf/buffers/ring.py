@@ -1,7 +1,7 @@
-"""A BPF ring buffer drained in bulk: one slice, one copy, no Python for an event.
+"""A BPF ring buffer drained in bulk: one slice, one copy, no Python per event.
 
-The kernel maps the data pages twice in a row, so that what is readable is always one stretch of
-memory; with records of one size it is one structured array. Layout: the kernel's
+The kernel maps the data pages twice in a row, so that the readable data is always contiguous; with
+records of one size it is one structured array. Layout: the kernel's
 Documentation/bpf/ringbuf.rst and include/uapi/linux/bpf.h.
 """
 
@@ -34,7 +34,7 @@ class RingReader:
         self.fd = fd
         self.ring_bytes = ring_bytes
         self._slot_bytes = _HEADER_BYTES + -(-record_dtype.itemsize // 8) * 8
-        # Records as plain bytes: numpy copies those whole in 4 ns, structures field by field in 25.
+        # As plain bytes, which numpy copies whole in 4 ns; structures field by field, in 25 ns.
         self._slot_dtype = np.dtype(
             {
                 "names": ["length", "record"],
@@ -47,8 +47,8 @@ class RingReader:
         self._barrier = memory_barrier()
         page = mmap.PAGESIZE
         with ExitStack() as opened:
-            # Readable once for each wake-up that a program asked for, and not for what else there
-            # is to drain; poll it to make it unreadable again. Closed with the ring.
+            # Readable once for each wake-up that a program asked for, not whenever there is data;
+            # polling it makes it unreadable again. Closed with the ring.
             self.wakeup: select.epoll = opened.enter_context(select.epoll())
             self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)
             self._consumer_page = opened.enter_context(
@@ -69,12 +69,12 @@ class RingReader:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that programs have reserved and that are not drained yet."""
+        """Bytes that programs have reserved and that have not been drained."""
         return int(self._producer[0]) - int(self._consumer[0])
 
     @property
     def lost(self) -> int:
-        """0: of a ring buffer, only the programs know what was refused."""
+        """0: only the programs know what a ring buffer refused."""
         return 0
 
     @property
@@ -83,7 +83,7 @@ class RingReader:
         return 0
 
     def drain(self) -> NDArray[Any]:
-        """Every record that is complete, in order, as a copy; gives their room back.
+        """All complete records, in order, as a copy; frees their space.
 
         It stops at the first record that a program is still writing; records that a program
         discarded are left out.
@@ -104,7 +104,7 @@ class RingReader:
         if busy.any():
             count = int(busy.argmax())
             slots, lengths = slots[:count], lengths[:count]
-        self._barrier()  # a length says that its record is complete
+        self._barrier()  # the length marks its record as complete
         discarded = lengths & _DISCARDED != 0
         records = slots["record"][~discarded] if discarded.any() else slots["record"].copy()
         del slots

@@ -1,5 +1,5 @@
-"""A walk that a program makes through the kernel's own objects, each time it is asked to: an
-iterator, in the kernel's words. What it writes on the way is what a reader gets."""
+"""Iterators: programs that walk through the kernel's own objects each time user space reads. What a
+program writes on the way is what the reader gets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _AttachOptions(ctypes.Structure):
 
 
 class Walk:
-    """The walk of one loaded program, through a map's elements where MAP_FD is given."""
+    """The iterator of one loaded program, through the elements of a map if MAP_FD is given."""
 
     def __init__(self, program: int, map_fd: int | None, record: np.dtype[Any]) -> None:
         self._record = record
@@ -50,7 +50,7 @@ class Walk:
             raise BpfError("attaching a walk", last_errno())
 
     def read(self) -> NDArray[Any]:
-        """Walks once: the records that the program wrote, of shape (n,). Raises `BpfError`."""
+        """Walks once: the records that the program writes, of shape (n,). Raises `BpfError`."""
         fd = call("bpf_iter_create", call("bpf_link__fd", self._link))
         if fd < 0:
             raise BpfError("beginning a walk", -fd)
@@ -65,7 +65,7 @@ class Walk:
         return np.frombuffer(bytearray(b"".join(parts)), self._record)
 
     def close(self) -> None:
-        """Gives the walk back. Safe to call twice."""
+        """Detaches the program. Safe to call twice."""
         if self._link:
             call("bpf_link__destroy", self._link)
             self._link = 0

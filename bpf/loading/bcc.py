@@ -1,7 +1,8 @@
-"""bcc as a compiler: whether it can be used here, and the instructions it makes of our programs.
+"""bcc as a compiler: whether it can be used here, and the instructions that it makes of our
+programs.
 
-Only Debian's (or another distribution's) bcc is meant; PyPI has another package of that name. It
-needs the running kernel's headers.
+This is the bcc of Debian and other distributions; PyPI has an unrelated package of that name. It
+needs the headers of the running kernel.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from coral.bpf.libbpf import LoadError
 
 _COMPILER: Final = Path(__file__).with_name("bcc_compiler.py")
 _INCLUDED_FROM: Final = Path(__file__).resolve().parent.parent
-_COMPILE_TIMEOUT_S: Final = 300  # an emulated machine takes one and a half minutes
+_COMPILE_TIMEOUT_S: Final = 300  # an emulated machine needs one and a half minutes
 _TARGET_ARCH: Final = {"x86_64": "x86", "aarch64": "arm64"}
 _ENV_KERNEL_SOURCE: Final = "BCC_KERNEL_SOURCE"
-_KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")  # bcc unpacks it by itself
+_KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")  # which bcc unpacks
 # Where distributions put a kernel's headers, from the root of the file system.
 _HEADERS: Final = (
-    "lib/modules/{release}/build",  # a link, of most of them
+    "lib/modules/{release}/build",  # a link, in most distributions
     "usr/src/linux-headers-{release}",  # Debian, Ubuntu
     "usr/src/kernels/{release}",  # Fedora, RHEL
     "usr/lib/modules/{release}/build",  # Arch
 )
-# The packages that bring bcc and the headers, by the ID (or ID_LIKE) of os-release.
+# The packages of bcc and of the headers, by the ID (or ID_LIKE) of os-release.
 _PACKAGES: Final = {
     "debian": ("python3-bpfcc", "linux-headers-{release}"),
     "ubuntu": ("python3-bpfcc", "linux-headers-{release}"),
@@ -46,7 +47,7 @@ _PACKAGES: Final = {
 
 
 def obstacle() -> str:
-    """Why programs cannot be compiled with bcc here and what to install, or nothing."""
+    """Why bcc cannot compile programs here, and what to install; empty if it can."""
     packages = _packages()
     if not _bcc_paths():
         return f"bcc is not installed: install {packages[0]}"
@@ -58,7 +59,7 @@ def obstacle() -> str:
 
 
 def headers(release: str, root: Path = Path("/")) -> Path | None:
-    """The directory of a kernel's headers; None where there are none."""
+    """The directory of a kernel's headers; None if there are none."""
     if named := os.environ.get(_ENV_KERNEL_SOURCE):
         return Path(named)
     candidates = (root / place.format(release=release) for place in _HEADERS)
@@ -78,7 +79,7 @@ def _packages() -> tuple[str, str]:
 
 @cache
 def _bcc_paths() -> tuple[str, ...]:
-    """Directories of packages that have the bcc meant here, this environment's or the system's."""
+    """The package directories of this environment or the system that contain this bcc."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     places = (
         *sys.path,
@@ -86,7 +87,7 @@ def _bcc_paths() -> tuple[str, ...]:
         f"/usr/lib/python{version}/site-packages",
         f"/usr/lib64/python{version}/site-packages",
     )
-    # That of PyPI has no such module.
+    # The package on PyPI has no such module.
     return tuple(place for place in places if Path(place, "bcc", "libbcc.py").is_file())
 
 
@@ -94,8 +95,8 @@ def _bcc_paths() -> tuple[str, ...]:
 def compiled(
     source: Path, functions: tuple[str, ...], numbers: tuple[tuple[str, int], ...]
 ) -> Mapping[str, bytes]:
-    """The instructions of FUNCTIONS of one `.bpf.c`, by name, compiled once for the life of the
-    process; NUMBERS are macros. Blocks for a second or so. Raises `LoadError`."""
+    """The instructions of FUNCTIONS of one `.bpf.c`, by name, compiled once in the life of the
+    process; NUMBERS are macros. Blocks for about a second. Raises `LoadError`."""
     what = f"compiling {source.name} with bcc"
     if why := obstacle():
         raise LoadError(f"{what}: {why}")
@@ -105,7 +106,7 @@ def compiled(
         f"-D__TARGET_ARCH_{_TARGET_ARCH[platform.machine()]}",
         f"-I{source.parent}",
         f"-I{_INCLUDED_FROM}",
-        "-Wno-int-conversion",  # the arguments of a raw tracepoint are all 64 bits
+        "-Wno-int-conversion",  # all arguments of a raw tracepoint have 64 bits
         "-Wno-macro-redefined",
     ]
     job = {
@@ -121,7 +122,7 @@ def _run(job: str, what: str, timeout_s: float = _COMPILE_TIMEOUT_S) -> Mapping[
     release = platform.release()
     environment = dict(os.environ)
     found = headers(release)
-    # bcc knows /lib/modules by itself, and the halves that Debian splits them into there.
+    # bcc knows /lib/modules itself, and the two halves into which Debian splits the headers.
     if found and not found.is_relative_to(f"/lib/modules/{release}"):
         environment[_ENV_KERNEL_SOURCE] = str(found)
     try:

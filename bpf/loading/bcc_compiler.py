@@ -1,10 +1,10 @@
 """Compiles a program with bcc, and writes its instructions to the standard output.
 
-Run by `bpf.bcc`, in a process of its own: the compiler takes 150 MB and a second, and gives neither
-back. It is started by its path and imports nothing of ours. It reads from the standard input, as
-JSON, `text` (C), `flags`, `functions` and `paths` (where else to look for bcc), and writes a JSON
-object of each function's instructions in hexadecimal; what the compiler has to say goes to the
-standard error.
+`bpf.loading.bcc` runs it in a process of its own: the compiler needs 150 MB, which it never frees,
+and a second. It is started by its path and imports nothing from the project. It reads JSON from the
+standard input: `text` (C), `flags`, `functions` and `paths` (where else to look for bcc). It writes
+a JSON object with the instructions of each function in hexadecimal; messages of the compiler go to
+the standard error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 
 
 def main() -> int:
-    """The exit status: 0, or 1 where there is no bcc or it refuses the program."""
+    """The exit status: 0, or 1 if there is no bcc or it refuses the program."""
     job = json.load(sys.stdin)
     sys.path.extend(job["paths"])
     try:

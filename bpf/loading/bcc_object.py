@@ -1,10 +1,10 @@
-"""The second way in: the same object, but its programs compiled on this machine by bcc.
+"""The second loader: the same object, with its programs compiled on this machine by bcc.
 
-For kernels without BTF. The built object still says what there is: programs, maps, options and the
-layout of every record. Only the instructions are made anew, against the kernel's own headers, and
-this makes the maps and puts their descriptors and the options' values into those instructions
-(bpf/include/portable.bpf.h has the other half). A global variable is an array map: older kernels
-know no other.
+For kernels without BTF. The built object still describes the programs, maps, options and the layout
+of every record. Only the instructions are compiled again, with the kernel's own headers; this
+module creates the maps and writes their descriptors and the options' values into the instructions
+(bpf/include/portable.bpf.h is the other half). A global variable is an array map, because older
+kernels have no other kind.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from coral.bpf.loading import bcc
 from coral.bpf.loading.btf import NoLayoutError
 from coral.bpf.loading.object import VERIFIER_LOG_BYTES, BpfObject
 
-_LOAD_64: Final = 0x18  # a 64-bit constant, over two instructions
+_LOAD_64: Final = 0x18  # a 64-bit constant, in two instructions
 _PSEUDO_MAP_FD: Final = 1
 _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
 _NO_MAP: Final = -1
 _RAW, _PLAIN = _KINDS = ("raw_tp", "tracepoint")
-_VARIABLES_FROM: Final = 1000  # the numbers of variables that are maps, after those of maps
+_VARIABLES_FROM: Final = 1000  # numbers of variables that are maps, behind those of maps
 _ARRAY: Final = 2
 _PERF_EVENT_ARRAY: Final = 4
 _PERF_TYPE_TRACEPOINT: Final = 2
@@ -99,15 +99,15 @@ class BccObject(BpfObject):
 
     def _load(self) -> None:
         options, variables = self._split_variables()
-        maps = [name for name in self._maps if "." not in name]  # not the sections' own
+        maps = [name for name in self._maps if "." not in name]  # not those of sections
         numbers = {
             **{f"MAP_{name}": number for number, name in enumerate(maps)},
             **{f"MAP_{name}": _VARIABLES_FROM + n for n, name in enumerate(variables)},
             **{f"OPTION_{name}": number for number, name in enumerate(options)},
         }
         source = self.path.with_suffix("").with_suffix(".bpf.c")
-        # All that can be attached, and not the chosen alone: the compiler takes as long, and the
-        # next rung, or the next request, finds its programs compiled.
+        # All programs that can be attached, not only the chosen ones: this takes no longer, and the
+        # next rung or request finds its programs compiled.
         compiled = bcc.compiled(source, self._attachable(), tuple(numbers.items()))
         for name in maps:
             if name not in self._without_maps:
@@ -125,20 +125,20 @@ class BccObject(BpfObject):
         return tuple(name for name, kind in hooks.items() if kind in _KINDS)
 
     def _hook_of(self, name: str) -> tuple[str, str]:
-        """The kind of a program's hook, and its name."""
+        """The kind and the name of a program's hook."""
         kind, _, hook = call_string("bpf_program__section_name", self._programs[name]).partition(
             "/"
         )
         return kind, hook
 
     def _split_variables(self) -> tuple[list[str], list[str]]:
-        """The names of those that are constants of the programs, and of those that are maps."""
+        """The names of the variables that are constants of programs, and of those that are maps."""
         options: list[str] = []
         variables: list[str] = []
         for name, variable in self.btf.variables.items():
             try:
                 _, dtype = self._described(name)
-            except NoLayoutError:  # a pointer, which only brings its type into the BTF
+            except NoLayoutError:  # a pointer, declared to put its type into the BTF
                 continue
             scalar = dtype.shape == () and dtype.names is None
             (options if variable.section == _READ_ONLY and scalar else variables).append(name)
@@ -159,7 +159,7 @@ class BccObject(BpfObject):
         )
 
     def _make_variable(self, name: str) -> None:
-        """An array map of one element, or of as many as the array has, as it begins."""
+        """Creates an array map with the elements of the variable, and their initial values."""
         initial = np.atleast_1d(self._initial_value(name))
         fd = _create_map(name, _ARRAY, (4, initial.dtype.itemsize), len(initial), 0)
         self._fds[name] = fd
@@ -207,7 +207,7 @@ class BccObject(BpfObject):
         return 0
 
     def map_fd(self, name: str) -> int:
-        """As the base has it."""
+        """See `BpfObject`."""
         return self._fds.get(name, -1)
 
     def _map_fds(self) -> Iterable[int]:
@@ -217,21 +217,21 @@ class BccObject(BpfObject):
         return self._fds[name]
 
     def read_variable(self, name: str) -> Any:  # noqa: ANN401
-        """As the base has it, from the variable's map."""
+        """See `BpfObject`; from the variable's map."""
         _, values = self._variables[name].read()
         return values if self._described(name)[1].shape else values[0]
 
     def write_variable(self, name: str, value: object) -> None:
-        """As the base has it, into the variable's map."""
+        """See `BpfObject`; into the variable's map."""
         self._variables[name].write(0, value)
 
     def write_elements(self, name: str, indices: Sequence[int], value: object) -> None:
-        """As the base has it, into the variable's map."""
+        """See `BpfObject`; into the variable's map."""
         for index in indices:
             self._variables[name].write(index, value)
 
     def close(self) -> None:
-        """As the base has it."""
+        """See `BpfObject`."""
         super().close()
         while self._fds:
             os.close(self._fds.popitem()[1])
@@ -254,13 +254,13 @@ def _create_map(name: str, kind: int, sizes: tuple[int, int], entries: int, flag
 
 
 def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Instructions with the maps' descriptors and the options' values in place of their numbers."""
+    """Instructions with numbers replaced by the descriptors of maps and the values of options."""
     instructions = np.frombuffer(bytearray(code), _INSTRUCTION)
     registers, constants = instructions["registers"], instructions["imm"]
     wide = instructions["code"] == _LOAD_64
     at = np.flatnonzero(wide & (registers >> 4 == _LOAD_MAP))
     found = np.array([fds.get(number, _NO_MAP) for number in constants[at].tolist()], np.int32)
-    # A map that is not made is a 0: the verifier sees that nothing comes to use it.
+    # A map that was not created is a 0: the verifier sees that nothing uses it.
     registers[at] = registers[at] & 0xF | np.where(found == _NO_MAP, 0, _PSEUDO_MAP_FD << 4)
     constants[at] = np.where(found == _NO_MAP, 0, found)
     at = np.flatnonzero(wide & (registers >> 4 == _LOAD_OPTION))

@@ -1,4 +1,4 @@
-"""Reads the BTF of an object: numpy dtypes of C structs, and where global variables lie.
+"""Reads the BTF of an object: numpy dtypes of C structs, and the locations of global variables.
 
 The C struct is the one definition of every record; the Python side derives its layout from here,
 so the two cannot drift. Format: the kernel's Documentation/bpf/btf.rst.
@@ -21,7 +21,7 @@ _TRANSPARENT: Final = {_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG, _VAR}
 _INT_SIGNED: Final = 1
 _INT_BOOL: Final = 4
 
-# Bytes that follow a type's 12-byte head: a fixed part, and a part for each of its members.
+# Bytes after a type's 12-byte head: a fixed part, and a part for each member.
 _TAIL_BYTES: Final = {
     _INT: (4, 0),
     _ARRAY: (12, 0),
@@ -44,8 +44,8 @@ class _Type:
     tail: bytes
 
     def members(self) -> list[tuple[int, int, int]]:
-        """The members' three words: of a struct, name offset, type and bit offset; of a section,
-        type, offset and size."""
+        """Three words for each member: name offset, type and bit offset for a struct; type, offset
+        and size for a section."""
         return list(struct.iter_unpack("=III", self.tail))
 
 
@@ -59,19 +59,19 @@ class Variable:
 
 
 class NoLayoutError(ValueError):
-    """A type that no record can have: a pointer, a function, a union."""
+    """A type that a record cannot contain: a pointer, a function, a union."""
 
 
 class DamagedBtfError(ValueError):
-    """The BTF is truncated, or says what no compiler does."""
+    """The BTF is truncated, or no compiler would write it."""
 
     def __init__(self) -> None:
         super().__init__("the BTF is damaged or truncated")
 
 
 class Btf:
-    """The types of one object, from the raw bytes of its BTF. Everything here raises
-    `DamagedBtfError` for bytes that make no sense."""
+    """The types of one object, from the raw bytes of its BTF. All methods raise `DamagedBtfError`
+    for invalid bytes."""
 
     def __init__(self, raw: bytes) -> None:
         try:
@@ -86,13 +86,13 @@ class Btf:
             raise DamagedBtfError
         self._strings = raw[header_bytes + str_off : strings_end]
         self._types = [_Type("void", 0, 0, b"")]
-        self._dtypes: dict[int, np.dtype[np.generic] | None] = {}  # None: under way
+        self._dtypes: dict[int, np.dtype[np.generic] | None] = {}  # None: in progress
         position = header_bytes + type_off
         while position < end:
             position = self._read_type(raw, position, end)
 
     def _read_type(self, raw: bytes, position: int, end: int) -> int:
-        """Where the next type begins."""
+        """Reads a type; the position of the next one."""
         if position + 12 > end:
             raise DamagedBtfError
         name_off, info, size_or_type = struct.unpack_from("=III", raw, position)
@@ -112,7 +112,7 @@ class Btf:
             raise DamagedBtfError from error
 
     def _type(self, type_id: int) -> _Type:
-        """A type, but for its names and qualifiers."""
+        """A type without its typedefs and qualifiers."""
         for _ in self._types:
             if type_id >= len(self._types):
                 break
@@ -123,8 +123,8 @@ class Btf:
         raise DamagedBtfError
 
     def dtype(self, type_id: int) -> np.dtype[np.generic]:
-        """The numpy layout of a type: integers, enums, floats, bools, structs, arrays of them; an
-        array of `char` is a byte string. Raises `NoLayoutError` for what has none."""
+        """The numpy layout of a type: integers, enums, floats, bools, structs, and arrays of them;
+        an array of `char` is a byte string. Raises `NoLayoutError` for other types."""
         if type_id not in self._dtypes:
             self._dtypes[type_id] = None
             try:
@@ -136,7 +136,7 @@ class Btf:
                 del self._dtypes[type_id]
                 raise DamagedBtfError from error
         dtype = self._dtypes[type_id]
-        if dtype is None:  # a type that holds itself
+        if dtype is None:  # a type that contains itself
             raise DamagedBtfError
         return dtype
 
@@ -175,7 +175,7 @@ class Btf:
         return btf_type.kind == _INT and btf_type.name == "char"
 
     def struct_dtype(self, name: str) -> np.dtype[np.generic]:
-        """The layout of `struct NAME`. Raises KeyError where the object has no such struct."""
+        """The layout of `struct NAME`. Raises KeyError if the object has no such struct."""
         for type_id, btf_type in enumerate(self._types):
             if btf_type.kind == _STRUCT and btf_type.name == name:
                 return self.dtype(type_id)

@@ -4,7 +4,7 @@
         o.attach()
         keys, values = o.map("stats").read()
 
-On leaving the block nothing of it is left in the kernel, whatever happened inside.
+When the block ends, nothing of it is left in the kernel, whatever happened inside.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from coral.bpf.libbpf import (
 from coral.bpf.loading import seal
 from coral.bpf.loading.btf import Btf, Variable
 
-# Instructions that the verifier goes through at most: BPF_COMPLEXITY_LIMIT_INSNS.
+# The most instructions that the verifier processes: BPF_COMPLEXITY_LIMIT_INSNS.
 VERIFIER_LIMIT: Final = 1_000_000
 VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
 _STATS_RUN_TIME: Final = 0
-# A map that the kernel refuses, libbpf makes again without its types; of one that must have them,
-# the second errno says nothing.
+# libbpf retries a map that the kernel refuses without its types; if the map must have them, the
+# second errno is meaningless.
 _RETRIED: Final = re.compile(
     r"\((\w+)\):[^\n]*\(-(\d+)\)\. Retrying without BTF\.\n[^\n]*map '\1': failed to create"
 )
@@ -59,16 +59,16 @@ _ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
 
 
 class _OpenOptions(ctypes.Structure):
-    """struct bpf_object_open_opts of libbpf, as far as it is used."""
+    """struct bpf_object_open_opts of libbpf, with the members used here."""
 
     _fields_ = (("size", c_size_t), ("object_name", c_char_p))
 
 
 class RecordReader(Protocol):
-    """What brings a program's records to user space: a ring buffer, or perf buffers."""
+    """Reads a program's records: from a ring buffer, or from perf buffers."""
 
     def drain(self) -> NDArray[Any]:
-        """Every record that is complete, as a copy of shape (n,); gives their room back."""
+        """All complete records, as a copy of shape (n,); frees their space."""
 
     @property
     def wakeup(self) -> select.epoll:
@@ -76,18 +76,18 @@ class RecordReader(Protocol):
 
     @property
     def lost(self) -> int:
-        """Records that the kernel says it refused so far, where it says so."""
+        """Records that the kernel reports as refused so far, if it reports them."""
 
     @property
     def memory_bytes(self) -> int:
-        """What the buffers take beside what the kernel charges for their map."""
+        """The memory of the buffers besides what the kernel charges for their map."""
 
     def close(self) -> None:
-        """Gives the buffers back. Safe to call twice."""
+        """Frees the buffers. Safe to call twice."""
 
 
 class ProgramStats(NamedTuple):
-    """What the kernel says of one loaded program; times count only while statistics are on."""
+    """The kernel's figures of one loaded program; times only count while statistics are on."""
 
     run_time_ns: int
     run_count: int
@@ -99,20 +99,20 @@ PROGRAMS: Final = Path(__file__).resolve().parent.parent / "programs"
 
 
 def object_path(name: str) -> Path:
-    """Where the object NAME lies: beside its source, or in the directory CORAL_BPF_OBJECTS."""
+    """The path of the object NAME: beside its source, or in the directory CORAL_BPF_OBJECTS."""
     directory = os.environ.get(_ENV_OBJECT_DIR)
     return (Path(directory) if directory else PROGRAMS / name) / f"{name}.bpf.o"
 
 
 def not_built(path: Path) -> str:
-    """What to say of an object that is not there."""
+    """The message for a missing object."""
     if _ENV_OBJECT_DIR in os.environ:
         return f"{path} is missing: let {_ENV_OBJECT_DIR} name a directory of built programs"
     return f"{path.name} is not built: run `make setup`"
 
 
 def enable_run_time_stats() -> int:
-    """Turns the kernel's run-time statistics on, for all programs of the machine, until the
+    """Turns on the kernel's run-time statistics, for all programs of the machine, until the
     returned descriptor is closed. Raises `BpfError`."""
     fd = call("bpf_enable_stats", _STATS_RUN_TIME)
     if fd < 0:
@@ -121,7 +121,7 @@ def enable_run_time_stats() -> int:
 
 
 class BpfObject:
-    """One object, and the only owner of all that it has in the kernel.
+    """One object, and the only owner of everything that it has in the kernel.
 
     `programs` are loaded and attached; `walks` are loaded, for `walk`, `element_reader` or `run`;
     others are not. `options` set the C program's `const volatile` globals; `map_entries` and
@@ -152,7 +152,7 @@ class BpfObject:
         self._without_maps = frozenset(without_maps)
         self._batches = batches
         self._object = 0
-        # The figures are read from another thread than the one that closes.
+        # Figures are read by another thread than the one that closes.
         self._lock = threading.Lock()
         self._programs: dict[str, int] = {}
         self._maps: dict[str, int] = {}
@@ -183,7 +183,7 @@ class BpfObject:
             raise LoadError(what, error.errno or errno.EIO, why) from error
         except seal.DamagedError as error:
             raise LoadError(f"{what}: {error}; install the agent anew") from error
-        # The name is that of the sections' maps, as libbpf takes it from a file's.
+        # libbpf names the maps of sections after it, as it does with the name of a file.
         name = self.path.name.partition(".")[0].encode()
         options = _OpenOptions(ctypes.sizeof(_OpenOptions), name)
         with capture_log() as said:
@@ -196,7 +196,7 @@ class BpfObject:
                 self.btf = self._read_btf()
                 self._programs = dict(self._children("program"))
                 self._maps = dict(self._children("map"))
-                # libbpf forgets them where the kernel takes a map only without its types.
+                # libbpf forgets them if the kernel only accepts the map without its types.
                 self._map_types = {
                     name: (
                         call("bpf_map__btf_key_type_id", bpf_map),
@@ -212,12 +212,12 @@ class BpfObject:
         self._load()
 
     def _load(self) -> None:
-        """Makes the maps and loads the chosen programs."""
+        """Creates the maps and loads the chosen programs."""
         logs = []
         for name, program in self._programs.items():
             call("bpf_program__set_autoload", program, name in self._chosen)
             if name in self._chosen:
-                # libbpf loads without a log first, and asks for one only when that fails.
+                # libbpf first loads without a log, and requests one only if that fails.
                 logs.append(ctypes.create_string_buffer(VERIFIER_LOG_BYTES))
                 call("bpf_program__set_log_buf", program, logs[-1], c_size_t(VERIFIER_LOG_BYTES))
         for name in self._without_maps:
@@ -245,7 +245,7 @@ class BpfObject:
 
     def _configure(self) -> None:
         for name in self._chosen:
-            self._programs[name]  # a KeyError names the one that is not there
+            self._programs[name]  # raises a KeyError with its name
         for name, entries in self._map_entries.items():
             call("bpf_map__set_max_entries", self._maps[name], entries)
         for name, flags in self._map_flags.items():
@@ -261,7 +261,7 @@ class BpfObject:
         return variable, self.btf.dtype(variable.type_id)
 
     def _initial_value(self, name: str) -> NDArray[Any]:
-        """What the global NAME begins with, in the section that it lies in."""
+        """The initial value of the global NAME, in its section."""
         variable, dtype = self._described(name)
         size = c_size_t()
         address = call_pointer(
@@ -286,20 +286,20 @@ class BpfObject:
         return np.ndarray((), dtype, self._sections[variable.section], variable.offset)
 
     def read_variable(self, name: str) -> Any:  # noqa: ANN401  its type is the C type's
-        """The value that a global variable of the loaded programs has now."""
+        """The present value of a global variable of the loaded programs."""
         return self._variable(name)[()]
 
     def write_variable(self, name: str, value: object) -> None:
-        """Sets a global variable of the loaded programs; they see it at their next read."""
+        """Sets a global variable of the loaded programs, which see it at their next read."""
         self._variable(name)[...] = value
 
     def write_elements(self, name: str, indices: Sequence[int], value: object) -> None:
-        """Sets elements of a global array of the loaded programs, and no other byte of it."""
+        """Sets elements of a global array of the loaded programs, and no other bytes."""
         self._variable(name)[list(indices)] = value
 
     def attach(self, tries: int = 3) -> None:
-        """Attaches every one of `programs`, each tried TRIES times with a growing pause between.
-        Raises `AttachError`; what was attached before it stays until `close`."""
+        """Attaches all of `programs`, trying each up to TRIES times with growing pauses. Raises
+        `AttachError`; programs attached earlier stay so until `close`."""
         for name in self._hooked:
             self._attach(name, tries)
 
@@ -323,14 +323,14 @@ class BpfObject:
         return 0
 
     def map_fd(self, name: str) -> int:
-        """The descriptor of a map of the loaded object; negative where it was not made."""
+        """The descriptor of a map of the loaded object; negative if it was not created."""
         return call("bpf_map__fd", self._maps[name])
 
     def _program_fd(self, name: str) -> int:
         return call("bpf_program__fd", self._programs[name])
 
     def map(self, name: str) -> HashMap:
-        """A map of the loaded object, with dtypes from its BTF. KeyError where there is none."""
+        """A map of the loaded object, with dtypes from its BTF. KeyError if there is none."""
         key_type, value_type = self._map_types[name]
         return HashMap(
             name,
@@ -342,7 +342,7 @@ class BpfObject:
         )
 
     def write_fd(self, name: str, index: int, fd: int) -> None:
-        """Puts a descriptor (a cgroup's) into an array map that holds them."""
+        """Puts a descriptor (of a cgroup) into an array map of descriptors."""
         key, value = c_uint32(index), c_uint32(fd)
         error = -call("bpf_map_update_elem", self.map_fd(name), byref(key), byref(value), 0)
         if error:
@@ -365,7 +365,7 @@ class BpfObject:
         self, name: str, record: str, *, bytes_per_cpu: int, wakeup_bytes: int, order_by: str
     ) -> PerfReader:
         """The reader of the perf buffers whose records are `struct RECORD`; closed with the object.
-        What it drains is in the order of the field ORDER_BY, a time."""
+        Drained records are sorted by the field ORDER_BY, a time."""
         try:
             reader = PerfReader(
                 self.map_fd(name),
@@ -380,16 +380,16 @@ class BpfObject:
         return reader
 
     def walk(self, name: str, record: str, *, map_name: str | None = None) -> Walk:
-        """The walk of the program NAME, which writes `struct RECORD`s; closed with the object, and
-        not before: it can be made when the programs are detached. Raises `BpfError`."""
+        """The iterator of the program NAME, which writes `struct RECORD`s. It is closed with the
+        object, and works after the programs were detached. Raises `BpfError`."""
         map_fd = None if map_name is None else self.map_fd(map_name)
         walk = Walk(self._programs[name], map_fd, self.btf.struct_dtype(record))
         self._walks.append(walk)
         return walk
 
     def element_reader(self, name: str, record: str, *, keys: str, records: str) -> ElementReader:
-        """The reader of the elements of the map KEYS by the program NAME, which makes `struct
-        RECORD`s of them in the array map RECORDS; as `walk` otherwise."""
+        """The reader of the elements of the map KEYS through the program NAME, which makes `struct
+        RECORD`s of them in the array map RECORDS; otherwise like `walk`."""
         reader = ElementReader(
             self._program_fd(name),
             self.map(keys),
@@ -406,13 +406,13 @@ class BpfObject:
 
     @property
     def attached(self) -> bool:
-        """Whether any program hangs on its hook."""
+        """Whether any program is attached."""
         return bool(self._links)
 
     @property
     def map_memory_bytes(self) -> int:
-        """What the kernel charges for all maps of the object; where it cannot be asked, for want of
-        a descriptor, what it said last."""
+        """What the kernel charges for all maps of the object; the last known figure if there is no
+        descriptor left to read it."""
         with self._lock, suppress(OSError):
             charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
             self._map_memory_bytes = charged + sum(r.memory_bytes for r in self._readers)
@@ -422,8 +422,8 @@ class BpfObject:
         return [self.map_fd(name) for name in self._maps]
 
     def program_stats(self) -> dict[str, ProgramStats]:
-        """The kernel's figures of each loaded program; empty once closed. Of a program that it
-        cannot be asked of, for want of a descriptor, there are none."""
+        """The kernel's figures of each loaded program; empty once closed. A program is left out if
+        there is no descriptor left to read its figures."""
         found = {}
         with self._lock:
             for name in self._chosen if self._programs else ():
@@ -445,7 +445,7 @@ class BpfObject:
             self._links.pop()()
 
     def close(self) -> None:
-        """Detaches, and gives everything back to the kernel. Safe to call twice, or unloaded."""
+        """Detaches the programs and frees everything. Safe to call twice, or before `load`."""
         self.detach()
         while self._walks:
             self._walks.pop().close()

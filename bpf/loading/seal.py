@@ -1,9 +1,9 @@
-"""The seal of a compiled object: a checksum behind its last byte, where ELF allows anything.
+"""The seal of a compiled object: a checksum after its last byte, where ELF allows any data.
 
-libbpf reads an object as its compiler wrote it. Of one that was damaged since it may load what
-counts wrong, or crash, and the agent with it: of random bytes changed, one object in a hundred
-does. So what the build made is sealed, and looked at before libbpf sees it. The seal is against
-accidents; whoever may write the object may write another seal.
+libbpf trusts an object. From a damaged one it may load programs that count wrong, or it may crash,
+and the agent with it: with random bytes changed, one object in a hundred does. So the build seals
+its objects, and the seal is checked before libbpf reads them. It protects from accidents only: a
+person who can write the object can also write its seal.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Final
 
 _MAGIC: Final = b"coral-crc32:"
 _SEAL: Final = struct.Struct(f"<{len(_MAGIC)}sI")
-# struct elf64_hdr: where the section table is, how long an entry is, and how many there are. It is
-# the last thing in what clang writes, so that it is missing from a truncated object.
+# struct elf64_hdr: the offset of the section table, the size of an entry, and their number. clang
+# writes the table last, so that it is missing from a truncated object.
 _ELF: Final = struct.Struct("<4s36xQ10xHH2x")
 _ELF_MAGIC: Final = b"\x7fELF"
 
 
 class DamagedError(ValueError):
-    """It is not as the build made it."""
+    """The object is not what the build made."""
 
 
 def sealed(elf: bytes) -> bytes:
@@ -30,8 +30,8 @@ def sealed(elf: bytes) -> bytes:
 
 
 def opened(data: bytes) -> bytes:
-    """An object without its seal. Raises `DamagedError` where the seal is broken. One that was
-    never sealed, being compiled by hand, has to be ELF to its end."""
+    """An object without its seal. Raises `DamagedError` if the seal is broken. An object without a
+    seal, compiled by hand, has to be complete ELF."""
     elf, last = data[: -_SEAL.size], data[-_SEAL.size :]
     if len(last) == _SEAL.size:
         magic, checksum = _SEAL.unpack(last)

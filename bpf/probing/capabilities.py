@@ -1,5 +1,5 @@
-"""Linux capabilities: their names, which of them this kernel knows, which of them this process has,
-and what to say where one is missing. Knows nothing of collectors, and changes nothing."""
+"""Linux capabilities: their names, those that the kernel knows, those that this process has, and
+the message for missing ones. It knows nothing about collectors, and changes nothing."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ NAMES: Final = (
 )
 ALL: Final = frozenset(NAMES)
 
-# What every eBPF program that traces takes, each with what for.
+# What every tracing program needs, each with its purpose.
 TRACING: Final[Mapping[str, str]] = {
     "CAP_BPF": "to load programs and make maps",
     "CAP_PERFMON": "to attach programs that see other processes",
 }
-# What finding the process behind a listening socket takes, where it is another user's.
+# What finding the process behind another user's listening socket needs.
 LISTENERS: Final[Mapping[str, str]] = {
     "CAP_SYS_PTRACE": "to see whose socket it is",
     "CAP_DAC_READ_SEARCH": "to list the open files of other users' processes",
 }
-# What the network namespaces of others take, where programs cannot walk through them.
+# What connections in other network namespaces need where there are no iterators.
 NAMESPACES: Final[Mapping[str, str]] = {
     "CAP_SYS_ADMIN": "to ask for the connections of other network namespaces",
 }
-# What perf buffers take, on kernels that have no ring buffers (before 5.8).
+# What perf buffers need, on kernels that have no ring buffers (before 5.8).
 BUFFERS: Final[Mapping[str, str]] = {
     "CAP_IPC_LOCK": "to map perf buffers beyond kernel.perf_event_mlock_kb",
 }
-# What turning the kernel's run-time statistics on takes.
+# What turning on the kernel's run-time statistics needs.
 STATISTICS: Final[Mapping[str, str]] = {
     "CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on",
 }
-# Which one does as well. It was all there was before Linux 5.8 brought CAP_BPF and CAP_PERFMON.
+# Alternatives. Before Linux 5.8, CAP_SYS_ADMIN was the only one for CAP_BPF and CAP_PERFMON.
 _DOES_AS_WELL: Final[Mapping[str, str]] = {
     "CAP_BPF": "CAP_SYS_ADMIN",
     "CAP_PERFMON": "CAP_SYS_ADMIN",
@@ -59,8 +59,8 @@ def number(name: str) -> int:
 
 
 def held(which: str = "CapEff") -> frozenset[str]:
-    """The capabilities that this process has now, in the set WHICH, a key of /proc/PID/status; none
-    where there is no such file."""
+    """The capabilities that this process has now in the set WHICH, a key of /proc/PID/status; none
+    if there is no such file."""
     try:
         status = _STATUS.read_text()
     except OSError:
@@ -71,7 +71,7 @@ def held(which: str = "CapEff") -> frozenset[str]:
 
 
 def of_kernel() -> frozenset[str]:
-    """The capabilities that the running kernel knows, among those named here."""
+    """The capabilities in NAMES that the running kernel knows."""
     try:
         last = int(_LAST.read_text())
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def of_kernel() -> frozenset[str]:
 
 
 def required(needs: Mapping[str, str], known: frozenset[str]) -> dict[str, str]:
-    """NEEDS in terms of a kernel that has only the capabilities KNOWN."""
+    """NEEDS, expressed by the capabilities KNOWN to a kernel."""
     found: dict[str, list[str]] = {}
     for name, why in needs.items():
         found.setdefault(name if name in known else _DOES_AS_WELL.get(name, name), []).append(why)
@@ -88,7 +88,7 @@ def required(needs: Mapping[str, str], known: frozenset[str]) -> dict[str, str]:
 
 
 def lacking(needs: Mapping[str, str], has: frozenset[str]) -> dict[str, str]:
-    """Those of NEEDS that are not met by a process that HAS these capabilities."""
+    """The entries of NEEDS that are missing in a process that HAS these capabilities."""
     return {
         name: why
         for name, why in needs.items()
@@ -97,7 +97,7 @@ def lacking(needs: Mapping[str, str], has: frozenset[str]) -> dict[str, str]:
 
 
 def missing(needs: Mapping[str, str]) -> str:
-    """What to say of a process without NEEDS: what is missing, what for, what to do."""
+    """The message for a process without NEEDS: what is missing, its purpose, the remedy."""
     names = " and ".join(f"{name} ({why})" for name, why in needs.items())
     plain = " ".join(needs)
     return (
@@ -107,7 +107,7 @@ def missing(needs: Mapping[str, str]) -> str:
 
 
 def obstacle(has: frozenset[str]) -> str:
-    """Why a process that HAS these capabilities can load no program at all; empty where it can."""
+    """Why a process that HAS these capabilities can load no program; empty if it can."""
     if has & {"CAP_BPF", "CAP_SYS_ADMIN"}:
         return ""
     return missing(lacking(required(TRACING, of_kernel()), has))

@@ -1,7 +1,7 @@
-"""What the running kernel lets us do, found by trying, with the reason for each no.
+"""What the running kernel supports, found by trying, with a reason for everything that it refuses.
 
-Never by version number: distributions back-port, strip and lock down. A probe loads and attaches
-an empty program, or makes a small map, and undoes it at once.
+Version numbers are never used: distributions back-port, strip and lock down. A probe loads and
+attaches an empty program, or creates a small map, and undoes it at once.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ ITERATORS: Final = {
 MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
 LOADERS: Final = ("auto", "core", "bcc")
 
-# For who wants to do without something that the kernel has, and for tests of what happens then.
+# To do without something that the kernel has, and to test the rungs below.
 _ENV_WITHOUT: Final = "CORAL_WITHOUT"
 _ENV_LOADER: Final = "CORAL_LOADER"
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One thing a kernel can or cannot do; `reason` is empty where it can."""
+    """One thing that a kernel may support; `reason` is empty if it does."""
 
     name: str
     available: bool
@@ -68,14 +68,14 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What was found on this machine. `obstacle` is why eBPF cannot be used at all, or empty."""
+    """The features of this machine. `obstacle` is why eBPF cannot be used at all, or empty."""
 
     kernel_release: str
     libbpf_version: str
     capabilities: frozenset[str]
     features: tuple[Feature, ...]
     obstacle: str = ""
-    loader: str = "auto"  # the one that is to be used: one of LOADERS
+    loader: str = "auto"  # the one to use: one of LOADERS
 
     def __getitem__(self, name: str) -> Feature:
         return next(
@@ -84,7 +84,7 @@ class Features:
         )
 
     def without(self, *names: str) -> Features:
-        """These, but for the features named."""
+        """These without the features named."""
         kept = tuple(feature for feature in self.features if feature.name not in names)
         return replace(self, features=kept)
 
@@ -94,13 +94,13 @@ class Features:
         return bool(self.capabilities & {"CAP_BPF", "CAP_SYS_ADMIN"})
 
     def missing(self, names: Iterable[str]) -> list[Feature]:
-        """Those of NAMES that this machine does not have."""
+        """The features among NAMES that this machine lacks."""
         return [feature for name in names if not (feature := self[name]).available]
 
 
 @cache
 def probe() -> Features:
-    """Tries everything, once for the life of the process: about 100 ms. Never raises."""
+    """Tries everything, once in the life of the process: about 100 ms. Never raises."""
     capabilities = caps.held()
     obstacle = _obstacle(capabilities)
     found: tuple[Feature, ...] = ()
@@ -202,7 +202,7 @@ def _enable_stats() -> None:
 
 
 def _read_a_batch() -> None:
-    """Reads the map of a loaded object as a whole (Linux 5.6)."""
+    """Reads the map of a loaded object in a batch (Linux 5.6)."""
     with BpfObject(_PROBE_OBJECT, programs=()) as probe_object:
         points = probe_object.map("coral_p_map")
         points.read()
@@ -229,7 +229,7 @@ def _sock_diag() -> Feature:
 def _bcc() -> Feature:
     try:
         reason = bcc.obstacle()
-    except OSError as error:  # an ordinary user may not look there
+    except OSError as error:  # an ordinary user may not read there
         reason = f"looking for bcc and its headers: {error}"
     return Feature("bcc", not reason, reason)
 
@@ -251,8 +251,8 @@ def _btf() -> Feature:
 
 
 def kernel_names(names: Iterable[str]) -> frozenset[str]:
-    """Those of NAMES that the kernel's BTF has as the name of a type, a function or a member; none
-    where it has no BTF. A tracepoint NAME is there as `btf_trace_NAME`."""
+    """The names among NAMES that the kernel's BTF has for a type, a function or a member; none if
+    the kernel has no BTF. The BTF calls a tracepoint NAME `btf_trace_NAME`."""
     try:
         described = VMLINUX_BTF.read_bytes()
     except OSError:
@@ -261,9 +261,9 @@ def kernel_names(names: Iterable[str]) -> frozenset[str]:
 
 
 def _elements_on_demand() -> Feature:
-    """Whether programs may make hash elements as they need them, from any context (Linux 6.1).
+    """Whether programs may allocate hash elements on demand, from any context (Linux 6.1).
 
-    The allocator that made this safe is a type of its own, which the kernel's BTF names.
+    The allocator that makes this safe has a type of its own, which is in the kernel's BTF.
     """
     name = "elements_on_demand"
     try:

@@ -1,7 +1,7 @@
 """Why a kernel refuses what it was asked for, and what to do about it.
 
-What is known of each feature is in one table. The text comes from that, from the error and from
-facts about the machine; `facts` reads them, and nothing here tries anything.
+One table says what each feature needs. The text follows from the table, from the error and from
+facts about the machine, which `facts` reads; nothing here tries anything.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Final
 from coral.bpf.buffers.perf_event import TRACEFS
 from coral.bpf.probing import capabilities as caps
 
-_ENOTSUPP: Final = 524  # the kernel's own, which errno does not know
+_ENOTSUPP: Final = 524  # kernel-internal, not in errno
 _FORBIDDEN: Final = (errno.EPERM, errno.EACCES)
 _ABSENT: Final = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ESRCH)
-_CAP_BPF_SINCE: Final = "5.8"  # and CAP_PERFMON: before, CAP_SYS_ADMIN was all there was
+_CAP_BPF_SINCE: Final = "5.8"  # and CAP_PERFMON; earlier kernels only have CAP_SYS_ADMIN
 _LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 _CONFIDENTIALITY: Final = "confidentiality"
 _SECCOMP_FILTER: Final = "2"
@@ -41,13 +41,13 @@ _SYSCALL: Final = "CONFIG_BPF_SYSCALL"
 
 @dataclass(frozen=True, slots=True)
 class Takes:
-    """What one feature takes of a machine."""
+    """What one feature needs of a machine."""
 
     since: str = ""  # the first Linux that has it
-    config: tuple[str, ...] = (_SYSCALL,)  # all of these, where the kernel is built
+    config: tuple[str, ...] = (_SYSCALL,)  # options that the kernel has to be built with
     capabilities: Mapping[str, str] = field(default_factory=lambda: _BPF)  # with what for
-    sysctl: str = ""  # what says that those without the capabilities may not
-    since_arm64: str = ""  # where it came there later
+    sysctl: str = ""  # the setting that denies it to processes without the capabilities
+    since_arm64: str = ""  # if it came later on arm64
     locked_down: bool = False  # lockdown=confidentiality forbids it
 
 
@@ -58,7 +58,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "tracepoint": Takes(
         "4.7", (_EVENTS, "CONFIG_EVENT_TRACING"), _EVENT, _PERF_SYSCTL, locked_down=True
     ),
-    # Of the kernel's own functions, which on arm64 came two years after the trampoline of 6.0.
+    # For kernel functions; on arm64 this came two years after the trampoline of 6.0.
     "fentry": Takes(
         "5.5",
         (_BTF, "CONFIG_FUNCTION_TRACER", "CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS"),
@@ -90,20 +90,20 @@ _OPTIONS: Final = frozenset(option for takes in TAKES.values() for option in tak
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What of a machine explains a refusal. None is what cannot be read there."""
+    """The facts about a machine that explain refusals; None if a fact cannot be read."""
 
     release: str
     machine: str
     capabilities: frozenset[str]
-    config: frozenset[str] | None  # of the options named in the table, those that are set
+    config: frozenset[str] | None  # the options of the table that are set
     lockdown: str | None  # none, integrity or confidentiality
-    seccomp: bool  # a filter is around this process
+    seccomp: bool  # a filter applies to this process
     sysctls: Mapping[str, str]
     tracefs: bool  # mounted
 
 
 def explain(name: str, error: int, said: str, facts: Facts) -> str:
-    """Why the feature NAME failed with ERROR, an errno, where libbpf or the kernel SAID that."""
+    """Why the feature NAME failed with ERROR, an errno; libbpf or the kernel logged SAID."""
     takes = TAKES.get(name, Takes())
     code = errno.errorcode.get(error, str(error))
     if error in _FORBIDDEN:
@@ -138,7 +138,7 @@ def _forbidden(takes: Takes, facts: Facts) -> str:
 
 
 def _absent(takes: Takes, facts: Facts) -> str:
-    """Why the kernel does not have it; empty where it should."""
+    """Why the kernel does not have it; empty if it should."""
     since = takes.since_arm64 if takes.since_arm64 and facts.machine == "aarch64" else takes.since
     if since and _numbers(facts.release) < _numbers(since):
         return f"Linux {since} has it, and this is {facts.release}: run a newer kernel"
@@ -160,7 +160,7 @@ def _numbers(release: str) -> tuple[int, int]:
 
 @cache
 def facts() -> Facts:
-    """Those of this machine and process, read once. Never raises."""
+    """The facts about this machine and process, read once. Never raises."""
     status = _status()
     return Facts(
         release=platform.release(),
@@ -174,18 +174,18 @@ def facts() -> Facts:
             for name in (_BPF_SYSCTL, _PERF_SYSCTL)
             if (value := _text(Path("/proc/sys", name.replace(".", "/"))).strip())
         },
-        tracefs=any(map(os.path.ismount, TRACEFS)),  # those who may not look inside know it too,
+        tracefs=any(map(os.path.ismount, TRACEFS)),  # true even if this process may not look inside
     )
 
 
 def lockdown_level(text: str) -> str | None:
-    """The level in brackets, of `none [integrity] confidentiality`; None where there is none."""
+    """The level in brackets in `none [integrity] confidentiality`; None if there is none."""
     match = re.search(r"\[(\w+)\]", text)
     return match[1] if match else None
 
 
 def options_set(lines: Iterable[str]) -> frozenset[str]:
-    """Those of the table's options that a kernel's configuration sets."""
+    """The options of the table that a kernel's configuration sets."""
     set_ = (line.partition("=")[0] for line in lines if line.rstrip().endswith(("=y", "=m")))
     return frozenset(set_) & _OPTIONS
 

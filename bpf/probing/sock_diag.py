@@ -36,7 +36,7 @@ _ATTRIBUTE: Final = struct.Struct("=HH")
 _ERROR: Final = struct.Struct("=i")
 _INODE: Final = struct.Struct("=68xI")
 
-# struct inet_diag_msg, and what is used of struct tcp_info, which only ever grows at its end.
+# struct inet_diag_msg, and the used members of struct tcp_info, which only grows at its end.
 _MESSAGE: Final = np.dtype(
     [
         ("family", "u1"), ("state", "u1"), ("timer", "u1"), ("again", "u1"), ("local_port", ">u2"),
@@ -67,9 +67,9 @@ SOCKET: Final = np.dtype([("socket", _MESSAGE), ("info", _INFO)])
 def tcp_sockets(
     inodes: Container[int] | None = None, namespace: Path | None = None
 ) -> NDArray[Any]:
-    """The TCP sockets, all or with these INODES, as `SOCKET`s of shape (n,), listeners among them.
+    """The TCP sockets, all or those with INODES, as `SOCKET`s of shape (n,), including listeners.
     One that moves in the kernel's table meanwhile may be missing, or come twice.
-    They are those of the network NAMESPACE, a file, or of this process. Raises OSError."""
+    They belong to the network NAMESPACE, a file, or to that of this process. Raises OSError."""
     if namespace is None:
         return _tcp_sockets(inodes)
     with namespace.open("rb") as file, ThreadPoolExecutor(1) as thread:
@@ -77,7 +77,7 @@ def tcp_sockets(
 
 
 def _tcp_sockets_of(inodes: Container[int] | None, namespace_fd: int) -> NDArray[Any]:
-    """In a thread that ends then: a thread by itself can be in another namespace."""
+    """In a thread of its own, because a namespace can be entered by a single thread."""
     if ctypes.CDLL(None, use_errno=True).setns(namespace_fd, _CLONE_NEWNET):
         number = ctypes.get_errno()
         raise OSError(number, f"setns: {os.strerror(number)}")
@@ -92,7 +92,7 @@ def _tcp_sockets(inodes: Container[int] | None) -> NDArray[Any]:
 
 
 def try_it() -> None:
-    """Asks for no socket at all. Raises OSError where the kernel does not answer."""
+    """Requests no socket at all. Raises OSError if the kernel does not answer."""
     list(_dump(socket.AF_INET, (), states=0))
 
 
@@ -123,8 +123,8 @@ def _dump(family: int, inodes: Container[int] | None, states: int = _ALL_STATES)
 
 
 def _one(answer: bytes, at: int, end: int) -> bytes:
-    """A `SOCKET` of the message in ANSWER; what an older kernel does not tell is zero. Nothing of
-    what is no whole socket: a request for one, or what is left of one for a while (TIME_WAIT)."""
+    """The `SOCKET` of the message in ANSWER; figures that an older kernel does not report are zero.
+    Empty for requests and TIME_WAIT entries, which are no full sockets."""
     message = answer[at : at + _MESSAGE.itemsize]
     at += _MESSAGE.itemsize
     while at + _ATTRIBUTE.size <= end:

@@ -281,7 +281,7 @@ def _connections(features: Features, rung: Rung) -> Step:
 
 
 def _hidden(features: Features) -> Iterator[Feature]:
-    """What the kernel's list does not show here."""
+    """The connections that the kernel's list does not show here."""
     if lacking := caps.lacking(caps.NAMESPACES, features.capabilities):
         yield Feature("other network namespaces", False, caps.missing(lacking))
     others = features["others_listeners"]

@@ -1,10 +1,10 @@
-"""Connections as sock_diag tells them, where no program can walk to them: those that were open
-before the programs were, and the figures of all of them as they are now.
+"""Connections as reported by sock_diag, where no program reads them: those that were open before
+the programs were attached, and the present figures of all.
 
-sock_diag knows a socket by its cookie, the programs by its address. So the programs are told the
-cookies of what was found at the start (`found` of connections.bpf.h), and take a connection over
-when something happens to it. Until then it is shown from here; from then on it is the programs',
-under the same identity, so that what it carries is told once.
+sock_diag identifies a socket by its cookie, the programs by its address. So the cookies of the
+sockets found at the start go into a map (`found` of connections.bpf.h), and the programs take a
+connection over at its next hook. Until then it is reported from here, afterwards by the programs,
+under the same identity, so that what it carries is counted once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from coral.bpf.probing import sock_diag
 from coral.collectors.targets import PROC
 from coral.collectors.tcp_metrics.connections import LISTENER, NAMES
 
-# An answer takes some 5 us a socket: with this, asking is never more than a twentieth of a CPU.
+# A dump takes about 5 us per socket: this rest limits the cost to a twentieth of a CPU.
 _REST_NS: Final = 100_000
-_MOST_MISSING: Final = 3  # a socket that moves in the kernel's table may be passed over
+_MOST_MISSING: Final = 3  # a dump may skip a socket that moves in the kernel's table
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
 _CLIENT, _SERVER = 1, 2  # enum TcpRole
 _AF_INET: Final = 2
-# enum TcpState, which is the kernel's.
+# enum TcpState, as in the kernel.
 _ESTABLISHED, _SYN_SENT, _FIN_WAIT1, _FIN_WAIT2 = 1, 2, 4, 5
 _CLOSE_WAIT, _LAST_ACK, _LISTEN, _CLOSING = 8, 9, 10, 11
 _MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
@@ -42,22 +42,22 @@ _COUNTED: Final = NAMES[: NAMES.index("retransmits_fast")]
 
 
 class DiagConnections:
-    """Those of one session, beside the programs' own."""
+    """The connections of one session that sock_diag reports, beside those of the programs."""
 
     def __init__(self, connections: HashMap, found: HashMap, ports: HashMap) -> None:
         self._connections, self._found_map, self._ports = connections, found, ports
-        self._networks: dict[int, set[int]] = {}  # each with processes that were in it
-        self._found = np.empty(0, connections.value_dtype)  # as they were then, by cookie
-        self._idle = self._found  # those that only sock_diag knows
-        self._missing = Counter[int]()  # times, by cookie
-        self._sockets = np.empty(0, sock_diag.SOCKET)  # all of the last answer
-        self._ends = _ends_of(self._found)  # of the same
+        self._networks: dict[int, set[int]] = {}  # each with processes seen in it
+        self._found = np.empty(0, connections.value_dtype)  # as of the start, by cookie
+        self._idle = self._found  # those that only sock_diag reports
+        self._missing = Counter[int]()  # number of dumps, by cookie
+        self._sockets = np.empty(0, sock_diag.SOCKET)  # all sockets of the last dump
+        self._ends = _ends_of(self._found)  # of the same sockets
         self._asked_ns = 0
-        self.unfollowed = 0  # there was no room for them
+        self.unfollowed = 0  # the maps had no room for them
 
     def find(self, processes: Mapping[int, str]) -> None:
-        """Looks among the sockets of PROCESSES, command names by tgid. After the programs are
-        attached: what opens from then on they see. Raises `BpfError`."""
+        """Finds the connections of PROCESSES, command names by tgid. Call it after the programs are
+        attached, which see every later connection. Raises `BpfError`."""
         owners = _socket_owners(processes)
         self._networks = _networks(processes)
         parts = [self._found]
@@ -71,7 +71,7 @@ class DiagConnections:
             _count(records, sockets)
             parts.append(records)
         found = np.concatenate(parts)
-        # What the programs have found meanwhile is theirs.
+        # Leave out what the programs have found meanwhile.
         found = found[~np.isin(_ends_of(found), _ends_of(self._connections.read()[1]))]
         for name in _COUNTED:
             found[f"found_{name}"] = found[name]
@@ -81,8 +81,8 @@ class DiagConnections:
         self._idle = self._found[self._found["role"] != LISTENER]
 
     def read(self, *, now: bool) -> None:
-        """Asks again; not so often that it takes much time, unless it is to be NOW. Before the
-        programs' connections are read, so that one that they take over meanwhile is theirs."""
+        """Dumps the sockets again, unless that would cost too much time; always if NOW. Call it
+        before the programs' connections are read, so that none is missed that they take over."""
         rest_ns = time.monotonic_ns() - self._asked_ns
         if not (now or rest_ns > _REST_NS * len(self._sockets)):
             return
@@ -101,12 +101,13 @@ class DiagConnections:
         gone = np.delete(self._idle, idle)
         self._missing = Counter({c: self._missing[c] + 1 for c in gone["cookie"].tolist()})
         still = [self._missing[c] < _MOST_MISSING for c in gone["cookie"].tolist()]
-        self.unfollowed += still.count(False)  # ended, and the programs had no room to see it
+        self.unfollowed += still.count(False)  # ended without the programs having room for it
         self._idle = np.concatenate([records, gone[np.array(still, bool)]])
 
     def merged(self, live: NDArray[Any], ended: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The programs' connections, LIVE and ENDED: the former with the last answer's figures, and
-        with those that only sock_diag knows. What was found at the start keeps its identity."""
+        """The programs' connections LIVE and ENDED: the live ones with the figures of the last
+        dump, and those that only sock_diag reports. What was found at the start keeps its identity.
+        """
         live = self._as_answered(live)
         if len(self._found):
             live, ended = self._recognized(live), self._recognized(ended)
@@ -121,7 +122,7 @@ class DiagConnections:
             self._networks.setdefault(network, set()).update(mine.tolist())
         _, at, known = np.intersect1d(self._ends, _ends_of(live), return_indices=True)
         records, sockets = live[known], self._sockets[at]
-        # One that changes just now is as the programs have it.
+        # For a connection that is changing, the programs' figures stand.
         same = (records["state"] == sockets["socket"]["state"]) & (records["ended_ns"] == 0)
         same &= (records["read_ns"] < self._asked_ns) & (records["role"] != LISTENER)
         records = records[same]
@@ -141,8 +142,8 @@ class DiagConnections:
         return records
 
     def _ask(self, network: int, inodes: Container[int] | None = None) -> NDArray[Any]:
-        """The sockets, all or with these inodes, in a network namespace, through a process that
-        still is in it. None where it cannot be entered."""
+        """The sockets in a network namespace, all or those with INODES, through a process that is
+        still in it. None if it cannot be entered."""
         ways: list[Path | None] = [None]
         if network != _network_of("self"):
             there = {tgid for tgid in self._networks[network] if _network_of(tgid) == network}
@@ -154,7 +155,7 @@ class DiagConnections:
         return np.empty(0, sock_diag.SOCKET)
 
     def _name_roles(self, records: NDArray[Any], sockets: NDArray[Any]) -> None:
-        """As connection_find has it: servers by their port, others by the numbering of bytes."""
+        """As in connection_find: servers by their port, others by sequence numbers."""
         listens = records["state"] == _LISTEN
         ports = records[["network", "local_port"]].tolist()
         taken = {port for port, there in zip(ports, listens.tolist(), strict=True) if there}
@@ -164,7 +165,7 @@ class DiagConnections:
         records["role"] = np.where(listens, LISTENER, roles)
 
     def _tell_ports(self, listeners: NDArray[Any]) -> None:
-        """With the number of listeners that each has: programs take one away when one closes."""
+        """Adds listeners to `ports`, from which the programs subtract those that close."""
         for network, port, pid, comm in listeners[
             ["network", "local_port", "pid", "comm"]
         ].tolist():
@@ -173,7 +174,7 @@ class DiagConnections:
             self._write(self._ports, (network, port), (pid, count, comm))
 
     def _tell(self, found: NDArray[Any]) -> list[bool]:
-        """Whether there was room, of each."""
+        """Whether the map had room, for each connection."""
         return [
             self._write(self._found_map, cookie, (pid, comm))
             for cookie, pid, comm in found[["cookie", "pid", "comm"]].tolist()
@@ -191,13 +192,13 @@ class DiagConnections:
 
 
 def _socket_owners(tgids: Iterable[int]) -> dict[int, int]:
-    """By the inode of a socket, the first of these processes that has it open. Of a process that
-    may not be looked into, none."""
+    """By the inode of a socket, the first of these processes that has it open. Processes that may
+    not be inspected are left out."""
     owners: dict[int, int] = {}
     for tgid in sorted(tgids):
         with suppress(OSError):
             for entry in (PROC / str(tgid) / "fd").iterdir():
-                with suppress(OSError):  # it is closed meanwhile
+                with suppress(OSError):  # it was closed meanwhile
                     if socket := _SOCKET.fullmatch(str(entry.readlink())):
                         owners.setdefault(int(socket[1]), tgid)
     return owners
@@ -211,7 +212,7 @@ def _network_of(tgid: int | str) -> int | None:
 
 
 def _networks(tgids: Iterable[int]) -> dict[int, set[int]]:
-    """The network namespaces of these processes, each with those that are in it."""
+    """The network namespaces of these processes, each with its processes."""
     found: dict[int, set[int]] = {}
     for tgid in tgids:
         if (network := _network_of(tgid)) is not None:
@@ -220,7 +221,7 @@ def _networks(tgids: Iterable[int]) -> dict[int, set[int]]:
 
 
 def _identified(sockets: NDArray[Any], dtype: np.dtype[Any], network: int) -> NDArray[Any]:
-    """SOCKETS as struct tcp_connection, with all that does not change of them."""
+    """SOCKETS as struct tcp_connection, with everything that does not change."""
     message = sockets["socket"]
     records = np.zeros(len(sockets), dtype)
     for name in ("cookie", "state", "local_port", "remote_port"):
@@ -241,7 +242,7 @@ def _under_way(sockets: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _role_by_numbering(sockets: NDArray[Any]) -> NDArray[np.int64]:
-    """role_by_numbering of connections.bpf.h."""
+    """See role_by_numbering in connections.bpf.h."""
     info, state = sockets["info"], sockets["socket"]["state"]
     payload = info["bytes_sent"].astype(np.int64) - info["bytes_retransmitted"].astype(np.int64)
     fin_sent = ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
@@ -251,7 +252,7 @@ def _role_by_numbering(sockets: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
-    """Sets what the kernel counts in RECORDS, whose role is known: refresh of connections.bpf.h."""
+    """Sets the kernel's counters in RECORDS, whose role is known, as `refresh` does."""
     info, state = sockets["info"], sockets["socket"]["state"]
     for name in (
         "bytes_retransmitted", "segments_sent", "segments_received", "retransmits", "rtt_min_us",
@@ -276,7 +277,7 @@ def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
 
 
 def _ends_of(records: NDArray[Any]) -> NDArray[Any]:
-    """Both ends and the network of connections, as byte strings, which numpy can compare."""
+    """Both ends and the network of connections, as byte strings that numpy can compare."""
     columns = [
         np.frombuffer(records[name].tobytes(), np.uint8).reshape(
             len(records), records.dtype[name].itemsize

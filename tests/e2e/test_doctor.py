@@ -135,8 +135,8 @@ def test_a_loader_that_is_forced_and_cannot_be_used_is_told_with_the_way_out() -
     returncode, checks = examined(CORAL__LOADER="bcc", **without("bcc"))
     assert returncode == 1
     assert checks["syscall_stats"][1] == (
-        "cannot run here: no loader (bcc: switched off by CORAL_WITHOUT; `loader: auto` takes core "
-        "here)"
+        "cannot run here: no loader (bcc: switched off by CORAL_WITHOUT; `loader: auto` chooses "
+        "core here)"
     )
 
 
@@ -275,5 +275,5 @@ def test_a_start_with_a_forced_loader_that_cannot_be_used_says_why(tmp_path: Pat
     assert (tap.returncode, tap.stdout) == (1, "")
     assert tap.stderr == (
         "coral: this cannot run here: syscall_stats: no loader (bcc: switched off by "
-        "CORAL_WITHOUT; `loader: auto` takes core here)\n"
+        "CORAL_WITHOUT; `loader: auto` chooses core here)\n"
     )

@@ -52,13 +52,13 @@ CALLS: Final = 1_000
 HEADERS: Final = Path("/usr/src")
 LOADING: Final = "loading syscall_stats.bpf.o"
 MEMORY: Final = (
-    "there is no memory left for it: ask for smaller buffers, or raise the agent's MemoryMax, its "
+    "there is not enough memory: ask for smaller buffers, or raise the agent's MemoryMax or its "
     "container's limit"
 )
-FILES: Final = "the agent has as many files open as it may: raise its LimitNOFILE (ulimit -n)"
+FILES: Final = "the agent has reached its limit of open files: raise LimitNOFILE (ulimit -n)"
 PERMISSION: Final = (
-    "it takes CAP_BPF and CAP_PERFMON, no policy or lockdown of the kernel against it, and for "
-    "memory that is locked CAP_IPC_LOCK or a LimitMEMLOCK that is large enough"
+    "it needs CAP_BPF and CAP_PERFMON, must not be forbidden by a security policy or kernel "
+    "lockdown, and for locked memory needs CAP_IPC_LOCK or a sufficient LimitMEMLOCK"
 )
 # What a refusal may begin with.
 STEPS: Final = (

@@ -1,4 +1,4 @@
-"""Fixtures of tests of connections."""
+"""Fixtures for tests of connections."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_ring_that_wraps_loses_nothing_while_it_is_drained(loaded_object: BpfO
     with loaded_object.ring("ring", "record") as ring:
         loaded_object.attach()
         seen = []
-        for _ in range(100):  # 4,800 bytes a round would not fit: it wraps every second round
+        for _ in range(100):  # 4,800 bytes per round do not fit: it wraps every second round
             call_getppid(50)
             seen += ring.drain()["seq"].tolist()
         assert seen == list(range(5_000))
@@ -183,7 +183,7 @@ def kernel_release() -> tuple[int, ...]:
 def test_the_kernel_says_what_an_object_costs(loaded_object: BpfObject) -> None:
     assert loaded_object.map_memory_bytes > 20_000 * 8
     told = loaded_object.program_stats()[PROGRAM].verified_instructions
-    assert told > 10 or (told == 0 and kernel_release() < (5, 16))  # which brought the figure
+    assert told > 10 or (told == 0 and kernel_release() < (5, 16))  # older kernels do not report it
 
 
 def test_an_unknown_program_option_or_map_is_named(ring_object: Path) -> None:

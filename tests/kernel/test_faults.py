@@ -1,4 +1,4 @@
-"""The ground floor when descriptors run out or go: no figure is made up, and nothing is left."""
+"""The ground floor without descriptors: no figure is made up, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def watching() -> Iterator[BpfObject]:
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """In the block, this process can open nothing."""
+    """Within the block, this process cannot open anything."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:

@@ -13,7 +13,7 @@ import pytest
 from tests.support import ROOT, Puppet, wait_until
 from tests.tracefs import OURS, TRACEFS, mount_source
 
-# A test that says that it runs, runs on until it may end, and has tracefs all the time.
+# A test that reports that it runs, then waits until it may end, and has tracefs all the time.
 SMALL_TEST = f"""
 from pathlib import Path
 from tests.support import wait_until

@@ -36,7 +36,7 @@ def request(puppet: Puppet, duration_s: float | None = None, **config: str) -> S
 
 
 async def all_rows(session: Session) -> list[pb.SyscallStats]:
-    """Every row that a subscriber gets, to the session's end."""
+    """All rows that a subscriber gets until the session ends."""
     return [
         row
         async for frame in session.subscribe()

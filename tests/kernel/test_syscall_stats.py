@@ -28,7 +28,7 @@ def collecting(**config: str) -> Iterator[SyscallStatsCollector]:
 
 
 def rows_until_exit(collector: SyscallStatsCollector, running: Calls) -> list[pb.SyscallStats]:
-    """Lets it run, drains many times meanwhile and once after its end."""
+    """Lets it run, draining many times while it runs and once after its end."""
     running.go()
     rows: list[pb.SyscallStats] = []
     drains = 0
@@ -77,13 +77,13 @@ def test_total_time_is_what_the_program_measured(calls: Callable[..., Calls]) ->
     assert sum(row.total_duration_ns for row in rows) == pytest.approx(
         made.ns["nanosleep"], rel=0.02 * PATIENCE
     )
-    # Not one is below its millisecond: from 2^19 ns on.
+    # None is shorter than its millisecond: slots from 2^19 ns.
     first = rows[0].latency_ns.first_exponent
     assert sum(sum(row.latency_ns.counts[19 - first :]) for row in rows) == 1_000
     assert min(row.max_duration_ns for row in rows if row.call_count) >= 1_000_000
 
 
-# arm64's programs cannot call the 32-bit way, but there are programs of 32 bits: this one calls
+# A 64-bit program on arm64 cannot make 32-bit calls, but there are 32-bit programs: this one calls
 # getppid 1,000 times, which has the same number as on x86.
 ARM32 = """
         .globl _start
@@ -221,6 +221,6 @@ def test_a_full_map_is_counted(calls: Callable[..., Calls]) -> None:
         running.finish()
         batch = collector.drain()
     rows = summaries(batch)
-    # The program makes its last write for its own report.
+    # The last write is the program's own report.
     assert totals(rows) == {"openat": 5}
     assert batch.losses == {pb.Loss.STAGE_MAP_FULL: 1_000 + 50 + 1}

@@ -1,4 +1,4 @@
-"""`tcp_metrics` against what nobody here wrote: the programs' own byte counts, `ss`, `nstat`."""
+"""`tcp_metrics` against independent figures: the programs' own byte counts, `ss`, `nstat`."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_figures_are_those_of_ss(sides: tuple[Side, Side], pair: tuple[Puppet, P
 def _differing(
     seen: Seen, ports: tuple[int, int], fields: dict[str, str]
 ) -> Iterator[tuple[str, tuple[object, object]]]:
-    """What the row of a connection and `ss` say of it, where it is not the same."""
+    """The figures of a connection in which its row and `ss` differ."""
     row = seen.last(local_port=ports[0], remote_port=ports[1])
     assert row
     rtt, variation = (round(float(part) * 1000) for part in fields["rtt"].split("/"))
@@ -232,7 +232,7 @@ def test_how_it_ended(
         assert (at_client.pid, at_server.pid) == (client_pid, server.pid)
         assert at_client.state == at_server.state == pb.TCP_STATE_CLOSE
         assert at_server.error == error
-        assert at_client.reset_reason in ("", reason)  # before Linux 6.10 the kernel does not say
+        assert at_client.reset_reason in ("", reason)  # kernels before 6.10 do not report it
         assert at_client.total.resets_sent == at_server.total.resets_received == bool(error)
         if act is shut_down:
             assert at_client.total.bytes_received == at_server.total.bytes_acked == 1000
@@ -246,7 +246,7 @@ def test_both_close_at_once(sides: tuple[Side, Side], pair: tuple[Puppet, Puppet
         with sides[0].dropping("tcp flags fin drop"), sides[1].dropping("tcp flags fin drop"):
             client.do("c.close()")
             server.do("s.close()")
-        # Whose FIN came first knows no better than that the other one followed.
+        # The side whose FIN came first only sees that the other one followed.
         ends = {seen.ended(role=CLIENT).end, seen.ended(role=SERVER).end}
         assert pb.TCP_END_FIN_BOTH in ends <= {pb.TCP_END_FIN_BOTH, pb.TCP_END_FIN_LOCAL}
 
@@ -270,7 +270,7 @@ def test_a_connection_that_fails(sides: tuple[Side, Side], pair: tuple[Puppet, P
         assert (timed_out.end, timed_out.error) == (pb.TCP_END_TIMEOUT, "ETIMEDOUT")
         assert timed_out.duration_ns > 150e6
         seen.rows.clear()
-        # Given up by the program, before anybody answered.
+        # Given up by the program, before there was an answer.
         with sides[1].dropping("tcp flags syn drop"):
             client.do(attempt.format(f"setblocking(False); c.connect_ex(({sides[1].v4!r}, 9))"))
             client.do("c.close()")
@@ -327,7 +327,7 @@ def test_a_socket_that_is_passed_on_belongs_to_who_uses_it(watched: str, tmp_pat
 def test_a_child_that_inherits_owns_what_it_uses() -> None:
     with puppets(2) as (client, server), following(server) as seen:
         connected(client, server, "127.0.0.1")
-        # The child answers and ends; the parent has let go before.
+        # The child answers and ends; the parent has closed the socket before.
         server.do("r, w = os.pipe()")
         server.do(
             "exec('if not (child := os.fork()):\\n os.read(r, 1)\\n"
@@ -410,10 +410,10 @@ def test_a_connection_that_was_there_before_has_its_totals() -> None:
                 assert row.total.bytes_sent == (70_000 if role == CLIENT else 0)
                 assert row.total.bytes_acked == row.total.bytes_sent
                 assert row.total.bytes_received == (70_000 if role == SERVER else 0)
-                # What was before is of no interval.
+                # What it carried before counts in no interval.
                 assert not row.delta.ByteSize()
                 assert not row.opened
-            # A listener that was there is known too: what it takes in has a beginning.
+            # An earlier listener is known, too: connections that it accepts have a beginning.
             client.do("d = socket.socket(); d.connect(c.getpeername())")
             seen.until(lambda: seen.last(role=SERVER, opened=1))
             assert seen.last(role=SERVER, opened=1).pid == server.pid  # type: ignore[union-attr]
@@ -480,7 +480,7 @@ def test_every_connection_of_a_burst_is_accounted() -> None:
 
 
 def events_of(collector: TcpMetricsCollector) -> tuple[list[dict[str, int]], list[str]]:
-    """What is in the ring, as rows with the names of things."""
+    """The records in the ring, as rows with names."""
     batch = collector.drain()
     assert isinstance(batch.rows, EventRows)
     assert not batch.losses
@@ -592,7 +592,7 @@ def test_peers_add_up_their_connections() -> None:
         assert ours.ends == {"fin_local": 1, "refused": 1}
         assert ours.failures == {"ECONNREFUSED": 1}
         assert theirs.ends == {"fin_remote": 1}
-        # One is open still.
+        # One is still open.
         assert ours.delta.bytes_sent == theirs.delta.bytes_received == 1200
 
 
@@ -624,7 +624,7 @@ def test_others_are_not_seen() -> None:
 
 
 def exposed(measures: Measures) -> str:
-    """What a scrape of MEASURES gives."""
+    """The text of a scrape of MEASURES."""
     registry = CollectorRegistry()
     registry.register(measures)
     return generate_latest(registry).decode()
@@ -693,7 +693,7 @@ def test_an_end_is_told_once_however_long_the_process_keeps_the_socket() -> None
     with puppets(2) as (client, server), following(server) as seen:
         connected(client, server, "127.0.0.1")
         reset(client, server)
-        row = seen.ended()  # the server has not looked yet
+        row = seen.ended()  # the server has not read yet
         assert (row.end, row.error) == (pb.TCP_END_RESET_REMOTE, "ECONNRESET")
         server.do("s.close()")
         port = listen(server, "127.0.0.1")
@@ -748,7 +748,7 @@ def test_connections_beyond_the_map_are_losses() -> None:
 
 @pytest.mark.parametrize("by", ["host", "comm", "cgroup"])
 def test_whom_it_watches(by: str) -> None:
-    """Of a machine with other traffic, here are the rows of our own processes alone."""
+    """On a machine with other traffic, only rows of our own processes are checked."""
     with puppets(2) as (client, server):
         config = {"host": {"scope": "host"}, "comm": {"comm": "puppeteer"}}.get(by, {})
         client.do("open('/proc/self/comm', 'w').write('puppeteer')")

@@ -1,4 +1,4 @@
-"""`tcp_metrics` where no program can walk through files: sock_diag finds what was there before."""
+"""`tcp_metrics` without iterators: sock_diag finds the connections that were open before."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def asking(
 
 
 def untold(seen: Seen) -> int:
-    """How many sockets the programs have not taken over."""
+    """The number of sockets that the programs have not taken over."""
     return len(seen.collector.bpf_object.map("found").read()[0])
 
 
 def all_acknowledged(puppet: Puppet, name: str) -> None:
-    """Waits until the peer has everything (SIOCOUTQ)."""
+    """Waits until the peer has received everything (SIOCOUTQ)."""
     puppet.do("import fcntl, struct")
     left = f"struct.unpack('i', fcntl.ioctl({name}.fileno(), 0x5411, bytes(4)))[0]"
     wait_until(lambda: number(puppet, left) == 0)
@@ -102,7 +102,7 @@ def test_an_idle_connection_has_its_totals(
         assert not seen.lost
 
 
-# What each side does before the collector starts, and the states that this leads to.
+# What each side does before the collector starts; it leads to different states.
 HISTORIES = {
     "nothing": ("", ""),
     "data": ("c.sendall(bytes(1000))", "s.recv(1000); s.sendall(bytes(7))"),
@@ -149,7 +149,7 @@ def _comparable(seen: Seen, role: int) -> pb.TcpMetrics:
     assert not row.end  # half closed is open
     same = pb.TcpMetrics()
     same.CopyFrom(row)
-    # The kernel tells this by sock_diag in whole quarters.
+    # sock_diag reports it rounded.
     same.ClearField("rtt_variation_us")
     if not has_cookies():
         same.ClearField("connection_id")
@@ -163,7 +163,7 @@ def test_a_pure_sender_is_exact(without: tuple[str, ...], pair: tuple[Puppet, Pu
     client.do("c.sendall(bytes(1000))")
     all_acknowledged(client, "c")
     with asking(client, without=without) as seen:
-        client.do("c.sendall(bytes(50))")  # before anybody has looked
+        client.do("c.sendall(bytes(50))")  # before the first drain
         all_acknowledged(client, "c")
         seen.until(lambda: seen.rows and seen.rows[-1].total.bytes_sent == 1050)
         assert sum(row.delta.bytes_sent for row in seen.rows) == 50
@@ -241,7 +241,7 @@ def test_a_listener_has_its_connections_at_once(
         server.do(f"m = socket.create_server(('127.0.0.1', {port}), reuse_port=True)")
     with asking(server, without=without) as seen:
         ports = seen.collector.bpf_object.map("ports")
-        # Nobody accepts: it is the listener's by its port.
+        # Nothing accepts it: by its port it belongs to the listener.
         client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
         seen.until(lambda: seen.last(role=SERVER))
         row = seen.last(role=SERVER)
@@ -303,7 +303,7 @@ def test_in_other_namespaces(sides: tuple[Side, Side]) -> None:
                 inode = number(puppet, "os.stat('/proc/thread-self/ns/net').st_ino")
                 assert rows[puppet.pid].network_namespace == inode
             assert rows[client.pid].remote_address == right.v6
-            # Its namespace is not kept: what is in it ends with its processes.
+            # Nothing else keeps its namespace, which ends with its processes.
             send(client, "c", server, "s", 5)
             seen.until(lambda: (row := seen.last(pid=server.pid)) and row.delta.bytes_received)
             row = seen.last(pid=server.pid)
@@ -328,8 +328,8 @@ def test_a_connection_that_is_being_made(
             assert (row.role, row.end) == (CLIENT, pb.TCP_END_ABORTED)
 
 
-# Not of plain tracepoints: the kernel leaves their programs out where another is at work on that
-# CPU, or a map is read. Under emulation the end of one connection was missing, in two runs of four.
+# Not with plain tracepoints: the kernel skips their programs while another one runs on that CPU, or
+# while a map is read. Under emulation the end of one connection was missing in two runs of four.
 @pytest.mark.long
 @pytest.mark.parametrize("rung", ["best", "raw_tp", "oldest"])
 def test_many_that_wake_up_while_they_are_read_are_told_once(

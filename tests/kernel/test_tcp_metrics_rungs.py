@@ -1,5 +1,5 @@
-"""The same traffic gives the same figures on every rung: what a kernel lacks costs speed, or comes
-later, and is never wrong."""
+"""The same traffic gives the same figures on every rung: what a kernel lacks costs speed or time,
+and never makes a figure wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import RUNGS, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-# It keeps no state of threads; and there is more than one way to read open connections.
+# `tcp_metrics` has no thread state, and several ways to read open connections.
 TCP_RUNGS = {
     **{name: RUNGS[name] for name in ("best", "raw_tp", "tracepoint", "perf_buffer")},
     "run": ("map_iterator",),
@@ -56,8 +56,8 @@ def test_bytes_and_ends_are_exact(without: tuple[str, ...]) -> None:
         send(client, "c", server, "s", 100)
         with following_without(without, client, server) as collector:
             seen = Seen(collector)
-            send(client, "c", server, "s", 50)  # one that was there before
-            # Without walks a listener that was there is not known.
+            send(client, "c", server, "s", 50)  # an earlier connection
+            # An earlier listener is not known on every rung.
             server.do("m = socket.create_server(('127.0.0.1', 0))")
             port = number(server, "m.getsockname()[1]")
             client.do(f"d = socket.create_connection(('127.0.0.1', {port}))")
@@ -87,8 +87,8 @@ COUNTED = (
 
 @pytest.mark.parametrize("without", [(), ("map_iterator",)], ids=["best", "run"])
 def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, ...]) -> None:
-    """Read as often as can be while connections open, change state and end, and while the memory
-    of their sockets becomes that of others."""
+    """Readings as frequent as possible, while connections open, change state and end, and while
+    other sockets reuse their memory."""
     loop = f"for _ in range({CONNECTIONS}):\n "
     accept = loop + "s, _ = l.accept()\n while s.recv(65536): pass\n s.close()"
     connect = loop + "c = socket.create_connection(a)\n " + "c.send(b'x' * 250)\n " * SENDS
@@ -132,7 +132,7 @@ def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, .
 def live_reader(
     collector: TcpMetricsCollector, without: tuple[str, ...]
 ) -> bpf.Walk | bpf.ElementReader | None:
-    """What reads the open connections of COLLECTOR, if a program does."""
+    """The reader of the open connections of COLLECTOR, if a program reads them."""
     steps = TcpMetricsCollector.support(bpf.probe().without(*without)).steps
     (taken,) = (step.taken for step in steps if step.what == "connections")
     its, record, keys = collector.bpf_object, "tcp_connection", "connections"
@@ -196,7 +196,7 @@ def test_every_change_of_state_is_an_event(without: tuple[str, ...]) -> None:
         }
 
 
-# As the structs of tcp_metrics.bpf.c and targets.bpf.h have them.
+# As in the structs of tcp_metrics.bpf.c and targets.bpf.h.
 ARGUMENTS = {
     "sock/inet_sock_set_state": {"skaddr": (8, 8), "oldstate": (16, 4), "newstate": (20, 4)},
     "tcp/tcp_destroy_sock": {"skaddr": (8, 8)},

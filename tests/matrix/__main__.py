@@ -1,4 +1,4 @@
-"""`python -P -m tests.matrix [KERNEL...]`: runs the matrix, prints and keeps its table."""
+"""`python -P -m tests.matrix [KERNEL...]`: runs the matrix, prints and saves its table."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.matrix.report import Outcome, instructions, table
 from tests.matrix.rows import HOST, KERNELS, Row, rows_of
 from tests.matrix.run import GUEST_MEMORY_MIB, missing_packages, run_guest, run_here
 
-# A boot takes less than a row: many rows of one kernel are shared among guests, for each CPU one.
+# A boot takes less time than a row: many rows of one kernel are divided among several guests.
 _ROWS_A_GUEST: Final = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One guest to be, or why it cannot."""
+    """One guest to boot, or why it cannot."""
 
     name: str
     kernel: Kernel | None
@@ -33,7 +33,7 @@ class Plan:
 
 
 def plans(names: Sequence[str]) -> Iterator[Plan]:
-    """The guests for the kernels of those names."""
+    """The guests for the kernels NAMES."""
     for name in names:
         rows = rows_of(name)
         try:
@@ -47,13 +47,13 @@ def plans(names: Sequence[str]) -> Iterator[Plan]:
 
 
 def at_once() -> int:
-    """How many guests run beside each other: as many as there are CPUs, and memory for."""
+    """The number of concurrent guests: as many as CPUs and memory allow."""
     fitting = psutil.virtual_memory().available // ((GUEST_MEMORY_MIB + 256) << 20)
     return max(1, min(len(os.sched_getaffinity(0)), fitting))
 
 
 async def run(names: Sequence[str]) -> list[Outcome]:
-    """Runs every row of the kernels of those names, and says what comes of each as it ends."""
+    """Runs every row of the kernels NAMES, and prints the outcome of each as it ends."""
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -83,7 +83,7 @@ async def run(names: Sequence[str]) -> list[Outcome]:
 
 
 def main() -> int:
-    """0 where every row ran and nothing failed."""
+    """0 if every row ran and nothing failed."""
     names = tuple(dict.fromkeys(sys.argv[1:])) or KERNELS
     if os.geteuid() != 0:
         print("the kernel tests need root, in a guest as here: run this as root", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Kernels to boot: Debian's, unpacked from their packages, or any by its path.
+"""Kernels to boot: those of Debian, unpacked from their packages, or any, by its path.
 
 Nothing is installed: `apt-get download` and `dpkg-deb -x` fill build/kernels/NAME, whose `tree` is
 what the packages would have put into the root file system. `root` is that file system where it
@@ -24,29 +24,29 @@ _MODULES: Final = Path("usr/lib/modules")
 
 @dataclass(frozen=True)
 class Machine:
-    """What QEMU emulates, and where things lie in a guest."""
+    """The machine that QEMU emulates, and the paths in its guests."""
 
     qemu: str
     package: str
-    """Debian's, that has QEMU for it."""
+    """The Debian package of its QEMU."""
     options: tuple[str, ...]
     parameters: str
-    """The kernel's."""
+    """The parameters of the kernel."""
     project: Path = ROOT
     python: str = sys.executable
     debian: str = ""
-    """Debian's name of the processor, where it is not this machine's: guests have a root file
-    system of their own then."""
+    """Debian's name of the architecture if it is not this machine's: guests then have a root file
+    system of their own."""
     wheels: str = ""
-    """Python's name of it."""
+    """Python's name of the architecture."""
     bpf: str = ""
-    """That of the eBPF programs' headers."""
+    """The name of the architecture in headers of eBPF programs."""
     slowness: int = 1
     """How much longer a row may take."""
 
 
-# With a newer processor, Debian 12's QEMU 7.2 makes numpy's sort and sums go astray, by AVX we
-# think.
+# With a newer processor under Debian 12's QEMU 7.2, numpy sorts and sums wrongly, probably because
+# of AVX.
 X86: Final = Machine(
     "qemu-system-x86_64",
     "qemu-system-x86",
@@ -68,8 +68,8 @@ ARM64: Final = Machine(
 
 
 class _Debian(NamedTuple):
-    """A series and Debian's meta package of it; the suite where this machine's own has it no longer
-    or not yet; the machine that it is for."""
+    """A series and its meta package in Debian; the suite, if this machine's own does not have it;
+    the machine that it is for."""
 
     series: str
     meta: str
@@ -87,7 +87,7 @@ _DEBIAN: Final = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What QEMU is given, and what the guest lays over the root file system."""
+    """The files for QEMU, and those that the guest adds to its root file system."""
 
     name: str
     image: Path
@@ -97,12 +97,12 @@ class Kernel:
 
     @property
     def modules(self) -> Path | None:
-        """`.../lib/modules/RELEASE`; None where everything is built in."""
+        """`.../lib/modules/RELEASE`; None if everything is built in."""
         return next((path for path in (self.tree / _MODULES).glob("*") if path.is_dir()), None)
 
     @property
     def busybox(self) -> Path:
-        """A busybox that its processor runs, linked statically."""
+        """A statically linked busybox for its architecture."""
         return self.root / "bin/busybox"
 
 
@@ -122,12 +122,12 @@ def kernel(name: str) -> Kernel:
 
 
 def _by_path(image: Path) -> Kernel:
-    """An image with lib/modules/RELEASE beside it; or with virtio over PCI, 9p and overlayfs built
-    in, and nothing beside it."""
+    """An image with lib/modules/RELEASE beside it, or one with virtio over PCI, 9p and overlayfs
+    built in."""
     tree = KERNELS_DIRECTORY / image.name / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
-    beside = image.parent / "lib/modules"  # as `make modules_install INSTALL_MOD_PATH=...` has it
+    beside = image.parent / "lib/modules"  # as from `make modules_install INSTALL_MOD_PATH=...`
     if beside.is_dir():
         shutil.copytree(beside, tree / _MODULES, symlinks=True)
     return Kernel(image.name, image, tree)
@@ -179,7 +179,7 @@ def _headers(options: Sequence[str], release: str) -> list[str]:
 
 
 def _merge_usr(tree: Path) -> None:
-    """Moves /lib to /usr/lib, of which it is a link in the root file system it is laid over."""
+    """Moves /lib to /usr/lib, because /lib is a link to it in the guest's root file system."""
     for path in (tree / "lib").glob("*"):
         target = tree / "usr/lib" / path.name
         target.parent.mkdir(exist_ok=True)
