@@ -411,7 +411,7 @@ def test_a_reader_that_closes_the_pipe_leaves_no_collector(agent: RunningAgent) 
         (("--syscall-stats",), "name one thing to watch"),
         (("--syscall-stats", "--host", "pid:1"), "name one thing to watch"),
         (("--syscall-stats", "pid:1", "--", "true"), "name one thing to watch"),
-        (("pid:1",), "name what to collect: --syscall-stats or --tcp-metrics"),
+        (("pid:1",), "name what to collect: --syscall-stats"),
         (("pid:1", "--syscall-stats", "--tcp-metrics"), "name what to collect: "),
         (("pid:1", "--syscall-stats", "--resolve"), "--resolve goes with --tcp-metrics"),
         (("--syscall-stats", "pid:1", "-d", "soon"), "'soon' is not a duration; give 500ms, 30s"),
