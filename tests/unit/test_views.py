@@ -71,7 +71,7 @@ TOY = View(
     cheaper="sample less often with --frequency",
 )
 REAL = (pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, pb.EBPF_COLLECTOR_KIND_TCP_METRICS)
-WITH_TOY = {**{kind: VIEWS[kind] for kind in REAL}, TOY.kind: TOY}
+WITH_TOY: dict[int, View] = {**{kind: VIEWS[kind] for kind in REAL}, TOY.kind: TOY}
 
 
 @pytest.fixture
