@@ -322,15 +322,16 @@ def test_what_top_leaves_out_is_the_last_row(agent: RunningAgent) -> None:
         puppet.do("for _ in range(100): os.getppid(); os.getpid(); os.stat('/'); os.getcwd()")
         running.send_signal(signal.SIGINT)
         out, _ = running.communicate(timeout=10)
-    (interval,) = (
-        block
-        for block in out.strip().split("\n\n")
-        if "getppid" in block or "other" in block
-        if not block.startswith("totals")
-    )
-    names = [line.split()[0] for line in interval.splitlines()[2:]]
-    assert names[-1] == "other"
-    assert 2 <= len(names) <= 3
+    *intervals, totals = [block.splitlines()[1:] for block in out.strip().split("\n\n")]
+    left_out = 0
+    for lines in intervals:
+        names = list(table_rows(lines))
+        assert len(names) <= 3
+        assert "other" not in names[:-1]
+        left_out += number(table_rows(lines).get("other", ["0"])[0])
+    rows = table_rows(totals)
+    assert list(rows)[-1] == "other"
+    assert number(rows["other"][0]) == left_out > 100
 
 
 def test_a_preempted_tap_fails_and_says_what_would_help(tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ def test_a_reader_that_closes_the_pipe_leaves_no_collector(agent: RunningAgent) 
         (("--syscall-stats",), "name one thing to watch"),
         (("--syscall-stats", "--host", "pid:1"), "name one thing to watch"),
         (("--syscall-stats", "pid:1", "--", "true"), "name one thing to watch"),
-        (("pid:1",), "name what to collect: --syscall-stats or --tcp-metrics"),
+        (("pid:1",), "name what to collect: --syscall-stats"),
         (("pid:1", "--syscall-stats", "--tcp-metrics"), "name what to collect: "),
         (("pid:1", "--syscall-stats", "--resolve"), "--resolve goes with --tcp-metrics"),
         (("--syscall-stats", "pid:1", "-d", "soon"), "'soon' is not a duration; give 500ms, 30s"),
@@ -581,6 +582,20 @@ def test_collectors_of_any_name_are_listed_within_the_terminal(
     assert max(map(len, shown.stdout.splitlines())) <= columns
     assert re.search(r" 4m[345]\ds\b", shown.stdout)
     assert len(whole.stdout.splitlines()) == 2
+
+
+def test_a_continuous_collector_is_listed_without_an_end(tmp_path: Path) -> None:
+    with Puppet() as puppet:
+        config = {
+            "continuous": [
+                {"kind": "syscall_stats", "service": "shop", "config": {"pid": str(puppet.pid)}}
+            ]
+        }
+        with running_agent(tmp_path / "agent", config) as always:
+            wait_until(lambda: collectors_at_work(always))
+            header, row = run("collectors", "--agent", always.address).stdout.splitlines()
+    shown = dict(zip(re.split(" {2,}", header), re.split(" {2,}", row), strict=True))
+    assert (shown["SERVICE"], shown["ENDS IN"]) == ("shop", "never")
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
