@@ -1,28 +1,72 @@
-"""The README's example program runs."""
+"""The README's example programs run, and report every call."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
 import pytest
 
-from tests.support import ROOT, Calls
+from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import ROOT, Calls, running_agent, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
+CALLS: Final = 200_000
 
-def test_the_library_example_watches_prints_and_stops(calls: Callable[..., Calls]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    running = calls("getppid", 100_000_000)
-    running.go()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-P", "-c", example.replace("1234", str(running.pid))],
-        capture_output=True, text=True, cwd=ROOT, timeout=30, check=True,
+
+@contextmanager
+def example(
+    module: str, running: Calls, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The program of the README that imports MODULE, started on RUNNING."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (program for program in programs if f"from {module} import" in program)
+    assert code.count('"1234"') == 1
+    started = subprocess.Popen(
+        [sys.executable, "-W", "error", "-P", "-c", code.replace("1234", str(running.pid))],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, **(environment or {})},
     )  # fmt: skip
-    capabilities, *frames = [line for line in done.stdout.splitlines() if "session" not in line]
-    assert "'syscall_stats': Support(supported=True, hook='tp_btf'" in capabilities
-    assert len(frames) == 3
-    assert all(frame.startswith("[('getppid', ") for frame in frames)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def assert_it_reports(started: subprocess.Popen[str], calls_made: int) -> None:
+    out, err = started.communicate(timeout=30)
+    assert (started.returncode, err) == (0, "")
+    counts = re.findall(r"^getppid (\d+)$", out, re.MULTILINE)
+    assert sum(map(int, counts)) == calls_made
+
+
+def test_the_library_example_reports_every_call(calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", CALLS)
+    with example("coral.agent", running) as started:
+        assert started.stdout
+        for line in started.stdout:
+            if "session started" in line:
+                break
+        running.go()
+        running.finish()
+        assert_it_reports(started, CALLS)
+
+
+def test_the_client_example_reports_every_call(tmp_path: Path, calls: Callable[..., Calls]) -> None:
+    running = calls("getppid", CALLS)
+    with (
+        running_agent(tmp_path / "agent") as agent,
+        example("coral.client", running, {"CORAL_AGENT": agent.address}) as started,
+    ):
+        wait_until(lambda: agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors)
+        running.go()
+        running.finish()
+        assert_it_reports(started, CALLS)
