@@ -199,7 +199,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     add_toy(root)
     with_toy = contents(root)
     assert changed(before, with_toy) == (NEW_FILES, CHANGED_FILES)
-    made.run(sys.executable, "-P", "build_hook.py")
+    made.run(sys.executable, "-P", "-c", "import build_hook; build_hook.build_all()")
     assert contents(root) == with_toy
     assert (root / "bpf/programs/toy/toy.bpf.o").exists()
     made.run(sys.executable, "-P", "docs/generate.py")
@@ -278,9 +278,9 @@ def test_the_command_line_shows_it(copy: Copy, agent: RunningAgent) -> None:
     capabilities = copy.run(*coral("capabilities"), "--agent", agent.address)
     assert re.search(r"^toy +yes", capabilities, re.MULTILINE)
     code = "import os; [os.waitpid(os.fork() or os._exit(0), 0) for _ in range(6)]"
-    told = copy.run(*command, "--toy", "--", sys.executable, "-c", code)
+    told = copy.run(*command, "--toy", "--", sys.executable, "-P", "-c", code)
     assert re.search(r"^python\S* +6$", told.split("COMMAND")[-1], re.MULTILINE), told
-    lines = copy.run(*command, "--toy", "--events", "--", sys.executable, "-c", code)
+    lines = copy.run(*command, "--toy", "--events", "--", sys.executable, "-P", "-c", code)
     assert len(re.findall(r"^python\S*/\d+ forked \d+$", lines, re.MULTILINE)) == 6
     assert "Children that processes fork." in copy.run(*coral("tap"), "--help")
 
