@@ -1,4 +1,4 @@
-"""Fixtures of tests of connections."""
+"""Fixtures for tests of connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import Puppet
 
 @pytest.fixture(scope="module")
 def sides() -> Iterator[tuple[Side, Side]]:
-    """Two network namespaces with a cable between them."""
+    """Two network namespaces, connected by a virtual cable."""
     with two_sides() as pair:
         yield pair
 

@@ -1,4 +1,5 @@
-"""The ground floor when descriptors run out or go: no figure is made up, and nothing is left."""
+"""`coral.bpf` when descriptors run out or disappear: no figure is invented, and nothing is left
+behind."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def watching() -> Iterator[BpfObject]:
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """In the block, this process can open nothing."""
+    """For the duration of the block, this process can open no file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -62,7 +63,7 @@ def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
 def test_a_ring_that_cannot_be_opened_leaves_no_mapping(watching: BpfObject) -> None:
     with no_descriptors(), pytest.raises(LoadError, match="opening the ring buffer ring: EMFILE"):
         watching.ring("ring", "syscall_call")
-    # Two pages that cannot be mapped behind the first one that can.
+    # The first page can be mapped, the two after it cannot.
     with pytest.raises(OSError, match="Invalid argument"):
         RingReader(watching.map_fd("ring"), 1 << 30, np.dtype(np.uint64))
     assert "bpf-map" not in Path("/proc/self/maps").read_text()

@@ -1,4 +1,4 @@
-"""The matrix: which kernel tests run where, and what is taken away from them there."""
+"""The matrix: which kernel tests run on which kernel, and without which features."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ HOST: Final = "host"
 
 @dataclass(frozen=True)
 class Row:
-    """One run of pytest. The rung says in words what the rest brings about."""
+    """One run of pytest. The rung describes in words what the other fields cause."""
 
     kernel: str
     rung: str = "best"
     loader: str = "core"
     without: str = ""
-    """Names of bpf/probing/features.py that are taken as missing, by commas."""
+    """Features that count as missing: names of bpf/probing/features.py, separated by commas."""
     hide_btf: bool = False
-    """Nothing under /sys/kernel/btf: not for libbpf either."""
+    """Hides /sys/kernel/btf, from libbpf too."""
     memlock_kib: int | None = None
     tests: tuple[str, ...] = ("tests/kernel",)
-    """Arguments of pytest."""
+    """Arguments for pytest."""
     optional: bool = False
-    """That its kernel cannot be had is no failure: its suite may have left the mirrors."""
+    """Whether it may be missing: its suite may have left the mirrors."""
 
 
-# What only repeats itself is long under emulation: one kernel is enough for it.
+# Tests that only repeat others take long under emulation; one kernel is enough for them.
 _QUICK: Final = ("tests/kernel", "-m", "not long")
 
 MATRIX: Final = (
@@ -34,12 +34,12 @@ MATRIX: Final = (
     Row("6.1", tests=_QUICK),
     Row("6.1", "BTF hidden", loader="bcc", hide_btf=True, tests=_QUICK),
     Row("6.12"),
-    # Before 5.11 the kernel charges maps to RLIMIT_MEMLOCK, and has no task storage for tracing.
+    # Before 5.11, maps count against RLIMIT_MEMLOCK, and tracing programs have no task storage.
     Row("5.10", "memlock 64 KiB", memlock_kib=64, tests=_QUICK, optional=True),
 )
 KERNELS: Final = tuple(dict.fromkeys(row.kernel for row in MATRIX))
 
 
 def rows_of(kernel: str) -> list[Row]:
-    """The rows of one kernel; one that the matrix does not name gets the best rung."""
+    """The rows of one kernel. A kernel that the matrix does not name gets the best rung."""
     return [row for row in MATRIX if row.kernel == kernel] or [replace(Row(HOST), kernel=kernel)]
