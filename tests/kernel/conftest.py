@@ -1,4 +1,4 @@
-"""Fixtures for tests of connections."""
+"""Fixtures of tests of connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import Puppet
 
 @pytest.fixture(scope="module")
 def sides() -> Iterator[tuple[Side, Side]]:
-    """Two network namespaces, connected by a virtual cable."""
+    """Two network namespaces with a cable between them."""
     with two_sides() as pair:
         yield pair
 

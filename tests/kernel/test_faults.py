@@ -1,5 +1,4 @@
-"""`coral.bpf` when descriptors run out or disappear: no figure is invented, and nothing is left
-behind."""
+"""The ground floor when descriptors run out or go: no figure is made up, and nothing is left."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def watching() -> Iterator[BpfObject]:
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """For the duration of the block, this process can open no file."""
+    """In the block, this process can open nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -63,7 +62,7 @@ def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
 def test_a_ring_that_cannot_be_opened_leaves_no_mapping(watching: BpfObject) -> None:
     with no_descriptors(), pytest.raises(LoadError, match="opening the ring buffer ring: EMFILE"):
         watching.ring("ring", "syscall_call")
-    # The first page can be mapped, the two after it cannot.
+    # Two pages that cannot be mapped behind the first one that can.
     with pytest.raises(OSError, match="Invalid argument"):
         RingReader(watching.map_fd("ring"), 1 << 30, np.dtype(np.uint64))
     assert "bpf-map" not in Path("/proc/self/maps").read_text()

@@ -1,5 +1,4 @@
-"""The drain of perf buffers on the real kernel: every record, every loss, wake-ups, and nothing
-left behind."""
+"""The perf buffer's drain on the real kernel: every record, every loss, wake-ups, nothing left."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def perf_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded_object(perf_object: Path) -> Iterator[BpfObject]:
-    """An object that watches this process, loaded and not yet attached."""
+    """Watches this process; not attached yet."""
     with watching(perf_object, [os.getpid()]) as it:
         yield it
 
@@ -61,7 +60,7 @@ def watching(path: Path, tgids: Sequence[int], **options: object) -> Iterator[Bp
 def reader_of(
     it: BpfObject, bytes_per_cpu: int = PAGE, wakeup_bytes: int = 0, *, count_lost: bool = True
 ) -> PerfReader:
-    """A reader that sorts by time. The programs are attached once it is ready."""
+    """A reader in order of time; programs begin to write once it stands."""
     dtype = it.btf.struct_dtype("record")
     reader = PerfReader(
         it.map_fd("events"),
@@ -88,7 +87,7 @@ def produced(it: BpfObject) -> int:
 
 def descriptors() -> set[str]:
     listed = list(Path("/proc/self/fd").iterdir())
-    return {path.name for path in listed if path.is_symlink()}  # without the listing's own
+    return {path.name for path in listed if path.is_symlink()}  # but for that of the listing
 
 
 def test_records_arrive_whole_and_in_order_of_time(loaded_object: BpfObject) -> None:
@@ -148,7 +147,7 @@ def go(started: Sequence[Calls]) -> None:
 
 
 def drain_until_ended(reader: PerfReader, started: Sequence[Calls]) -> NDArray[Any]:
-    """All records of programs that run meanwhile."""
+    """All records of programs that run, drained meanwhile."""
     running = [os.pidfd_open(one.pid) for one in started]
     drained = []
     while running:
@@ -168,7 +167,7 @@ def test_programs_on_all_cpus_are_counted_to_the_record(
     started = start_on_each_cpu(calls, count)
     with (
         watching(perf_object, [one.pid for one in started]) as it,
-        reader_of(it, 1 << 20) as reader,  # room for all of them, so none can be lost
+        reader_of(it, 1 << 20) as reader,  # room for all of them: there is no way to lose
     ):
         go(started)
         records = drain_until_ended(reader, started)
@@ -231,7 +230,7 @@ def test_a_cpu_wakes_the_reader_past_the_mark_and_only_then(loaded_object: BpfOb
         assert len(reader.drain()) == 11 * len(CPUS)
         call_getppid(9, CPUS[0])
         assert reader.wakeup.poll(0) == []
-        call_getppid(1, CPUS[0])  # ten since the last wake-up
+        call_getppid(1, CPUS[0])  # ten since the last time
         assert len(reader.wakeup.poll(5)) == 1
 
 
@@ -268,7 +267,7 @@ def test_a_record_of_another_size_is_an_error_and_stays(perf_object: Path) -> No
 
 def test_closing_leaves_nothing_and_can_be_done_twice(loaded_object: BpfObject) -> None:
     dtype = loaded_object.btf.struct_dtype("record")
-    loaded_object.read_variable("lost")  # maps the variables, which needs a descriptor
+    loaded_object.read_variable("lost")  # maps the variables, which takes a descriptor
     before = descriptors()
     reader = PerfReader(loaded_object.map_fd("events"), PAGE, dtype)
     loaded_object.attach()
@@ -289,7 +288,7 @@ def test_a_closed_reader_is_out_of_its_map_and_another_can_follow(
 ) -> None:
     reader_of(loaded_object).close()
     call_getppid(3)
-    assert loaded_object.read_variable("lost") == 3  # refused, because there is no ring
+    assert loaded_object.read_variable("lost") == 3  # refused, for there is no ring
     dtype = loaded_object.btf.struct_dtype("record")
     with PerfReader(loaded_object.map_fd("events"), PAGE, dtype) as reader:
         call_getppid(4)
@@ -359,7 +358,7 @@ def test_whichever_descriptor_is_one_too_many_none_is_left(loaded_object: BpfObj
 
 
 def error_with_descriptors(count: int, map_fd: int, dtype: np.dtype[Any]) -> BpfError | None:
-    """The error of a reader that may open at most COUNT descriptors; None if these suffice."""
+    """What a reader says that may have so many descriptors at most; None: they suffice."""
     taken = {int(number) for number in descriptors()}
     free = [number for number in range(len(taken) + count + 1) if number not in taken]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""Every rung of the ladder gives the same figures: a missing feature costs speed, not accuracy."""
+"""Every rung of the ladder gives the same figures: what a kernel lacks costs speed, not truth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def collector_without(without: tuple[str, ...], **config: str) -> SyscallStatsCo
 
 
 def seen(collector: SyscallStatsCollector, calls: Calls, *, meanwhile: bool = True) -> list[Batch]:
-    """The batches drained while the program runs, or only after its end."""
+    """What is drained while the program runs, or only after its end."""
     with at_work(collector):
         calls.go()
         batches = []
@@ -115,7 +115,7 @@ def test_children_are_followed_from_their_first_call(
 def test_no_program_comes_near_the_verifiers_limit(
     without: tuple[str, ...], record_property: Callable[[str, object], None]
 ) -> None:
-    """The kernel reports how many instructions its verifier processed for each program."""
+    """The kernel says how many instructions its verifier went through to accept each program."""
     for cls in COLLECTORS.values():
         features = bpf.probe().without(*without)
         if not cls.support(features).supported:

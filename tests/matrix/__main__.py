@@ -18,13 +18,13 @@ from tests.matrix.report import Outcome, instructions, table
 from tests.matrix.rows import HOST, KERNELS, Row, rows_of
 from tests.matrix.run import GUEST_MEMORY_MIB, missing_packages, run_guest, run_here
 
-# A boot takes less time than a row, so many rows of one kernel are split among one guest per CPU.
+# A boot takes less than a row: many rows of one kernel are shared among guests, for each CPU one.
 _ROWS_A_GUEST: Final = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A guest to boot, or the reason why its kernel is missing."""
+    """One guest to be, or why it cannot."""
 
     name: str
     kernel: Kernel | None
@@ -33,7 +33,7 @@ class Plan:
 
 
 def plans(names: Sequence[str]) -> Iterator[Plan]:
-    """The guests for the kernels with those names."""
+    """The guests for the kernels of those names."""
     for name in names:
         rows = rows_of(name)
         try:
@@ -47,20 +47,20 @@ def plans(names: Sequence[str]) -> Iterator[Plan]:
 
 
 def at_once() -> int:
-    """How many guests may run at a time, by the number of CPUs and by memory."""
+    """How many guests run beside each other: as many as there are CPUs, and memory for."""
     fitting = psutil.virtual_memory().available // ((GUEST_MEMORY_MIB + 256) << 20)
     return max(1, min(len(os.sched_getaffinity(0)), fitting))
 
 
 async def run(names: Sequence[str]) -> list[Outcome]:
-    """Runs every row of the kernels with those names, and prints the result of each as it ends."""
+    """Runs every row of the kernels of those names, and says what comes of each as it ends."""
     started = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
 
     outcomes: dict[Row, Outcome] = {}
-    if HOST in names:  # alone, because its tests measure time
+    if HOST in names:  # alone: its tests measure time
         for row in rows_of(HOST):
             outcomes[row] = await run_here(row, say)
     guests = list(plans([name for name in names if name != HOST]))
@@ -83,7 +83,7 @@ async def run(names: Sequence[str]) -> list[Outcome]:
 
 
 def main() -> int:
-    """The exit status: 0 if every row ran and no test failed."""
+    """0 where every row ran and nothing failed."""
     names = tuple(dict.fromkeys(sys.argv[1:])) or KERNELS
     if os.geteuid() != 0:
         print("the kernel tests need root, in a guest as here: run this as root", file=sys.stderr)

@@ -1,5 +1,5 @@
-"""Debian's packages for suites and processors other than this machine's, from its own mirrors,
-without touching the state of its apt."""
+"""Debian's packages, for other suites and processors than this machine's, without touching the
+state of its apt: the mirrors are its own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SOURCES: Final = "$(ORIGIN) $(REPO_URI) $(RELEASE) $(COMPONENT)"
 
 
 class KernelMissingError(Exception):
-    """A kernel is not available here; the message says why."""
+    """A kernel that cannot be had here, and why."""
 
 
 def options_of(suite: str = "", architecture: str = "") -> tuple[str, ...]:
-    """Options that restrict apt to SUITE, or to this machine's suites for ARCHITECTURE; none
-    without either."""
+    """What has apt know SUITE alone, or what this machine's own suites have for ARCHITECTURE;
+    nothing, where it is to know what it does anyway."""
     if not suite and not architecture:
         return ()
     state = KERNELS_DIRECTORY / "apt" / (suite or architecture)
@@ -38,7 +38,7 @@ def options_of(suite: str = "", architecture: str = "") -> tuple[str, ...]:
 
 
 def _foreign(architecture: str, status: Path) -> tuple[str, ...]:
-    """Options that make ARCHITECTURE the only one, on a system with nothing installed."""
+    """What makes ARCHITECTURE the only one, of a system that has nothing installed yet."""
     return (
         *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
         *("-o", f"Dir::State::Status={status}", "-o", "Debug::NoLocking=1"),
@@ -61,8 +61,8 @@ def dependencies(options: Sequence[str], package: str) -> list[str]:
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    """The output of COMMAND. Raises KernelMissingError if it fails."""
-    if command[0] == "apt-get":  # apt's own user may not write to this directory
+    """What COMMAND prints. Raises KernelMissingError where it fails."""
+    if command[0] == "apt-get":  # apt's own user may not write where we are
         command = (command[0], "-o", "APT::Sandbox::User=root", *command[1:])
     ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if ran.returncode:

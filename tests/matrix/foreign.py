@@ -1,7 +1,7 @@
-"""The root file system of a guest for another processor, with the project in it: Debian's packages
-and Python's wheels for that processor, unpacked. Nothing is installed on this machine.
+"""The root file system of a guest with another processor than this machine's, and the project in
+it: Debian's packages and Python's wheels for that one, unpacked; nothing is installed here.
 
-The packages' own scripts do not run; the steps of theirs that tests need are done here.
+No package's own scripts run, so what they would do and tests need is done here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from build_hook import clang_command, program_sources
 from tests.matrix.apt import options_of, run
 from tests.support import ROOT
 
-# No bcc: under emulation it compiles for about as long as the agent waits for it.
+# Not bcc: under emulation it compiles for about as long as the agent waits for it.
 _PACKAGES: Final = (
     *("base-files", "base-passwd", "bash", "coreutils", "dash", "mount", "util-linux"),
     *("python3", "clang", "libbpf1", "libbpf-dev", "linux-libc-dev"),
@@ -25,14 +25,14 @@ _PACKAGES: Final = (
     *("iproute2", "nftables", "kmod"),
 )
 _PROJECT: Final = "coral-ebpf-agent"
-# Packages that tests/kernel imports besides the project's own dependencies.
+# What tests/kernel imports besides the project's own dependencies.
 _TEST_WHEELS: Final = ("hatchling", "pytest", "pytest-asyncio", "pytest-timeout")
-_GLIBC_MINORS: Final = range(17, 37)  # Debian 12 has 2.36
+_GLIBC_MINORS: Final = range(17, 37)  # that of Debian 12 is 2.36
 _LEFT_OUT: Final = (".*", "build", "dist", "__pycache__", "*.bpf.o")
 
 
 def unpack_root(root: Path, architecture: str) -> None:
-    """Fills ROOT with Debian's packages for ARCHITECTURE, with their dependencies."""
+    """Makes ROOT of Debian's packages for ARCHITECTURE, those that they need included."""
     for name in ("bin", "lib", "sbin"):
         (root / "usr" / name).mkdir(parents=True)
         (root / name).symlink_to(f"usr/{name}")
@@ -55,8 +55,8 @@ def unpack_root(root: Path, architecture: str) -> None:
 
 
 def install_wheels(root: Path, machine: str) -> None:
-    """Unpacks into ROOT the packages that the project and its tests import, for MACHINE, in the
-    versions that are installed here. Skips those that are there already."""
+    """Puts into ROOT what the project and its tests import, for MACHINE, in the versions that are
+    installed here; does nothing where they are there."""
     python = (root / "usr/bin/python3").readlink().name
     target = root / "usr/local/lib" / python / "dist-packages"
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -81,8 +81,8 @@ def install_wheels(root: Path, machine: str) -> None:
 
 
 def lay_out_project(directory: Path, target: str) -> None:
-    """Copies the project as it is now, with its eBPF objects compiled for TARGET. For programs that
-    run in DIRECTORY it counts as installed."""
+    """Copies the project as it is now, its eBPF objects compiled for TARGET; it counts as installed
+    for what runs in DIRECTORY."""
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(*_LEFT_OUT), symlinks=True)
     for source in program_sources(directory):

@@ -1,6 +1,6 @@
-"""The guest's first file system: `init`, busybox, and the modules needed to reach the real one.
+"""The guest's first file system: `init`, busybox, and the modules that reach the real one.
 
-It is a cpio archive of a few files in the `newc` format, written here. The format is in the
+A cpio archive in the `newc` format, written here: it is a handful of files. The format is in the
 kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
 """
 
@@ -11,14 +11,14 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# The modules between the kernel and its root: the bus, the share, and the layer that takes writes.
+# What lies between the kernel and its root: the bus, the share, and the layer that takes writes.
 _WANTED = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 _INIT = Path(__file__).with_name("init")
 
 
 def initramfs(busybox: Path, modules: Path | None) -> bytes:
-    """The archive for a kernel with its modules in MODULES (`.../lib/modules/RELEASE`), or for one
-    with everything built in. Raises LookupError for a module that is neither."""
+    """The archive for a kernel whose modules lie in MODULES (`.../lib/modules/RELEASE`), or one
+    that has all it needs built in. LookupError names a module that is neither."""
     paths = list(_in_order(modules)) if modules else []
     names = [path.name.removesuffix(".xz") for path in paths]
     files = {
@@ -33,7 +33,7 @@ def initramfs(busybox: Path, modules: Path | None) -> bytes:
 
 
 def _in_order(modules: Path) -> Iterator[Path]:
-    """The wanted modules and their dependencies, each after its own dependencies."""
+    """The wanted modules and those that they need, each after what it needs itself."""
     needs = {}
     for line in (modules / "modules.dep").read_text().splitlines():
         path, _, needed = line.partition(":")
@@ -45,7 +45,7 @@ def _in_order(modules: Path) -> Iterator[Path]:
             continue
         if wanted not in needs:
             raise LookupError(f"no module {wanted} in {modules}, and it is not built in")
-        for path in reversed(needs[wanted]):  # modules.dep lists direct dependencies first
+        for path in reversed(needs[wanted]):  # modules.dep lists the nearest first
             if path not in given:
                 given.add(path)
                 yield modules / path
@@ -61,7 +61,7 @@ def _newc(files: dict[str, bytes]) -> bytes:
     for number, (name, mode, content) in enumerate(
         [
             *((name, stat.S_IFDIR | 0o755, b"") for name in directories),
-            # The console must exist before init can mount anything.
+            # The console has to be there before init can mount anything.
             *((name, stat.S_IFREG | 0o755, content) for name, content in files.items()),
             ("TRAILER!!!", 0, b""),
         ],

@@ -1,8 +1,8 @@
-"""Kernels to boot: Debian's, unpacked from their packages, or any other by its path.
+"""Kernels to boot: Debian's, unpacked from their packages, or any by its path.
 
-Nothing is installed: `apt-get download` and `dpkg-deb -x` fill build/kernels/NAME. Its `tree` has
-the files that the packages would have installed. `root` is the guest's root file system if it
-cannot be this machine's; see foreign.py.
+Nothing is installed: `apt-get download` and `dpkg-deb -x` fill build/kernels/NAME, whose `tree` is
+what the packages would have put into the root file system. `root` is that file system where it
+cannot be this machine's: see foreign.py.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _MODULES: Final = Path("usr/lib/modules")
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that QEMU emulates, and the paths in a guest."""
+    """What QEMU emulates, and where things lie in a guest."""
 
     qemu: str
     package: str
-    """Debian's package of QEMU for it."""
+    """Debian's, that has QEMU for it."""
     options: tuple[str, ...]
     parameters: str
-    """For the kernel's command line."""
+    """The kernel's."""
     project: Path = ROOT
     python: str = sys.executable
     debian: str = ""
-    """Debian's name of the processor, if it is not this machine's. Guests then have a root file
-    system of their own."""
+    """Debian's name of the processor, where it is not this machine's: guests have a root file
+    system of their own then."""
     wheels: str = ""
-    """Python's name of the processor."""
+    """Python's name of it."""
     bpf: str = ""
-    """Its name in the headers of eBPF programs."""
+    """That of the eBPF programs' headers."""
     slowness: int = 1
-    """The factor by which a row may take longer."""
+    """How much longer a row may take."""
 
 
 # With a newer processor, Debian 12's QEMU 7.2 makes numpy's sort and sums go astray, by AVX we
@@ -68,8 +68,8 @@ ARM64: Final = Machine(
 
 
 class _Debian(NamedTuple):
-    """A kernel series, Debian's meta package for it, its suite if it is not in this machine's, and
-    the machine that it is for."""
+    """A series and Debian's meta package of it; the suite where this machine's own has it no longer
+    or not yet; the machine that it is for."""
 
     series: str
     meta: str
@@ -87,7 +87,7 @@ _DEBIAN: Final = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """The image that QEMU boots, and the files that the guest lays over its root file system."""
+    """What QEMU is given, and what the guest lays over the root file system."""
 
     name: str
     image: Path
@@ -97,12 +97,12 @@ class Kernel:
 
     @property
     def modules(self) -> Path | None:
-        """`.../lib/modules/RELEASE`; None if everything is built in."""
+        """`.../lib/modules/RELEASE`; None where everything is built in."""
         return next((path for path in (self.tree / _MODULES).glob("*") if path.is_dir()), None)
 
     @property
     def busybox(self) -> Path:
-        """A statically linked busybox for its processor."""
+        """A busybox that its processor runs, linked statically."""
         return self.root / "bin/busybox"
 
 
@@ -112,7 +112,7 @@ def machine_of(name: str) -> Machine:
 
 
 def kernel(name: str) -> Kernel:
-    """A kernel by its name here, or by the path of its image. Raises KernelMissingError."""
+    """A kernel by the name of its series, or the path of its image. Raises KernelMissingError."""
     if name in _DEBIAN:
         return _debian(name)
     image = Path(name)
@@ -122,12 +122,12 @@ def kernel(name: str) -> Kernel:
 
 
 def _by_path(image: Path) -> Kernel:
-    """An image with lib/modules/RELEASE beside it, or one with virtio over PCI, 9p and overlayfs
-    built in."""
+    """An image with lib/modules/RELEASE beside it; or with virtio over PCI, 9p and overlayfs built
+    in, and nothing beside it."""
     tree = KERNELS_DIRECTORY / image.name / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
-    beside = image.parent / "lib/modules"  # as after `make modules_install INSTALL_MOD_PATH=...`
+    beside = image.parent / "lib/modules"  # as `make modules_install INSTALL_MOD_PATH=...` has it
     if beside.is_dir():
         shutil.copytree(beside, tree / _MODULES, symlinks=True)
     return Kernel(image.name, image, tree)
@@ -179,7 +179,7 @@ def _headers(options: Sequence[str], release: str) -> list[str]:
 
 
 def _merge_usr(tree: Path) -> None:
-    """Moves /lib to /usr/lib: in the root file system below, /lib is a link to it."""
+    """Moves /lib to /usr/lib, of which it is a link in the root file system it is laid over."""
     for path in (tree / "lib").glob("*"):
         target = tree / "usr/lib" / path.name
         target.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The results of each row, from pytest's junit file, and one table of all."""
+"""What came of each row, from pytest's junit file; and the one table of all."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TIMED_OUT: Final = (124, 137)
 
 
 class Case(NamedTuple):
-    """One test: its collector, its name, `passed`, `failed` or `skipped`, and why; the rung that it
-    was forced onto, or empty; and its measurements by name."""
+    """One test: whose, its name, `passed`, `failed` or `skipped`, and why; the rung that it was
+    forced onto, or empty; and what it measured, by name."""
 
     collector: str
     name: str
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row's cases; `problem` is what went wrong with the row as a whole, or empty."""
+    """A row's cases; `problem` is why there are none or not all, or empty."""
 
     row: Row
     release: str
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether there are cases and none failed."""
+        """Whether something ran and nothing failed."""
         failed = any(case.state == "failed" for case in self.cases)
         return self.excused or not (self.problem or failed)
 
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def outcome(row: Row, release: str, result: Path, status: int, *, seconds: float) -> Outcome:
-    """The outcome of a pytest that ended with STATUS and wrote RESULT.xml and RESULT.log."""
+    """What pytest left as RESULT.xml and RESULT.log, having ended with STATUS."""
     log = result.with_suffix(".log").relative_to(ROOT)
     try:
         cases = tuple(_cases(result.with_suffix(".xml")))
@@ -96,21 +96,20 @@ def _cases(junit: Path) -> Iterable[Case]:
 
 
 def _rung(module: str, name: str) -> str:
-    """The rung that a test of `tests.kernel.test_COLLECTOR_rungs` is forced onto."""
+    """The rung that a test of `tests.kernel.test_COLLECTOR_rungs` is told to take."""
     match = re.search(r"\[(.*)\]$", name)
     return match[1] if match and module.endswith("_rungs") else ""
 
 
 def _collector(module: str) -> str:
-    """The collector that a module tests: NAME of `tests.kernel.test_NAME...`, if collectors/ has
-    it."""
+    """The collector that a test module is of: `tests.kernel.test_NAME...`, NAME in collectors/."""
     stem = module.rpartition(".")[2].removeprefix("test_")
     names = [path.parent.name for path in (ROOT / "collectors").glob("*/collector.py")]
     return max((name for name in names if stem.startswith(name)), key=len, default=_RUNTIME)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line for each row and collector, as aligned Markdown."""
+    """One line for each row and collector, as Markdown that is aligned for the eye too."""
     lines = [_HEAD, *(line for outcome in outcomes for line in _lines(outcome))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD) - 1)]
     rendered = [_rendered(line, widths) for line in lines]
@@ -144,8 +143,8 @@ def _on(row: Row, case: Case) -> str:
 
 
 def instructions(outcomes: Sequence[Outcome]) -> str:
-    """The most instructions that the verifier processed for each program, by kernel and loader, as
-    Markdown."""
+    """Of each program the most instructions that the verifier went through, by kernel and loader,
+    as Markdown."""
     found: dict[str, dict[str, int]] = {}
     for outcome in outcomes:
         for case in outcome.cases:

@@ -1,4 +1,4 @@
-"""The matrix: which kernel tests run on which kernel, and without which features."""
+"""The matrix: which kernel tests run where, and what is taken away from them there."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ HOST: Final = "host"
 
 @dataclass(frozen=True)
 class Row:
-    """One run of pytest. The rung describes in words what the other fields cause."""
+    """One run of pytest. The rung says in words what the rest brings about."""
 
     kernel: str
     rung: str = "best"
     loader: str = "core"
     without: str = ""
-    """Features that count as missing: names of bpf/probing/features.py, separated by commas."""
+    """Names of bpf/probing/features.py that are taken as missing, by commas."""
     hide_btf: bool = False
-    """Hides /sys/kernel/btf, from libbpf too."""
+    """Nothing under /sys/kernel/btf: not for libbpf either."""
     memlock_kib: int | None = None
     tests: tuple[str, ...] = ("tests/kernel",)
-    """Arguments for pytest."""
+    """Arguments of pytest."""
     optional: bool = False
-    """Whether it may be missing: its suite may have left the mirrors."""
+    """That its kernel cannot be had is no failure: its suite may have left the mirrors."""
 
 
-# Tests that only repeat others take long under emulation; one kernel is enough for them.
+# What only repeats itself is long under emulation: one kernel is enough for it.
 _QUICK: Final = ("tests/kernel", "-m", "not long")
 
 MATRIX: Final = (
@@ -34,12 +34,12 @@ MATRIX: Final = (
     Row("6.1", tests=_QUICK),
     Row("6.1", "BTF hidden", loader="bcc", hide_btf=True, tests=_QUICK),
     Row("6.12"),
-    # Before 5.11, maps count against RLIMIT_MEMLOCK, and tracing programs have no task storage.
+    # Before 5.11 the kernel charges maps to RLIMIT_MEMLOCK, and has no task storage for tracing.
     Row("5.10", "memlock 64 KiB", memlock_kib=64, tests=_QUICK, optional=True),
 )
 KERNELS: Final = tuple(dict.fromkeys(row.kernel for row in MATRIX))
 
 
 def rows_of(kernel: str) -> list[Row]:
-    """The rows of one kernel. A kernel that the matrix does not name gets the best rung."""
+    """The rows of one kernel; one that the matrix does not name gets the best rung."""
     return [row for row in MATRIX if row.kernel == kernel] or [replace(Row(HOST), kernel=kernel)]

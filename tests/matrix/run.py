@@ -1,4 +1,4 @@
-"""Runs rows: on this machine, or in a guest that boots, runs several in turn, and shuts down."""
+"""Runs rows: here, or in a guest that boots, runs several one after another, and ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 
 def missing_packages(machines: Iterable[Machine]) -> list[str]:
-    """The Debian packages that guests on MACHINES need and that are not installed."""
+    """Those of Debian's packages that guests on MACHINES need and that are not here."""
     needed = {"busybox-static": "busybox", "kmod": "depmod"}
     needed |= {machine.package: machine.qemu for machine in machines}
     return [package for package, program in needed.items() if not shutil.which(program)]
@@ -65,7 +65,7 @@ async def run_here(row: Row, say: Say) -> Outcome:
 
 
 async def run_guest(name: str, kernel: Kernel, rows: Sequence[Row], say: Say) -> list[Outcome]:
-    """Boots KERNEL and runs ROWS inside. A row that did not finish has an outcome too."""
+    """Boots KERNEL, runs ROWS inside. What did not come to an end is an outcome too."""
     directory = results_of(name)
     (directory / "rows.sh").write_text(_script(kernel.machine, rows))
     archive = KERNELS_DIRECTORY / f"{name}.cpio"
@@ -100,7 +100,7 @@ async def run_guest(name: str, kernel: Kernel, rows: Sequence[Row], say: Say) ->
 
 
 class _Guest:
-    """The state of a guest, as far as its console shows it."""
+    """What is known of a guest from its console."""
 
     def __init__(self, rows: Sequence[Row], directory: Path, say: Say) -> None:
         self.release = ""
@@ -112,7 +112,7 @@ class _Guest:
         self._found: dict[int, Outcome] = {}
 
     def hear(self, line: str) -> bool:
-        """Reads a line of the console; whether it shows progress."""
+        """Takes in a line of the console; whether it tells of progress."""
         if said := _SAID.search(line):
             if said["release"]:
                 self.release = said["release"]
@@ -141,7 +141,7 @@ class _Guest:
         self._say(str(found))
 
     def outcomes(self, why: str) -> list[Outcome]:
-        """An outcome for every row; WHY is the problem of those that did not finish."""
+        """An outcome for every row; WHY is that of those that did not come to an end."""
         words = f"{why} ({self._last_words})" if self._last_words else why
         for number, row in enumerate(self._rows):
             if number not in self._found:
@@ -151,7 +151,7 @@ class _Guest:
 
 
 def results_of(name: str) -> Path:
-    """An empty directory for the results of one guest."""
+    """An empty directory for what comes out of one guest."""
     directory = KERNELS_DIRECTORY / "results" / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -159,7 +159,7 @@ def results_of(name: str) -> Path:
 
 
 def guest_environment() -> dict[str, str]:
-    """The environment of every process in a guest."""
+    """What every process in a guest begins with."""
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -174,8 +174,7 @@ def _knobs(row: Row) -> Mapping[str, str]:
 
 
 def _command(row: Row, junit: Path, python: str, *, patience: int, slowness: int = 1) -> list[str]:
-    """The command that runs pytest for a row, without the features that the environment alone
-    cannot remove."""
+    """pytest for a row, with what the environment alone cannot take away taken away."""
     limit = row.memlock_kib
     return [
         *(("prlimit", f"--memlock={limit << 10}:{limit << 10}") if limit else ()),
@@ -208,9 +207,9 @@ def _script(machine: Machine, rows: Sequence[Row]) -> str:
 
 
 def _qemu(kernel: Kernel, archive: Path, results: Path) -> list[str]:
-    # With one thread per CPU, Debian 12's QEMU 7.2 can translate code while another CPU patches it,
-    # and keep the half-patched version: a stray int3, when tracepoints come and go. A single thread
-    # takes turns on the two CPUs.
+    # With a thread for each CPU, Debian 12's QEMU 7.2 leaves code that another CPU patches at the
+    # time of its translation as it was half-patched: an int3 that nobody placed, once tracepoints
+    # come and go. One thread takes turns on the CPUs; there are still two of them.
     machine = kernel.machine
     return [
         *(machine.qemu, "-no-user-config", "-nodefaults", *machine.options),
