@@ -1,1 +1,1 @@
-"""The colony: storage and queries over the streams of many agents, on the client. Comes later."""
+"""The colony: storage and queries over the streams of many agents. Empty as yet."""

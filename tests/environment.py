@@ -1,4 +1,4 @@
-"""Programs as they are installed: a virtual environment of a test's own, and the agent of one."""
+"""Installed programs: virtual environments that tests make, and the agent of one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.support import wait_until
 
-# Asserts that every file that the installed distributions record is there.
+# Asserts that every file recorded by the installed distributions exists.
 _WHOLE = """
 from importlib.metadata import distributions
 missing = [str(f) for d in distributions() for f in d.files or () if not f.locate().exists()]
@@ -20,8 +20,8 @@ assert not missing, missing
 
 
 class Environment:
-    """Made at DIRECTORY, without pip: this interpreter's pip installs into it. It holds what the
-    test installs and nothing else."""
+    """A virtual environment at DIRECTORY with only what the test installs. It has no pip of its
+    own: this interpreter's pip installs into it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -81,8 +81,8 @@ def agent_of(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """The agent of PROGRAM, an installed `coral`, for the duration of the block; its address. Its
-    socket and its log are in DIRECTORY. It must exit with status 0."""
+    """Runs the agent of PROGRAM, an installed `coral`, for the duration of the block; yields its
+    address. Its socket and log are in DIRECTORY. It must exit with status 0."""
     socket, log_path = directory / "agent.sock", directory / "agent.log"
     command = (program, "agent", "--listen", f"unix:{socket}", "--metrics", "127.0.0.1:0")
     with log_path.open("wb") as log:

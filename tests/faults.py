@@ -1,4 +1,4 @@
-"""Calls of a running agent that fail as they are told to: the Python half of
+"""Injects failures into the system calls of a running agent: the Python half of
 tests/programs/preload/faults.c."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONTROL: Final = np.dtype(
 
 
 class Call(IntEnum):
-    """What can fail: the system call in the upper half, what it is asked for in the lower."""
+    """The calls that can fail: the system call in the upper half, its operation in the lower."""
 
     MAP_CREATE = 1 << 16 | 0
     MAP_LOOKUP = 1 << 16 | 1
@@ -41,7 +41,7 @@ class Call(IntEnum):
     LINK_CREATE = 1 << 16 | 28
     BPF = 1 << 16 | 0xFFFF  # any of them
     PERF_EVENT_OPEN = 2 << 16
-    MMAP_FD = 3 << 16  # of shared memory, as all of these
+    MMAP_FD = 3 << 16  # all of these map shared memory
     MMAP_ANONYMOUS = 3 << 16 | 1
     PERF_IOCTL = 4 << 16 | 0xFFFF
     EPOLL_CREATE = 5 << 16
@@ -50,7 +50,7 @@ class Call(IntEnum):
 
 
 class Faults:
-    """What fails in the processes that are started in `environment`; nothing, to begin with."""
+    """Makes calls fail in the processes that are started with `environment`; at first, none."""
 
     def __init__(self, directory: Path) -> None:
         library, control = directory / "faults.so", directory / "faults"
@@ -75,8 +75,8 @@ class Faults:
         call: Call | None = None,
         all_after: bool = False,
     ) -> Iterator[None]:
-        """In the block, call NUMBER (from 1 on) of all, or of those like CALL, fails with ERROR;
-        and ALL_AFTER it."""
+        """For the duration of the block, call NUMBER (from 1) fails with ERROR, and with ALL_AFTER
+        all later ones do. With CALL, only calls of that type count."""
         told = self._control[0]
         told["from"], told["error"], told["call"] = number, error, call or 0
         told["seen"] = told["failed"] = 0
@@ -93,9 +93,9 @@ class Faults:
 
     @property
     def seen(self) -> int:
-        """How many calls there were in the last block that could have failed."""
+        """How many calls in the last block could have failed."""
         return int(self._control["seen"][0])
 
     def call(self, number: int) -> int:
-        """What call NUMBER of the last block was."""
+        """The type of call NUMBER in the last block."""
         return int(self._control["calls"][0, number - 1])

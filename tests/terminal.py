@@ -1,4 +1,4 @@
-"""A terminal for a command, and what it has drawn there."""
+"""A terminal for a command, and the text that the command has drawn on it."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ class Terminal:
         os.close(self._master)
 
     def has_drawn(self, *texts: str) -> bool:
-        """Takes in what was written since; whether all of TEXTS are in what there is so far."""
+        """Reads new output; whether the output so far contains all of TEXTS."""
         while select([self._master], [], [], 0)[0]:
             try:
                 self.output += os.read(self._master, 1 << 16).decode(errors="replace")
-            except OSError:  # nobody has it open any more
+            except OSError:  # no process has it open any more
                 break
         return all(text in self.text for text in texts)
 
     @property
     def text(self) -> str:
-        """All that was ever drawn, without colours and the like."""
+        """All output so far, without escape sequences."""
         return _ESCAPES.sub("", self.output)
 
     def press(self, key: str) -> None:
         os.write(self._master, key.encode())
 
     def finish(self) -> int:
-        """Waits for the end; the exit status."""
+        """Waits for the command to end; returns its exit status."""
         wait_until(lambda: self.has_drawn() and self.process.poll() is not None)
         self.has_drawn()
         return self.process.returncode

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
- * For the tests of the perf buffer's drain: one record for each getppid of a few processes, with
- * its number on its CPU; what the perf buffer refuses is counted.
+ * For the tests of the perf buffer's drain: one record for each getppid of a few processes,
+ * numbered on each CPU. Records that the perf buffer refuses are counted.
  */
 #include "include/kernel.bpf.h"
 
@@ -16,7 +16,7 @@
 
 struct record {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
-	__u64 seq;     /* counts on each CPU, what is refused included */
+	__u64 seq;     /* counts on each CPU, refused records included */
 	__u32 tgid;
 	__u32 cpu;
 	char name[8];
@@ -33,7 +33,7 @@ const volatile bool longer = false;
 __u64 produced[MAX_CPUS] = {0};
 __u64 lost = 0;
 
-/* An entry for each CPU: libbpf knows how many there are. */
+/* One entry for each CPU; libbpf sets their number. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
 	__uint(key_size, sizeof(__u32));

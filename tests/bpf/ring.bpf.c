@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
- * For the tests of the ring drain and of BTF layouts: one record for each getppid of one process,
- * numbered; every `discard_each`th is discarded; what the ring refuses is counted.
+ * For the tests of the ring drain and of BTF layouts: one numbered record for each getppid of one
+ * process. Every `discard_each`th is discarded; records that the ring refuses are counted.
  */
 #include "include/kernel.bpf.h"
 

@@ -1,5 +1,5 @@
-"""bcc is not everywhere, and wants a kernel's headers: some tests are there where these are. The
-matrix of kernels, which brings both, runs all that bcc compiles."""
+"""Some tests need bcc and the headers of a kernel, and are deselected without them. The matrix of
+kernels installs both, and runs every test of programs that bcc compiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from coral import bpf
 
-_LENDABLE = any(Path("/usr/src").glob("linux-headers-*-common"))  # of another kernel
+_LENDABLE = any(Path("/usr/src").glob("linux-headers-*-common"))  # those of any kernel
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

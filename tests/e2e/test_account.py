@@ -1,5 +1,5 @@
 """The account, on the real kernel, with readers in processes of their own: whatever happens to a
-reader, the calls that the program made are the rows it got and the losses it was told of."""
+reader, its rows and its reported losses add up to the calls that the program made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support import ROOT, Calls, RunningAgent, running_agent, wait_until
 
 CALLS = 1_500_000
 POLICIES = ("OVERFLOW_DROP_OLDEST", "OVERFLOW_DROP_NEWEST")
-# What the machine of a test can bear: these limits have tests of their own.
+# High enough not to interfere; these limits have tests of their own.
 CONFIG = {
     "limits": {
         "subscriber_bytes_per_second": "1GiB",
@@ -37,7 +37,7 @@ def agent(tmp_path: Path) -> Iterator[RunningAgent]:
 
 
 class Reader:
-    """tests/reader.py, running."""
+    """A running tests/reader.py."""
 
     def __init__(self, agent: RunningAgent, collector_id: str, *options: str) -> None:
         self.process = subprocess.Popen(
@@ -60,7 +60,7 @@ class Reader:
 
 
 def start(agent: RunningAgent, running: Calls, **config: str) -> str:
-    """A session in events mode that sees getppid of RUNNING alone, and ends with it."""
+    """Starts a session of single events that watches only getppid of RUNNING, and ends with it."""
     answer = agent.call(
         "StartCollector",
         pb.StartEbpfCollectorRequest(
@@ -81,7 +81,7 @@ def produced(agent: RunningAgent) -> int:
 
 
 def assert_even(told: Any, made: int, after: int = 0) -> None:
-    """Every call that was made is a row or a loss, and every gap is explained."""
+    """Asserts that every call is a row or a loss, and every gap is explained."""
     assert told["untold"] == 0
     assert told["rows"] + sum(told["lost"].values()) == made - after
 
@@ -159,7 +159,7 @@ def test_a_ring_that_is_far_too_small_loses_much_and_says_how_much(
     assert_even(told, made)
 
 
-def test_what_the_replay_no_longer_has_is_a_loss_of_who_comes_late(
+def test_what_the_replay_has_evicted_is_a_loss_of_a_late_reader(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
     limits = {**CONFIG["limits"], "replay_bytes": "1MiB"}

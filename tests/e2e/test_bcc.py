@@ -1,7 +1,7 @@
-"""An agent whose programs are compiled by bcc, which takes a second or more of a processor.
+"""An agent whose programs are compiled by bcc, which takes a second or more of CPU time.
 
-Where there are no headers of this kernel, bcc gets those of another: here it only matters how long
-it compiles.
+Where this kernel's headers are missing, bcc gets those of another: these tests only depend on how
+long it compiles.
 """
 
 from __future__ import annotations
@@ -40,6 +40,6 @@ def test_the_agent_answers_others_while_bcc_compiles(tmp_path: Path) -> None:
         start_s = time.monotonic() - began
         (collector_id,) = collectors_at_work(it)
         it.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=collector_id))
-    # Were the loop blocked, one of these would have waited for nearly all of it.
+    # If the event loop were blocked, one of these calls would take nearly as long as bcc.
     assert len(waits) > 3
     assert max(waits) < start_s / 2

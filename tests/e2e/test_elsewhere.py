@@ -1,5 +1,5 @@
-"""Off Linux, without privilege, in a hostile directory: everything starts, and says what is
-missing."""
+"""On systems other than Linux, without privilege, in a hostile directory: everything starts, and
+reports what is missing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ UNPRIVILEGED: Final = textwrap.dedent("""
     asyncio.run(main())
 """)
 
-# Runs the compiler's process. No path leads it to bcc, so it finds the hostile one or none.
+# Runs the compiler's process. bcc is not on its path, so it imports the hostile module or none.
 COMPILER: Final = textwrap.dedent("""
     import json
     from coral.bpf import LoadError
@@ -125,7 +125,7 @@ class Hostile(NamedTuple):
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Iterator[Hostile]:
-    """Fails if anything was imported from the directory."""
+    """A directory of hostile modules. On exit, fails if anything was imported from it."""
     here = Hostile(tmp_path / "hostile", tmp_path / "imported")
     names = {*sys.stdlib_module_names, *packages_distributions(), "bcc", "sitecustomize"}
     folders = [path.name for path in (ROOT / "src/coral").iterdir() if path.is_dir()]
@@ -146,7 +146,7 @@ def hostile(tmp_path: Path) -> Iterator[Hostile]:
 
 
 def test_a_hostile_directory_would_be_noticed(hostile: Hostile) -> None:
-    program = hostile.directory / "program.py"  # Python looks for modules beside it first
+    program = hostile.directory / "program.py"  # Python first looks for modules beside the program
     program.write_text("import agent")
     subprocess.run([sys.executable, program], check=True)
     assert hostile.imported.read_text().splitlines()[-1].endswith("hostile/agent.py")

@@ -1,5 +1,5 @@
-"""Faults while a collector starts, put one by one under real agents: a refusal that says what
-failed, nothing left behind, and the next collector counts exactly."""
+"""Faults while a collector starts, injected one by one into real agents: the refusal names what
+failed, nothing is left behind, and the next collector counts exactly."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ PERMISSION: Final = (
     "it needs CAP_BPF and CAP_PERFMON, must not be forbidden by a security policy or kernel "
     "lockdown, and for locked memory needs CAP_IPC_LOCK or a sufficient LimitMEMLOCK"
 )
-# What a refusal may begin with.
+# How a refusal may begin.
 STEPS: Final = (
     r"(opening|loading|mapping|enabling|writing|putting|attaching|making|compiling|reading) "
 )
 MAPPINGS: Final = re.compile(r"bpf-map|perf_event")
 
-# By rung: what the kernel is said to lack, the mode, and what its hooks are called.
+# By rung: the features that count as missing, and the mode.
 RUNGS: Final = {
     "best": ("", "events"),
     "summaries": ("task_storage", "summaries"),
@@ -87,7 +87,7 @@ def faults(directory: Path) -> Faults:
 
 @pytest.fixture(scope="module")
 def any_headers(directory: Path) -> Path:
-    """One directory of some kernel's headers, as bcc wants it; Debian splits them in two."""
+    """A kernel's headers in one directory, as bcc needs them; Debian splits them in two."""
     halves = sorted(HEADERS.glob("linux-headers-*-common"))
     merged = directory / "headers"
     shutil.copytree(halves[-1], merged, copy_function=os.symlink)
@@ -103,7 +103,7 @@ def _symlink_anew(source: str, target: str) -> None:
 
 @contextmanager
 def faulty_agent(directory: Path, faults: Faults, **environment: str) -> Iterator[RunningAgent]:
-    # So many starts in a row are more than 5 % of a CPU.
+    # The many starts in a row exceed 5 % of a CPU.
     config = {"limits": {"cpu_percent": 100}}
     with running_agent(
         directory, config, environment={**faults.environment, **environment}
@@ -113,7 +113,7 @@ def faulty_agent(directory: Path, faults: Faults, **environment: str) -> Iterato
 
 
 def start(agent: RunningAgent, running: Calls, **config: str) -> str:
-    """Starts a collector of RUNNING that ends with it; its id."""
+    """Starts a collector that watches RUNNING and ends with it; returns its id."""
     request = start_request({"pid": running.pid, "until_exit": "true", **config})
     answer = agent.call("StartCollector", request)
     assert answer.supported, answer.error
@@ -129,7 +129,7 @@ class EndedEarlyError(AssertionError):
 
 
 def counts_exactly(agent: RunningAgent, collector_id: str, running: Calls) -> None:
-    """The collector, of either mode, tells of every getppid that RUNNING makes."""
+    """Asserts that the collector, of either mode, reports every getppid that RUNNING makes."""
     counted = 0
     request = pb.EbpfEventStreamRequest(collector_id=collector_id)
     with streaming(agent, "StreamEventBatches", request) as batches:
@@ -148,7 +148,8 @@ def counts_exactly(agent: RunningAgent, collector_id: str, running: Calls) -> No
 
 
 def failed_in_a_drain(agent: RunningAgent, collector_id: str, running: Calls) -> bool:
-    """Whether the collector ended soon, and said so; if not, it counts exactly."""
+    """Whether the collector ended with an error in a drain. If it did not, asserts that it counts
+    exactly."""
     try:
         counts_exactly(agent, collector_id, running)
     except grpc.RpcError as error:
@@ -163,7 +164,7 @@ def failed_in_a_drain(agent: RunningAgent, collector_id: str, running: Calls) ->
 
 
 def holds_nothing(agent: RunningAgent) -> None:
-    """No program, map, link or buffer is left in the agent's hands, nor a session."""
+    """Asserts that the agent holds no program, map, link or buffer, and has no session."""
     assert not collectors_at_work(agent)
     assert held_by(agent.process.pid) == {"prog": set(), "map": set(), "link": set()}
     mappings = Path(f"/proc/{agent.process.pid}/maps").read_text()
@@ -185,8 +186,8 @@ def test_each_call_that_a_start_makes_may_fail(
     calls: Callable[..., Calls],
     request: pytest.FixtureRequest,
 ) -> None:
-    """The first call fails, then the second alone, and so on to the last. Either the collector
-    starts all the same, and then it counts exactly; or it is refused, and the next one counts."""
+    """In one start the first call fails, in the next only the second, and so on to the last. Either
+    the collector starts all the same and counts exactly, or it is refused and the next one does."""
     without, mode = RUNGS[rung]
     environment = {"CORAL_WITHOUT": without}
     if rung == "bcc":
@@ -194,7 +195,7 @@ def test_each_call_that_a_start_makes_may_fail(
         environment |= {"CORAL_LOADER": "bcc", "BCC_KERNEL_SOURCE": str(headers)}
     refused, survived = set(), 0
     with faulty_agent(tmp_path / "agent", faults, **environment) as agent, leaving_nothing(agent):
-        if rung == "bcc":  # it compiles once
+        if rung == "bcc":  # compiles now, so that later starts do not
             counts_exactly(agent, start(agent, warm := calls("getppid", 1)), warm)
         number = 1
         while True:
@@ -211,7 +212,7 @@ def test_each_call_that_a_start_makes_may_fail(
                 survived += 1
                 number += 1
                 continue
-            if collector_id:  # the last calls of a start are those of its first look
+            if collector_id:  # the last calls are those of its first drain
                 running = calls("getppid", CALLS)
             else:
                 refused.add(faults.call(number))
@@ -228,7 +229,7 @@ def test_each_call_that_a_start_makes_may_fail(
             number += 1
         counts_exactly(agent, collector_id, running)
     assert {Call.MAP_CREATE, Call.MMAP_ANONYMOUS, Call.PIDFD_OPEN, Call.MAP_UPDATE} <= refused
-    # What a kernel may not have is asked for, and what is for later may fail: not all is needed.
+    # A start survives failures of probes for optional features, and of steps that can wait.
     assert survived > 10
 
 
@@ -269,7 +270,7 @@ def test_each_program_that_cannot_be_attached_is_named(
 
 @dataclass(frozen=True)
 class Fault:
-    """Calls like CALL that fail with ERROR, and what the refusal says of it."""
+    """Calls of the type CALL fail with ERROR; the other fields are parts of the refusal."""
 
     call: Call
     error: int
@@ -291,7 +292,7 @@ class Fault:
     ],
     ids=lambda fault: fault.call.name,
 )
-def test_what_fails_for_good_is_told_with_what_to_do(
+def test_a_lasting_failure_is_reported_with_its_remedy(
     fault: Fault, faults: Faults, plain_agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
     agent, running = plain_agent, calls("getppid", CALLS)
@@ -323,11 +324,12 @@ def plain_agent(directory: Path, faults: Faults) -> Iterator[RunningAgent]:
 def test_a_first_start_for_which_everything_fails_spoils_none_after_it(
     faults: Faults, tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    """libbpf asks the kernel once for all what it can do, and takes a failure for a no."""
+    """libbpf probes the kernel once for the whole process, and takes any failure for a missing
+    feature."""
     running = calls("getppid", CALLS)
     request = start_request({"pid": running.pid})
     with faulty_agent(tmp_path / "agent", faults) as agent, leaving_nothing(agent):
-        # From its types on: a failure before would keep it from asking anything.
+        # From the load of its types on: after an earlier failure it would not probe at all.
         with faults.failing(2, errno.ENOMEM, call=Call.BPF, all_after=True):
             code, text = code_and_text(agent, "StartCollector", request)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -362,7 +364,7 @@ def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
 def test_without_threads_the_agent_goes_on(
     faults: Faults, tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    """No worker is there yet, and none can be started: what blocks is then done at once."""
+    """No worker thread exists, and none can be started: blocking work is then done on the loop."""
     running = calls("getppid", CALLS)
     with faulty_agent(tmp_path / "agent", faults) as agent, leaving_nothing(agent):
         first = start(agent, running)
@@ -389,7 +391,7 @@ class Line:
         )
 
     def start(self, running: Calls, **config: str) -> tuple[grpc.StatusCode, str]:
-        """The code, and the text of a refusal or the collector's id."""
+        """Starts a collector; returns the status code, and its id or the text of the refusal."""
         request = start_request({"pid": running.pid, "until_exit": "true", **config})
         try:
             return grpc.StatusCode.OK, self._start(request, timeout=20).collector_id
@@ -400,7 +402,7 @@ class Line:
 
 @contextmanager
 def descriptors_left(agent: RunningAgent, spare: int) -> Iterator[None]:
-    """In the block, the agent can open so many files more, and no other."""
+    """For the duration of the block, the agent can open SPARE more files."""
     pid = agent.process.pid
     soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     used = {int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir()}
@@ -412,7 +414,7 @@ def descriptors_left(agent: RunningAgent, spare: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_out_of_descriptors_at_whatever_step_it_is_told(
+def test_a_start_that_runs_out_of_descriptors_says_so_at_every_step(
     plain_agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
     agent, spare = plain_agent, 0
@@ -430,13 +432,13 @@ def test_out_of_descriptors_at_whatever_step_it_is_told(
             holds_nothing(agent)
             spare += 1
         counts_exactly(agent, text, running)
-    assert spare > 15  # of maps, programs and links
+    assert spare > 15  # those of maps, programs and links
 
 
 def test_collectors_at_work_outlive_a_time_without_descriptors(
     plain_agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
-    """Longer than it takes the agent to look at its limits, which it reads in /proc."""
+    """The shortage lasts for several of the agent's checks of its limits, which read /proc."""
     agent, running = plain_agent, calls("getppid", CALLS, "nanosleep", 2_500)
     with leaving_nothing(agent):
         collector_id = start(agent, running, interval="100ms")
@@ -458,10 +460,11 @@ def test_collectors_at_work_outlive_a_time_without_descriptors(
         counts_exactly(agent, start(agent, following), following)
 
 
-def test_locked_memory_that_is_not_allowed_is_told_and_less_of_it_works(
+def test_locked_memory_beyond_the_limit_is_refused_and_less_of_it_works(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    """Perf buffers are locked memory, for who has not CAP_IPC_LOCK a little a CPU and the limit."""
+    """Perf buffers are locked memory. Without CAP_IPC_LOCK a process gets a small allowance for
+    each CPU, and what RLIMIT_MEMLOCK allows on top."""
     running = calls("getppid", CALLS)
     config = {"pid": running.pid, "mode": "events"}
     with (
@@ -481,7 +484,7 @@ def test_locked_memory_that_is_not_allowed_is_told_and_less_of_it_works(
         counts_exactly(agent, start(agent, running, mode="events", ring="128KiB"), running)
 
 
-# What the agent is installed with
+# The agent's own files and libraries
 
 
 @pytest.mark.parametrize(
@@ -541,7 +544,7 @@ def test_a_libbpf_that_cannot_be_used_is_an_answer_that_says_so(
 
 
 def hiding_btf(kernel_btf: Path) -> tuple[str, ...]:
-    """What runs a command where the kernel's BTF is that file, for it alone."""
+    """A prefix that runs a command with that file in place of the kernel's BTF."""
     script = 'mount --bind "$0" /sys/kernel/btf/vmlinux && exec "$@"'
     return ("unshare", "-m", "--propagation", "private", "sh", "-c", script, str(kernel_btf))
 
@@ -584,7 +587,7 @@ def test_without_the_kernels_btf_bcc_is_the_way(
 
 @contextmanager
 def agent_with_bcc(directory: Path, body: str) -> Iterator[RunningAgent]:
-    """An agent that finds a package `bcc` whose BPF does what BODY says."""
+    """An agent that imports a package `bcc` whose constructor of BPF runs BODY."""
     package = directory / "bcc"
     package.mkdir()
     (package / "libbcc.py").touch()
@@ -618,7 +621,7 @@ def agent_with_bcc(directory: Path, body: str) -> Iterator[RunningAgent]:
     ],
     ids=["refuses", "killed", "babbles", "another-bcc"],
 )
-def test_a_compiler_that_fails_is_told_with_what_it_said(
+def test_a_failing_compiler_is_reported_with_its_output(
     body: str, told: str, said: str, tmp_path: Path
 ) -> None:
     with agent_with_bcc(tmp_path, body or "pass") as agent:

@@ -1,5 +1,5 @@
-"""Whom a collector watches: children from their first call on, names, cgroups, the host; when it
-begins and when it ends. Every figure is exact."""
+"""Which processes a collector watches: children from their first call on, command names, cgroups,
+the host; when it begins and when it ends. Every count is exact."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
 
 
 def pids(rows: list[pb.SyscallStats], name: str) -> set[int]:
-    """The processes that made the call of that name."""
+    """The ids of the processes that made the call NAME."""
     return {row.pid for row in rows if row.syscall_name == name}
 
 
 def comms(rows: list[pb.SyscallStats], name: str) -> set[str]:
-    """The names of the processes that made the call of that name."""
+    """The command names of the processes that made the call NAME."""
     return {row.labels["comm"] for row in rows if row.syscall_name == name}
 
 
 def errors(rows: list[pb.SyscallStats], name: str) -> int:
-    """How many calls of that name failed."""
+    """How many calls NAME failed."""
     return sum(row.error_count for row in rows if row.syscall_name == name)
 
 
@@ -73,7 +73,7 @@ def test_a_child_that_execs_stays_watched_under_its_new_name(
         rows = watch.stop()
     assert totals(rows)["getppid"] == family.children * family.calls
     assert len(pids(rows, "getppid") - {family.pid}) == family.children
-    assert comms(rows, "getppid") == {"exe"}  # of /proc/self/exe
+    assert comms(rows, "getppid") == {"exe"}  # from /proc/self/exe
     assert totals(rows)["execve"] == family.children
     assert errors(rows, "execve") == 0
 
@@ -147,7 +147,8 @@ def test_a_name_finds_those_that_run_already_with_the_children_they_make(
 
 @pytest.fixture
 def cgroup(tmp_path: Path) -> Iterator[Path]:
-    """A cgroup (v2) of this test; it and all below are removed when their processes have ended."""
+    """A cgroup (v2) for this test. It and those below are removed when their processes have
+    ended."""
     mount = cgroup2_mount()
     assert mount
     top = mount / f"coral-{tmp_path.name[-20:]}-{os.getpid()}"
@@ -163,13 +164,13 @@ def _is_empty(cgroup: Path) -> bool:
 
 
 def move(puppet: Puppet, cgroup: Path) -> None:
-    """Moves a process into a cgroup, which is made if need be."""
+    """Moves a process into a cgroup, and creates the cgroup if necessary."""
     cgroup.mkdir(exist_ok=True)
     (cgroup / "cgroup.procs").write_text(str(puppet.pid))
 
 
 def getppid_by_pid(rows: list[pb.SyscallStats]) -> dict[int, int]:
-    """Calls of getppid by process."""
+    """The number of getppid calls by process."""
     counted: Counter[int] = Counter()
     for row in rows:
         if row.syscall_name == "getppid":
@@ -220,7 +221,7 @@ def test_host_scope_sees_a_process_that_nobody_named(
         running.go()
         running.finish()
         by_pid = getppid_by_pid(watch.stop())
-    # Numbers alone: the others are nobody's business.
+    # Only numbers, so that a failure prints nothing about other processes.
     counted, all_counted = by_pid[running.pid], sum(by_pid.values())
     assert counted == 5000
     assert all_counted >= 5000

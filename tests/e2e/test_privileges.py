@@ -1,5 +1,6 @@
-"""Least privilege, with real processes: what an agent keeps, that it is enough, and that one less
-is told by its name. The watched processes are root's, the agent is nobody's."""
+"""Least privilege, with real processes: which capabilities an agent keeps, that they suffice, and
+that each missing one is reported by name. The watched processes belong to root, the agent to
+nobody."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 @contextmanager
 def nobodys_directory() -> Iterator[Path]:
-    """A directory that nobody may write to; root's temporary ones it could not even enter."""
+    """A directory that belongs to the user nobody, who could not even enter a temporary directory
+    of root's."""
     path = Path(tempfile.mkdtemp(prefix="coral-"))
     os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
     yield path
@@ -61,7 +63,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def nobodys() -> Iterator[RunningAgent]:
-    """An ordinary user's agent with the documented capabilities and no other."""
+    """An ordinary user's agent with exactly the documented capabilities."""
     with (
         nobodys_directory() as path,
         running_agent(path, prefix=as_nobody(ORDINARY)) as agent,
@@ -77,7 +79,8 @@ def stack() -> Iterator[ExitStack]:
 
 
 def as_nobody(names: frozenset[str]) -> list[str]:
-    """A prefix: an ordinary user with exactly those capabilities, as systemd would start it."""
+    """A prefix that runs a command as an ordinary user with exactly those capabilities, as systemd
+    would."""
     caps = some(names)
     return [
         *("setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"),
@@ -86,17 +89,17 @@ def as_nobody(names: frozenset[str]) -> list[str]:
 
 
 def some(names: frozenset[str]) -> str:
-    """Those capabilities alone, as setpriv wants them."""
+    """Those capabilities and no others, as setpriv's options take them."""
     return ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in names)])
 
 
 def status_of(pid: int) -> Iterator[dict[str, str]]:
-    """What the kernel says of each thread of a process."""
+    """/proc/PID/task/TID/status of each thread of a process, by field."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
             lines = (task / "status").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # a thread that ended meanwhile
+            continue  # the thread has ended
         yield {name: " ".join(value.split()) for name, value in (ln.split(":", 1) for ln in lines)}
 
 
@@ -105,8 +108,9 @@ def names(mask: str) -> frozenset[str]:
 
 
 def has_exactly(agent: RunningAgent, kept: frozenset[str], uid: int) -> None:
-    """Every thread of the agent is that user and has those capabilities, and can get no others."""
-    has_tried_the_kernel(agent)  # in a thread, so there are some
+    """Asserts that every thread of the agent runs as that user with those capabilities, and can
+    gain no others."""
+    has_tried_the_kernel(agent)  # in a thread, so that there are several
     scrape(agent)
     threads = list(status_of(agent.process.pid))
     assert len(threads) > 2
@@ -121,7 +125,7 @@ def has_exactly(agent: RunningAgent, kept: frozenset[str], uid: int) -> None:
     assert not any("were started before" in str(line["event"]) for line in agent.log())
 
 
-# What is kept
+# Capabilities that are kept
 
 
 def test_roots_agent_keeps_what_it_needs(directory: Path) -> None:
@@ -198,7 +202,7 @@ def test_an_agent_that_observes_only_has_no_cap_sys_admin_and_says_what_that_cos
         assert warning["reason"] == feature.reason
 
 
-# It is enough
+# These capabilities suffice
 
 
 def counts_exactly(agent: RunningAgent) -> None:
@@ -237,7 +241,7 @@ def test_an_ordinary_users_agent_watches_another_users_process(
 
 
 def named_puppet(stack: ExitStack, name: str, *, listens: bool) -> Puppet:
-    """Root's process of that command name, which listens on a TCP port or does not."""
+    """A process of root's with that command name, which listens on a TCP port or does not."""
     puppet = stack.enter_context(Puppet())
     puppet.do(f"open('/proc/self/comm', 'w').write({name!r})")
     if listens:
@@ -267,10 +271,10 @@ def test_an_ordinary_users_agent_follows_another_users_connections(
 
 
 @pytest.mark.parametrize("given", [ORDINARY, ROOTS], ids=["documented", "with CAP_SYS_ADMIN"])
-def test_earlier_connections_of_other_namespaces_take_cap_sys_admin_where_nothing_walks(
+def test_earlier_connections_of_other_namespaces_need_cap_sys_admin_without_iterators(
     directory: Path, given: frozenset[str]
 ) -> None:
-    """Without it they are found when they are next used."""
+    """Without that capability these connections are found when they are next used."""
     enter = "import ctypes, subprocess; ctypes.CDLL(None).unshare(0x40000000); "
     kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
     without = {"CORAL_WITHOUT": "iterator"}
@@ -321,7 +325,7 @@ def test_a_session_of_an_ordinary_user_ends_with_its_process(nobodys: RunningAge
 
 
 def alone(name: str) -> frozenset[str]:
-    """That capability; with the one that reads the checkout, where nobody may not."""
+    """That capability, and, if the user nobody cannot read the checkout, the one that can."""
     return frozenset({name} | (set() if nobody_reads_this() else {"CAP_DAC_READ_SEARCH"}))
 
 
@@ -344,7 +348,7 @@ def test_an_agent_that_observes_only_refuses_what_it_could_do_with_cap_sys_admin
         refuses_for_want_of(agent, ["CAP_BPF", "CAP_PERFMON"])
 
 
-# One less
+# One capability is missing
 
 
 def features(agent: RunningAgent) -> Mapping[str, pb.KernelFeature]:
@@ -353,8 +357,8 @@ def features(agent: RunningAgent) -> Mapping[str, pb.KernelFeature]:
 
 
 def refuses_for_want_of(agent: RunningAgent, missing: Sequence[str]) -> None:
-    """The agent says of every collector that it takes the capabilities MISSING, wherever it is
-    asked; it goes on serving."""
+    """Asserts that every answer of the agent names the capabilities MISSING for every collector,
+    and that it goes on serving."""
     told = " and ".join(f"{name} ({TRACING[name]})" for name in missing)
     told += f" {'is' if len(missing) == 1 else 'are'} missing: run the agent as root, or give it "
     told += f"{' '.join(missing)}, by AmbientCapabilities= of its systemd unit or a container's "
@@ -402,10 +406,8 @@ def test_a_feature_that_misses_one_names_it(directory: Path) -> None:
         assert features(agent)["ring_buffer"].available
 
 
-def test_perf_buffers_take_cap_ipc_lock_where_they_are_large(
-    directory: Path, stack: ExitStack
-) -> None:
-    """As on a kernel that has no ring buffers."""
+def test_large_perf_buffers_need_cap_ipc_lock(directory: Path, stack: ExitStack) -> None:
+    """Perf buffers are used as on a kernel without ring buffers."""
     puppet = stack.enter_context(Puppet())
     config = {"pid": str(puppet.pid), "mode": "events", "include": "getppid", "ring": "16MiB"}
     without = {"CORAL_WITHOUT": "ring_buffer"}
@@ -430,7 +432,7 @@ def test_perf_buffers_take_cap_ipc_lock_where_they_are_large(
 
 
 @pytest.mark.parametrize("missing", LISTENERS)
-def test_a_service_that_is_not_found_for_want_of_one_names_it(
+def test_a_service_not_found_for_lack_of_one_names_it(
     directory: Path, missing: str, stack: ExitStack
 ) -> None:
     if missing == "CAP_DAC_READ_SEARCH" and not nobody_reads_this():
@@ -447,7 +449,7 @@ def test_a_service_that_is_not_found_for_want_of_one_names_it(
         assert f"Other users' listening commands were not seen: {told}{missing}, by " in text
         assert not features(agent)["others_listeners"].available
         assert features(agent)["others_listeners"].reason.startswith(told)
-        counts_exactly(agent)  # all else works
+        counts_exactly(agent)  # everything else works
 
 
 def nobody_reads_this() -> bool:
@@ -461,7 +463,7 @@ def nobody_reads_this() -> bool:
 
 
 @pytest.mark.parametrize("hidepid", ["1", "2"])
-def test_processes_that_proc_hides_take_cap_sys_ptrace(
+def test_processes_that_proc_hides_need_cap_sys_ptrace(
     directory: Path, hidepid: str, stack: ExitStack
 ) -> None:
     hiding = f'mount -t proc -o hidepid={hidepid} proc /proc && exec "$@"'
@@ -487,7 +489,7 @@ def test_processes_that_proc_hides_take_cap_sys_ptrace(
 # Becoming a user
 
 
-def test_a_user_that_there_is_not_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_user_is_refused(tmp_path: Path) -> None:
     for name in ("no-such-user", "4294967296"):
         assert refused_start(tmp_path, "--user", name) == (
             f"coral agent: user: this machine has no user {name!r}"
@@ -533,7 +535,7 @@ def test_what_only_root_can_do_or_read_comes_before_the_switch(directory: Path) 
     assert not socket.exists()
 
 
-def test_a_directory_that_is_there_is_not_given_away(directory: Path) -> None:
+def test_an_existing_directory_keeps_its_owner(directory: Path) -> None:
     os.chown(directory, 0, 0)
     directory.chmod(0o755)
     socket = directory / "agent.sock"

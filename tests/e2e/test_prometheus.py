@@ -1,4 +1,4 @@
-"""What a real Prometheus, and its linter, make of /metrics."""
+"""/metrics as a real Prometheus stores it, and as its linter judges it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 def program(name: str) -> Path:
-    """Prometheus's own program of that name."""
+    """The path of Prometheus's program NAME."""
     built = ROOT / "build/prometheus" / name
     found = str(built) if built.exists() else shutil.which(name)
     assert found, f"{name} is missing: make build/prometheus/prometheus"
@@ -78,7 +78,7 @@ def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str],
             url = f"http://{address}/api/v1/query?query={quote(expression)}"
             with urlopen(url, timeout=10) as response:
                 answer = json.load(response)
-        except URLError:  # it is starting
+        except URLError:  # it is still starting
             return []
         assert answer["status"] == "success"
         found: list[Any] = answer["data"]["result"]
@@ -92,7 +92,7 @@ def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str],
 
 
 def value_of(result: list[Any]) -> float | None:
-    """The value of a query that has one sample at most."""
+    """The value of a query that returns at most one sample."""
     if not result:
         return None
     (one,) = result
@@ -130,7 +130,7 @@ def test_prometheus_has_the_exact_count_of_calls(
         (errors,) = query('coral_syscall_errors_total{service="calls",syscall="openat"}')
         assert errors["metric"]["class"] == "not_found"
         assert value_of([errors]) == 78
-    # It stored what it scraped: no sample was a duplicate, or out of order.
+    # It stored every sample that it scraped: none was a duplicate or out of order.
     assert "ingesting" not in (tmp_path / "prometheus/log").read_text()
 
 
@@ -191,10 +191,8 @@ def test_the_agents_own_figures_follow_its_sessions(
     )
 
 
-def test_the_runs_of_programs_are_told_by_program(
-    agent: RunningAgent, calls: Callable[..., Calls]
-) -> None:
-    """They are sampled every few seconds."""
+def test_runs_are_counted_by_program(agent: RunningAgent, calls: Callable[..., Calls]) -> None:
+    """The agent samples run-time statistics every few seconds."""
     runs_total = "coral_agent_program_runs_total"
     running = calls("getppid", 200_000_000)
     with watching(agent, pid=str(running.pid)):
@@ -238,7 +236,7 @@ def test_no_label_names_a_process(agent: RunningAgent, calls: Callable[..., Call
     assert str(running.pid) not in {value for _, value in labels}
 
 
-def test_beyond_the_series_that_are_allowed_the_rest_is_one_and_the_sum_stays_exact(
+def test_series_beyond_the_limit_are_added_up_and_the_sum_stays_exact(
     calls: Callable[..., Calls], tmp_path: Path
 ) -> None:
     config = {"limits": {"prometheus_series": 3}}

@@ -1,4 +1,5 @@
-"""A service's name finds its processes, in the documented order, all matches of the first step."""
+"""A service's name finds its processes: all matches of the first step, in the documented order,
+that has any."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ LISTENER = (
 
 @pytest.fixture
 def name() -> str:
-    """A name that nothing on this machine has, of a command name's length."""
+    """A name that nothing on this machine has, short enough for a command name."""
     return f"svc{uuid.uuid4().hex[:8]}"
 
 
@@ -38,7 +39,7 @@ def stack() -> Iterator[ExitStack]:
 
 @contextmanager
 def listening(directory: Path, comm: str) -> Iterator[int]:
-    """A process of the command name COMM that listens on a TCP port."""
+    """A process with the command name COMM that listens on a TCP port."""
     program = directory / comm
     if not program.exists():
         program.symlink_to(os.path.realpath(sys.executable))
@@ -53,7 +54,7 @@ def listening(directory: Path, comm: str) -> Iterator[int]:
 
 @contextmanager
 def in_cgroup(path: str, *tgids: int) -> Iterator[None]:
-    """Those processes in a cgroup (v2) of that path; back in the root afterwards."""
+    """Moves those processes into a cgroup (v2) of that path, and afterwards back into the root."""
     mount = cgroup2_mount()
     assert mount
     directory = mount / path

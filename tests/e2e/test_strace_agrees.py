@@ -1,7 +1,7 @@
 """`coral tap -- COMMAND` beside `strace -c -f COMMAND`: the same figures for every system call.
 
-But for two, which see; and for calls that never return, which strace's summary leaves out and its
-log tells.
+The exceptions are listed below. Calls that never return are missing in strace's summary, and are
+taken from its log.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import pytest
 
 from tests.support import RunningAgent, coral, running_agent
 
-# How often these are called is decided by the scheduler, anew in every run: two runs under strace
-# differ in them too. Of the programs below, by what they do:
+# The scheduler decides how often these are called: two runs under strace differ in them too. By
+# program:
 NOT_COMPARED: Final = {
-    # Threads wait for the interpreter's lock as often as they meet at it.
+    # Threads wait for the interpreter's lock whenever they compete for it.
     "threads": {"futex"},
-    # Children that end together are one SIGCHLD, and its handler returns once.
+    # Children that end together cause one SIGCHLD, whose handler returns once.
     "shell": {"rt_sigreturn"},
     "find": set[str](),
     "killed": set[str](),
 }
 
-# With these a program does the same in every run: no hashes by chance, no second heap for threads
-# that happen to allocate at the same time.
+# With these a program does the same in every run: hashes are not random, and threads that allocate
+# at the same time do not get a second heap.
 ENVIRONMENT: Final = {
     "PATH": "/usr/bin:/bin",
     "LC_ALL": "C",
@@ -97,7 +97,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Where the commands run: it holds a tree of 60 files."""
+    """The directory where the commands run, with a tree of 60 files."""
     for number in range(6):
         (tmp_path / f"tree/d{number}/sub").mkdir(parents=True)
         for file in range(5):
@@ -107,7 +107,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def run(command: Sequence[str], directory: Path) -> str:
-    """Its standard output, the command's under observation included."""
+    """Runs it; returns its standard output, with that of the observed command."""
     return subprocess.run(
         command,
         env=ENVIRONMENT,
@@ -120,7 +120,7 @@ def run(command: Sequence[str], directory: Path) -> str:
 
 
 class Counts:
-    """Calls and errors by the name of the system call."""
+    """Counts of calls and errors by the name of the system call."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -131,7 +131,7 @@ class Counts:
         self.errors[name] += errors
 
     def compared(self, program: str) -> dict[str, tuple[int, int]]:
-        """Calls and errors, but for what is not compared."""
+        """Calls and errors without those that are not compared."""
         return {
             name: (self.calls[name], self.errors[name])
             for name in sorted(self.calls.keys() - NOT_COMPARED[program])
@@ -139,8 +139,8 @@ class Counts:
 
 
 def of_strace(command: Sequence[str], directory: Path) -> tuple[Counts, Counter[str]]:
-    """strace's summary; and, from its log, the calls that never returned: exit, exit_group, and
-    what a process was in when it died. The summary leaves these out."""
+    """strace's summary, and, from its log, the calls that never returned: exit, exit_group, and
+    the call that a process was in when it died. The summary leaves these out."""
     log = directory / "strace.out"
     run(("strace", "-C", "-f", "-U", "calls,errors,name", "-o", str(log), *command), directory)
     lines, _, summary = log.read_text().partition("    calls    errors syscall\n")

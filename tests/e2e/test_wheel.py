@@ -145,7 +145,7 @@ def test_the_sdist_contains_sources_alone_and_builds_the_same_wheel(built: Built
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """An environment that tests share: installing the dependencies takes long."""
+    """An environment that tests share, because installing the dependencies takes long."""
     return Environment(tmp_path_factory.mktemp("installed") / "venv")
 
 

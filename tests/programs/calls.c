@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Makes exactly as many system calls as it is told, and says how long they took by its own clock:
+ * Makes exact numbers of system calls, and prints how long they took by its own clock:
  *
  *     calls [--threads T] [--wait] NAME COUNT [NAME COUNT ...]
  *
- * NAME: getppid, openat (of a path that does not exist), nanosleep (of 1 ms), getppid32 (by the
- * 32-bit way in, x86-64 only), write (of one byte to /dev/null), futile (a number no call has).
- * Each of T threads makes all of them. With --wait it first reads a byte from standard input.
- * One line a NAME: the name, the count over all threads, the nanoseconds over all threads.
+ * NAME: getppid, openat (of a path that does not exist), nanosleep (of 1 ms), getppid32 (through
+ * the 32-bit entry, x86-64 only), write (of one byte to /dev/null), futile (a number that no call
+ * has). Each of T threads makes all of them. With --wait it first reads a byte from standard input.
+ * It prints a line for each NAME: the name, then the count and the nanoseconds over all threads.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * An echo server on 127.0.0.1 and its client, both one thread:
+ * An echo server on 127.0.0.1 and its client, each with one thread:
  *
  *     echo serve
  *     echo ask PORT CONNECTIONS MESSAGES BYTES
  *
- * The server prints its port, and sends back what it is sent, one connection after the other, until
- * it is killed. The client makes CONNECTIONS, one after the other; on each it sends MESSAGES of
- * BYTES, waits for each to come back before it sends the next, and closes. It prints how long that
- * took, and how much CPU time of its own, in nanoseconds.
+ * The server prints its port, and echoes one connection after the other until it is killed. The
+ * client makes CONNECTIONS, one after the other. On each it sends MESSAGES of BYTES, one at a time,
+ * waits for each to come back, and closes. It prints its elapsed time and its CPU time, in
+ * nanoseconds.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -38,7 +38,7 @@ static void must(int holds, const char *what)
 	exit(1);
 }
 
-/* Small messages go at once. */
+/* Small messages are sent at once. */
 static void set_no_delay(int fd)
 {
 	int yes = 1;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Makes children in one way, each of which makes exactly so many calls of getppid, from its very
- * first call on; the program itself makes none:
+ * Makes children in one way. Each child makes exactly CALLS calls of getppid, from its very first
+ * call on; the program itself makes none:
  *
  *     family WAY CHILDREN CALLS
  *
@@ -37,7 +37,7 @@ static void make_calls(long count)
 		syscall(SYS_getppid);
 }
 
-/* Without the library's own calls in the child. */
+/* The library's fork would make calls of its own in the child. */
 static pid_t bare_fork(void)
 {
 	return syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
@@ -67,7 +67,7 @@ static void exec_leaf_in_thread(void)
 	_exit(3);
 }
 
-/* Two pipes: the daemon waits on one for its parent's end, and its own end closes the other. */
+/* Two pipes: one tells the daemon that its parent has ended, the other tells its own end. */
 static void make_daemon(void)
 {
 	int parent_ended[2], daemon_ended[2];

@@ -4,10 +4,10 @@
  *
  *     paced [OPTIONS OF calls] RATE COUNT
  *
- * It first reads a byte from standard input, whatever the options. Up to 1,000 a second each call
- * has a time of its own; above, the calls of each millisecond are made together at its start. A
- * call that is late is made at once. Prints the same line as `calls`: the name, the count, the
- * nanoseconds from first to last.
+ * It first reads a byte from standard input, whatever the options. Up to 1,000 calls a second, each
+ * call has a time of its own; above that, the calls of each millisecond are made together at its
+ * start. A late call is made at once. It prints the same line as `calls`: the name, the count, and
+ * the nanoseconds from the first call to the last.
  */
 #define _GNU_SOURCE
 #include <stdio.h>

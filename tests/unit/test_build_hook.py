@@ -17,7 +17,7 @@ import build_hook
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import ROOT
 
-# A contract of another organisation that builds on this one.
+# A contract of another organisation that imports this one.
 ACME: Final = """
 syntax = "proto3";
 package acme.v1;
@@ -51,7 +51,7 @@ def test_without_clang_the_build_stops_with_one_line_that_says_what_to_install(
     )
 
 
-# The build itself compiles for this one.
+# The build itself compiles for this machine's processor.
 OTHERS: Final = [
     arch for machine, arch in build_hook.TARGET_ARCH.items() if machine != platform.machine()
 ]

@@ -1,4 +1,4 @@
-"""What is damaged is refused by an error that is expected, whatever the bytes are."""
+"""Damaged objects and types are refused with the documented error, whatever their bytes are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def every_answer(types: Btf) -> Iterator[np.dtype[np.generic]]:
     for type_id in range(20):
         try:
             yield types.dtype(type_id)
-        except ValueError:  # that is the one there may be
+        except ValueError:  # the only one that is allowed
             continue
 
 
@@ -148,7 +148,7 @@ def test_an_object_that_was_cut_is_damaged(length: int) -> None:
 
 
 def run_bcc(directory: Path, body: str, timeout_s: float) -> object:
-    """What the compiler's process answers where BPF is BODY."""
+    """The answer of the compiler's process if the constructor of BPF runs BODY."""
     (directory / "bcc").mkdir()
     (directory / "bcc/__init__.py").write_text(f"import signal\ndef BPF(text, cflags):\n {body}\n")
     job = {"text": "", "flags": [], "functions": [], "paths": [str(directory)]}

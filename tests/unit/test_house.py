@@ -1,5 +1,5 @@
-"""Rules of the repository that no linter knows: one name for each module, nothing imported from the
-current directory, .proto files alone in proto/."""
+"""Rules of the repository that no linter checks: one name for each module, nothing imported from
+the current directory, only .proto files in proto/."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EVERY_MODULE: Final = textwrap.dedent("""
                if getattr(module, "__file__", None)}, sys.stdout)
 """)
 
-# Words of a command line: an interpreter, and options by what they do.
+# Words of a command line: an interpreter, and options by their meaning.
 INTERPRETER: Final = re.compile(r"(?:.*/)?python(?:3(?:\.\d+)?)?|sys\.executable|\$?PYTHON")
 SEPARATORS: Final = re.compile(r"[\s,'\"`()\[\]*]+")
 STARTS: Final = re.compile(r"-[A-Za-z]*[mc]")
@@ -47,8 +47,8 @@ WITH_VALUE: Final = {"-W", "-X"}
 
 
 def sources(*suffixes: str) -> Iterator[Path]:
-    """The project's files with these suffixes, without those that a build or a test made. Follows
-    no links."""
+    """The project's files with these suffixes, except those made by a build or a test. Does not
+    follow links."""
     for directory, folders, names in os.walk(ROOT):
         folders[:] = [
             name
@@ -63,8 +63,8 @@ def sources(*suffixes: str) -> Iterator[Path]:
 
 
 def doubly_loaded(files: dict[str, str]) -> dict[str, list[str]]:
-    """The project's files that are loaded under several names, with these. FILES are those of all
-    loaded modules, by the module's name."""
+    """The project's files that are loaded under several names, with these names. FILES are the
+    files of all loaded modules by module name."""
     names = defaultdict(list)
     for name, file in files.items():
         path = Path(os.path.realpath(file))
@@ -107,8 +107,8 @@ def test_proto_holds_contracts_alone() -> None:
 
 
 def unsafe_starts(words: Sequence[str]) -> Iterator[str]:
-    """Each interpreter among WORDS that is started with -m or -c and neither -P nor -I, which keep
-    the current directory out of the modules' search path."""
+    """Each interpreter among WORDS that is started with -m or -c, but with neither -P nor -I, which
+    keep the current directory out of the search path for modules."""
     for at, word in enumerate(words):
         if not INTERPRETER.fullmatch(word):
             continue
@@ -124,8 +124,8 @@ def unsafe_starts(words: Sequence[str]) -> Iterator[str]:
 
 
 def words_of(node: ast.expr) -> list[str]:
-    """The words of a command line in code, those of nested lists and tuples included. A word that
-    only running the code would tell is "-": an option without a meaning."""
+    """The words of a command line in code, with those of nested lists and tuples. A word known only
+    at run time becomes "-", an option without a meaning."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]

@@ -96,7 +96,7 @@ def test_an_unknown_option_is_refused_with_the_nearest() -> None:
     assert caught.value.nearest == ""
 
 
-def test_a_threads_id_is_not_a_processs() -> None:
+def test_the_id_of_a_thread_is_refused() -> None:
     ids: list[int] = []
     ready, done = threading.Event(), threading.Event()
 

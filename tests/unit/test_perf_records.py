@@ -1,4 +1,4 @@
-"""The parser of a perf buffer, driven over memory that the test lays out as the kernel does."""
+"""The parser of perf buffers, on memory that the test lays out as the kernel does."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def record(kind: int, misc: int, body: bytes) -> bytes:
 
 
 def sample(misc: int, data: bytes) -> bytes:
-    raw_bytes = -(-(len(data) + 4) // 8) * 8 - 4  # perf pads, and counts that as data
+    raw_bytes = -(-(len(data) + 4) // 8) * 8 - 4  # perf counts the padding as data
     return record(SAMPLE, misc, struct.pack("=I", raw_bytes) + data.ljust(raw_bytes, b"\xff"))
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a kernel has written, and what a reader must make of it."""
+    """The bytes that a kernel has written, and the records that a reader must return."""
 
     record_bytes: int
     written: list[bytes]
@@ -74,7 +74,7 @@ def test_records_come_in_order_and_losses_are_summed(it: Written, tail: int) -> 
     written = b"".join(it.written)
     size = max(
         64, 1 << max(len(written) - 1, 0).bit_length()
-    )  # the least that holds it: it is full
+    )  # the smallest that holds it, which is then full
     found, lost = records_between(
         in_ring(written, tail, size), tail, tail + len(written), SampleLayout(it.record_bytes)
     )
@@ -104,7 +104,7 @@ def test_a_run_of_records_is_read_in_place() -> None:
     written = sample(1, b"12345678") * 100
     memory = in_ring(written, RING - 1000, RING)
     found, _ = records_between(memory, RING - 1000, RING - 1000 + len(written), SampleLayout(8))
-    assert [len(run) for run in found] == [41, 1, 58]  # up to the end, across it, from the start
+    assert [len(run) for run in found] == [41, 1, 58]  # up to the end of the ring, across, after
     assert [np.shares_memory(run, memory) for run in found] == [True, False, True]
 
 

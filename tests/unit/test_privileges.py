@@ -1,4 +1,5 @@
-"""Which capabilities are kept and which are missed, by sets alone: of kernels not here, too."""
+"""Which capabilities are kept, and which are reported missing: set arithmetic, for kernels other
+than this one too."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def test_otherwise_the_right_to_statistics_is_kept_unless_it_is_to_observe_only(
     assert to_keep(NEEDS, ALL, observe_only=True) == kept
 
 
-def test_before_linux_5_8_collectors_take_cap_sys_admin_of_an_ordinary_user_too() -> None:
+def test_before_linux_5_8_an_ordinary_users_collectors_need_cap_sys_admin() -> None:
     kept = to_keep(NEEDS, BEFORE_5_8, ordinary_user=True)
     assert kept == {"CAP_SYS_ADMIN", *ALWAYS}
     assert refusal(TRACING, kept, BEFORE_5_8) == ""
@@ -46,7 +47,7 @@ def test_before_linux_5_8_collectors_take_cap_sys_admin_of_an_ordinary_user_too(
 def test_before_linux_5_8_an_agent_that_observes_only_refuses_them() -> None:
     kept = to_keep(NEEDS, BEFORE_5_8, observe_only=True)
     assert kept == ALWAYS
-    # Not even where it was never told to give the capability up: as a library, say.
+    # Not even if it has never dropped the capability, as when it is used as a library.
     for has in (kept, BEFORE_5_8):
         assert refusal(TRACING, has, BEFORE_5_8, observe_only=True) == (
             "policy.observe_only: on this kernel it needs CAP_SYS_ADMIN (to load programs and make "
@@ -63,14 +64,14 @@ def test_a_collector_that_states_a_need_of_its_own_has_it_kept_and_missed() -> N
 
 
 @pytest.mark.parametrize("one", TRACING)
-def test_the_one_that_is_missing_is_named_and_what_to_do(one: str) -> None:
+def test_the_missing_one_is_named_with_the_remedy(one: str) -> None:
     assert refusal(TRACING, ALL - {one, "CAP_SYS_ADMIN"}, ALL) == (
         f"{one} ({TRACING[one]}) is missing: run the agent as root, or give it {one}, by "
         "AmbientCapabilities= of its systemd unit or a container's --cap-add"
     )
 
 
-def test_cap_sys_admin_does_for_both() -> None:
+def test_cap_sys_admin_replaces_both() -> None:
     assert lacking(required(TRACING, ALL), frozenset({"CAP_SYS_ADMIN"})) == {}
     assert missing(TRACING).count(" and ") == 2
     assert "are missing: run the agent as root, or give it CAP_BPF CAP_PERFMON, by" in missing(

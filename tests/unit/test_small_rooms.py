@@ -1,4 +1,4 @@
-"""Histograms, names, error classes, BTF that is damaged, units on the screen."""
+"""Histograms, names, error classes, damaged BTF, units on the screen."""
 
 from __future__ import annotations
 

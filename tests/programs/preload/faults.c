@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Preloaded into a process, it makes calls fail that loading eBPF takes: the one that is asked for,
- * or that one and all after it. Who asks writes into the file that FAULTS names (tests/faults.py),
- * which both have mapped.
+ * Preloaded into a process, it makes system calls fail that loading eBPF needs: one of them, or one
+ * and all after it. A test chooses them in the file that FAULTS names (tests/faults.py), which both
+ * processes map.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -24,12 +24,12 @@ enum kind { BPF = 1, PERF_EVENT, MMAP, IOCTL, EPOLL, PIDFD, THREAD };
 #define KEPT	   256
 #define KIND(call) ((call) >> 16)
 
-/* A call is a kind in the upper half, and what tells calls of that kind apart in the lower. */
+/* A call is the system call in the upper half, and its operation in the lower. */
 struct control {
-	_Atomic uint32_t failing; /* 0: none; 1: the one at `from`; 2: that and all after it */
+	_Atomic uint32_t failing; /* 0: none; 1: the one at `from`; 2: that one and all after it */
 	uint32_t from;		  /* 1 is the first */
 	uint32_t error;
-	uint32_t call; /* only calls like this count; 0: all but of threads */
+	uint32_t call; /* only calls of this type count; 0: all but those that create threads */
 	_Atomic uint32_t seen;
 	_Atomic uint32_t failed;
 	uint32_t calls[KEPT];
@@ -61,7 +61,7 @@ static int is_counted(uint32_t call)
 	return KIND(call) == KIND(wanted) && ((wanted & ANY) == ANY || call == wanted);
 }
 
-/* Whether this call is to fail; errno is set then. */
+/* Whether this call must fail; if so, sets errno. */
 static int fails(enum kind kind, uint32_t which)
 {
 	uint32_t call = kind << 16 | (which & 0xffff), mode, number;
@@ -114,7 +114,7 @@ int ioctl(int fd, unsigned long request, ...)
 	va_start(rest, request);
 	argument = va_arg(rest, void *);
 	va_end(rest);
-	if ((request >> 8 & 0xff) == '$' && fails(IOCTL, request)) /* those of perf events */
+	if ((request >> 8 & 0xff) == '$' && fails(IOCTL, request)) /* ioctls of perf events */
 		return -1;
 	return syscall(SYS_ioctl, fd, request, argument);
 }
