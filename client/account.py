@@ -33,11 +33,6 @@ class Account:
     lost: Mapping[str, int] = field(default_factory=dict)
     lost_in_kernel: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def behind(self) -> int:
-        """Events that are numbered and not accounted for yet, as far as the last batch said."""
-        return self.produced - self.last_seq
-
 
 class Ledger:
     """The account of a stream that begins after event number AFTER_SEQ."""

@@ -218,7 +218,7 @@ class Frame:
         if not seq:
             event.produced = self.last_seq
             event.lost_in_kernel.extend(loss_messages(self.lost_in_kernel))
-            if account:
+            if account and account.ByteSize():
                 event.account.CopyFrom(account)
         event.timestamp.FromNanoseconds(self.interval_end_ns)
         return event

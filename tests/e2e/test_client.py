@@ -41,7 +41,7 @@ def test_the_examples_are_typed(tmp_path: Path) -> None:
     program = tmp_path / "examples.py"
     program.write_text("\n".join(EXAMPLES))
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", program],
+        [sys.executable, "-P", "-m", "mypy", "--strict", program],
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**os.environ, "MYPYPATH": str(ROOT / "src")},
     )  # fmt: skip

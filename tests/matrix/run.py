@@ -189,7 +189,9 @@ def _command(row: Row, junit: Path, python: str, *, patience: int, slowness: int
 def _script(machine: Machine, rows: Sequence[Row]) -> str:
     lines = [f"cd {shlex.quote(str(machine.project))}"]
     for number, row in enumerate(rows):
-        environment = {**guest_environment(), **_knobs(row)}
+        # A guest of another processor runs a copy of the project, which is not installed.
+        source = {"PYTHONPATH": str(Path(machine.project) / "src")}
+        environment = {**guest_environment(), **source, **_knobs(row)}
         command = [
             *("env", "-i", *(f"{name}={value}" for name, value in environment.items())),
             *_command(
