@@ -28,11 +28,12 @@ from coral.cli.common import (
 )
 from coral.cli.tap.display import Screen, Tapped, screen_of
 from coral.cli.tap.launch import HeldCommand
-from coral.client import AgentClient, AgentError, Batch, EndReason
+from coral.client import AgentClient, AgentError, Batch, EndReason, Retry
 from coral.views.contract import Flag, Story, View
 from coral.views.registry import VIEWS
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_RETRY: Final = Retry(patience_s=5.0)  # somebody is waiting
 _APART_S: Final = 0.03  # batches that are further apart are of different intervals
 _LIMIT: Final = re.compile(r"limits\.\w+")
 _BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED)
@@ -354,7 +355,9 @@ async def _follow(
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     try:
-        async with agent.subscribe(tapped.collector_id, interactive=True) as stream:
+        async with agent.subscribe(
+            tapped.collector_id, interactive=True, retry=_RETRY
+        ) as stream:
             if held:
                 held.release()
             await _read(stream, tapped, screen)

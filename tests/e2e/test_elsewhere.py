@@ -167,7 +167,7 @@ def test_an_agent_and_its_clients_import_nothing_from_the_current_directory(
     with agent_of(CORAL, tmp_path, cwd=hostile.directory) as address:
         to_it = ("--agent", address)
         assert "syscall_stats" in hostile.coral("capabilities", *to_it)
-        assert hostile.coral("collectors", *to_it) == "no collector is at work\n"
+        assert hostile.coral("collectors", *to_it) == "no collector is running\n"
         assert hostile.coral("stop", *to_it, "none", status=1) == ""
         assert "execve" in hostile.coral("tap", *to_it, "--syscall-stats", "--", "true")
 

@@ -30,6 +30,7 @@ LIMITS: dict[str, object] = {
     "cpu_percent": 1000,
     "concurrent_collectors": AT_ONCE + 1,
     "replay_bytes": "1MiB",
+    "ended_bytes": "1MiB",  # what is kept of ended streams is no leak
 }
 
 
