@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -88,6 +88,12 @@ def connections(bench: Bench) -> Iterator[Workload]:
             {"pid": ",".join(pids), "entries": str(2 * ROWS)},
             lambda config: TCP_METRICS.create(config, None, bpf.probe()),
         )
+
+
+WORKLOADS: Final[dict[str, Callable[[Bench], AbstractContextManager[Workload]]]] = {
+    "SyscallStats": calls,
+    "TcpMetrics": connections,
+}
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from benchmarks import (
     drain,
     encoders,
     kernel,
+    lag,
     memory,
     rungs,
     startup,
@@ -50,6 +51,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "delivery": delivery.measure,
     "encoders": encoders.measure,
     "summaries": summaries.measure,
+    "lag": lag.measure,
 }
 
 _NEEDED: Final = ("cc", "clang", "bpftool")

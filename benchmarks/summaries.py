@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final
@@ -25,10 +24,6 @@ from coral.collectors.contract import Batch, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import field_of
 
-_WORKLOADS: Final[dict[str, Callable[[Bench], AbstractContextManager[many.Workload]]]] = {
-    "SyscallStats": many.calls,
-    "TcpMetrics": many.connections,
-}
 _COUNTS: Final = (64, 512, many.ROWS)
 ROUNDS: Final = 5
 _ROWS_A_ROUND: Final = 10_240
@@ -71,7 +66,7 @@ class Case:
 async def measure(bench: Bench) -> Report:
     """The section: every way, of every type and number of rows, ROUNDS times."""
     samples: dict[tuple[str, str, int], list[float]] = {}
-    for name, workload in _WORKLOADS.items():
+    for name, workload in many.WORKLOADS.items():
         with workload(bench) as program:
             (drained,) = program.fill()
         for count in _COUNTS:
@@ -86,7 +81,7 @@ async def measure(bench: Bench) -> Report:
 
 
 def _report(of: dict[tuple[str, str, int], Samples]) -> Report:
-    cases = [(name, count) for name in _WORKLOADS for count in _COUNTS]
+    cases = [(name, count) for name in many.WORKLOADS for count in _COUNTS]
     largest = many.ROWS
     rows = []
     for way in _WAYS:
@@ -94,7 +89,7 @@ def _report(of: dict[tuple[str, str, int], Samples]) -> Report:
         cells = [of[way, name, count].show(0) for name, count in cases]
         ratios = [
             times(of[way, name, largest].median, of[reference, name, largest].median)
-            for name in _WORKLOADS
+            for name in many.WORKLOADS
         ]
         rows.append((way, *cells, *ratios))
     return Report(
@@ -104,7 +99,7 @@ def _report(of: dict[tuple[str, str, int], Samples]) -> Report:
         columns=(
             "",
             *(f"{name}, {count:,} rows" for name, count in cases),
-            *(f"{name}: of columns'" for name in _WORKLOADS),
+            *(f"{name}: of columns'" for name in many.WORKLOADS),
         ),
         rows=rows,
         aims=[
