@@ -31,6 +31,7 @@ from benchmarks import (
     kernel,
     lag,
     memory,
+    replay,
     rungs,
     startup,
     summaries,
@@ -52,6 +53,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "encoders": encoders.measure,
     "summaries": summaries.measure,
     "lag": lag.measure,
+    "replay": replay.measure,
 }
 
 _NEEDED: Final = ("cc", "clang", "bpftool")
