@@ -30,7 +30,12 @@ ROUNDS: Final = 3
 _SECONDS: Final = 5.0
 _MOST_LAG_MS: Final = 50.0
 _CONFIG: Final = {
-    "limits": {"cpu_percent": 1000, "subscriber_bytes_per_second": "1GiB", "memory": "1GiB"}
+    "limits": {
+        "cpu_percent": 1000,
+        "subscriber_bytes_per_second": "1GiB",
+        "memory": "1GiB",
+        "replay_bytes": "64MiB",
+    }
 }
 
 

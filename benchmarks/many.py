@@ -15,11 +15,13 @@ from typing import Any, Final
 
 from benchmarks.bench import ROOT, Bench, BenchError
 from coral import bpf
+from coral.agent.streams import Header
 from coral.collectors.contract import Collector, Summaries
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.collectors.tcp_metrics.collector import COLLECTOR as TCP_METRICS
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import field_of
 from tests.support import at_work
 
 ROWS: Final = 10_240
@@ -111,3 +113,9 @@ def _running(bench: Bench, *arguments: str) -> Iterator[Sequence[str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def header_of(rows: Summaries) -> Header:
+    """What messages of ROWS say of their session."""
+    kind = field_of(rows.message.DESCRIPTOR).kind
+    return Header("bench", kind, "bench", "bench")  # type: ignore[arg-type]

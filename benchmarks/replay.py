@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from google.protobuf.message import Message
+
 from benchmarks import many
 from benchmarks.bench import ROOT, Bench
 from benchmarks.memory import rss_mb
 from benchmarks.report import Report, times
-from coral.agent.streams import Channel, Header, Terms
+from coral.agent.streams import Channel, Terms
 from coral.bpf.libbpf import release_memory
 from coral.collectors.contract import Batch, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -70,7 +72,8 @@ def _run(path: Path, way: str) -> tuple[int, float]:
 
 
 def _as_messages(batches: Sequence[Summaries], size_bytes: int) -> tuple[int, object]:
-    kept, encoded = [], bytearray()
+    kept: list[Message] = []
+    encoded = bytearray()
     for rows in batches:
         field = field_of(rows.message.DESCRIPTOR).same_as
         for message in rows.as_messages():
@@ -88,9 +91,7 @@ def _as_columns(*readers: Terms) -> Callable[[Sequence[Summaries], int], tuple[i
     """The agent's stream, with READERS that keep up."""
 
     def hold(batches: Sequence[Summaries], size_bytes: int) -> tuple[int, object]:
-        kind = field_of(batches[0].message.DESCRIPTOR).kind
-        header = Header("bench", pb.EbpfCollectorKind.ValueType(kind), "bench", "bench")
-        channel = Channel(header, size_bytes)
+        channel = Channel(many.header_of(batches[0]), size_bytes)
         subscriptions = [channel.subscribe(terms) for terms in readers]
         for rows in batches:
             channel.publish(Batch(rows, 1, 2))

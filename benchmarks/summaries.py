@@ -13,12 +13,11 @@ from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf.descriptor import Descriptor
 
 from benchmarks import many
 from benchmarks.bench import Bench
 from benchmarks.report import Aim, Report, Samples, times
-from coral.agent.streams import Channel, Frame, Header
+from coral.agent.streams import Channel, Frame
 from coral.client import Batch as Read
 from coral.collectors.contract import Batch, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -42,19 +41,13 @@ class Case:
 
     rows: Summaries
 
-    @property
-    def header(self) -> Header:
-        """What their messages say of the session."""
-        kind = field_of(self.rows.message.DESCRIPTOR).kind
-        return Header("bench", pb.EbpfCollectorKind.ValueType(kind), "bench", "bench")
-
     def batch(self) -> Batch:
         """The rows as a collector emits them."""
         return Batch(self.rows, 1, 2)
 
     def frames(self) -> Sequence[Frame]:
         """The messages that they are sent in."""
-        channel = Channel(self.header, 1 << 30)
+        channel = Channel(many.header_of(self.rows), 1 << 30)
         channel.publish(self.batch())
         return list(channel.kept)
 
@@ -121,7 +114,7 @@ def _report(of: dict[tuple[str, str, int], Samples]) -> Report:
 
 def _publish(case: Case) -> Run:
     def run() -> None:
-        Channel(case.header, 1 << 30).publish(case.batch())
+        Channel(many.header_of(case.rows), 1 << 30).publish(case.batch())
 
     return run
 
@@ -201,15 +194,18 @@ _WAYS: Final[dict[str, Callable[[Case], Run]]] = {
 def _reader_of_fields(rows: Summaries) -> Callable[[Any], object]:
     """A function that reads every field of a row's message, into numbers, strings and lists."""
     row_field = field_of(rows.message.DESCRIPTOR).same_as
-    row = pb.EbpfEventBatch.DESCRIPTOR.fields_by_name[row_field].message_type
-    assert row
+    row: Any = pb.EbpfEventBatch.DESCRIPTOR.fields_by_name[row_field].message_type
     single = attrgetter(*_paths(row, repeated=False))
     repeated = attrgetter(*_paths(row, repeated=True))
     return lambda message: (single(message), [list(values) for values in repeated(message)])
 
 
-def _paths(message: Descriptor, *, repeated: bool) -> Iterator[str]:
-    """The fields of MESSAGE and of the messages in it, with dots between the names."""
+def _paths(
+    message: Any,
+    *,
+    repeated: bool,
+) -> Iterator[str]:
+    """The fields of a descriptor MESSAGE and of the messages in it, with dots between the names."""
     for field in message.fields:
         if field.is_repeated:
             if repeated:
