@@ -27,8 +27,8 @@ from coral.client import AgentClient
 from tests.support import RunningAgent, running_agent, wait_until
 
 ROUNDS: Final = 3
-_SECONDS: Final = 5.0
-_MOST_LAG_MS: Final = 50.0
+_SECONDS: Final = 4.0
+_LONGEST_MS: Final = 50.0
 _CONFIG: Final = {
     "limits": {
         "cpu_percent": 1000,
@@ -63,6 +63,7 @@ class Runs:
 
     max_ms: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
+    busy_ms: list[float] = field(default_factory=list)  # CPU time of the longest turn
     cpu_percent: list[float] = field(default_factory=list)
     rows: list[float] = field(default_factory=list)  # of each reader, in a second
 
@@ -128,7 +129,9 @@ async def _until_produced(client: AgentClient, collector_id: str, count: int) ->
 async def _watch_loop(agent: RunningAgent, lags: Path, runs: Runs) -> None:
     before, cpu_before_ns = len(read_lags(lags)), kernel.cpu_ns(agent.process.pid)
     await asyncio.sleep(_SECONDS)
-    late_ms = lateness_ms(read_lags(lags)[before:])
+    late_s, busy_s = read_lags(lags)[before:].T
+    late_ms = lateness_ms(late_s)
+    runs.busy_ms.append(float(busy_s.max() * 1e3))
     runs.max_ms.append(float(late_ms.max()))
     runs.p99_ms.append(float(np.percentile(late_ms, 99)))
     used_ns = kernel.cpu_ns(agent.process.pid) - cpu_before_ns
@@ -176,23 +179,34 @@ def _report(idle: Runs, runs: dict[tuple[str, Readers], Runs]) -> Report:
     return Report(
         title=f"Lag of the agent's event loop, at {many.ROWS:,} summaries a second",
         how=f"Median (middle half) of {ROUNDS} runs of {_SECONDS:g} s, interval 1 s. How late "
-        "callbacks are that are due at every full millisecond. A max is that of a run.",
-        columns=("", "max ms", "p99 ms", "agent's CPU %"),
+        "callbacks are that are due at every full millisecond. The longest turn is the CPU time of "
+        "the loop's thread between two callbacks: what others do on the machine is not in it.",
+        columns=("", "longest turn, CPU ms", "max lag ms", "p99 lag ms", "agent's CPU %"),
         rows=rows,
         aims=[
-            Aim(f"{name}, {readers.name}, max", Samples(one.max_ms).median, _MOST_LAG_MS, " ms")
+            Aim(
+                f"{name}, {readers.name}, longest turn",
+                Samples(one.busy_ms).median,
+                _LONGEST_MS,
+                " ms",
+            )
             for (name, readers), one in runs.items()
         ],
         samples={
             f"{name}, {readers.name}, {what}": values
             for (name, readers), one in runs.items()
-            for what, values in (("max ms", one.max_ms), ("p99 ms", one.p99_ms))
+            for what, values in (
+                ("busy ms", one.busy_ms),
+                ("max ms", one.max_ms),
+                ("p99 ms", one.p99_ms),
+            )
         },
     )
 
 
 def _cells(runs: Runs) -> tuple[str, ...]:
     return (
+        Samples(runs.busy_ms).show(1),
         Samples(runs.max_ms).show(1),
         Samples(runs.p99_ms).show(2),
         Samples(runs.cpu_percent).show(1),

@@ -5,8 +5,9 @@
 COMMAND is the one that starts the agent; it runs in this process.
 
 Every millisecond a callback is due; LAGS_FILE, an array of 64-bit floats, has in its first element
-how many have run, and from there on by how many seconds each was late. After a late one the next is
-due at the next full millisecond.
+how many have run, and from there on two for each: by how many seconds it was late, and how much CPU
+time the loop's thread has used since the one before. After a late one the next is due at the next
+full millisecond.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Probe:
     """Writes down how late the loop is."""
 
     def __init__(self, path: Path) -> None:
-        self._told = np.memmap(path, np.float64, "w+", shape=(1 + _MOST,))
+        self._told = np.memmap(path, np.float64, "w+", shape=(1 + 2 * _MOST,))
+        self._used_s = 0.0
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begins, once the loop runs."""
@@ -47,15 +49,17 @@ class Probe:
         late_s = max(time.monotonic() - due_s, 0.0)
         count = int(self._told[0])
         if count < _MOST:
-            self._told[1 + count] = late_s
+            used_s = time.thread_time()
+            self._told[1 + 2 * count : 3 + 2 * count] = late_s, used_s - self._used_s
+            self._used_s = used_s
             self._told[0] = count + 1
         self._wait(loop, due_s + late_s // TICK_S * TICK_S)
 
 
 def read_lags(path: Path) -> NDArray[np.float64]:
-    """How late each callback was so far, in seconds, of shape (n,)."""
+    """How late each callback was, and the CPU time before it, in seconds: of shape (n, 2)."""
     told = np.memmap(path, np.float64, "r")
-    return np.array(told[1 : 1 + int(told[0])])
+    return np.array(told[1 : 1 + 2 * int(told[0])]).reshape(-1, 2)
 
 
 def _main(path: Path, arguments: list[str]) -> None:
