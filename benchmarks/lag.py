@@ -65,6 +65,7 @@ class Runs:
     p99_ms: list[float] = field(default_factory=list)
     busy_ms: list[float] = field(default_factory=list)  # CPU time of the longest turn
     cpu_percent: list[float] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)  # over all readers
     rows: list[float] = field(default_factory=list)  # of each reader, in a second
 
 
@@ -110,9 +111,8 @@ async def _measure(
         if process:
             out, _ = await asyncio.to_thread(process.communicate, timeout=60)
             told = json.loads(out)
-            # The kernel may refuse the last of the entries: it counts the free ones by CPU.
-            if lost := {stage: n for stage, n in told["lost"].items() if stage != "map_full"}:
-                raise BenchError(f"{readers.name}: lost {lost}")
+            # Eight readers of rows take more than one CPU: they may lose what does not fit a queue.
+            runs.lost.append(sum(told["lost"].values()))
             runs.rows.append(told["rows"] / readers.count)
 
 
@@ -181,7 +181,7 @@ def _report(idle: Runs, runs: dict[tuple[str, Readers], Runs]) -> Report:
         how=f"Median (middle half) of {ROUNDS} runs of {_SECONDS:g} s, interval 1 s. How late "
         "callbacks are that are due at every full millisecond. The longest turn is the CPU time of "
         "the loop's thread between two callbacks: what others do on the machine is not in it.",
-        columns=("", "longest turn, CPU ms", "max lag ms", "p99 lag ms", "agent's CPU %"),
+        columns=("", "longest turn, CPU ms", "max lag ms", "p99 lag ms", "agent's CPU %", "lost"),
         rows=rows,
         aims=[
             Aim(
@@ -210,4 +210,5 @@ def _cells(runs: Runs) -> tuple[str, ...]:
         Samples(runs.max_ms).show(1),
         Samples(runs.p99_ms).show(2),
         Samples(runs.cpu_percent).show(1),
+        f"{sum(runs.lost):,}",
     )
