@@ -13,7 +13,7 @@ TEST_PACKAGES := gcc libc6-dev strace bpftool procps iproute2 nftables
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
-C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.bpf.c)
+C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.c)
 
 .PHONY: help setup demo run test test-kernels lint format docs bench clean
 

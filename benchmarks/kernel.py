@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-TRACEFS: Final = Path("/sys/kernel/tracing")
-_TRACEFS_ROOTS: Final = (TRACEFS, Path("/sys/kernel/debug/tracing"))
+from tests.tracefs import hold_tracefs, mount_source
+
 _TRACING: Final = ("tracing", "raw_tracepoint", "tracepoint")
 _GRACE_S: Final = 0.5
 _CPUCLOCK_SCHED: Final = 2  # a clock's number has a pid in it (clock_getcpuclockid)
@@ -51,25 +51,22 @@ def foreign_programs() -> bool:
 
 @contextmanager
 def tracefs() -> Iterator[str]:
-    """Inside the block tracefs is mounted, if it can be; yields a remark where it was not before.
-    It is unmounted afterwards only then."""
-    if any((root / "events").is_dir() for root in _TRACEFS_ROOTS):
-        yield ""
-        return
-    mounted = subprocess.run(
-        ["mount", "-t", "tracefs", "tracefs", TRACEFS], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        yield f"tracefs cannot be mounted: {mounted.stderr.strip()}"
-        return
+    """Inside the block tracefs is mounted, if it can be; yields a remark where it was not mounted
+    before. The last run that needs it unmounts it."""
+    was_mounted = bool(mount_source())
+    release = hold_tracefs()
     try:
-        yield (
-            "tracefs was not mounted, and is while this runs: bpftrace, bcc and libbpf-tools "
-            "cannot attach without it, coral does not need it"
-        )
+        if was_mounted:
+            yield ""
+        elif mount_source():
+            yield (
+                "tracefs was not mounted, and is while this runs: bpftrace, bcc and libbpf-tools "
+                "cannot attach without it, coral does not need it"
+            )
+        else:
+            yield "tracefs cannot be mounted"
     finally:
-        # Lazily, for somebody else may have come to use it meanwhile.
-        subprocess.run(["umount", "--lazy", TRACEFS], check=False)
+        release()
 
 
 def headers_for_bcc(directory: Path) -> tuple[Path | None, str]:

@@ -56,7 +56,7 @@ async def measure(bench: Bench) -> Report:
     )
 
 
-def rss_mb(pid: int) -> float:
+def rss_mb(pid: int | str) -> float:
     """What a process holds in memory, pages that it shares with others included."""
     match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match

@@ -23,7 +23,20 @@ from typing import Final
 
 from rich.console import Console
 
-from benchmarks import cost, delivery, drain, encoders, kernel, memory, rungs, startup, tcp
+from benchmarks import (
+    cost,
+    delivery,
+    drain,
+    encoders,
+    kernel,
+    lag,
+    memory,
+    replay,
+    rungs,
+    startup,
+    summaries,
+    tcp,
+)
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, show
 from coral import bpf
@@ -38,6 +51,9 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "drain": drain.measure,
     "delivery": delivery.measure,
     "encoders": encoders.measure,
+    "summaries": summaries.measure,
+    "lag": lag.measure,
+    "replay": replay.measure,
 }
 
 _NEEDED: Final = ("cc", "clang", "bpftool")

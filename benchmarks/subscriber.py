@@ -1,9 +1,10 @@
 """Subscribers in a process of their own, for the bench: COUNT of one session, each on its own
 connection.
 
-    python -P -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT
+    python -P -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT [rows|columns]
 
-Prints `subscribed` when all are, and at the session's end one line of JSON: the sums over them all.
+The last argument says in which form summaries come. Prints `subscribed` when all are, and at the
+session's end one line of JSON: the sums over them all.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Got:
     def take(self, batch: Batch) -> None:
         """Counts one message."""
         arrived_ns = time.time_ns()
-        self.rows += len(batch.events)
+        self.rows += batch.count
         self.batches += 1
         if len(batch.events):
             self.last_at_s = time.monotonic()
@@ -55,20 +56,25 @@ class Got:
         return {"p50_us": p50 / 1e3, "p99_us": p99 / 1e3}
 
 
-async def _subscribe(address: str, collector_id: str, ready: asyncio.Event, got: Got) -> None:
-    async with AgentClient(address) as agent, agent.subscribe(collector_id) as stream:
+async def _subscribe(
+    address: str, collector_id: str, columns: bool, ready: asyncio.Event, got: Got
+) -> None:
+    async with (
+        AgentClient(address) as agent,
+        agent.subscribe(collector_id, columns=columns) as stream,
+    ):
         ready.set()
         async for batch in stream:
             got.take(batch)
         got.finish(stream)
 
 
-async def _main(address: str, collector_id: str, count: int) -> None:
+async def _main(address: str, collector_id: str, count: int, form: str = "rows") -> None:
     got = Got()
     async with asyncio.TaskGroup() as group:
         readies = [asyncio.Event() for _ in range(count)]
         for ready in readies:
-            group.create_task(_subscribe(address, collector_id, ready, got))
+            group.create_task(_subscribe(address, collector_id, form == "columns", ready, got))
         for ready in readies:
             await ready.wait()
         print("subscribed", flush=True)
@@ -85,4 +91,4 @@ async def _main(address: str, collector_id: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    asyncio.run(_main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]))

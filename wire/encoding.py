@@ -60,12 +60,24 @@ def fields(wire: bytes | memoryview) -> Iterator[tuple[int, int, memoryview]]:
     """The fields of an encoded message in their order: number, where its tag begins, and the bytes
     of the value, without the length that stands before them. Raises `NotFixedError`."""
     view, position = memoryview(wire), 0
-    while position < len(view):
+    size = len(view)
+    while position < size:
         began = position
-        key, position = read_varint(view, position)
+        # Tags of one and two bytes and lengths of one are nearly all there are: no call for those.
+        key = view[position]
+        position += 1
+        if key >= _MORE:
+            if position < size and (high := view[position]) < _MORE:
+                key += (high - 1) << 7
+                position += 1
+            else:
+                key, position = read_varint(view, began)
         kind = key & 7
         if kind == WIRE_BYTES:
-            length, position = read_varint(view, position)
+            if position < size and (length := view[position]) < _MORE:
+                position += 1
+            else:
+                length, position = read_varint(view, position)
             end = position + length
         elif kind == WIRE_VARINT:
             end = read_varint(view, position)[1]
@@ -73,7 +85,7 @@ def fields(wire: bytes | memoryview) -> Iterator[tuple[int, int, memoryview]]:
             end = position + _SIZES[kind]
         else:
             raise NotFixedError(f"wire type {kind} at byte {began}")
-        if end > len(view):
+        if end > size:
             raise NotFixedError("the message is cut short")
         yield key >> 3, began, view[position:end]
         position = end

@@ -155,5 +155,4 @@ def _messages_of(rows: EventRows | Summaries) -> Iterator[EventRows | Summaries]
 def _part(rows: EventRows | Summaries, start: int, stop: int) -> EventRows | Summaries:
     if isinstance(rows, EventRows):
         return replace(rows, records=rows.records[start:stop])
-    number = np.arange(len(rows))
-    return take(rows, (number >= start) & (number < stop))
+    return take(rows, np.arange(start, stop))

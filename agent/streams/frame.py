@@ -267,8 +267,9 @@ def row_sizes(rows: EventRows | Summaries) -> NDArray[np.int64]:
 _ROW_OVERHEAD_BYTES: Final = 64
 
 
-def take(rows: EventRows | Summaries, keep: NDArray[np.bool_]) -> EventRows | Summaries:
-    """The rows that KEEP, of shape (n,), marks; summaries with the strings that they use alone."""
+def take(rows: EventRows | Summaries, keep: NDArray[Any]) -> EventRows | Summaries:
+    """The rows at KEEP, row numbers or a mask of shape (n,); summaries with the strings that they
+    use alone."""
     if isinstance(rows, EventRows):
         return replace(rows, records=rows.records[keep])
     return _with_used_strings(rows.take(keep))
