@@ -20,7 +20,7 @@ from typing import Final
 
 import numpy as np
 
-from coral.agent.streams.frame import Frame, Header, row_sizes, take
+from coral.agent.streams.frame import Frame, Header, row_bytes, row_sizes, take
 from coral.agent.streams.subscription import Subscription, Terms
 from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -139,20 +139,18 @@ class Channel:
 
 def _messages_of(rows: EventRows | Summaries) -> Iterator[EventRows | Summaries]:
     """ROWS in parts that fit a message each; at least one part, which may be empty."""
-    most = MAX_ROWS if isinstance(rows, EventRows) else MAX_SUMMARIES
+    if isinstance(rows, EventRows):
+        most = min(MAX_ROWS, ROWS_BYTES // row_bytes(rows))
+        for start in range(0, len(rows) or 1, most):
+            yield replace(rows, records=rows.records[start : start + most])
+        return
     ends = np.cumsum(row_sizes(rows))
-    if len(rows) <= most and (not len(ends) or ends[-1] <= ROWS_BYTES):
+    if len(rows) <= MAX_SUMMARIES and (not len(ends) or ends[-1] <= ROWS_BYTES):
         yield rows
         return
     start = sent_bytes = 0
     while start < len(rows):
         fitting = int(np.searchsorted(ends, sent_bytes + ROWS_BYTES, side="right"))
-        stop = min(max(fitting, start + 1), start + most, len(rows))
-        yield _part(rows, start, stop)
+        stop = min(max(fitting, start + 1), start + MAX_SUMMARIES, len(rows))
+        yield take(rows, np.arange(start, stop))
         start, sent_bytes = stop, int(ends[stop - 1])
-
-
-def _part(rows: EventRows | Summaries, start: int, stop: int) -> EventRows | Summaries:
-    if isinstance(rows, EventRows):
-        return replace(rows, records=rows.records[start:stop])
-    return take(rows, np.arange(start, stop))

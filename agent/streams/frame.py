@@ -57,14 +57,16 @@ class Frame:
     _filtered: dict[Filter, Frame] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rows, EventRows):
-            wire, offset = self._head(), 0
-            offset = len(wire)
-            layout = _layout(self.rows)
-            wire += layout.encode(self.rows.records)
+        rows = self.rows
+        if isinstance(rows, EventRows):
+            # The rows come first, so that a reader finds them without a look at the rest.
+            layout = _layout(rows)
+            wire = layout.encode(rows.records) + self._head()
             self._encoded[False] = wire
-            records = layout.view(wire, offset)
-            object.__setattr__(self, "rows", replace(self.rows, records=records))
+            records = np.frombuffer(wire, layout.dtype, len(rows))
+            object.__setattr__(self, "rows", replace(rows, records=records))
+        elif rows is not None:
+            object.__setattr__(self, "rows", _compact(rows))
 
     @property
     def count(self) -> int:
@@ -83,7 +85,8 @@ class Frame:
             return len(self._encoded[False])
         if self.rows is None:
             return len(self.wire())
-        return _HEAD_BYTES + int(row_sizes(self.rows).sum())
+        columns = sum(values.nbytes for values in self.rows.columns.values())
+        return _HEAD_BYTES + columns + sum(map(len, self.rows.strings))
 
     @property
     def memory_bytes(self) -> int:
@@ -121,7 +124,7 @@ class Frame:
         if as_columns:
             body = columns_layout(rows.message.DESCRIPTOR).encode(rows.columns)
             tag = varint(target.number << 3 | WIRE_BYTES)
-            return self._head(rows.strings) + tag + varint(len(body)) + body
+            return tag + varint(len(body)) + body + self._head(rows.strings)
         message = pb.EbpfEventBatch()
         getattr(message, target.same_as).extend(rows.messages(rows.columns, rows.strings))
         return self._head() + message.SerializeToString()
@@ -247,11 +250,14 @@ def _send_strings(event: pb.EbpfEvent, row: Message, strings: Sequence[str]) -> 
             setattr(payload, it.name, list(event.strings).index(text))
 
 
-def row_sizes(rows: EventRows | Summaries) -> NDArray[np.int64]:
-    """What each row takes in a message, in bytes, of shape (n,). Strings count for each row that
-    refers to them, as they do where summaries are sent as messages."""
-    if isinstance(rows, EventRows):
-        return np.full(len(rows), _layout(rows).dtype.itemsize, np.int64)
+def row_bytes(rows: EventRows) -> int:
+    """What each row takes in a message."""
+    return _layout(rows).dtype.itemsize
+
+
+def row_sizes(rows: Summaries) -> NDArray[np.int64]:
+    """What each row takes in a message at most, in bytes, of shape (n,). Strings count for each row
+    that refers to them, as they do where summaries are sent as messages."""
     lengths = np.array([len(text.encode()) for text in rows.strings] or [0], np.int64)
     sizes = np.full(len(rows), _ROW_OVERHEAD_BYTES, np.int64)
     for name, column in columns_layout(rows.message.DESCRIPTOR).columns.items():
@@ -286,6 +292,16 @@ def _with_used_strings(rows: Summaries) -> Summaries:
         for name, values in rows.columns.items()
     }
     return replace(rows, columns=columns, strings=[rows.strings[at] for at in used.tolist()])
+
+
+def _compact(rows: Summaries) -> Summaries:
+    """ROWS with each column in the width that the contract gives it."""
+    layout = columns_layout(rows.message.DESCRIPTOR).columns
+    columns = {
+        name: np.ascontiguousarray(values, layout[name].dtype)
+        for name, values in rows.columns.items()
+    }
+    return replace(rows, columns=columns)
 
 
 def _layout(rows: EventRows) -> RowLayout:

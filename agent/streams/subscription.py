@@ -391,8 +391,8 @@ class Subscription:
         account = self._stream_account()
         if not account.ByteSize():
             return wire
-        # Fields come in any order, and the rows are to stay the last.
-        return pb.EbpfEventBatch(account=account).SerializeToString() + wire
+        # Fields come in any order, and the rows are to stay the first.
+        return wire + pb.EbpfEventBatch(account=account).SerializeToString()
 
     def events(self, frame: Frame) -> Iterator[bytes]:
         """The frame that was just taken as encoded EbpfEvents, one for each event."""

@@ -355,9 +355,7 @@ async def _follow(
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     try:
-        async with agent.subscribe(
-            tapped.collector_id, interactive=True, retry=_RETRY
-        ) as stream:
+        async with agent.subscribe(tapped.collector_id, interactive=True, retry=_RETRY) as stream:
             if held:
                 held.release()
             await _read(stream, tapped, screen)

@@ -331,7 +331,7 @@ async def test_streams_over_connections_that_are_cut_have_every_event_once(
 
     async with (
         peer(address, StreamEventBatches=script) as at,
-        cutting_proxy(at, 3, (0.05, 1.0)) as proxy,
+        cutting_proxy(at, 3, (0.02, 0.3)) as proxy,
     ):
         reconnects = await asyncio.gather(*(one(proxy, n) for n in range(20)))
     print(f"{sum(reconnects)} reconnects over 20 streams")

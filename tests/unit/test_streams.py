@@ -28,6 +28,7 @@ from coral.agent.streams import (
     SubscriptionEndedError,
     Terms,
 )
+from coral.client import Batch as Received
 from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
@@ -97,10 +98,8 @@ def size_of(made: Batch) -> int:
 
 
 def events_of(wire: bytes) -> NDArray[Any]:
-    """The rows of single events in an encoded batch, as a view."""
-    number = pb.EbpfEventBatch.SYSCALL_CALLS_FIELD_NUMBER
-    offset = next((at for found, at, _ in fields(wire) if found == number), len(wire))
-    return CALLS.view(wire, offset)
+    """The rows of single events in an encoded batch."""
+    return Received.parse(wire).events
 
 
 def take_all(subscription: Subscription) -> list[Frame]:
