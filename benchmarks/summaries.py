@@ -122,10 +122,11 @@ def _publish(case: Case) -> Run:
 def _write(*, columns: bool) -> Callable[[Case], Run]:
     def prepare(case: Case) -> Run:
         frames = case.frames()
+        for frame in frames:
+            frame.stop_sharing()  # or only the first round would encode
 
         def run() -> None:
             for frame in frames:
-                frame.forget_encodings()
                 frame.wire(columns=columns)
 
         return run

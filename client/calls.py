@@ -62,6 +62,7 @@ class RepeatedCall:
         self._backoff = Backoff(retry)
         self._timeout_s = timeout_s
         self._call: Call | None = None
+        self._was_cancelled = False  # by the caller, while it stood
 
     async def open(self) -> None:
         """Returns when the first call stands. A connection that breaks meanwhile is made again; an
@@ -76,11 +77,15 @@ class RepeatedCall:
         breaks, waits until a new call stands. Cancelling a read loses nothing: the next one goes on
         where this one began. Raises `AgentError`: what the agent refuses, or `UnavailableError`
         when it stays away for too long."""
-        cause = AgentError(grpc.StatusCode.CANCELLED, "the last read was cancelled")
+        cause = AgentError(grpc.StatusCode.UNAVAILABLE, "the agent has ended the call")
         while True:
             try:
                 if self._call is None:
-                    await self._reopen(cause)
+                    if self._was_cancelled:
+                        await self.open()
+                    else:
+                        await self._reopen(cause)
+                    self._was_cancelled = False
                     continue
                 message = await self._call.read()
             except grpc.aio.AioRpcError as failed:
@@ -89,6 +94,7 @@ class RepeatedCall:
                 if not _is_transient(cause):
                     raise cause from failed
             except asyncio.CancelledError:
+                self._was_cancelled = self._call is not None or self._was_cancelled
                 self.close()  # gRPC has cancelled the call together with the read
                 raise
             else:

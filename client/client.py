@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from coral.client.address import ENV_TOKEN, channel_options, default_address
@@ -35,6 +36,17 @@ DEFAULT_RETRY: Final = Retry()
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"].full_name
 
 Answer = TypeVar("Answer", bound=Message)
+
+
+def _set_duration(message: Duration, duration_s: float) -> None:
+    """Raises `InvalidArgumentError` for what a Duration cannot hold."""
+    try:
+        message.FromNanoseconds(round(duration_s * 1e9))
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgumentError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"duration_s: {duration_s!r} is not accepted; give a number of seconds",
+        ) from error
 
 
 class AgentClient:
@@ -107,7 +119,7 @@ class AgentClient:
             config=dict(config or {}),
         )
         if duration_s is not None:
-            request.duration.FromNanoseconds(round(duration_s * 1e9))
+            _set_duration(request.duration, duration_s)
         answer = await self._call("StartCollector", request, pb.StartEbpfCollectorResponse)
         return Started.of(answer)
 
@@ -116,7 +128,7 @@ class AgentClient:
         nanoseconds."""
         request = pb.RenewCollectorRequest(collector_id=collector_id)
         if duration_s is not None:
-            request.duration.FromNanoseconds(round(duration_s * 1e9))
+            _set_duration(request.duration, duration_s)
         answer = await self._call("RenewCollector", request, pb.RenewCollectorResponse)
         return answer.expires_at.ToNanoseconds()
 

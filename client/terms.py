@@ -48,6 +48,8 @@ def stream_request(
 ) -> pb.EbpfEventStreamRequest:
     """The request for a stream: TERMS, and WANTED on top. Raises ValueError for a value that the
     contract has no place for."""
+    if unknown := wanted.keys() - Terms.__annotations__.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: there is no such term of a stream")
     request = pb.EbpfEventStreamRequest()
     if terms:
         request.CopyFrom(terms)

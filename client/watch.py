@@ -7,7 +7,6 @@ from enum import Enum
 from typing import Self
 
 from coral.client.calls import RepeatedCall
-from coral.client.errors import ContractError
 from coral.client.results import CollectorInfo
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -63,8 +62,9 @@ class Watch:
             return change
         while True:
             wire = await self._calls.read()
-            if wire is None:
-                raise ContractError("the agent ended the watch without saying why")
+            if wire is None:  # the agent shuts down; another one may follow
+                self._calls.close()
+                continue
             coming = _change(pb.CollectorChange.FromString(wire))
             if self._reported != self._calls.stood:
                 self._reported, self._held = self._calls.stood, coming

@@ -39,8 +39,10 @@ async def run(collector: Collector, emit: Emit, attached: Callable[[], None]) ->
     finally:
         try:
             if opened:
-                await in_thread(collector.bpf_object.detach)
-                await _drain(collector, emit)
+                try:
+                    await in_thread(collector.bpf_object.detach)
+                finally:  # another cancellation, during the detach, loses nothing either
+                    await _drain(collector, emit)
         finally:
             await in_thread(collector.close)
 

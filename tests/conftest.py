@@ -22,6 +22,10 @@ from tests.support import (
 )
 from tests.tracefs import hold_tracefs
 
+# A worker of pytest-xdist has the width of the terminal that runs the tests; no command under test
+# is to know it.
+os.environ.pop("COLUMNS", None)
+
 pytest.register_assert_rewrite("tests.network")  # its assertions say what differs, too
 
 _ran = {"passed": 0, "failed": 0, "skipped": 0}

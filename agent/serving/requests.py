@@ -14,6 +14,9 @@ from google.protobuf.message import DecodeError, Message
 from coral.agent.errors import InvalidRequestError
 
 _NUL: Final = "\0"
+# Of a list, such as the processes of a filter: it is looked through for each batch, on the event
+# loop.
+MOST_ITEMS: Final = 1024
 
 Request = TypeVar("Request", bound=Message)
 
@@ -38,6 +41,10 @@ def _check(message: Message, prefix: str) -> None:
             for key, text in value.items():
                 _check_text(f"{name}: the key", key)
                 _check_text(f'{name}["{key}"]', text)
+        elif field.is_repeated and len(value) > MOST_ITEMS:
+            raise InvalidRequestError(
+                f"{name}: {len(value):,} items are not accepted; give at most {MOST_ITEMS:,}"
+            )
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             _check(value, f"{name}.")
         elif field.type == FieldDescriptor.TYPE_STRING:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coral.agent.sessions.session import Session
+from coral.agent.streams.frame import loss_messages
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 
@@ -22,7 +21,7 @@ def info_of(session: Session) -> pb.CollectorInfo:
         continuous=session.continuous,
         config=session.config,
         produced=channel.produced,
-        lost=_losses(channel.lost_in_kernel),
+        lost=loss_messages(channel.lost_in_kernel),
         map_memory_bytes=session.map_memory_bytes,
     )
     for subscription in channel.subscriptions:
@@ -34,8 +33,8 @@ def info_of(session: Session) -> pb.CollectorInfo:
             delivered=account.delivered,
             lost=sum(account.lost.values()),
             filtered=account.filtered,
-            lag=channel.produced - subscription.last_delivered_seq,
-            losses=_losses(account.lost),
+            lag=account.queued,
+            losses=loss_messages(account.lost),
         )
     if session.end:
         info.ended_at.CopyFrom(timestamp(session.ended_at))
@@ -55,11 +54,3 @@ def timestamp(unix_s: float) -> Timestamp:
     made = Timestamp()
     made.FromNanoseconds(int(unix_s * 1e9))
     return made
-
-
-def _losses(counts: Mapping[int, int]) -> list[pb.Loss]:
-    return [
-        pb.Loss(stage=stage, count=count)  # type: ignore[arg-type]
-        for stage, count in counts.items()
-        if count
-    ]

@@ -99,7 +99,8 @@ class Session:
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for its maps; 0 after its end."""
-        return self._collector.bpf_object.map_memory_bytes if self._collector else 0
+        collector = self._collector  # a scrape reads it in a thread
+        return collector.bpf_object.map_memory_bytes if collector else 0
 
     @property
     def memory_bytes(self) -> int:
@@ -169,7 +170,7 @@ class Session:
     async def stop(self, end: End) -> None:
         """Ends the session for the reason END, and returns when it is detached and its stream has
         ended."""
-        if not self._wanted_end and self.task:
+        if not self.decided_end and self.task:
             self._wanted_end = end
             if self._begun:  # a task that is cancelled before its first step never takes one
                 self.task.cancel()

@@ -20,7 +20,15 @@ from typing import Final
 
 import numpy as np
 
-from coral.agent.streams.frame import Frame, Header, row_bytes, row_sizes, take
+from coral.agent.streams.frame import (
+    Frame,
+    Header,
+    loss_messages,
+    row_bytes,
+    row_sizes,
+    take,
+    with_used_strings,
+)
 from coral.agent.streams.subscription import Subscription, Terms
 from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -32,6 +40,9 @@ MAX_SUMMARIES: Final = 512
 ROWS_BYTES: Final = (1 << 20) - (32 << 10)
 # Frames whose encodings are kept beside their rows: readers that keep up share them.
 _ENCODED_FRAMES: Final = 32
+# A collector of single events keeps its names from batch to batch; above this number it is worth
+# looking which of them a batch uses.
+_MANY_STRINGS: Final = 256
 
 
 class Channel:
@@ -90,9 +101,12 @@ class Channel:
 
     def end(self, reason: pb.SessionEnd.Reason, detail: str, at_ns: int) -> None:
         """Sends the end as the last frame. The stream can still be subscribed to."""
-        end = pb.SessionEnd(reason=reason, detail=detail, produced=self.produced)
-        for stage, count in self.lost_in_kernel.items():
-            end.lost_in_kernel.add(stage=stage, count=count)
+        end = pb.SessionEnd(
+            reason=reason,
+            detail=detail,
+            produced=self.produced,
+            lost_in_kernel=loss_messages(self.lost_in_kernel),
+        )
         self._send(self.control(self.produced + 1, self.produced, at_ns, end=end))
         self.ended = True
 
@@ -112,7 +126,7 @@ class Channel:
         while self.kept_bytes > self.replay_bytes and len(self.kept) > 1:
             self._evict()
         if len(self.kept) > _ENCODED_FRAMES:
-            self.kept[-1 - _ENCODED_FRAMES].forget_encodings()
+            self.kept[-1 - _ENCODED_FRAMES].stop_sharing()
         now = self.clock()
         for subscription in tuple(self.subscriptions):
             subscription.offer(frame, now)
@@ -140,6 +154,8 @@ class Channel:
 def _messages_of(rows: EventRows | Summaries) -> Iterator[EventRows | Summaries]:
     """ROWS in parts that fit a message each; at least one part, which may be empty."""
     if isinstance(rows, EventRows):
+        if len(rows.strings) > _MANY_STRINGS:
+            rows = with_used_strings(rows)
         most = min(MAX_ROWS, ROWS_BYTES // row_bytes(rows))
         for start in range(0, len(rows) or 1, most):
             yield replace(rows, records=rows.records[start : start + most])

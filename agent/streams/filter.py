@@ -27,7 +27,8 @@ class Filter:
     something the rows do not have. Hashable: equal filters share one encoding.
 
     A summary passes if one of the events that it adds up could: its longest duration counts, and
-    one error is enough.
+    one error is enough. A row that adds up what `top` left out has no process and no name of its
+    own, so conditions about these leave it out.
     """
 
     pids: frozenset[int] = frozenset()

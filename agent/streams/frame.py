@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -34,6 +34,16 @@ class Header:
     service_name: str
 
 
+@dataclass(slots=True)
+class _Made:
+    """What was made of a frame's rows, to be shared while the frame is recent."""
+
+    events: bytes = b""  # the encoding that individual events lie in
+    encoded: dict[bool, bytes] = field(default_factory=dict)  # by whether as columns
+    filtered: dict[Filter, Frame] = field(default_factory=dict)
+    is_shared: bool = True
+
+
 @dataclass(frozen=True)
 class Frame:
     """Accounts for the events FIRST_SEQ to LAST_SEQ, or only for losses, or for the end.
@@ -53,8 +63,7 @@ class Frame:
     lost_in_kernel: Counts = field(default_factory=dict)  # so far, those of this frame included
     seqs: NDArray[np.int64] | None = None
     end: pb.SessionEnd | None = None
-    _encoded: dict[bool, bytes] = field(default_factory=dict)  # by whether as columns
-    _filtered: dict[Filter, Frame] = field(default_factory=dict)
+    _made: _Made = field(default_factory=_Made)
 
     def __post_init__(self) -> None:
         rows = self.rows
@@ -62,7 +71,7 @@ class Frame:
             # The rows come first, so that a reader finds them without a look at the rest.
             layout = _layout(rows)
             wire = layout.encode(rows.records) + self._head()
-            self._encoded[False] = wire
+            self._made.events = wire
             records = np.frombuffer(wire, layout.dtype, len(rows))
             object.__setattr__(self, "rows", replace(rows, records=records))
         elif rows is not None:
@@ -82,7 +91,7 @@ class Frame:
     def size_bytes(self) -> int:
         """What it takes in memory, about what it takes on the wire as columns."""
         if isinstance(self.rows, EventRows):
-            return len(self._encoded[False])
+            return len(self._made.events)
         if self.rows is None:
             return len(self.wire())
         columns = sum(values.nbytes for values in self.rows.columns.values())
@@ -90,10 +99,9 @@ class Frame:
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes in memory with the encodings that are kept now."""
-        if isinstance(self.rows, EventRows):
-            return self.size_bytes
-        return self.size_bytes + sum(map(len, self._encoded.values()))
+        """What it takes in memory with the encodings and filtered frames that are kept now."""
+        filtered = sum(frame.memory_bytes for frame in self._made.filtered.values())
+        return self.size_bytes + filtered + sum(map(len, self._made.encoded.values()))
 
     @property
     def lost_in_kernel_before(self) -> Counts:
@@ -104,17 +112,23 @@ class Frame:
 
     def wire(self, *, columns: bool = False) -> bytes:
         """The frame as an encoded EbpfEventBatch; its summaries as messages, or as COLUMNS."""
+        made = self._made
+        if made.events:
+            return made.events
         as_columns = columns and isinstance(self.rows, Summaries)
-        if as_columns not in self._encoded:
-            self._encoded[as_columns] = self._encode(as_columns=as_columns)
-        return self._encoded[as_columns]
+        if as_columns in made.encoded:
+            return made.encoded[as_columns]
+        wire = self._encode(as_columns=as_columns)
+        if made.is_shared:
+            made.encoded[as_columns] = wire
+        return wire
 
-    def forget_encodings(self) -> None:
-        """Frees what `wire` can make again."""
-        if not isinstance(self.rows, EventRows):
-            self._encoded.clear()
-            for frame in self._filtered.values():
-                frame.forget_encodings()
+    def stop_sharing(self) -> None:
+        """Frees what `wire` and `filtered` can make again, and keeps it no more: few readers are
+        this late."""
+        self._made.is_shared = False
+        self._made.encoded.clear()
+        self._made.filtered.clear()
 
     def _encode(self, *, as_columns: bool) -> bytes:
         rows = self.rows
@@ -152,14 +166,19 @@ class Frame:
         return message.SerializeToString()
 
     def filtered(self, wanted: Filter) -> Frame:
-        """The frame with the rows that pass; made once for each distinct filter."""
+        """The frame with the rows that pass; made once for each distinct filter while the frame is
+        recent."""
         if not self.rows or not wanted:
             return self
-        if wanted not in self._filtered:
-            keep = wanted.mask(self.rows)
-            seqs = self.first_seq + np.flatnonzero(keep)
-            self._filtered[wanted] = self._with(rows=take(self.rows, keep), seqs=seqs)
-        return self._filtered[wanted]
+        made = self._made
+        if wanted in made.filtered:
+            return made.filtered[wanted]
+        keep = wanted.mask(self.rows)
+        seqs = self.first_seq + np.flatnonzero(keep)
+        frame = self._with(rows=take(self.rows, keep), seqs=seqs)
+        if made.is_shared:
+            made.filtered[wanted] = frame
+        return frame
 
     def after(self, seq: int) -> Frame:
         """The frame without the events up to number SEQ, which lies within it."""
@@ -169,7 +188,7 @@ class Frame:
         return self._with(first_seq=seq + 1, rows=take(self.rows, keep), losses=_NOTHING)
 
     def _with(self, **changes: Any) -> Frame:
-        return replace(self, **changes, _encoded={}, _filtered={})
+        return replace(self, **changes, _made=_Made())
 
     def events(self, account: pb.StreamAccount | None = None) -> Iterator[bytes]:
         """The frame as encoded EbpfEvents, one for each event; losses, the end, and where the
@@ -228,6 +247,7 @@ class Frame:
 
 
 _HEAD_BYTES: Final = 200
+Rows = TypeVar("Rows", EventRows, Summaries)
 
 
 def loss_messages(counts: Counts) -> list[pb.Loss]:
@@ -274,24 +294,32 @@ _ROW_OVERHEAD_BYTES: Final = 64
 
 
 def take(rows: EventRows | Summaries, keep: NDArray[Any]) -> EventRows | Summaries:
-    """The rows at KEEP, row numbers or a mask of shape (n,); summaries with the strings that they
-    use alone."""
+    """The rows at KEEP, row numbers or a mask of shape (n,), with the strings they use alone."""
     if isinstance(rows, EventRows):
-        return replace(rows, records=rows.records[keep])
-    return _with_used_strings(rows.take(keep))
+        return with_used_strings(replace(rows, records=rows.records[keep]))
+    return with_used_strings(rows.take(keep))
 
 
-def _with_used_strings(rows: Summaries) -> Summaries:
-    layout = columns_layout(rows.message.DESCRIPTOR).columns
-    indices = {name: rows.columns[name] for name in rows.columns if layout[name].string_index}
+def with_used_strings(rows: Rows) -> Rows:
+    """ROWS without the strings that none of them points to."""
+    values: Any = rows.records if isinstance(rows, EventRows) else rows.columns
+    there_are = values.dtype.names or () if isinstance(rows, EventRows) else values
+    indices = {
+        field.name: values[field.name]
+        for field in rows.message.DESCRIPTOR.fields
+        if is_string_index(field) and field.name in there_are
+    }
     if not indices:
         return rows
-    used = np.unique(np.concatenate([values.ravel() for values in indices.values()]))
-    columns = {
-        name: np.searchsorted(used, values) if name in indices else values
-        for name, values in rows.columns.items()
-    }
-    return replace(rows, columns=columns, strings=[rows.strings[at] for at in used.tolist()])
+    used = np.unique(np.concatenate([each.ravel() for each in indices.values()]))
+    fewer = {name: np.searchsorted(used, each) for name, each in indices.items()}
+    strings = [rows.strings[at] for at in used.tolist()]
+    if isinstance(rows, Summaries):
+        return replace(rows, columns={**rows.columns, **fewer}, strings=strings)
+    records = rows.records.copy()
+    for name, each in fewer.items():
+        records[name] = each
+    return replace(rows, records=records, strings=strings)
 
 
 def _compact(rows: Summaries) -> Summaries:

@@ -354,7 +354,7 @@ class Subscription:
         self._told.add(gap)
         losses = gap.lost + gap.in_kernel
         frame = self.channel.control(self._seq + 1, last_seq, time.time_ns())
-        return replace(frame, losses=losses, lost_in_kernel=dict(lost_in_kernel), _encoded={})
+        return replace(frame, losses=losses, lost_in_kernel=dict(lost_in_kernel))
 
     @property
     def position_due(self) -> float:

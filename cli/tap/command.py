@@ -9,7 +9,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -28,7 +28,7 @@ from coral.cli.common import (
 )
 from coral.cli.tap.display import Screen, Tapped, screen_of
 from coral.cli.tap.launch import HeldCommand
-from coral.client import AgentClient, AgentError, Batch, EndReason, Retry
+from coral.client import AgentClient, AgentError, EndReason, Retry, Stream
 from coral.views.contract import Flag, Story, View
 from coral.views.registry import VIEWS
 
@@ -318,7 +318,7 @@ async def _began_ns(agent: AgentClient, collector_id: str) -> int:
     return now_ns
 
 
-async def _read(stream: AsyncIterator[Batch], tapped: Tapped, screen: Screen) -> None:
+async def _read(stream: Stream, tapped: Tapped, screen: Screen) -> None:
     """Reads to the end. The batches of one interval come at once, one after the other."""
     while True:
         coming = asyncio.ensure_future(anext(stream, None))
@@ -333,6 +333,7 @@ async def _read(stream: AsyncIterator[Batch], tapped: Tapped, screen: Screen) ->
             return
         screen.update(batch)
         tapped.add(batch)
+        tapped.count_lost(stream.account)
 
 
 async def _follow(
@@ -361,4 +362,4 @@ async def _follow(
             await _read(stream, tapped, screen)
     finally:
         leave_signals()
-    await asyncio.gather(*stopping, return_exceptions=True)
+        await asyncio.gather(*stopping, return_exceptions=True)

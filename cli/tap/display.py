@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from coral.cli.common import echo_data
-from coral.client import Batch, SessionEnd, Started
+from coral.client import Account, Batch, SessionEnd, Started
 from coral.views.contract import Story
 from coral.views.text import safe, shorten
 
@@ -48,11 +48,14 @@ class Tapped:
 
     def add(self, batch: Batch) -> None:
         """Takes a batch in. One without rows says how far the collector has come, too."""
-        self.lost.update(batch.lost)
         self.story.intervals.reach(batch.message.interval_end_ns)
         if batch.count:
             self.story.add(batch)
         self.end = batch.end
+
+    def count_lost(self, account: Account) -> None:
+        """Notes what was lost so far: a sum over batches is off once the connection is renewed."""
+        self.lost = Counter(account.lost) + Counter(account.lost_in_kernel)
 
     def close(self) -> None:
         """Notes that nothing more comes. Without the agent's word for when the session ended, this

@@ -123,12 +123,13 @@ class TcpMeasures(Measures):
             self._series[key] = figures.copy()
 
     def collect(self) -> Iterable[Metric]:
-        with self._lock:
-            peers = any(key.address for key in self._series)
-            labels = (*_LABELS, *_PEER_LABELS) if peers else _LABELS
-            families = _families(labels)
-            for key, series in self._series.items():
-                _expose(*families, key[: len(labels)], series)
+        with self._lock:  # which the event loop waits for
+            series_by_key = {key: series.copy() for key, series in self._series.items()}
+        peers = any(key.address for key in series_by_key)
+        labels = (*_LABELS, *_PEER_LABELS) if peers else _LABELS
+        families = _families(labels)
+        for key, series in series_by_key.items():
+            _expose(*families, key[: len(labels)], series)
         return (*families[0].values(), *families[1].values())
 
 

@@ -18,6 +18,7 @@ from coral.agent.errors import (
 from coral.agent.sessions.admission import Admission
 from coral.agent.sessions.session import EXPIRED, StartRequest
 from coral.bpf import BpfError
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.scripted import STOPPED, Change, Desk, calls, frames, until
 
 # Slots
@@ -167,3 +168,20 @@ def test_admission_of_two_supervisors_is_apart() -> None:
     one, other = (Admission(Config(limits=Limits(concurrent_collectors=1))) for _ in range(2))
     with one.slot(request), other.slot(request), pytest.raises(LimitError), one.slot(request):
         raise AssertionError("there is one slot")
+
+
+async def test_a_stop_while_an_expired_session_detaches_loses_no_last_interval(desk: Desk) -> None:
+    session = await desk.start(duration_s=0.05, last=calls(100, lost=7))
+    (collector,) = desk.made
+    collector.may_detach.clear()
+    await until(collector.detaching.is_set)
+    stopping = asyncio.create_task(session.stop(STOPPED))
+    await asyncio.sleep(0)
+    assert session.task
+    session.task.cancel()  # whoever else may cancel it
+    await asyncio.sleep(0)
+    collector.may_detach.set()
+    await stopping
+    assert session.end == EXPIRED
+    assert session.channel.produced == 100
+    assert session.channel.lost_in_kernel == {pb.Loss.STAGE_KERNEL_BUFFER: 7}

@@ -790,6 +790,40 @@ def test_encodings_are_kept_for_recent_frames_alone() -> None:
     assert stream.buffered_bytes == rows_bytes + sum(len(frame.wire()) for frame in encoded)
 
 
+def test_late_readers_leave_nothing_behind_whatever_they_filter() -> None:
+    stream = channel(1 << 20)
+    for first in range(0, 20_000, 200):
+        stream.publish(calls(200, first))
+        stream.publish(batch(5))
+    held = stream.buffered_bytes
+    for number in range(1, 30):
+        for columns in (False, True):
+            terms = Terms(wanted=Filter(min_duration_ns=number), columns=columns)
+            reader = stream.subscribe(terms)
+            for frame in take_all(reader):
+                reader.message(frame)
+            reader.close()
+    old = list(stream.kept)[:-32]
+    assert len(old) > 50
+    assert all(frame.memory_bytes == frame.size_bytes for frame in old)
+    recent = sum(frame.memory_bytes - frame.size_bytes for frame in list(stream.kept)[-32:])
+    assert recent > 0
+    assert stream.buffered_bytes == sum(f.size_bytes for f in stream.kept) + recent
+    for number in range(64):  # and what recent frames have goes with the next ones
+        stream.publish(calls(1, number))
+    assert stream.buffered_bytes < held + 64 * 300
+
+
+def test_single_events_that_pass_a_filter_have_their_own_strings() -> None:
+    stream = channel()
+    reader = stream.subscribe(Terms(wanted=Filter(syscalls=frozenset({"write"}))))
+    stream.publish(calls(4))
+    batch_ = parsed(take_all(reader)[0])
+    assert list(batch_.strings) == ["write", "shop"]
+    assert [batch_.strings[row.syscall] for row in batch_.syscall_calls] == ["write", "write"]
+    assert [batch_.strings[row.comm] for row in batch_.syscall_calls] == ["shop", "shop"]
+
+
 COLUMNS: dict[str, tuple[Filter, type[Message], dict[str, list[int]], list[bool]]] = {
     "a call's errors": (
         Filter(errors_only=True),
