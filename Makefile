@@ -30,7 +30,7 @@ run: setup ## run the agent in the foreground
 
 test: $(VENV)/.dev build/prometheus/prometheus ## run every test; those on the kernel need root
 	@deploy/packages $(TEST_PACKAGES)
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile
 
 test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)

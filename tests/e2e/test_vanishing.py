@@ -136,6 +136,7 @@ async def frozen_reader(agent: RunningAgent, collector_id: str) -> AsyncIterator
         yield reader
 
 
+@pytest.mark.timeout(400)
 async def test_a_thousand_subscribers_that_vanish_leave_nothing(
     agent: RunningAgent, load: Calls
 ) -> None:
@@ -173,6 +174,7 @@ async def test_a_thousand_subscribers_that_vanish_leave_nothing(
         await client.stop(session)
 
 
+@pytest.mark.timeout(400)
 async def test_a_thousand_sessions_leave_nothing(agent: RunningAgent, load: Calls) -> None:
     async with connected(agent) as client:
 
