@@ -20,6 +20,7 @@ _SIZE_UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20}
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _MINUTE_S: Final = 60
+MOST_ITEMS: Final = 10_240  # of a list; as many as a session has entries
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -202,9 +203,13 @@ def text(accepts: str, most_bytes: int) -> Parser:
 
 
 def items(each: Callable[[str], T], accepts: str) -> Parser:
-    """A comma-separated list as a tuple; EACH raises ValueError for an item it does not accept."""
+    """A comma-separated list as a tuple, each item once; EACH raises ValueError for an item it does
+    not accept."""
 
     def parse(value: str) -> tuple[T, ...]:
-        return tuple(each(item.strip()) for item in value.split(",") if item.strip())
+        texts = dict.fromkeys(item.strip() for item in value.split(",") if item.strip())
+        if len(texts) > MOST_ITEMS:
+            raise ValueError(f"{accepts}, at most {MOST_ITEMS:,}")
+        return tuple(each(text) for text in texts)
 
     return Parser(accepts, parse)

@@ -88,6 +88,8 @@ async def _failures_as_status(method: MethodDescriptor, context: Context) -> Asy
     try:
         yield
     except Exception as error:
+        if context.done():  # the caller has left; a write that was under way says so
+            return
         code, peer = code_of(error), context.peer()
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed unexpectedly", method=method.name, peer=peer)

@@ -83,6 +83,7 @@ class Admission:
             )
         lease_s(request.duration_s, self._config)
         _check_size("service_name", [request.service_name], _SERVICE_NAME_BYTES)
+        _check_size("config", request.config.values(), _CONFIG_BYTES)
         if kind not in COLLECTORS:
             raise UnsupportedError(
                 f"this agent has no {kind_name(kind)} collector; it has "
@@ -119,11 +120,10 @@ class Admission:
                 raise UnsupportedError(f"{kind_name(collector.kind)}: {support.reason}")
             service = await self._resolve(request)
             try:
-                created = collector.create(request.config, service, features)
+                # In a thread: it looks at each process that is named.
+                return await in_thread(lambda: collector.create(request.config, service, features))
             except (OptionError, UnknownOptionError) as error:
                 raise InvalidRequestError(str(error)) from error
-            _check_size("config", request.config.values(), _CONFIG_BYTES)
-            return created
         except OSError as error:  # /proc cannot be read: there are no descriptors left
             raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
 

@@ -129,7 +129,10 @@ class Channel:
             self.kept[-1 - _ENCODED_FRAMES].stop_sharing()
         now = self.clock()
         for subscription in tuple(self.subscriptions):
-            subscription.offer(frame, now)
+            try:
+                subscription.offer(frame, now)
+            except Exception as error:  # noqa: BLE001  it is told; the others go on
+                subscription.fail(f"the agent could not serve this stream: {error!r}")
 
     def _evict(self) -> None:
         for subscription in tuple(self.subscriptions):

@@ -68,8 +68,9 @@ class Filter:
             (options.MEANING_SYSCALL, self.syscalls),
         ):
             if names:
-                for values in _columns(rows, meaning):
-                    keep &= np.isin(values, list(names))
+                for indices in _columns(rows, meaning):
+                    passes = np.array([string in names for string in rows.strings], bool)
+                    keep &= passes[indices]
         if self.errors_only:
             keep &= _failed(rows)
         if self.min_duration_ns:
@@ -82,21 +83,22 @@ EVERYTHING: Final = Filter()
 
 
 def _columns(rows: EventRows | Summaries, meaning: int) -> Iterator[NDArray[Any]]:
-    """The columns of ROWS with that meaning, of shape (n,); those of strings as strings."""
+    """The columns of ROWS with that meaning, of shape (n,); those of strings as indices."""
     values = rows.records if isinstance(rows, EventRows) else rows.columns
     names = values.dtype.names or () if isinstance(values, np.ndarray) else values
     for field in fields_meaning(rows.message.DESCRIPTOR, meaning):
         if field.name in names:
             column: NDArray[Any] = values[field.name]
-            yield np.array(rows.strings, str)[column] if is_string_index(field) else column
+            yield column
 
 
 def _failed(rows: EventRows | Summaries) -> NDArray[np.bool_]:
     """Which of ROWS have an error; all where rows cannot have any."""
+    failed: NDArray[np.bool_] = np.ones(len(rows), bool)
     for values in _columns(rows, options.MEANING_RETURN_VALUE):
-        failed: NDArray[np.bool_] = (values < 0) & (values >= -_MAX_ERRNO)
-        return failed
-    for values in _columns(rows, options.MEANING_ERROR):
-        has: NDArray[np.bool_] = values != values.dtype.type()
-        return has
-    return np.ones(len(rows), bool)
+        return (values < 0) & (values >= -_MAX_ERRNO) & failed
+    for field in fields_meaning(rows.message.DESCRIPTOR, options.MEANING_ERROR):
+        for values in _columns(rows, options.MEANING_ERROR):
+            is_error = np.array(list(map(bool, rows.strings)), bool)
+            return failed & (is_error[values] if is_string_index(field) else values != 0)
+    return failed

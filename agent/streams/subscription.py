@@ -259,8 +259,9 @@ class Subscription:
             self._allowance_bytes += (now - self._allowed_at) * rate
         self._allowed_at = now
         self._allowance_bytes = min(self._allowance_bytes, rate)  # a second's worth, at most
-        if size_bytes > self._allowance_bytes:
+        if self._allowance_bytes <= 0:
             return False
+        # A frame may be larger than what is left, and than a second's worth: on credit.
         self._allowance_bytes -= size_bytes
         return True
 

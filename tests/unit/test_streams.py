@@ -405,14 +405,39 @@ def test_a_rate_is_kept_and_what_is_over_it_is_a_loss() -> None:
     size = size_of(calls(10))
     for _ in range(20):
         stream.publish(calls(10))
-    within = 2_000 // size
+    within = -(-2_000 // size)  # the last one on credit
     assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 200 - 10 * within}
     clock[0] = 1.0
     for _ in range(20):
         stream.publish(calls(10))
-    assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 400 - 20 * within}
+    within += -(-(2 * 2_000 - within * size) // size)
+    assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 400 - 10 * within}
     told = [f for f in take_all(reader) if f.losses]
-    assert sum(sum(f.losses.values()) for f in told) == 400 - 20 * within
+    assert sum(sum(f.losses.values()) for f in told) == 400 - 10 * within
+
+
+def test_a_frame_larger_than_a_seconds_rate_is_sent_on_credit() -> None:
+    stream = channel(64 << 20)
+    clock[0] = 0.0
+    reader = stream.subscribe(Terms(rate_bytes_s=10_000, queue_bytes=64 << 20))
+    size = size_of(calls(1_000))
+    for second in range(60):
+        clock[0] = float(second)
+        stream.publish(calls(1_000))
+    sent = reader.account.queued // 1_000
+    assert sent == pytest.approx(60 * 10_000 / size, abs=1.1)
+    assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 60_000 - 1_000 * sent}
+
+
+def test_names_of_any_length_in_a_filter_cost_their_own_reader_alone() -> None:
+    stream = channel()
+    reader, other = (
+        stream.subscribe(Terms(wanted=Filter(comms=frozenset(names))))
+        for names in (["x" * 2_000_000, *map(str, range(1_000))], ["shop"])
+    )
+    stream.publish(calls(50))
+    assert reader.account.filtered == 50
+    assert other.account.queued == 50
 
 
 def test_a_stalled_reader_is_told_why_and_holds_nothing() -> None:
