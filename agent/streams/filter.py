@@ -94,11 +94,11 @@ def _columns(rows: EventRows | Summaries, meaning: int) -> Iterator[NDArray[Any]
 
 def _failed(rows: EventRows | Summaries) -> NDArray[np.bool_]:
     """Which of ROWS have an error; all where rows cannot have any."""
-    failed: NDArray[np.bool_] = np.ones(len(rows), bool)
+    failed = np.ones(len(rows), bool)
     for values in _columns(rows, options.MEANING_RETURN_VALUE):
-        return (values < 0) & (values >= -_MAX_ERRNO) & failed
+        failed &= (values < 0) & (values >= -_MAX_ERRNO)
     for field in fields_meaning(rows.message.DESCRIPTOR, options.MEANING_ERROR):
         for values in _columns(rows, options.MEANING_ERROR):
             is_error = np.array(list(map(bool, rows.strings)), bool)
-            return failed & (is_error[values] if is_string_index(field) else values != 0)
+            failed &= is_error[values] if is_string_index(field) else values != 0
     return failed
