@@ -15,7 +15,7 @@ from coral.client.split import split
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Events of one session, in order; there are `count` of them. Where the rows are depends on
     the collector and on what the stream asked for:
@@ -42,6 +42,11 @@ class Batch:
         parts = split(wire)
         rows = (parts.field.same_as or parts.field.name) if parts.field else ""
         return cls(parts.message, parts.events, parts.columns, rows)
+
+    def __repr__(self) -> str:
+        numbers = f"first_seq={self.first_seq}, last_seq={self.last_seq}, count={self.count}"
+        end = f", end={self.end.reason}" if self.end else ""
+        return f"Batch({self.kind}, {numbers}, rows={self.rows!r}{end})"
 
     @property
     def kind(self) -> Kind:
@@ -83,6 +88,6 @@ class Batch:
 
     @cached_property
     def strings(self) -> NDArray[np.str_]:
-        """The strings that indices in `events` and `columns` point into:
-        `batch.strings[batch.events["syscall"]]`."""
+        """The strings that indices in `events` and `columns` of this batch point into:
+        `batch.strings[batch.events["syscall"]]`. Another batch has other indices."""
         return np.array(list(self.message.strings), str)

@@ -1,17 +1,17 @@
 """A connection to one agent. Errors of gRPC become `AgentError`, with a text for people.
 
 async with AgentClient() as agent:
-    started = await agent.start("syscall_stats", config={"pid": "1234"})
-    async with agent.subscribe(started.collector_id) as stream:
-        async for batch in stream:
-            ...
+    async with agent.collector("syscall_stats", config={"pid": 1234}) as started:
+        async with agent.subscribe(started.collector_id) as stream:
+            async for batch in stream:
+                ...
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, Unpack
@@ -23,7 +23,13 @@ from google.protobuf.message import Message
 from coral.client.address import ENV_TOKEN, channel_options, default_address
 from coral.client.backoff import Retry
 from coral.client.calls import Call, RepeatedCall
-from coral.client.errors import AgentError, InvalidArgumentError, error_of
+from coral.client.errors import (
+    AgentError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+    error_of,
+)
 from coral.client.results import Capabilities, Collectors, Kind, Started
 from coral.client.stream import Stream
 from coral.client.terms import Terms, stream_request
@@ -36,6 +42,11 @@ DEFAULT_RETRY: Final = Retry()
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"].full_name
 
 Answer = TypeVar("Answer", bound=Message)
+
+
+def _option_text(value: str | int) -> str:
+    """An option's value as the contract has it: `true` or `false` for a bool."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _set_duration(message: Duration, duration_s: float) -> None:
@@ -103,11 +114,14 @@ class AgentClient:
         kind: int | str,
         *,
         service_name: str = "",
-        config: Mapping[str, str] | None = None,
+        config: Mapping[str, str | int] | None = None,
         duration_s: float | None = None,
     ) -> Started:
         """Starts a collector of KIND, such as `syscall_stats`, for DURATION_S seconds, by default
-        as long as the agent likes. Look at `supported`: a machine that cannot run it is no error.
+        for the agent's limits.default_duration. Values in CONFIG may be numbers and bools. Look at
+        `supported`: a machine that cannot run the collector is not an error.
+
+        The collector outlives this client; `collector` stops it when its block is left.
         """
         try:
             number = Kind.of(kind)
@@ -116,12 +130,34 @@ class AgentClient:
         request = pb.StartEbpfCollectorRequest(
             service_name=service_name,
             kind=number,  # type: ignore[arg-type]
-            config=dict(config or {}),
+            config={name: _option_text(value) for name, value in (config or {}).items()},
         )
         if duration_s is not None:
             _set_duration(request.duration, duration_s)
         answer = await self._call("StartCollector", request, pb.StartEbpfCollectorResponse)
         return Started.of(answer)
+
+    @asynccontextmanager
+    async def collector(
+        self,
+        kind: int | str,
+        *,
+        service_name: str = "",
+        config: Mapping[str, str | int] | None = None,
+        duration_s: float | None = None,
+    ) -> AsyncIterator[Started]:
+        """A collector that is stopped when the block is left, if it has not ended by then. The
+        arguments are those of `start`. If the agent cannot be reached any more, the collector ends
+        with its lease."""
+        started = await self.start(
+            kind, service_name=service_name, config=config, duration_s=duration_s
+        )
+        try:
+            yield started
+        finally:
+            if started.supported:
+                with suppress(NotFoundError, UnavailableError):
+                    await self.stop(started.collector_id)
 
     async def renew(self, collector_id: str, duration_s: float | None = None) -> int:
         """Moves a collector's deadline to DURATION_S seconds from now; returns it, in Unix
@@ -133,7 +169,8 @@ class AgentClient:
         return answer.expires_at.ToNanoseconds()
 
     async def stop(self, collector_id: str) -> None:
-        """Ends a collector; returns when it is detached."""
+        """Ends a collector; returns when it is detached. Raises `NotFoundError`, which says how it
+        ended, for one that has ended already."""
         request = pb.StopEbpfCollectorRequest(collector_id=collector_id)
         answer = await self._call("StopCollector", request, pb.StopEbpfCollectorResponse)
         if not answer.success:

@@ -32,6 +32,10 @@ class NotFoundError(AgentError):
     """The agent has no such collector, service or agent id."""
 
 
+class OutOfRangeError(AgentError):
+    """`after_seq` is beyond the last event of the session so far."""
+
+
 class PermissionDeniedError(AgentError):
     """This user may not open the agent's socket, or the agent's policy forbids the request."""
 
@@ -83,6 +87,7 @@ class StreamLostError(AgentError):
 _TYPES: Final[Mapping[grpc.StatusCode, type[AgentError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.OUT_OF_RANGE: OutOfRangeError,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: LimitExceededError,

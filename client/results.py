@@ -35,7 +35,10 @@ class Kind(int):
             return cls(kind_of(kind))
         except ValueError:
             known = ", ".join(kind_name(n) for n in pb.EbpfCollectorKind.values() if n)
-            raise ValueError(f"kind: {kind!r} is not known; there are {known}") from None
+            raise ValueError(
+                f"kind: {kind!r} is not known; kinds of the contract: {known}; `capabilities()` "
+                "lists what this agent has"
+            ) from None
 
     @property
     def name(self) -> str:
@@ -63,6 +66,9 @@ class EndReason(IntEnum):
     @classmethod
     def _missing_(cls, _value: object) -> EndReason:
         return cls.UNSPECIFIED  # of an agent that is newer than this client
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
 
 def by_stage(losses: Iterable[pb.Loss]) -> Mapping[str, int]:

@@ -101,8 +101,9 @@ class Admission:
         most, taken = self._config.limits.concurrent_collectors, self._on_demand
         if taken >= most:
             raise LimitError(
-                f"limits.concurrent_collectors is {most}, and {taken} are at work: stop one, or "
-                f"wait for its lease to end, before you start this {kind_name(_kind(request.kind))}"
+                f"limits.concurrent_collectors is {most}, and {taken} are at work: stop one "
+                "(`coral collectors` lists them, `coral stop ID` ends one), or wait for its lease "
+                f"to end, before you start this {kind_name(_kind(request.kind))}"
             )
         self._on_demand += 1
         try:

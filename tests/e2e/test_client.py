@@ -3,8 +3,10 @@ and what they print is true."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +17,10 @@ from typing import Any
 
 import pytest
 
-from coral.client import AgentClient, EndReason, NotFoundError
+from coral.client import AgentClient, EndReason, NotFoundError, OutOfRangeError
 from tests.events import connected, receive, start_events
+from tests.network import connected as connect
+from tests.network import puppets, send, socket_of
 from tests.support import ROOT, Calls, RunningAgent, running_agent, totals
 
 PAGE = (ROOT / "docs/client.md").read_text()
@@ -123,7 +127,7 @@ async def test_a_stream_can_be_followed_to_its_end_and_read_again_after_it(
 
 
 async def test_answers_are_typed_and_in_named_units(
-    agent: RunningAgent, calls: Callable[..., Calls], functions: dict[str, Any]
+    agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
     running = calls("getppid", 1)
     async with connected(agent) as client:
@@ -148,12 +152,63 @@ async def test_answers_are_typed_and_in_named_units(
         assert info.config == {"pid": str(running.pid)}
         assert info.end is None
         await client.stop(started.collector_id)
-        answer = await functions["start_or_explain"](client, running.pid)
-        (connections,) = [it for it in can.collectors if it.kind.name == "tcp_metrics"]
-        at_work = [it.collector_id for it in await client.collectors()]
-        assert (answer in at_work) is connections.supported, answer
         with pytest.raises(NotFoundError):
             await client.stop("no-such-collector")
+
+
+async def test_a_collector_is_stopped_when_its_block_is_left(
+    agent: RunningAgent, calls: Callable[..., Calls]
+) -> None:
+    running = calls("getppid", 1)
+    async with connected(agent) as client:
+        async with client.collector("syscall_stats", config={"pid": running.pid}) as started:
+            assert started.collector_id in [it.collector_id for it in await client.collectors()]
+        assert started.collector_id not in [it.collector_id for it in await client.collectors()]
+        async with client.collector("syscall_stats", config={"pid": running.pid}) as started:
+            await client.stop(started.collector_id)
+        with pytest.raises(NotFoundError, match=r"(?i)stopped"):
+            await client.stop(started.collector_id)
+        with pytest.raises(OutOfRangeError):
+            await client.subscribe(started.collector_id, after_seq=1 << 40).__aenter__()
+
+
+async def test_names_are_looked_up_before_batches_are_joined(
+    agent: RunningAgent, calls: Callable[..., Calls], functions: dict[str, Any]
+) -> None:
+    running = calls("getppid", 300, "openat", 20)
+    async with connected(agent) as client:
+        session = await start_events(
+            client, running.pid, include="getppid,openat", until_exit="true"
+        )
+        running.go()
+        made = running.finish().calls
+        got = await receive(client, session)
+    assert Counter(functions["call_names"](got.batches)) == made
+
+
+async def test_tcp_columns_say_what_was_carried_and_refused(
+    agent: RunningAgent, functions: dict[str, Any]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        refused_port = closed.getsockname()[1]
+    async with connected(agent) as client:
+        with puppets(1) as (server,):
+            with puppets(1) as (puppet,):
+                started = await client.start(
+                    "tcp_metrics", config={"pid": puppet.pid, "until_exit": True}
+                )
+                assert started.supported, started.error
+                connect(puppet, server, "127.0.0.1")
+                send(puppet, "c", server, "s", 70_000)
+                send(server, "s", puppet, "c", 3_000)
+                puppet.do(socket_of("127.0.0.1", "r"))
+                puppet.do(f"r.connect_ex(('127.0.0.1', {refused_port}))")
+            carried, refused = await functions["traffic"](client, started.collector_id)
+            assert (carried, refused) == ({"127.0.0.1": 73_000}, 1)
+            busiest = asyncio.create_task(functions["busiest_peers"](client, server.pid))
+            while not len(await client.collectors()):
+                assert not busiest.done()
+        assert re.fullmatch(r"\[\('127\.0\.0\.1', \d+\)\], 0 refused", await busiest)
 
 
 async def test_a_proxy_in_the_environment_is_no_hindrance(

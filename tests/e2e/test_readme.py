@@ -1,4 +1,4 @@
-"""The README's example programs run, and report every call."""
+"""The README's example programs are typed, run, and report every call."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 CALLS: Final = 200_000
 
 
+PROGRAMS: Final = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 @contextmanager
 def example(
     module: str, running: Calls, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """The program of the README that imports MODULE, started on RUNNING."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = (program for program in programs if f"from {module} import" in program)
-    assert code.count('"1234"') == 1
+    (code,) = (program for program in PROGRAMS if f"from {module} import" in program)
+    assert code.count("1234") == 1
     started = subprocess.Popen(
         [sys.executable, "-W", "error", "-P", "-c", code.replace("1234", str(running.pid))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -46,6 +48,18 @@ def assert_it_reports(started: subprocess.Popen[str], calls_made: int) -> None:
     assert (started.returncode, err) == (0, "")
     counts = re.findall(r"^getppid (\d+)$", out, re.MULTILINE)
     assert sum(map(int, counts)) == calls_made
+
+
+def test_the_examples_are_typed(tmp_path: Path) -> None:
+    assert len(PROGRAMS) == 2
+    for number, program in enumerate(PROGRAMS):
+        (tmp_path / f"example_{number}.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "mypy", "--strict", *tmp_path.glob("*.py")],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, "MYPYPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_library_example_reports_every_call(calls: Callable[..., Calls]) -> None:

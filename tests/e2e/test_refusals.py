@@ -553,8 +553,9 @@ def test_more_collectors_than_the_limit_are_refused_with_the_limit_and_the_reque
         assert code_and_text(agent, "StartCollector", request) == (
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             (
-                "limits.concurrent_collectors is 1, and 1 are at work: stop one, or wait for its "
-                "lease to end, before you start this syscall_stats"
+                "limits.concurrent_collectors is 1, and 1 are at work: stop one (`coral "
+                "collectors` lists them, `coral stop ID` ends one), or wait for its lease to end, "
+                "before you start this syscall_stats"
             ),
         )
         stop(agent, first)

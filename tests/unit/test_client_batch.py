@@ -218,6 +218,10 @@ def test_an_end_of_a_newer_agent_is_still_an_end() -> None:
             end=pb.SessionEnd(reason=77, detail="for a new reason")  # type: ignore[arg-type]
         ).SerializeToString()
     )
-    end = Batch.parse(wire).end
+    batch = Batch.parse(wire)
+    end = batch.end
     assert end
+    numbers = "first_seq=5, last_seq=4, count=0"
+    assert repr(batch) == f"Batch(syscall_stats, {numbers}, rows='', end=unspecified)"
+    assert (str(EndReason.TARGET_EXITED), f"{EndReason.STOPPED}") == ("target_exited", "stopped")
     assert (end.reason, end.detail) == (EndReason.UNSPECIFIED, "for a new reason")

@@ -25,6 +25,7 @@ from coral.client import (
     InvalidArgumentError,
     Kind,
     LimitExceededError,
+    OutOfRangeError,
     PermissionDeniedError,
     UnauthenticatedError,
     UnavailableError,
@@ -111,6 +112,7 @@ asyncio.run(main())
     ("code", "kind"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, InvalidArgumentError),
+        (grpc.StatusCode.OUT_OF_RANGE, OutOfRangeError),
         (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, LimitExceededError),
         (grpc.StatusCode.FAILED_PRECONDITION, FailedPreconditionError),
@@ -165,11 +167,13 @@ async def test_a_kind_may_be_a_name_or_a_number_and_an_unknown_name_lists_the_kn
     tmp_path: Path,
 ) -> None:
     asked: list[int] = []
+    configs: list[dict[str, str]] = []
 
     async def script(
         request: pb.StartEbpfCollectorRequest, _context: Context
     ) -> pb.StartEbpfCollectorResponse:
         asked.append(request.kind)
+        configs.append(dict(request.config))
         answer = pb.StartEbpfCollectorResponse(supported=True, collector_id="c-1")
         answer.expires_at.FromNanoseconds(1_500_000_000_000_000_123)
         return answer
@@ -179,14 +183,16 @@ async def test_a_kind_may_be_a_name_or_a_number_and_an_unknown_name_lists_the_kn
         AgentClient(address) as agent,
     ):
         for kind in ("tcp_metrics", 4, pb.EBPF_COLLECTOR_KIND_TCP_METRICS, 99):
-            started = await agent.start(kind)
+            started = await agent.start(kind, config={"pid": 12, "until_exit": True, "top": "5"})
         with pytest.raises(InvalidArgumentError) as refused:
             await agent.start("tcp")
     assert asked == [4, 4, 4, 99]
+    assert configs == [{"pid": "12", "until_exit": "true", "top": "5"}] * 4
     assert started.supported
     assert started.expires_at_ns == 1_500_000_000_000_000_123
     assert str(refused.value) == (
-        "kind: 'tcp' is not known; there are syscall_stats, http_latency, cpu_profile, tcp_metrics"
+        "kind: 'tcp' is not known; kinds of the contract: syscall_stats, http_latency, "
+        "cpu_profile, tcp_metrics; `capabilities()` lists what this agent has"
     )
     assert (f"{Kind(4)}", Kind(99).name, Kind(4) == 4) == ("tcp_metrics", "99", True)
 
