@@ -14,12 +14,32 @@ _KEEPALIVE_MS: Final = 30_000
 _PING_TIMEOUT_MS: Final = 10_000
 _LEAST_BACKOFF_MS: Final = 100
 _MOST_BACKOFF_MS: Final = 1_000
+_MOST_PATH_BYTES: Final = 107  # sun_path of unix(7), without its NUL
 _SCHEMES: Final = ("ipv4:", "ipv6:", "dns:///", "dns:")
 
 
 def default_address() -> str:
     """CORAL_AGENT, else the socket of this machine's agent."""
-    return os.environ.get(ENV_ADDRESS, DEFAULT_ADDRESS)
+    return os.environ.get(ENV_ADDRESS) or DEFAULT_ADDRESS
+
+
+def checked_address(address: str) -> str:
+    """ADDRESS. Raises ValueError for one that gRPC cannot take."""
+    path = address.removeprefix("unix:") if is_unix(address) else "."
+    if not address.isprintable() or not path or len(path.encode()) > _MOST_PATH_BYTES:
+        raise ValueError(
+            f"address: {address!r} is not accepted; give HOST:PORT, or unix:PATH with a path of at "
+            f"most {_MOST_PATH_BYTES} bytes"
+        )
+    return address
+
+
+def checked_token(token: str) -> str:
+    """TOKEN, which may be empty. Raises ValueError for one that no header can carry."""
+    token = token.strip()
+    if not (token.isascii() and (token.isprintable() or not token)):
+        raise ValueError(f"token, or {ENV_TOKEN}: it has to be printable ASCII")
+    return token
 
 
 def is_unix(address: str) -> bool:

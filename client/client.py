@@ -20,14 +20,20 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from coral.client.address import ENV_TOKEN, channel_options, default_address
+from coral.client.address import (
+    ENV_TOKEN,
+    channel_options,
+    checked_address,
+    checked_token,
+    default_address,
+)
 from coral.client.backoff import Retry
 from coral.client.calls import Call, RepeatedCall
 from coral.client.errors import (
     AgentError,
-    InvalidArgumentError,
     NotFoundError,
     UnavailableError,
+    building_a_request,
     error_of,
 )
 from coral.client.results import Capabilities, Collectors, Kind, Started
@@ -50,13 +56,12 @@ def _option_text(value: str | int) -> str:
 
 
 def _set_duration(message: Duration, duration_s: float) -> None:
-    """Raises `InvalidArgumentError` for what a Duration cannot hold."""
+    """Raises ValueError for what a Duration cannot hold."""
     try:
         message.FromNanoseconds(round(duration_s * 1e9))
     except (ValueError, OverflowError) as error:
-        raise InvalidArgumentError(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"duration_s: {duration_s!r} is not accepted; give a number of seconds",
+        raise ValueError(
+            f"duration_s: {duration_s!r} is not accepted; give a number of seconds"
         ) from error
 
 
@@ -77,10 +82,11 @@ class AgentClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry: Retry = DEFAULT_RETRY,
     ) -> None:
-        self.address = address or default_address()
+        with building_a_request():
+            self.address = checked_address(address or default_address())
+            token = checked_token(token or os.environ.get(ENV_TOKEN, ""))
         self.timeout_s = timeout_s
         self.retry = retry
-        token = token or os.environ.get(ENV_TOKEN)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def __aenter__(self) -> Self:
@@ -123,17 +129,14 @@ class AgentClient:
 
         The collector outlives this client; `collector` stops it when its block is left.
         """
-        try:
-            number = Kind.of(kind)
-        except ValueError as error:
-            raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
-        request = pb.StartEbpfCollectorRequest(
-            service_name=service_name,
-            kind=number,  # type: ignore[arg-type]
-            config={name: _option_text(value) for name, value in (config or {}).items()},
-        )
-        if duration_s is not None:
-            _set_duration(request.duration, duration_s)
+        with building_a_request():
+            request = pb.StartEbpfCollectorRequest(
+                service_name=service_name,
+                kind=Kind.of(kind),  # type: ignore[arg-type]
+                config={name: _option_text(value) for name, value in (config or {}).items()},
+            )
+            if duration_s is not None:
+                _set_duration(request.duration, duration_s)
         answer = await self._call("StartCollector", request, pb.StartEbpfCollectorResponse)
         return Started.of(answer)
 
@@ -162,16 +165,18 @@ class AgentClient:
     async def renew(self, collector_id: str, duration_s: float | None = None) -> int:
         """Moves a collector's deadline to DURATION_S seconds from now; returns it, in Unix
         nanoseconds."""
-        request = pb.RenewCollectorRequest(collector_id=collector_id)
-        if duration_s is not None:
-            _set_duration(request.duration, duration_s)
+        with building_a_request():
+            request = pb.RenewCollectorRequest(collector_id=collector_id)
+            if duration_s is not None:
+                _set_duration(request.duration, duration_s)
         answer = await self._call("RenewCollector", request, pb.RenewCollectorResponse)
         return answer.expires_at.ToNanoseconds()
 
     async def stop(self, collector_id: str) -> None:
         """Ends a collector; returns when it is detached. Raises `NotFoundError`, which says how it
         ended, for one that has ended already."""
-        request = pb.StopEbpfCollectorRequest(collector_id=collector_id)
+        with building_a_request():
+            request = pb.StopEbpfCollectorRequest(collector_id=collector_id)
         answer = await self._call("StopCollector", request, pb.StopEbpfCollectorResponse)
         if not answer.success:
             raise AgentError(grpc.StatusCode.UNKNOWN, answer.error or "the agent did not stop it")
@@ -193,10 +198,8 @@ class AgentClient:
         last event that it has accounted for: no event comes twice, and none is missing without
         being counted.
         """
-        try:
+        with building_a_request():
             request = stream_request(collector_id, terms, wanted)
-        except ValueError as error:
-            raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
         error_of_status = partial(self._error, "StreamEventBatches")
         stream = Stream(
             request, self.stream_call, error_of_status, retry or self.retry, self.timeout_s

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -26,6 +27,15 @@ class AgentError(Exception):
 
 class InvalidArgumentError(AgentError):
     """The request names an unknown kind, option or process, or has a value out of range."""
+
+
+@contextmanager
+def building_a_request() -> Iterator[None]:
+    """Turns what a value raises that no request can hold into `InvalidArgumentError`."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
 
 
 class NotFoundError(AgentError):

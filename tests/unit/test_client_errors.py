@@ -234,3 +234,34 @@ async def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
 )
 def test_local_addresses_are_recognised(address: str, *, local: bool) -> None:
     assert is_local(address) is local
+
+
+@pytest.mark.parametrize("address", ["unix:", "unix:/" + "x" * 107, "a\nb:1", "unix:/\udcff"])
+def test_an_address_that_grpc_cannot_take_is_an_error_of_ours(address: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^address: .* is not accepted; give HOST:PORT"):
+        AgentClient(address)
+
+
+@pytest.mark.parametrize("token", ["a\nb", "\N{LATIN SMALL LETTER E WITH ACUTE}"])
+def test_a_token_that_no_header_can_carry_is_an_error_of_ours(token: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="printable ASCII"):
+        AgentClient("unix:/nowhere", token)
+
+
+def test_an_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORAL_AGENT", "")
+    assert AgentClient().address == "unix:/run/coral/agent.sock"
+
+
+async def test_values_that_no_request_can_hold_are_errors_of_ours() -> None:
+    async with AgentClient("unix:/nowhere") as agent:
+        with pytest.raises(InvalidArgumentError):
+            await agent.stop("\ud800")
+        with pytest.raises(InvalidArgumentError, match="duration_s: inf is not accepted"):
+            await agent.renew("x", float("inf"))
+        with pytest.raises(InvalidArgumentError):
+            async with agent.subscribe("x", pids=["x"]):  # type: ignore[list-item]
+                pass
+        with pytest.raises(InvalidArgumentError, match="colums: there is no such term"):
+            async with agent.subscribe("x", colums=True):  # type: ignore[call-arg]
+                pass
