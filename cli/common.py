@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -13,12 +14,15 @@ import click
 import yaml
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from rich.console import Console
 
-from coral.client import AgentError, default_address
+from coral.client import AgentError, InvalidArgumentError, default_address
 from coral.views.text import safe
 
 EXIT_ERROR: Final = 1
+EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
+EXIT_CLOSED_PIPE: Final = 141  # a shell's status for SIGPIPE
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -34,6 +38,14 @@ _A_THREAD: Final = re.compile(r"give the ids of processes: ((\d+) is a thread of
 _KIND: Final = re.compile(r"EBPF_COLLECTOR_KIND_(\w+)")
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Output(Console):
+    """Standard output. A closed pipe raises BrokenPipeError, as it does without rich."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise  # noqa: PLE0704
 
 
 class Duration(float):
@@ -97,7 +109,11 @@ def run(main: Coroutine[Any, Any, int], typed: Mapping[str, str] | None = None) 
         status = asyncio.run(main)
     except AgentError as error:
         echo_error(in_users_words(str(error), typed or {}))
-        status = EXIT_ERROR
+        status = EXIT_USAGE if isinstance(error, InvalidArgumentError) else EXIT_ERROR
+    except BrokenPipeError:
+        # Python flushes standard output once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_CLOSED_PIPE
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     sys.exit(status)
@@ -123,7 +139,8 @@ def in_users_words(message: str, typed: Mapping[str, str]) -> str:
         wrong = "is wrong" in problem
         return f"this agent asks for a token{' other than this' if wrong else ''}: set CORAL_TOKEN"
     if option is None and field in ("service_name", "collector_id"):
-        return problem
+        is_number = field == "service_name" and words and words.isdecimal()
+        return f"{problem}; did you mean pid:{words}?" if is_number else problem
     if option is None and words is None:
         return message
     if words is None:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 import click
-from rich.console import Console
 from rich.text import Text
 
-from coral.cli.common import agent_option, as_dict, echo_data, output_option, run
+from coral.cli.common import Output, agent_option, as_dict, echo_data, output_option, run
 from coral.cli.ladder import refusals, taken
 from coral.client import (
     AgentClient,
@@ -36,7 +35,7 @@ _COLLECTORS: Final = (
 _SUPPORT: Final = (
     Column("COLLECTOR", right=False),
     Column("HERE", right=False),
-    Column("STANDS ON, OR WHY NOT", right=False, wraps=True, room=30),
+    Column("USES, OR WHY NOT", right=False, wraps=True, room=30),
 )
 _REFUSALS: Final = (
     Column("COLLECTOR", right=False),
@@ -60,13 +59,14 @@ class _Page:
     as they are, to be searched and copied."""
 
     def __init__(self) -> None:
-        self._console = Console()
+        self._console = Output()
         fitted = self._console.is_terminal or "COLUMNS" in os.environ
         self._width = self._console.width if fitted else None
 
     def text(self, text: str, style: str = "") -> None:
         """A sentence."""
-        for line in clauses(safe(text), self._width) if self._width else (safe(text),):
+        lines = list(clauses(safe(text), self._width)) if self._width else []
+        for line in lines or (safe(text),):
             self._console.print(Text(line, style), soft_wrap=True)
 
     def sheet(self, sheet: Sheet) -> None:
@@ -78,14 +78,15 @@ class _Page:
 
 
 @click.command()
+@click.option("--options", "with_options", is_flag=True, help="Show each collector's options, too.")
 @agent_option
 @output_option
-def capabilities(address: str, output: str) -> None:
-    """What the agent can do on its machine, and why not more."""
-    run(_capabilities(address, output))
+def capabilities(*, address: str, output: str, with_options: bool) -> None:
+    """What this agent supports, and what limits it."""
+    run(_capabilities(address, output, with_options=with_options))
 
 
-async def _capabilities(address: str, output: str) -> int:
+async def _capabilities(address: str, output: str, *, with_options: bool) -> int:
     async with AgentClient(address) as agent:
         answer = await agent.capabilities()
     if output != "table":
@@ -104,13 +105,16 @@ async def _capabilities(address: str, output: str) -> int:
     if refused.rows:
         page.text("")
         page.sheet(refused)
-    for collector in answer.collectors:
+    for collector in answer.collectors if with_options else ():
         page.text("")
         page.text(f"options of {kind_name(collector.kind)}", "italic")
         page.sheet(_options(collector.options))
     if answer.features:
         page.text("")
         page.sheet(_features(answer.features))
+    if not with_options:
+        page.text("")
+        page.text("`coral capabilities --options` shows the options of each collector")
     return 0
 
 
@@ -135,7 +139,9 @@ def _refusals(collectors: Iterable[CollectorCapability]) -> Sheet:
 def _options(options: Iterable[CollectorOption]) -> Sheet:
     sheet = Sheet(_OPTIONS)
     for option in options:
-        sheet.add(option.name, option.default_value, f"{option.description}; {option.accepts}")
+        sheet.add(
+            option.name, option.default_value, f"{option.description}\naccepts {option.accepts}"
+        )
     return sheet
 
 

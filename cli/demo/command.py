@@ -74,7 +74,8 @@ def _demo(stack: ExitStack, directory: Path, duration_s: float) -> int:
     _say(f"what Prometheus sees at {agent.metrics}/metrics, three lines of it")
     with urllib.request.urlopen(f"http://{agent.metrics}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    shown = sorted(line for line in lines if line.startswith("coral_syscall_calls_total{"))
+    label = f'service="{_SERVICE}"'
+    shown = sorted(line for line in lines if line.startswith("coral_") and label in line)
     click.echo("\n".join(shown[:_METRICS_SHOWN]))
 
     status = agent.stop()

@@ -1,4 +1,4 @@
-"""`coral doctor`: is everything here that an agent takes, and does all of it really work?"""
+"""`coral doctor`: is everything here that an agent needs, and does all of it work?"""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Final
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coral.cli.common import EXIT_ERROR, echo_data, output_option, run
+from coral.cli.common import EXIT_ERROR, Output, echo_data, output_option, run
 from coral.cli.doctor.checkup import Check, Status, examine
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.private_agent import AgentDidNotStartError, PrivateAgent, private_agent
@@ -37,7 +36,7 @@ _TERMINATED: Final = 128 + signal.SIGTERM
 )
 @output_option
 def doctor(address: str | None, output: str) -> None:
-    """Check this machine from end to end: what an agent takes, and that each collector sees what
+    """Check this machine from end to end: what an agent needs, and that each collector sees what
     it should and leaves nothing behind. The collectors watch a process of the doctor's own."""
     # Or the private agent would outlive its doctor.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
@@ -76,7 +75,7 @@ class _Report:
 
     def __init__(self, output: str) -> None:
         self._output = output
-        self._console = Console()
+        self._console = Output()
 
     async def add_all(self, checks: AsyncIterator[Check]) -> int:
         """Takes them in; the exit status."""

@@ -27,7 +27,7 @@ from coral.cli.common import (
     run,
 )
 from coral.cli.tap.display import Screen, Tapped, screen_of
-from coral.cli.tap.launch import HeldCommand
+from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand
 from coral.client import AgentClient, AgentError, EndReason, Retry, Stream
 from coral.views.contract import Flag, Story, View
 from coral.views.registry import VIEWS
@@ -36,6 +36,11 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _RETRY: Final = Retry(patience_s=5.0)  # somebody is waiting
 _APART_S: Final = 0.03  # batches that are further apart are of different intervals
 _LIMIT: Final = re.compile(r"limits\.\w+")
+_TARGET_VALUES: Final = {
+    "pid": "a process id, such as pid:1234",
+    "cgroup": "the path of a cgroup",
+    "comm": "the name of a command",
+}
 _BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED)
 
 
@@ -51,11 +56,15 @@ class Target:
 
 def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> Target:
     """TARGET as users write it. Raises a usage error unless exactly one thing is named."""
-    if (target is not None) + bool(command) + host != 1:
+    named = [target or "an empty TARGET"] if target is not None else []
+    named += ["--host"] * host + ["the command after --"] * bool(command)
+    if not named:
         raise click.UsageError(
             "name one thing to watch: a service, pid:N, cgroup:PATH, comm:NAME, --host, or a "
             "command to start after --"
         )
+    if len(named) > 1:
+        raise click.UsageError(f"give only one of {_and(named)}")
     if host:
         return Target("host", config={"scope": "host"})
     if command:
@@ -68,7 +77,9 @@ def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> T
         )
     assert target is not None  # noqa: S101  the count above says so
     key, colon, value = target.partition(":")
-    if colon and key in ("pid", "cgroup", "comm"):
+    if colon and key in _TARGET_VALUES:
+        if not value:
+            raise click.UsageError(f"{target}: give {_TARGET_VALUES[key]}")
         return Target(target, config={key: value})
     return Target(target, service_name=target)
 
@@ -113,7 +124,13 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
     @click.option("--host", is_flag=True, help="Watch every process of the machine.")
     @_each(_kind_option(view) for view in views.values())
     @_each(_flag_option(flag, views) for flag in flags.values())
-    @click.option("-d", "--duration", type=DurationType(), help="How long, at most, such as 30s.")
+    @click.option(
+        "-d",
+        "--duration",
+        type=DurationType(),
+        help="How long to watch at most, such as 30s.  [default: the agent's "
+        "limits.default_duration, 5m unless it is configured]",
+    )
     @click.option(
         "-c",
         "--config",
@@ -150,6 +167,8 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
             if flag not in view.flags:
                 raise click.UsageError(f"{flag.name} goes with {_or(_having(flag, views))}")
         config, typed = _config(taken, given, options)
+        if wanted.service_name:
+            typed["service_name"] = wanted.name
         for key in ("pid", *wanted.config):  # the pid of a command is known later
             typed[key] = "--host" if host else wanted.name
         if duration is not None:
@@ -210,6 +229,8 @@ def _chosen(views: Mapping[int, View], given: Mapping[str, Any]) -> View:
     """The one kind that was asked for. Raises a usage error."""
     chosen = [view for view in views.values() if given[view.name]]
     if len(chosen) != 1:
+        if chosen:
+            raise click.UsageError(f"give only one of {_and([view.flag for view in chosen])}")
         kinds = _or([view.flag for view in views.values()])
         raise click.UsageError(f"name what to collect: {kinds}")
     return chosen[0]
@@ -227,15 +248,24 @@ def _config(
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise click.UsageError(f"--config {option}: KEY=VALUE is expected")
+            raise click.UsageError(f"-c {option}: KEY=VALUE is expected")
         config[key], typed[key] = value, f"-c {option}"
     return config, typed
 
 
 def _or(names: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b or c`."""
+    return _listed(names, "or")
+
+
+def _and(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return _listed(names, "and")
+
+
+def _listed(names: Sequence[str], conjunction: str) -> str:
     *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
 tap: Final = tap_command(VIEWS)
@@ -270,6 +300,10 @@ async def _tap(request: Request) -> int:
                     with suppress(AgentError):
                         await agent.stop(tapped.collector_id)
         tapped.close()
+        if held and (problem := held.exec_error()):
+            screen.discard()
+            echo_error(problem)
+            return EXIT_NOT_EXECUTABLE
         screen.finish()
         if failure:
             raise failure

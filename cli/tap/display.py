@@ -90,6 +90,9 @@ class Screen(Protocol):
     def finish(self) -> None:
         """Shows the end and the totals."""
 
+    def discard(self) -> None:
+        """Ends without showing anything more."""
+
 
 def screen_of(output: str, tapped: Tapped, config: Mapping[str, str]) -> Screen:
     """The way that OUTPUT, the collector's CONFIG and standard output ask for."""
@@ -120,6 +123,9 @@ class _DataScreen:
         end = self._tapped.end
         reason = end.reason.name if end else "UNKNOWN"
         echo_data({"end": reason.lower(), "detail": end.detail if end else ""}, self._output)
+
+    def discard(self) -> None:
+        """Nothing is held back."""
 
 
 class _PlainScreen:
@@ -153,6 +159,9 @@ class _PlainScreen:
             click.echo(line)
         for stage, count in tapped.lost.items():
             click.echo(f"lost {count:,} ({stage})")
+
+    def discard(self) -> None:
+        """Nothing has to be undone."""
 
 
 class _EventScreen(_PlainScreen):
@@ -198,6 +207,9 @@ class _LiveScreen:
     def finish(self) -> None:
         self._live.stop()
         show_end(self._console, self._tapped)
+
+    def discard(self) -> None:
+        self._live.stop()
 
     def _render(self) -> RenderableType:
         width = self._console.width

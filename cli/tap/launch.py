@@ -6,32 +6,37 @@ So a collector can be attached to the process first, and counts from the command
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import click
 
 EXIT_NOT_FOUND: Final = 127
 EXIT_NOT_EXECUTABLE: Final = 126
+_REPORT_BYTES: Final = 8192
 # Reads a byte, then execs; exits silently when the pipe closes first. The command must not inherit
 # what Python has changed for itself: LC_CTYPE, ignored signals, one more descriptor.
 _HELD: Final = f"""
 import os, signal, sys
-release_fd, path, *command = sys.argv[1:]
+release_fd, report_fd, path, *command = sys.argv[1:]
 with open(f"/proc/{{os.getppid()}}/environ", "rb") as file:
     given = dict(item.split(b"=", 1) for item in file.read().split(b"\\0") if b"=" in item)
-os.set_inheritable(int(release_fd), False)
+for fd in release_fd, report_fd:
+    os.set_inheritable(int(fd), False)
 os.read(int(release_fd), 1) or os._exit(0)
 for number in signal.SIGPIPE, signal.SIGXFSZ:
     signal.signal(number, signal.SIG_DFL)
 try:
     os.execve(path, command, given)
 except OSError as error:
-    os.write(2, f"coral: {{path}}: {{error.strerror}}\\n".encode())
+    os.write(int(report_fd), f"{{path}}: {{error.strerror}}".encode())
     os._exit({EXIT_NOT_EXECUTABLE})
 """
 
@@ -39,25 +44,26 @@ except OSError as error:
 class HeldCommand:
     """A command that has a process id before its exec."""
 
-    def __init__(self, process: Process, release_fd: int) -> None:
+    def __init__(self, process: Process, release_fd: int, report_fd: int) -> None:
         self._process = process
         self._release_fd = release_fd
+        self._report_fd = report_fd
+        self._released = False
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> HeldCommand:
         """Starts the process that waits. Exits with 127, as a shell does, where there is no such
-        command."""
-        path = shutil.which(command[0])
-        if path is None:
-            click.echo(f"coral: {command[0]}: there is no such command", err=True)
-            sys.exit(EXIT_NOT_FOUND)
+        command, and with 126 where the file is not executable."""
+        path = _found(command[0])
         read_fd, release_fd = os.pipe()
+        report_fd, write_fd = os.pipe()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-c", _HELD, str(read_fd), path, *command,
-            pass_fds=(read_fd,),
+            sys.executable, "-I", "-S", "-c", _HELD, str(read_fd), str(write_fd), path, *command,
+            pass_fds=(read_fd, write_fd),
         )  # fmt: skip
         os.close(read_fd)
-        return cls(process, release_fd)
+        os.close(write_fd)
+        return cls(process, release_fd, report_fd)
 
     @property
     def pid(self) -> int:
@@ -66,12 +72,20 @@ class HeldCommand:
 
     def release(self) -> None:
         """Lets it exec."""
-        os.write(self._release_fd, b"x")
+        with suppress(BrokenPipeError):  # a signal has ended it
+            os.write(self._release_fd, b"x")
+        self._released = True
         self._close()
+
+    def exec_error(self) -> str:
+        """Why the released process could not exec the command; empty if it could."""
+        # The writing end is closed by the exec, or by the end of the process.
+        return os.read(self._report_fd, _REPORT_BYTES).decode() if self._released else ""
 
     def abandon(self) -> None:
         """Ends the process if it still waits."""
         self._close()
+        os.close(self._report_fd)
 
     def _close(self) -> None:
         if self._release_fd >= 0:
@@ -82,3 +96,15 @@ class HeldCommand:
         """Waits for the command's end; its exit status, as a shell has it."""
         status = await self._process.wait()
         return status if status >= 0 else 128 - status
+
+
+def _found(name: str) -> str:
+    """The path of a command. Exits as a shell does where there is none."""
+    if path := shutil.which(name):
+        return path
+    status, why = EXIT_NOT_FOUND, "there is no such command"
+    if "/" in name and Path(name).exists():
+        status = EXIT_NOT_EXECUTABLE
+        why = os.strerror(errno.EISDIR if Path(name).is_dir() else errno.EACCES)
+    click.echo(f"coral: {name}: {why}", err=True)
+    sys.exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -311,6 +312,38 @@ EVENT = {
 def test_an_event_is_a_line(fields: dict[str, object], text: str) -> None:
     line = click.unstyle(event_line({**EVENT, **fields}))
     assert line[8:] == (f".000000  {'cu?rl/7':<22} {'10.0.0.1:1234 → [fd77::2]:80':<41} {text}")
+
+
+CLOSED = {
+    "time_ns": 0, "pid": 1234567, "comm": "python3", "what": pb.TcpStateChange.WHAT_STATE,
+    "remote_address": "127.0.0.1", "new_state": pb.TCP_STATE_CLOSE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("width", "who", "fields", "text"),
+    [
+        (60, "", {"old_state": pb.TCP_STATE_CLOSE, "new_state": pb.TCP_STATE_SYN_SENT},
+         "close → syn-sent"),
+        (60, "", {"new_state": pb.TCP_STATE_CLOSE_WAIT}, "established → close-wait"),
+        (60, "", {"end": pb.TCP_END_FIN_REMOTE}, "→ close  peer closed"),
+        (60, "", {"end": pb.TCP_END_TIMEOUT, "error": 110}, "→ close  TIMEOUT"),
+        (66, "1234567 ", {"new_state": pb.TCP_STATE_CLOSE_WAIT}, "established → close-wait"),
+        (80, "python3/1234567 ", {"new_state": pb.TCP_STATE_CLOSE_WAIT},
+         "established → close-wait"),
+        (119, "python3/1234567 ", {"end": pb.TCP_END_TIMEOUT, "error": 110},
+         "established → close  TIMEOUT  ETIMEDOUT"),
+        (40, "", {"new_state": pb.TCP_STATE_CLOSE_WAIT}, "→ clos…"),
+    ],
+)  # fmt: skip
+def test_an_event_never_loses_a_part_of_its_transition(
+    width: int, who: str, fields: dict[str, object], text: str
+) -> None:
+    line = click.unstyle(event_line({**EVENT, **CLOSED, **fields}, width=width))
+    assert len(line) <= width
+    assert f" {text}" in line
+    assert line.endswith(text)
+    assert re.match(rf"[\d:]{{8}}\.(\d{{6}}|\d{{3}})  {who} *→ 127\.0", line)
 
 
 def test_a_message_as_data_has_all_of_its_fields() -> None:

@@ -116,7 +116,7 @@ def test_a_new_kind_has_its_flags_without_a_change_of_the_command(
     ("arguments", "text"),
     [
         ((), "name what to collect: --syscall-stats, --tcp-metrics or --cpu-profile"),
-        (("--cpu-profile", "--tcp-metrics"), "name what to collect: "),
+        (("--cpu-profile", "--tcp-metrics"), "give only one of --tcp-metrics and --cpu-profile"),
         (("--cpu-profile", "--resolve"), "--resolve goes with --tcp-metrics"),
         (("--tcp-metrics", "--include", "read"), "--include goes with --syscall-stats"),
         (("--cpu-profile", "-i", "1s"), "--interval goes with --syscall-stats or --tcp-metrics"),

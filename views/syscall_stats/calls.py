@@ -111,8 +111,10 @@ def _summary_records(batch: pb.EbpfEventBatch) -> Iterator[dict[str, Any]]:
             "errors": stats.error_count,
             "errors_by_class": dict(stats.errors_by_class),
             "total_ns": stats.total_duration_ns,
-            "max_ns": stats.max_duration_ns,
+            # A call that never returns, such as exit, has a duration of 0, which is no latency.
+            "max_ns": stats.max_duration_ns or None,
             **{
-                f"{name.lower()}_ns": round(latency.quantile_ns(q)) for name, q in QUANTILES.items()
+                f"{name.lower()}_ns": round(latency.quantile_ns(q)) if latency.max_ns else None
+                for name, q in QUANTILES.items()
             },
         }

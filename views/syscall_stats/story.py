@@ -18,6 +18,7 @@ from coral.views.text import bar, format_ns, format_rate, format_share, shorten,
 
 _BAR_WIDTH: Final = 20
 _NOTHING: Final = "no system calls"
+_NO_LATENCY: Final = "-"
 
 _COLUMNS: Final = (
     Column("SYSCALL", right=False, fits=True, room=15, comfort=20, least=20),
@@ -99,9 +100,10 @@ def _cells(
     style = "red" if row.failures else "" if row.errors else "dim"
     yield f"{row.errors:,}", style
     yield _why(row), style
+    returned = row.latency.max_ns  # 0 for a call that never returns, such as exit
     for quantile in QUANTILES.values():
-        yield format_ns(row.latency.quantile_ns(quantile))
-    yield format_ns(row.latency.max_ns)
+        yield format_ns(row.latency.quantile_ns(quantile)) if returned else _NO_LATENCY
+    yield format_ns(row.latency.max_ns) if returned else _NO_LATENCY
     yield format_share(share)
     yield bar(share, _BAR_WIDTH), "cyan"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from google.protobuf.descriptor import EnumDescriptor
@@ -21,7 +21,11 @@ from coral.wire.kinds import kind_name
 _WHO_WIDTH: Final = 22
 _ENDS_WIDTH: Final = 41
 _WIDE: Final = 120  # of a terminal; on a narrower one the local address is left out
-_WHO_SHARE: Final = 5  # of the room beside the clock, which a fifth is for
+_NARROW: Final = 80
+_LEAST_WHO_WIDTH: Final = 16  # for `python3/1234567`
+_PID_WIDTH: Final = 7
+_SHORTEST_COMM: Final = 5  # with the slash; where there is less room, the id stands alone
+_TRANSITION_WIDTH: Final = len("established → close-wait")
 _PEER_WIDTHS: Final = (18, 28)  # least, most
 _What = pb.TcpStateChange
 _KINDS: Final = {
@@ -45,22 +49,45 @@ def event_line(
 ) -> str:
     """One event for people: when, whose, between which addresses, what. A terminal of WIDTH columns
     may be too narrow for both addresses: then only the peer's is shown."""
-    clock = f"{format_clock(event['time_ns'])}  "
-    process = f"/{event['pid']}"
-    who = f"{safe(event['comm'])}{process}"
-    what, colour = _what(event)
+    clock = format_clock(event["time_ns"])
+    pid = str(event["pid"])
+    who = f"{safe(event['comm'])}/{pid}"
+    texts, colour = _what(event)
     if width is None or width >= _WIDE:
-        head = f"{clock}{who:<{_WHO_WIDTH}} {_ends(event, names):<{_ENDS_WIDTH}} "
+        head = f"{clock}  {who:<{_WHO_WIDTH}} {_ends(event, names):<{_ENDS_WIDTH}} "
     else:
-        room = width - len(clock)
-        who_width = max(room // _WHO_SHARE, len(process) + 4)
-        least, most = _PEER_WIDTHS
-        ends = _peer(event, names)(min(max(room // 3, least), most))
-        who = shorten(who, who_width, len(process))
-        head = f"{clock}{who:<{who_width}} {ends:<{min(max(room // 3, least), most)}} "
-    if width is not None:
-        what = shorten(what, max(width - len(head), 1), max(width - len(head) - 5, 0))
+        clock = clock[: _clock_width(width)]
+        who_width, peer_width = _widths(width - len(clock))
+        if who_width:
+            named = who_width >= len(pid) + _SHORTEST_COMM
+            who = shorten(who, who_width, len(pid) + 1) if named else pid
+            who = f"{who:<{who_width}} "
+        else:
+            who = ""
+        head = f"{clock}  {who}{_peer(event, names)(peer_width):<{peer_width}} "
+    what = texts[0] if width is None else _fitting(texts, max(width - len(head), 1))
     return head + (styled(what, colour, bold=colour == "red") if colour else what)
+
+
+def _clock_width(width: int) -> int:
+    """A narrow terminal has the time to the millisecond."""
+    return len("HH:MM:SS.mmm" if width < _NARROW else "HH:MM:SS.mmmmmm")
+
+
+def _widths(width: int) -> tuple[int, int]:
+    """How wide the columns of the process and of the peer are, on a terminal that has WIDTH columns
+    beside the clock; 0 for the process where there is no room for it."""
+    least, most = _PEER_WIDTHS
+    room = width - len("    ") - _TRANSITION_WIDTH  # the gaps
+    who = min(room - least, _WHO_WIDTH if room >= most + _WHO_WIDTH else _LEAST_WHO_WIDTH)
+    if who < _PID_WIDTH:
+        return 0, min(max(room + 1, least), most)
+    return who, min(max(room - who, least), most)
+
+
+def _fitting(texts: Sequence[str], width: int) -> str:
+    """The first of TEXTS that fits into WIDTH cells, else the last one, shortened."""
+    return next((text for text in texts if len(text) <= width), shorten(texts[-1], width))
 
 
 def _peer(event: Mapping[str, Any], names: Names | None) -> Callable[[int], str]:
@@ -78,24 +105,28 @@ def _ends(event: Mapping[str, Any], names: Names | None) -> str:
     return f"{local} {_ARROWS.get(event['role'], '-')} {remote}"
 
 
-def _what(event: Mapping[str, Any]) -> tuple[str, str]:
-    """What happened, and in which colour."""
+def _what(event: Mapping[str, Any]) -> tuple[list[str], str]:
+    """What happened, from the longest text to the shortest, and in which colour."""
     what, count = event["what"], event["count"]
     many = f" {times(count)}" if count > 1 else ""
     if kind := _KINDS.get(what):
-        return f"RETRANSMIT{many}, {kind}, {_state(event['new_state'])}", "yellow"
+        short = f"RETRANSMIT{many}, {kind}"
+        return [f"{short}, {_state(event['new_state'])}", short], "yellow"
     reason = event["reason"] and f": {event['reason']}"
     if what == _What.WHAT_RESET_SENT:
-        return f"RESET sent{many}{reason}", "red"
+        return [f"RESET sent{many}{reason}"], "red"
     if what == _What.WHAT_RESET_RECEIVED:
-        return f"RESET received{many}", "red"
-    text = f"{_state(event['old_state'])} → {_state(event['new_state'])}"
+        return [f"RESET received{many}"], "red"
+    to = f"→ {_state(event['new_state'])}"
+    change = f"{_state(event['old_state'])} {to}"
     if event["new_state"] != pb.TCP_STATE_CLOSE or event["role"] == LISTENER:
-        return text, ""
+        return [change, to], ""
     error = errno_name(event["error"])
     word = event_end(event) if event["end"] else ""
-    said = [text, word, error if error != word else ""]
-    return "  ".join(part for part in said if part), "red" if is_bad(word) else ""
+    error = error if error != word else ""
+    choices = (change, word, error), (change, word), (to, word), (to,)
+    texts = ["  ".join(part for part in parts if part) for parts in choices]
+    return texts, "red" if is_bad(word) else ""
 
 
 def _state(number: int) -> str:
