@@ -114,7 +114,10 @@ def run(main: Coroutine[Any, Any, int], typed: Mapping[str, str] | None = None) 
         # Python flushes standard output once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_CLOSED_PIPE
-    except KeyboardInterrupt:
+    except OSError as error:  # a full disk
+        echo_error(error.strerror or str(error))
+        status = EXIT_ERROR
+    except (KeyboardInterrupt, asyncio.CancelledError):
         status = EXIT_INTERRUPTED
     sys.exit(status)
 

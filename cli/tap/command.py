@@ -273,6 +273,10 @@ tap: Final = tap_command(VIEWS)
 
 async def _tap(request: Request) -> int:
     target, config = request.target, dict(request.config)
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task  # noqa: S101  a coroutine runs in one
+    for number in _SIGNALS:  # until `_follow` has its own: no collector is to outlive its tap
+        loop.add_signal_handler(number, task.cancel)
     held = await HeldCommand.start(target.command) if target.command else None
     try:
         if held:
