@@ -658,9 +658,11 @@ static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp
 SEC("iter/bpf_map_elem")
 int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 {
+	/* Loaded once: kernels check each load of it by itself. */
+	const struct tcp_connection *value = ctx->value;
 	struct tcp_connection c;
 
-	if (ctx->value && copy_live(&c, ctx->value))
+	if (value && copy_live(&c, value))
 		bpf_seq_write(ctx->meta->seq, &c, sizeof(c));
 	return 0;
 }
