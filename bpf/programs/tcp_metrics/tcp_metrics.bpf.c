@@ -628,16 +628,35 @@ static __always_inline bool fin_is_unsettled(struct sock *sk, __u8 state)
 	       kernel_read(tp, snd_una) == kernel_read(tp, write_seq);
 }
 
+static __always_inline bool fin_received(struct sock *sk)
+{
+	return kernel_read(sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
+}
+
+/* Whether the kernel is at work on SK: for a process, or in a softirq, which has its spinlock. */
+static __always_inline bool is_locked(struct sock *sk)
+{
+	__u32 spinlock = 0;
+
+	bpf_probe_read_kernel(&spinlock, sizeof(spinlock),
+			      __builtin_preserve_access_index(&sk->sk_lock));
+	return spinlock || kernel_read(sk, sk_lock.owned);
+}
+
 /*
  * Copies the element VALUE of `connections` to C, and brings the copy up to date from the socket.
  * The element is not written to: hooks may be at work on it, and its memory may belong to another
  * connection by then. For the same reason the socket is read as plain memory, and the copy is only
  * good if nothing has changed meanwhile. Where this is false, the next reading has the connection,
  * or the record of its end.
+ *
+ * The kernel counts the peer's FIN as a byte before it notes that it has come. While it is at work
+ * on the socket, the last byte may be one, and is left to the next reading.
  */
 static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp_connection *value)
 {
 	struct sock *sk;
+	bool fin, locked;
 	__u8 state;
 
 	*c = *value;
@@ -645,10 +664,14 @@ static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp
 	state = c->state;
 	if (!c->ended_ns) {
 		state = state_of(sk);
+		fin = fin_received(sk);
 		refresh(c, sk, state, false);
 		name_ends_late(c, sk, false);
-		if (fin_is_unsettled(sk, state) || state_of(sk) != state)
+		locked = is_locked(sk);
+		if (fin_is_unsettled(sk, state) || state_of(sk) != state || fin_received(sk) != fin)
 			return false;
+		if (locked && !fin && c->bytes_received)
+			c->bytes_received--;
 	}
 	barrier();
 	return c->state == state && value->sk == c->sk && value->found_ns == c->found_ns;
