@@ -207,7 +207,8 @@ static __always_inline struct tcp_connection *connection_make(struct sock *sk, _
 	c->network = network_of(sk);
 	c->state = state_of(sk);
 	c->found_ns = bpf_ktime_get_ns();
-	c->cookie = number_of(c, sk);
+	barrier();
+	c->cookie = number_of(c, sk); /* the last one: without it the element is not read */
 	return c;
 }
 

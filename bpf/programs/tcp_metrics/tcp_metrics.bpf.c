@@ -674,7 +674,8 @@ static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp
 			c->bytes_received--;
 	}
 	barrier();
-	return c->state == state && value->sk == c->sk && value->found_ns == c->found_ns;
+	return c->cookie && c->state == state && value->sk == c->sk &&
+	       value->found_ns == c->found_ns;
 }
 
 /* The connections as they are now, for user space to read: by an iterator over the map ... */
