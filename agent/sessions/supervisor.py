@@ -40,6 +40,7 @@ from coral.agent.sessions.feed import Feed
 from coral.agent.sessions.info import info_of
 from coral.agent.sessions.session import End, Session, StartRequest, lease_s
 from coral.agent.sessions.totals import Totals
+from coral.agent.streams import Readers
 from coral.bpf import BpfError, BpfObject, Features
 from coral.collectors.contract import Batch, Measures, Support
 from coral.collectors.options import format_duration
@@ -62,6 +63,7 @@ class Supervisor:
         self.totals = Totals()
         self.ended = EndedSessions(self.config.limits, self.totals.leave)
         self.program_stats = ProgramStatsSampler(self._objects)
+        self.readers = Readers(self.config.limits.stalled_subscriber)
         self._admission = Admission(self.config)
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
@@ -72,6 +74,7 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         work: list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]] = [
             ("program statistics", self.program_stats.run),
+            ("stalled readers", self.readers.watch),
             ("limits", partial(enforce, self.config.limits, self)),
             *(
                 (f"continuous {rule.kind}", partial(continuous.keep, rule, self.start))
@@ -269,10 +272,6 @@ class Supervisor:
     def at_work(self) -> list[Session]:
         """The sessions that are attached."""
         return [session for session in self.sessions.values() if session.at_work]
-
-    def in_memory(self) -> list[Session]:
-        """All sessions, with those that have ended and are still kept."""
-        return [*self.sessions.values(), *self.ended.in_memory()]
 
     def cpu_s(self) -> float:
         """CPU time that the agent and its programs have used, in seconds."""
