@@ -7,6 +7,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -28,6 +30,8 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _EXIT_CONFIG: Final = 2
+# From the first signal to the end of the process, whatever its clients do.
+_END_WITHIN_S: Final = 1.3
 
 
 # mallopt(3): the most arenas that glibc makes, and the most free memory at the end of one.
@@ -107,15 +111,28 @@ def _stop_on_signal() -> asyncio.Future[None]:
     stays attached then either, because the kernel detaches the links of a process that ends."""
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
+    signalled = threading.Event()
+    # It starts now: after the signal there may be no room for a thread.
+    threading.Thread(target=_end_in_time, args=(signalled,), name="end", daemon=True).start()
 
     def on_signal(number: int) -> None:
         if stopping.done():
             os._exit(128 + number)
         stopping.set_result(None)
+        signalled.set()
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
     return stopping
+
+
+def _end_in_time(signalled: threading.Event) -> None:
+    """Ends the process a while after the signal, if it is still there. gRPC waits, in its own
+    shutdown and again at the interpreter's end, for connections whose clients read nothing."""
+    signalled.wait()
+    time.sleep(_END_WITHIN_S)
+    log.warning("stopped", reason=f"something still had to be closed after {_END_WITHIN_S:g}s")
+    os._exit(0)
 
 
 async def _report_capabilities(supervisor: Supervisor) -> None:

@@ -24,27 +24,52 @@ _FIRST_DRAIN_S: Final = 0.01
 T = TypeVar("T")
 
 
-async def run(collector: Collector, emit: Emit, attached: Callable[[], None]) -> None:
-    """Opens COLLECTOR, calls ATTACHED, then drains it and emits at every interval, until cancelled
-    or until all processes that it watches have ended. Either way it then detaches the collector,
-    drains it once more, and closes it. Raises `BpfError` where it cannot be opened or drained."""
+class Stop:
+    """A request to end a run. It can be made at any time, and again without effect."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.woken = asyncio.Event()  # the run has something to look at
+
+    def request(self) -> None:
+        """The run ends at its next step, in order."""
+        self.requested = True
+        self.woken.set()
+
+
+async def run(
+    collector: Collector, emit: Emit, attached: Callable[[], None], stop: Stop | None = None
+) -> None:
+    """Opens COLLECTOR, calls ATTACHED, then drains it and emits at every interval, until STOP is
+    requested or all processes that it watches have ended. Either way it then detaches the
+    collector, drains it once more, and closes it. Raises `BpfError` where it cannot be opened or
+    drained. A cancellation ends it in the same way and loses nothing either."""
+    stop = stop or Stop()
     opened = False
     try:
+        if stop.requested:
+            return
         await in_thread(lambda: _open(collector))
         opened = True
+        if stop.requested:
+            return
         attached()
         await in_thread(release_memory)
-        with _Watch(collector) as watch:
+        with _Watch(collector, stop) as watch:
             await _drain_until_exit(collector, watch, emit)
     finally:
-        try:
-            if opened:
-                try:
-                    await in_thread(collector.bpf_object.detach)
-                finally:  # another cancellation, during the detach, loses nothing either
-                    await _drain(collector, emit)
-        finally:
-            await in_thread(collector.close)
+        await completed(asyncio.ensure_future(_wind_up(collector, emit, opened=opened)))
+
+
+async def _wind_up(collector: Collector, emit: Emit, *, opened: bool) -> None:
+    try:
+        if opened:
+            try:
+                await in_thread(collector.bpf_object.detach)
+            finally:  # what it had counted until then is not lost with a failure to detach
+                await _drain(collector, emit)
+    finally:
+        await in_thread(collector.close)
 
 
 def _open(collector: Collector) -> None:
@@ -79,7 +104,7 @@ async def _drain_until_exit(collector: Collector, watch: _Watch, emit: Emit) -> 
     loop, interval_s = asyncio.get_running_loop(), collector.interval_s
     started = tick = loop.time()
     seen = False
-    while not watch.exited:
+    while not watch.over:
         if seen:
             if tick <= loop.time():  # a wake-up does not put off the tick
                 tick = max(tick + interval_s, loop.time())
@@ -93,11 +118,12 @@ async def _drain_until_exit(collector: Collector, watch: _Watch, emit: Emit) -> 
 
 
 class _Watch:
-    """Waits for the next time to drain: a tick, a program's wake-up, or the end of all targets."""
+    """Waits for the next time to drain: a tick, a program's wake-up, or the end of the run."""
 
-    def __init__(self, collector: Collector) -> None:
-        self.exited = False
-        self._woken = asyncio.Event()
+    def __init__(self, collector: Collector, stop: Stop) -> None:
+        self._stop = stop
+        self._exited = False
+        self._woken = stop.woken
         self._running = set(collector.exit_fds())
         self._records = collector.records
         self._loop = asyncio.get_running_loop()
@@ -116,11 +142,16 @@ class _Watch:
         if self._records:
             self._loop.remove_reader(self._records.wakeup.fileno())
 
+    @property
+    def over(self) -> bool:
+        """Whether the run has to end: it was requested, or all targets have ended."""
+        return self._exited or self._stop.requested
+
     def _on_exit(self, fd: int) -> None:
         self._loop.remove_reader(fd)
         self._running.discard(fd)
-        self.exited = not self._running
-        if self.exited:
+        self._exited = not self._running
+        if self._exited:
             self._woken.set()
 
     def _on_wakeup(self, wakeup: select.epoll) -> None:
@@ -128,14 +159,14 @@ class _Watch:
         self._woken.set()
 
     async def wait_until(self, tick: float) -> bool:
-        """Waits until TICK, by the loop's clock, or a wake-up; whether all targets have ended."""
+        """Waits until TICK, by the loop's clock, or a wake-up; whether the run is over."""
         try:
             async with asyncio.timeout_at(tick):
                 await self._woken.wait()
         except TimeoutError:
             pass
         self._woken.clear()
-        return self.exited
+        return self.over
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -156,16 +187,19 @@ async def in_thread(function: Callable[[], T]) -> T:
     except RuntimeError:
         # No thread can be started, yet the job stays queued: run it here, and only once.
         job()
-    future = asyncio.wrap_future(done)
+    return await completed(asyncio.wrap_future(done))
+
+
+async def completed(future: asyncio.Future[T]) -> T:
+    """What FUTURE, which nobody else cancels, returns or raises. A caller that is cancelled
+    meanwhile still waits for its end; then the cancellation goes on, before what FUTURE raised."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
-            await asyncio.shield(future)
+            await asyncio.wait([future])
         except asyncio.CancelledError as error:
             cancelled = error
-        except Exception:  # noqa: BLE001, S110  raised below, by result()
-            pass
     if cancelled:
-        future.exception()  # the cancellation goes before what FUNCTION raised
+        future.exception()
         raise cancelled
     return future.result()

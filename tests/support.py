@@ -527,6 +527,13 @@ class Vitals(NamedTuple):
         return all(now <= then + _COME_AND_GO for now, then in zip(self, before, strict=True))
 
 
+def resident_kib(pid: int) -> int:
+    """The resident memory of a process."""
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match
+    return int(match[1])
+
+
 class Family:
     """tests/programs/family.c, running: it waits until it is let go."""
 

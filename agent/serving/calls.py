@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from coral.agent.caller import Caller
 from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
+from coral.agent.streams import Readers
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -30,13 +31,15 @@ Unary = Callable[[Any, Caller], Awaitable[Message]]
 Streaming = Callable[[Any, Caller], AbstractContextManager[AsyncIterator[bytes]]]
 
 
-def handlers(descriptor: ServiceDescriptor, service: object) -> grpc.GenericRpcHandler:
+def handlers(
+    descriptor: ServiceDescriptor, service: object, readers: Readers
+) -> grpc.GenericRpcHandler:
     """Handlers for SERVICE, which has a method, `Unary` or `Streaming`, for each RPC of
-    DESCRIPTOR."""
+    DESCRIPTOR. Streaming calls are among READERS while they last."""
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
-            method.name: _handler(method, getattr(service, method.name))
+            method.name: _handler(method, getattr(service, method.name), readers)
             for method in descriptor.methods
         },
     )
@@ -45,10 +48,12 @@ def handlers(descriptor: ServiceDescriptor, service: object) -> grpc.GenericRpcH
 def _handler(
     method: MethodDescriptor,
     behaviour: Any,  # noqa: ANN401  Unary or Streaming, as the descriptor says
+    readers: Readers,
 ) -> grpc.RpcMethodHandler[Any, Any]:
     request_type: type[Message] = getattr(pb, method.input_type.name)
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming(method, request_type, behaviour))
+        answer = _streaming(method, request_type, behaviour, readers)
+        return grpc.unary_stream_rpc_method_handler(answer)
     return grpc.unary_unary_rpc_method_handler(_unary(method, request_type, behaviour))
 
 
@@ -64,15 +69,19 @@ def _unary(
 
 
 def _streaming(
-    method: MethodDescriptor, request_type: type[Message], behaviour: Streaming
+    method: MethodDescriptor, request_type: type[Message], behaviour: Streaming, readers: Readers
 ) -> Callable[[bytes, Context], Awaitable[None]]:
     async def answer(wire: bytes, context: Context) -> None:
         async with _failures_as_status(method, context):
-            with behaviour(parse(request_type, wire), _caller(context)) as messages:
+            caller = _caller(context)
+            with (
+                behaviour(parse(request_type, wire), caller) as messages,
+                readers.open(caller) as reader,
+            ):
                 # A caller that has the headers knows that its stream stands.
                 await context.send_initial_metadata(())
                 async for message in messages:
-                    await context.write(message)
+                    await reader.take(context.write(message))
 
     return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -17,7 +18,8 @@ from coral.agent.serving.listening import UnixSocket, loopback_host
 from coral.agent.serving.service import SERVICE, EbpfService
 from coral.agent.sessions.supervisor import Supervisor
 
-_GRACE_S: Final = 1.0
+_GRACE_S: Final = 0.8
+_STOP_WITHIN_S: Final = 1.0
 _PATIENCE_MS: Final = 5_000
 
 
@@ -29,7 +31,9 @@ class Server:
         self._sockets: list[UnixSocket] = []
         interceptors = [TokenInterceptor(token)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
-        self._server.add_generic_rpc_handlers((handlers(SERVICE, EbpfService(supervisor)),))
+        self._server.add_generic_rpc_handlers(
+            (handlers(SERVICE, EbpfService(supervisor), supervisor.readers),)
+        )
         self._health = Health(self._server, SERVICE.full_name)
         reflection.enable_server_reflection(
             (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server
@@ -67,11 +71,16 @@ class Server:
         _traceback: TracebackType | None,
     ) -> None:
         """Sends every subscriber the end, lets them read it, and stops, within little more than a
-        second."""
+        second. gRPC may still be waiting then for connections whose clients read nothing."""
+        try:
+            await asyncio.wait([asyncio.ensure_future(self._stop())], timeout=_STOP_WITHIN_S)
+        finally:
+            self._unlink()
+
+    async def _stop(self) -> None:
         await self._health.shut_down()
         await self._supervisor.shutdown()
         await self._server.stop(_GRACE_S)
-        self._unlink()
 
     def _unlink(self) -> None:
         for unix_socket in self._sockets:

@@ -5,7 +5,6 @@ One method for each RPC, of the same name; calls.py binds them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -142,12 +141,10 @@ class EbpfService:
 async def _read(
     subscription: Subscription, messages: Callable[[Frame], Iterable[bytes]]
 ) -> AsyncIterator[bytes]:
-    """The messages of each frame. While one is being written, the subscription says since when."""
+    """The messages of each frame."""
     async for frame in subscription:
         for message in messages(frame):
-            subscription.blocked_since = time.monotonic()
             yield message
-        subscription.blocked_since = None
 
 
 async def _encoded(watch: Watch) -> AsyncIterator[bytes]:

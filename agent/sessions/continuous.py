@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from coral.agent.config import Continuous
 from coral.agent.errors import RefusedError, UnavailableError
+from coral.agent.sessions.background import Backoff
 from coral.agent.sessions.session import Session, StartRequest
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
-_BACKOFF_FIRST_S: Final = 1.0
-_BACKOFF_MOST_S: Final = 60.0
-_STEADY_S: Final = 60.0
 _FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDOWN)
 
 Start = Callable[[StartRequest], Awaitable[Session]]
-
-
-@dataclass
-class Backoff:
-    """Pauses that double from a second to a minute, each with a jitter of half its length."""
-
-    _next_s: float = _BACKOFF_FIRST_S
-
-    def pause_s(self) -> float:
-        """The next pause."""
-        pause_s, self._next_s = self._next_s, min(2 * self._next_s, _BACKOFF_MOST_S)
-        return pause_s * random.uniform(0.75, 1.25)  # noqa: S311  not a secret
-
-    def succeeded(self) -> None:
-        """Begins again with the shortest pause."""
-        self._next_s = _BACKOFF_FIRST_S
 
 
 async def keep(rule: Continuous, start: Start) -> None:
@@ -56,10 +35,8 @@ async def keep(rule: Continuous, start: Start) -> None:
         except (RefusedError, BpfError) as error:
             reason = str(error)
         else:
-            began = time.monotonic()
+            backoff.begin()
             await session.ended.wait()
-            if time.monotonic() - began > _STEADY_S:
-                backoff.succeeded()
             reason = str(session.end)
             if session.end and session.end.reason in _FINAL:
                 return

@@ -1,4 +1,4 @@
-"""The limits, enforced every second: sessions that have to go, subscribers that do not read."""
+"""The limits on CPU time and memory, enforced every second: sessions that have to go."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import Final, Protocol
 
-import structlog
-
 from coral.agent.config import Limits
 from coral.agent.sessions.budget import CPU_WINDOW_S, Candidate, CpuBudget, first_to_go
 from coral.agent.sessions.session import End, Session
-from coral.collectors.options import format_duration
 from coral.mesh.v1 import ebpf_pb2 as pb
-
-log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
 _ENFORCE_EVERY_S: Final = 1.0
 
@@ -32,13 +27,9 @@ class Spending(Protocol):
     def at_work(self) -> Iterable[Session]:
         """The sessions that can be preempted."""
 
-    def in_memory(self) -> Iterable[Session]:
-        """The sessions that can have subscribers, ended ones included."""
-
 
 async def enforce(limits: Limits, spending: Spending) -> None:
-    """Every second: preempts the session of the lowest priority while a limit is exceeded, and lets
-    go of subscribers that do not read."""
+    """Every second: preempts the session of the lowest priority while a limit is exceeded."""
     cpu = CpuBudget(limits.cpu_percent)
     while True:
         await asyncio.sleep(_ENFORCE_EVERY_S)
@@ -54,7 +45,6 @@ async def enforce(limits: Limits, spending: Spending) -> None:
             await _preempt(
                 spending.at_work(), f"limits.memory is {limits.memory} bytes; {used} were used"
             )
-        _release_stalled(spending.in_memory(), limits.stalled_subscriber)
 
 
 async def _preempt(sessions: Iterable[Session], detail: str) -> None:
@@ -63,17 +53,3 @@ async def _preempt(sessions: Iterable[Session], detail: str) -> None:
     )
     if session:
         await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))
-
-
-def _release_stalled(sessions: Iterable[Session], patience_s: float) -> None:
-    now = time.monotonic()
-    for session in sessions:
-        for subscription in tuple(session.channel.subscriptions):
-            since = subscription.blocked_since
-            if since is not None and now - since > patience_s:
-                log.warning("subscriber let go", session=session.id, peer=subscription.terms.peer)
-                subscription.fail(
-                    f"nothing was read for {format_duration(patience_s)}, this agent's "
-                    "limits.stalled_subscriber"
-                )
-                subscription.close()

@@ -16,6 +16,7 @@ from coral.agent.sessions.budget import Priority
 from coral.agent.streams import Channel, Header, Subscription, Terms
 from coral.collectors.contract import Collector
 from coral.collectors.options import format_duration
+from coral.collectors.runner import Stop
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 
@@ -57,17 +58,17 @@ class Session:
         self.lease_s = None if request.continuous else lease_s(request.duration_s, config)
         # Unix time in seconds, 0 until it is so.
         self.started_at = self.expires_at = self.ended_at = 0.0
-        self.end: End | None = None
+        # How it ends: decided once, by whatever comes first, while it may still have rows to send.
+        self.decided_end: End | None = None
+        self.end: End | None = None  # the same, once it has ended
         self.ended = asyncio.Event()
+        self.stopping = Stop()
         header = Header(self.id, self.kind, config.name, self.service_name)
         self.channel = Channel(header, config.limits.replay_bytes)
         self.slot = ExitStack()  # what is given back when the session ends
-        self.task: asyncio.Task[None] | None = None
-        self.lease: asyncio.Timeout | None = None
+        self._lease: asyncio.TimerHandle | None = None
         self._limits = config.limits
         self._collector: Collector | None = collector
-        self._begun = False
-        self._wanted_end: End | None = None
 
     @property
     def collector(self) -> Collector:
@@ -80,14 +81,6 @@ class Session:
     def at_work(self) -> bool:
         """Whether it is attached and has not ended."""
         return bool(self.started_at) and not self.end
-
-    @property
-    def decided_end(self) -> End | None:
-        """How it ends, or ended; None while nothing ends it. A session whose end is decided may
-        still be sending its last rows."""
-        if self.end or self._wanted_end:
-            return self.end or self._wanted_end
-        return EXPIRED if self.lease and self.lease.expired() else None
 
     @property
     def priority(self) -> Priority:
@@ -128,13 +121,6 @@ class Session:
         except ValueError as error:
             raise OutOfRangeError(f"after_seq: {error}") from error
 
-    def begin(self) -> None:
-        """Marks the first step of the session's task. Raises CancelledError where it was told to
-        end before."""
-        self._begun = True
-        if self._wanted_end:
-            raise asyncio.CancelledError
-
     def attached(self) -> None:
         """Marks it as attached; the lease runs from now on."""
         self.started_at = time.time()
@@ -150,31 +136,38 @@ class Session:
 
     def _set_deadline(self, from_now_s: float) -> None:
         self.expires_at = time.time() + from_now_s
-        if self.lease:
-            self.lease.reschedule(asyncio.get_running_loop().time() + from_now_s)
+        if self._lease:
+            self._lease.cancel()
+        loop = asyncio.get_running_loop()
+        self._lease = loop.call_later(from_now_s, self.end_for, EXPIRED)
 
-    def finish(self, end: End) -> None:
-        """Ends the stream, and lets go of the collector. The last step of the session's task."""
+    def end_for(self, end: End) -> None:
+        """Decides that the session ends for the reason END, unless its end is decided already. Its
+        task then detaches, sends the last rows, and closes."""
+        if not self.decided_end:
+            self.decided_end = end
+            self.stopping.request()
+
+    async def stop(self, end: End) -> None:
+        """Ends the session for the reason END, unless its end is decided already; returns when it
+        is detached and its stream has ended."""
+        self.end_for(end)
+        await self.ended.wait()
+
+    def finish(self) -> End:
+        """Ends the stream as it was decided, and lets go of the collector. The last step of the
+        session's task."""
+        end = self.end = self.decided_end
+        if not end:
+            raise RuntimeError(f"nothing has decided how session {self.id} ends")
+        if self._lease:
+            self._lease.cancel()
         self.ended_at = time.time()
-        self.end = end
         self.channel.end(end.reason, end.detail, int(self.ended_at * 1e9))
         self._collector = None
         self.slot.close()
         self.ended.set()
-
-    def forget_task(self, _task: object = None) -> None:
-        """Lets go of the task, once it is done: a cancelled one holds the frames that it left, and
-        with them the collector."""
-        self.task = self.lease = None
-
-    async def stop(self, end: End) -> None:
-        """Ends the session for the reason END, and returns when it is detached and its stream has
-        ended."""
-        if not self.decided_end and self.task:
-            self._wanted_end = end
-            if self._begun:  # a task that is cancelled before its first step never takes one
-                self.task.cancel()
-        await self.ended.wait()
+        return end
 
 
 def lease_s(duration_s: float | None, config: Config) -> float:

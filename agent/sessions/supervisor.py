@@ -1,4 +1,4 @@
-"""The supervisor: sessions under leases, on one TaskGroup. It can be used as a library.
+"""The supervisor: sessions under leases, each in a task of its own. It can be used as a library.
 
     async with Supervisor() as supervisor:
         session = await supervisor.start(StartRequest("syscall_stats", config={"pid": "1234"}))
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import structlog
 
@@ -31,23 +32,26 @@ from coral.agent.errors import (
 from coral.agent.machine.program_stats import ProgramStatsSampler
 from coral.agent.sessions import continuous
 from coral.agent.sessions.admission import Admission
+from coral.agent.sessions.background import lasting
 from coral.agent.sessions.changes import Changes, Watch
 from coral.agent.sessions.ended import EndedSessions
 from coral.agent.sessions.enforcement import enforce
 from coral.agent.sessions.feed import Feed
 from coral.agent.sessions.info import info_of
-from coral.agent.sessions.session import EXPIRED, End, Session, StartRequest, lease_s
+from coral.agent.sessions.session import End, Session, StartRequest, lease_s
 from coral.agent.sessions.totals import Totals
+from coral.agent.streams import Readers
 from coral.bpf import BpfError, BpfObject, Features
 from coral.collectors.contract import Batch, Measures, Support
 from coral.collectors.options import format_duration
-from coral.collectors.runner import run
+from coral.collectors.runner import completed, run
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
 _SHUTDOWN: Final = End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
+_TARGET_EXITED: Final = End(pb.SessionEnd.REASON_TARGET_EXITED)
 
 
 class Supervisor:
@@ -59,24 +63,25 @@ class Supervisor:
         self.totals = Totals()
         self.ended = EndedSessions(self.config.limits, self.totals.leave)
         self.program_stats = ProgramStatsSampler(self._objects)
+        self.readers = Readers(self.config.limits.stalled_subscriber)
         self._admission = Admission(self.config)
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
         self._closing = False
-        self._tasks = asyncio.TaskGroup()
+        self._background: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()  # the sessions'
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
-        self._background = [
-            self._tasks.create_task(self.program_stats.run(), name="program statistics"),
-            self._tasks.create_task(enforce(self.config.limits, self), name="limits"),
+        work: list[tuple[str, Callable[[], Coroutine[Any, Any, None]]]] = [
+            ("program statistics", self.program_stats.run),
+            ("stalled readers", self.readers.watch),
+            ("limits", partial(enforce, self.config.limits, self)),
             *(
-                self._tasks.create_task(
-                    continuous.keep(rule, self.start), name=f"continuous {rule.kind}"
-                )
+                (f"continuous {rule.kind}", partial(continuous.keep, rule, self.start))
                 for rule in self.config.continuous
             ),
         ]
+        self._background = [asyncio.create_task(lasting(*each), name=each[0]) for each in work]
         return self
 
     async def __aexit__(
@@ -85,19 +90,24 @@ class Supervisor:
         _value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
+        # A cancellation goes on once nothing is left.
+        await completed(asyncio.ensure_future(self._wind_up()))
+
+    async def _wind_up(self) -> None:
         await self.shutdown()
         for task in self._background:
             task.cancel()
-        # Sessions raise nothing; an exception of the caller's block is not the group's concern.
-        await self._tasks.__aexit__(None, None, None)
+        await asyncio.gather(*self._background, return_exceptions=True)
 
     async def shutdown(self) -> None:
         """Ends every session for AGENT_SHUTDOWN, then every watch. Nothing can be started
         afterwards."""
         self._closing = True
-        await asyncio.gather(
-            *(session.stop(_SHUTDOWN) for session in tuple(self.sessions.values()))
-        )
+        sessions = tuple(self.sessions.values())
+        for session in sessions:
+            session.end_for(_SHUTDOWN)
+        for session in sessions:
+            await session.ended.wait()
         self._changes.close()
 
     @property
@@ -144,10 +154,9 @@ class Supervisor:
         """Returns when SESSION is attached; raises why it could not be."""
         attached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.sessions[session.id] = session
-        session.task = self._tasks.create_task(
-            self._run(session, attached), name=f"session {session.id}"
-        )
-        session.task.add_done_callback(session.forget_task)
+        task = asyncio.create_task(self._run(session, attached), name=f"session {session.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         try:
             await attached
         except asyncio.CancelledError:  # the caller went away: nobody would know this session
@@ -165,24 +174,24 @@ class Supervisor:
             if not attached.done():
                 attached.set_result(None)
 
-        end = End(pb.SessionEnd.REASON_TARGET_EXITED)
         failure: Exception | None = None
         try:
-            session.begin()
-            async with asyncio.timeout(None) as session.lease:
-                await run(
-                    session.collector, lambda batch: self._publish(session, batch), on_attached
-                )
-        except asyncio.CancelledError:
-            end = session.decided_end or _SHUTDOWN
+            await run(
+                session.collector,
+                lambda batch: self._publish(session, batch),
+                on_attached,
+                session.stopping,
+            )
+        except asyncio.CancelledError:  # of the whole event loop: nothing here cancels a session
+            session.end_for(_SHUTDOWN)
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, it ends this session alone
-            if isinstance(error, TimeoutError) and session.lease and session.lease.expired():
-                end = EXPIRED
-            else:
-                failure, end = self._failure(session, error)
+            # It is told even where another end was decided: rows may be missing.
+            failure, session.decided_end = self._failure(session, error)
+        else:
+            session.end_for(_TARGET_EXITED)
         finally:
-            self._finish(session, end)
+            end = self._finish(session)
             if not attached.done():
                 attached.set_exception(failure or _ended_early(end))
 
@@ -211,9 +220,9 @@ class Supervisor:
             self.totals.add_batch(session.kind, batch)
             self._feed.observe(session, batch)
 
-    def _finish(self, session: Session, end: End) -> None:
+    def _finish(self, session: Session) -> End:
         del self.sessions[session.id]
-        session.finish(end)
+        end = session.finish()
         self._feed.leave(session)
         self.totals.ended[session.kind, end.reason] += 1
         if session.started_at:
@@ -221,6 +230,7 @@ class Supervisor:
             self._changes.publish(pb.CollectorChange.WHAT_ENDED, info_of(session))
         event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info
         event("session ended", session=session.id, kind=kind_name(session.kind), end=str(end))
+        return end
 
     def find(self, session_id: str) -> Session:
         """The session of that id. Raises `NotFoundError`, which says how one that has ended did."""
@@ -262,10 +272,6 @@ class Supervisor:
     def at_work(self) -> list[Session]:
         """The sessions that are attached."""
         return [session for session in self.sessions.values() if session.at_work]
-
-    def in_memory(self) -> list[Session]:
-        """All sessions, with those that have ended and are still kept."""
-        return [*self.sessions.values(), *self.ended.in_memory()]
 
     def cpu_s(self) -> float:
         """CPU time that the agent and its programs have used, in seconds."""

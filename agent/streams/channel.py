@@ -128,15 +128,19 @@ class Channel:
         if len(self.kept) > _ENCODED_FRAMES:
             self.kept[-1 - _ENCODED_FRAMES].stop_sharing()
         now = self.clock()
+        self._with_each(lambda subscription: subscription.offer(frame, now))
+
+    def _with_each(self, work: Callable[[Subscription], None]) -> None:
+        """Does WORK with every subscription. One that it fails for is ended and told; the others
+        go on."""
         for subscription in tuple(self.subscriptions):
             try:
-                subscription.offer(frame, now)
-            except Exception as error:  # noqa: BLE001  it is told; the others go on
+                work(subscription)
+            except Exception as error:  # noqa: BLE001  its reader is told
                 subscription.fail(f"the agent could not serve this stream: {error!r}")
 
     def _evict(self) -> None:
-        for subscription in tuple(self.subscriptions):
-            subscription.evict(self.kept_from, self.kept[0])
+        self._with_each(lambda subscription: subscription.evict(self.kept_from, self.kept[0]))
         oldest = self.kept.popleft()
         self.kept_from += 1
         self.kept_bytes -= oldest.size_bytes

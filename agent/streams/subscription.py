@@ -126,7 +126,6 @@ class Subscription:
         self.last_delivered_seq = terms.after_seq
         self.filtered = 0
         self.lost: Counter[int] = Counter()
-        self.blocked_since: float | None = None  # since when a write has not returned
         self._told = _Gap()  # everything up to the last frame that was taken
         self._seq = terms.after_seq  # the last number that is accounted for in what was taken
         self._held = _Queue()  # kept when this began, evicted before it was read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import subprocess
 import time
@@ -27,6 +26,7 @@ from tests.support import (
     held_by,
     loaded,
     nothing_new_since,
+    resident_kib,
     running_agent,
     start_collector,
     streaming,
@@ -256,12 +256,6 @@ def test_a_subscriber_that_is_killed_leaves_no_subscription(
     wait_until(lambda: subscribers() == [0], timeout_s=2)
     (collector_id,) = collectors_at_work(agent)
     agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=collector_id))
-
-
-def resident_kib(pid: int) -> int:
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert match
-    return int(match[1])
 
 
 async def start_and_stop(agent: RunningAgent, pid: int, *, at_once: int, times: int) -> None:

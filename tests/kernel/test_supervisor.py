@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 
@@ -12,6 +14,7 @@ import pytest
 from coral.agent.sessions.session import Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.scripted import STOPPED
 from tests.support import Puppet, Vitals, held_by, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -51,10 +54,7 @@ async def test_200_sessions_leave_no_task_and_no_session(
     async def one_after_another(times: int) -> None:
         for _ in range(times):
             session = await supervisor.start(request(puppet))
-            task = session.task
             await supervisor.stop(session.id)
-            assert task
-            assert task.done()
 
     async def at_once(times: int) -> None:
         await asyncio.gather(one_after_another(times // 2), one_after_another(times // 2))
@@ -67,6 +67,7 @@ async def test_200_sessions_leave_no_task_and_no_session(
         while not Vitals.of(os.getpid()).at_most(warm):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert supervisor.sessions == {}
+    assert not supervisor._tasks
     assert not any(held_by(os.getpid()).values())
 
 
@@ -82,6 +83,24 @@ async def test_what_a_drain_has_read_is_told_though_the_session_is_stopped_meanw
             await asyncio.sleep(0)
         await supervisor.stop(session.id)
         assert totals(await all_rows(session))["getppid"] == 1000
+
+
+async def test_real_sessions_that_are_stopped_around_their_expiry_tell_every_call(
+    supervisor: Supervisor, puppet: Puppet
+) -> None:
+    """60 of them, one after the other, each stopped within 5 ms of its expiry."""
+    reasons: Counter[int] = Counter()
+    loop = asyncio.get_running_loop()
+    for number in range(60):
+        session = await supervisor.start(request(puppet, 0.1, interval="10s"))
+        puppet.getppid(1000)
+        offset_s = (number % 11 - 5) / 1000
+        loop.call_later(session.expires_at - time.time() + offset_s, session.end_for, STOPPED)
+        assert totals(await all_rows(session))["getppid"] == 1000
+        assert session.end
+        reasons[session.end.reason] += 1
+    assert sum(reasons.values()) == 60
+    assert set(reasons) == {pb.SessionEnd.REASON_EXPIRED, pb.SessionEnd.REASON_STOPPED}
 
 
 async def test_leaving_the_supervisor_ends_every_session(puppet: Puppet) -> None:

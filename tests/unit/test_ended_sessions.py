@@ -53,11 +53,12 @@ class Clock:
 def ended_session(rows: int = 0, replay_bytes: int = 4 << 20) -> Session:
     """A session that worked, has ROWS to be read, and ended."""
     config = Config(limits=Limits(replay_bytes=ByteCount(replay_bytes)))
-    session = Session(Scripted(), StartRequest("syscall_stats"), config)
+    session = Session(Scripted(), StartRequest("syscall_stats", continuous=True), config)
     session.attached()
     if rows:
         session.channel.publish(calls(rows))
-    session.finish(STOPPED)
+    session.end_for(STOPPED)
+    session.finish()
     return session
 
 
@@ -182,7 +183,7 @@ async def test_an_ended_session_lets_go_of_its_collector(desk: Desk) -> None:
     session = await desk.start()
     collector = weakref.ref(desk.made.pop())
     await desk.supervisor.stop(session.id)
-    await until(lambda: session.task is None)
+    await until(lambda: not desk.supervisor._tasks)
     gc.collect()
     assert collector() is None
     assert frames(desk.supervisor.readable(session.id))
