@@ -9,6 +9,7 @@ from coral.agent.files import read_regular
 
 _MOST_BYTES: Final = 256 << 10
 _MOST_DEPTH: Final = 16
+_MOST_VALUES: Final = 100_000
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -47,21 +48,25 @@ def _parse(text: str) -> object:
 
 
 def _loader() -> type[Any]:
-    """A SafeLoader that refuses aliases, which grow to any size, and keys that are given twice."""
+    """A SafeLoader that refuses aliases that grow to any size, and keys that are given twice."""
     import yaml  # noqa: PLC0415
 
     class Loader(yaml.SafeLoader):
         _depth = 0
 
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            if isinstance(event, yaml.AliasEvent) or self._depth == _MOST_DEPTH:
-                is_alias = isinstance(event, yaml.AliasEvent)
-                problem = "aliases are not accepted" if is_alias else "it is nested too deeply"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            if self._depth == _MOST_DEPTH:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=mark)
             self._depth += 1
             node = super().compose_node(parent, index)
             self._depth -= 1
+            return node
+
+        def get_single_node(self) -> yaml.Node | None:
+            node: yaml.Node | None = super().get_single_node()
+            if node and _expanded(node, {}, _MOST_DEPTH) > _MOST_VALUES:
+                raise yaml.YAMLError("with its aliases resolved, it has too many values")
             return node
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -75,3 +80,18 @@ def _loader() -> type[Any]:
             return super().construct_mapping(node, deep)
 
     return Loader
+
+
+def _expanded(node: Any, sizes: dict[int, int], depth: int) -> int:  # noqa: ANN401  a yaml.Node
+    """How many values NODE has, with aliases counted each time; too many for one that is nested
+    more than DEPTH levels deep, or in itself. SIZES are known by id."""
+    if not isinstance(node.value, list):
+        return 1
+    if depth == 0:
+        return _MOST_VALUES + 1
+    if id(node) not in sizes:
+        below = (
+            each for item in node.value for each in (item if isinstance(item, tuple) else [item])
+        )
+        sizes[id(node)] = 1 + sum(_expanded(each, sizes, depth - 1) for each in below)
+    return sizes[id(node)]
