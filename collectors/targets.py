@@ -344,7 +344,7 @@ def running_tgids() -> list[int]:
 def comm_of(tgid: int) -> str | None:
     """A process's command name; None for a process that has ended or is hidden."""
     try:
-        return (PROC / str(tgid) / "comm").read_text(errors="replace").rstrip("\n")
+        return (PROC / str(tgid) / "comm").read_text(errors="replace").removesuffix("\n")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 

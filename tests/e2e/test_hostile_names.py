@@ -159,7 +159,8 @@ def test_no_command_passes_a_name_of_a_process_on(
 def test_no_metric_passes_a_name_of_a_process_on(agent: RunningAgent, stack: ExitStack) -> None:
     for name in NAMES.values():
         collector_id = start(agent, {"pid": stack.enter_context(named(name)), "interval": "100ms"})
-        wait_until(lambda label=label_of(name): f'service="{label}"' in scrape(agent))
+        label = f'service="{label_of(name)}"'
+        wait_until(lambda label=label: label in scrape(agent))  # type: ignore[misc]
         stop(agent, collector_id)
     text = scrape(agent)
     assert is_clean(text)
