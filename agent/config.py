@@ -6,39 +6,59 @@ docs/configuration.md is generated from this file.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
 
-from coral.collectors.options import format_duration, parse_duration_s
+from coral.agent.config_file import read_yaml
+from coral.collectors.options import UnknownOptionError, format_duration, parse_duration_s
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_name, kind_of
+from coral.wire.text import is_printable, safe
 
+# The kinds of the contract, as users write them; an agent may lack some of them.
+KINDS: Final = tuple(kind_name(kind) for kind in pb.EbpfCollectorKind.values() if kind)
 ENV_PREFIX: Final = "CORAL__"
 DEFAULT_SOCKET: Final = "unix:/run/coral/agent.sock"
 MAX_PORT: Final = 65535  # gRPC accepts a greater one, and listens on its lower 16 bits
-_SIZE: Final = re.compile(r"(\d+)(KiB|MiB|GiB)?")
+_SIZE: Final = re.compile(r"([0-9]{1,15})(KiB|MiB|GiB)?")
+_MOST_SIZE_BYTES: Final = 1 << 40
+_LEAST_S: Final = 1e-3
+_MOST_S: Final = 366 * 86_400.0
+# gRPC keeps these in milliseconds, in a signed number of 32 bits.
+_MOST_GRPC_S: Final = 24 * 86_400.0
+_GRPC_DURATIONS: Final = ("connection_age", "keepalive")
+_MOST_TEXT_BYTES: Final = 4096
+_MOST_NAME_BYTES: Final = 128
+_MOST_SHOWN: Final = 200
 _UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VALUE_PATH: Final = re.compile(r" - at (?:key in )?`\$\.?(.*?)`$")
 
 
 class ConfigError(ValueError):
-    """A configuration is not accepted; the message has the source, the path and the value."""
+    """A configuration is not accepted; the message, one line, has the source, the path and the
+    value."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("; ".join(safe(line) for line in message.splitlines()))
 
 
 class Duration(float):
-    """Seconds, written as a number or as `500ms`, `30s`, `5m`, `2h`."""
+    """Seconds, written as a number or as `500ms`, `30s`, `5m`, `2h`; from 1 ms to 366 days."""
 
 
 class ByteCount(int):
-    """Bytes, written as a number or as `64KiB`, `8MiB`, `1GiB`."""
+    """Bytes, written as a number or as `64KiB`, `8MiB`, `1GiB`; at most 1 TiB."""
 
 
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,6 +82,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         float,
         Meta(
             gt=0,
+            le=1_000_000,
             description="CPU time of the programs and the agent, in percent of one CPU over 10 s",
         ),
     ] = 5.0
@@ -108,6 +129,26 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     host_scope: Annotated[
         bool, Meta(description="whether collectors may watch every process of the machine")
     ] = True
+    cgroups: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="the cgroups whose processes callers may watch, each with those below it; "
+            "with `services` empty too: all"
+        ),
+    ] = ()
+    services: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="the services that callers may watch, by name or by a pattern such as "
+            "`shop-*`; with `cgroups` empty too: all"
+        ),
+    ] = ()
+    allow_agent: Annotated[
+        bool, Meta(description="whether callers may watch the agent's own process")
+    ] = False
+    allow_init: Annotated[
+        bool, Meta(description="whether callers may watch process 1, which starts all others")
+    ] = False
     observe_only: Annotated[
         bool,
         Meta(description="drop CAP_SYS_ADMIN; refuse collectors that need it on this kernel"),
@@ -198,7 +239,7 @@ def load(
 ) -> Config:
     """Reads the configuration from its three sources. FLAGS are values by top-level key. Raises
     `ConfigError`."""
-    values: dict[str, Any] = _read_yaml(path) if path else {}
+    values: dict[str, Any] = _read(path) if path else {}
     config = _convert(values, f"{path}" if path else "defaults")
     for name, text in sorted(environment.items()):
         if name.startswith(ENV_PREFIX):
@@ -212,20 +253,11 @@ def load(
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml  # noqa: PLC0415  a megabyte that an agent without a file never needs
-
+def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a mapping of keys to values is expected")
-    return values
+        return read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _put(values: dict[str, Any], keys: list[str], value: object, source: str) -> None:
@@ -248,14 +280,42 @@ def _from_text(struct: type, keys: list[str], text: str) -> object:
 
 def _convert(values: dict[str, Any], source: str) -> Config:
     try:
-        return msgspec.convert(values, Config, strict=False, dec_hook=_decode)
+        config = msgspec.convert(values, Config, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         match = _VALUE_PATH.search(str(error))
         path = match[1] if match else ""
         message = _VALUE_PATH.sub("", str(error))
         found = _value_at(values, path)
-        value = "" if found is None else f" (found {found!r})"
+        value = "" if found is None else f" (found {_shortened(repr(found))})"
         raise ConfigError(f"{source}: {path or 'top level'}: {message}{value}") from None
+    _check_texts(values, "", source)
+    return config
+
+
+def _check_texts(value: object, path: str, source: str) -> None:
+    """Every text can be printed: it is a name, a path or an address."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            _check_texts(str(key), f"{path}.{key}" if path else str(key), source)
+            _check_texts(below, f"{path}.{key}" if path else str(key), source)
+    elif isinstance(value, list | tuple):
+        for index, below in enumerate(value):
+            _check_texts(below, f"{path}[{index}]", source)
+    elif isinstance(value, str):
+        if not is_printable(value):
+            raise ConfigError(
+                f"{source}: {path}: {_shortened(repr(value))} has characters that cannot be "
+                "printed; give printable text"
+            )
+        if len(value.encode()) > _MOST_TEXT_BYTES:
+            raise ConfigError(
+                f"{source}: {path}: {_shortened(repr(value))} has more than {_MOST_TEXT_BYTES:,} "
+                "bytes"
+            )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}[...]"
 
 
 def _value_at(values: object, path: str) -> object:
@@ -273,15 +333,17 @@ def _decode(wanted: type, value: object) -> object:
     if wanted is Duration:
         if isinstance(value, str):
             value = parse_duration_s(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            value = 0
+        if _LEAST_S <= value <= _MOST_S:
             return Duration(value)
-        raise ValueError("Expected a duration such as 500ms, 30s or 5m")
+        raise ValueError("Expected a duration such as 500ms, 30s or 5m, from 1ms to 366 days")
     if wanted is ByteCount:
         if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
             value = int(match[1]) * _UNITS[match[2]]
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_SIZE_BYTES:
             return ByteCount(value)
-        raise ValueError("Expected a size such as 65536, 64KiB or 8MiB")
+        raise ValueError("Expected a size such as 65536, 64KiB or 8MiB, at most 1024GiB")
     raise NotImplementedError(wanted)
 
 
@@ -289,6 +351,46 @@ def _check(config: Config) -> None:
     for name, rule in config.services.items():
         if sum(map(bool, (rule.comm, rule.cgroup, rule.pid_file))) != 1:
             raise ConfigError(f"services.{name}: exactly one of comm, cgroup, pid_file is expected")
+        _check_name(f"services.{name}", name)
+    _check_name("agent_id", config.agent_id)
+    if not all(config.listen) or not config.listen:
+        raise ConfigError(
+            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
+        )
+    for key in _GRPC_DURATIONS:
+        if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
+            raise ConfigError(
+                f"limits.{key}: {format_duration(value_s)} is not accepted; give at most 24 days"
+            )
+    for kind in config.policy.collectors:
+        _check_kind("policy.collectors", kind, KINDS)
+    for index, continuous in enumerate(config.continuous):
+        _check_continuous(f"continuous[{index}]", continuous)
+
+
+def _check_name(path: str, name: str) -> None:
+    if len(name.encode()) > _MOST_NAME_BYTES:
+        raise ConfigError(f"{path}: a name of at most {_MOST_NAME_BYTES} bytes is expected")
+
+
+def _check_kind(path: str, kind: str, accepted: Sequence[str]) -> None:
+    if kind not in accepted:
+        near = difflib.get_close_matches(kind.lower(), accepted, 1)
+        hint = f' (did you mean "{near[0]}"?)' if near else ""
+        raise ConfigError(
+            f"{path}: {kind!r} is not accepted{hint}; give one of {', '.join(accepted)}"
+        )
+
+
+def _check_continuous(path: str, rule: Continuous) -> None:
+    from coral.collectors.registry import COLLECTORS  # noqa: PLC0415  programs without an agent
+
+    _check_kind(f"{path}.kind", rule.kind, tuple(map(kind_name, COLLECTORS)))
+    _check_name(f"{path}.service", rule.service)
+    known = {option.name for option in COLLECTORS[kind_of(rule.kind)].options()}
+    for name in rule.config:
+        if name not in known:
+            raise ConfigError(f"{path}.{UnknownOptionError(name, known)}")
 
 
 def describe(

@@ -14,7 +14,7 @@ import click
     "--listen",
     multiple=True,
     metavar="ADDRESS",
-    help="Where gRPC listens: unix:PATH or 127.0.0.1:PORT; repeatable."
+    help="Where gRPC listens: unix:PATH or 127.0.0.1:PORT; repeatable, or separated by commas."
     "  [default: unix:/run/coral/agent.sock]",
 )
 @click.option(
@@ -26,7 +26,7 @@ import click
     "--config",
     "config_path",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     help="A YAML file; see docs/configuration.md.",
 )
 @click.option(
@@ -61,7 +61,10 @@ def agent(
 
     flags: dict[str, object] = {}
     if listen:
-        flags["listen"] = list(listen)
+        # Several in one are split, as in the environment.
+        flags["listen"] = [
+            item.strip() for each in listen for item in each.split(",") if item.strip()
+        ]
     if metrics is not None:
         flags["metrics"] = metrics
     if user is not None:

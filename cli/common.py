@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 
 from coral.client import AgentError, InvalidArgumentError, default_address
-from coral.views.text import safe
+from coral.wire.text import safe
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
@@ -167,7 +167,7 @@ def echo_data(data: object, output: str) -> None:
     if output == "json":
         click.echo(json.dumps(data))
     else:
-        click.echo("---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True), nl=False)
+        click.echo("---\n" + yaml.safe_dump(data, sort_keys=False), nl=False)
 
 
 class Answer(Protocol):

@@ -20,8 +20,9 @@ from coral.client import (
     KernelFeature,
 )
 from coral.views.sheet import Column, Sheet
-from coral.views.text import clauses, format_age, format_amount, safe
+from coral.views.text import clauses, format_age, format_amount
 from coral.wire.kinds import kind_name
+from coral.wire.text import safe
 
 _COLLECTORS: Final = (
     Column("COLLECTOR", right=False),  # an id, to be copied: it is never shortened
@@ -223,5 +224,5 @@ def stop(address: str, collector_id: str) -> None:
 async def _stop(address: str, collector_id: str) -> int:
     async with AgentClient(address) as agent:
         await agent.stop(collector_id)
-    click.echo(f"{collector_id} has ended")
+    click.echo(f"{safe(collector_id)} has ended")
     return 0

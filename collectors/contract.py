@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -141,6 +143,18 @@ class ServiceProcesses:
     tgids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The processes that a collector is about to watch, as its request resolved: by their ids, by
+    their command name, by the directory of their cgroup (v2), or all of the machine."""
+
+    tgids: tuple[int, ...] = ()
+    comm: str = ""
+    cgroup: Path | None = None
+    host: bool = False
+    follows_children: bool = False
+
+
 class Collector(ABC):
     """One collector. Make it once, open it once, close it once."""
 
@@ -178,6 +192,14 @@ class Collector(ABC):
     @abstractmethod
     def label(self) -> str:
         """What it watches: the service's name for a request that gave none."""
+
+    @property
+    def watched(self) -> Watched:
+        """The processes that it is about to watch, for the agent's policy. Blocks."""
+        return Watched()
+
+    def spare(self, tgids: AbstractSet[int]) -> None:  # noqa: B027  not all watch processes
+        """Leaves the processes TGIDS out, whatever the target. Call it before `open`."""
 
     @property
     @abstractmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
@@ -25,6 +26,7 @@ from coral.collectors.contract import (
     ServiceProcesses,
     Summaries,
     Support,
+    Watched,
 )
 from coral.collectors.options import (
     Option,
@@ -153,6 +155,13 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return self._targets.label
 
     @property
+    def watched(self) -> Watched:
+        return self._targets.watched
+
+    def spare(self, tgids: AbstractSet[int]) -> None:
+        self._targets.spared = frozenset(tgids)
+
+    @property
     def bpf_object(self) -> BpfObject:
         return self._object
 
@@ -205,6 +214,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._object.load()
         self._account = self._object.map("account")
         self._open_maps()
+        self._targets.prepare(self._object)
         self._object.attach()
         self._targets.fill(self._object)
         self._on_attached()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from coral.wire.text import is_printable
+
 T = TypeVar("T")
 
 _SIZE: Final = re.compile(r"(\d+)(KiB|MiB)?")
@@ -192,11 +194,13 @@ def choice(*values: str) -> Parser:
 
 
 def text(accepts: str, most_bytes: int) -> Parser:
-    """Any text of at most MOST_BYTES."""
+    """Any printable text of at most MOST_BYTES."""
 
     def parse(value: str) -> str:
-        if len(value.encode()) > most_bytes:
+        if len(value.encode(errors="replace")) > most_bytes:
             raise ValueError(accepts)
+        if not is_printable(value):
+            raise ValueError(f"{accepts}, in printable characters")
         return value
 
     return Parser(accepts, parse)

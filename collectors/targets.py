@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features
 from coral.bpf.libbpf import BpfError
-from coral.collectors.contract import ServiceProcesses
+from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import OptionError, boolean, choice, items, option, text
 
 PROC: Final = Path("/proc")
@@ -26,12 +27,14 @@ COMM_BYTES: Final = 15  # and a terminating zero
 _HINTS: Final = 65536  # as in targets.bpf.h
 _SELECT_HOST, _SELECT_TARGETS, _SELECT_CGROUP = 0, 1, 2
 _STATE_ACTIVE, _STATE_ARMED, _STATE_EXITED = 0, 1, 2
+_PID: Final = re.compile(r"[0-9]{1,7}")
+_STAT_STARTTIME: Final = 19  # of the fields after the command name in /proc/PID/stat, from 0
 _CGROUP2_MOUNT: Final = re.compile(r"^\S+ \S+ \S+ / (\S+) .* - cgroup2 ", re.MULTILINE)
 
 
 def _pid(value: str) -> int:
     """The id of a process that runs now."""
-    if not value.isdigit() or not 0 < int(value) < 1 << 22:
+    if not _PID.fullmatch(value) or not 0 < int(value) < 1 << 22:
         raise ValueError("process ids, such as 1234 or 1234,5678")
     tgid = thread_group_of(int(value))
     if tgid is None and _is_hidden(int(value)):
@@ -136,7 +139,22 @@ class Targets:
         self._tgids = options.pid
         if service and not (options.pid or options.comm or options.cgroup or options.scope):
             self._tgids = service.tgids
+        # A process id may go to another process before `fill`; its start time tells.
+        self._started = {tgid: start_time_of(tgid) for tgid in self._tgids}
         self._pidfds: list[int] = []
+        self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
+
+    @property
+    def watched(self) -> Watched:
+        """What the options and the service resolved to."""
+        options = self._options
+        return Watched(
+            self._tgids,
+            options.comm,
+            cgroup_directory(options.cgroup) if options.cgroup else None,
+            bool(options.scope),
+            options.follow_children,
+        )
 
     @property
     def label(self) -> str:
@@ -167,10 +185,18 @@ class Targets:
         """Process descriptors of the first targets, if the session should end with them."""
         return self._pidfds
 
+    def prepare(self, bpf_object: BpfObject) -> None:
+        """Marks the spared processes in the kernel's map, where programs would add them by
+        themselves. Call it before `attach`. Raises `BpfError`."""
+        self._map = bpf_object.map("targets")
+        if self._options.scope or self._options.cgroup:
+            for tgid in self.spared:
+                # Armed, a process counts from its next exec on; the agent has none.
+                self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ARMED, 0))
+
     def fill(self, bpf_object: BpfObject) -> None:
         """Writes the targets to the kernel's map. Call it after `attach`, so that no fork is
         missed. Raises `BpfError`."""
-        self._map = bpf_object.map("targets")
         if self._options.cgroup:
             fd = os.open(cgroup_directory(self._options.cgroup), os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -179,8 +205,11 @@ class Targets:
                 os.close(fd)
         if self._options.comm:
             self._tgids = tuple(
-                tgid for tgid in running_tgids() if comm_of(tgid) == self._options.comm
+                tgid
+                for tgid in running_tgids()
+                if tgid not in self.spared and comm_of(tgid) == self._options.comm
             )
+        self._tgids = tuple(tgid for tgid in self._tgids if not self._was_replaced(tgid))
         state = _STATE_ARMED if self._options.from_exec else _STATE_ACTIVE
         bpf_object.write_elements("target_hints", [tgid % _HINTS for tgid in self._tgids], 1)
         for tgid in self._tgids:
@@ -193,20 +222,27 @@ class Targets:
         process already had open; all other targets are there. Call it after `fill`."""
         if not self._options.cgroup:
             return
-        for procs in cgroup_directory(self._options.cgroup).rglob("cgroup.procs"):
-            for tgid in map(int, procs.read_text().split()):
-                self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ACTIVE, 0))
+        for tgid in cgroup_tgids(cgroup_directory(self._options.cgroup)) - self.spared:
+            self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ACTIVE, 0))
 
     def present(self) -> dict[int, str]:
         """Command names by tgid of the processes that are watched now, for callers that look up
         what these processes already had open. Call it after `fill_members`."""
         if self._options.scope:
-            return {tgid: comm_of(tgid) or "" for tgid in running_tgids()}
+            return {
+                tgid: comm_of(tgid) or "" for tgid in running_tgids() if tgid not in self.spared
+            }
         if self._options.from_exec:
             return {}
         members = self.read()
         names = map(comm_text, members.comms.tolist())
-        return dict(zip(members.tgids.tolist(), names, strict=True))
+        present = zip(members.tgids.tolist(), names, strict=True)
+        return {tgid: name for tgid, name in present if tgid not in self.spared}
+
+    def _was_replaced(self, tgid: int) -> bool:
+        """Whether the process that was asked for has ended and another one has its id."""
+        started, now = self._started.get(tgid), start_time_of(tgid)
+        return None not in (started, now) and started != now
 
     def _open_pidfds(self) -> None:
         for tgid in self._tgids:
@@ -261,16 +297,37 @@ def _comm_words(comm: str) -> Mapping[str, int]:
 
 def cgroup_directory(path: str) -> Path:
     """The directory of a cgroup (v2): PATH itself, or PATH below the hierarchy's mount point.
-    Raises `OptionError`."""
+    Raises `OptionError`.
+
+    Looks at nothing outside the hierarchy: a path on a network mount could block for good. Inside
+    it there are no symbolic links, so `..` can be resolved in the text.
+    """
     mount = cgroup2_mount()
     accepts = "the path of a cgroup v2 directory"
     if mount is None:
         raise OptionError("cgroup", path, f"{accepts}: no cgroup2 hierarchy is mounted here")
-    for candidate in (Path(path), mount / path.lstrip("/")):
-        resolved = candidate.resolve()
-        if resolved.is_relative_to(mount) and (resolved / "cgroup.procs").exists():
+    for candidate in (path, f"{mount}/{path}"):
+        resolved = Path(os.path.normpath(candidate))
+        if resolved.is_relative_to(mount) and _is_cgroup(resolved):
             return resolved
     raise OptionError("cgroup", path, f"{accepts} below {mount}; there is none at this path")
+
+
+def _is_cgroup(directory: Path) -> bool:
+    try:
+        return (directory / "cgroup.procs").exists()
+    except (OSError, ValueError):  # a name that is too long; a NUL
+        return False
+
+
+def cgroup_tgids(directory: Path) -> set[int]:
+    """The processes in a cgroup and in those below it."""
+    tgids: set[int] = set()
+    for procs in directory.rglob("cgroup.procs"):
+        # A cgroup may be removed meanwhile; a threaded one has no list of processes.
+        with suppress(OSError):
+            tgids.update(map(int, procs.read_text().split()))
+    return tgids - {0}  # a process of another pid namespace
 
 
 def cgroup2_mount() -> Path | None:
@@ -287,9 +344,19 @@ def running_tgids() -> list[int]:
 def comm_of(tgid: int) -> str | None:
     """A process's command name; None for a process that has ended or is hidden."""
     try:
-        return (PROC / str(tgid) / "comm").read_text(errors="replace").rstrip("\n")
+        return (PROC / str(tgid) / "comm").read_text(errors="replace").removesuffix("\n")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
+
+
+def start_time_of(tgid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None for one that has ended or is
+    hidden."""
+    try:
+        text = (PROC / str(tgid) / "stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    return int(text.rpartition(")")[2].split()[_STAT_STARTTIME])
 
 
 def thread_group_of(tid: int) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
-from coral.views.text import safe
+from coral.wire.text import safe
 
 _THREADS: Final = 8
 _MOST_NAMES: Final = 20_000

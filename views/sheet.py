@@ -15,7 +15,8 @@ from rich.cells import cell_len
 from rich.console import Group
 from rich.text import Text
 
-from coral.views.text import safe, shorten, wrapped
+from coral.views.text import shorten, wrapped
+from coral.wire.text import safe
 
 # A text, or a function that makes a text of at most the given number of cells.
 Content = str | Callable[[int], str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
@@ -21,8 +20,6 @@ _FOUR_DIGITS: Final = 999.5  # rounds to 1000
 _NS_PER_MS: Final = 1_000_000
 _NS_PER_S: Final = 1_000_000_000
 _COLOURS: Final = {"red": 31, "yellow": 33}
-# Control, format (such as marks that turn the direction of writing), and unassigned characters.
-_UNSAFE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def format_ns(ns: float) -> str:
@@ -101,15 +98,6 @@ def bar(share: float, width: int) -> str:
 def styled(text: str, colour: str, *, bold: bool = False) -> str:
     """TEXT between the escape sequences that show it in COLOUR ("red", "yellow")."""
     return f"\x1b[{_COLOURS[colour]}{';1' if bold else ''}m{text}\x1b[0m"
-
-
-def safe(text: str) -> str:
-    """TEXT from a foreign source, such as a command's name or a name server's answer, without the
-    characters that a terminal would act on. The kernel's names end at the first NUL."""
-    text = text.partition("\0")[0]
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join("?" if unicodedata.category(char) in _UNSAFE else char for char in text)
 
 
 def shorten(text: str, width: int, keep_end: int = 0) -> str:

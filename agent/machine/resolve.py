@@ -8,6 +8,7 @@ process decides, with all its matches.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,18 @@ from typing import Final
 
 from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
+from coral.agent.files import read_regular
 from coral.bpf.probing import capabilities
 from coral.collectors.contract import ServiceProcesses
 from coral.collectors.options import OptionError
-from coral.collectors.targets import PROC, cgroup_directory, comm_of, running_tgids
+from coral.collectors.targets import (
+    PROC,
+    cgroup_directory,
+    cgroup_tgids,
+    comm_of,
+    running_tgids,
+    thread_group_of,
+)
 
 _UNIT: Final = re.compile(r"(.+)\.(?:service|scope)")
 # Container runtimes put a prefix before the id in a cgroup's name, and systemd a suffix after it.
@@ -30,6 +39,8 @@ _POD: Final = re.compile(r"(?:kubepods-(?:besteffort-|burstable-)?)?pod([0-9a-f_
 _CONTAINER_ID: Final = re.compile(r"[0-9a-f]{64}")
 _SHORT_ID_LENGTH: Final = 12
 _NEAR_NAMES: Final = 3
+_PID_FILE_BYTES: Final = 32
+_PID: Final = re.compile(r"[1-9][0-9]{0,6}")
 
 
 def resolve(name: str, rules: Mapping[str, ServiceRule]) -> ServiceProcesses:
@@ -62,19 +73,24 @@ def _by_rule(name: str, rule: ServiceRule) -> list[int]:
         return [tgid for tgid in running_tgids() if comm_of(tgid) == rule.comm]
     if rule.cgroup:
         try:
-            directory = cgroup_directory(rule.cgroup)
+            return sorted(cgroup_tgids(cgroup_directory(rule.cgroup)))
         except OptionError as error:
             raise NotFoundError(f"services.{name}.cgroup: {error}") from error
-        return sorted(
-            int(tgid)
-            for procs in directory.rglob("cgroup.procs")
-            for tgid in procs.read_text().split()
-        )
+    tgid = _in_pid_file(name, rule.pid_file)
+    return [tgid] if thread_group_of(tgid) == tgid else []
+
+
+def _in_pid_file(name: str, path: str) -> int:
+    """The process id in a file. The service's own user may be able to write it: it must be no link,
+    and nothing that a reader would wait for."""
     try:
-        tgid = int(Path(rule.pid_file).read_text())
-    except (OSError, ValueError) as error:
-        raise NotFoundError(f"services.{name}.pid_file: {error}") from error
-    return [tgid] if comm_of(tgid) is not None else []
+        text = read_regular(Path(path), _PID_FILE_BYTES, follow=False).decode("ascii", "replace")
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise NotFoundError(f"services.{name}.pid_file: {path}: {why}") from error
+    if not _PID.fullmatch(text.strip()):
+        raise NotFoundError(f"services.{name}.pid_file: {path}: {text!r} is not a process id")
+    return int(text)
 
 
 def _by_cgroup() -> tuple[Mapping[str, set[int]], Mapping[str, set[int]]]:

@@ -11,7 +11,10 @@ import grpc
 import structlog
 
 from coral.agent.config import Config, ConfigError
+from coral.agent.files import read_regular
 from coral.agent.serving.health import HEALTH_NAME
+
+_MOST_TOKEN_BYTES: Final = 4096
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
@@ -21,7 +24,10 @@ def read_token(config: Config) -> str:
     if not config.auth.token_file:
         return ""
     try:
-        token = Path(config.auth.token_file).read_text().strip()
+        content = read_regular(Path(config.auth.token_file), _MOST_TOKEN_BYTES)
+        token = content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"auth.token_file: {config.auth.token_file}: not UTF-8") from error
     except OSError as error:
         raise ConfigError(f"auth.token_file: {config.auth.token_file}: {error.strerror}") from error
     if not token:

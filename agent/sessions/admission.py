@@ -15,8 +15,10 @@ from coral.agent.errors import (
     LimitError,
     UnsupportedError,
 )
+from coral.agent.jobs import Jobs
 from coral.agent.machine.privileges import refusal
 from coral.agent.machine.resolve import resolve
+from coral.agent.sessions import policy
 from coral.agent.sessions.session import StartRequest, lease_s
 from coral.bpf import BpfError, Features, probe
 from coral.bpf.probing import capabilities
@@ -27,10 +29,9 @@ from coral.collectors.runner import in_thread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 
-# Both are in every description of the session. A name that a machine knows has no more bytes than
-# one component of a path; the longest config names 10,240 processes.
-_SERVICE_NAME_BYTES: Final = 255
-_CONFIG_BYTES: Final = 128 << 10
+# Both are in every description of the session, the name in the log and in metrics too.
+_SERVICE_NAME_BYTES: Final = 128
+_CONFIG_BYTES: Final = 64 << 10
 _TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
 
 
@@ -40,6 +41,7 @@ class Admission:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._on_demand = 0  # slots that are taken
+        self._jobs = Jobs()
 
     async def features(self) -> Features:
         """What this kernel can do, with the loader that the configuration wants; found at the first
@@ -71,15 +73,11 @@ class Admission:
         """Everything that can be refused without looking at the machine. Raises a
         `RefusedError`."""
         kind = _kind(request.kind)
-        policy = self._config.policy
-        if policy.collectors and kind_name(kind) not in policy.collectors:
+        allowed = self._config.policy.collectors
+        if allowed and kind_name(kind) not in allowed:
             raise DeniedError(
                 f"kind: {kind_name(kind)} is not allowed by this agent's policy.collectors, "
-                f"{', '.join(policy.collectors)}"
-            )
-        if request.config.get("scope") == "host" and not policy.host_scope:
-            raise DeniedError(
-                "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope"
+                f"{', '.join(allowed)}"
             )
         lease_s(request.duration_s, self._config)
         _check_size("service_name", [request.service_name], _SERVICE_NAME_BYTES)
@@ -119,19 +117,33 @@ class Admission:
             support = self._support(collector, features)
             if not support.supported:
                 raise UnsupportedError(f"{kind_name(collector.kind)}: {support.reason}")
-            service = await self._resolve(request)
-            try:
-                # In a thread: it looks at each process that is named.
-                return await in_thread(lambda: collector.create(request.config, service, features))
-            except (OptionError, UnknownOptionError) as error:
-                raise InvalidRequestError(str(error)) from error
+            # In a thread: it looks at each process that is named.
+            return await self._jobs.run(
+                lambda: self._create(collector, request, features), kind_name(collector.kind)
+            )
+        except (OptionError, UnknownOptionError) as error:
+            raise InvalidRequestError(str(error)) from error
         except OSError as error:  # /proc cannot be read: there are no descriptors left
             raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
 
-    async def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
+    def _create(
+        self, collector: type[Collector], request: StartRequest, features: Features
+    ) -> Collector:
+        """Blocks."""
+        allowed = self._config.policy
+        service = self._resolve(request)
+        if service and not request.continuous:
+            service = policy.spare(service, allowed)
+        created = collector.create(request.config, service, features)
+        if not request.continuous:
+            policy.check(created.watched, service, allowed)
+        created.spare(policy.spared(allowed))
+        return created
+
+    def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
         if not request.service_name or _TARGET_KEYS & request.config.keys():
             return None
-        return await in_thread(lambda: resolve(request.service_name, self._config.services))
+        return resolve(request.service_name, self._config.services)
 
 
 def _check_size(field: str, texts: Iterable[str], most_bytes: int) -> None:

@@ -18,6 +18,7 @@ from coral.collectors.contract import Collector
 from coral.collectors.options import format_duration
 from coral.collectors.runner import Stop
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.text import safe
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Session:
         self.id = str(uuid.uuid4())
         self.kind = collector.kind
         self.config = dict(request.config)
-        self.service_name = request.service_name or collector.label
+        self.service_name = safe(request.service_name or collector.label)
         self.continuous = request.continuous
         self.lease_s = None if request.continuous else lease_s(request.duration_s, config)
         # Unix time in seconds, 0 until it is so.

@@ -20,6 +20,7 @@ from coral.cli.common import EXIT_ERROR, Output, echo_data, output_option, run
 from coral.cli.doctor.checkup import Check, Status, examine
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.private_agent import AgentDidNotStartError, PrivateAgent, private_agent
+from coral.wire.text import safe, safe_lines
 
 _STYLES: Final = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 _STATUS_WIDTH: Final = 4
@@ -98,7 +99,7 @@ class _Report:
         if self._console.is_terminal:
             self._console.print(_row(check))
         else:  # whole, to be searched and copied
-            found = "; ".join(check.found.splitlines())
+            found = "; ".join(map(safe, check.found.splitlines()))
             click.echo(f"{check.status:<{_STATUS_WIDTH}}  {check.name:<{_NAME_WIDTH}}  {found}")
 
 
@@ -107,7 +108,8 @@ def _row(check: Check) -> Table:
     line.add_column(width=_STATUS_WIDTH)
     line.add_column(min_width=_NAME_WIDTH, no_wrap=True)
     line.add_column(overflow="fold")
-    line.add_row(Text(check.status, _STYLES[check.status]), check.name, Text(check.found))
+    found = Text(safe_lines(check.found))
+    line.add_row(Text(check.status, _STYLES[check.status]), Text(check.name), found)
     return line
 
 

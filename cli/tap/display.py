@@ -17,7 +17,8 @@ from rich.text import Text
 from coral.cli.common import echo_data
 from coral.client import Account, Batch, SessionEnd, Started
 from coral.views.contract import Story
-from coral.views.text import safe, shorten
+from coral.views.text import shorten
+from coral.wire.text import safe
 
 _BAR_WIDTH: Final = 30
 _SHORTEST_BAR: Final = 10  # less room than this has no bar

@@ -13,9 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features, HashMap
-from coral.collectors.contract import EventRows, Summaries
+from coral.collectors.contract import EventRows, ServiceProcesses, Summaries
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
-from coral.collectors.options import boolean, duration, integer, items, option
+from coral.collectors.options import (
+    OptionError,
+    boolean,
+    duration,
+    format_duration,
+    integer,
+    items,
+    option,
+)
 from coral.collectors.syscall_stats import errno_class
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.calls import CallRows
@@ -64,6 +72,17 @@ class SyscallStatsOptions(KernelOptions):
     sample: int = option(
         integer(1, 1_000_000), "1", "with mode=events: send one call in this many, on each CPU"
     )
+
+    def check(self, service: ServiceProcesses | None) -> None:
+        """Raises `OptionError`, too, for a filter of single events without single events."""
+        super().check(service)
+        for name, value in (
+            ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
+            ("errors_only", "true" if self.errors_only else ""),
+            ("sample", str(self.sample) if self.sample > 1 else ""),
+        ):
+            if value and not self.single_events:
+                raise OptionError(name, value, "it with mode=events only")
 
     @property
     def event_filter(self) -> Mapping[str, object]:

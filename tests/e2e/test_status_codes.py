@@ -127,21 +127,72 @@ def test_a_text_with_a_nul_is_an_invalid_argument(
     [
         (
             start_request({"comm": "no-such-comm"}, service_name="x" * 256),
-            "service_name: 256 bytes are not accepted; give at most 255",
+            "service_name: 256 bytes are not accepted; give at most 128",
         ),
         (
-            start_request({"comm": "no-such-comm", "include": "read," * 30_000}),
-            "config: 150012 bytes are not accepted; give at most 131072",
+            start_request({"comm": "no-such-comm"}, agent_id="x" * 129),
+            "agent_id: 129 bytes are not accepted; give at most 128",
+        ),
+        (
+            start_request({"comm": "no-such-comm"}, service_name="a\x1b[31mb"),
+            "service_name: 'a\\x1b[31mb' is not accepted; give printable text",
+        ),
+        (
+            start_request({"comm": "a\nb"}),
+            (
+                "config[\"comm\"]: 'a\\nb' is not accepted; give a command name of at most 15 "
+                "bytes, in printable characters"
+            ),
+        ),
+        (
+            start_request({"x" * 129: ""}),
+            "config: the key: 129 bytes are not accepted; give at most 128",
+        ),
+        (
+            start_request({f"k{number}": "" for number in range(65)}),
+            "config: 65 entries are not accepted; give at most 64",
         ),
     ],
-    ids=["service_name", "config"],
+    ids=["service_name", "agent_id", "escape", "line break", "key", "keys"],
 )
-def test_texts_that_would_make_every_list_too_long_are_an_invalid_argument(
+def test_texts_that_no_list_or_log_should_carry_are_an_invalid_argument(
     request_: Message, told: str, agent: RunningAgent
 ) -> None:
     assert code_and_text(agent, "StartCollector", request_) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         told,
+    )
+
+
+LONG: Final[list[tuple[str, Message]]] = [
+    ("StartCollector", start_request({"include": "read," * 13_200})),
+    ("StopCollector", pb.StopEbpfCollectorRequest(collector_id="x" * 66_000)),
+    (
+        "StreamEventBatches",
+        pb.EbpfEventStreamRequest(filter=pb.EventFilter(pids=range(1 << 20, (1 << 20) + 22_000))),
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "request_"), LONG, ids=["config", "id", "filter"])
+def test_a_request_of_more_than_64_kib_is_refused_with_the_limit(
+    method: str, request_: Message, agent: RunningAgent
+) -> None:
+    code, text = code_and_text(agent, method, request_)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "65,536" in text
+
+
+@pytest.mark.parametrize("field", ["pids", "tids", "comms", "syscalls"])
+def test_a_list_of_more_than_1024_items_is_refused_with_the_limit(
+    field: str, agent: RunningAgent
+) -> None:
+    items: list[Any] = ["x"] * 1025 if field in ("comms", "syscalls") else [1] * 1025
+    wanted = pb.EventFilter()
+    getattr(wanted, field).extend(items)
+    assert code_and_text(agent, "StreamEventBatches", pb.EbpfEventStreamRequest(filter=wanted)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"filter.{field}: 1,025 items are not accepted; give at most 1,024",
     )
 
 

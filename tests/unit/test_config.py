@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from coral.agent.config import Config, ConfigError, load
+from coral.cli.agent_command import agent
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -87,3 +91,123 @@ def test_a_bad_variable_is_refused_by_its_name() -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.yaml: No such file"):
         load(tmp_path / "none.yaml", {})
+
+
+NEAREST = (
+    'is not accepted (did you mean "syscall_stats"?); give one of syscall_stats, http_latency, '
+    "cpu_profile, tcp_metrics"
+)
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{this}: &{this} [{', '.join([f'*{last}'] * 10)}]\n"
+    for last, this in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policy: {collectors: [syscal_stats]}", f"policy.collectors: 'syscal_stats' {NEAREST}"),
+        ("policy: {collectors: [SYSCALL_STATS]}", f"policy.collectors: 'SYSCALL_STATS' {NEAREST}"),
+        (
+            "continuous: [{kind: tcp}]",
+            "continuous[0].kind: 'tcp' is not accepted; give one of syscall_stats, tcp_metrics",
+        ),
+        (
+            "continuous: [{kind: syscall_stats, config: {intervall: 1s}}]",
+            'continuous[0].config["intervall"]: there is no such option (did you mean "interval"?)',
+        ),
+        (
+            'continuous: [{kind: syscall_stats, config: {cgroup: "a\\0b"}}]',
+            "continuous[0].config.cgroup: 'a\\x00b' has characters that cannot be printed",
+        ),
+        ('agent_id: "a\\e[31m"', "agent_id: 'a\\x1b[31m' has characters that cannot be printed"),
+        (f"agent_id: {'x' * 129}", "agent_id: a name of at most 128 bytes is expected"),
+        (f"services: {{{'x' * 129}: {{comm: a}}}}", ": a name of at most 128 bytes is expected"),
+        (f"user: {'x' * 5000}", "has more than 4,096 bytes"),
+        ("limits: {max_duration: .inf}", "limits.max_duration: Expected a duration"),
+        ("limits: {max_duration: .nan}", "limits.max_duration: Expected a duration"),
+        ("limits: {max_duration: -1}", "limits.max_duration: Expected a duration"),
+        ("limits: {max_duration: 9000h}", "from 1ms to 366 days (found '9000h')"),
+        (f"limits: {{max_duration: {'9' * 400}s}}", "limits.max_duration: Expected a duration"),
+        ("limits: {keepalive: 0.0005}", "limits.keepalive: Expected a duration"),
+        (
+            "limits: {keepalive: 25h, connection_age: 600h}",
+            "connection_age: 36000m is not accepted; give at most 24 days",
+        ),
+        ("limits: {memory: 2048GiB}", "limits.memory: Expected a size"),
+        ("limits: {cpu_percent: .inf}", "limits.cpu_percent: Expected `float` <= 1000000"),
+        ("limits: {cpu_percent: .nan}", "limits.cpu_percent: "),
+        ("limits: {cpu_percent: -5}", "limits.cpu_percent: Expected `float` > 0"),
+        ("limits: {prometheus_series: 10000000}", "limits.prometheus_series: Expected `int` <="),
+        ("listen: []", "listen: at least one address is expected"),
+        ('listen: [""]', "listen: at least one address is expected"),
+        ("agent_id: a\nagent_id: b", "not YAML: the key 'agent_id' is given twice in line 2"),
+        ("limits: {memory: 1GiB, memory: 2GiB}", "the key 'memory' is given twice"),
+        (LAUGHS, "with its aliases resolved, it has too many values"),
+        ("a: &a [*a]", "with its aliases resolved, it has too many values"),
+        ("[" * 5000, "it is nested too deeply in line 1"),
+        ("agent_id: 2026-13-45", "a value that does not fit its type"),
+        ("agent_id: !!python/object:os.system x", "could not determine a constructor"),
+        ("agent_id: !!int x", "a value that does not fit its type"),
+        ("a: b\n" + "#" * (256 << 10), "it has more than 262,144 bytes"),
+    ],
+)
+def test_a_senseless_value_is_refused_in_one_line_with_what_is_accepted(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text), {})
+    told = str(caught.value)
+    assert message in told
+    assert "\n" not in told
+    assert len(told) < 1000
+
+
+def test_aliases_that_stay_small_are_accepted(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "services: {a: &rule {comm: nginx}, b: *rule}"), {})
+    assert config.services["a"] == config.services["b"]
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (os.mkfifo, "it is not a regular file"),
+        (lambda path: path.write_bytes(b"a: 1\nagent_id: \xff"), "not UTF-8: byte 0xff in line 2"),
+        (lambda path: path.write_bytes(b"\0"), "not YAML: "),
+    ],
+    ids=["directory", "fifo", "latin1", "nul"],
+)
+def test_a_file_that_is_no_text_is_refused_at_once(
+    make: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "agent.yaml"
+    make(path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(path, {})
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "listens"),
+    [
+        (["unix:/a,127.0.0.1:1"], ["unix:/a", "127.0.0.1:1"]),
+        (["unix:/a", "127.0.0.1:1, 127.0.0.1:2"], ["unix:/a", "127.0.0.1:1", "127.0.0.1:2"]),
+        ([","], []),
+    ],
+)
+def test_addresses_in_one_flag_are_split_as_in_the_environment(
+    given: list[str], listens: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[object] = []
+
+    def main(_path: Path | None, flags: dict[str, object]) -> int:
+        found.append(flags["listen"])
+        return 0
+
+    monkeypatch.setattr("coral.agent.main.main", main)
+    arguments = [argument for each in given for argument in ("--listen", each)]
+    assert CliRunner().invoke(agent, arguments).exit_code == 0
+    assert found == [listens]

@@ -31,7 +31,8 @@ from coral.views.tcp_metrics.flows import (
 )
 from coral.views.tcp_metrics.peers import endpoint, peer
 from coral.views.tcp_metrics.tally import Tally, address_text
-from coral.views.text import format_age, format_amount, format_share, safe, shorten, times
+from coral.views.text import format_age, format_amount, format_share, shorten, times
+from coral.wire.text import safe
 
 V6 = "2001:db8:1111:2222:3333:4444:5555:6666"
 

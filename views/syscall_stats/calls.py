@@ -8,8 +8,9 @@ from typing import Any, Final
 from coral.client import Batch, Histogram
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.errnos import errno_name, is_errno, is_failure
-from coral.views.text import format_clock, format_ns, safe, shorten, styled
+from coral.views.text import format_clock, format_ns, shorten, styled
 from coral.wire.kinds import kind_name
+from coral.wire.text import safe
 
 QUANTILES: Final = {"P50": 0.5, "P95": 0.95, "P99": 0.99}
 _WHO_WIDTHS: Final = (8, 22)  # least, most

@@ -15,8 +15,9 @@ from coral.views.names import Names
 from coral.views.tcp_metrics.flows import CLIENT, LISTENER, SERVER, Flow, is_bad
 from coral.views.tcp_metrics.peers import endpoint, peer
 from coral.views.tcp_metrics.tally import event_end, event_rows
-from coral.views.text import format_clock, safe, shorten, styled, times
+from coral.views.text import format_clock, shorten, styled, times
 from coral.wire.kinds import kind_name
+from coral.wire.text import safe
 
 _WHO_WIDTH: Final = 22
 _ENDS_WIDTH: Final = 41

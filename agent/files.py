@@ -1,0 +1,30 @@
+"""Small files that an operator names: read without the risk that one blocks or fills the memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
+    """The bytes of a regular file of at most MOST_BYTES. Never waits for a writer, as opening a
+    FIFO would. Without FOLLOW, PATH itself must not be a symbolic link. Raises OSError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        content = bytearray()
+        # One byte beyond the limit tells a file that is too long from one that just fits.
+        while len(content) <= most_bytes and (read := os.read(fd, most_bytes + 1 - len(content))):
+            content += read
+    finally:
+        os.close(fd)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
+    return bytes(content)
