@@ -79,7 +79,7 @@ def ground() -> Iterator[Ground]:
 
 @contextmanager
 def agent_on_every_port(ground: Ground, auth: str) -> Iterator[tuple[RunningAgent, int]]:
-    """An agent with default limits on a unix socket and a TCP port, which is yielded too."""
+    """An agent with ordinary limits on a unix socket and a TCP port, which is yielded too."""
     token_file = ground.root / "token"
     token_file.write_text(TOKEN)
     token_file.chmod(0o600)
@@ -88,12 +88,14 @@ def agent_on_every_port(ground: Ground, auth: str) -> Iterator[tuple[RunningAgen
         "auth": (
             {"token_file": str(token_file)} if auth == "token" else {"insecure_loopback": True}
         ),
+        # Callers that the configuration trusts may use up the places for collectors.
+        "limits": {"concurrent_collectors": 3 if auth == "token" else 64},
         "services": {name: {"pid_file": str(ground.theirs / name)} for name in TRAPS},
     }
     with running_agent(ground.root / "agent", config, prefix=BOUNDED) as agent:
-        (listening,) = (line for line in agent.log() if line["event"] == "listening")
-        _, tcp = listening["grpc"]  # type: ignore[misc]
-        yield agent, int(tcp.rpartition(":")[2])
+        (grpc_addresses,) = (line["grpc"] for line in agent.log() if line["event"] == "listening")
+        assert isinstance(grpc_addresses, list)
+        yield agent, int(grpc_addresses[1].rpartition(":")[2])
 
 
 class Attackers:

@@ -37,6 +37,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 CANCEL = 8
+INITIAL_WINDOW_SIZE = 4
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 # The kernel keeps 15 bytes of a name.
 NAMES = (
@@ -160,11 +161,42 @@ class Http2(Connection):
         self._next_stream = 1
         self.send(PREFACE + frame(SETTINGS, 0, 0, struct.pack("!HI", 4, window)))
 
+    def send_within_window(self, frames: bytes) -> None:
+        """Sends the frames of one call, its data as fast as the agent's windows allow; gives up
+        after five seconds."""
+        windows = {0: 65_535, 1: 65_535}
+        end_s, received = time.monotonic() + 5, b""
+        while frames and time.monotonic() < end_s and not self.broken:
+            size = 9 + int.from_bytes(frames[:3], "big")
+            if frames[3] == DATA and size - 9 > min(windows.values()):
+                received = _widen(windows, received + self.receive(0.05))
+                continue
+            if frames[3] == DATA:
+                windows = {stream: window - size + 9 for stream, window in windows.items()}
+            self.send(frames[:size])
+            frames = frames[size:]
+
     def streams(self, number: int) -> Iterator[int]:
         """That many numbers of new streams."""
         for _ in range(number):
             yield self._next_stream
             self._next_stream += 2
+
+
+def _widen(windows: dict[int, int], received: bytes) -> bytes:
+    """Adds what the agent's frames grant to the windows of a connection (0) and its first stream
+    (1); returns the bytes of an unfinished frame."""
+    while len(received) >= 9 and len(received) >= 9 + (size := int.from_bytes(received[:3], "big")):
+        kind, stream = received[3], int.from_bytes(received[5:9], "big")
+        payload, received = received[9 : 9 + size], received[9 + size :]
+        if kind == WINDOW_UPDATE and stream in windows:
+            windows[stream] += int.from_bytes(payload, "big")
+        if kind == SETTINGS:
+            for at in range(0, len(payload), 6):
+                number, value = struct.unpack_from("!HI", payload, at)
+                if number == INITIAL_WINDOW_SIZE:
+                    windows[1] += value - 65_535
+    return received
 
 
 class Target:
@@ -220,16 +252,19 @@ def slow(target: Target) -> None:
         PREFACE + frame(SETTINGS, 0, 0) + call(1, SERVICE + b"ListCollectors", b""),
         b"GET /metrics HTTP/1.1\r\nHost: a\r\nX-Long: " + b"a" * 4_000,
     )
-    open_ones = [[Connection((target.grpc, target.metrics)[n % 2]), 0, n % 2] for n in range(120)]
+    connections: list[Connection | None] = [None] * 120
+    sent = [0] * len(connections)
     for _ in target.turns(20):
-        for one in open_ones:
-            connection, sent, port = one
-            if connection.broken or sent == len(whole[port]):
-                connection.close()
-                one[:] = Connection((target.grpc, target.metrics)[port]), 0, port
+        for index, connection in enumerate(connections):
+            rest = whole[index % 2][sent[index] :]
+            if connection is None or connection.broken or not rest:
+                if connection:
+                    connection.close()
+                connections[index] = Connection((target.grpc, target.metrics)[index % 2])
+                sent[index] = 0
                 continue
-            connection.send(whole[port][sent : sent + 1])
-            one[1] += 1
+            connection.send(rest[:1])
+            sent[index] += 1
             counts["bytes"] += 1
 
 
@@ -262,9 +297,10 @@ def calls(target: Target) -> None:
 
 
 def starts(target: Target) -> None:
-    """Requests that must not be granted: of services that do not exist, of hostile names, of
-    services whose pid files are traps."""
-    services = [b"fifo", b"zero", b"huge", b"link", b"flipping", b"/", b"a" * 60, *NAMES]
+    """Requests that must not be granted: of services that do not exist, of names much like those of
+    hostile processes, of services whose pid files are traps."""
+    services = [b"fifo", b"zero", b"huge", b"link", b"flipping", b"/", b"a" * 60]
+    services += [name + b"?" for name in NAMES]
     connection = Http2(target.grpc)
     for turn in target.turns(40):
         if connection.broken:
@@ -342,10 +378,8 @@ def large(target: Target) -> None:
     for turn in target.turns(2):
         connection = Http2(target.grpc)
         message = messages[turn % len(messages)]
-        # The window of a connection is 64 KiB until the agent widens it.
-        for at in range(0, len(frames := call(1, SERVICE + b"StartCollector", message)), 60_000):
-            connection.send(frames[at : at + 60_000])
-            connection.receive(0.02)
+        connection.send_within_window(call(1, SERVICE + b"StartCollector", message))
+        connection.receive(0.1)
         counts["large_requests"] += 1
         counts["large_bytes"] += len(message)
         connection.close()
@@ -447,7 +481,7 @@ def files(target: Target) -> None:
     made: tuple[tuple[str, Callable[[Path], object]], ...] = (
         ("fifo", os.mkfifo),
         ("zero", lambda path: path.symlink_to("/dev/zero")),
-        ("huge", lambda path: (path.touch(), os.truncate(path, 1 << 40))),
+        ("huge", _huge),
         ("link", lambda path: path.symlink_to("number")),
         ("flipping", lambda path: path.write_text("none\n")),
     )
@@ -459,6 +493,11 @@ def files(target: Target) -> None:
         made[turn % len(made)][1](path)
         path.rename(target.directory / "flipping")
         counts["flips"] += 1
+
+
+def _huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
 
 
 def unix_socket(target: Target) -> None:
