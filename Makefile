@@ -15,7 +15,10 @@ BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-header
 COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
 C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs/*.c tests/programs/*/*.c tests/bpf/*.bpf.c benchmarks/*.c)
 
-.PHONY: help setup demo run test test-kernels lint format docs bench clean
+# In one checkout only one make builds at a time: the next waits, and finds everything there.
+BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
+
+.PHONY: help setup demo run test coverage test-kernels lint format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -28,9 +31,19 @@ demo: setup ## watch a real HTTP service through a real agent for 10 s
 run: setup ## run the agent in the foreground
 	$(BIN)/coral agent
 
-test: $(VENV)/.dev build/prometheus/prometheus ## run every test; those on the kernel need root
+test: ## run every test; those on the kernel need root
+	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+
+# Tests that bound a time may fail here, because every line is counted: the report comes all the same.
+coverage: ## run TESTS, by default all, and list what none of them reaches, in subprocesses too
+	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
+	@deploy/packages $(TEST_PACKAGES)
+	rm -rf build/coverage && install -d -m 1777 build/coverage # some agents are not root's
+	-$(BIN)/python -P -m coverage run -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,8 +18,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import kernel, many
-from benchmarks.bench import ROOT, Bench, BenchError, start
+from benchmarks import kernel, loads, many
+from benchmarks.bench import Bench, start
 from benchmarks.lagging_agent import TICK_S, read_lags
 from benchmarks.report import Aim, Report, Samples
 from coral.client import AgentClient
@@ -74,7 +73,7 @@ async def measure(bench: Bench) -> Report:
     runs = {(name, readers): Runs() for name in many.WORKLOADS for readers in _READERS}
     idle = Runs()
     for name, workload in many.WORKLOADS.items():
-        with workload(bench) as program, _agent(bench) as (agent, lags):
+        with workload(bench) as program, probed_agent(bench, _CONFIG) as (agent, lags):
             async with AgentClient(agent.address) as client:
                 await _watch_loop(agent, lags, idle)
                 for turn in range(ROUNDS):
@@ -86,11 +85,11 @@ async def measure(bench: Bench) -> Report:
 
 
 @contextmanager
-def _agent(bench: Bench) -> Iterator[tuple[RunningAgent, Path]]:
+def probed_agent(bench: Bench, config: Mapping[str, object]) -> Iterator[tuple[RunningAgent, Path]]:
     """An agent with a probe, and the probe's file."""
     path = bench.directory / "lags"
     prefix = (sys.executable, "-P", "-m", "benchmarks.lagging_agent", str(path))
-    with running_agent(bench.directory / "lagging", _CONFIG, prefix=prefix) as agent:
+    with running_agent(bench.directory / "lagging", config, prefix=prefix) as agent:
         wait_until(lambda: b"collector available" in agent.log_path.read_bytes())
         yield agent, path
 
@@ -104,7 +103,11 @@ async def _measure(
 ) -> None:
     readers, runs = measured
     started = await start(client, program.kind, **program.config)
-    with _reading(agent, started.collector_id, readers) as process:
+    async with AsyncExitStack() as stack:
+        process = None
+        if readers.count:
+            reading = loads.readers(agent, started.collector_id, readers.count, readers.form)
+            process = await stack.enter_async_context(reading)
         await _until_produced(client, started.collector_id, 2 * many.ROWS)
         await _watch_loop(agent, lags, runs)
         await client.stop(started.collector_id)
@@ -146,31 +149,6 @@ def lateness_ms(lags_s: NDArray[np.float64]) -> NDArray[np.float64]:
     nth = np.arange(len(late_s)) - np.repeat(np.cumsum(ticks) - ticks, ticks)
     result: NDArray[np.float64] = (late_s - nth * TICK_S) * 1e3
     return result
-
-
-@contextmanager
-def _reading(
-    agent: RunningAgent, collector_id: str, readers: Readers
-) -> Iterator[subprocess.Popen[bytes] | None]:
-    """The subscribers, in a process of their own; ended with the block."""
-    if not readers.count:
-        yield None
-        return
-    process = subprocess.Popen(
-        [
-            sys.executable, "-P", "-m", "benchmarks.subscriber", agent.address, collector_id,
-            str(readers.count), readers.form,
-        ],
-        stdout=subprocess.PIPE, cwd=ROOT,
-    )  # fmt: skip
-    try:
-        assert process.stdout
-        if process.stdout.readline() != b"subscribed\n":
-            raise BenchError("a subscriber ended before it was subscribed")
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def _report(idle: Runs, runs: dict[tuple[str, Readers], Runs]) -> Report:

@@ -30,6 +30,7 @@ from benchmarks import (
     encoders,
     kernel,
     lag,
+    loop_lag,
     memory,
     replay,
     rungs,
@@ -53,6 +54,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "encoders": encoders.measure,
     "summaries": summaries.measure,
     "lag": lag.measure,
+    "loop_lag": loop_lag.measure,
     "replay": replay.measure,
 }
 

@@ -1,10 +1,11 @@
 """Subscribers in a process of their own, for the bench: COUNT of one session, each on its own
 connection.
 
-    python -P -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT [rows|columns]
+    python -P -m benchmarks.subscriber ADDRESS COLLECTOR_ID COUNT [rows|columns|filters]
 
-The last argument says in which form summaries come. Prints `subscribed` when all are, and at the
-session's end one line of JSON: the sums over them all.
+The last argument says in which form summaries come; `filters` gives each subscriber of single
+events a filter of its own, which lets nearly all of them pass. Prints `subscribed` when all are,
+and at the session's end one line of JSON: the sums over them all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.client import AgentClient, Batch, Stream
+from coral.client import AgentClient, Batch, Stream, Terms
 
 
 @dataclass
@@ -57,11 +58,11 @@ class Got:
 
 
 async def _subscribe(
-    address: str, collector_id: str, columns: bool, ready: asyncio.Event, got: Got
+    address: str, collector_id: str, terms: Terms, ready: asyncio.Event, got: Got
 ) -> None:
     async with (
         AgentClient(address) as agent,
-        agent.subscribe(collector_id, columns=columns) as stream,
+        agent.subscribe(collector_id, **terms) as stream,
     ):
         ready.set()
         async for batch in stream:
@@ -73,8 +74,11 @@ async def _main(address: str, collector_id: str, count: int, form: str = "rows")
     got = Got()
     async with asyncio.TaskGroup() as group:
         readies = [asyncio.Event() for _ in range(count)]
-        for ready in readies:
-            group.create_task(_subscribe(address, collector_id, form == "columns", ready, got))
+        for number, ready in enumerate(readies):
+            terms: Terms = {"columns": form == "columns"}
+            if form == "filters":
+                terms["min_duration_s"] = (number + 1) / 1e9
+            group.create_task(_subscribe(address, collector_id, terms, ready, got))
         for ready in readies:
             await ready.wait()
         print("subscribed", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -112,13 +113,21 @@ def test_a_call_that_a_kill_cuts_short_is_counted_as_an_error(agent: RunningAgen
     assert totals(rows)["rt_sigtimedwait"] == errors(rows, "rt_sigtimedwait") == 1
 
 
-@pytest.mark.parametrize("name", ["newcomer", "more-than-fifteen-bytes"])
+@pytest.fixture
+def comm() -> str:
+    """A command name that nothing else on this machine has, of the 15 bytes that the kernel
+    keeps."""
+    return f"wanted{uuid.uuid4().hex[:9]}"
+
+
+@pytest.mark.parametrize("more", ["", "-than-the-kernel-keeps"])
 def test_a_process_that_execs_to_the_wanted_name_later_is_adopted(
-    name: str, agent: RunningAgent, programs: Path, tmp_path: Path
+    more: str, comm: str, agent: RunningAgent, programs: Path, tmp_path: Path
 ) -> None:
+    name = comm + more
     for program in (name, "somebody-else"):
         (tmp_path / program).symlink_to(programs / "calls")
-    with watching(agent, comm=name[:15]) as watch:
+    with watching(agent, comm=comm) as watch:
         adopted = Calls(tmp_path / name, "getppid", 1000)
         other = Calls(tmp_path / "somebody-else", "getppid", 1000)
         for calls in (adopted, other):
@@ -127,22 +136,22 @@ def test_a_process_that_execs_to_the_wanted_name_later_is_adopted(
         rows = watch.stop()
     assert totals(rows)["getppid"] == 1000
     assert {row.pid for row in rows} == {adopted.pid}
-    assert {row.labels["comm"] for row in rows} == {name[:15]}
+    assert {row.labels["comm"] for row in rows} == {comm}
 
 
 def test_a_name_finds_those_that_run_already_with_the_children_they_make(
-    agent: RunningAgent, programs: Path, tmp_path: Path
+    comm: str, agent: RunningAgent, programs: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "wanted").symlink_to(programs / "family")
-    first, second = (Family(tmp_path / "wanted", "fork") for _ in range(2))
+    (tmp_path / comm).symlink_to(programs / "family")
+    first, second = (Family(tmp_path / comm, "fork") for _ in range(2))
     other = Family(programs / "family", "fork")
-    with watching(agent, comm="wanted") as watch:
+    with watching(agent, comm=comm) as watch:
         for family in (first, second, other):
             family.run()
         rows = watch.stop()
     assert totals(rows)["getppid"] == 2 * other.children * other.calls
     assert {first.pid, second.pid} < {row.pid for row in rows}
-    assert {row.labels["comm"] for row in rows} == {"wanted"}
+    assert {row.labels["comm"] for row in rows} == {comm}
 
 
 @pytest.fixture

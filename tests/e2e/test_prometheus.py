@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -51,8 +52,11 @@ def program(name: str) -> Path:
 @contextmanager
 def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str], list[Any]]]:
     """A Prometheus that scrapes AGENT five times a second; yields a function that queries it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # A port that was free on an address of this process alone is still free afterwards.
+    pid = os.getpid()
+    host = f"127.{64 + (pid >> 16)}.{pid >> 8 & 255}.{pid & 255}"
+    with socket.create_server((host, 0)) as free:
+        address = f"{host}:{free.getsockname()[1]}"
     config = {
         "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
         "scrape_configs": [

@@ -105,9 +105,10 @@ def test_the_configuration_comes_first(
     tmp_path: Path, name: str, stack: ExitStack, rule: str
 ) -> None:
     stack.enter_context(listening(tmp_path, name))
-    wanted = stack.enter_context(listening(tmp_path, "wanted"))
+    other_name = f"other{name}"[:15]
+    wanted = stack.enter_context(listening(tmp_path, other_name))
     if rule == "comm":
-        rules = {name: ServiceRule(comm="wanted")}
+        rules = {name: ServiceRule(comm=other_name)}
     elif rule == "cgroup":
         stack.enter_context(in_cgroup(f"{name}-group", wanted))
         rules = {name: ServiceRule(cgroup=f"/{name}-group")}

@@ -82,7 +82,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     requirements alone."""
     work = tmp_path_factory.mktemp("built")
     checkout = work / "checkout"
-    left_out = ignore_patterns(".git", ".venv", "build", ".*_cache", "__pycache__")
+    left_out = ignore_patterns(".git", ".venv", "build", ".*_cache", ".hypothesis", "__pycache__")
     copytree(ROOT, checkout, symlinks=True, ignore=left_out)
     builder = Environment(work / "builder")
     builder.install(*PROJECT["build-system"]["requires"])
