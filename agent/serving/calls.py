@@ -19,6 +19,7 @@ from coral.agent.caller import Caller
 from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
 from coral.bpf import BpfError
+from coral.collectors.metering import Charge, metered
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
@@ -26,8 +27,9 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 Unary = Callable[[Any, Caller], Awaitable[Message]]
-# Inside the block the stream stands; what it holds is given back when the block is left.
-Streaming = Callable[[Any, Caller], AbstractContextManager[AsyncIterator[bytes]]]
+# Inside the block the stream stands; what it holds is given back when the block is left. The CPU
+# time of sending the messages is charged.
+Streaming = Callable[[Any, Caller], AbstractContextManager[tuple[AsyncIterator[bytes], Charge]]]
 
 
 def handlers(descriptor: ServiceDescriptor, service: object) -> grpc.GenericRpcHandler:
@@ -68,13 +70,17 @@ def _streaming(
 ) -> Callable[[bytes, Context], Awaitable[None]]:
     async def answer(wire: bytes, context: Context) -> None:
         async with _failures_as_status(method, context):
-            with behaviour(parse(request_type, wire), _caller(context)) as messages:
+            with behaviour(parse(request_type, wire), _caller(context)) as (messages, charge):
                 # A caller that has the headers knows that its stream stands.
                 await context.send_initial_metadata(())
-                async for message in messages:
-                    await context.write(message)
+                await metered(_write(messages, context), charge)
 
     return answer
+
+
+async def _write(messages: AsyncIterator[bytes], context: Context) -> None:
+    async for message in messages:
+        await context.write(message)
 
 
 def _caller(context: Context) -> Caller:

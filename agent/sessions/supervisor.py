@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -28,18 +29,20 @@ from coral.agent.errors import (
     RefusedError,
     UnavailableError,
 )
-from coral.agent.machine.program_stats import ProgramStatsSampler
+from coral.agent.machine.program_stats import ProgramStatsSampler, Sampled
 from coral.agent.sessions import continuous
 from coral.agent.sessions.admission import Admission
+from coral.agent.sessions.budget import Needs, Room
 from coral.agent.sessions.changes import Changes, Watch
 from coral.agent.sessions.ended import EndedSessions
-from coral.agent.sessions.enforcement import enforce
+from coral.agent.sessions.enforcement import by_cpu, enforce
 from coral.agent.sessions.feed import Feed
 from coral.agent.sessions.info import info_of
 from coral.agent.sessions.session import EXPIRED, End, Session, StartRequest, lease_s
 from coral.agent.sessions.totals import Totals
-from coral.bpf import BpfError, BpfObject, Features
+from coral.bpf import BpfError, Features
 from coral.collectors.contract import Batch, Measures, Support
+from coral.collectors.metering import metered
 from coral.collectors.options import format_duration
 from coral.collectors.runner import run
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -58,10 +61,11 @@ class Supervisor:
         self.sessions: dict[str, Session] = {}  # from the first step of their tasks to their end
         self.totals = Totals()
         self.ended = EndedSessions(self.config.limits, self.totals.leave)
-        self.program_stats = ProgramStatsSampler(self._objects)
+        self.program_stats = ProgramStatsSampler(self._sampled)
         self._admission = Admission(self.config)
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
+        self._room = Room(self.config.limits)
         self._closing = False
         self._tasks = asyncio.TaskGroup()
 
@@ -72,7 +76,8 @@ class Supervisor:
             self._tasks.create_task(enforce(self.config.limits, self), name="limits"),
             *(
                 self._tasks.create_task(
-                    continuous.keep(rule, self.start), name=f"continuous {rule.kind}"
+                    continuous.keep(rule, self.start, self._has_room),
+                    name=f"continuous {rule.kind}",
                 )
                 for rule in self.config.continuous
             ),
@@ -170,9 +175,8 @@ class Supervisor:
         try:
             session.begin()
             async with asyncio.timeout(None) as session.lease:
-                await run(
-                    session.collector, lambda batch: self._publish(session, batch), on_attached
-                )
+                working = run(session.collector, partial(self._publish, session), on_attached)
+                await metered(working, session.costs.charge_reading)
         except asyncio.CancelledError:
             end = session.decided_end or _SHUTDOWN
             raise
@@ -267,10 +271,6 @@ class Supervisor:
         """All sessions, with those that have ended and are still kept."""
         return [*self.sessions.values(), *self.ended.in_memory()]
 
-    def cpu_s(self) -> float:
-        """CPU time that the agent and its programs have used, in seconds."""
-        return time.process_time() + self.program_stats.total_s
-
     def memory_bytes(self) -> int:
         """Maps and buffers of all sessions. Ended ones make room first, where they are over the
         limit."""
@@ -281,9 +281,13 @@ class Supervisor:
             self.ended.make_room(excess)
         return own + self.ended.memory_bytes
 
-    def _objects(self) -> Iterator[tuple[int, BpfObject]]:
+    def _has_room(self, needs: Needs) -> bool:
+        candidates, used_bytes = by_cpu(self.at_work()), self.memory_bytes()
+        return self._room.take(needs, candidates, used_bytes, time.monotonic())
+
+    def _sampled(self) -> Iterator[Sampled]:
         for session in self.at_work():
-            yield session.kind, session.collector.bpf_object
+            yield Sampled(session.kind, session.collector.bpf_object, session.costs.programs)
 
 
 def _has_ended(session_id: str, end: End) -> NotFoundError:
