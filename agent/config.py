@@ -83,7 +83,17 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(
             gt=0,
             le=1_000_000,
-            description="CPU time of the programs and the agent, in percent of one CPU over 10 s",
+            description="CPU time that all collectors together may cause over 10 s, in percent of "
+            "one CPU; by default 25 for each CPU of the machine",
+        ),
+    ] = field(default_factory=lambda: 25.0 * (os.cpu_count() or 1))
+    continuous_cpu_percent: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=1_000_000,
+            description="the part of `cpu_percent` that continuous collectors may cause while no "
+            "person watches them",
         ),
     ] = 5.0
     subscriber_bytes_per_second: Annotated[

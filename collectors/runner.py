@@ -16,6 +16,7 @@ from typing import Final, Self, TypeVar
 from coral.bpf import LoadError
 from coral.bpf.libbpf import release_memory
 from coral.collectors.contract import Batch, Collector, Emit
+from coral.collectors.metering import measured
 
 # Until a collector has its first rows, it is drained this often, so that users see within a blink
 # that it works; from then on at its interval.
@@ -174,6 +175,7 @@ async def in_thread(function: Callable[[], T]) -> T:
     that everything it makes has an owner; then the cancellation goes on."""
     loop, taken = asyncio.get_running_loop(), threading.Lock()
     done: Future[T] = Future()
+    function = measured(function)
 
     def job() -> None:
         if taken.acquire(blocking=False):

@@ -1,28 +1,32 @@
 """Run time of programs, by sampling the kernel's statistics.
 
 While the kernel keeps run-time statistics, every run of every program on the machine costs about
-80 ns more. So the statistics are on for a short window in each period, and the counts of a window
-are scaled up to the time since the window before. The figures are estimates.
+80 ns more. So the statistics are on for a short window about once a second, at random times, and
+what is counted in a window stands for the time since the window before. The figures are estimates.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
+
+import structlog
 
 from coral.bpf import BpfObject, ProgramStats
 from coral.bpf.libbpf import EXHAUSTED, BpfError
 from coral.bpf.loading.object import enable_run_time_stats
 
-WINDOW_S: Final = 0.1
-PERIOD_S: Final = 5.0
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
-ObjectsByKind = Callable[[], Iterable[tuple[int, BpfObject]]]
+WINDOW_S: Final = 0.02
+# A fixed period would always meet the same part of what a program does every second.
+PERIOD_S: Final = (0.5, 1.5)
 
 
 @dataclass(slots=True)
@@ -33,53 +37,87 @@ class RunEstimate:
     runs: float = 0.0
 
 
-class ProgramStatsSampler:
-    """Estimates run time and run count by (kind, program), over all sessions so far."""
+@dataclass(slots=True)
+class ProgramUse:
+    """The run time of one session's programs. The session owns it, so that no other session's past
+    is ever taken for its own."""
 
-    def __init__(self, objects: ObjectsByKind) -> None:
-        self._objects = objects
-        self._sampled_at: dict[int, float] = {}
-        self.total_s = 0.0
+    counted_until_s: float  # by the monotonic clock; at first, when the programs were attached
+    seconds: float = 0.0
+
+    def count(
+        self, before: Mapping[str, ProgramStats], after: Mapping[str, ProgramStats], window: Window
+    ) -> dict[str, RunEstimate]:
+        """Counts one window: its programs' use of it, for the time since the window before. Returns
+        what that adds to each program."""
+        scale = max(window.end_s - self.counted_until_s, window.length_s) / window.length_s
+        self.counted_until_s = window.end_s
+        added = {
+            name: RunEstimate(
+                (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale,
+                (stats.run_count - before[name].run_count) * scale,
+            )
+            for name, stats in after.items()
+            if name in before
+        }
+        self.seconds += sum(estimate.seconds for estimate in added.values())
+        return added
+
+
+class Window(NamedTuple):
+    """When statistics were counted, by the monotonic clock."""
+
+    begin_s: float
+    end_s: float
+
+    @property
+    def length_s(self) -> float:
+        """How long that was."""
+        return self.end_s - self.begin_s
+
+
+class Sampled(NamedTuple):
+    """The programs of one session."""
+
+    kind: int
+    bpf_object: BpfObject
+    use: ProgramUse
+
+
+class ProgramStatsSampler:
+    """Estimates run time and run count: for each session, and by (kind, program) over all sessions
+    so far."""
+
+    def __init__(self, sessions: Callable[[], Iterable[Sampled]]) -> None:
+        self._sessions = sessions
         self.estimates: dict[tuple[int, str], RunEstimate] = defaultdict(RunEstimate)
 
     async def run(self) -> None:
-        """Samples until cancelled."""
+        """Samples until cancelled; returns where there are no statistics."""
         while True:
-            if any(True for _ in self._objects()):
+            if any(True for _ in self._sessions()):
                 try:
                     await self._sample()
                 except BpfError as error:
                     if error.errno not in EXHAUSTED:
-                        return  # this kernel has no such statistics, so there are no figures
-            await asyncio.sleep(PERIOD_S - WINDOW_S)
+                        log.warning("no run time of programs", reason=str(error))
+                        return
+            await asyncio.sleep(random.uniform(*PERIOD_S) - WINDOW_S)  # noqa: S311  no secret
 
     async def _sample(self) -> None:
         fd = enable_run_time_stats()
         try:
-            before = {id(o): (o, kind, o.program_stats()) for kind, o in self._objects()}
-            opened_at = time.monotonic()
+            before = [
+                (sampled, sampled.bpf_object.program_stats(), time.monotonic())
+                for sampled in self._sessions()
+            ]
             await asyncio.sleep(WINDOW_S)
-            now = time.monotonic()
-            for object_id, (bpf_object, kind, stats) in before.items():
-                since = now - self._sampled_at.get(object_id, opened_at)
-                scale = max(since / (now - opened_at), 1.0)
-                self._add(kind, stats, bpf_object.program_stats(), scale)
-            self._sampled_at = dict.fromkeys(before, now)
+            for sampled, stats, begin_s in before:
+                after = sampled.bpf_object.program_stats()
+                added = sampled.use.count(stats, after, Window(begin_s, time.monotonic()))
+                for program, estimate in added.items():
+                    total = self.estimates[sampled.kind, program]
+                    total.seconds += estimate.seconds
+                    total.runs += estimate.runs
         finally:
             os.close(fd)
-
-    def _add(
-        self,
-        kind: int,
-        before: dict[str, ProgramStats],
-        after: dict[str, ProgramStats],
-        scale: float,
-    ) -> None:
-        for name, stats in after.items():
-            if name not in before:
-                continue
-            estimate = self.estimates[kind, name]
-            seconds = (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale
-            estimate.seconds += seconds
-            self.total_s += seconds
-            estimate.runs += (stats.run_count - before[name].run_count) * scale

@@ -18,8 +18,9 @@ from google.protobuf.message import Message
 from coral.agent.caller import Caller
 from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
-from coral.agent.streams import Readers
+from coral.agent.streams import Reader, Readers
 from coral.bpf import BpfError
+from coral.collectors.metering import Charge, metered
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
@@ -27,8 +28,9 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 Unary = Callable[[Any, Caller], Awaitable[Message]]
-# Inside the block the stream stands; what it holds is given back when the block is left.
-Streaming = Callable[[Any, Caller], AbstractContextManager[AsyncIterator[bytes]]]
+# Inside the block the stream stands; what it holds is given back when the block is left. The CPU
+# time of sending the messages is charged.
+Streaming = Callable[[Any, Caller], AbstractContextManager[tuple[AsyncIterator[bytes], Charge]]]
 
 
 def handlers(
@@ -75,15 +77,19 @@ def _streaming(
         async with _failures_as_status(method, context):
             caller = _caller(context)
             with (
-                behaviour(parse(request_type, wire), caller) as messages,
+                behaviour(parse(request_type, wire), caller) as (messages, charge),
                 readers.open(caller) as reader,
             ):
                 # A caller that has the headers knows that its stream stands.
                 await context.send_initial_metadata(())
-                async for message in messages:
-                    await reader.take(context.write(message))
+                await metered(_write(messages, reader, context), charge)
 
     return answer
+
+
+async def _write(messages: AsyncIterator[bytes], reader: Reader, context: Context) -> None:
+    async for message in messages:
+        await reader.take(context.write(message))
 
 
 def _caller(context: Context) -> Caller:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Final
 
 from prometheus_client import (
@@ -23,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from coral.agent.config import MAX_PORT, ConfigError
+from coral.agent.sessions.costs import CpuUse
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.contract import Measures
 from coral.collectors.registry import COLLECTORS
@@ -107,8 +109,22 @@ class _AgentMetrics(Collector):
                 supervisor.totals.losses(),
                 _label_values(pb.Loss.Stage, "STAGE_"),
             ),
+            self._cpu(),
             *self._program_stats(),
         )
+
+    def _cpu(self) -> Metric:
+        family = CounterMetricFamily(
+            _PREFIX + "cpu_seconds",
+            "CPU time that sessions caused, which limits.cpu_percent is about, by what used it: "
+            "programs, reading, subscribers.",
+            labels=("kind", "cause"),
+        )
+        used = self._supervisor.totals.cpu()
+        for kind in COLLECTORS:
+            for cause, seconds in asdict(used.get(kind, CpuUse())).items():
+                family.add_metric((kind_name(kind), cause), seconds)
+        return family
 
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")

@@ -20,6 +20,7 @@ from coral.agent.sessions.info import info_of, timestamp
 from coral.agent.sessions.session import StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Filter, Frame, Subscription, Terms
+from coral.collectors.metering import Charge
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _NANOS: Final = 1_000_000_000
@@ -89,39 +90,39 @@ class EbpfService:
     @contextmanager
     def WatchCollectors(  # noqa: N802
         self, _request: pb.WatchCollectorsRequest, _caller: Caller
-    ) -> Iterator[AsyncIterator[bytes]]:
+    ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
         """The collectors at work, then every start and end."""
         watch = self._supervisor.watch()
         try:
-            yield _encoded(watch)
+            yield _encoded(watch), _to_nobody
         finally:
             watch.close()
 
     @contextmanager
     def StreamEvents(  # noqa: N802
         self, request: pb.EbpfEventStreamRequest, caller: Caller
-    ) -> Iterator[AsyncIterator[bytes]]:
+    ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
         """Events, one in each message."""
         if request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS:
             raise InvalidRequestError(
                 "summaries: SUMMARIES_COLUMNS is not accepted; give SUMMARIES_ROWS, or call "
                 "StreamEventBatches: a message of StreamEvents is one event"
             )
-        with self._subscription(request, caller) as subscription:
-            yield _read(subscription, subscription.events)
+        with self._subscription(request, caller) as (subscription, charge):
+            yield _read(subscription, subscription.events), charge
 
     @contextmanager
     def StreamEventBatches(  # noqa: N802
         self, request: pb.EbpfEventStreamRequest, caller: Caller
-    ) -> Iterator[AsyncIterator[bytes]]:
+    ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
         """Events, in batches."""
-        with self._subscription(request, caller) as subscription:
-            yield _read(subscription, lambda frame: (subscription.message(frame),))
+        with self._subscription(request, caller) as (subscription, charge):
+            yield _read(subscription, lambda frame: (subscription.message(frame),)), charge
 
     @contextmanager
     def _subscription(
         self, request: pb.EbpfEventStreamRequest, caller: Caller
-    ) -> Iterator[Subscription]:
+    ) -> Iterator[tuple[Subscription, Charge]]:
         terms = Terms(
             after_seq=request.after_seq,
             overflow=request.overflow,
@@ -133,9 +134,13 @@ class EbpfService:
         caller = replace(caller, interactive=request.interactive)
         subscription = session.subscribe(terms, caller)
         try:
-            yield subscription
+            yield subscription, session.costs.charge_subscriber
         finally:
             subscription.close()
+
+
+def _to_nobody(_cpu_ns: int) -> None:
+    """Charges no session."""
 
 
 async def _read(

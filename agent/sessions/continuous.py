@@ -11,23 +11,27 @@ import structlog
 from coral.agent.config import Continuous
 from coral.agent.errors import RefusedError, UnavailableError
 from coral.agent.sessions.background import Backoff
+from coral.agent.sessions.budget import Needs
 from coral.agent.sessions.session import Session, StartRequest
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
+_ROOM_EVERY_S: Final = 1.0
 _FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDOWN)
 
 Start = Callable[[StartRequest], Awaitable[Session]]
 
 
-async def keep(rule: Continuous, start: Start) -> None:
+async def keep(rule: Continuous, start: Start, has_room: Callable[[Needs], bool]) -> None:
     """Keeps a continuous collector at work until it is stopped or the agent shuts down. After a
-    failure, and while it cannot start, tries again with growing pauses."""
+    failure, and while it cannot start, tries again with growing pauses; after a preemption, only
+    once it HAS_ROOM for what it used."""
     request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
     backoff = Backoff()
     while True:
+        needs: Needs | None = None
         try:
             session = await start(request)
         except UnavailableError:
@@ -40,6 +44,7 @@ async def keep(rule: Continuous, start: Start) -> None:
             reason = str(session.end)
             if session.end and session.end.reason in _FINAL:
                 return
+            needs = session.needs
         pause_s = backoff.pause_s()
         log.warning(
             "continuous collector is not at work",
@@ -49,3 +54,5 @@ async def keep(rule: Continuous, start: Start) -> None:
             again_in=f"{pause_s:.1f}s",
         )
         await asyncio.sleep(pause_s)
+        while needs and not has_room(needs):  # noqa: ASYNC110  nothing says when there is room
+            await asyncio.sleep(_ROOM_EVERY_S)

@@ -8,18 +8,21 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from coral.agent.config import Limits
-from coral.agent.sessions.budget import CPU_WINDOW_S, Candidate, CpuBudget, first_to_go
+from coral.agent.sessions.budget import Candidate, Needs, cpu_excess, first_to_go
+from coral.agent.sessions.costs import CPU_WINDOW_S, CpuUse
 from coral.agent.sessions.session import End, Session
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _ENFORCE_EVERY_S: Final = 1.0
+_REMEDIES: Final = {
+    "programs": "watch fewer processes or fewer calls",
+    "reading": "ask for summaries, longer intervals, or less with the collector's own options",
+    "subscribers": "let fewer subscribers read, or each less with a filter",
+}
 
 
 class Spending(Protocol):
     """What is spent, and by which sessions."""
-
-    def cpu_s(self) -> float:
-        """CPU time used so far by the agent and its programs, in seconds."""
 
     def memory_bytes(self) -> int:
         """Maps and buffers in use, after everything that can be given up without a preemption."""
@@ -29,27 +32,56 @@ class Spending(Protocol):
 
 
 async def enforce(limits: Limits, spending: Spending) -> None:
-    """Every second: preempts the session of the lowest priority while a limit is exceeded."""
-    cpu = CpuBudget(limits.cpu_percent)
+    """Every second: preempts a session while a limit is exceeded."""
     while True:
         await asyncio.sleep(_ENFORCE_EVERY_S)
-        cpu.add(time.monotonic(), spending.cpu_s())
-        if cpu.exceeded:
-            await _preempt(
-                spending.at_work(),
-                f"limits.cpu_percent is {limits.cpu_percent:g} of one CPU; "
-                f"{cpu.used_percent:.1f} were used over {CPU_WINDOW_S:g}s",
-            )
-            cpu.restart()
-        if (used := spending.memory_bytes()) > limits.memory:
-            await _preempt(
-                spending.at_work(), f"limits.memory is {limits.memory} bytes; {used} were used"
-            )
+        await _enforce_cpu(limits, spending)
+        await _enforce_memory(limits, spending)
 
 
-async def _preempt(sessions: Iterable[Session], detail: str) -> None:
-    session = first_to_go(
-        Candidate(session, session.priority, session.started_at) for session in sessions
-    )
-    if session:
-        await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))
+def by_cpu(sessions: Iterable[Session]) -> list[Candidate[Session]]:
+    """SESSIONS with their use of the last seconds, in percent of one CPU."""
+    return [
+        Candidate(session, session.priority, session.costs.recent.total) for session in sessions
+    ]
+
+
+async def _enforce_cpu(limits: Limits, spending: Spending) -> None:
+    now = time.monotonic()
+    for session in spending.at_work():
+        session.costs.sample(now)
+    excess = cpu_excess(by_cpu(spending.at_work()), limits)
+    if excess:
+        used = excess.session.costs.recent
+        await _preempt(
+            excess.session,
+            f"{excess.limit} is {excess.value:g} of one CPU; collectors used {excess.used:.1f} "
+            f"over {CPU_WINDOW_S:g}s, this one {used.total:.1f} ({used}): {_remedy(used)}, or "
+            "raise the limit",
+        )
+
+
+def _remedy(used: CpuUse) -> str:
+    return _REMEDIES[max(_REMEDIES, key=lambda cause: float(getattr(used, cause)))]
+
+
+async def _enforce_memory(limits: Limits, spending: Spending) -> None:
+    used_bytes = spending.memory_bytes()
+    if used_bytes <= limits.memory:
+        return
+    candidates = [
+        Candidate(session, session.priority, session.memory_bytes) for session in spending.at_work()
+    ]
+    elsewhere = used_bytes - sum(candidate.used for candidate in candidates)
+    if session := first_to_go(candidates, limits.memory - elsewhere):
+        await _preempt(
+            session,
+            f"limits.memory is {limits.memory} bytes; {used_bytes} were used, "
+            f"{session.memory_bytes} by this collector: ask for smaller buffers, let its "
+            "subscribers read faster, or raise the limit",
+        )
+
+
+async def _preempt(session: Session, detail: str) -> None:
+    session.needs = Needs(session.costs.recent.total, session.memory_bytes)
+    await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))

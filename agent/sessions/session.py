@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from coral.agent.caller import LIBRARY, Caller
 from coral.agent.config import Config
 from coral.agent.errors import InvalidRequestError, OutOfRangeError
-from coral.agent.sessions.budget import Priority
+from coral.agent.sessions.budget import Needs, Priority
+from coral.agent.sessions.costs import Costs
 from coral.agent.streams import Channel, Header, Subscription, Terms
 from coral.collectors.contract import Collector
 from coral.collectors.options import format_duration
@@ -64,6 +65,8 @@ class Session:
         self.end: End | None = None  # the same, once it has ended
         self.ended = asyncio.Event()
         self.stopping = Stop()
+        self.costs = Costs()
+        self.needs: Needs | None = None  # what it used when it was preempted
         header = Header(self.id, self.kind, config.name, self.service_name)
         self.channel = Channel(header, config.limits.replay_bytes)
         self.slot = ExitStack()  # what is given back when the session ends
@@ -125,6 +128,7 @@ class Session:
     def attached(self) -> None:
         """Marks it as attached; the lease runs from now on."""
         self.started_at = time.time()
+        self.costs.begin(time.monotonic())
         if self.lease_s is not None:
             self._set_deadline(self.lease_s)
 

@@ -29,20 +29,22 @@ from coral.agent.errors import (
     RefusedError,
     UnavailableError,
 )
-from coral.agent.machine.program_stats import ProgramStatsSampler
+from coral.agent.machine.program_stats import ProgramStatsSampler, Sampled
 from coral.agent.sessions import continuous
 from coral.agent.sessions.admission import Admission
 from coral.agent.sessions.background import lasting
+from coral.agent.sessions.budget import Needs, Room
 from coral.agent.sessions.changes import Changes, Watch
 from coral.agent.sessions.ended import EndedSessions
-from coral.agent.sessions.enforcement import enforce
+from coral.agent.sessions.enforcement import by_cpu, enforce
 from coral.agent.sessions.feed import Feed
 from coral.agent.sessions.info import info_of
 from coral.agent.sessions.session import End, Session, StartRequest, lease_s
 from coral.agent.sessions.totals import Totals
 from coral.agent.streams import Readers
-from coral.bpf import BpfError, BpfObject, Features
+from coral.bpf import BpfError, Features
 from coral.collectors.contract import Batch, Measures, Support
+from coral.collectors.metering import metered
 from coral.collectors.options import format_duration
 from coral.collectors.runner import completed, run
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -62,11 +64,12 @@ class Supervisor:
         self.sessions: dict[str, Session] = {}  # from the first step of their tasks to their end
         self.totals = Totals()
         self.ended = EndedSessions(self.config.limits, self.totals.leave)
-        self.program_stats = ProgramStatsSampler(self._objects)
+        self.program_stats = ProgramStatsSampler(self._sampled)
         self.readers = Readers(self.config.limits.stalled_subscriber)
         self._admission = Admission(self.config)
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
+        self._room = Room(self.config.limits)
         self._closing = False
         self._background: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # the sessions'
@@ -77,7 +80,10 @@ class Supervisor:
             ("stalled readers", self.readers.watch),
             ("limits", partial(enforce, self.config.limits, self)),
             *(
-                (f"continuous {rule.kind}", partial(continuous.keep, rule, self.start))
+                (
+                    f"continuous {rule.kind}",
+                    partial(continuous.keep, rule, self.start, self._has_room),
+                )
                 for rule in self.config.continuous
             ),
         ]
@@ -176,12 +182,10 @@ class Supervisor:
 
         failure: Exception | None = None
         try:
-            await run(
-                session.collector,
-                lambda batch: self._publish(session, batch),
-                on_attached,
-                session.stopping,
+            working = run(
+                session.collector, partial(self._publish, session), on_attached, session.stopping
             )
+            await metered(working, session.costs.charge_reading)
         except asyncio.CancelledError:  # of the whole event loop: nothing here cancels a session
             session.end_for(_SHUTDOWN)
             raise
@@ -273,10 +277,6 @@ class Supervisor:
         """The sessions that are attached."""
         return [session for session in self.sessions.values() if session.at_work]
 
-    def cpu_s(self) -> float:
-        """CPU time that the agent and its programs have used, in seconds."""
-        return time.process_time() + self.program_stats.total_s
-
     def memory_bytes(self) -> int:
         """Maps and buffers of all sessions. Ended ones make room first, where they are over the
         limit."""
@@ -287,9 +287,13 @@ class Supervisor:
             self.ended.make_room(excess)
         return own + self.ended.memory_bytes
 
-    def _objects(self) -> Iterator[tuple[int, BpfObject]]:
+    def _has_room(self, needs: Needs) -> bool:
+        candidates, used_bytes = by_cpu(self.at_work()), self.memory_bytes()
+        return self._room.take(needs, candidates, used_bytes, time.monotonic())
+
+    def _sampled(self) -> Iterator[Sampled]:
         for session in self.at_work():
-            yield session.kind, session.collector.bpf_object
+            yield Sampled(session.kind, session.collector.bpf_object, session.costs.programs)
 
 
 def _has_ended(session_id: str, end: End) -> NotFoundError:

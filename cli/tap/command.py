@@ -342,7 +342,8 @@ def _preempted(request: Request, detail: str) -> str:
     limits = _LIMIT.findall(detail)
     raised = f"{' and '.join(limits)} in " if limits else ""
     helps += [request.view.cheaper, f"raise {raised}the agent's configuration"]
-    return f"the agent ended this tap before its time: {detail}: {_or(helps)}"
+    facts, _, _ = detail.partition(": ")  # what follows is for callers of the API
+    return f"the agent ended this tap before its time: {facts}: {_or(helps)}"
 
 
 async def _began_ns(agent: AgentClient, collector_id: str) -> int:

@@ -27,7 +27,6 @@ import grpc
 import pytest
 
 from coral.client import AgentClient, AgentError, EndReason, Retry
-from tests.e2e.test_lifecycle import resident_kib
 from tests.programs.attacker import ATTACKS
 from tests.support import (
     PATIENCE,
@@ -36,6 +35,7 @@ from tests.support import (
     RunningAgent,
     Vitals,
     coral,
+    resident_kib,
     running_agent,
     wait_until,
 )

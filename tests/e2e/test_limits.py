@@ -84,55 +84,30 @@ async def test_as_many_collectors_as_the_limit_says_start_at_one_time(
         assert "limits.concurrent_collectors is 6, and 6 are at work" in str(refusal)
 
 
-async def test_the_processor_limit_takes_the_least_important_session_and_says_why(
+async def test_over_the_processor_limit_the_expensive_session_goes_and_the_cheap_one_stays(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    running = calls("getppid", 1_000_000_000)
-    config = {
-        "limits": {"cpu_percent": 0.01},
-        "continuous": [
-            {"kind": "syscall_stats", "service": "always", "config": {"comm": "coral-nobody"}}
-        ],
-    }
+    running = calls("getppid", 1_000_000_000_000)
+    nobody = {"kind": "tcp_metrics", "service": "cheap", "config": {"comm": "coral-nobody"}}
+    config = {"limits": {"cpu_percent": 12}, "continuous": [nobody]}
     with running_agent(tmp_path / "agent", config) as agent:
         async with connected(agent) as client:
-            pid = {"pid": str(running.pid)}
-            always = await continuous(client)
-            watched = await client.start(STATS, service_name="watched", config=pid)
-            asked_for = await client.start(STATS, service_name="asked for", config=pid)
-            person = pb.EbpfEventStreamRequest(interactive=True)
-
-            def read(
-                collector_id: str, *terms: pb.EbpfEventStreamRequest | None
-            ) -> asyncio.Future[list[Received]]:
-                return asyncio.gather(*(receive(client, collector_id, each) for each in terms))
-
-            first = read(always, None, None)
-            second = read(asked_for.collector_id, None, None)
-            last = read(watched.collector_id, None, person)
+            cheap = await continuous(client)
             running.go()
-            for each in await first:
-                assert_preempted_for_processor_time(each)
-            assert metric(agent, PREEMPTED) == 1
-            # The continuous one is tried again by itself; now it is ended for good.
-            await client.stop(await continuous(client))
-            assert not second.done()
-
-            for each in await second:
-                assert_preempted_for_processor_time(each)
-            assert metric(agent, PREEMPTED) == 2
-            with pytest.raises(
-                AgentError, match=r"has ended: PREEMPTED: limits\.cpu_percent is 0\.01"
-            ):
-                await client.stop(asked_for.collector_id)
-
-            assert not last.done()
+            for turn in (1, 2):  # it is the expensive one each time
+                expensive = await client.start(STATS, config={"pid": str(running.pid)})
+                got = await receive(client, expensive.collector_id)
+                assert_preempted_for_processor_time(got, 12)
+                assert metric(agent, PREEMPTED) == turn
+                with pytest.raises(
+                    AgentError, match=r"has ended: PREEMPTED: limits\.cpu_percent is 12 of one CPU"
+                ):
+                    await client.stop(expensive.collector_id)
             (left,) = (await client.collectors()).collectors
-            assert left.collector_id == watched.collector_id
-            await client.stop(watched.collector_id)
-            for each in await last:
-                assert each.end.reason == EndReason.STOPPED
-                assert each.end.produced > 10
+            assert left.collector_id == cheap
+        assert agent.stop() == 0
+    started = [line["session"] for line in agent.log() if line["event"] == "session started"]
+    assert len(started) == len(set(started)) == 3
 
 
 async def continuous(client: AgentClient) -> str:
@@ -145,14 +120,21 @@ async def continuous(client: AgentClient) -> str:
     return await eventually(at_work) or ""
 
 
-def assert_preempted_for_processor_time(got: Received) -> None:
-    """Fails unless the limit's name, its value and the use were told."""
+def assert_preempted_for_processor_time(got: Received, limit: float) -> None:
+    """Fails unless the end names the limit, the use, its causes and a remedy."""
     assert got.end.reason == EndReason.PREEMPTED
     told = re.fullmatch(
-        r"limits\.cpu_percent is 0\.01 of one CPU; (\d+\.\d) were used over 10s", got.end.detail
+        rf"limits\.cpu_percent is {limit} of one CPU; collectors used ([\d.]+) over 10s, this one "
+        r"([\d.]+) \(([\d.]+) by its programs, ([\d.]+) by reading, ([\d.]+) by its subscribers\): "
+        "watch fewer processes or fewer calls, or raise the limit",
+        got.end.detail,
     )
     assert told, got.end.detail
-    assert 1 < float(told[1]) < 200
+    every, own, programs, reading, subscribers = map(float, told.groups())
+    assert limit < every < 200
+    assert every - 2 < own <= every
+    assert own == pytest.approx(programs + reading + subscribers, abs=0.2)
+    assert programs > own / 2
 
 
 async def test_what_is_over_a_subscribers_rate_is_a_loss_and_its_account_is_exact(

@@ -16,6 +16,7 @@ from coral.agent.errors import (
     UnavailableError,
 )
 from coral.agent.sessions.admission import Admission
+from coral.agent.sessions.budget import Room
 from coral.agent.sessions.session import EXPIRED, StartRequest
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -185,3 +186,40 @@ async def test_a_stop_while_an_expired_session_detaches_loses_no_last_interval(d
     assert session.end == EXPIRED
     assert session.channel.produced == 100
     assert session.channel.lost_in_kernel == {pb.Loss.STAGE_KERNEL_BUFFER: 7}
+
+
+# Preemption
+
+
+async def test_a_preempted_continuous_collector_comes_back_when_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[bool] = []
+
+    def take(*arguments: Any) -> bool:
+        answers.append(room_take(*arguments))
+        return answers[-1]
+
+    room_take = Room.take
+    monkeypatch.setattr(Room, "take", take)
+    desk = Desk(Limits(cpu_percent=50), Continuous(kind="syscall_stats"))
+    async with desk.supervisor:
+        await until(desk.supervisor.at_work)
+        (continuous,) = desk.supervisor.at_work()
+        expensive = await desk.start()
+        # Without the continuous one, the other is within the limit.
+        expensive.costs.charge_reading(4_800_000_000)
+        continuous.costs.charge_reading(400_000_000)
+        await continuous.ended.wait()
+        assert continuous.end
+        assert continuous.end.reason == pb.SessionEnd.REASON_PREEMPTED
+        assert "limits.cpu_percent is 50 of one CPU; collectors used 52" in str(continuous.end)
+        await until(lambda: len(answers) > 1)
+        assert answers == [False] * len(answers)
+        assert desk.supervisor.at_work() == [expensive]
+        await expensive.stop(STOPPED)
+        await until(desk.supervisor.at_work)
+        (again,) = desk.supervisor.at_work()
+        assert again.continuous
+        assert answers.pop()
+        assert not any(answers)
