@@ -13,7 +13,6 @@ import structlog
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Config, ConfigError
 from coral.agent.serving.health import HEALTH_NAME
-from coral.agent.serving.rate import Seldom
 from coral.agent.serving.relay import Connection
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
@@ -69,7 +68,6 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, token: str, caller_of: CallerOf) -> None:
         self._expected = f"Bearer {token}"
         self._caller_of = caller_of
-        self._reports = Seldom()
 
     async def intercept_service(
         self,

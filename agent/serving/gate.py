@@ -30,7 +30,7 @@ from coral.agent.serving.upstream import peer_of
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.gate")
 
 _ACCEPTS_AT_ONCE: Final = 16
-# A listener's pause after it refused a connection, or could not accept one.
+# A listener's pause after it refused connections, or could not accept one.
 _REFUSED_PAUSE_S: Final = 0.02
 _EXHAUSTED_PAUSE_S: Final = 0.5
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -38,7 +38,17 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 # quarter of all, so that both leave room for sessions.
 _DESCRIPTORS_EACH: Final = 3
 _SIDES_PART: Final = 4
+_MOST_DESCRIPTORS: Final = 1 << 16
 _TICK_S: Final = 1.0
+
+
+def use_all_descriptors() -> None:
+    """Raises this process's limit of open files as far as it may: services often start with 1,024,
+    for the sake of select(2), which the agent does not use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Side:
@@ -98,20 +108,21 @@ class Side:
         self._pauses[one] = self._loop.call_later(pause_s, self._accept_from, listener, one)
 
     def _accept(self, listener: Listener, one: socket.socket) -> None:
+        all_let_in = True
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
                 client, _ = one.accept()
             except (BlockingIOError, InterruptedError, ConnectionError):
-                return
+                break
             except OSError as error:
                 if error.errno not in _EXHAUSTED:
                     raise
                 self._refused("descriptors", listener.address, str(error.strerror))
                 self._pause(listener, one, _EXHAUSTED_PAUSE_S)
                 return
-            if not self._let_in(listener, client):
-                self._pause(listener, one, _REFUSED_PAUSE_S)
-                return
+            all_let_in &= self._let_in(listener, client)
+        if not all_let_in:
+            self._pause(listener, one, _REFUSED_PAUSE_S)
 
     def _let_in(self, listener: Listener, client: socket.socket) -> bool:
         try:
@@ -131,7 +142,6 @@ class Side:
             client.close()
             return False
         self.accepted += 1
-        peer.connections += 1
         self.connections.add(Connection(client, origin, peer, self._limits, self))
         return True
 
@@ -173,7 +183,6 @@ class Side:
         """CONNECTION is closed."""
         self.connections.discard(connection)
         self._change.set()
-        connection.peer.connections -= 1
         if self._names.get(connection.name) is connection:
             del self._names[connection.name]
         if reason:

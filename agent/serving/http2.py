@@ -6,9 +6,11 @@ import struct
 from typing import Final
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_HEADER_BYTES: Final = 9
-_LENGTH_BYTES: Final = 3
-_HEADERS, _SETTINGS, _GOAWAY = 0x1, 0x4, 0x7
+_FRAME: Final = struct.Struct(">HBBBI")  # the length in two parts, type, flags, stream
+_HEADER_BYTES: Final = _FRAME.size
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY = 0x0, 0x1, 0x3, 0x4, 0x7
+_END_STREAM: Final = 0x1
+_BYTES_FOR_A_STREAM: Final = 64  # at least, for one that has data and no end
 _ENHANCE_YOUR_CALM: Final = 0xB
 
 
@@ -17,10 +19,12 @@ class NotHttp2Error(ValueError):
 
 
 class Meter:
-    """Follows the frames of one client, and counts the streams that it opens."""
+    """Follows the frames of one client, and counts what it makes a server spend."""
 
     def __init__(self) -> None:
         self.greeted = False  # whether its preface and the header of its SETTINGS were seen
+        self.unfinished_bytes = 0  # data of streams that have not ended: servers keep it
+        self._unfinished: dict[int, int] = {}  # the same by stream
         self._preface_left = PREFACE
         self._header = bytearray()
         self._payload_left = 0
@@ -44,15 +48,23 @@ class Meter:
             self._header += data[at : at + missing]
             at += missing
             if len(self._header) == _HEADER_BYTES:
-                kind = self._header[_LENGTH_BYTES]
-                opened += kind == _HEADERS
-                if not self.greeted:
-                    if kind != _SETTINGS:
-                        raise NotHttp2Error("the connection does not begin with SETTINGS")
-                    self.greeted = True
-                self._payload_left = int.from_bytes(self._header[:_LENGTH_BYTES], "big")
+                opened += self._begin_frame(*_FRAME.unpack(self._header))
                 self._header.clear()
         return opened
+
+    def _begin_frame(self, high: int, low: int, kind: int, flags: int, stream: int) -> bool:
+        size_bytes = self._payload_left = high << 8 | low
+        if not self.greeted:
+            if kind != _SETTINGS:
+                raise NotHttp2Error("the connection does not begin with SETTINGS")
+            self.greeted = True
+        if kind == _RST_STREAM or (kind in (_DATA, _HEADERS) and flags & _END_STREAM):
+            self.unfinished_bytes -= self._unfinished.pop(stream, 0)
+        elif kind == _DATA:
+            before = self._unfinished.get(stream, 0)
+            self._unfinished[stream] = (before or _BYTES_FOR_A_STREAM) + size_bytes
+            self.unfinished_bytes += self._unfinished[stream] - before
+        return kind == _HEADERS
 
 
 def farewell(reason: str) -> bytes:
@@ -64,4 +76,5 @@ def farewell(reason: str) -> bytes:
 
 
 def _frame(kind: int, payload: bytes) -> bytes:
-    return len(payload).to_bytes(_LENGTH_BYTES, "big") + bytes((kind, 0, 0, 0, 0, 0)) + payload
+    high, low = divmod(len(payload), 1 << 8)
+    return _FRAME.pack(high, low, kind, 0, 0) + payload

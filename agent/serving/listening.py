@@ -21,6 +21,7 @@ from typing import Final, Protocol
 
 from coral.agent.caller import Trust
 from coral.agent.config import MAX_PORT, Config, ConfigError
+from coral.agent.serving.tcp_user import user_of
 
 _BACKLOG: Final = 512
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED, unix(7)
@@ -217,10 +218,11 @@ class TcpListener:
         self.address = f"{host}:{port}"
 
     def origin(self, accepted: socket.socket) -> Origin:
-        """By the address of the other end."""
+        """By the address of the other end; users of this machine, who share one, by their ids."""
         ip, port, *_ = accepted.getpeername()
         address = f"ipv6:[{ip}]:{port}" if ":" in ip else f"ipv4:{ip}:{port}"
-        return Origin(address, ip, self._trust)
+        user = user_of(accepted)
+        return Origin(address, ip if user is None else f"{ip}, uid {user}", self._trust)
 
     def close(self) -> None:
         """Frees the port."""

@@ -27,7 +27,9 @@ _LINGER_S: Final = 2.0
 # gRPC ends a connection that is idle or too old by itself. After this, its client ignores that.
 _MARGIN_S: Final = 10.0
 _CALLS_FOR_A_CONNECTION: Final = 1  # which costs gRPC about as much as a call
+_CALLS_FOR_AN_ACCEPT: Final = 0.2  # even if nothing comes of it
 _CALLS_AT_ONCE: Final = 0.2  # of those of a second
+_UNFINISHED_BYTES: Final = 16 << 20  # of one peer's requests, which gRPC keeps until they end
 
 # Every connection reads into it; nothing stays in it after a read.
 _SCRATCH: Final = memoryview(bytearray(_READ_FROM_SERVER_BYTES))
@@ -39,11 +41,12 @@ class Peer:
 
     def __init__(self, limits: Limits) -> None:
         self.connections = 0
+        self.unfinished_bytes = 0  # of requests that have not ended
         bytes_per_s, calls_per_s = limits.peer_bytes_per_second, limits.peer_calls_per_second
         self._bytes = Bucket(bytes_per_s, bytes_per_s)
         self._calls = Bucket(calls_per_s, calls_per_s * _CALLS_AT_ONCE)
 
-    def spend(self, size_bytes: int, calls: int, now_s: float) -> None:
+    def spend(self, size_bytes: int, calls: float, now_s: float) -> None:
         """Charges what was received."""
         self._bytes.spend(size_bytes, now_s)
         self._calls.spend(calls, now_s)
@@ -123,12 +126,15 @@ class Connection:
         self._server: socket.socket | None = None
         self._limits, self._keeper = limits, keeper
         self._meter = Meter()
+        self._unfinished_bytes = 0  # this connection's part of its peer's
         self._early = bytearray()  # what came before gRPC was dialled
         self._since_s = self._active_at_s = time.monotonic()
         self._left_at_s: float | None = None  # when gRPC closed its end
         self._rest: asyncio.TimerHandle | None = None
         self._to_server: _Sink | None = None
         self._to_client = _Sink(client, self._pause_server, self._resume_server, self.close)
+        peer.connections += 1
+        peer.spend(0, _CALLS_FOR_AN_ACCEPT, self._since_s)
         self._read_client()
 
     def overdue(self, now_s: float) -> str:
@@ -154,6 +160,8 @@ class Connection:
         self._forget(self._client)
         if self._server:
             self._forget(self._server)
+        self._count_unfinished(0)
+        self.peer.connections -= 1
         self._keeper.closed(self, reason)
 
     def _forget(self, end: socket.socket) -> None:
@@ -190,12 +198,19 @@ class Connection:
             self.close("not_http2")
             return
         self.peer.spend(len(data), opened, now_s)
-        if self._to_server:
+        self._count_unfinished(self._meter.unfinished_bytes)
+        if self.peer.unfinished_bytes > _UNFINISHED_BYTES:
+            self.close("unfinished")
+        elif self._to_server:
             self._to_server.send(data)
         else:
             self._early += data
             if self._meter.greeted:
                 self._dial(now_s)
+
+    def _count_unfinished(self, size_bytes: int) -> None:
+        self.peer.unfinished_bytes += size_bytes - self._unfinished_bytes
+        self._unfinished_bytes = size_bytes
 
     def _dial(self, now_s: float) -> None:
         self.peer.spend(0, _CALLS_FOR_A_CONNECTION, now_s)

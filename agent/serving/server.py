@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from coral.agent.config import Config, ConfigError, Limits
 from coral.agent.serving.caller import Callers, TokenInterceptor
 from coral.agent.serving.calls import handlers
-from coral.agent.serving.gate import Side
+from coral.agent.serving.gate import Side, use_all_descriptors
 from coral.agent.serving.health import HEALTH_NAME, Health
 from coral.agent.serving.listening import Listener, listen
 from coral.agent.serving.relay import Connection
@@ -40,6 +41,7 @@ class Server:
         """Binds every address; `addresses` has them with the ports that were taken. Raises
         `ConfigError`."""
         self._supervisor = supervisor
+        use_all_descriptors()
         self._listeners = listen(config, has_token=bool(token))
         self.addresses = [listener.address for listener in self._listeners]
         service = EbpfService(supervisor)
@@ -56,13 +58,14 @@ class Server:
             self._warn()
 
     def _warn(self) -> None:
+        user = f"user {os.geteuid()}" if os.geteuid() else "root"
+        warning = (
+            f"every local user may trace as {user}: auth.insecure_loopback is set, and there is "
+            "no token"
+        )
         for listener in self._listeners:
             if listener.kind == "tcp":
-                log.warning(
-                    "every local user may trace what this agent can: auth.insecure_loopback is "
-                    "set, and there is no token",
-                    address=listener.address,
-                )
+                log.warning(warning, address=listener.address)
 
     @property
     def sides(self) -> Sequence[Side]:
