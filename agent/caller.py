@@ -1,28 +1,48 @@
-"""Who calls: what the agent knows of the origin of a request."""
+"""The origin of a call: what the agent knows of it, and how far it believes what it says."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
+class Trust(enum.Enum):
+    """Why a caller is let in, the most trusted first."""
+
+    OWNER = "owner"
+    """Root or the agent's own user, which the kernel vouches for on a unix socket."""
+    TOKEN = "token"  # noqa: S105  a word
+    """A caller that sent the agent's token."""
+    ANYONE = "anyone"
+    """Any user of this machine: the agent has no token and listens on TCP."""
+
+
 def _nothing() -> None:
-    """There is no connection to close."""
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """The origin of one call.
 
-    `peer` is its address as gRPC has it, such as `unix:` or `ipv4:127.0.0.1:40000`; empty for a
-    program that uses the supervisor as a library. `interactive` says that a person waits for what
+    `peer` is what logs and lists show, such as `unix: uid 0, pid 123` or `ipv4:127.0.0.1:40000`;
+    empty for a program that uses the supervisor as a library. `principal` is what limits for one
+    peer count by, such as `uid 0` or `10.0.0.7`. `interactive` says that a person waits for what
     the call returns: the session that it reads is then the last to be preempted. `hang_up` closes
-    the connection that the call came by, whatever is still to be sent.
+    the caller's connection at once, whatever is being written to it.
     """
 
     peer: str = ""
     interactive: bool = False
+    principal: str = ""
+    trust: Trust = Trust.OWNER
     hang_up: Callable[[], None] = field(default=_nothing, compare=False)
+
+    @property
+    def may_claim(self) -> bool:
+        """Whether the agent believes what the caller says of itself, such as `interactive`."""
+        return self.trust is not Trust.ANYONE
 
 
 LIBRARY = Caller()

@@ -128,6 +128,60 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Positive,
         Meta(description="label sets in each collector's metrics; further ones are `other`"),
     ] = 200
+    connections: Annotated[
+        Positive,
+        Meta(
+            description="connections at a time, over TCP and over unix sockets each; fewer where "
+            "they would take more than a quarter of the agent's descriptors (`RLIMIT_NOFILE`)"
+        ),
+    ] = 256
+    connections_per_peer: Annotated[
+        Positive,
+        Meta(
+            description="connections at a time from one IP address, or of one user over unix "
+            "sockets; root and the agent's own user need only stay within `connections`"
+        ),
+    ] = 128
+    connection_handshake: Annotated[
+        Duration, Meta(description="close connections that have not begun HTTP/2 in this time")
+    ] = Duration(5)
+    connection_idle: Annotated[
+        Duration, Meta(description="close connections without a call for this long")
+    ] = Duration(300)
+    peer_bytes_per_second: Annotated[
+        ByteCount,
+        Meta(description="how fast one peer may send, over all its connections; more has to wait"),
+    ] = ByteCount(1 << 20)
+    peer_calls_per_second: Annotated[
+        Positive,
+        Meta(
+            description="how many calls a second one peer may begin, over all its connections; "
+            "more have to wait"
+        ),
+    ] = 1000
+    calls_per_connection: Annotated[
+        Positive,
+        Meta(description="calls under way on one connection; clients let further ones wait"),
+    ] = 100
+    calls: Annotated[
+        Positive,
+        Meta(
+            description="calls under way that are answered once, over TCP and over unix sockets "
+            "each"
+        ),
+    ] = 400
+    calls_per_peer: Annotated[
+        Positive, Meta(description="such calls of one IP address, or of one user")
+    ] = 100
+    streams: Annotated[
+        Positive,
+        Meta(
+            description="subscriptions and watches at a time, over TCP and over unix sockets each"
+        ),
+    ] = 256
+    streams_per_peer: Annotated[
+        Positive, Meta(description="subscriptions and watches of one IP address, or of one user")
+    ] = 128
 
 
 class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -172,6 +226,13 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         str,
         Meta(description="a file with a token that callers send as `authorization: Bearer TOKEN`"),
     ] = ""
+    insecure_loopback: Annotated[
+        bool,
+        Meta(
+            description="listen on TCP without a token: every local user can then trace what this "
+            "agent can"
+        ),
+    ] = False
 
 
 class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -426,7 +487,7 @@ def _show(value: object) -> str:
     if isinstance(value, Duration):
         return format_duration(value)
     if isinstance(value, ByteCount):
-        return f"{value >> 20}MiB"
+        return f"{value >> 20}MiB" if value >= 1 << 20 else f"{value >> 10}KiB"
     if isinstance(value, tuple):
         return ", ".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -31,6 +31,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICE = "coral.mesh.v1.EbpfService"
+# Of the configuration: TCP without a token.
+INSECURE = {"insecure_loopback": True}
 KINDS = ("prog", "map", "link")
 _COME_AND_GO = 8
 # How much slower than hardware this machine is; an emulated one is told by tests/matrix.

@@ -1,4 +1,4 @@
-"""Which callers get in: those that send the token, where the agent has one."""
+"""Which callers get in, and what the agent knows of them: from gRPC's context to a `Caller`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any, Final
 import grpc
 import structlog
 
+from coral.agent.caller import Caller, Trust
 from coral.agent.config import Config, ConfigError
 from coral.agent.files import read_regular
 from coral.agent.serving.health import HEALTH_NAME
+from coral.agent.serving.relay import Connection
 
 _MOST_TOKEN_BYTES: Final = 4096
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+CallerOf = Callable[[Context], Caller]
 
 
 def read_token(config: Config) -> str:
@@ -35,11 +40,40 @@ def read_token(config: Config) -> str:
     return token
 
 
+def unknown_caller(context: Context) -> Caller:
+    """The caller, as gRPC knows it; for servers without a gate."""
+    return Caller(peer=context.peer(), principal=context.peer(), trust=Trust.ANYONE)
+
+
+class Callers:
+    """Knows callers by their connection, which FIND finds by the name that gRPC has for it."""
+
+    def __init__(self, find: Callable[[str], Connection | None], *, has_token: bool) -> None:
+        self._find, self._has_token = find, has_token
+
+    def of(self, context: Context) -> Caller:
+        """The caller. Where the agent has a token, only those that sent it get to a method."""
+        name = context.peer()
+        connection = self._find(name)
+        if not connection:  # it was closed meanwhile
+            return unknown_caller(context)
+        origin, trust = connection.origin, connection.origin.trust
+        if trust is Trust.ANYONE and self._has_token:
+            trust = Trust.TOKEN
+        return Caller(
+            peer=origin.address,
+            principal=f"{origin.principal}, {name}" if trust is Trust.OWNER else origin.principal,
+            trust=trust,
+            hang_up=connection.close,
+        )
+
+
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Lets callers in that send the token; health checks need none."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, caller_of: CallerOf) -> None:
         self._expected = f"Bearer {token}"
+        self._caller_of = caller_of
 
     async def intercept_service(
         self,
@@ -58,10 +92,11 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         ) or method.startswith(f"/{HEALTH_NAME}/"):
             return handler
 
-        async def refuse(_request: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async def refuse(_request: object, context: Context) -> None:
             reason = "authorization: the token is wrong" if given else "authorization: no token"
+            caller = self._caller_of(context)
             log.warning(
-                "refused", peer=context.peer(), code="UNAUTHENTICATED", method=method, reason=reason
+                "refused", peer=caller.peer, code="UNAUTHENTICATED", method=method, reason=reason
             )
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 import grpc
 import structlog
@@ -16,6 +17,9 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from coral.agent.caller import Caller
+from coral.agent.config import Limits
+from coral.agent.serving.caller import CallerOf, Context, unknown_caller
+from coral.agent.serving.quota import Quota
 from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
 from coral.agent.streams import Reader, Readers
@@ -25,66 +29,98 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 Unary = Callable[[Any, Caller], Awaitable[Message]]
 # Inside the block the stream stands; what it holds is given back when the block is left. The CPU
 # time of sending the messages is charged.
 Streaming = Callable[[Any, Caller], AbstractContextManager[tuple[AsyncIterator[bytes], Charge]]]
 
 
+@dataclass(frozen=True)
+class Quotas:
+    """How many calls of one server may be under way."""
+
+    unary: Quota
+    streaming: Quota
+
+    @classmethod
+    def of(cls, limits: Limits) -> Self:
+        """As LIMITS say."""
+        return cls(
+            Quota("calls", limits.calls, "calls_per_peer", limits.calls_per_peer, "calls"),
+            Quota(
+                "streams", limits.streams, "streams_per_peer", limits.streams_per_peer, "streams"
+            ),
+        )
+
+
 def handlers(
-    descriptor: ServiceDescriptor, service: object, readers: Readers
+    descriptor: ServiceDescriptor,
+    service: object,
+    readers: Readers,
+    caller_of: CallerOf = unknown_caller,
+    limits: Limits | None = None,
 ) -> grpc.GenericRpcHandler:
     """Handlers for SERVICE, which has a method, `Unary` or `Streaming`, for each RPC of
-    DESCRIPTOR. Streaming calls are among READERS while they last."""
+    DESCRIPTOR, within LIMITS, which are theirs alone. Streaming calls are among READERS while they
+    last."""
+    limits = limits or Limits()
+    calls = _Calls(caller_of, Quotas.of(limits), readers)
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
-            method.name: _handler(method, getattr(service, method.name), readers)
+            method.name: calls.handler(method, getattr(service, method.name))
             for method in descriptor.methods
         },
     )
 
 
-def _handler(
-    method: MethodDescriptor,
-    behaviour: Any,  # noqa: ANN401  Unary or Streaming, as the descriptor says
-    readers: Readers,
-) -> grpc.RpcMethodHandler[Any, Any]:
-    request_type: type[Message] = getattr(pb, method.input_type.name)
-    if method.server_streaming:
-        answer = _streaming(method, request_type, behaviour, readers)
-        return grpc.unary_stream_rpc_method_handler(answer)
-    return grpc.unary_unary_rpc_method_handler(_unary(method, request_type, behaviour))
+@dataclass(frozen=True)
+class _Calls:
+    caller_of: CallerOf
+    quotas: Quotas
+    readers: Readers
 
+    def handler(
+        self,
+        method: MethodDescriptor,
+        behaviour: Any,  # noqa: ANN401  Unary or Streaming, as the descriptor says
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler for one method."""
+        request_type: type[Message] = getattr(pb, method.input_type.name)
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(method, request_type, behaviour)
+            )
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, request_type, behaviour))
 
-def _unary(
-    method: MethodDescriptor, request_type: type[Message], behaviour: Unary
-) -> Callable[[bytes, Context], Awaitable[bytes]]:
-    async def answer(wire: bytes, context: Context) -> bytes:
-        async with _failures_as_status(method, context):
-            response = await behaviour(parse(request_type, wire), _caller(context))
-            return response.SerializeToString()
+    def _unary(
+        self, method: MethodDescriptor, request_type: type[Message], behaviour: Unary
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        async def answer(wire: bytes, context: Context) -> bytes:
+            caller = self.caller_of(context)
+            async with _failures_as_status(method, context, caller):
+                with self.quotas.unary.one(caller):
+                    response = await behaviour(parse(request_type, wire), caller)
+                    return response.SerializeToString()
 
-    return answer
+        return answer
 
+    def _streaming(
+        self, method: MethodDescriptor, request_type: type[Message], behaviour: Streaming
+    ) -> Callable[[bytes, Context], Awaitable[None]]:
+        async def answer(wire: bytes, context: Context) -> None:
+            caller = self.caller_of(context)
+            async with _failures_as_status(method, context, caller):
+                with (
+                    self.quotas.streaming.one(caller),
+                    behaviour(parse(request_type, wire), caller) as (messages, charge),
+                    self.readers.open(caller) as reader,
+                ):
+                    # A caller that has the headers knows that its stream stands.
+                    await context.send_initial_metadata(())
+                    await metered(_write(messages, reader, context), charge)
 
-def _streaming(
-    method: MethodDescriptor, request_type: type[Message], behaviour: Streaming, readers: Readers
-) -> Callable[[bytes, Context], Awaitable[None]]:
-    async def answer(wire: bytes, context: Context) -> None:
-        async with _failures_as_status(method, context):
-            caller = _caller(context)
-            with (
-                behaviour(parse(request_type, wire), caller) as (messages, charge),
-                readers.open(caller) as reader,
-            ):
-                # A caller that has the headers knows that its stream stands.
-                await context.send_initial_metadata(())
-                await metered(_write(messages, reader, context), charge)
-
-    return answer
+        return answer
 
 
 async def _write(messages: AsyncIterator[bytes], reader: Reader, context: Context) -> None:
@@ -92,12 +128,10 @@ async def _write(messages: AsyncIterator[bytes], reader: Reader, context: Contex
         await reader.take(context.write(message))
 
 
-def _caller(context: Context) -> Caller:
-    return Caller(peer=context.peer())
-
-
 @asynccontextmanager
-async def _failures_as_status(method: MethodDescriptor, context: Context) -> AsyncIterator[None]:
+async def _failures_as_status(
+    method: MethodDescriptor, context: Context, caller: Caller
+) -> AsyncIterator[None]:
     """Ends the call with the status of whatever is raised inside. gRPC itself would answer UNKNOWN
     to anything but its own errors."""
     try:
@@ -105,7 +139,7 @@ async def _failures_as_status(method: MethodDescriptor, context: Context) -> Asy
     except Exception as error:
         if context.done():  # the caller has left; a write that was under way says so
             return
-        code, peer = code_of(error), context.peer()
+        code, peer = code_of(error), caller.peer
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed unexpectedly", method=method.name, peer=peer)
             error = RuntimeError(f"{method.name} failed: the agent's log says why")

@@ -1,67 +1,79 @@
-"""The gRPC server, from bind to shutdown."""
+"""The gRPC servers and the gate before them, from bind to shutdown."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import grpc
+import structlog
 from grpc_reflection.v1alpha import reflection
 
 from coral.agent.config import Config, ConfigError, Limits
-from coral.agent.serving.caller import TokenInterceptor
+from coral.agent.serving.caller import Callers, TokenInterceptor
 from coral.agent.serving.calls import handlers
+from coral.agent.serving.gate import Side, use_all_descriptors
 from coral.agent.serving.health import HEALTH_NAME, Health
-from coral.agent.serving.listening import UnixSocket, loopback_host
+from coral.agent.serving.listening import Listener, listen
+from coral.agent.serving.relay import Connection
 from coral.agent.serving.service import SERVICE, EbpfService
+from coral.agent.serving.upstream import Upstream
 from coral.agent.sessions.supervisor import Supervisor
 
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
+
 _GRACE_S: Final = 0.8
-_STOP_WITHIN_S: Final = 1.0
+_FLUSH_S: Final = 0.4  # for what gRPC has sent and clients have not read
 _PATIENCE_MS: Final = 5_000
+_HEADERS_BYTES: Final = 8 << 10
+# Up to here the agent itself refuses a request that is too long, and says how long it may be.
+_MESSAGE_BYTES: Final = 8 << 20
 
 
 class Server:
     """The server, from bind to shutdown. Use it as a context manager."""
 
     def __init__(self, supervisor: Supervisor, config: Config, token: str) -> None:
+        """Binds every address; `addresses` has them with the ports that were taken. Raises
+        `ConfigError`."""
         self._supervisor = supervisor
-        self._sockets: list[UnixSocket] = []
-        interceptors = [TokenInterceptor(token)] if token else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
-        self._server.add_generic_rpc_handlers(
-            (handlers(SERVICE, EbpfService(supervisor), supervisor.readers),)
-        )
-        self._health = Health(self._server, SERVICE.full_name)
-        reflection.enable_server_reflection(
-            (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server
-        )
+        use_all_descriptors()
+        self._listeners = listen(config, has_token=bool(token))
+        self.addresses = [listener.address for listener in self._listeners]
         try:
-            self.addresses = [self._bind(address) for address in config.listen]
+            self._servers = [
+                _Behind(kind, self._listeners, supervisor, token)
+                for kind in sorted({listener.kind for listener in self._listeners})
+            ]
         except ConfigError:
-            self._unlink()
+            for listener in self._listeners:
+                listener.close()
             raise
+        if config.auth.insecure_loopback and not token:
+            self._warn()
 
-    def _bind(self, address: str) -> str:
-        """Binds one address; returns it with the port that was taken. Raises `ConfigError`."""
-        try:
-            if address.startswith("unix:"):
-                unix_socket = UnixSocket(Path(address.removeprefix("unix:")))
-                self._sockets.append(unix_socket)
-                with unix_socket.owner_only():
-                    self._server.add_insecure_port(address)
-                return address
-            host = loopback_host(address)
-            port = self._server.add_insecure_port(address)
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(f"listen: {address}: {error}") from error
-        return f"{host}:{port}"
+    def _warn(self) -> None:
+        user = f"user {os.geteuid()}" if os.geteuid() else "root"
+        warning = (
+            f"every local user may trace as {user}: auth.insecure_loopback is set, and there is "
+            "no token"
+        )
+        for listener in self._listeners:
+            if listener.kind == "tcp":
+                log.warning(warning, address=listener.address)
+
+    @property
+    def sides(self) -> Sequence[Side]:
+        """The gate's sides, with what they count."""
+        return [behind.side for behind in self._servers]
 
     async def __aenter__(self) -> Self:
-        await self._server.start()
-        await self._health.start_serving()
+        for server in self._servers:
+            await server.start()
         return self
 
     async def __aexit__(
@@ -71,20 +83,61 @@ class Server:
         _traceback: TracebackType | None,
     ) -> None:
         """Sends every subscriber the end, lets them read it, and stops, within little more than a
-        second. gRPC may still be waiting then for connections whose clients read nothing."""
-        try:
-            await asyncio.wait([asyncio.ensure_future(self._stop())], timeout=_STOP_WITHIN_S)
-        finally:
-            self._unlink()
-
-    async def _stop(self) -> None:
-        await self._health.shut_down()
+        second, whatever clients do."""
+        for server in self._servers:
+            await server.announce_end()
         await self._supervisor.shutdown()
-        await self._server.stop(_GRACE_S)
+        await asyncio.gather(*(server.stop() for server in self._servers))
 
-    def _unlink(self) -> None:
-        for unix_socket in self._sockets:
-            unix_socket.release()
+
+class _Behind:
+    """One gRPC server, and the side of the gate that leads to it."""
+
+    def __init__(
+        self,
+        kind: str,
+        listeners: Sequence[Listener],
+        supervisor: Supervisor,
+        token: str,
+    ) -> None:
+        limits = supervisor.config.limits
+        callers = Callers(self._find, has_token=bool(token))
+        interceptors = [TokenInterceptor(token, callers.of)] if token else []
+        self._server = grpc.aio.server(interceptors=interceptors, options=_options(limits))
+        self._server.add_generic_rpc_handlers(
+            (handlers(SERVICE, EbpfService(supervisor), supervisor.readers, callers.of, limits),)
+        )
+        self._health = Health(self._server, SERVICE.full_name)
+        reflection.enable_server_reflection(
+            (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server
+        )
+        unix = [Path(one.address.removeprefix("unix:")) for one in listeners if one.kind == "unix"]
+        self._upstream = Upstream(self._server, unix[0].parent if unix else None)
+        own = [listener for listener in listeners if listener.kind == kind]
+        self.side = Side(kind, own, self._upstream.dial, limits)
+
+    def _find(self, name: str) -> Connection | None:
+        return self.side.find(name)
+
+    async def start(self) -> None:
+        """Serves from now on."""
+        await self._server.start()
+        await self._health.start_serving()
+        self.side.open()
+
+    async def announce_end(self) -> None:
+        """Accepts no more, and is no longer healthy."""
+        self.side.stop_accepting()
+        await self._health.shut_down()
+
+    async def stop(self) -> None:
+        """Ends every call and connection, whatever clients do."""
+        # gRPC waits for connections whose clients read nothing, until the gate closes them.
+        stopping = asyncio.ensure_future(self._server.stop(_GRACE_S))
+        await asyncio.wait([stopping], timeout=_GRACE_S)
+        await self.side.close(_FLUSH_S)
+        await asyncio.wait([stopping], timeout=_FLUSH_S)
+        self._upstream.close()
 
 
 def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
@@ -92,8 +145,6 @@ def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
     age_ms, keepalive_ms = int(limits.connection_age * 1000), int(limits.keepalive * 1000)
     patience_ms = min(keepalive_ms, _PATIENCE_MS)
     return (
-        # Otherwise a second agent on the port would silently take every other connection.
-        ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", patience_ms),
         # Otherwise a frozen client goes unnoticed for a minute.
@@ -102,4 +153,9 @@ def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
         # The agent cannot end a call that is stuck in a write; the connection's age does.
         ("grpc.max_connection_age_ms", age_ms),
         ("grpc.max_connection_age_grace_ms", min(age_ms, _PATIENCE_MS)),
+        ("grpc.max_connection_idle_ms", int(limits.connection_idle * 1000)),
+        ("grpc.max_concurrent_streams", limits.calls_per_connection),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+        ("grpc.max_metadata_size", _HEADERS_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * _HEADERS_BYTES),
     )

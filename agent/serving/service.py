@@ -131,7 +131,7 @@ class EbpfService:
             columns=request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS,
         )
         session = self._supervisor.readable(request.collector_id)
-        caller = replace(caller, interactive=request.interactive)
+        caller = replace(caller, interactive=request.interactive and caller.may_claim)
         subscription = session.subscribe(terms, caller)
         try:
             yield subscription, session.costs.charge_subscriber

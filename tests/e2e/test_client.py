@@ -21,7 +21,7 @@ from coral.client import AgentClient, EndReason, NotFoundError, OutOfRangeError
 from tests.events import connected, receive, start_events
 from tests.network import connected as connect
 from tests.network import puppets, send, socket_of
-from tests.support import ROOT, Calls, RunningAgent, running_agent, totals
+from tests.support import INSECURE, ROOT, Calls, RunningAgent, running_agent, totals
 
 PAGE = (ROOT / "docs/client.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -216,6 +216,8 @@ async def test_a_proxy_in_the_environment_is_no_hindrance(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    with running_agent(tmp_path / "agent", None, "--listen", "127.0.0.1:0") as running:
+    with running_agent(
+        tmp_path / "agent", {"auth": INSECURE}, "--listen", "127.0.0.1:0"
+    ) as running:
         async with AgentClient(running.address) as client:
             assert (await client.capabilities()).supported

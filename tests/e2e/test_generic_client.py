@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.support import Calls, RunningAgent, running_agent, wait_until
+from tests.support import INSECURE, Calls, RunningAgent, running_agent, wait_until
 
 SERVICE: Final = "coral.mesh.v1.EbpfService"
 METHODS: Final = (
@@ -150,7 +150,9 @@ def two_addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningA
     """An agent that listens on TCP and on a socket."""
     directory = tmp_path_factory.mktemp("generic")
     listen = ("--listen", "127.0.0.1:0", "--listen", f"unix:{directory}/agent.sock")
-    with running_agent(directory / "agent", {"agent_id": "node-7"}, *listen) as agent:
+    with running_agent(
+        directory / "agent", {"agent_id": "node-7", "auth": INSECURE}, *listen
+    ) as agent:
         yield agent
 
 

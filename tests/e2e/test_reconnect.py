@@ -28,7 +28,7 @@ from coral.client import (
 )
 from tests.events import connected, eventually, start_events
 from tests.peer import cutting_proxy
-from tests.support import Calls, RunningAgent, running_agent
+from tests.support import INSECURE, Calls, RunningAgent, running_agent
 
 STREAMS: Final = 100
 CALLS: Final = 400_000
@@ -46,7 +46,7 @@ LIMITS: Final = {
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[RunningAgent]:
-    config = {"limits": LIMITS}
+    config = {"limits": LIMITS, "auth": INSECURE}
     with running_agent(tmp_path / "agent", config, "--listen", "127.0.0.1:0") as running:
         yield running
 

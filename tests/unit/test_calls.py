@@ -28,6 +28,7 @@ from coral.agent.serving.calls import handlers
 from coral.agent.serving.service import SERVICE
 from coral.agent.streams import Readers, SubscriptionEndedError
 from coral.bpf import BpfError
+from coral.collectors.metering import Charge
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 
@@ -44,12 +45,14 @@ class Failing:
         raise self._error
 
     @contextmanager
-    def _stream(self, _request: object, _caller: Caller) -> Iterator[AsyncIterator[bytes]]:
+    def _stream(
+        self, _request: object, _caller: Caller
+    ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
         async def messages() -> AsyncIterator[bytes]:
             yield b""
             raise self._error
 
-        yield messages()
+        yield messages(), lambda _cpu_ns: None
 
 
 @asynccontextmanager

@@ -1,0 +1,238 @@
+"""The gate before gRPC, which by itself accepts every connection: here the agent's own listeners
+accept, within limits, and relay bytes to gRPC.
+
+TCP and unix sockets have a side of the gate each, with a gRPC server behind it, so that callers of
+one cannot use up what the other needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+import structlog
+
+from coral.agent.caller import Trust
+from coral.agent.config import Limits
+from coral.agent.serving.http2 import farewell
+from coral.agent.serving.listening import Listener, Origin
+from coral.agent.serving.rate import Seldom
+from coral.agent.serving.relay import Connection, Peer
+from coral.agent.serving.upstream import peer_of
+
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.gate")
+
+_ACCEPTS_AT_ONCE: Final = 16
+# A listener's pause after it refused connections, or could not accept one.
+_REFUSED_PAUSE_S: Final = 0.02
+_EXHAUSTED_PAUSE_S: Final = 0.5
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# A connection takes three: the client's, and both ends of the one to gRPC. One side may take a
+# quarter of all, so that both leave room for sessions.
+_DESCRIPTORS_EACH: Final = 3
+_SIDES_PART: Final = 4
+_MOST_DESCRIPTORS: Final = 1 << 16
+_TICK_S: Final = 1.0
+
+
+def use_all_descriptors() -> None:
+    """Raises this process's limit of open files as far as it may: services often start with 1,024,
+    for the sake of select(2), which the agent does not use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+class Side:
+    """The connections to all LISTENERS of one kind, within LIMITS. DIAL makes a connection to the
+    gRPC server behind it."""
+
+    def __init__(
+        self,
+        kind: str,
+        listeners: Sequence[Listener],
+        dial: Callable[[], socket.socket],
+        limits: Limits,
+    ) -> None:
+        self.kind, self.listeners = kind, listeners
+        self.connections: set[Connection] = set()
+        self.accepted = 0
+        self.refused: Counter[str] = Counter()  # connections, by limit
+        self.cut: Counter[str] = Counter()  # connections that were closed from here, by reason
+        self.throttled = 0  # how often a connection had to wait: its peer sent too fast
+        self._dial, self._limits = dial, limits
+        self._peers: dict[str, Peer] = {}
+        self._names: dict[str, Connection] = {}
+        self._loop = asyncio.get_running_loop()
+        self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._ticking: asyncio.TimerHandle | None = None
+        self._change = asyncio.Event()  # a connection was closed
+        self._reports = Seldom()
+
+    def open(self) -> None:
+        """Accepts from now on."""
+        for listener in self.listeners:
+            for one in listener.sockets:
+                self._accept_from(listener, one)
+        self._tick()
+
+    def find(self, name: str) -> Connection | None:
+        """The connection that gRPC calls by NAME."""
+        return self._names.get(name)
+
+    @property
+    def most(self) -> int:
+        """How many connections there may be."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if descriptors == resource.RLIM_INFINITY:
+            return self._limits.connections
+        room = descriptors // _SIDES_PART // _DESCRIPTORS_EACH
+        return max(1, min(self._limits.connections, room))
+
+    # Accepting.
+
+    def _accept_from(self, listener: Listener, one: socket.socket) -> None:
+        self._pauses.pop(one, None)
+        self._loop.add_reader(one, self._accept, listener, one)
+
+    def _pause(self, listener: Listener, one: socket.socket, pause_s: float) -> None:
+        self._loop.remove_reader(one)
+        self._pauses[one] = self._loop.call_later(pause_s, self._accept_from, listener, one)
+
+    def _accept(self, listener: Listener, one: socket.socket) -> None:
+        all_let_in = True
+        for _ in range(_ACCEPTS_AT_ONCE):
+            try:
+                client, _ = one.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                break
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                self._refused("descriptors", listener.address, str(error.strerror))
+                self._pause(listener, one, _EXHAUSTED_PAUSE_S)
+                return
+            all_let_in &= self._let_in(listener, client)
+        if not all_let_in:
+            self._pause(listener, one, _REFUSED_PAUSE_S)
+
+    def _let_in(self, listener: Listener, client: socket.socket) -> bool:
+        try:
+            client.setblocking(False)
+            if client.family != socket.AF_UNIX:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            origin = listener.origin(client)
+        except OSError:  # it is gone already
+            client.close()
+            return True
+        peer = self._peer(origin)
+        if refusal := self._refusal(origin, peer):
+            limit, why = refusal
+            self._refused(limit, origin.address, why)
+            with suppress(OSError):
+                client.send(farewell(why))
+            client.close()
+            return False
+        self.accepted += 1
+        self.connections.add(Connection(client, origin, peer, self._limits, self))
+        return True
+
+    def _peer(self, origin: Origin) -> Peer:
+        if origin.trust is Trust.OWNER:  # one program of root's does not slow another down
+            return Peer(self._limits)
+        peer = self._peers.get(origin.principal)
+        if not peer:
+            peer = self._peers[origin.principal] = Peer(self._limits)
+        return peer
+
+    def _refusal(self, origin: Origin, peer: Peer) -> tuple[str, str] | None:
+        each = self._limits.connections_per_peer
+        if peer.connections >= each:
+            why = f"limits.connections_per_peer is {each}, and {origin.principal} has as many"
+            return "connections_per_peer", why
+        if len(self.connections) >= self.most:
+            why = f"limits.connections is {self._limits.connections}"
+            if self.most < self._limits.connections:
+                why += f", of which the agent's open files leave {self.most}"
+            return "connections", f"{why}; all are in use"
+        return None
+
+    def _refused(self, limit: str, address: str, why: str) -> None:
+        self.refused[limit] += 1
+        if (others := self._reports.due(limit, time.monotonic())) is not None:
+            log.warning("connection refused", peer=address, reason=why, others_since=others)
+
+    # What connections say: see `Keeper`.
+
+    def dial(self, connection: Connection) -> socket.socket:
+        """A new connection to gRPC for CONNECTION's bytes. Raises OSError."""
+        dialled = self._dial()
+        connection.name = peer_of(dialled)
+        self._names[connection.name] = connection
+        return dialled
+
+    def closed(self, connection: Connection, reason: str) -> None:
+        """CONNECTION is closed."""
+        self.connections.discard(connection)
+        self._change.set()
+        if self._names.get(connection.name) is connection:
+            del self._names[connection.name]
+        if reason:
+            self.cut[reason] += 1
+            if (others := self._reports.due(reason, time.monotonic())) is not None:
+                log.warning(
+                    "connection closed", peer=connection.origin.address, reason=reason,
+                    others_since=others,
+                )  # fmt: skip
+
+    def throttle(self) -> None:
+        """A connection has to wait."""
+        self.throttled += 1
+
+    # Time.
+
+    def _tick(self) -> None:
+        now_s = time.monotonic()
+        for connection in tuple(self.connections):
+            if reason := connection.overdue(now_s):
+                connection.close(reason)
+        for key, peer in tuple(self._peers.items()):
+            if peer.is_forgettable(now_s):
+                del self._peers[key]
+        self._ticking = self._loop.call_later(_TICK_S, self._tick)
+
+    def stop_accepting(self) -> None:
+        """Refuses new connections from now on; those that stand are left. Safe to call twice."""
+        for pause in self._pauses.values():
+            pause.cancel()
+        self._pauses.clear()
+        for listener in self.listeners:
+            for one in listener.sockets:
+                if one.fileno() >= 0:
+                    self._loop.remove_reader(one)
+            listener.close()
+
+    async def _until_empty(self) -> None:
+        while self.connections:
+            self._change.clear()
+            await self._change.wait()
+
+    async def close(self, grace_s: float) -> None:
+        """Stops accepting, leaves clients GRACE_S seconds to read what was sent to them after gRPC
+        has closed its connections, and then closes all that is left, whatever they do."""
+        self.stop_accepting()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._until_empty()
+        if self._ticking:
+            self._ticking.cancel()
+        for connection in tuple(self.connections):
+            connection.close()

@@ -1,0 +1,285 @@
+"""One client's connection: its bytes to gRPC and back, in order, with back-pressure both ways.
+
+What one side does not take is held, at most one read, and the other side rests until it is gone: so
+the only queues are the kernel's and gRPC's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, Protocol
+
+from coral.agent.config import Limits
+from coral.agent.serving.http2 import Meter, NotHttp2Error
+from coral.agent.serving.listening import Origin
+from coral.agent.serving.rate import Bucket
+
+# Requests are small, and each read may take its peer over the rate; streams are large.
+_READ_FROM_CLIENT_BYTES: Final = 4 << 10
+_READ_FROM_SERVER_BYTES: Final = 128 << 10
+# For a client that does not read the rest of a connection that has been closed.
+_LINGER_S: Final = 2.0
+# gRPC ends a connection that is idle or too old by itself. After this, its client ignores that.
+_MARGIN_S: Final = 10.0
+_CALLS_FOR_A_CONNECTION: Final = 1  # which costs gRPC about as much as a call
+_CALLS_FOR_AN_ACCEPT: Final = 0.2  # even if nothing comes of it
+_CALLS_AT_ONCE: Final = 0.2  # of those of a second
+_UNFINISHED_BYTES: Final = 16 << 20  # of one peer's requests, which gRPC keeps until they end
+
+# Every connection reads into it; nothing stays in it after a read.
+_SCRATCH: Final = memoryview(bytearray(_READ_FROM_SERVER_BYTES))
+_SCRATCH_FOR_CLIENT: Final = _SCRATCH[:_READ_FROM_CLIENT_BYTES]
+
+
+class Peer:
+    """What the connections of one peer share: their number, and how much they may send together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.connections = 0
+        self.unfinished_bytes = 0  # of requests that have not ended
+        bytes_per_s, calls_per_s = limits.peer_bytes_per_second, limits.peer_calls_per_second
+        self._bytes = Bucket(bytes_per_s, bytes_per_s)
+        self._calls = Bucket(calls_per_s, calls_per_s * _CALLS_AT_ONCE)
+
+    def spend(self, size_bytes: int, calls: float, now_s: float) -> None:
+        """Charges what was received."""
+        self._bytes.spend(size_bytes, now_s)
+        self._calls.spend(calls, now_s)
+
+    def wait_s(self, now_s: float) -> float:
+        """How long it has to wait before it may send more, in seconds."""
+        return max(self._bytes.wait_s(now_s), self._calls.wait_s(now_s))
+
+    def is_forgettable(self, now_s: float) -> bool:
+        """Whether it has no connection and owes nothing."""
+        return not self.connections and self._bytes.is_full(now_s) and self._calls.is_full(now_s)
+
+
+class Keeper(Protocol):
+    """What keeps connections, and is informed of them."""
+
+    def dial(self, connection: Connection) -> socket.socket:
+        """A new connection to gRPC for CONNECTION's bytes. Raises OSError."""
+
+    def closed(self, connection: Connection, reason: str) -> None:
+        """CONNECTION is closed; REASON is empty where one of its ends wanted that."""
+
+    def throttle(self) -> None:
+        """A connection has to wait, because its peer has sent too fast."""
+
+
+class _Sink:
+    """A socket that is written to. While it does not take everything, its source is paused."""
+
+    def __init__(
+        self,
+        sink: socket.socket,
+        pause: Callable[[], None],
+        resume: Callable[[], None],
+        failed: Callable[[], None],
+    ) -> None:
+        self.held = b""
+        self._loop = asyncio.get_running_loop()
+        self._socket = sink
+        self._pause, self._resume, self._failed = pause, resume, failed
+
+    def send(self, data: memoryview | bytes) -> None:
+        """Sends DATA, and holds what the socket does not take. Never called while it holds."""
+        sent = self._send(data)
+        if sent < len(data):
+            self.held = bytes(data[sent:])
+            self._pause()
+            self._loop.add_writer(self._socket, self._flush)
+
+    def _flush(self) -> None:
+        self.held = self.held[self._send(self.held) :]
+        if not self.held and self._socket.fileno() >= 0:
+            self._loop.remove_writer(self._socket)
+            self._resume()
+
+    def _send(self, data: memoryview | bytes) -> int:
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:  # its other end is gone, and with it the need to hold anything
+            self._failed()
+            return len(data)
+
+
+class Connection:
+    """A client that was accepted from ORIGIN. gRPC learns of it when it has greeted: `name` is then
+    what gRPC takes for its address."""
+
+    def __init__(
+        self, client: socket.socket, origin: Origin, peer: Peer, limits: Limits, keeper: Keeper
+    ) -> None:
+        self.origin, self.peer, self.name = origin, peer, ""
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._client = client
+        self._server: socket.socket | None = None
+        self._limits, self._keeper = limits, keeper
+        self._meter = Meter()
+        self._unfinished_bytes = 0  # this connection's part of its peer's
+        self._early = bytearray()  # what came before gRPC was dialled
+        self._since_s = self._active_at_s = time.monotonic()
+        self._left_at_s: float | None = None  # when gRPC closed its end
+        self._rest: asyncio.TimerHandle | None = None
+        self._to_server: _Sink | None = None
+        self._to_client = _Sink(client, self._pause_server, self._resume_server, self.close)
+        peer.connections += 1
+        peer.spend(0, _CALLS_FOR_AN_ACCEPT, self._since_s)
+        self._read_client()
+
+    def overdue(self, now_s: float) -> str:
+        """Why the connection has to be closed by now; empty where it need not be."""
+        limits = self._limits
+        if self._left_at_s is None and self._to_client.held and self._server_hung_up():
+            self._left_at_s = now_s
+        if self._left_at_s is not None:
+            return "unread" if now_s > self._left_at_s + _LINGER_S else ""
+        if not self._meter.greeted:
+            return "handshake" if now_s > self._since_s + limits.connection_handshake else ""
+        if now_s > self._active_at_s + limits.connection_idle + _MARGIN_S:
+            return "idle"
+        return "age" if now_s > self._since_s + limits.connection_age + 2 * _MARGIN_S else ""
+
+    def close(self, reason: str = "") -> None:
+        """Closes both ends at once, whatever is being written. Safe to call twice."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._rest:
+            self._rest.cancel()
+        self._forget(self._client)
+        if self._server:
+            self._forget(self._server)
+        self._count_unfinished(0)
+        self.peer.connections -= 1
+        self._keeper.closed(self, reason)
+
+    def _forget(self, end: socket.socket) -> None:
+        self._loop.remove_reader(end)
+        self._loop.remove_writer(end)
+        end.close()
+
+    # From the client to gRPC.
+
+    def _read_client(self) -> None:
+        self._rest = None
+        self._loop.add_reader(self._client, self._from_client)
+
+    def _pause_client(self) -> None:
+        self._loop.remove_reader(self._client)
+
+    def _from_client(self) -> None:
+        now_s = time.monotonic()
+        if wait_s := self.peer.wait_s(now_s):
+            self._keeper.throttle()
+            self._pause_client()
+            self._rest = self._loop.call_later(wait_s, self._read_client)
+            return
+        data = _read(self._client, _SCRATCH_FOR_CLIENT)
+        if data is None:
+            return
+        if not data:
+            self.close()
+            return
+        self._active_at_s = now_s
+        try:
+            opened = self._meter.feed(data)
+        except NotHttp2Error:
+            self.close("not_http2")
+            return
+        self.peer.spend(len(data), opened, now_s)
+        self._count_unfinished(self._meter.unfinished_bytes)
+        if self.peer.unfinished_bytes > _UNFINISHED_BYTES:
+            self.close("unfinished")
+        elif self._to_server:
+            self._to_server.send(data)
+        else:
+            self._early += data
+            if self._meter.greeted:
+                self._dial(now_s)
+
+    def _count_unfinished(self, size_bytes: int) -> None:
+        self.peer.unfinished_bytes += size_bytes - self._unfinished_bytes
+        self._unfinished_bytes = size_bytes
+
+    def _dial(self, now_s: float) -> None:
+        self.peer.spend(0, _CALLS_FOR_A_CONNECTION, now_s)
+        try:
+            server = self._server = self._keeper.dial(self)
+        except OSError:
+            self.close("unreachable")
+            return
+        self._to_server = _Sink(server, self._pause_client, self._read_client, _ignore)
+        self._resume_server()
+        early, self._early = bytes(self._early), bytearray()
+        self._to_server.send(early)
+
+    # From gRPC to the client.
+
+    def _pause_server(self) -> None:
+        if self._server:
+            self._loop.remove_reader(self._server)
+
+    def _resume_server(self) -> None:
+        if self._server:
+            self._loop.add_reader(self._server, self._from_server)
+
+    def _from_server(self) -> None:
+        data = _read(self._server, _SCRATCH) if self._server else None
+        if data is None:
+            return
+        if data:
+            self._active_at_s = time.monotonic()
+            self._to_client.send(data)
+        else:
+            self._server_left()
+
+    def _server_left(self) -> None:
+        """Everything that gRPC sent has been passed on. A close with unread bytes of the client's
+        would reset the connection, and with it what the client has not read."""
+        if self.closed or not self._server:
+            return
+        self._left_at_s = self._left_at_s or time.monotonic()
+        if self._rest:
+            self._rest.cancel()
+        self._forget(self._server)
+        self._server = None
+        with suppress(OSError):
+            self._client.shutdown(socket.SHUT_WR)
+        self._loop.add_reader(self._client, self._discard)
+
+    def _discard(self) -> None:
+        data = _read(self._client, _SCRATCH)
+        if data is not None and not data:
+            self.close()
+
+    def _server_hung_up(self) -> bool:
+        if not self._server:
+            return False
+        poll = select.poll()
+        poll.register(self._server, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
+def _ignore() -> None:
+    """gRPC has closed its end; what it sent before is still to be read."""
+
+
+def _read(source: socket.socket, scratch: memoryview) -> memoryview | None:
+    """What SOURCE has, in SCRATCH; empty at its end, None where there is nothing yet."""
+    try:
+        return scratch[: source.recv_into(scratch)]
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return scratch[:0]

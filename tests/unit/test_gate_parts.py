@@ -1,0 +1,208 @@
+"""The gate's parts that do no I/O: frames that are counted, rates, quotas; and its listeners' rules
+for paths and addresses."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coral.agent.caller import Caller, Trust
+from coral.agent.config import Auth, Config, ConfigError
+from coral.agent.errors import LimitError
+from coral.agent.serving.http2 import Meter, NotHttp2Error, farewell
+from coral.agent.serving.listening import UnixListener, listen
+from coral.agent.serving.quota import Quota
+from coral.agent.serving.rate import Bucket, Seldom
+from tests.http2 import DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame
+
+NOBODY = 65534
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1))
+def test_frames_are_counted_however_they_are_cut(sizes: list[int]) -> None:
+    sent = PREFACE + frame(SETTINGS, payload=bytes(6))
+    for stream in (1, 3, 5):
+        sent += frame(HEADERS, 4, stream, bytes(20)) + frame(DATA, 0, stream, bytes(1000))
+    sent += frame(RST_STREAM, 0, 1, bytes(4)) + frame(DATA, END_STREAM, 3) + frame(PING, 0, 0)
+    meter, opened, at, turn = Meter(), 0, 0, 0
+    while at < len(sent):
+        step = sizes[turn % len(sizes)]
+        opened += meter.feed(memoryview(sent)[at : at + step])
+        at, turn = at + step, turn + 1
+    assert meter.greeted
+    assert opened == 3
+    assert meter.unfinished_bytes == 1000 + 64  # those of stream 5
+
+
+@pytest.mark.parametrize(
+    "sent", [b"GET / HTTP/1.1\r\n", PREFACE + frame(PING), PREFACE[:-1] + b"x"]
+)
+def test_what_does_not_begin_as_http2_is_refused(sent: bytes) -> None:
+    with pytest.raises(NotHttp2Error):
+        Meter().feed(memoryview(sent))
+
+
+def test_a_farewell_is_settings_and_a_goaway_that_says_why() -> None:
+    assert farewell("full") == frame(SETTINGS) + frame(7, payload=bytes(7) + b"\x0bfull")
+
+
+def test_a_bucket_lends_and_is_paid_by_time() -> None:
+    bucket = Bucket(rate=10, burst=5)
+    assert bucket.wait_s(100.0) == 0
+    bucket.spend(25, 100.0)
+    assert bucket.wait_s(100.0) == pytest.approx(2.0)
+    assert bucket.wait_s(101.5) == pytest.approx(0.5)
+    assert not bucket.is_full(102.4)
+    assert bucket.is_full(102.5)
+    bucket.spend(6, 1000.0)  # however long it rested, it holds no more than its burst
+    assert bucket.wait_s(1000.0) == pytest.approx(0.1)
+
+
+def test_a_report_comes_seldom_and_says_how_many_were_held_back() -> None:
+    reports = Seldom(every_s=10)
+    assert [reports.due("a", now) for now in (0.0, 1.0, 9.9, 10.0, 19.0)] == [
+        0,
+        None,
+        None,
+        2,
+        None,
+    ]
+    assert reports.due("b", 1.0) == 0
+
+
+def test_a_quota_counts_each_peer_and_all_and_names_its_limit() -> None:
+    quota = Quota("calls", 3, "calls_per_peer", 2, "calls")
+    one, other = (Caller(principal=name) for name in ("uid 1", "uid 2"))
+    with quota.one(one), quota.one(one):
+        with pytest.raises(
+            LimitError, match=r"^limits\.calls_per_peer is 2, and 2 calls of uid 1 "
+        ):
+            quota.one(one).__enter__()
+        with (
+            quota.one(other),
+            pytest.raises(LimitError, match=r"^limits\.calls is 3, and 3 calls are under way"),
+        ):
+            quota.one(other).__enter__()
+    assert quota.refused == 2
+    assert not quota.taken
+
+
+# Paths
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir(mode=0o755)
+    return directory / "agent.sock"
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "dangling"])
+@pytest.mark.parametrize("name", ["agent.sock", "agent.sock.lock"])
+def test_what_is_no_socket_and_no_lock_is_left_alone(kind: str, name: str, path: Path) -> None:
+    at, target = path.with_name(name), path.with_name("target")
+    if kind == "file":
+        at.write_text("kept")
+    elif kind == "directory":
+        at.mkdir()
+    else:
+        at.symlink_to(target)
+        if kind == "link":
+            target.write_text("kept")
+    before = at.lstat()
+    if (kind, name) == ("file", "agent.sock.lock"):
+        UnixListener(path).close()
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"{name} exists and is not .* left as it is"
+        ) as told:
+            UnixListener(path)
+        assert "\n" not in str(told.value)
+        assert not path.exists() or name == path.name
+    assert at.lstat().st_ino == before.st_ino
+    assert target.exists() == (kind == "link")
+    if kind in ("file", "link"):
+        assert at.read_text() == "kept"
+
+
+def test_a_socket_at_which_somebody_answers_is_left_and_a_dead_one_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match="another agent is listening there"):
+            UnixListener(path)
+        assert path.exists()
+    with closing(UnixListener(path)):
+        assert path.stat().st_mode & 0o777 == 0o600
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert not path.exists()
+
+
+def test_a_path_that_is_another_socket_by_now_is_not_removed(path: Path) -> None:
+    listener = UnixListener(path)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        listener.close()
+        assert path.is_socket()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_directory_that_others_may_write_is_refused(mode: int, path: Path) -> None:
+    path.parent.chmod(mode)
+    with pytest.raises(ConfigError, match=f"may write {path.parent}"):
+        UnixListener(path)
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory away")
+def test_another_users_directory_is_refused(path: Path) -> None:
+    os.chown(path.parent, NOBODY, NOBODY)
+    with pytest.raises(ConfigError, match=f"may write {path.parent}"):
+        UnixListener(path)
+
+
+# TCP
+
+
+def test_tcp_without_a_token_is_refused_and_leaves_nothing(path: Path) -> None:
+    config = Config(listen=(f"unix:{path}", "127.0.0.1:0"))
+    with pytest.raises(ConfigError, match=r"^listen: 127\.0\.0\.1:0: .*auth\.insecure_loopback"):
+        listen(config, has_token=False)
+    assert not path.exists()
+    (unix, tcp) = listen(config, has_token=True)
+    unix.close()
+    tcp.close()
+
+
+def test_origins_are_what_the_kernel_says(path: Path) -> None:
+    config = Config(listen=(f"unix:{path}", "127.0.0.1:0"), auth=Auth(insecure_loopback=True))
+    unix, tcp = listen(config, has_token=False)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            accepted, _ = unix.sockets[0].accept()
+            with accepted:
+                origin = unix.origin(accepted)
+        user = os.geteuid()
+        assert (origin.address, origin.trust) == (
+            f"unix: uid {user}, pid {os.getpid()}",
+            Trust.OWNER,
+        )
+        host, _, port = tcp.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as client:
+            accepted, _ = tcp.sockets[0].accept()
+            with accepted:
+                origin = tcp.origin(accepted)
+            assert origin.address == f"ipv4:127.0.0.1:{client.getsockname()[1]}"
+        assert (origin.principal, origin.trust) == (f"127.0.0.1, uid {user}", Trust.ANYONE)
+    finally:
+        unix.close()
+        tcp.close()
