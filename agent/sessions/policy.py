@@ -193,11 +193,12 @@ def _share(tgids: frozenset[int]) -> float:
     """The share of this machine's user processes that TGIDS are; 0 for a few."""
     if len(tgids) <= _FEW:
         return 0
-    users = frozenset(filter(_is_user_process, running_tgids())) - {INIT, os.getpid()}
+    users = frozenset(filter(is_user_process, running_tgids())) - {INIT, os.getpid()}
     return len(tgids & users) / max(len(users), 1)
 
 
-def _is_user_process(tgid: int) -> bool:
+def is_user_process(tgid: int) -> bool:
+    """Whether a process runs and is not a thread of the kernel."""
     try:
         text = (PROC / str(tgid) / "stat").read_text(errors="replace")
     except OSError:

@@ -128,7 +128,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("limits: {max_duration: .nan}", "limits.max_duration: Expected a duration"),
         ("limits: {max_duration: -1}", "limits.max_duration: Expected a duration"),
         ("limits: {max_duration: 9000h}", "from 1ms to 366 days (found '9000h')"),
-        (f"limits: {{max_duration: {'9' * 400}s}}", "limits.max_duration: Expected a duration"),
+        (f"limits: {{max_duration: {'9' * 400}s}}", "limits.max_duration: a duration such as"),
         ("limits: {keepalive: 0.0005}", "limits.keepalive: Expected a duration"),
         (
             "limits: {keepalive: 25h, connection_age: 600h}",
