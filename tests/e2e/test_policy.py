@@ -185,7 +185,7 @@ def test_a_command_name_that_is_the_agents_too_leaves_the_agent_out(tmp_path: Pa
     with agent_with(tmp_path, {}, {}) as agent:
         comm = Path(f"/proc/{agent.process.pid}/comm").read_text().strip()
         with subprocess.Popen(
-            [sys.executable, "-c", NAMED, comm],
+            [sys.executable, "-I", "-S", "-c", NAMED, comm],
             stdout=subprocess.PIPE,
         ) as other:
             try:
