@@ -149,7 +149,7 @@ def cgroup_of(tgid: int) -> Path | None:
     mount = cgroup2_mount()
     try:
         match = _CGROUP2.search((PROC / str(tgid) / "cgroup").read_text(errors="surrogateescape"))
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # A cgroup outside this agent's cgroup namespace begins with `/..`.
     return mount / match[1] if mount and match and not match[1].startswith("..") else None
@@ -184,7 +184,7 @@ def _identities(paths: Iterable[str]) -> frozenset[_Identity]:
 def _identity(directory: Path) -> _Identity | None:
     try:
         found = directory.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
 
@@ -201,7 +201,7 @@ def is_user_process(tgid: int) -> bool:
     """Whether a process runs and is not a thread of the kernel."""
     try:
         text = (PROC / str(tgid) / "stat").read_text(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
     match = _STAT_FLAGS.match(text)
     return match is not None and not int(match[1]) & _KERNEL_THREAD
