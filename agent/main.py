@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _EXIT_CONFIG: Final = 2
 # From the first signal to the end of the process, whatever its clients do.
 _END_WITHIN_S: Final = 1.3
+_SPARE_THREADS: Final = 4  # what no session does, such as probing the kernel
 
 
 # mallopt(3): the most arenas that glibc makes, and the most free memory at the end of one.
@@ -92,6 +94,7 @@ def _settle(config: Config) -> frozenset[str]:
 
 async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
     stopping = _stop_on_signal()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_threads(config), "coral"))
     async with AsyncExitStack() as stack:
         supervisor = await stack.enter_async_context(Supervisor(config))
         metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
@@ -104,6 +107,12 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         await stopping
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
+
+
+def _threads(config: Config) -> int:
+    """The threads that load and drain: one for each session, which never uses two at once, so that
+    a session that loads slowly does not delay the drains of others."""
+    return config.limits.concurrent_collectors + len(config.continuous) + _SPARE_THREADS
 
 
 def _stop_on_signal() -> asyncio.Future[None]:

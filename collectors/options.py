@@ -17,10 +17,10 @@ from coral.wire.text import is_printable
 
 T = TypeVar("T")
 
-_SIZE: Final = re.compile(r"(\d+)(KiB|MiB)?")
+_SIZE: Final = re.compile(r"([0-9]{1,15})(KiB|MiB)?")
 _SIZE_UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20}
 
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_DURATION: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)(ms|s|m|h)?")
 _MINUTE_S: Final = 60
 MOST_ITEMS: Final = 10_240  # of a list; as many as a session has entries
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -147,7 +147,7 @@ def integer(least: int, most: int) -> Parser:
     accepts = f"a whole number from {least} to {most}"
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text.strip()) or not least <= int(text) <= most:
+        if not re.fullmatch(r"-?[0-9]{1,15}", text.strip()) or not least <= int(text) <= most:
             raise ValueError(accepts)
         return int(text)
 

@@ -6,10 +6,10 @@ collector whose object includes that header can use this.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -324,9 +324,12 @@ def cgroup_tgids(directory: Path) -> set[int]:
     """The processes in a cgroup and in those below it."""
     tgids: set[int] = set()
     for procs in directory.rglob("cgroup.procs"):
-        # A cgroup may be removed meanwhile; a threaded one has no list of processes.
-        with suppress(OSError):
+        try:
             tgids.update(map(int, procs.read_text().split()))
+        except OSError as error:
+            # A cgroup may be removed meanwhile; a threaded one has no list of processes.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
+                raise
     return tgids - {0}  # a process of another pid namespace
 
 

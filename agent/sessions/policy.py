@@ -149,7 +149,7 @@ def cgroup_of(tgid: int) -> Path | None:
     mount = cgroup2_mount()
     try:
         match = _CGROUP2.search((PROC / str(tgid) / "cgroup").read_text(errors="surrogateescape"))
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # A cgroup outside this agent's cgroup namespace begins with `/..`.
     return mount / match[1] if mount and match and not match[1].startswith("..") else None
@@ -184,7 +184,7 @@ def _identities(paths: Iterable[str]) -> frozenset[_Identity]:
 def _identity(directory: Path) -> _Identity | None:
     try:
         found = directory.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
 
@@ -193,14 +193,15 @@ def _share(tgids: frozenset[int]) -> float:
     """The share of this machine's user processes that TGIDS are; 0 for a few."""
     if len(tgids) <= _FEW:
         return 0
-    users = frozenset(filter(_is_user_process, running_tgids())) - {INIT, os.getpid()}
+    users = frozenset(filter(is_user_process, running_tgids())) - {INIT, os.getpid()}
     return len(tgids & users) / max(len(users), 1)
 
 
-def _is_user_process(tgid: int) -> bool:
+def is_user_process(tgid: int) -> bool:
+    """Whether a process runs and is not a thread of the kernel."""
     try:
         text = (PROC / str(tgid) / "stat").read_text(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
     match = _STAT_FLAGS.match(text)
     return match is not None and not int(match[1]) & _KERNEL_THREAD

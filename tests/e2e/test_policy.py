@@ -185,7 +185,7 @@ def test_a_command_name_that_is_the_agents_too_leaves_the_agent_out(tmp_path: Pa
     with agent_with(tmp_path, {}, {}) as agent:
         comm = Path(f"/proc/{agent.process.pid}/comm").read_text().strip()
         with subprocess.Popen(
-            [sys.executable, "-c", NAMED, comm],
+            [sys.executable, "-I", "-S", "-c", NAMED, comm],
             stdout=subprocess.PIPE,
         ) as other:
             try:
@@ -263,3 +263,30 @@ def test_a_continuous_collector_of_the_operator_is_exempt(tmp_path: Path) -> Non
         (info,) = wait_until(lambda: agent.call("ListCollectors", request).collectors)
         assert info.continuous
         assert info.service_name == "host"
+
+
+@pytest.mark.timeout(60)
+def test_pid_files_that_block_or_never_end_take_no_slot(tmp_path: Path, stack: ExitStack) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "pid")
+    pid = sleeper(stack)
+    (tmp_path / "pid").write_text(f"{pid}\n")
+    services = {
+        name: {"pid_file": str(path)}
+        for name, path in {
+            "fifo": tmp_path / "fifo",
+            "zero": "/dev/zero",
+            "link": tmp_path / "link",
+            "good": tmp_path / "pid",
+        }.items()
+    }
+    with agent_with(tmp_path, {}, services) as agent:
+        for _ in range(2):  # more often than there are slots
+            for name in ("fifo", "zero", "link"):
+                code, text = code_and_text(
+                    agent, "StartCollector", start_request(service_name=name)
+                )
+                assert code is grpc.StatusCode.NOT_FOUND
+                assert text.startswith(f"services.{name}.pid_file: ")
+        started = agent.call("StartCollector", start_request(service_name="good"))
+        stop(agent, started.collector_id)

@@ -33,6 +33,7 @@ from tests.support import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 METHODS: Final = pb.DESCRIPTOR.services_by_name["EbpfService"].methods
+TCP_METRICS: Final = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
 WITH_TEXT: Final = [
     method.name
     for method in METHODS
@@ -270,9 +271,33 @@ def test_a_number_that_was_not_given_out_is_out_of_range(method: str, agent: Run
 # Whatever a caller sends
 
 SEED: Final = 20_261_125
-FUZZ_S: Final = 10
-TEXTS: Final = ("", "a\0b", "\x7f\n", "é" * 40, "x" * 5000, "host", "true", "1", "-1", "9" * 99)
-KEYS: Final = ("pid", "comm", "cgroup", "scope", "interval", "mode", "entries", "ring", "top")
+FUZZ_S: Final = float(os.environ.get("CORAL_FUZZ_S", "10"))
+STALL_S: Final = 0.05
+TEXTS: Final = (
+    *("", "a\0b", "\x7f\n", "é" * 40, "x" * 5000, "host", "true", "1", "-1", "9" * 99, "²", "1e9"),
+    *("\x1b[31m", "[/x]", "a\u202eb", "/", "../..", "1,2,3", "," * 5000, "1," * 20_000, "9" * 5000),
+)
+# Every option of every kind, with values that are accepted, at least with some others.
+OPTIONS: Final[dict[str, tuple[str, ...]]] = {
+    "pid": (str(os.getpid()), str(os.getppid())),
+    "comm": ("no-such-comm", "[/x]"),
+    "cgroup": ("/", ".", "no/such"),
+    "scope": ("host",),
+    "interval": ("100ms", "1s", "60s"),
+    "mode": ("events", "summaries"),
+    "ring": ("64KiB", "1MiB", "256MiB"),
+    "top": ("0", "1", "10240"),
+    "entries": ("1", "100", "10240"),
+    "include": ("read", "getppid,futex", ",".join(["openat"] * 5000)),
+    "exclude": ("read", "getppid,futex"),
+    "min_duration": ("0s", "1ms", "3600s"),
+    "sample": ("1", "10", "1000000"),
+    "by": ("connection", "peer"),
+    "prometheus": ("service", "peer"),
+    **dict.fromkeys(
+        ("follow_children", "until_exit", "from_exec", "errors_only"), ("true", "false")
+    ),
+}
 ALLOWED: Final = {
     grpc.StatusCode.OK,
     grpc.StatusCode.PERMISSION_DENIED,  # to watch the host
@@ -301,7 +326,8 @@ EXPECTED: Final = (
 
 
 class Fuzzer:
-    """Random requests: good ones with a few odd values, messages of odd values, or odd bytes."""
+    """Random requests: good ones with a few odd values or many options, messages of odd values, or
+    odd bytes."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -322,7 +348,11 @@ class Fuzzer:
     def _good(self, message: type[Message]) -> Message:
         """A request that is served, if its collector is at work."""
         if message is pb.StartEbpfCollectorRequest:
-            return start_request({"pid": os.getpid()}, duration_s=10)
+            config = {"pid": str(os.getpid())}
+            for _ in range(self._random.choice([0, 0, 1, 2, 4])):
+                config.update([self._option()])
+            kind = self._random.choice([pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, TCP_METRICS])
+            return start_request(config, kind=kind, duration_s=10)
         made = message()
         if "collector_id" in message.DESCRIPTOR.fields_by_name:
             made.collector_id = self._random.choice(self.ids)  # type: ignore[attr-defined]
@@ -336,7 +366,8 @@ class Fuzzer:
     def _fill(self, made: Message, field: Any) -> None:
         if field.message_type and field.message_type.GetOptions().map_entry:
             for _ in range(self._random.randrange(3)):
-                getattr(made, field.name)[self._text(*KEYS)] = self._text(str(os.getpid()))
+                key, value = self._option()
+                getattr(made, field.name)[self._text(key)] = value
         elif field.message_type:
             self._change(getattr(made, field.name), 0.7)
         elif field.is_repeated:
@@ -345,6 +376,10 @@ class Fuzzer:
             )
         else:
             setattr(made, field.name, self._value(field))
+
+    def _option(self) -> tuple[str, str]:
+        key = self._random.choice(sorted(OPTIONS))
+        return key, self._text(*OPTIONS[key])
 
     def _value(self, field: FieldDescriptor) -> object:
         if field.type == FieldDescriptor.TYPE_STRING:
@@ -367,6 +402,7 @@ class Fuzzer:
         return self._random.choice(TEXTS)
 
 
+@pytest.mark.timeout(FUZZ_S * PATIENCE + 120)
 def test_no_request_is_unknown_or_internal_and_the_agent_lives_on(
     agent: RunningAgent, channel: grpc.Channel, calls: Callable[..., Calls]
 ) -> None:
@@ -385,15 +421,47 @@ def test_no_request_is_unknown_or_internal_and_the_agent_lives_on(
                     started = pb.StartEbpfCollectorResponse.FromString(messages[0])
                     fuzzer.ids.append(started.collector_id)
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
+        probed = pool.submit(probe, agent, until_s)
         list(pool.map(fuzz, range(SEED, SEED + 4)))
+        latencies_s = probed.result()
     print(f"{sum(answers.values())} requests:", *sorted(answers.items()), sep="\n")
+    stalls = sum(latency_s > STALL_S for latency_s in latencies_s)
+    print(
+        f"{len(latencies_s)} calls of another client, {stalls} longer than {STALL_S:g} s, the "
+        f"longest {max(latencies_s):.3f} s"
+    )
+    assert len(latencies_s) > FUZZ_S  # every one of them succeeded, and none waited for seconds
     for method, code in EXPECTED:
         assert answers[method, code], f"the fuzzer had no {code} of {method}"
     stop_everything(agent)
     assert not any(held_by(agent.process.pid).values())
     assert [line for line in agent.log() if line["level"] in ("error", "critical")] == []
     serves_a_good_request(agent, calls("getppid", 1234))
+
+
+def probe(agent: RunningAgent, until_s: float) -> list[float]:
+    """How long the calls of a well-behaved client take, in seconds, until that time of the
+    monotonic clock."""
+    latencies_s = []
+    with grpc.insecure_channel(agent.address) as channel:
+        call: Any = channel.unary_unary(f"/{SERVICE}/StopCollector")
+        wire = pb.StopEbpfCollectorRequest(collector_id="5f3a").SerializeToString()
+        while time.monotonic() < until_s:
+            began_s = time.monotonic()
+            with pytest.raises(grpc.RpcError) as caught:
+                call(wire, timeout=20 * PATIENCE)
+            latencies_s.append(time.monotonic() - began_s)
+            refusal: Any = caught.value
+            assert refusal.code() is grpc.StatusCode.NOT_FOUND
+            time.sleep(0.01)
+    return latencies_s
+
+
+def test_the_fuzzer_knows_every_option(agent: RunningAgent) -> None:
+    answer = agent.call("GetCapabilities", pb.GetCapabilitiesRequest())
+    options = {option.name for kind in answer.collectors for option in kind.options}
+    assert options == set(OPTIONS)
 
 
 def stop_everything(agent: RunningAgent) -> None:

@@ -593,9 +593,9 @@ def test_collectors_are_listed_and_stopped_by_their_ids(agent: RunningAgent) -> 
 def test_collectors_of_any_name_are_listed_within_the_terminal(
     columns: int, agent: RunningAgent
 ) -> None:
-    """What others call their services is neither markup nor an order to the terminal."""
+    """What others call their services is no markup; test_hostile_names.py has other orders."""
     with Puppet() as puppet:
-        name = "[/x]\x1b[2J"
+        name = "[/x] [bold]y"
         started = start_collector(agent, 290, name, pid=str(puppet.pid))
         shown = run("collectors", "--agent", agent.address, COLUMNS=str(columns))
         whole = run("collectors", "--agent", agent.address)
@@ -603,7 +603,7 @@ def test_collectors_of_any_name_are_listed_within_the_terminal(
     for done in (shown, whole):
         assert (done.returncode, done.stderr) == (0, "")
         assert started.collector_id in done.stdout
-        assert "[/x]?[2J" in done.stdout
+        assert name in done.stdout
         assert "\x1b" not in done.stdout
     assert max(map(len, shown.stdout.splitlines())) <= columns
     assert re.search(r" 4m[345]\ds\b", shown.stdout)

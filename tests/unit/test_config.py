@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from coral.agent.config import Config, ConfigError, load
 from coral.cli.agent_command import agent
+from tests.support import coral
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -128,7 +130,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("limits: {max_duration: .nan}", "limits.max_duration: Expected a duration"),
         ("limits: {max_duration: -1}", "limits.max_duration: Expected a duration"),
         ("limits: {max_duration: 9000h}", "from 1ms to 366 days (found '9000h')"),
-        (f"limits: {{max_duration: {'9' * 400}s}}", "limits.max_duration: Expected a duration"),
+        (f"limits: {{max_duration: {'9' * 400}s}}", "limits.max_duration: a duration such as"),
         ("limits: {keepalive: 0.0005}", "limits.keepalive: Expected a duration"),
         (
             "limits: {keepalive: 25h, connection_age: 600h}",
@@ -211,3 +213,28 @@ def test_addresses_in_one_flag_are_split_as_in_the_environment(
     arguments = [argument for each in given for argument in ("--listen", each)]
     assert CliRunner().invoke(agent, arguments).exit_code == 0
     assert found == [listens]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("listen: []", "listen: at least one address is expected"),
+        ("limits: {keepalive: .inf}", "limits.keepalive: Expected a duration"),
+        ("a: 1\na: 2", "not YAML: the key 'a' is given twice in line 2, column 1"),
+        (None, "Is a directory"),
+    ],
+    ids=["listen", "inf", "twice", "directory"],
+)
+def test_the_agent_ends_with_status_2_and_one_line(
+    text: str | None, told: str, tmp_path: Path
+) -> None:
+    path = tmp_path if text is None else write(tmp_path, text)
+    done = subprocess.run(
+        coral("agent", "--config", str(path)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("coral agent: ")
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -8,8 +8,11 @@ from contextlib import suppress
 
 import pytest
 
+from coral.agent import main
+from coral.agent.config import Config, Continuous
 from coral.agent.errors import LimitError
 from coral.agent.jobs import Jobs
+from coral.collectors.runner import in_thread
 from tests.scripted import until
 
 
@@ -57,3 +60,20 @@ async def test_a_cancelled_caller_keeps_its_place_until_the_job_ends() -> None:
     assert task.cancelled()
     assert ended == [True]
     assert jobs.late == 0
+
+
+async def test_slow_requests_leave_the_threads_that_drain_sessions_alone() -> None:
+    jobs, may_end = Jobs(), threading.Event()
+    slow = [asyncio.create_task(jobs.run(may_end.wait, "job")) for _ in range(50)]
+    try:
+        async with asyncio.timeout(10):
+            assert await in_thread(lambda: 7) == 7
+        assert not any(task.done() for task in slow)
+    finally:
+        may_end.set()
+        await asyncio.gather(*slow)
+
+
+def test_every_session_has_a_thread_of_its_own() -> None:
+    rules = tuple(Continuous(kind="syscall_stats") for _ in range(10))
+    assert main._threads(Config(continuous=rules)) == 3 + 10 + 4

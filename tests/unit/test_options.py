@@ -72,6 +72,11 @@ def test_defaults_are_those_of_the_description() -> None:
         ("include", "read,wrote", "this kernel has no 'wrote'"),
         ("pid", "one", "process ids, such as 1234 or 1234,5678"),
         ("pid", "0", "process ids, such as 1234 or 1234,5678"),
+        ("pid", "²", "process ids, such as 1234 or 1234,5678"),
+        ("pid", "9" * 5000, "process ids, such as 1234 or 1234,5678"),
+        ("comm", "a\x1b", "a command name of at most 15 bytes, in printable characters"),
+        ("cgroup", "a\nb", "in printable characters"),
+        ("top", "9" * 5000, "a whole number from 0 to 10240"),
         ("pid", "4194303", "processes that run now: 4194303 does not"),
     ],
 )
@@ -124,6 +129,9 @@ def test_the_id_of_a_thread_is_refused() -> None:
         ({"comm": "x", "until_exit": "true"}, "it with pid or a service_name only"),
         ({"comm": "x", "from_exec": "true"}, "it with pid only"),
         ({"cgroup": "/no/such/cgroup"}, "there is none at this path"),
+        ({"comm": "x", "errors_only": "true"}, "it with mode=events only"),
+        ({"comm": "x", "min_duration": "5ms"}, "'5ms' is not accepted; give it with mode=events"),
+        ({"comm": "x", "sample": "10"}, "'10' is not accepted; give it with mode=events only"),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(config: dict[str, str], message: str) -> None:
