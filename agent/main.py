@@ -28,7 +28,7 @@ from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_CONFIG: Final = 2
 # From the first signal to the end of the process, whatever its clients do.
 _END_WITHIN_S: Final = 1.3
@@ -50,6 +50,8 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         kept = _settle(config)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config, token, kept))
+        # asyncio leaves Python's own handler behind, which would print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
         print(f"coral agent: {error}", file=sys.stderr)
         return _EXIT_CONFIG
@@ -122,6 +124,8 @@ def _stop_on_signal() -> asyncio.Future[None]:
         signalled.set()
 
     for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN and number == signal.SIGHUP:
+            continue  # by nohup
         loop.add_signal_handler(number, on_signal, number)
     return stopping
 

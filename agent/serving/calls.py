@@ -18,7 +18,6 @@ from google.protobuf.message import Message
 from coral.agent.caller import Caller
 from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
-from coral.agent.streams import Readers
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -31,15 +30,13 @@ Unary = Callable[[Any, Caller], Awaitable[Message]]
 Streaming = Callable[[Any, Caller], AbstractContextManager[AsyncIterator[bytes]]]
 
 
-def handlers(
-    descriptor: ServiceDescriptor, service: object, readers: Readers
-) -> grpc.GenericRpcHandler:
+def handlers(descriptor: ServiceDescriptor, service: object) -> grpc.GenericRpcHandler:
     """Handlers for SERVICE, which has a method, `Unary` or `Streaming`, for each RPC of
-    DESCRIPTOR. Streaming calls are among READERS while they last."""
+    DESCRIPTOR."""
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
-            method.name: _handler(method, getattr(service, method.name), readers)
+            method.name: _handler(method, getattr(service, method.name))
             for method in descriptor.methods
         },
     )
@@ -48,12 +45,10 @@ def handlers(
 def _handler(
     method: MethodDescriptor,
     behaviour: Any,  # noqa: ANN401  Unary or Streaming, as the descriptor says
-    readers: Readers,
 ) -> grpc.RpcMethodHandler[Any, Any]:
     request_type: type[Message] = getattr(pb, method.input_type.name)
     if method.server_streaming:
-        answer = _streaming(method, request_type, behaviour, readers)
-        return grpc.unary_stream_rpc_method_handler(answer)
+        return grpc.unary_stream_rpc_method_handler(_streaming(method, request_type, behaviour))
     return grpc.unary_unary_rpc_method_handler(_unary(method, request_type, behaviour))
 
 
@@ -69,19 +64,15 @@ def _unary(
 
 
 def _streaming(
-    method: MethodDescriptor, request_type: type[Message], behaviour: Streaming, readers: Readers
+    method: MethodDescriptor, request_type: type[Message], behaviour: Streaming
 ) -> Callable[[bytes, Context], Awaitable[None]]:
     async def answer(wire: bytes, context: Context) -> None:
         async with _failures_as_status(method, context):
-            caller = _caller(context)
-            with (
-                behaviour(parse(request_type, wire), caller) as messages,
-                readers.open(caller) as reader,
-            ):
+            with behaviour(parse(request_type, wire), _caller(context)) as messages:
                 # A caller that has the headers knows that its stream stands.
                 await context.send_initial_metadata(())
                 async for message in messages:
-                    await reader.take(context.write(message))
+                    await context.write(message)
 
     return answer
 

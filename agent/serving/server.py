@@ -31,9 +31,7 @@ class Server:
         self._sockets: list[UnixSocket] = []
         interceptors = [TokenInterceptor(token)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
-        self._server.add_generic_rpc_handlers(
-            (handlers(SERVICE, EbpfService(supervisor), supervisor.readers),)
-        )
+        self._server.add_generic_rpc_handlers((handlers(SERVICE, EbpfService(supervisor)),))
         self._health = Health(self._server, SERVICE.full_name)
         reflection.enable_server_reflection(
             (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server

@@ -88,12 +88,13 @@ class EbpfService:
 
     @contextmanager
     def WatchCollectors(  # noqa: N802
-        self, _request: pb.WatchCollectorsRequest, _caller: Caller
+        self, _request: pb.WatchCollectorsRequest, caller: Caller
     ) -> Iterator[AsyncIterator[bytes]]:
         """The collectors at work, then every start and end."""
         watch = self._supervisor.watch()
         try:
-            yield _encoded(watch)
+            with self._supervisor.readers.open(caller) as reader:
+                yield reader.timed(_encoded(watch))
         finally:
             watch.close()
 
@@ -107,16 +108,22 @@ class EbpfService:
                 "summaries: SUMMARIES_COLUMNS is not accepted; give SUMMARIES_ROWS, or call "
                 "StreamEventBatches: a message of StreamEvents is one event"
             )
-        with self._subscription(request, caller) as subscription:
-            yield _read(subscription, subscription.events)
+        with (
+            self._subscription(request, caller) as subscription,
+            self._supervisor.readers.open(caller) as reader,
+        ):
+            yield reader.timed(_read(subscription, subscription.events))
 
     @contextmanager
     def StreamEventBatches(  # noqa: N802
         self, request: pb.EbpfEventStreamRequest, caller: Caller
     ) -> Iterator[AsyncIterator[bytes]]:
         """Events, in batches."""
-        with self._subscription(request, caller) as subscription:
-            yield _read(subscription, lambda frame: (subscription.message(frame),))
+        with (
+            self._subscription(request, caller) as subscription,
+            self._supervisor.readers.open(caller) as reader,
+        ):
+            yield reader.timed(_read(subscription, lambda frame: (subscription.message(frame),)))
 
     @contextmanager
     def _subscription(
