@@ -31,7 +31,7 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_CONFIG: Final = 2
 # From the first signal to the end of the process, whatever its clients do.
-_END_WITHIN_S: Final = 1.3
+_END_WITHIN_S: Final = 1.2
 
 
 # mallopt(3): the most arenas that glibc makes, and the most free memory at the end of one.
@@ -93,7 +93,10 @@ def _settle(config: Config) -> frozenset[str]:
 
 
 async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
-    stopping = _stop_on_signal()
+    signalled, stopped = threading.Event(), threading.Event()
+    # It starts now: after the signal there may be no room for a thread.
+    threading.Thread(target=_end_in_time, args=(signalled, stopped), daemon=True).start()
+    stopping = _stop_on_signal(signalled)
     async with AsyncExitStack() as stack:
         supervisor = await stack.enter_async_context(Supervisor(config))
         metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
@@ -106,16 +109,15 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         await stopping
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
+    stopped.set()
 
 
-def _stop_on_signal() -> asyncio.Future[None]:
-    """A future that the first signal completes. A second signal ends the process at once; nothing
-    stays attached then either, because the kernel detaches the links of a process that ends."""
+def _stop_on_signal(signalled: threading.Event) -> asyncio.Future[None]:
+    """A future that the first signal completes; it sets SIGNALLED too. A second signal ends the
+    process at once; nothing stays attached then either, because the kernel detaches the links of a
+    process that ends."""
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
-    signalled = threading.Event()
-    # It starts now: after the signal there may be no room for a thread.
-    threading.Thread(target=_end_in_time, args=(signalled,), name="end", daemon=True).start()
 
     def on_signal(number: int) -> None:
         if stopping.done():
@@ -130,12 +132,13 @@ def _stop_on_signal() -> asyncio.Future[None]:
     return stopping
 
 
-def _end_in_time(signalled: threading.Event) -> None:
+def _end_in_time(signalled: threading.Event, stopped: threading.Event) -> None:
     """Ends the process a while after the signal, if it is still there. gRPC waits, in its own
     shutdown and again at the interpreter's end, for connections whose clients read nothing."""
     signalled.wait()
     time.sleep(_END_WITHIN_S)
-    log.warning("stopped", reason=f"something still had to be closed after {_END_WITHIN_S:g}s")
+    if not stopped.is_set():
+        log.warning("stopped", reason=f"something still had to be closed after {_END_WITHIN_S:g}s")
     os._exit(0)
 
 
