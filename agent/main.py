@@ -29,10 +29,10 @@ from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_CONFIG: Final = 2
 # From the first signal to the end of the process, whatever its clients do.
-_END_WITHIN_S: Final = 1.3
+_END_WITHIN_S: Final = 1.2
 _SPARE_THREADS: Final = 4  # what no session does, such as probing the kernel
 
 
@@ -52,6 +52,8 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         kept = _settle(config)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config, token, kept))
+        # asyncio leaves Python's own handler behind, which would print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
         print(f"coral agent: {error}", file=sys.stderr)
         return _EXIT_CONFIG
@@ -93,8 +95,11 @@ def _settle(config: Config) -> frozenset[str]:
 
 
 async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
-    stopping = _stop_on_signal()
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_threads(config), "coral"))
+    signalled, stopped = threading.Event(), threading.Event()
+    # It starts now: after the signal there may be no room for a thread.
+    threading.Thread(target=_end_in_time, args=(signalled, stopped), daemon=True).start()
+    stopping = _stop_on_signal(signalled)
     async with AsyncExitStack() as stack:
         supervisor = await stack.enter_async_context(Supervisor(config))
         metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
@@ -107,6 +112,7 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         await stopping
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
+    stopped.set()
 
 
 def _threads(config: Config) -> int:
@@ -115,14 +121,12 @@ def _threads(config: Config) -> int:
     return config.limits.concurrent_collectors + len(config.continuous) + _SPARE_THREADS
 
 
-def _stop_on_signal() -> asyncio.Future[None]:
-    """A future that the first signal completes. A second signal ends the process at once; nothing
-    stays attached then either, because the kernel detaches the links of a process that ends."""
+def _stop_on_signal(signalled: threading.Event) -> asyncio.Future[None]:
+    """A future that the first signal completes; it sets SIGNALLED too. A second signal ends the
+    process at once; nothing stays attached then either, because the kernel detaches the links of a
+    process that ends."""
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
-    signalled = threading.Event()
-    # It starts now: after the signal there may be no room for a thread.
-    threading.Thread(target=_end_in_time, args=(signalled,), name="end", daemon=True).start()
 
     def on_signal(number: int) -> None:
         if stopping.done():
@@ -131,16 +135,19 @@ def _stop_on_signal() -> asyncio.Future[None]:
         signalled.set()
 
     for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN and number == signal.SIGHUP:
+            continue  # by nohup
         loop.add_signal_handler(number, on_signal, number)
     return stopping
 
 
-def _end_in_time(signalled: threading.Event) -> None:
+def _end_in_time(signalled: threading.Event, stopped: threading.Event) -> None:
     """Ends the process a while after the signal, if it is still there. gRPC waits, in its own
     shutdown and again at the interpreter's end, for connections whose clients read nothing."""
     signalled.wait()
     time.sleep(_END_WITHIN_S)
-    log.warning("stopped", reason=f"something still had to be closed after {_END_WITHIN_S:g}s")
+    if not stopped.is_set():
+        log.warning("stopped", reason=f"something still had to be closed after {_END_WITHIN_S:g}s")
     os._exit(0)
 
 

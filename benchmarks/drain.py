@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from benchmarks import peers
 from benchmarks.bench import ROOT, Bench
@@ -117,10 +117,8 @@ def _ours(bench: Bench, count: int) -> Drained:
                 batch = collector.drain()
                 return len(batch.rows), sum(batch.losses.values())
 
-            draining = _Draining(drain, ring.wakeup, collector.interval_s)
-            draining.start()
-            seconds, call_ns = _run(calls, count)
-            draining.finish()
+            with _Draining(drain, ring.wakeup, collector.interval_s) as draining:
+                seconds, call_ns = _run(calls, count)
         finally:
             collector.close()
     return Drained(count, draining.rows, draining.lost, draining.cpu_s, seconds, call_ns)
@@ -149,10 +147,10 @@ def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
             _reader(it, perf=perf) as reader,
         ):
             it.attach()
-            draining = _Draining(lambda: (len(reader.drain()), 0), reader.wakeup, _INTERVAL_S)
-            draining.start()
-            seconds, call_ns = _run(calls, count)
-            draining.finish()
+            with _Draining(
+                lambda: (len(reader.drain()), 0), reader.wakeup, _INTERVAL_S
+            ) as draining:
+                seconds, call_ns = _run(calls, count)
             _, account = it.map("account").read()
             refused = int(sum_over_cpus(account, "lost")[0])
             lost = reader.lost if isinstance(reader, bpf.PerfReader) else refused
@@ -175,7 +173,8 @@ def _reader(it: bpf.BpfObject, *, perf: bool) -> bpf.PerfReader | bpf.RingReader
 
 class _Draining(threading.Thread):
     """Drains as a collector's `run` does: at its interval, or when a program asks for it. DRAIN
-    returns how many rows came, and how many it was told were lost."""
+    returns how many rows came, and how many it was told were lost. The thread ends with the block,
+    however that is left, after a last drain: the buffer is closed then."""
 
     def __init__(
         self, drain: Callable[[], tuple[int, int]], wakeup: select.epoll, interval_s: float
@@ -200,8 +199,11 @@ class _Draining(threading.Thread):
                 self._wakeup.poll(self._interval_s)
         self.cpu_s = time.thread_time() - began_s
 
-    def finish(self) -> None:
-        """Drains what is left, and ends."""
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._finishing.set()
         self.join()
 

@@ -7,12 +7,18 @@ A section is a module with `async def measure(bench) -> Report` and a line in SE
 
 from __future__ import annotations
 
+import signal
+
+# Before the other imports, which take a while. What a caller ignores, every process we start would
+# ignore: peers stop at SIGINT.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -41,6 +47,7 @@ from benchmarks import (
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, show
 from coral import bpf
+from coral.cli.signals import exiting
 
 SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "startup": startup.measure,
@@ -66,10 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is shown, and is no failure: the machine may be busy."""
     options = _parse(arguments)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    # What a caller ignores, every process we start would ignore: peers stop at SIGINT.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Ends as Ctrl-C does: what was started is ended, what was mounted unmounted.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What was started is ended, what was mounted unmounted.
+    with exiting():
+        return _measure(options, console)
+
+
+def _measure(options: argparse.Namespace, console: Console) -> int:
     try:
         _check_can_trace()
         machine = kernel.machine()  # now, for the load is others' now, and ours afterwards
@@ -79,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     if options.json:
         written = {
             "machine": machine,

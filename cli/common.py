@@ -16,12 +16,12 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
 
+from coral.cli.signals import cancelled_by_signals
 from coral.client import AgentError, InvalidArgumentError, default_address
 from coral.wire.text import safe
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
-EXIT_INTERRUPTED: Final = 130
 EXIT_CLOSED_PIPE: Final = 141  # a shell's status for SIGPIPE
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -106,7 +106,7 @@ def run(main: Coroutine[Any, Any, int], typed: Mapping[str, str] | None = None) 
     """Runs a command to its exit status. A refusal of the agent is one line on standard error, in
     the words that the user TYPED; see `in_users_words`."""
     try:
-        status = asyncio.run(main)
+        status = asyncio.run(cancelled_by_signals(main))
     except AgentError as error:
         echo_error(in_users_words(str(error), typed or {}))
         status = EXIT_USAGE if isinstance(error, InvalidArgumentError) else EXIT_ERROR
@@ -117,8 +117,6 @@ def run(main: Coroutine[Any, Any, int], typed: Mapping[str, str] | None = None) 
     except OSError as error:  # a full disk
         echo_error(error.strerror or str(error))
         status = EXIT_ERROR
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        status = EXIT_INTERRUPTED
     sys.exit(status)
 
 

@@ -3,6 +3,12 @@ so that a long-running agent does not hold in memory what only a terminal needs.
 
 from __future__ import annotations
 
+import signal
+
+# Before the other imports, which take a while: a command has nothing to clean up until it says so.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Final

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from coral.cli.signals import deferring
+
 _START_TIMEOUT_S: Final = 10.0
 _POLL_INTERVAL_S: Final = 0.02
 
@@ -84,11 +86,23 @@ def process(
     command: Sequence[str], stdout: int | None = None, stderr: object = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process for the duration of the block; SIGTERM ends it if it still runs then."""
-    started = subprocess.Popen(command, stdout=stdout, stderr=stderr)  # type: ignore[call-overload]
+    started = None
     try:
+        with deferring():
+            started = subprocess.Popen(  # type: ignore[call-overload]
+                command,
+                stdout=stdout,
+                stderr=stderr,
+                process_group=0,  # Ctrl-C is for the command that started it
+            )
         yield started
     finally:
-        started.terminate()
-        started.wait()
-        if started.stdout:
-            started.stdout.close()
+        if started:
+            _end(started)
+
+
+def _end(started: subprocess.Popen[bytes]) -> None:
+    started.terminate()
+    started.wait()
+    if started.stdout:
+        started.stdout.close()

@@ -22,7 +22,6 @@ from coral.agent.serving.caller import CallerOf, Context, unknown_caller
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
-from coral.agent.streams import Reader, Readers
 from coral.bpf import BpfError
 from coral.collectors.metering import Charge, metered
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -56,15 +55,13 @@ class Quotas:
 def handlers(
     descriptor: ServiceDescriptor,
     service: object,
-    readers: Readers,
     caller_of: CallerOf = unknown_caller,
     limits: Limits | None = None,
 ) -> grpc.GenericRpcHandler:
     """Handlers for SERVICE, which has a method, `Unary` or `Streaming`, for each RPC of
-    DESCRIPTOR, within LIMITS, which are theirs alone. Streaming calls are among READERS while they
-    last."""
+    DESCRIPTOR, within LIMITS, which are theirs alone."""
     limits = limits or Limits()
-    calls = _Calls(caller_of, Quotas.of(limits), readers)
+    calls = _Calls(caller_of, Quotas.of(limits))
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
@@ -78,7 +75,6 @@ def handlers(
 class _Calls:
     caller_of: CallerOf
     quotas: Quotas
-    readers: Readers
 
     def handler(
         self,
@@ -114,18 +110,17 @@ class _Calls:
                 with (
                     self.quotas.streaming.one(caller),
                     behaviour(parse(request_type, wire), caller) as (messages, charge),
-                    self.readers.open(caller) as reader,
                 ):
                     # A caller that has the headers knows that its stream stands.
                     await context.send_initial_metadata(())
-                    await metered(_write(messages, reader, context), charge)
+                    await metered(_write(messages, context), charge)
 
         return answer
 
 
-async def _write(messages: AsyncIterator[bytes], reader: Reader, context: Context) -> None:
+async def _write(messages: AsyncIterator[bytes], context: Context) -> None:
     async for message in messages:
-        await reader.take(context.write(message))
+        await context.write(message)
 
 
 @asynccontextmanager

@@ -105,7 +105,7 @@ class _Behind:
         interceptors = [TokenInterceptor(token, callers.of)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(limits))
         self._server.add_generic_rpc_handlers(
-            (handlers(SERVICE, EbpfService(supervisor), supervisor.readers, callers.of, limits),)
+            (handlers(SERVICE, EbpfService(supervisor), callers.of, limits),)
         )
         self._health = Health(self._server, SERVICE.full_name)
         reflection.enable_server_reflection(

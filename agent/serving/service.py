@@ -89,12 +89,13 @@ class EbpfService:
 
     @contextmanager
     def WatchCollectors(  # noqa: N802
-        self, _request: pb.WatchCollectorsRequest, _caller: Caller
+        self, _request: pb.WatchCollectorsRequest, caller: Caller
     ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
         """The collectors at work, then every start and end."""
         watch = self._supervisor.watch()
         try:
-            yield _encoded(watch), _to_nobody
+            with self._supervisor.readers.open(caller) as reader:
+                yield reader.timed(_encoded(watch)), _to_nobody
         finally:
             watch.close()
 
@@ -108,16 +109,23 @@ class EbpfService:
                 "summaries: SUMMARIES_COLUMNS is not accepted; give SUMMARIES_ROWS, or call "
                 "StreamEventBatches: a message of StreamEvents is one event"
             )
-        with self._subscription(request, caller) as (subscription, charge):
-            yield _read(subscription, subscription.events), charge
+        with (
+            self._subscription(request, caller) as (subscription, charge),
+            self._supervisor.readers.open(caller) as reader,
+        ):
+            yield reader.timed(_read(subscription, subscription.events)), charge
 
     @contextmanager
     def StreamEventBatches(  # noqa: N802
         self, request: pb.EbpfEventStreamRequest, caller: Caller
     ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
         """Events, in batches."""
-        with self._subscription(request, caller) as (subscription, charge):
-            yield _read(subscription, lambda frame: (subscription.message(frame),)), charge
+        with (
+            self._subscription(request, caller) as (subscription, charge),
+            self._supervisor.readers.open(caller) as reader,
+        ):
+            messages = _read(subscription, lambda frame: (subscription.message(frame),))
+            yield reader.timed(messages), charge
 
     @contextmanager
     def _subscription(

@@ -3,7 +3,7 @@
 from coral.agent.streams.channel import MAX_ROWS, MAX_SUMMARIES, Channel
 from coral.agent.streams.filter import EVERYTHING, Filter
 from coral.agent.streams.frame import Frame, Header
-from coral.agent.streams.readers import Reader, Readers
+from coral.agent.streams.readers import Readers
 from coral.agent.streams.subscription import (
     Account,
     Subscription,
@@ -20,7 +20,6 @@ __all__ = [
     "Filter",
     "Frame",
     "Header",
-    "Reader",
     "Readers",
     "Subscription",
     "SubscriptionEndedError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -32,11 +32,12 @@ class Reader:
         self._task = task
         self._clock = clock
 
-    async def take(self, write: Awaitable[None]) -> None:
-        """Awaits WRITE, which returns when the caller has room for one more message."""
-        self.blocked_since = self._clock()
-        await write
-        self.blocked_since = None
+    async def timed(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """MESSAGES, each of which counts as being written until the next one is asked for."""
+        async for message in messages:
+            self.blocked_since = self._clock()
+            yield message
+            self.blocked_since = None
 
     def let_go(self) -> None:
         """Ends the call. Its connection is closed, because a call cannot be reset where nothing is

@@ -86,8 +86,10 @@ class RingReader:
         """All complete records, in order, as a copy; frees their space.
 
         It stops at the first record that a program is still writing; records that a program
-        discarded are left out.
+        discarded are left out. Empty once the reader is closed.
         """
+        if not hasattr(self, "_consumer"):
+            return np.empty(0, self._record_dtype)
         consumed = int(self._consumer[0])
         count = (int(self._producer[0]) - consumed) // self._slot_bytes
         if not count:

@@ -16,6 +16,7 @@ import click
 from coral.cli.common import EXIT_ERROR, DurationType
 from coral.cli.demo.service import PATHS
 from coral.cli.private_agent import AgentDidNotStartError, coral, module, private_agent, process
+from coral.cli.signals import exiting
 
 _SERVICE: Final = "shop"
 _LOAD_LONGER_S: Final = 10.0  # than the tap, which begins later
@@ -30,7 +31,7 @@ def demo(duration: float) -> None:
     if os.geteuid() != 0:
         click.echo("coral demo: loading eBPF programs takes root: run it with sudo", err=True)
         sys.exit(EXIT_ERROR)
-    with ExitStack() as stack:
+    with exiting(), ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coral-demo-")))
         try:
             status = _demo(stack, directory, duration)

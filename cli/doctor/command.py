@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -20,12 +18,12 @@ from coral.cli.common import EXIT_ERROR, Output, echo_data, output_option, run
 from coral.cli.doctor.checkup import Check, Status, examine
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.private_agent import AgentDidNotStartError, PrivateAgent, private_agent
+from coral.cli.signals import exiting
 from coral.wire.text import safe, safe_lines
 
 _STYLES: Final = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 _STATUS_WIDTH: Final = 4
 _NAME_WIDTH: Final = 28
-_TERMINATED: Final = 128 + signal.SIGTERM
 
 
 @click.command()
@@ -39,14 +37,12 @@ _TERMINATED: Final = 128 + signal.SIGTERM
 def doctor(address: str | None, output: str) -> None:
     """Check this machine from end to end: what an agent needs, and that each collector sees what
     it should and leaves nothing behind. The collectors watch a process of the doctor's own."""
-    # Or the private agent would outlive its doctor.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     report = _Report(output)
     if address:
         about = f"answers at {address}"
         process = AgentProcess.at(address)
         run(report.add_all(examine(address, process, about, private=False)))
-    with tempfile.TemporaryDirectory(prefix="coral-doctor-") as directory:
+    with exiting(), tempfile.TemporaryDirectory(prefix="coral-doctor-") as directory:
         run(report.add_all(_with_agent_of_its_own(Path(directory))))
 
 

@@ -31,12 +31,19 @@ class Patient:
 
     async def __aenter__(self) -> Self:
         self._process: Process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-c", self._code, stdin=PIPE, stdout=PIPE
+            *(sys.executable, "-I", "-S", "-c", self._code),
+            stdin=PIPE,
+            stdout=PIPE,
+            process_group=0,  # Ctrl-C is for the doctor
         )
         assert self._process.stdin  # noqa: S101  they were asked for
         assert self._process.stdout  # noqa: S101
         self._stdin = self._process.stdin
-        await self._process.stdout.readline()
+        try:
+            await self._process.stdout.readline()
+        except asyncio.CancelledError:
+            self._process.kill()
+            raise
         return self
 
     async def __aexit__(

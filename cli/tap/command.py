@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,13 +25,13 @@ from coral.cli.common import (
     output_option,
     run,
 )
+from coral.cli.signals import on_signal
 from coral.cli.tap.display import Screen, Tapped, screen_of
 from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand
 from coral.client import AgentClient, AgentError, EndReason, Retry, Stream
 from coral.views.contract import Flag, Story, View
 from coral.views.registry import VIEWS
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _RETRY: Final = Retry(patience_s=5.0)  # somebody is waiting
 _APART_S: Final = 0.03  # batches that are further apart are of different intervals
 _LIMIT: Final = re.compile(r"limits\.\w+")
@@ -273,10 +272,6 @@ tap: Final = tap_command(VIEWS)
 
 async def _tap(request: Request) -> int:
     target, config = request.target, dict(request.config)
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task  # noqa: S101  a coroutine runs in one
-    for number in _SIGNALS:  # until `_follow` has its own: no collector is to outlive its tap
-        loop.add_signal_handler(number, task.cancel)
     held = await HeldCommand.start(target.command) if target.command else None
     try:
         if held:
@@ -382,23 +377,19 @@ async def _follow(
     still had are shown too."""
     stopping: set[asyncio.Task[Any]] = set()
 
-    def on_signal(number: int) -> None:
+    def stop(number: int) -> None:
         tapped.interrupted = number
+        if held:
+            held.end(number)
         stopping.add(asyncio.create_task(agent.stop(tapped.collector_id)))
-        leave_signals()
 
-    def leave_signals() -> None:
-        for number in _SIGNALS:
-            loop.remove_signal_handler(number)
-
-    loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
     try:
-        async with agent.subscribe(tapped.collector_id, interactive=True, retry=_RETRY) as stream:
-            if held:
-                held.release()
-            await _read(stream, tapped, screen)
+        with on_signal(stop):
+            async with agent.subscribe(
+                tapped.collector_id, interactive=True, retry=_RETRY
+            ) as stream:
+                if held:
+                    held.release()
+                await _read(stream, tapped, screen)
     finally:
-        leave_signals()
         await asyncio.gather(*stopping, return_exceptions=True)

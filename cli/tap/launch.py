@@ -9,6 +9,7 @@ import asyncio
 import errno
 import os
 import shutil
+import signal
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ _REPORT_BYTES: Final = 8192
 # what Python has changed for itself: LC_CTYPE, ignored signals, one more descriptor.
 _HELD: Final = f"""
 import os, signal, sys
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own prints a traceback
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGINT}})
 release_fd, report_fd, path, *command = sys.argv[1:]
 with open(f"/proc/{{os.getppid()}}/environ", "rb") as file:
     given = dict(item.split(b"=", 1) for item in file.read().split(b"\\0") if b"=" in item)
@@ -57,10 +61,16 @@ class HeldCommand:
         path = _found(command[0])
         read_fd, release_fd = os.pipe()
         report_fd, write_fd = os.pipe()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-c", _HELD, str(read_fd), str(write_fd), path, *command,
-            pass_fds=(read_fd, write_fd),
-        )  # fmt: skip
+        # A Ctrl-C, which reaches the new process too, waits until it no longer prints a traceback.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", "-c", _HELD, str(read_fd), str(write_fd)),
+                *(path, *command),
+                pass_fds=(read_fd, write_fd),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(read_fd)
         os.close(write_fd)
         return cls(process, release_fd, report_fd)
@@ -92,9 +102,19 @@ class HeldCommand:
             os.close(self._release_fd)
             self._release_fd = -1
 
+    def end(self, number: int) -> None:
+        """Passes on a signal that ends the tap. The terminal has sent a Ctrl-C to both."""
+        if number != signal.SIGINT and self._process.returncode is None:
+            self._process.send_signal(number)
+
     async def wait(self) -> int:
-        """Waits for the command's end; its exit status, as a shell has it."""
-        status = await self._process.wait()
+        """Waits for the command's end; its exit status, as a shell has it. Ends it where this is
+        cancelled."""
+        try:
+            status = await self._process.wait()
+        except asyncio.CancelledError:
+            self.end(signal.SIGTERM)
+            raise
         return status if status >= 0 else 128 - status
 
 

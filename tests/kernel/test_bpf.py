@@ -113,6 +113,13 @@ def test_discarded_records_are_left_out(ring_object: Path) -> None:
         assert ring.drain()["seq"].tolist() == [n for n in range(30) if n % 3]
 
 
+def test_a_closed_ring_is_empty(loaded_object: BpfObject) -> None:
+    with loaded_object.ring("ring", "record") as ring:
+        loaded_object.attach()
+        call_getppid(10)
+    assert ring.drain()["seq"].tolist() == []
+
+
 async def test_a_ring_wakes_the_event_loop(loaded_object: BpfObject) -> None:
     ring = loaded_object.ring("ring", "record")
     loaded_object.attach()

@@ -26,7 +26,7 @@ from coral.agent.errors import (
 from coral.agent.serving import calls
 from coral.agent.serving.calls import handlers
 from coral.agent.serving.service import SERVICE
-from coral.agent.streams import Readers, SubscriptionEndedError
+from coral.agent.streams import SubscriptionEndedError
 from coral.bpf import BpfError
 from coral.collectors.metering import Charge
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -58,7 +58,7 @@ class Failing:
 @asynccontextmanager
 async def serving(directory: Path, service: object) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((handlers(SERVICE, service, Readers(30)),))
+    server.add_generic_rpc_handlers((handlers(SERVICE, service),))
     address = f"unix:{directory}/agent.sock"
     server.add_insecure_port(address)
     await server.start()

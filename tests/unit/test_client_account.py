@@ -143,3 +143,8 @@ def test_an_agent_that_accepts_and_breaks_off_is_not_given_up_and_not_called_in_
     assert delays == [0.1, 0.2, 0.4, 0.8, 0.8, 0.8]
     backoff.delivers()
     assert backoff.delay_s(100) == 0.1
+
+
+def test_delays_stay_at_the_cap_however_long_an_agent_is_away() -> None:
+    backoff = longest(Retry(patience_s=1e9, first_delay_s=0.1, max_delay_s=5.0))
+    assert [backoff.delay_s(0) for _ in range(2_000)][6:] == [5.0] * 1_994

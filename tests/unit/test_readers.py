@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,17 @@ class Clock:
         return self.now_s
 
 
+async def _messages() -> AsyncIterator[bytes]:
+    while True:
+        yield b"x"
+
+
+async def _quiet() -> AsyncIterator[bytes]:
+    """One message, and then none."""
+    yield b"x"
+    await asyncio.Event().wait()
+
+
 class Call:
     """A streaming call whose every write waits until the test lets it return."""
 
@@ -36,13 +48,10 @@ class Call:
 
     async def _serve(self, readers: Readers, caller: Caller) -> None:
         with readers.open(caller) as reader:
-            while True:
-                await reader.take(self._write())
-
-    async def _write(self) -> None:
-        await self.may_write.wait()
-        self.may_write.clear()
-        self.written += 1
+            async for _ in reader.timed(_messages()):
+                await self.may_write.wait()
+                self.may_write.clear()
+                self.written += 1
 
     async def write_one(self) -> None:
         before = self.written
@@ -81,8 +90,8 @@ async def test_a_call_that_waits_for_events_is_not_stalled() -> None:
 
     async def quiet() -> None:
         with readers.open(LIBRARY) as reader:
-            await reader.take(asyncio.sleep(0))
-            await asyncio.Event().wait()
+            async for _ in reader.timed(_quiet()):
+                await asyncio.sleep(0)
 
     task = asyncio.create_task(quiet())
     for _ in range(3):

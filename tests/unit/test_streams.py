@@ -907,3 +907,50 @@ def test_a_filter_takes_the_summaries_that_fit(name: str) -> None:
     columns = {column: np.array(numbers) for column, numbers in values.items()}
     rows = Summaries(message, columns, ("", "shop", "shelf"), messages, 2)
     assert wanted.mask(rows).tolist() == expected
+
+
+def test_a_reader_that_fails_at_an_eviction_is_told_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = channel(2 * size_of(calls(10)))
+    broken, other = stream.subscribe(), stream.subscribe()
+    for _ in range(2):  # they are kept from before the readers below
+        stream.publish(calls(10))
+    late_broken, late = stream.subscribe(), stream.subscribe()
+
+    def fail(_index: int, _frame: Frame) -> None:
+        raise ValueError("a defect")
+
+    for reader in (broken, late_broken):
+        monkeypatch.setattr(reader, "evict", fail)
+    for _ in range(3):
+        stream.publish(calls(10))
+    for reader in (broken, late_broken):
+        with pytest.raises(SubscriptionEndedError, match="could not serve this stream: ValueError"):
+            reader.take()
+    for reader in (other, late):
+        assert sum(frame.count for frame in take_all(reader)) == 50
+    assert stream.produced == 50
+
+
+def test_losses_in_the_kernel_are_told_though_their_frames_are_dropped_one_after_another() -> None:
+    stream = channel(1)
+    reader = stream.subscribe(Terms(queue_bytes=2 * size_of(calls(10))))
+    for number in range(1, 9):
+        stream.publish(replace(calls(10), losses={pb.Loss.STAGE_KERNEL_BUFFER: number}))
+    frames = take_all(reader)
+    assert told_losses(frames)[pb.Loss.STAGE_KERNEL_BUFFER] == sum(range(1, 9))
+    assert told_losses(frames)[LOST] == 80 - sum(frame.count for frame in frames) > 0
+
+
+def test_a_pause_earns_no_more_than_a_seconds_rate() -> None:
+    stream = channel()
+    clock[0] = 0.0
+    size = size_of(calls(10))
+    reader = stream.subscribe(Terms(rate_bytes_s=4.0 * size, queue_bytes=64 << 20))
+    stream.publish(calls(10))
+    clock[0] = 3600.0
+    for _ in range(20):
+        stream.publish(calls(10))
+    assert reader.account.queued == 10 + 40
+    assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 160}
