@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -37,6 +37,7 @@ from tests.support import (
     Vitals,
     coral,
     running_agent,
+    scrape,
     wait_until,
 )
 
@@ -263,6 +264,10 @@ async def test_attackers_cost_roots_session_nothing_and_the_agent_stays_small(
             got = await working
         after_kib = resident_kib(pid)
         wait_until(lambda: Vitals.of(pid).descriptors <= before.descriptors + MORE_DESCRIPTORS, 30)
+        # Those who come after the attackers, to the same ports, are served.
+        late = Root()
+        await one_round(replace(agent, address=f"127.0.0.1:{port}"), os.getpid(), late)
+        scraped = await asyncio.to_thread(scrape, agent)
         print(json.dumps(did), got, f"RSS {before_kib} -> {after_kib} KiB, peak {peak_kib(pid)}")
 
         # The attackers are real: each did its work, however busy the machine was.
@@ -270,7 +275,8 @@ async def test_attackers_cost_roots_session_nothing_and_the_agent_stays_small(
         assert did["idle"]["connections"] > 20
         assert did["unix_socket"]["denied"] == did["unix_socket"]["tries"] > 20
 
-        assert got.failures == []
+        assert got.failures == late.failures == []
+        assert "coral_agent_sessions_active" in scraped
         assert got.rounds > len(TRAPS)
         assert got.end == EndReason.STOPPED
         assert not got.losses
@@ -281,6 +287,7 @@ async def test_attackers_cost_roots_session_nothing_and_the_agent_stays_small(
         assert peak_kib(pid) - before_kib < PEAK_KIB
         log = agent.log_path.read_text()
         assert len(log) < LOG_BYTES
+        assert not [line for line in agent.log() if "exception" in line]
         for text in strings(agent.log()):
             assert all(character.isprintable() for character in text), text
 
