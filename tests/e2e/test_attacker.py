@@ -28,7 +28,7 @@ import pytest
 
 from coral.client import AgentClient, AgentError, EndReason, Retry
 from tests.e2e.test_lifecycle import resident_kib
-from tests.programs.attacker import ATTACKS
+from tests.programs.attacker import ATTACKS, Http2, call
 from tests.support import (
     PATIENCE,
     ROOT,
@@ -323,3 +323,16 @@ def test_an_agent_follows_no_link_that_another_user_may_have_laid(
     assert str(ground.theirs) in ran.stderr
     assert laid.is_symlink()
     assert victim.read_text() == "whole"
+
+
+async def test_a_call_whose_path_is_no_text_harms_no_other_caller(ground: Ground) -> None:
+    with agent_on_every_port(ground, "token") as (agent, port):
+        for _ in range(3):
+            caller = Http2(("127.0.0.1", port))
+            caller.send(call(1, b"/\xe6\xf3", b""))
+            await asyncio.to_thread(caller.receive, 1)
+            caller.close()
+        for address in (agent.address, f"127.0.0.1:{port}"):
+            got = Root()
+            await one_round(replace(agent, address=address), os.getpid(), got)
+            assert got.failures == [], address
