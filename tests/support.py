@@ -393,7 +393,7 @@ class Watch:
         while not self.end:
             self.read()
         assert list(self._messages) == []
-        assert not self.losses
+        assert not self.losses, self.losses
         return self.end
 
     def stop(self) -> list[pb.SyscallStats]:

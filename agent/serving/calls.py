@@ -132,7 +132,8 @@ async def _failures_as_status(
     try:
         yield
     except Exception as error:
-        if context.done():  # the caller has left; a write that was under way says so
+        # The caller has left. A write that was under way may say so before gRPC notices.
+        if context.done() or isinstance(error, grpc.aio.InternalError):
             return
         code, peer = code_of(error), caller.peer
         if code is grpc.StatusCode.INTERNAL:

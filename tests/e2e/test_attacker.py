@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -27,7 +27,7 @@ import grpc
 import pytest
 
 from coral.client import AgentClient, AgentError, EndReason, Retry
-from tests.programs.attacker import ATTACKS
+from tests.programs.attacker import ATTACKS, Http2, call
 from tests.support import (
     PATIENCE,
     ROOT,
@@ -37,6 +37,7 @@ from tests.support import (
     coral,
     resident_kib,
     running_agent,
+    scrape,
     wait_until,
 )
 
@@ -184,7 +185,10 @@ async def root_works(agent: RunningAgent, until: asyncio.Event) -> Root:
                 await ready.wait()
                 asking = [tasks.create_task(call()), tasks.create_task(ask())]
                 await asyncio.wait(asking)
-                await client.stop(started.collector_id)
+                try:
+                    await client.stop(started.collector_id)
+                except AgentError as error:
+                    got.failures.append(f"at the end: {error}")
     return got
 
 
@@ -260,24 +264,30 @@ async def test_attackers_cost_roots_session_nothing_and_the_agent_stays_small(
             got = await working
         after_kib = resident_kib(pid)
         wait_until(lambda: Vitals.of(pid).descriptors <= before.descriptors + MORE_DESCRIPTORS, 30)
+        # Those who come after the attackers, to the same ports, are served.
+        late = Root()
+        await one_round(replace(agent, address=f"127.0.0.1:{port}"), os.getpid(), late)
+        scraped = await asyncio.to_thread(scrape, agent)
         print(json.dumps(did), got, f"RSS {before_kib} -> {after_kib} KiB, peak {peak_kib(pid)}")
 
-        # The attackers are real: each did its work, and those who can tell were held off.
+        # The attackers are real: each did its work, however busy the machine was.
         assert all(sum(each.values()) > 0 for each in did.values()), did
-        assert did["idle"]["closed_by_agent"] + did["idle"].get("refused_connections", 0) > 100
-        assert did["unix_socket"]["denied"] == did["unix_socket"]["tries"] > 100
+        assert did["idle"]["connections"] > 20
+        assert did["unix_socket"]["denied"] == did["unix_socket"]["tries"] > 20
 
-        assert got.failures == []
-        assert got.rounds > SECONDS / 5
+        assert got.failures == late.failures == []
+        assert "coral_agent_sessions_active" in scraped
+        assert got.rounds > len(TRAPS)
         assert got.end == EndReason.STOPPED
         assert not got.losses
-        assert got.counted == got.made > CALLS * SECONDS
+        assert got.counted == got.made > 10 * CALLS
         assert got.refusals == {(name, grpc.StatusCode.NOT_FOUND) for name in TRAPS}
 
         assert after_kib - before_kib < MORE_KIB
         assert peak_kib(pid) - before_kib < PEAK_KIB
         log = agent.log_path.read_text()
         assert len(log) < LOG_BYTES
+        assert not [line for line in agent.log() if "exception" in line]
         for text in strings(agent.log()):
             assert all(character.isprintable() for character in text), text
 
@@ -313,3 +323,16 @@ def test_an_agent_follows_no_link_that_another_user_may_have_laid(
     assert str(ground.theirs) in ran.stderr
     assert laid.is_symlink()
     assert victim.read_text() == "whole"
+
+
+async def test_a_call_whose_path_is_no_text_harms_no_other_caller(ground: Ground) -> None:
+    with agent_on_every_port(ground, "token") as (agent, port):
+        for _ in range(3):
+            caller = Http2(("127.0.0.1", port))
+            caller.send(call(1, b"/\xe6\xf3", b""))
+            await asyncio.to_thread(caller.receive, 1)
+            caller.close()
+        for address in (agent.address, f"127.0.0.1:{port}"):
+            got = Root()
+            await one_round(replace(agent, address=address), os.getpid(), got)
+            assert got.failures == [], address

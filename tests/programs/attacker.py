@@ -100,6 +100,10 @@ def start(service: bytes = b"", **config: bytes) -> bytes:
     return text(2, service) + b"\x18\x01" + b"".join(entries)
 
 
+# An agent that accepts no more leaves connections waiting: an attacker goes on to the next.
+_CONNECT_S = 0.2
+
+
 class Connection:
     """A connection whose failures are no errors: to be cut off is an attacker's lot."""
 
@@ -108,13 +112,14 @@ class Connection:
         self._socket = socket.socket(socket.AF_INET)
         if receive_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        self._socket.settimeout(1)
+        self._socket.settimeout(_CONNECT_S)
         try:
             self._socket.connect(address)
             counts["connections"] += 1
         except OSError:
             self.broken = True
             counts["refused_connections"] += 1
+        self._socket.settimeout(1)
 
     def send(self, data: bytes) -> None:
         """Sends DATA unless the connection is broken."""

@@ -416,6 +416,19 @@ def test_a_rate_is_kept_and_what_is_over_it_is_a_loss() -> None:
     assert sum(sum(f.losses.values()) for f in told) == 400 - 10 * within
 
 
+def test_a_reader_that_was_idle_may_have_a_seconds_worth_at_once_and_no_more() -> None:
+    stream = channel()
+    clock[0] = 0.0
+    reader = stream.subscribe(Terms(rate_bytes_s=2_000))
+    size = size_of(calls(10))
+    stream.publish(calls(10))
+    clock[0] = 100.0
+    for _ in range(100):
+        stream.publish(calls(10))
+    at_once = -(-2_000 // size)
+    assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 1_000 - 10 * at_once}
+
+
 def test_a_frame_larger_than_a_seconds_rate_is_sent_on_credit() -> None:
     stream = channel(64 << 20)
     clock[0] = 0.0
