@@ -26,8 +26,9 @@ from coral.agent.sessions.supervisor import Supervisor
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
-_GRACE_S: Final = 1.0
-_FLUSH_S: Final = 0.5  # for what gRPC has sent and clients have not read
+# Together with the rest of a stop they stay below two seconds.
+_GRACE_S: Final = 0.8
+_FLUSH_S: Final = 0.2  # for what gRPC has sent and clients have not read
 _PATIENCE_MS: Final = 5_000
 _HEADERS_BYTES: Final = 8 << 10
 # Up to here the agent's own refusal names `limits.request_bytes`; gRPC's cannot.
@@ -83,8 +84,8 @@ class Server:
         _value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        """Sends every subscriber the end, lets them read it, and stops, within little more than a
-        second, whatever clients do."""
+        """Sends every subscriber the end, lets them read it, and stops, within about a second,
+        whatever clients do."""
         for server in self._servers:
             await server.announce_end()
         await self._supervisor.shutdown()
@@ -130,9 +131,12 @@ class _Behind:
         await self._health.shut_down()
 
     async def stop(self) -> None:
-        """Ends every call and connection, within its grace."""
-        await self._server.stop(_GRACE_S)
+        """Ends every call and connection, within its grace, whatever clients do. gRPC itself may
+        wait for them for longer: that ends with their connections."""
+        stopping = asyncio.create_task(self._server.stop(_GRACE_S))
+        await asyncio.wait([stopping], timeout=_GRACE_S)
         await self.side.close(_FLUSH_S)
+        await stopping
         self._upstream.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,7 +19,11 @@ from coral.agent.serving.http2 import Meter, NotHttp2Error, farewell
 from coral.agent.serving.listening import UnixListener, listen
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.rate import Bucket, Seldom
+from coral.agent.serving.service import EbpfService
+from coral.agent.sessions.budget import Priority
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http2 import DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame
+from tests.scripted import Desk
 
 NOBODY = 65534
 
@@ -94,11 +97,30 @@ def test_a_quota_counts_each_peer_and_all_and_names_its_limit() -> None:
     assert not quota.taken
 
 
+@pytest.mark.parametrize(
+    ("trust", "priority"),
+    [
+        (Trust.OWNER, Priority.WATCHED),
+        (Trust.TOKEN, Priority.WATCHED),
+        (Trust.ANYONE, Priority.ON_DEMAND),
+    ],
+)
+async def test_only_a_trusted_caller_is_believed_that_a_person_waits(
+    trust: Trust, priority: Priority
+) -> None:
+    desk = Desk()
+    async with desk.supervisor:
+        session = await desk.start()
+        request = pb.EbpfEventStreamRequest(collector_id=session.id, interactive=True)
+        with EbpfService(desk.supervisor).StreamEventBatches(request, Caller(trust=trust)):
+            assert session.priority is priority
+
+
 # Paths
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
+def path(tmp_path: Path) -> Path:
     directory = tmp_path / "run"
     directory.mkdir(mode=0o755)
     return directory / "agent.sock"
