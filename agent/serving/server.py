@@ -26,8 +26,9 @@ from coral.agent.sessions.supervisor import Supervisor
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
-_GRACE_S: Final = 0.8
-_FLUSH_S: Final = 0.4  # for what gRPC has sent and clients have not read
+# Together with the rest of a stop they stay below two seconds.
+_GRACE_S: Final = 0.6
+_FLUSH_S: Final = 0.2  # for what gRPC has sent and clients have not read
 _PATIENCE_MS: Final = 5_000
 _HEADERS_BYTES: Final = 8 << 10
 # Up to here the agent itself refuses a request that is too long, and says how long it may be.
@@ -82,8 +83,8 @@ class Server:
         _value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        """Sends every subscriber the end, lets them read it, and stops, within little more than a
-        second, whatever clients do."""
+        """Sends every subscriber the end, lets them read it, and stops, within about a second,
+        whatever clients do."""
         for server in self._servers:
             await server.announce_end()
         await self._supervisor.shutdown()

@@ -19,7 +19,11 @@ from coral.agent.serving.http2 import Meter, NotHttp2Error, farewell
 from coral.agent.serving.listening import UnixListener, listen
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.rate import Bucket, Seldom
+from coral.agent.serving.service import EbpfService
+from coral.agent.sessions.budget import Priority
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http2 import DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame
+from tests.scripted import Desk
 
 NOBODY = 65534
 
@@ -91,6 +95,25 @@ def test_a_quota_counts_each_peer_and_all_and_names_its_limit() -> None:
             quota.one(other).__enter__()
     assert quota.refused == 2
     assert not quota.taken
+
+
+@pytest.mark.parametrize(
+    ("trust", "priority"),
+    [
+        (Trust.OWNER, Priority.WATCHED),
+        (Trust.TOKEN, Priority.WATCHED),
+        (Trust.ANYONE, Priority.ON_DEMAND),
+    ],
+)
+async def test_only_a_trusted_caller_is_believed_that_a_person_waits(
+    trust: Trust, priority: Priority
+) -> None:
+    desk = Desk()
+    async with desk.supervisor:
+        session = await desk.start()
+        request = pb.EbpfEventStreamRequest(collector_id=session.id, interactive=True)
+        with EbpfService(desk.supervisor).StreamEventBatches(request, Caller(trust=trust)):
+            assert session.priority is priority
 
 
 # Paths
