@@ -109,7 +109,7 @@ class EbpfService:
                 "summaries: SUMMARIES_COLUMNS is not accepted; give SUMMARIES_ROWS, or call "
                 "StreamEventBatches: a message of StreamEvents is one event"
             )
-        with self._subscription(request, caller) as (subscription, charge):
+        with self._subscription(request, caller, single_events=True) as (subscription, charge):
             yield _read(subscription, subscription.events), charge
 
     @contextmanager
@@ -122,7 +122,7 @@ class EbpfService:
 
     @contextmanager
     def _subscription(
-        self, request: pb.EbpfEventStreamRequest, caller: Caller
+        self, request: pb.EbpfEventStreamRequest, caller: Caller, *, single_events: bool = False
     ) -> Iterator[tuple[Subscription, Charge]]:
         terms = Terms(
             after_seq=request.after_seq,
@@ -130,6 +130,7 @@ class EbpfService:
             queue_bytes=request.queue_bytes,
             wanted=Filter.of(request.filter),
             columns=request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS,
+            single_events=single_events,
         )
         session = self._supervisor.readable(request.collector_id)
         caller = replace(caller, interactive=request.interactive)
