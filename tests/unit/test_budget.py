@@ -190,6 +190,22 @@ def burn(seconds: float) -> int:
     return threading.get_ident()
 
 
+def test_the_causes_are_named_and_programs_that_are_not_counted_are_not_said_to_be_free() -> None:
+    costs = Costs()
+    costs.begin(0.0)
+    costs.charge_reading(1_000_000_000)
+    costs.charge_subscriber(500_000_000)
+    costs.sample(1)
+    assert costs.recent_by_cause() == (
+        "its programs are not counted, 10.0 by reading, 9.0 by its subscribers"
+    )
+    costs.programs.count(stats(7, 0), stats(7.01, 0), Window(1.0, 1.02))
+    costs.sample(2)
+    assert costs.recent_by_cause() == (
+        "5.1 by its programs, 10.0 by reading, 9.0 by its subscribers"
+    )
+
+
 async def test_a_tasks_steps_and_threads_are_charged_and_others_are_not() -> None:
     charged: list[int] = []
 
