@@ -14,6 +14,7 @@ import grpc
 import psutil
 import pytest
 
+from coral.agent.sessions.costs import CPU_WINDOW_S
 from coral.client import AgentClient, AgentError, EndReason
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel
@@ -30,6 +31,7 @@ from tests.events import (
 from tests.support import Calls, RunningAgent, running_agent
 
 PREEMPTED = 'coral_agent_sessions_ended_total{kind="syscall_stats",reason="preempted"}'
+CPU_BY_PROGRAMS = 'coral_agent_cpu_seconds_total{cause="programs",kind="syscall_stats"}'
 STATS = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
 
 
@@ -109,6 +111,7 @@ async def test_over_the_processor_limit_the_expensive_session_goes_and_the_cheap
                     await client.stop(expensive.collector_id)
             (left,) = (await client.collectors()).collectors
             assert left.collector_id == cheap
+            assert metric(agent, CPU_BY_PROGRAMS) > 2 * 0.5 * 0.08 * CPU_WINDOW_S
         assert agent.stop() == 0
     started = [line["session"] for line in agent.log() if line["event"] == "session started"]
     assert len(started) == len(set(started)) == 3
