@@ -871,8 +871,13 @@ def test_what_64_filters_hold_at_once_is_counted_and_freed() -> None:
         ]
         for first in range(40_000, 60_000, 5_000):  # to the queues
             stream.publish(calls(5_000, first))
-        for reader in readers:  # this one is being sent
-            assert reader.take()
+        for reader in readers:
+            told, sending = reader.take(), reader.take()
+            assert told
+            assert told.losses
+            assert sending
+            assert sending.count > 4_900
+        del told, sending
         counted = stream.buffered_bytes - before
         assert counted > 64 * 4 * 5_000 * 63
         assert counted == pytest.approx(held(), rel=0.05)
@@ -907,6 +912,11 @@ def test_messages_of_single_events_count_by_their_bytes_towards_the_rate() -> No
     assert reader.account.lost[pb.Loss.STAGE_RATE_LIMIT] == 120_000 - reader.delivered > 0
     # A row comes to more than in a batch.
     assert sent / reader.delivered > 1.5 * CALL.itemsize
+    clock[0] += 1
+    for number in range(30):  # for a reader that is slow
+        stream.publish(calls(200, 120_000 + number))
+    waiting = [event for frame in take_all(reader) for event in frame.events()]
+    assert sum(map(len, waiting)) == pytest.approx(100_000, rel=0.2)
 
 
 def test_single_events_that_pass_a_filter_have_their_own_strings() -> None:
