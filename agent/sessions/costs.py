@@ -10,7 +10,7 @@ from coral.agent.machine.program_stats import ProgramUse
 
 CPU_WINDOW_S: Final = 10.0
 # gRPC sends messages from callbacks and threads that serve all calls. What these use is in
-# proportion to what a call itself uses on the loop; docs/benchmarks_events.md has the figures.
+# proportion to what a call itself uses on the loop; docs/limits.md has the figures.
 _GRPC_SHARE: Final = 0.8
 
 
