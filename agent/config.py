@@ -58,6 +58,10 @@ class ByteCount(int):
     """Bytes, written as a number or as `64KiB`, `8MiB`, `1GiB`; at most 1 TiB."""
 
 
+def _for_each_cpu(percent: float) -> float:
+    return percent * (os.cpu_count() or 1)
+
+
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
@@ -83,19 +87,19 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(
             gt=0,
             le=1_000_000,
-            description="CPU time that all collectors together may cause over 10 s, in percent of "
-            "one CPU; by default 25 for each CPU of the machine",
+            description="CPU time that all collectors together may cause, in percent of one CPU "
+            "over 10 s; by default 25 for each CPU of the machine",
         ),
-    ] = field(default_factory=lambda: 25.0 * (os.cpu_count() or 1))
+    ] = field(default_factory=lambda: _for_each_cpu(25))
     continuous_cpu_percent: Annotated[
         float,
         Meta(
             gt=0,
             le=1_000_000,
-            description="the part of `cpu_percent` that continuous collectors may cause while no "
-            "person watches them",
+            description="the part of it that continuous collectors may cause while no person "
+            "watches them; by default 5 for each CPU of the machine",
         ),
-    ] = 5.0
+    ] = field(default_factory=lambda: _for_each_cpu(5))
     subscriber_bytes_per_second: Annotated[
         ByteCount, Meta(description="the rate for one subscriber; events beyond it are lost")
     ] = ByteCount(10 << 20)

@@ -160,7 +160,7 @@ async def _report_capabilities(supervisor: Supervisor) -> None:
     features = await supervisor.features()
     if not (features.obstacle or (statistics := features["run_time_stats"]).available):
         log.warning(
-            "no run time of programs: limits.cpu_percent covers the agent's own CPU time only",
+            "no run time of programs: limits.cpu_percent covers only what runs in the agent",
             reason=statistics.reason,
         )
     for name in supervisor.config.policy.collectors:

@@ -47,8 +47,8 @@ def metrics_page() -> str:
         + "Two sessions that watch the same service would count its events twice, so only the one "
         + "that began first\nfeeds the metrics.\n\n"
         + "While the kernel keeps run-time statistics, each run of each program on the machine "
-        + "costs about 80 ns\nmore. The agent turns them on for 100 ms in every 5 s, and only "
-        + "while a collector works;\n`coral_agent_program_run_seconds_total` and "
+        + "costs about 80 ns\nmore. The agent turns them on for 20 ms about once a second, "
+        + "and only while a collector works;\n`coral_agent_program_run_seconds_total` and "
         + "`coral_agent_program_runs_total` are scaled up\nfrom these samples.\n\n"
         + "There are also prometheus-client's own `process_*` and `python_*`.\n"
     )

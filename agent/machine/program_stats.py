@@ -16,13 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-import structlog
-
 from coral.bpf import BpfObject, ProgramStats
 from coral.bpf.libbpf import EXHAUSTED, BpfError
 from coral.bpf.loading.object import enable_run_time_stats
-
-log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
 WINDOW_S: Final = 0.02
 # A fixed period would always meet the same part of what a program does every second.
@@ -44,6 +40,7 @@ class ProgramUse:
 
     counted_until_s: float  # by the monotonic clock; at first, when the programs were attached
     seconds: float = 0.0
+    is_known: bool = False  # whether the kernel has counted any
 
     def count(
         self, before: Mapping[str, ProgramStats], after: Mapping[str, ProgramStats], window: Window
@@ -52,6 +49,7 @@ class ProgramUse:
         what that adds to each program."""
         scale = max(window.end_s - self.counted_until_s, window.length_s) / window.length_s
         self.counted_until_s = window.end_s
+        self.is_known = True
         added = {
             name: RunEstimate(
                 (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale,
@@ -100,8 +98,7 @@ class ProgramStatsSampler:
                     await self._sample()
                 except BpfError as error:
                     if error.errno not in EXHAUSTED:
-                        log.warning("no run time of programs", reason=str(error))
-                        return
+                        return  # this kernel has no such statistics; the log says so at the start
             await asyncio.sleep(random.uniform(*PERIOD_S) - WINDOW_S)  # noqa: S311  no secret
 
     async def _sample(self) -> None:

@@ -110,7 +110,7 @@ class EbpfService:
                 "StreamEventBatches: a message of StreamEvents is one event"
             )
         with (
-            self._subscription(request, caller) as (subscription, charge),
+            self._subscription(request, caller, single_events=True) as (subscription, charge),
             self._supervisor.readers.open(caller) as reader,
         ):
             yield reader.timed(_read(subscription, subscription.events)), charge
@@ -129,7 +129,7 @@ class EbpfService:
 
     @contextmanager
     def _subscription(
-        self, request: pb.EbpfEventStreamRequest, caller: Caller
+        self, request: pb.EbpfEventStreamRequest, caller: Caller, *, single_events: bool = False
     ) -> Iterator[tuple[Subscription, Charge]]:
         terms = Terms(
             after_seq=request.after_seq,
@@ -137,6 +137,7 @@ class EbpfService:
             queue_bytes=request.queue_bytes,
             wanted=Filter.of(request.filter),
             columns=request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS,
+            single_events=single_events,
         )
         session = self._supervisor.readable(request.collector_id)
         caller = replace(caller, interactive=request.interactive and caller.may_claim)

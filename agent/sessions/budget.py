@@ -23,6 +23,8 @@ class Priority(enum.IntEnum):
 
 S = TypeVar("S")
 
+RELIEF: Final = 0.8  # the share of a limit that is in use after a preemption, at most
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Generic[S]):
@@ -47,8 +49,9 @@ def first_to_go(candidates: Iterable[Candidate[S]], limit: float) -> S | None:
     """The session to preempt; None while all together use no more than LIMIT.
 
     It is the most expensive one of the lowest priority that suffices: of the lowest priority P for
-    which the use is within the limit once all sessions of P and below are gone. So a cheap session
-    does not go in vain where a more important one would have to follow it.
+    which the use falls to RELIEF of the limit once all sessions of P and below are gone. So a cheap
+    session does not go in vain, neither where a more important one would have to follow it, nor
+    where another's use is growing and has just passed the limit.
     """
     ordered = sorted(candidates, key=lambda candidate: (candidate.priority, -candidate.used))
     left = sum(candidate.used for candidate in ordered)
@@ -57,7 +60,7 @@ def first_to_go(candidates: Iterable[Candidate[S]], limit: float) -> S | None:
     for _, group in groupby(ordered, key=lambda candidate: candidate.priority):
         first, *others = group
         left -= first.used + sum(candidate.used for candidate in others)
-        if left <= limit:
+        if left <= RELIEF * limit:
             return first.session
     return ordered[0].session if ordered else None
 

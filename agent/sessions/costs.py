@@ -10,7 +10,7 @@ from coral.agent.machine.program_stats import ProgramUse
 
 CPU_WINDOW_S: Final = 10.0
 # gRPC sends messages from callbacks and threads that serve all calls. What these use is in
-# proportion to what a call itself uses on the loop; docs/benchmarks_events.md has the figures.
+# proportion to what a call itself uses on the loop; docs/limits.md has the figures.
 _GRPC_SHARE: Final = 0.8
 
 
@@ -43,12 +43,6 @@ class CpuUse:
             (self.subscribers - earlier.subscribers) * scale,
         )
 
-    def __str__(self) -> str:
-        return (
-            f"{self.programs:.1f} by its programs, {self.reading:.1f} by reading, "
-            f"{self.subscribers:.1f} by its subscribers"
-        )
-
 
 class Costs:
     """The CPU time that one session has caused since its programs were attached. Its start is not
@@ -77,6 +71,16 @@ class Costs:
     def used(self) -> CpuUse:
         """So far, in seconds."""
         return CpuUse(self.programs.seconds, self._reading_ns / 1e9, self._subscribers_ns / 1e9)
+
+    def recent_by_cause(self) -> str:
+        """The use that `sample` returned last, in words."""
+        programs = f"{self.recent.programs:.1f} by its programs"
+        if not self.programs.is_known:
+            programs = "its programs are not counted"
+        return (
+            f"{programs}, {self.recent.reading:.1f} by reading, {self.recent.subscribers:.1f} by "
+            "its subscribers"
+        )
 
     def sample(self, at_s: float) -> CpuUse:
         """The percentage of one CPU that was used in the CPU_WINDOW_S before AT_S. The time before

@@ -52,12 +52,12 @@ async def _enforce_cpu(limits: Limits, spending: Spending) -> None:
         session.costs.sample(now)
     excess = cpu_excess(by_cpu(spending.at_work()), limits)
     if excess:
-        used = excess.session.costs.recent
+        costs = excess.session.costs
         await _preempt(
             excess.session,
             f"{excess.limit} is {excess.value:g} of one CPU; collectors used {excess.used:.1f} "
-            f"over {CPU_WINDOW_S:g}s, this one {used.total:.1f} ({used}): {_remedy(used)}, or "
-            "raise the limit",
+            f"over {CPU_WINDOW_S:g}s, this one {costs.recent.total:.1f} "
+            f"({costs.recent_by_cause()}): {_remedy(costs.recent)}, or raise the limit",
         )
 
 

@@ -66,15 +66,15 @@ class Channel:
 
     @property
     def buffered_bytes(self) -> int:
-        """Memory held for subscribers: the replay, and queued frames that are no longer in it."""
+        """Memory held for subscribers: the replay, and what they hold that is not in it."""
         kept = {id(frame): frame.memory_bytes for frame in self.kept}
-        queued = {
+        held = {
             id(frame): frame.memory_bytes
             for subscription in self.subscriptions
-            for frame in subscription.queued_frames()
+            for frame in subscription.held_frames()
             if id(frame) not in kept
         }
-        return sum(kept.values()) + sum(queued.values())
+        return sum(kept.values()) + sum(held.values())
 
     def publish(self, batch: Batch) -> None:
         """Numbers a batch and offers it to every subscriber. Never blocks. Rows that are more than

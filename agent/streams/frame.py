@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from google.protobuf.message import Message
@@ -40,7 +41,8 @@ class _Made:
 
     events: bytes = b""  # the encoding that individual events lie in
     encoded: dict[bool, bytes] = field(default_factory=dict)  # by whether as columns
-    filtered: dict[Filter, Frame] = field(default_factory=dict)
+    # Only while a subscriber holds them: there can be as many filters as subscribers over time.
+    filtered: WeakValueDictionary[Filter, Frame] = field(default_factory=WeakValueDictionary)
     is_shared: bool = True
 
 
@@ -99,9 +101,17 @@ class Frame:
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes in memory with the encodings and filtered frames that are kept now."""
-        filtered = sum(frame.memory_bytes for frame in self._made.filtered.values())
-        return self.size_bytes + filtered + sum(map(len, self._made.encoded.values()))
+        """What it takes in memory with the encodings that are kept now."""
+        seqs_bytes = 0 if self.seqs is None else self.seqs.nbytes
+        return self.size_bytes + seqs_bytes + sum(map(len, self._made.encoded.values()))
+
+    @cached_property
+    def event_bytes(self) -> int:
+        """About what one of its rows takes as an encoded EbpfEvent: as much as the first."""
+        if self.rows is None:
+            return 0
+        first = self._with(rows=take(self.rows, np.arange(1)), seqs=None, losses=_NOTHING, end=None)
+        return len(next(first.events()))
 
     @property
     def lost_in_kernel_before(self) -> Counts:
@@ -166,13 +176,13 @@ class Frame:
         return message.SerializeToString()
 
     def filtered(self, wanted: Filter) -> Frame:
-        """The frame with the rows that pass; made once for each distinct filter while the frame is
-        recent."""
+        """The frame with the rows that pass; the same one for equal filters while the frame is
+        recent and any reader holds it."""
         if not self.rows or not wanted:
             return self
         made = self._made
-        if wanted in made.filtered:
-            return made.filtered[wanted]
+        if found := made.filtered.get(wanted):
+            return found
         keep = wanted.mask(self.rows)
         seqs = self.first_seq + np.flatnonzero(keep)
         frame = self._with(rows=take(self.rows, keep), seqs=seqs)

@@ -45,6 +45,7 @@ class Terms:
     rate_bytes_s: float = 0
     wanted: Filter = EVERYTHING
     columns: bool = False
+    single_events: bool = False  # a message for each event, by `Subscription.events`
     interactive: bool = False
     peer: str = ""
 
@@ -132,6 +133,7 @@ class Subscription:
         self._next_kept = channel.kept_from  # the next frame to read of those kept
         self._kept_until = channel.kept_from + len(channel.kept)
         self._live = _Queue()
+        self._taken: Frame | None = None  # it is being sent
         self._took_end = False
         self._allowance_bytes = terms.rate_bytes_s
         self._allowed_at: float | None = None
@@ -167,7 +169,7 @@ class Subscription:
             return
         if self._failure:
             self._drop(self._live.tail, passed, pb.Loss.STAGE_SUBSCRIBER_QUEUE)
-        elif not self._within_rate(passed.size_bytes, now):
+        elif not self._within_rate(self._message_bytes(passed), now):
             self._drop(self._live.tail, passed, pb.Loss.STAGE_RATE_LIMIT)
         else:
             self._admit(self._live, passed)
@@ -250,6 +252,10 @@ class Subscription:
             self.lost[stage] += count
             self.channel.subscribers_lost[stage] += count
 
+    def _message_bytes(self, frame: Frame) -> int:
+        """What sending FRAME takes; where that is a message for each event, an estimate."""
+        return frame.event_bytes * frame.count if self.terms.single_events else frame.size_bytes
+
     def _within_rate(self, size_bytes: int, now: float) -> bool:
         rate = self.terms.rate_bytes_s
         if not rate:
@@ -284,8 +290,10 @@ class Subscription:
         first_seq = max(channel.kept[at].first_seq, self.terms.after_seq + 1)
         return channel.kept[until - 1].last_seq - first_seq + 1
 
-    def queued_frames(self) -> Iterator[Frame]:
-        """The frames that wait in its queue."""
+    def held_frames(self) -> Iterator[Frame]:
+        """The frames that wait in its queue, and the one that was taken last."""
+        if self._taken:
+            yield self._taken
         for queue in (self._held, self._live):
             for _, frame in queue.entries:
                 yield frame
@@ -294,6 +302,7 @@ class Subscription:
         """The next frame, or None where there is none yet. Raises EOFError after the end, and
         `SubscriptionEndedError` where the agent has ended the subscription. NOW is the channel's
         clock; with it, a frame that says where the stream stands comes when one is due."""
+        self._taken = None
         if self._failure:
             raise SubscriptionEndedError(self._failure)
         if self._took_end:
@@ -374,6 +383,7 @@ class Subscription:
         return self._tell(gap, self.channel.produced, self.channel.lost_in_kernel)
 
     def _took(self, frame: Frame, now: float | None) -> None:
+        self._taken = frame
         self._told.filtered += frame.covered - frame.count if frame.count else 0
         self.delivered += frame.count
         self._seq = frame.last_seq
@@ -396,7 +406,10 @@ class Subscription:
 
     def events(self, frame: Frame) -> Iterator[bytes]:
         """The frame that was just taken as encoded EbpfEvents, one for each event."""
-        yield from frame.events(self._stream_account())
+        self._allowance_bytes += self._message_bytes(frame)  # the estimate gives way to the figure
+        for event in frame.events(self._stream_account()):
+            self._allowance_bytes -= len(event)
+            yield event
 
     def _stream_account(self) -> pb.StreamAccount:
         return pb.StreamAccount(filtered=self._told.filtered, lost=loss_messages(self._told.lost))
@@ -418,6 +431,7 @@ class Subscription:
         self.channel.subscriptions.discard(self)
         self._held.clear()
         self._live.clear()
+        self._taken = None
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
+from coral.agent.sessions.costs import CPU_WINDOW_S
 from coral.client import AgentClient, AgentError, EndReason
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel
@@ -29,6 +31,7 @@ from tests.events import (
 from tests.support import Calls, RunningAgent, running_agent
 
 PREEMPTED = 'coral_agent_sessions_ended_total{kind="syscall_stats",reason="preempted"}'
+CPU_BY_PROGRAMS = 'coral_agent_cpu_seconds_total{cause="programs",kind="syscall_stats"}'
 STATS = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
 
 
@@ -87,9 +90,12 @@ async def test_as_many_collectors_as_the_limit_says_start_at_one_time(
 async def test_over_the_processor_limit_the_expensive_session_goes_and_the_cheap_one_stays(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    running = calls("getppid", 1_000_000_000_000)
-    nobody = {"kind": "tcp_metrics", "service": "cheap", "config": {"comm": "coral-nobody"}}
-    config = {"limits": {"cpu_percent": 12}, "continuous": [nobody]}
+    running = calls("getppid", 1_000_000_000_000, threads=2)
+    nobody = {"comm": "coral-nobody", "interval": "500ms"}
+    config = {
+        "limits": {"cpu_percent": 10},
+        "continuous": [{"kind": "tcp_metrics", "service": "cheap", "config": nobody}],
+    }
     with running_agent(tmp_path / "agent", config) as agent:
         async with connected(agent) as client:
             cheap = await continuous(client)
@@ -97,17 +103,68 @@ async def test_over_the_processor_limit_the_expensive_session_goes_and_the_cheap
             for turn in (1, 2):  # it is the expensive one each time
                 expensive = await client.start(STATS, config={"pid": str(running.pid)})
                 got = await receive(client, expensive.collector_id)
-                assert_preempted_for_processor_time(got, 12)
+                assert_preempted_for_processor_time(got, 10)
                 assert metric(agent, PREEMPTED) == turn
                 with pytest.raises(
-                    AgentError, match=r"has ended: PREEMPTED: limits\.cpu_percent is 12 of one CPU"
+                    AgentError, match=r"has ended: PREEMPTED: limits\.cpu_percent is 10 of one CPU"
                 ):
                     await client.stop(expensive.collector_id)
             (left,) = (await client.collectors()).collectors
             assert left.collector_id == cheap
+            assert metric(agent, CPU_BY_PROGRAMS) > 2 * 0.5 * 0.08 * CPU_WINDOW_S
         assert agent.stop() == 0
     started = [line["session"] for line in agent.log() if line["event"] == "session started"]
     assert len(started) == len(set(started)) == 3
+
+
+async def test_scrapes_refused_callers_and_starts_are_charged_to_no_session(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    limit_percent, at_least_s = 30, 11.0  # more than what the limit is a mean of
+    idle = calls("getppid", 1)
+    nobody = {"kind": "tcp_metrics", "service": "cheap", "config": {"comm": "coral-nobody"}}
+    config = {
+        "limits": {"cpu_percent": limit_percent, "continuous_cpu_percent": limit_percent},
+        "continuous": [nobody],
+    }
+    with running_agent(tmp_path / "agent", config) as agent:
+        async with connected(agent) as client:
+            staying = {
+                await continuous(client),
+                *[await start_events(client, idle.pid) for _ in "ab"],
+            }
+            readers = [asyncio.create_task(receive(client, one)) for one in staying]
+            began, cpu_before_s = time.monotonic(), cpu_s(agent)
+            scrapes = [asyncio.create_task(scrape_until(agent, began + at_least_s)) for _ in "abcd"]
+            short = 0
+            while short < 10 or time.monotonic() < began + at_least_s:
+                with pytest.raises(AgentError, match="pid"):
+                    await client.start(STATS, config={"pid": "0"})
+                short_one = await client.start(STATS, config={"pid": str(idle.pid)})
+                await client.stop(short_one.collector_id)
+                short += 1
+            await asyncio.gather(*scrapes)
+            used_percent = 100 * (cpu_s(agent) - cpu_before_s) / (time.monotonic() - began)
+            assert used_percent > 1.5 * limit_percent
+            listed = {one.collector_id for one in (await client.collectors()).collectors}
+            assert listed == staying
+            assert metric(agent, PREEMPTED) == 0
+            for one in staying:
+                await client.stop(one)
+            for got in await asyncio.gather(*readers):
+                assert got.end.reason == EndReason.STOPPED
+
+
+def cpu_s(agent: RunningAgent) -> float:
+    """CPU time that the agent's process has used."""
+    times = psutil.Process(agent.process.pid).cpu_times()
+    return times.user + times.system
+
+
+async def scrape_until(agent: RunningAgent, end: float) -> None:
+    """Scrapes without a pause."""
+    while time.monotonic() < end:
+        await asyncio.to_thread(metric, agent, PREEMPTED)
 
 
 async def continuous(client: AgentClient) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from coral.agent.config import ByteCount, Limits
 from coral.agent.machine.program_stats import ProgramUse, Window
 from coral.agent.sessions.budget import (
+    RELIEF,
     Candidate,
     Needs,
     Priority,
@@ -48,8 +49,12 @@ def sessions(*used: tuple[Priority, float]) -> list[Candidate[int]]:
         ([(CONTINUOUS, 0.5), (ON_DEMAND, 4), (WATCHED, 15)], 5, 2),
         # The one that matters least, where that suffices, however cheap.
         ([(CONTINUOUS, 2), (ON_DEMAND, 4)], 5, 0),
-        ([(WATCHED, 4), (ON_DEMAND, 2), (CONTINUOUS, 1)], 6.5, 2),
+        ([(WATCHED, 4), (ON_DEMAND, 2), (CONTINUOUS, 2)], 7.5, 2),
+        # A cheap one is no relief from the growth of another.
+        ([(CONTINUOUS, 0.5), (ON_DEMAND, 4.6)], 5, 1),
+        ([(CONTINUOUS, 1.2), (ON_DEMAND, 4)], 5, 0),
         ([(WATCHED, 30), (ON_DEMAND, 20)], 40, 1),
+        ([(WATCHED, 30), (ON_DEMAND, 20)], 36, 0),
         # The most expensive one of a priority, in any order.
         ([(ON_DEMAND, 1), (ON_DEMAND, 9), (ON_DEMAND, 3)], 10, 1),
         ([(CONTINUOUS, 2), (CONTINUOUS, 3), (ON_DEMAND, 4)], 5, 1),
@@ -77,11 +82,11 @@ def test_sessions_go_until_the_rest_is_within_the_limit_and_none_goes_in_vain(
     while (session := first_to_go(left.values(), limit)) is not None:
         gone.append(left.pop(session))
     assert sum(each.used for each in left.values()) <= limit
-    # Those of any lower priority alone would not have been enough.
+    # Those of any lower priority alone would have been no relief.
     if gone:
         highest = max(each.priority for each in gone)
         spared = [each for each in sessions(*used) if each.priority >= highest]
-        assert sum(each.used for each in spared) > limit
+        assert sum(each.used for each in spared) > RELIEF * limit
         # Nobody cheaper went for a priority while a more expensive one of it stayed.
         for went, stayed in ((w, s) for w in gone for s in left.values()):
             assert went.priority != stayed.priority or went.used >= stayed.used
@@ -183,6 +188,22 @@ def burn(seconds: float) -> int:
     while time.thread_time() < until:
         pass
     return threading.get_ident()
+
+
+def test_the_causes_are_named_and_programs_that_are_not_counted_are_not_said_to_be_free() -> None:
+    costs = Costs()
+    costs.begin(0.0)
+    costs.charge_reading(1_000_000_000)
+    costs.charge_subscriber(500_000_000)
+    costs.sample(1)
+    assert costs.recent_by_cause() == (
+        "its programs are not counted, 10.0 by reading, 9.0 by its subscribers"
+    )
+    costs.programs.count(stats(7, 0), stats(7.01, 0), Window(1.0, 1.02))
+    costs.sample(2)
+    assert costs.recent_by_cause() == (
+        "5.1 by its programs, 10.0 by reading, 9.0 by its subscribers"
+    )
 
 
 async def test_a_tasks_steps_and_threads_are_charged_and_others_are_not() -> None:

@@ -202,18 +202,18 @@ async def test_a_preempted_continuous_collector_comes_back_when_there_is_room(
 
     room_take = Room.take
     monkeypatch.setattr(Room, "take", take)
-    desk = Desk(Limits(cpu_percent=50), Continuous(kind="syscall_stats"))
+    desk = Desk(Limits(cpu_percent=50, continuous_cpu_percent=50), Continuous(kind="syscall_stats"))
     async with desk.supervisor:
         await until(desk.supervisor.at_work)
         (continuous,) = desk.supervisor.at_work()
         expensive = await desk.start()
         # Without the continuous one, the other is within the limit.
-        expensive.costs.charge_reading(4_800_000_000)
-        continuous.costs.charge_reading(400_000_000)
+        expensive.costs.charge_reading(3_500_000_000)
+        continuous.costs.charge_reading(1_700_000_000)
         await continuous.ended.wait()
         assert continuous.end
         assert continuous.end.reason == pb.SessionEnd.REASON_PREEMPTED
-        assert "limits.cpu_percent is 50 of one CPU; collectors used 52" in str(continuous.end)
+        assert "limits.cpu_percent is 50 of one CPU; collectors used 5" in str(continuous.end)
         await until(lambda: len(answers) > 1)
         assert answers == [False] * len(answers)
         assert desk.supervisor.at_work() == [expensive]

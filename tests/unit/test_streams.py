@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -841,15 +843,93 @@ def test_late_readers_leave_nothing_behind_whatever_they_filter() -> None:
             for frame in take_all(reader):
                 reader.message(frame)
             reader.close()
-    old = list(stream.kept)[:-32]
-    assert len(old) > 50
-    assert all(frame.memory_bytes == frame.size_bytes for frame in old)
-    recent = sum(frame.memory_bytes - frame.size_bytes for frame in list(stream.kept)[-32:])
-    assert recent > 0
-    assert stream.buffered_bytes == sum(f.size_bytes for f in stream.kept) + recent
-    for number in range(64):  # and what recent frames have goes with the next ones
-        stream.publish(calls(1, number))
-    assert stream.buffered_bytes < held + 64 * 300
+    assert len(stream.kept) > 80
+    assert all(frame.memory_bytes == frame.size_bytes for frame in stream.kept)
+    assert stream.buffered_bytes == held
+
+
+@contextmanager
+def traced() -> Iterator[Callable[[], int]]:
+    """Yields a function that says how many more bytes are held than at the start of the block."""
+    np.unique(np.arange(2))  # it imports a module at its first call
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        yield lambda: tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("summaries_", [False, True], ids=["events", "summaries"])
+def test_64_filters_one_after_another_leave_nothing(summaries_: bool, columns: bool) -> None:
+    stream = channel(4 << 20)
+    for number in range(8):
+        stream.publish(batch(500) if summaries_ else calls(5_000, number * 5_000))
+    assert stream.kept_bytes > 40 << 10
+    with traced() as held:
+        for number in range(64):
+            read_all(stream, Terms(wanted=Filter(min_duration_ns=number), columns=columns))
+        assert held() < 64 << 10
+
+
+def test_what_64_filters_hold_at_once_is_counted_and_freed() -> None:
+    stream = channel(1 << 20)
+    for first in range(0, 40_000, 5_000):
+        stream.publish(calls(5_000, first))
+    before = stream.buffered_bytes
+    with traced() as held:
+        readers = [
+            stream.subscribe(Terms(wanted=Filter(min_duration_ns=number))) for number in range(64)
+        ]
+        for first in range(40_000, 60_000, 5_000):  # to the queues
+            stream.publish(calls(5_000, first))
+        for reader in readers:
+            told, sending = reader.take(), reader.take()
+            assert told
+            assert told.losses
+            assert sending
+            assert sending.count > 4_900
+        del told, sending
+        counted = stream.buffered_bytes - before
+        assert counted > 64 * 4 * 5_000 * 63
+        assert counted == pytest.approx(held(), rel=0.05)
+        for reader in readers:
+            take_all(reader)
+            reader.close()
+        del readers, reader
+        assert held() < stream.buffered_bytes + (128 << 10) < 2 << 20
+
+
+def read_all(stream: Channel, terms: Terms) -> None:
+    """A reader that comes, reads everything, and goes."""
+    reader = stream.subscribe(terms)
+    for frame in take_all(reader):
+        reader.message(frame)
+    reader.close()
+
+
+def test_messages_of_single_events_count_by_their_bytes_towards_the_rate() -> None:
+    stream = channel(64 << 20)
+    clock[0] = 0.0
+    terms = Terms(rate_bytes_s=100_000, queue_bytes=64 << 20, single_events=True)
+    reader = stream.subscribe(terms)
+    sent = 0
+    for tick in range(600):
+        clock[0] = tick / 10
+        stream.publish(calls(200, tick * 200))
+        for frame in take_all(reader):
+            sent += sum(map(len, reader.events(frame)))
+    # A second's worth is saved up, and the last frame is on credit.
+    assert sent == pytest.approx(61 * 100_000, rel=0.02)
+    assert reader.account.lost[pb.Loss.STAGE_RATE_LIMIT] == 120_000 - reader.delivered > 0
+    # A row comes to more than in a batch.
+    assert sent / reader.delivered > 1.5 * CALL.itemsize
+    clock[0] += 1
+    for number in range(30):  # for a reader that is slow
+        stream.publish(calls(200, 120_000 + number))
+    waiting = [event for frame in take_all(reader) for event in frame.events()]
+    assert sum(map(len, waiting)) == pytest.approx(100_000, rel=0.2)
 
 
 def test_single_events_that_pass_a_filter_have_their_own_strings() -> None:
