@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ from coral.wire.kinds import kind_name
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_EXIT_FAILED: Final = 1
 _EXIT_CONFIG: Final = 2
 
 
@@ -44,11 +44,18 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         logs.configure(config.log_format, config.log_level)
         token = read_token(config)  # before root is given up: only root may be able to read it
         kept = _settle(config)
+        logs.start()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config, token, kept))
     except ConfigError as error:
-        print(f"coral agent: {error}", file=sys.stderr)
+        logs.close()
+        logs.say(f"coral agent: {error}")
         return _EXIT_CONFIG
+    except Exception:
+        log.exception("the agent failed unexpectedly")
+        return _EXIT_FAILED
+    finally:
+        logs.close()
     return 0
 
 

@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from coral.agent import logs
 from coral.agent.config import MAX_PORT, ConfigError
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.contract import Measures
@@ -108,6 +109,11 @@ class _AgentMetrics(Collector):
                 _label_values(pb.Loss.Stage, "STAGE_"),
             ),
             *self._program_stats(),
+            CounterMetricFamily(
+                f"{_PREFIX}log_lines_dropped",
+                "Lines of the agent's log that could not be written, or not in time.",
+                logs.lines_dropped(),
+            ),
         )
 
     def _program_stats(self) -> tuple[Metric, Metric]:
