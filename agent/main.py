@@ -16,8 +16,10 @@ import structlog
 from coral.agent import logs
 from coral.agent.config import Config, ConfigError, load
 from coral.agent.machine import privileges
-from coral.agent.serving import prometheus as metrics
+from coral.agent.notify import Notifier
+from coral.agent.serving import monitoring
 from coral.agent.serving.caller import read_token
+from coral.agent.serving.health import Readiness
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
@@ -96,9 +98,15 @@ def _settle(config: Config) -> frozenset[str]:
 async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
     stopping = _stop_on_signal()
     async with AsyncExitStack() as stack:
+        notifier = Notifier()
+        stack.callback(notifier.close)
         supervisor = await stack.enter_async_context(Supervisor(config))
-        metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
+        readiness = Readiness(supervisor)
+        metrics_address = stack.enter_context(
+            monitoring.serve(config.metrics, supervisor, readiness)
+        )
         server = await stack.enter_async_context(Server(supervisor, config, token))
+        await stack.enter_async_context(readiness.kept_up(server.health, notifier))
         log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
         log.info(
             "listening", agent=config.name, grpc=server.addresses, metrics=metrics_address or None

@@ -21,6 +21,7 @@ from coral.bpf.buffers.maps import sum_over_cpus
 from coral.collectors.contract import (
     Batch,
     Collector,
+    Coverage,
     EventRows,
     ServiceProcesses,
     Summaries,
@@ -151,6 +152,18 @@ class KernelCollector(Collector, Generic[OptionsT]):
     @property
     def label(self) -> str:
         return self._targets.label
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        return self._targets.key
+
+    @property
+    def coverage(self) -> Coverage:
+        options = self._options
+        if options.single_events:
+            return Coverage.NONE
+        everything = options.follow_children and not options.from_exec
+        return Coverage.WHOLE if everything else Coverage.PART
 
     @property
     def bpf_object(self) -> BpfObject:

@@ -28,7 +28,7 @@ _CLIENT_PREFIXES: Final = ("process_", "python_")  # prometheus-client's own met
 def metrics_page() -> str:
     """Every metric of the live registry."""
     rows = []
-    for family in metrics.registry(Supervisor()).collect():
+    for family in metrics.Registry(Supervisor()).collect():
         if family.name.startswith(_CLIENT_PREFIXES):
             continue
         name = f"{family.name}_total" if family.type == "counter" else family.name

@@ -1,15 +1,21 @@
 """The metrics for Prometheus: those of the collectors, and those of the agent itself.
 
-Figures that are kept elsewhere (in the kernel, by the supervisor) are read at scrape time, in the
-scrape's thread. docs/metrics.md is generated from this registry; no registry is global.
+All figures are copied on the event loop at one moment; a thread makes text of them. That happens at
+most once a second, however many scrapers there are. docs/metrics.md is generated from this
+registry; no registry is global.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from itertools import chain
+from typing import Any, Final, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,71 +23,111 @@ from prometheus_client import (
     Metric,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
+    generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from coral.agent import logs
-from coral.agent.config import MAX_PORT, ConfigError
+from coral.agent.serving.http import Headers, Page
+from coral.agent.sessions.continuous import Standing
 from coral.agent.sessions.supervisor import Supervisor
-from coral.collectors.contract import Measures
+from coral.bpf import BpfError
+from coral.bpf.libbpf import version as libbpf_version
 from coral.collectors.registry import COLLECTORS
+from coral.collectors.runner import in_thread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 
+T = TypeVar("T")
 
-def registry(supervisor: Supervisor) -> CollectorRegistry:
-    """A registry with all metrics of one supervisor."""
-    new = CollectorRegistry()
-    new.register(_AgentMetrics(supervisor))
-    for measures in supervisor.measures.values():
-        new.register(_Measures(measures))
-    ProcessCollector(registry=new)
-    PlatformCollector(registry=new)
-    GCCollector(registry=new)
-    return new
+_FRESH_S: Final = 1.0
 
 
-@contextmanager
-def serve(address: str, supervisor: Supervisor) -> Iterator[str]:
-    """Serves /metrics at ADDRESS from its own thread, and yields the address with its port. An
-    empty ADDRESS serves nothing. Raises `ConfigError`."""
-    if not address:
-        yield ""
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > MAX_PORT:
-        raise ConfigError(f"metrics: {address!r} is not accepted; give HOST:PORT, or nothing")
-    try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry(supervisor))
-    except OSError as error:
-        raise ConfigError(f"metrics: {address}: {error.strerror}") from error
-    try:
-        yield f"{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+@dataclass(frozen=True)
+class _Format:
+    accepted: bytes  # in a scraper's Accept
+    content_type: str
+    encode: Callable[[Any], bytes]  # a registry
 
 
-class _Measures(Collector):
-    def __init__(self, measures: Measures) -> None:
-        self._measures = measures
+_TEXT: Final = _Format(b"text/plain", "text/plain; version=0.0.4; charset=utf-8", generate_latest)
+_OPENMETRICS: Final = _Format(
+    b"application/openmetrics-text",
+    "application/openmetrics-text; version=1.0.0; charset=utf-8",
+    openmetrics.generate_latest,
+)
+
+
+class Registry:
+    """All metrics of one supervisor."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._agent = _AgentMetrics(supervisor)
+        self._measures = tuple(supervisor.measures.values())
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        PlatformCollector(registry=self._process)
+        GCCollector(registry=self._process)
+
+    def collect(self) -> Iterator[Metric]:
+        """Copies the figures. Call it on the event loop; iterate over the families, which are made
+        meanwhile, anywhere."""
+        families = [self._agent.collect(), *(measures.collect() for measures in self._measures)]
+        return chain(*families, _later(self._process.collect))
+
+
+def _later(collect: Callable[[], Iterable[Metric]]) -> Iterator[Metric]:
+    yield from collect()
+
+
+class _Copy:
+    """What the encoders of prometheus-client want of a registry."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        return self._measures.collect()
+        """The families, once."""
+        return self._families
 
 
-class _AgentMetrics(Collector):
+class MetricsPage:
+    """/metrics: in each format that scrapers ask for, a text that is at most a second old."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._texts: dict[_Format, tuple[float, asyncio.Task[Page]]] = {}
+
+    async def __call__(self, headers: Headers) -> Page:
+        """The page in the format that HEADERS accept. Its Date is when its figures were read."""
+        wanted = _OPENMETRICS if _OPENMETRICS.accepted in headers.get(b"accept", b"") else _TEXT
+        loop = asyncio.get_running_loop()
+        began_at, text = self._texts.get(wanted, (0.0, None))
+        if text is None or (text.done() and loop.time() - began_at >= _FRESH_S):
+            # A task of its own: it goes on for others when its first reader leaves.
+            text = loop.create_task(self._render(wanted))
+            self._texts[wanted] = loop.time(), text
+        return await asyncio.shield(text)
+
+    async def _render(self, wanted: _Format) -> Page:
+        date = formatdate(usegmt=True)
+        copy = _Copy(self._registry.collect())
+        body = await in_thread(lambda: wanted.encode(copy))
+        return Page(body, headers={"Content-Type": wanted.content_type, "Date": date})
+
+
+class _AgentMetrics:
     """The metrics of the agent itself."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        self._build = _build_info()
 
     def collect(self) -> Iterable[Metric]:
+        """The families, with figures of this moment."""
         supervisor = self._supervisor
-        sessions = tuple(supervisor.sessions.values())
+        sessions = supervisor.at_work()
         active: Counter[int] = Counter(session.kind for session in sessions)
         subscribers: Counter[int] = Counter()
         memory_bytes: Counter[int] = Counter()
@@ -109,12 +155,41 @@ class _AgentMetrics(Collector):
                 _label_values(pb.Loss.Stage, "STAGE_"),
             ),
             *self._program_stats(),
+            *self._continuous(),
+            self._build,
             CounterMetricFamily(
                 f"{_PREFIX}log_lines_dropped",
                 "Lines of the agent's log that could not be written, or not in time.",
                 logs.lines_dropped(),
             ),
         )
+
+    def _continuous(self) -> tuple[Metric, Metric, Metric]:
+        """Rules of one kind and service have one series, which is down if one of them is."""
+        labels = ("kind", "service")
+        up = GaugeMetricFamily(
+            f"{_PREFIX}continuous_up",
+            "Whether every continuous collector of this kind and service is at work.",
+            labels=labels,
+        )
+        waiting = GaugeMetricFamily(
+            f"{_PREFIX}continuous_waiting",
+            "Continuous collectors that are not at work, by what they wait for.",
+            labels=(*labels, "reason"),
+        )
+        failures = CounterMetricFamily(
+            f"{_PREFIX}continuous_failures",
+            "How often continuous collectors could not start, or ended.",
+            labels=labels,
+        )
+        rules = self._supervisor.continuous
+        for key, reasons in _by_labels(rules, lambda rule: rule.waits.reason).items():
+            up.add_metric(key, float(not any(reasons)))
+            for reason, count in Counter(filter(None, reasons)).items():
+                waiting.add_metric((*key, reason), count)
+        for key, failed in _by_labels(rules, lambda rule: rule.failures).items():
+            failures.add_metric(key, sum(failed))
+        return up, waiting, failures
 
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")
@@ -128,13 +203,48 @@ class _AgentMetrics(Collector):
             "How often eBPF programs ran, estimated from samples of the kernel's statistics.",
             labels=labels,
         )
-        for (kind, program), run in tuple(self._supervisor.program_stats.estimates.items()):
+        for (kind, program), run in self._supervisor.program_stats.estimates.items():
             seconds.add_metric((kind_name(kind), program), run.seconds)
             runs.add_metric((kind_name(kind), program), run.runs)
         return seconds, runs
 
 
 _PREFIX: Final = "coral_agent_"
+
+
+def _by_labels(
+    rules: Iterable[Standing], value: Callable[[Standing], T]
+) -> dict[tuple[str, str], list[T]]:
+    """VALUE of each rule, by its labels."""
+    grouped: dict[tuple[str, str], list[T]] = {}
+    for rule in rules:
+        grouped.setdefault((rule.kind, rule.service), []).append(value(rule))
+    return grouped
+
+
+def _build_info() -> Metric:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  megabytes
+
+    try:
+        agent = version("coral-ebpf-agent")
+    except PackageNotFoundError:  # a copy of the sources
+        agent = ""
+    try:
+        libbpf = libbpf_version()
+    except BpfError:
+        libbpf = ""
+    values = {
+        "version": agent,
+        "python": platform.python_version(),
+        "libbpf": libbpf,
+        "kernel": os.uname().release,
+        "architecture": os.uname().machine,
+    }
+    family = GaugeMetricFamily(
+        f"{_PREFIX}build_info", "What the agent is made of; always 1.", labels=tuple(values)
+    )
+    family.add_metric(tuple(values.values()), 1)
+    return family
 
 
 def _label_values(enum: Any, prefix: str) -> Mapping[int, str]:  # noqa: ANN401  a protobuf enum

@@ -30,7 +30,7 @@ class Server:
         interceptors = [TokenInterceptor(token)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config.limits))
         self._server.add_generic_rpc_handlers((handlers(SERVICE, EbpfService(supervisor)),))
-        self._health = Health(self._server, SERVICE.full_name)
+        self.health = Health(self._server, SERVICE.full_name)
         reflection.enable_server_reflection(
             (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server
         )
@@ -57,7 +57,7 @@ class Server:
 
     async def __aenter__(self) -> Self:
         await self._server.start()
-        await self._health.start_serving()
+        await self.health.start_serving()
         return self
 
     async def __aexit__(
@@ -68,7 +68,7 @@ class Server:
     ) -> None:
         """Sends every subscriber the end, lets them read it, and stops, within little more than a
         second."""
-        await self._health.shut_down()
+        await self.health.shut_down()
         await self._supervisor.shutdown()
         await self._server.stop(_GRACE_S)
         self._unlink()

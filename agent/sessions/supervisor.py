@@ -62,6 +62,11 @@ class Supervisor:
         self._admission = Admission(self.config)
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
+        self.continuous_changed = asyncio.Event()
+        self.continuous = tuple(
+            continuous.Standing(rule, self.continuous_changed.set)
+            for rule in self.config.continuous
+        )
         self._closing = False
         self._tasks = asyncio.TaskGroup()
 
@@ -72,9 +77,9 @@ class Supervisor:
             self._tasks.create_task(enforce(self.config.limits, self), name="limits"),
             *(
                 self._tasks.create_task(
-                    continuous.keep(rule, self.start), name=f"continuous {rule.kind}"
+                    continuous.keep(standing, self.start), name=f"continuous {standing.kind}"
                 )
-                for rule in self.config.continuous
+                for standing in self.continuous
             ),
         ]
         return self
@@ -161,6 +166,7 @@ class Supervisor:
             self._check_memory(session)
             session.attached()
             self.totals.add(session)
+            self._feed.join(session)
             self._changes.publish(pb.CollectorChange.WHAT_STARTED, info_of(session))
             if not attached.done():
                 attached.set_result(None)
@@ -215,8 +221,8 @@ class Supervisor:
         del self.sessions[session.id]
         session.finish(end)
         self._feed.leave(session)
-        self.totals.ended[session.kind, end.reason] += 1
         if session.started_at:
+            self.totals.ended[session.kind, end.reason] += 1
             self.ended.add(session)
             self._changes.publish(pb.CollectorChange.WHAT_ENDED, info_of(session))
         event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info

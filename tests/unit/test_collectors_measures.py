@@ -51,7 +51,7 @@ class Sums:
         """COUNT values of at most UP_TO_S."""
         self.add(f"{name}_count", count, labels)
         for bound in (*bounds_s, float("inf")):
-            le = "+Inf" if bound == float("inf") else f"{bound:.9g}"
+            le = "+Inf" if bound == float("inf") else repr(float(bound))
             if up_to_s <= bound:
                 self.add(f"{name}_bucket", count, {**labels, "le": le})
 
