@@ -178,8 +178,9 @@ class _Connection(asyncio.Protocol):
         self._request: h11.Request | None = None
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
-        self._aborted = self._idle = self._half_closed = False
+        self._aborted = self._idle = self._last = False
         self._early = b""
+        self._request_bytes = 0
         self._drained = asyncio.Event()
         self._drained.set()
         self._deadline = loop.call_later(_REQUEST_S, self.abort)
@@ -223,15 +224,21 @@ class _Connection(asyncio.Protocol):
         if self._idle:
             self._idle = False
             self._limit(_REQUEST_S)
+        self._request_bytes += len(data)
         try:
+            if self._request_bytes > _MOST_REQUEST_BYTES:
+                raise h11.RemoteProtocolError(
+                    f"a request of more than {_MOST_REQUEST_BYTES} bytes is not accepted", 431
+                )
             self._http.receive_data(data)
             self._read()
         except h11.RemoteProtocolError as error:
+            self._last = True
             self._start(Page(f"{error}\n".encode(), error.error_status_hint))
 
     def eof_received(self) -> bool:
         """The client sends no more, but may still read."""
-        self._half_closed = self.answering
+        self._last = True
         return self.answering
 
     def _limit(self, within_s: float) -> None:
@@ -269,7 +276,7 @@ class _Connection(asyncio.Protocol):
         self._send(page)
         await self._drained.wait()
         self.answering, self._task, self._request = False, None, None
-        if self._half_closed or set(self._http.states.values()) != {h11.DONE}:
+        if self._last or set(self._http.states.values()) != {h11.DONE}:
             self._limit(_REQUEST_S)
             self._transport.close()
             return
@@ -278,7 +285,7 @@ class _Connection(asyncio.Protocol):
         self._limit(_IDLE_S)
         self._server.used(self)
         self._transport.resume_reading()
-        early, self._early = self._early, b""
+        self._request_bytes, early, self._early = 0, self._early, b""
         if early or self._http.trailing_data[0]:
             self.data_received(early)
 
@@ -289,7 +296,7 @@ class _Connection(asyncio.Protocol):
             "Content-Length": str(len(page.body)),
             **page.headers,
         }
-        if self._http.their_state is h11.ERROR:
+        if self._last:
             headers["Connection"] = "close"
         response = h11.Response(status_code=page.status, headers=list(headers.items()))
         is_head = self._request is not None and self._request.method == b"HEAD"
