@@ -12,7 +12,6 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from email.utils import formatdate
 from itertools import chain
 from typing import Any, Final, TypeVar
@@ -23,12 +22,11 @@ from prometheus_client import (
     Metric,
     PlatformCollector,
     ProcessCollector,
-    generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.openmetrics import exposition as openmetrics
 
 from coral.agent import logs
+from coral.agent.serving.exposition import OPENMETRICS, TEXT, encode
 from coral.agent.serving.http import Headers, Page
 from coral.agent.sessions.continuous import Standing
 from coral.agent.sessions.supervisor import Supervisor
@@ -42,21 +40,6 @@ from coral.wire.kinds import kind_name
 T = TypeVar("T")
 
 _FRESH_S: Final = 1.0
-
-
-@dataclass(frozen=True)
-class _Format:
-    accepted: bytes  # in a scraper's Accept
-    content_type: str
-    encode: Callable[[Any], bytes]  # a registry
-
-
-_TEXT: Final = _Format(b"text/plain", "text/plain; version=0.0.4; charset=utf-8", generate_latest)
-_OPENMETRICS: Final = _Format(
-    b"application/openmetrics-text",
-    "application/openmetrics-text; version=1.0.0; charset=utf-8",
-    openmetrics.generate_latest,
-)
 
 
 class Registry:
@@ -81,27 +64,17 @@ def _later(collect: Callable[[], Iterable[Metric]]) -> Iterator[Metric]:
     yield from collect()
 
 
-class _Copy:
-    """What the encoders of prometheus-client want of a registry."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        """The families, once."""
-        return self._families
-
-
 class MetricsPage:
     """/metrics: in each format that scrapers ask for, a text that is at most a second old."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._texts: dict[_Format, tuple[float, asyncio.Task[Page]]] = {}
+        self._texts: dict[str, tuple[float, asyncio.Task[Page]]] = {}
 
     async def __call__(self, headers: Headers) -> Page:
         """The page in the format that HEADERS accept. Its Date is when its figures were read."""
-        wanted = _OPENMETRICS if _OPENMETRICS.accepted in headers.get(b"accept", b"") else _TEXT
+        accept = headers.get(b"accept", b"")
+        wanted = OPENMETRICS if b"application/openmetrics-text" in accept else TEXT
         loop = asyncio.get_running_loop()
         began_at, text = self._texts.get(wanted, (0.0, None))
         if text is None or (text.done() and loop.time() - began_at >= _FRESH_S):
@@ -110,11 +83,11 @@ class MetricsPage:
             self._texts[wanted] = loop.time(), text
         return await asyncio.shield(text)
 
-    async def _render(self, wanted: _Format) -> Page:
+    async def _render(self, content_type: str) -> Page:
         date = formatdate(usegmt=True)
-        copy = _Copy(self._registry.collect())
-        body = await in_thread(lambda: wanted.encode(copy))
-        return Page(body, headers={"Content-Type": wanted.content_type, "Date": date})
+        families = self._registry.collect()
+        body = await in_thread(lambda: encode(families, content_type))
+        return Page(body, headers={"Content-Type": content_type, "Date": date})
 
 
 class _AgentMetrics:
