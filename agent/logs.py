@@ -5,8 +5,8 @@ each of which is indented. Writing never blocks, raises or ends anything (log_wr
 own warnings and uncaught exceptions, what libraries log, and what C code writes to descriptor 2
 (gRPC, libbpf) become records too.
 
-An event whose name begins with "refused" is a refusal. Refusals of one kind, and what libraries
-say, are logged ten at once and then once a second, with how many were left out (repeats.py).
+Refusals of one kind, and what libraries say, are logged ten at once and then once a second, with
+how many were left out (repeats.py). Starts and stops are always logged.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from coral.agent.repeats import RepeatLimit
 
 _STDERR: Final = 2
 _CLOSE_S: Final = 0.5
-_MOST_TEXT: Final = 32 << 10  # characters of one value
+_MOST_TEXT: Final = 64 << 10  # characters of one value
 _MOST_NATIVE_LINE_BYTES: Final = 4096
-_REFUSED: Final = "refused"
+# Events that callers cause at will. Not "refused by the kernel", which is about a start.
+_REFUSALS: Final = frozenset({"refused", "connection refused"})
 # The lines of C code that are logged at once: the stack of a crash has about this many.
 _NATIVE_BURST: Final = 64
 
@@ -61,7 +62,7 @@ class _Logging:
         self, _logger: object, _method: str, record: MutableMapping[str, Any]
     ) -> MutableMapping[str, Any]:
         event = str(record.get("event", ""))
-        if event.startswith(_REFUSED):
+        if event in _REFUSALS:
             left_out = self._limit.admit((event, str(record.get("code", ""))))
             if left_out is None:
                 raise structlog.DropEvent

@@ -102,6 +102,8 @@ class _AgentMetrics:
         supervisor = self._supervisor
         sessions = supervisor.at_work()
         active: Counter[int] = Counter(session.kind for session in sessions)
+        starting: Counter[int] = Counter(s.kind for s in supervisor.sessions.values())
+        starting -= active
         subscribers: Counter[int] = Counter()
         memory_bytes: Counter[int] = Counter()
         for session in sessions:
@@ -109,6 +111,7 @@ class _AgentMetrics:
             memory_bytes[session.kind] += session.map_memory_bytes
         return (
             _gauge("sessions_active", "Sessions at work.", active),
+            _gauge("sessions_starting", "Sessions that are being started.", starting),
             _gauge("subscribers", "Subscribers to sessions.", subscribers),
             _gauge("map_memory_bytes", "What the kernel charges for maps.", memory_bytes),
             _counter("sessions_started", "Sessions that were started.", supervisor.totals.started),

@@ -202,7 +202,7 @@ def test_each_record_is_one_line_of_json_and_everything_is_a_record() -> None:
         by_event.setdefault(str(record["event"]), []).append(record)
     (hostile,) = by_event.pop("hostile")
     assert hostile["name"] == "a\nb\x1b[2J\u202e\udcff"
-    assert len(str(by_event["long"][0]["text"])) == (32 << 10) + len(" [...] ")
+    assert len(str(by_event["long"][0]["text"])) == (64 << 10) + len(" [...] ")
     assert len(by_event["refused"]) == 10
     (left_out,) = by_event["refusals were left out of the log"]
     assert left_out["count"] == 990
