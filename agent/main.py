@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +19,10 @@ import structlog
 from coral.agent import logs
 from coral.agent.config import Config, ConfigError, load
 from coral.agent.machine import privileges
-from coral.agent.serving import prometheus as metrics
+from coral.agent.notify import Notifier
+from coral.agent.serving import monitoring
 from coral.agent.serving.caller import read_token
+from coral.agent.serving.health import Readiness
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
@@ -30,6 +31,7 @@ from coral.wire.kinds import kind_name
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXIT_FAILED: Final = 1
 _EXIT_CONFIG: Final = 2
 # From the first signal to the end of the process, whatever its clients do.
 _END_WITHIN_S: Final = 1.2
@@ -50,13 +52,20 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         logs.configure(config.log_format, config.log_level)
         token = read_token(config)  # before root is given up: only root may be able to read it
         kept = _settle(config)
+        logs.start()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config, token, kept))
         # asyncio leaves Python's own handler behind, which would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
-        print(f"coral agent: {error}", file=sys.stderr)
+        logs.close()
+        logs.say(f"coral agent: {error}")
         return _EXIT_CONFIG
+    except Exception:
+        log.exception("the agent failed unexpectedly")
+        return _EXIT_FAILED
+    finally:
+        logs.close()
     return 0
 
 
@@ -101,9 +110,15 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
     threading.Thread(target=_end_in_time, args=(signalled, stopped), daemon=True).start()
     stopping = _stop_on_signal(signalled)
     async with AsyncExitStack() as stack:
+        notifier = Notifier()
+        stack.callback(notifier.close)
         supervisor = await stack.enter_async_context(Supervisor(config))
-        metrics_address = stack.enter_context(metrics.serve(config.metrics, supervisor))
+        readiness = Readiness(supervisor)
+        metrics_address = stack.enter_context(
+            monitoring.serve(config.metrics, supervisor, readiness)
+        )
         server = await stack.enter_async_context(Server(supervisor, config, token))
+        await stack.enter_async_context(readiness.kept_up(server, notifier))
         log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
         log.info(
             "listening", agent=config.name, grpc=server.addresses, metrics=metrics_address or None
@@ -148,6 +163,7 @@ def _end_in_time(signalled: threading.Event, stopped: threading.Event) -> None:
     time.sleep(_END_WITHIN_S)
     if not stopped.is_set():
         log.warning("stopped", reason=f"something still had to be closed after {_END_WITHIN_S:g}s")
+    logs.close()
     os._exit(0)
 
 

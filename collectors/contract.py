@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,16 +100,25 @@ class Batch:
 Emit = Callable[[Batch], None]
 
 
+class Coverage(IntEnum):
+    """How much of what a collector watches its batches tell, for metrics that should cover all."""
+
+    NONE = 0  # single events
+    PART = 1  # summaries of some of the events, or with less detail
+    WHOLE = 2
+
+
 class Measures(ABC):
     """The Prometheus metrics of one kind of collector: counters that outlive its sessions."""
 
     @abstractmethod
     def observe(self, service: str, batch: Batch) -> None:
-        """Adds a batch of a session that watches SERVICE. Called from the event loop."""
+        """Adds a batch of a session that watches SERVICE. Called on the event loop."""
 
     @abstractmethod
     def collect(self) -> Iterable[Metric]:
-        """The metric families, at scrape time. Called from the scrape's thread."""
+        """The metric families of this moment. Called on the event loop: it copies the figures. The
+        families may be made while the result is iterated over, which is done in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +210,16 @@ class Collector(ABC):
 
     def spare(self, tgids: AbstractSet[int]) -> None:  # noqa: B027  not all watch processes
         """Leaves the processes TGIDS out, whatever the target. Call it before `open`."""
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        """What it watches: the same for collectors that count the same events."""
+        return (self.label,)
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of its target's events the Prometheus metrics can count from its batches."""
+        return Coverage.WHOLE
 
     @property
     @abstractmethod

@@ -22,6 +22,7 @@ from coral.bpf.buffers.maps import sum_over_cpus
 from coral.collectors.contract import (
     Batch,
     Collector,
+    Coverage,
     EventRows,
     ServiceProcesses,
     Summaries,
@@ -160,6 +161,18 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def spare(self, tgids: AbstractSet[int]) -> None:
         self._targets.spared = frozenset(tgids)
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        return self._targets.key
+
+    @property
+    def coverage(self) -> Coverage:
+        options = self._options
+        if options.single_events:
+            return Coverage.NONE
+        everything = options.follow_children and not options.from_exec
+        return Coverage.WHOLE if everything else Coverage.PART
 
     @property
     def bpf_object(self) -> BpfObject:

@@ -136,6 +136,7 @@ class Targets:
     def __init__(self, options: TargetOptions, service: ServiceProcesses | None) -> None:
         options.check(service)
         self._options = options
+        self._service = service.name if service else ""
         self._tgids = options.pid
         if service and not (options.pid or options.comm or options.cgroup or options.scope):
             self._tgids = service.tgids
@@ -163,6 +164,20 @@ class Targets:
         if self._tgids:
             return comm_of(self._tgids[0]) or f"pid {self._tgids[0]}"
         return options.comm or Path(options.cgroup).name or "host"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What is watched, the same for equal targets. A service is one target, whichever processes
+        it had when the session began."""
+        options = self._options
+        if options.cgroup:
+            return ("cgroup", str(cgroup_directory(options.cgroup)))
+        for name, value in (("comm", options.comm), ("scope", options.scope)):
+            if value:
+                return (name, value)
+        if options.pid:
+            return ("pid", *map(str, sorted(options.pid)))
+        return ("service", self._service)
 
     @property
     def object_options(self) -> Mapping[str, object]:

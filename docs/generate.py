@@ -18,6 +18,7 @@ from coral.agent import config
 from coral.agent.serving import prometheus as metrics
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
+from coral.collectors.series import IDLE_S
 from coral.wire.kinds import kind_name
 
 DOCS: Final = Path(__file__).parent
@@ -28,7 +29,7 @@ _CLIENT_PREFIXES: Final = ("process_", "python_")  # prometheus-client's own met
 def metrics_page() -> str:
     """Every metric of the live registry."""
     rows = []
-    for family in metrics.registry(Supervisor()).collect():
+    for family in metrics.Registry(Supervisor()).collect():
         if family.name.startswith(_CLIENT_PREFIXES):
             continue
         name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -38,14 +39,32 @@ def metrics_page() -> str:
         _NOTE
         + "# Metrics\n\n"
         + "The agent serves them at `http://127.0.0.1:9464/metrics`; `--metrics ADDRESS` moves "
-        + "them.\n\n"
+        + "them. Beside them\nare `/healthz` and `/readyz` ([health](health.md)).\n\n"
         + _table(("metric", "type", "labels", "meaning"), sorted(rows))
         + "\n`service` is the name in the request that started the collector, or else what it "
-        + "watches: a command's or\ncgroup's name, or `host`. No label is ever a process id. Each "
-        + "collector keeps at most\n`limits.prometheus_series` label sets; later ones are added up "
-        + 'under `service="other"`.\n\n'
-        + "Two sessions that watch the same service would count its events twice, so only the one "
-        + "that began first\nfeeds the metrics.\n\n"
+        + "watches: a command's or\ncgroup's name, or `host`. No label is ever a process id.\n\n"
+        + "Each kind of collector keeps at most `limits.prometheus_series` label sets. A new one "
+        + "takes the place of the\none that has been idle longest, if that is for at least "
+        + f"{IDLE_S / 60:g} minutes; otherwise it is added up under\n"
+        + '`service="other"`. The label set that gives way is exposed no more; if it comes back, '
+        + "it begins at 0, which\nPrometheus takes for a restart. Its sums are not added to "
+        + "`other`, where they would look like events of that\nmoment.\n\n"
+        + "Sessions with the same label and the same target count once: the fittest of them feeds "
+        + "the metrics. Summaries\nof everything come before those that are filtered, cut off "
+        + "(`top`) or added up by peer; continuous collectors\ncome before those on demand; then "
+        + "the one that began first. Single events are never counted. When the feed\npasses to "
+        + "another session, up to one interval may be counted twice or not at all. Sessions with "
+        + "the same label\nand different targets are added up, so give overlapping targets "
+        + "different names.\n\n"
+        + "`coral_agent_sessions_started_total` less the sum of `coral_agent_sessions_ended_total` "
+        + "is\n`coral_agent_sessions_active` in every scrape; sessions that could not be attached "
+        + "are in none of them.\n\n"
+        + "The figures are read at most once a second: an answer may be that old, and its `Date` "
+        + "says when they were\nread. The format is OpenMetrics where `Accept` names it, otherwise "
+        + "Prometheus' text. There are at most 32\nconnections; the one that has been idle longest "
+        + "gives way to a new one. A request has 8 KiB and 5 s,\nthe reader of an answer "
+        + "10 s; beyond a burst of 64, 200 connections a second are accepted and 50 requests a\n"
+        + "second are answered.\n\n"
         + "While the kernel keeps run-time statistics, each run of each program on the machine "
         + "costs about 80 ns\nmore. The agent turns them on for 20 ms about once a second, "
         + "and only while a collector works;\n`coral_agent_program_run_seconds_total` and "

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.request import urlopen
@@ -318,10 +319,15 @@ def code_and_text(
 
 
 def scrape(agent: RunningAgent) -> str:
-    """What the agent answers to Prometheus, as text."""
-    with urlopen(f"http://{agent.metrics}/metrics", timeout=10) as response:
-        text: str = response.read().decode()
-    return text
+    """What the agent answers to Prometheus, as text, with figures from after this call began: the
+    agent reads them at most once a second, and says in Date in which second it did."""
+    began_s = int(time.time())
+    while True:
+        with urlopen(f"http://{agent.metrics}/metrics", timeout=10) as response:
+            text: str = response.read().decode()
+        if parsedate_to_datetime(response.headers["Date"]).timestamp() > began_s:
+            return text
+        time.sleep(max(0.1, began_s + 1 - time.time()))  # there is nothing newer before
 
 
 def samples(text: str, name: str, **labels: str) -> dict[frozenset[tuple[str, str]], float]:

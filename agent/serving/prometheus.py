@@ -1,16 +1,21 @@
 """The metrics for Prometheus: those of the collectors, and those of the agent itself.
 
-Figures that are kept elsewhere (in the kernel, by the supervisor) are read at scrape time, in the
-scrape's thread. docs/metrics.md is generated from this registry; no registry is global.
+All figures are copied on the event loop at one moment; a thread makes text of them. That happens at
+most once a second, however many scrapers there are. docs/metrics.md is generated from this
+registry; no registry is global.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, Final
+from email.utils import formatdate
+from itertools import chain
+from typing import Any, Final, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,72 +23,89 @@ from prometheus_client import (
     Metric,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
-from coral.agent.config import MAX_PORT, ConfigError
+from coral.agent import logs
+from coral.agent.serving.exposition import OPENMETRICS, TEXT, encode
+from coral.agent.serving.http import Headers, Page
+from coral.agent.sessions.continuous import Standing
 from coral.agent.sessions.costs import CpuUse
 from coral.agent.sessions.supervisor import Supervisor
-from coral.collectors.contract import Measures
+from coral.bpf import BpfError
+from coral.bpf.libbpf import version as libbpf_version
 from coral.collectors.registry import COLLECTORS
+from coral.collectors.runner import in_thread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 
+T = TypeVar("T")
 
-def registry(supervisor: Supervisor) -> CollectorRegistry:
-    """A registry with all metrics of one supervisor."""
-    new = CollectorRegistry()
-    new.register(_AgentMetrics(supervisor))
-    for measures in supervisor.measures.values():
-        new.register(_Measures(measures))
-    ProcessCollector(registry=new)
-    PlatformCollector(registry=new)
-    GCCollector(registry=new)
-    return new
+_FRESH_S: Final = 1.0
 
 
-@contextmanager
-def serve(address: str, supervisor: Supervisor) -> Iterator[str]:
-    """Serves /metrics at ADDRESS from its own thread, and yields the address with its port. An
-    empty ADDRESS serves nothing. Raises `ConfigError`."""
-    if not address:
-        yield ""
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > MAX_PORT:
-        raise ConfigError(f"metrics: {address!r} is not accepted; give HOST:PORT, or nothing")
-    try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry(supervisor))
-    except OSError as error:
-        raise ConfigError(f"metrics: {address}: {error.strerror}") from error
-    try:
-        yield f"{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+class Registry:
+    """All metrics of one supervisor."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._agent = _AgentMetrics(supervisor)
+        self._measures = tuple(supervisor.measures.values())
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        PlatformCollector(registry=self._process)
+        GCCollector(registry=self._process)
+
+    def collect(self) -> Iterator[Metric]:
+        """Copies the figures. Call it on the event loop; iterate over the families, which are made
+        meanwhile, anywhere."""
+        families = [self._agent.collect(), *(measures.collect() for measures in self._measures)]
+        return chain(*families, _later(self._process.collect))
 
 
-class _Measures(Collector):
-    def __init__(self, measures: Measures) -> None:
-        self._measures = measures
-
-    def collect(self) -> Iterable[Metric]:
-        return self._measures.collect()
+def _later(collect: Callable[[], Iterable[Metric]]) -> Iterator[Metric]:
+    yield from collect()
 
 
-class _AgentMetrics(Collector):
+class MetricsPage:
+    """/metrics: in each format that scrapers ask for, a text that is at most a second old."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._texts: dict[str, tuple[float, asyncio.Task[Page]]] = {}
+
+    async def __call__(self, headers: Headers) -> Page:
+        """The page in the format that HEADERS accept. Its Date is when its figures were read."""
+        accept = headers.get(b"accept", b"")
+        wanted = OPENMETRICS if b"application/openmetrics-text" in accept else TEXT
+        loop = asyncio.get_running_loop()
+        began_at, text = self._texts.get(wanted, (0.0, None))
+        if text is None or (text.done() and loop.time() - began_at >= _FRESH_S):
+            # A task of its own: it goes on for others when its first reader leaves.
+            text = loop.create_task(self._render(wanted))
+            self._texts[wanted] = loop.time(), text
+        return await asyncio.shield(text)
+
+    async def _render(self, content_type: str) -> Page:
+        date = formatdate(usegmt=True)
+        families = self._registry.collect()
+        body = await in_thread(lambda: encode(families, content_type))
+        return Page(body, headers={"Content-Type": content_type, "Date": date})
+
+
+class _AgentMetrics:
     """The metrics of the agent itself."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        self._build = _build_info()
 
     def collect(self) -> Iterable[Metric]:
+        """The families, with figures of this moment."""
         supervisor = self._supervisor
-        sessions = tuple(supervisor.sessions.values())
+        sessions = supervisor.at_work()
         active: Counter[int] = Counter(session.kind for session in sessions)
+        starting: Counter[int] = Counter(s.kind for s in supervisor.sessions.values())
+        starting -= active
         subscribers: Counter[int] = Counter()
         memory_bytes: Counter[int] = Counter()
         for session in sessions:
@@ -91,6 +113,7 @@ class _AgentMetrics(Collector):
             memory_bytes[session.kind] += session.map_memory_bytes
         return (
             _gauge("sessions_active", "Sessions at work.", active),
+            _gauge("sessions_starting", "Sessions that are being started.", starting),
             _gauge("subscribers", "Subscribers to sessions.", subscribers),
             _gauge("map_memory_bytes", "What the kernel charges for maps.", memory_bytes),
             _counter("sessions_started", "Sessions that were started.", supervisor.totals.started),
@@ -111,6 +134,13 @@ class _AgentMetrics(Collector):
             ),
             self._cpu(),
             *self._program_stats(),
+            *self._continuous(),
+            self._build,
+            CounterMetricFamily(
+                f"{_PREFIX}log_lines_dropped",
+                "Lines of the agent's log that could not be written, or not in time.",
+                logs.lines_dropped(),
+            ),
         )
 
     def _cpu(self) -> Metric:
@@ -126,6 +156,33 @@ class _AgentMetrics(Collector):
                 family.add_metric((kind_name(kind), cause), seconds)
         return family
 
+    def _continuous(self) -> tuple[Metric, Metric, Metric]:
+        """Rules of one kind and service have one series, which is down if one of them is."""
+        labels = ("kind", "service")
+        up = GaugeMetricFamily(
+            f"{_PREFIX}continuous_up",
+            "Whether every continuous collector of this kind and service is at work.",
+            labels=labels,
+        )
+        waiting = GaugeMetricFamily(
+            f"{_PREFIX}continuous_waiting",
+            "Continuous collectors that are not at work, by what they wait for.",
+            labels=(*labels, "reason"),
+        )
+        failures = CounterMetricFamily(
+            f"{_PREFIX}continuous_failures",
+            "How often continuous collectors could not start, or ended.",
+            labels=labels,
+        )
+        rules = self._supervisor.continuous
+        for key, reasons in _by_labels(rules, lambda rule: rule.waits.reason).items():
+            up.add_metric(key, float(not any(reasons)))
+            for reason, count in Counter(filter(None, reasons)).items():
+                waiting.add_metric((*key, reason), count)
+        for key, failed in _by_labels(rules, lambda rule: rule.failures).items():
+            failures.add_metric(key, sum(failed))
+        return up, waiting, failures
+
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")
         seconds = CounterMetricFamily(
@@ -138,13 +195,48 @@ class _AgentMetrics(Collector):
             "How often eBPF programs ran, estimated from samples of the kernel's statistics.",
             labels=labels,
         )
-        for (kind, program), run in tuple(self._supervisor.program_stats.estimates.items()):
+        for (kind, program), run in self._supervisor.program_stats.estimates.items():
             seconds.add_metric((kind_name(kind), program), run.seconds)
             runs.add_metric((kind_name(kind), program), run.runs)
         return seconds, runs
 
 
 _PREFIX: Final = "coral_agent_"
+
+
+def _by_labels(
+    rules: Iterable[Standing], value: Callable[[Standing], T]
+) -> dict[tuple[str, str], list[T]]:
+    """VALUE of each rule, by its labels."""
+    grouped: dict[tuple[str, str], list[T]] = {}
+    for rule in rules:
+        grouped.setdefault((rule.kind, rule.service), []).append(value(rule))
+    return grouped
+
+
+def _build_info() -> Metric:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  megabytes
+
+    try:
+        agent = version("coral-ebpf-agent")
+    except PackageNotFoundError:  # a copy of the sources
+        agent = ""
+    try:
+        libbpf = libbpf_version()
+    except BpfError:
+        libbpf = ""
+    values = {
+        "version": agent,
+        "python": platform.python_version(),
+        "libbpf": libbpf,
+        "kernel": os.uname().release,
+        "architecture": os.uname().machine,
+    }
+    family = GaugeMetricFamily(
+        f"{_PREFIX}build_info", "What the agent is made of; always 1.", labels=tuple(values)
+    )
+    family.add_metric(tuple(values.values()), 1)
+    return family
 
 
 def _label_values(enum: Any, prefix: str) -> Mapping[int, str]:  # noqa: ANN401  a protobuf enum

@@ -72,6 +72,11 @@ class Server:
         """The gate's sides, with what they count."""
         return [behind.side for behind in self._servers]
 
+    async def set_ready(self, *, ready: bool) -> None:
+        """Whether the service is ready, for health checks."""
+        for server in self._servers:
+            await server.health.set_ready(ready=ready)
+
     async def __aenter__(self) -> Self:
         for server in self._servers:
             await server.start()
@@ -108,7 +113,7 @@ class _Behind:
         self._server.add_generic_rpc_handlers(
             (handlers(SERVICE, EbpfService(supervisor), callers.of, limits),)
         )
-        self._health = Health(self._server, SERVICE.full_name)
+        self.health = Health(self._server, SERVICE.full_name)
         reflection.enable_server_reflection(
             (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server
         )
@@ -123,13 +128,13 @@ class _Behind:
     async def start(self) -> None:
         """Serves from now on."""
         await self._server.start()
-        await self._health.start_serving()
+        await self.health.start_serving()
         self.side.open()
 
     async def announce_end(self) -> None:
         """Accepts no more, and is no longer healthy."""
         self.side.stop_accepting()
-        await self._health.shut_down()
+        await self.health.shut_down()
 
     async def stop(self) -> None:
         """Ends every call and connection, whatever clients do."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -24,10 +25,59 @@ _FINAL: Final = (pb.SessionEnd.REASON_STOPPED, pb.SessionEnd.REASON_AGENT_SHUTDO
 Start = Callable[[StartRequest], Awaitable[Session]]
 
 
-async def keep(rule: Continuous, start: Start, has_room: Callable[[Needs], bool]) -> None:
+class Waits(NamedTuple):
+    """What a continuous collector waits for: a word for metrics, and a text for people. Both are
+    empty while it is at work."""
+
+    reason: str = ""
+    text: str = ""
+
+
+_AT_WORK: Final = Waits()
+_STARTING: Final = Waits("starting", "it is being started")
+_STOPPED: Final = Waits("stopped", "a caller stopped it")
+
+
+class Standing:
+    """How one continuous collector of the configuration stands. CHANGED is called when it does."""
+
+    def __init__(self, rule: Continuous, changed: Callable[[], None]) -> None:
+        self.rule = rule
+        self.waits = _STARTING
+        self.failures = 0  # how often it could not start, or ended
+        self._changed = changed
+
+    @property
+    def kind(self) -> str:
+        """The name of its kind."""
+        return self.rule.kind
+
+    @property
+    def service(self) -> str:
+        """The service that it watches, as it is configured."""
+        return self.rule.service
+
+    def __str__(self) -> str:
+        name = f"{self.kind} {self.service}".strip()
+        return f"{name}: {self.waits.text or 'at work'}"
+
+    def set(self, waits: Waits) -> None:
+        """It waits for WAITS from now on."""
+        self.waits = waits
+        self._changed()
+
+
+def _reason(error: Exception) -> str:
+    """A word for a class of errors: `not_found` for NotFoundError."""
+    name = type(error).__name__.removesuffix("Error")
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+async def keep(standing: Standing, start: Start, has_room: Callable[[Needs], bool]) -> None:
     """Keeps a continuous collector at work until it is stopped or the agent shuts down. After a
     failure, and while it cannot start, tries again with growing pauses; after a preemption, only
     once it HAS_ROOM for what it used."""
+    rule = standing.rule
     request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
     backoff = Backoff()
     while True:
@@ -38,13 +88,19 @@ async def keep(rule: Continuous, start: Start, has_room: Callable[[Needs], bool]
             return
         except (RefusedError, BpfError) as error:
             reason = str(error)
+            waits = Waits(_reason(error), reason)
         else:
             backoff.begin()
+            standing.set(_AT_WORK)
             await session.ended.wait()
             reason = str(session.end)
             if session.end and session.end.reason in _FINAL:
+                standing.set(_STOPPED)
                 return
             needs = session.needs
+            waits = Waits(reason.partition(":")[0].lower(), reason)
+        standing.failures += 1
+        standing.set(waits)
         pause_s = backoff.pause_s()
         log.warning(
             "continuous collector is not at work",

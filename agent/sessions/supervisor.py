@@ -70,6 +70,11 @@ class Supervisor:
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
         self._room = Room(self.config.limits)
+        self.continuous_changed = asyncio.Event()
+        self.continuous = tuple(
+            continuous.Standing(rule, self.continuous_changed.set)
+            for rule in self.config.continuous
+        )
         self._closing = False
         self._background: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # the sessions'
@@ -81,10 +86,10 @@ class Supervisor:
             ("limits", partial(enforce, self.config.limits, self)),
             *(
                 (
-                    f"continuous {rule.kind}",
-                    partial(continuous.keep, rule, self.start, self._has_room),
+                    f"continuous {standing.kind}",
+                    partial(continuous.keep, standing, self.start, self._has_room),
                 )
-                for rule in self.config.continuous
+                for standing in self.continuous
             ),
         ]
         self._background = [asyncio.create_task(lasting(*each), name=each[0]) for each in work]
@@ -176,6 +181,7 @@ class Supervisor:
             self._check_memory(session)
             session.attached()
             self.totals.add(session)
+            self._feed.join(session)
             self._changes.publish(pb.CollectorChange.WHAT_STARTED, info_of(session))
             if not attached.done():
                 attached.set_result(None)
@@ -228,8 +234,8 @@ class Supervisor:
         del self.sessions[session.id]
         end = session.finish()
         self._feed.leave(session)
-        self.totals.ended[session.kind, end.reason] += 1
         if session.started_at:
+            self.totals.ended[session.kind, end.reason] += 1
             self.ended.add(session)
             self._changes.publish(pb.CollectorChange.WHAT_ENDED, info_of(session))
         event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info

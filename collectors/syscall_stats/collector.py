@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features, HashMap
-from coral.collectors.contract import EventRows, ServiceProcesses, Summaries
+from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
     OptionError,
@@ -138,6 +138,12 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
     @classmethod
     def measures(cls, max_series: int) -> SyscallMeasures:
         return SyscallMeasures(max_series)
+
+    @property
+    def coverage(self) -> Coverage:
+        options = self._options
+        part = options.include or options.exclude or options.top
+        return min(super().coverage, Coverage.PART if part else Coverage.WHOLE)
 
     def _open_maps(self) -> None:
         self._stats: HashMap = self._object.map("stats")

@@ -27,7 +27,7 @@ from coral.bpf import (
     kernel_names,
 )
 from coral.bpf.probing import capabilities as caps
-from coral.collectors.contract import EventRows, Summaries, Support
+from coral.collectors.contract import Coverage, EventRows, Summaries, Support
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions, unix_offset_ns
 from coral.collectors.options import choice, integer, option, size
 from coral.collectors.tcp_metrics.connections import Connections
@@ -172,6 +172,11 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     @classmethod
     def measures(cls, max_series: int) -> TcpMeasures:
         return TcpMeasures(max_series)
+
+    @property
+    def coverage(self) -> Coverage:
+        part = self._options.by == "peer" or self._options.top
+        return min(super().coverage, Coverage.PART if part else Coverage.WHOLE)
 
     def _open_maps(self) -> None:
         self._connections_map: HashMap = self._object.map("connections")

@@ -6,8 +6,7 @@ Names are those of OpenTelemetry's proposal for `system.network.tcp.*` (semantic
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from coral.collectors.columns import group, sum_by_group
 from coral.collectors.contract import Batch, EventRows, Measures
+from coral.collectors.series import SeriesTable, le
 from coral.collectors.tcp_metrics.connections import BOUNDS_US, NAMES
 from coral.collectors.tcp_metrics.names import OTHER
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -80,8 +80,7 @@ class TcpMeasures(Measures):
 
     def __init__(self, max_series: int) -> None:
         self._max_series = max_series
-        self._lock = threading.Lock()  # a scrape runs in a thread of its own
-        self._series: dict[_Key, NDArray[np.uint64]] = {}
+        self._series = SeriesTable(max_series, _Key(OTHER, OTHER))
 
     def observe(self, service: str, batch: Batch) -> None:
         rows = batch.rows
@@ -101,36 +100,29 @@ class TcpMeasures(Measures):
             _add_connections(added, columns, of_row, rows.strings)
         listens = role[first] == pb.TCP_ROLE_LISTENER
         added[listens] = _of_listeners(added[listens])
-        with self._lock:
-            for row, more in zip(first.tolist(), added, strict=True):
-                key = _Key(service, _ROLES.get(int(role[row]), OTHER))
-                if address[row] != _NO_PEER:
-                    key = self._of_peer(key, rows.strings[address[row]], str(port[row]))
-                self._add(key, more)
+        for row, more in zip(first.tolist(), added, strict=True):
+            key = _Key(service, _ROLES.get(int(role[row]), OTHER))
+            if address[row] != _NO_PEER:
+                key = self._of_peer(key, rows.strings[address[row]], str(port[row]))
+            self._series.add(key, more)
 
     def _of_peer(self, key: _Key, address: str, port: str) -> _Key:
         peer = key._replace(address=address, port="" if address == OTHER else port)
         # Anyone can be a peer, so peers leave room for services.
-        room = peer in self._series or len(self._series) < self._max_series // 2
+        room = self._series.has_room(peer, self._max_series // 2)
         return peer if room else key._replace(address=OTHER)
 
-    def _add(self, key: _Key, figures: NDArray[np.uint64]) -> None:
-        if key not in self._series and len(self._series) >= self._max_series:
-            key = _Key(OTHER, OTHER)
-        if key in self._series:
-            self._series[key] += figures
-        else:
-            self._series[key] = figures.copy()
-
     def collect(self) -> Iterable[Metric]:
-        with self._lock:  # which the event loop waits for
-            series_by_key = {key: series.copy() for key, series in self._series.items()}
-        peers = any(key.address for key in series_by_key)
-        labels = (*_LABELS, *_PEER_LABELS) if peers else _LABELS
-        families = _families(labels)
-        for key, series in series_by_key.items():
-            _expose(*families, key[: len(labels)], series)
-        return (*families[0].values(), *families[1].values())
+        return _exposed(self._series.copy())
+
+
+def _exposed(series_by_key: Mapping[_Key, NDArray[np.uint64]]) -> Iterator[Metric]:
+    peers = any(key.address for key in series_by_key)
+    labels = (*_LABELS, *_PEER_LABELS) if peers else _LABELS
+    families = _families(labels)
+    for key, series in series_by_key.items():
+        _expose(*families, key[: len(labels)], series)
+    yield from (*families[0].values(), *families[1].values())
 
 
 def _families(
@@ -252,7 +244,7 @@ def _attempt_columns(errors: NDArray[Any], strings: Sequence[str]) -> NDArray[np
 
 def _buckets(histogram: NDArray[np.uint64], bounds_us: Sequence[float]) -> list[tuple[str, float]]:
     """In Prometheus' form: cumulative, by upper bounds in seconds."""
-    ends = [f"{bound / 1e6:.9g}" for bound in bounds_us] + ["+Inf"]
+    ends = [le(bound / 1e6) for bound in (*bounds_us, float("inf"))]
     return list(zip(ends, histogram[:-1].cumsum().astype(float).tolist(), strict=True))
 
 

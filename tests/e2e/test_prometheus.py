@@ -159,8 +159,12 @@ def test_promtool_has_no_complaint_while_a_collector_works_or_after(
 def test_the_agents_own_figures_follow_its_sessions(
     agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
+    text = scrape(agent)
+
     def own(name: str, **labels: str) -> float:
-        return sample(agent, f"coral_agent_{name}", kind="syscall_stats", **labels)
+        labels["kind"] = "syscall_stats"
+        (value,) = samples(text, f"coral_agent_{name}", **labels).values()
+        return value
 
     assert [own(name) for name in ("sessions_active", "subscribers", "map_memory_bytes")] == [0] * 3
     assert [own(name) for name in ("sessions_started_total", "events_total")] == [0] * 2
@@ -169,10 +173,11 @@ def test_the_agents_own_figures_follow_its_sessions(
     pid = str(running.pid)
     with watching(agent, pid=pid) as watch, watching(agent, pid=pid, until_exit="true") as other:
         request = pb.EbpfEventStreamRequest(collector_id=watch.collector_id)
-        assert own("subscribers") == 2
         with streaming(agent, "StreamEvents", request):
+            text = scrape(agent)
             assert own("subscribers") == 3
-        wait_until(lambda: own("subscribers") == 2)
+        wait_until(lambda: sample(agent, "coral_agent_subscribers") == 2)
+        text = scrape(agent)
         assert own("sessions_active") == own("sessions_started_total") == 2
         listed = agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors
         assert own("map_memory_bytes") == sum(info.map_memory_bytes for info in listed) > 0
@@ -181,11 +186,13 @@ def test_the_agents_own_figures_follow_its_sessions(
         assert other.read_to_end().reason == pb.SessionEnd.REASON_TARGET_EXITED
         watch.stop()
     start_collector(agent, 0.05, pid=str(quiet.pid))
-    wait_until(lambda: own("sessions_active") == 0)
+    wait_until(lambda: sample(agent, "coral_agent_sessions_active") == 0)
 
+    text = scrape(agent)
     ended = {reason: own("sessions_ended_total", reason=reason) for reason in ENDS}
     assert ended == dict.fromkeys(ENDS, 0) | {"stopped": 1, "target_exited": 1, "expired": 1}
     assert own("sessions_started_total") == 3
+    assert own("sessions_starting") == 0
     assert own("subscribers") == own("map_memory_bytes") == 0
     assert watch.end
     assert other.end

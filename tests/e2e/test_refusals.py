@@ -462,7 +462,9 @@ def test_what_the_verifier_rejects_is_told_with_its_last_lines(tmp_path: Path) -
     assert tail[-2] == "R0 invalid mem access 'map_value_or_null'"
     assert tail[-1].startswith("processed ")
     # The agent's log has all that the verifier said, from the first instruction on.
-    (logged,) = [line for line in agent.log() if line["event"] == "refused by the kernel"]
+    (logged,) = wait_until(
+        lambda: [line for line in agent.log() if line["event"] == "refused by the kernel"]
+    )
     assert str(logged["said"]).rstrip().endswith("\n".join(tail))
     assert "\n0: " in str(logged["said"])
     assert "\n0: " not in text
@@ -578,7 +580,7 @@ def test_a_collector_that_is_just_starting_counts_once(tmp_path: Path) -> None:
         ThreadPoolExecutor() as pool,
     ):
         first = pool.submit(code_and_text, agent, "StartCollector", request)
-        wait_until(lambda: sample(agent, "coral_agent_sessions_active") == 1)
+        wait_until(lambda: sample(agent, "coral_agent_sessions_starting") == 1)
         shutil.copy(ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.o", edited)
         second = start(agent, {"pid": os.getpid()})
         assert not first.done(), "the second did not come while the first was starting"
@@ -598,6 +600,17 @@ def audit(agent: RunningAgent) -> list[tuple[object, object, object, object]]:
     return [(line["level"], line["code"], line.get("method"), line["reason"]) for line in lines]
 
 
+def counted_refusals(agent: RunningAgent) -> int:
+    """How many refusals the agent's log tells of, by lines and by numbers of lines left out."""
+    counted = 0
+    for line in agent.log():
+        if line["event"] == "refused":
+            counted += 1 + int(str(line.get("left_out", 0)))
+        elif line["event"] == "refusals were left out of the log":
+            counted += int(str(line["count"]))
+    return counted
+
+
 def test_what_the_policy_does_not_allow_is_denied_and_audited(tmp_path: Path) -> None:
     config = {"policy": {"collectors": ["syscall_stats"], "host_scope": False}}
     reasons = [
@@ -614,6 +627,7 @@ def test_what_the_policy_does_not_allow_is_denied_and_audited(tmp_path: Path) ->
                 grpc.StatusCode.PERMISSION_DENIED,
                 reason,
             )
+        wait_until(lambda: len(audit(agent)) == len(reasons))
         assert audit(agent) == [("warning", "PERMISSION_DENIED", None, r) for r in reasons]
         stop(agent, start(agent, {"comm": NO_ONE}))
 
@@ -648,17 +662,20 @@ ALL_METHODS: Final = {
 def test_without_the_token_every_method_is_refused_and_audited(
     given: str | None, reason: str, guarded: RunningAgent
 ) -> None:
-    audited = len(audit(guarded))
+    audited, counted = len(audit(guarded)), counted_refusals(guarded)
     metadata = [("authorization", given)] if given else []
     for method, request in ALL_METHODS.items():
         assert code_and_text(guarded, method, request, metadata) == (
             grpc.StatusCode.UNAUTHENTICATED,
             f"{reason}; send `authorization: Bearer TOKEN` with this agent's token",
         )
-    assert audit(guarded)[audited:] == [
+    wait_until(lambda: counted_refusals(guarded) == counted + len(ALL_METHODS))
+    expected = [
         ("warning", "UNAUTHENTICATED", f"/coral.mesh.v1.EbpfService/{method}", reason)
         for method in ALL_METHODS
     ]
+    logged = audit(guarded)[audited:]  # those that the log's rate leaves out are counted there
+    assert logged == [line for line in expected if line in logged]
     assert TOKEN not in guarded.log_path.read_text()
 
 

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coral.collectors.contract import Batch, Measures, Summaries
+from coral.collectors.series import le
+from coral.collectors.syscall_stats import errno_class
+from coral.collectors.syscall_stats.counters import LATENCY_SLOTS
 from coral.collectors.syscall_stats.measures import SyscallMeasures
 from coral.collectors.tcp_metrics.connections import BOUNDS_US
 from coral.collectors.tcp_metrics.measures import TcpMeasures
@@ -51,7 +55,7 @@ class Sums:
         """COUNT values of at most UP_TO_S."""
         self.add(f"{name}_count", count, labels)
         for bound in (*bounds_s, float("inf")):
-            le = "+Inf" if bound == float("inf") else f"{bound:.9g}"
+            le = "+Inf" if bound == float("inf") else repr(float(bound))
             if up_to_s <= bound:
                 self.add(f"{name}_bucket", count, {**labels, "le": le})
 
@@ -206,3 +210,34 @@ def test_peers_leave_half_of_the_series_to_services() -> None:
 
 def _syscall_rows(summaries: Summaries) -> list[pb.SyscallStats]:
     return [row for row in summaries.as_messages() if isinstance(row, pb.SyscallStats)]
+
+
+def test_each_latency_is_in_the_bucket_whose_bound_it_is_below() -> None:
+    """Exact, by hand: slot s of the kernel counts calls of less than 2**(7 + s) ns, and at least
+    half of that, but for the first and the last."""
+    latency = np.zeros((1, LATENCY_SLOTS), np.uint64)
+    # 128..255 ns, 256..511 ns, 512..1023 ns, 1024..2047 ns, and 137 s or more.
+    for slot, count in ((1, 1), (2, 10), (3, 100), (4, 1000), (LATENCY_SLOTS - 1, 10_000)):
+        latency[0, slot] = count
+    columns: dict[str, Any] = {
+        "syscall": np.array([1], np.uint32),
+        "latency_ns": latency,
+        "total_duration_ns": np.array([123], np.uint64),
+        "errors_by_class": np.zeros((1, len(errno_class.NAMES)), np.uint64),
+    }
+    rows = Summaries(pb.SyscallStatsColumns, columns, ("", "read"), lambda *_: (), 1)
+    measures = SyscallMeasures(10)
+    measures.observe("shop", Batch(rows, 0, 1))
+    buckets = {
+        dict(labels)["le"]: value
+        for (name, labels), value in exposed(measures).items()
+        if name == "coral_syscall_duration_seconds_bucket"
+    }
+    assert {bound: buckets[bound] for bound in list(buckets)[:3]} == {
+        "2.56e-07": 1,  # 256 ns: those of less
+        "1.024e-06": 111,  # 1024 ns
+        "4.096e-06": 1111,
+    }
+    assert buckets["17.179869184"] == 1111
+    assert buckets["+Inf"] == 11_111
+    assert list(buckets) == [le(2**exponent / 1e9) for exponent in range(8, 35, 2)] + ["+Inf"]
