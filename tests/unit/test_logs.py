@@ -201,7 +201,7 @@ def test_each_record_is_one_line_of_json_and_everything_is_a_record() -> None:
     for record in records:
         by_event.setdefault(str(record["event"]), []).append(record)
     (hostile,) = by_event.pop("hostile")
-    assert hostile["name"] == "a\nb\x1b[2J\u202e\udcff"
+    assert hostile["name"] == "a\nb?[2J??"
     assert len(str(by_event["long"][0]["text"])) == (64 << 10) + len(" [...] ")
     assert len(by_event["refused"]) == 10
     (left_out,) = by_event["refusals were left out of the log"]
@@ -225,7 +225,7 @@ def test_each_record_is_one_line_of_json_and_everything_is_a_record() -> None:
 def test_on_a_console_values_stay_in_their_line_and_only_tracebacks_have_more() -> None:
     lines = logged("console")
     (hostile,) = (line for line in lines if "hostile" in line)
-    assert r"name=a\nb\x1b[2J\u202e\udcff" in hostile
+    assert r"name=a\nb?[2J??" in hostile
     assert all(line.isprintable() for line in lines)
     tracebacks = [line for line in lines if line.startswith("    | ")]
     assert r"    | ValueError: in a" in tracebacks
