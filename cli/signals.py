@@ -4,15 +4,28 @@ traceback. Its exit status is then the one that a shell has for the signal, 128 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_AGAIN_S: Final = 0.01
+
 _handlers: list[Callable[[int], None]] = []  # of the running event loop, the innermost last
 _deferred: list[int] | None = None
+
+
+class _Ended(SystemExit):
+    """A signal ends the command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(128 + number)
 
 
 def _taken() -> list[signal.Signals]:
@@ -33,15 +46,26 @@ def exiting() -> Iterator[None]:
     def on_signal(number: int, _frame: object) -> None:
         _end_at_once()
         if _deferred is None:
-            raise SystemExit(128 + number)
+            raise _Ended(number)
         _deferred.append(number)
 
+    def on_unraisable(arguments: sys.UnraisableHookArgs) -> None:
+        # A library's callback was under way, from which nothing can be raised: try again soon.
+        if isinstance(arguments.exc_value, _Ended):
+            number = arguments.exc_value.number
+            signal.signal(number, on_signal)
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+        else:
+            hook_before(arguments)
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, on_unraisable
     before = {number: signal.signal(number, on_signal) for number in _taken()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook_before
 
 
 @contextmanager

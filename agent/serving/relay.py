@@ -172,18 +172,28 @@ class Connection:
     # From the client to gRPC.
 
     def _read_client(self) -> None:
+        self._read_client_by(self._from_client)
+
+    def _read_client_by(self, reader: Callable[[], None]) -> None:
         self._rest = None
-        self._loop.add_reader(self._client, self._from_client)
+        self._loop.add_reader(self._client, reader)
 
     def _pause_client(self) -> None:
         self._loop.remove_reader(self._client)
 
+    def _has_to_wait(self, now_s: float, reader: Callable[[], None]) -> bool:
+        """Whether the peer has sent too fast; READER then reads the client again in time."""
+        wait_s = self.peer.wait_s(now_s)
+        if not wait_s:
+            return False
+        self._keeper.throttle()
+        self._pause_client()
+        self._rest = self._loop.call_later(wait_s, self._read_client_by, reader)
+        return True
+
     def _from_client(self) -> None:
         now_s = time.monotonic()
-        if wait_s := self.peer.wait_s(now_s):
-            self._keeper.throttle()
-            self._pause_client()
-            self._rest = self._loop.call_later(wait_s, self._read_client)
+        if self._has_to_wait(now_s, self._from_client):
             return
         data = _read(self._client, _SCRATCH_FOR_CLIENT)
         if data is None:
@@ -259,8 +269,14 @@ class Connection:
         self._loop.add_reader(self._client, self._discard)
 
     def _discard(self) -> None:
+        now_s = time.monotonic()
+        if self._has_to_wait(now_s, self._discard):
+            return
         data = _read(self._client, _SCRATCH)
-        if data is not None and not data:
+        if data is None:
+            return
+        self.peer.spend(len(data), 0, now_s)
+        if not data:
             self.close()
 
     def _server_hung_up(self) -> bool:

@@ -34,8 +34,8 @@ def parse(message: type[Request], wire: bytes) -> Request:
     printable, and for numbers that an enum does not have."""
     if len(wire) > MOST_BYTES:
         raise LimitError(
-            f"request: {len(wire):,} bytes are more than {MOST_BYTES:,}, the most that this agent "
-            "accepts"
+            f"request: {len(wire):,} bytes are more than {MOST_BYTES:,}, this agent's limit for a "
+            "request"
         )
     try:
         request = message.FromString(wire)

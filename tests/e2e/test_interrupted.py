@@ -91,12 +91,11 @@ def end_after(
 def test_a_command_that_is_ended_leaves_nothing(
     name: str, after_s: float, number: signal.Signals, agent: RunningAgent, tmp_path: Path
 ) -> None:
-    endless = (sys.executable, "-I", "-S", "-c", "import time; time.sleep(1000)")
     with Puppet() as puppet:
         commands = {
             "tap": coral("tap", f"pid:{puppet.pid}", "--syscall-stats", "--agent", agent.address),
             "tap of a command": coral(
-                *("tap", "--syscall-stats", "--agent", agent.address, "--", *endless)
+                *("tap", "--syscall-stats", "--agent", agent.address, "--", "sleep", "1000")
             ),
             "doctor": coral("doctor"),
             "demo": coral("demo"),

@@ -31,7 +31,7 @@ from tests.events import (
 from tests.support import Calls, RunningAgent, running_agent
 
 PREEMPTED = 'coral_agent_sessions_ended_total{kind="syscall_stats",reason="preempted"}'
-CPU_BY_PROGRAMS = 'coral_agent_cpu_seconds_total{cause="programs",kind="syscall_stats"}'
+CPU_BY_PROGRAMS = 'coral_agent_cpu_seconds_total{kind="syscall_stats",cause="programs"}'
 STATS = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
 
 
