@@ -30,6 +30,10 @@ with exiting():
 
 def test_a_signal_within_a_callback_still_ends_the_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT], capture_output=True, text=True, timeout=20
+        [sys.executable, "-P", "-c", SCRIPT],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=20,
     )
     assert (done.returncode, done.stdout, done.stderr) == (143, "cleaned up\n", "")
