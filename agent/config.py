@@ -142,8 +142,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     connections_per_peer: Annotated[
         Positive,
         Meta(
-            description="connections at a time from one IP address, or of one user over unix "
-            "sockets; root and the agent's own user need only stay within `connections`"
+            description="connections at a time of one user of this machine; root and the agent's "
+            "own user need only stay within `connections` on unix sockets"
         ),
     ] = 128
     connection_handshake: Annotated[
@@ -175,7 +175,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = 400
     calls_per_peer: Annotated[
-        Positive, Meta(description="such calls of one IP address, or of one user")
+        Positive, Meta(description="such calls of one user of this machine")
     ] = 100
     streams: Annotated[
         Positive,
@@ -184,7 +184,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = 256
     streams_per_peer: Annotated[
-        Positive, Meta(description="subscriptions and watches of one IP address, or of one user")
+        Positive, Meta(description="subscriptions and watches of one user of this machine")
     ] = 128
 
 
