@@ -33,16 +33,19 @@ class Meter:
         self._payload_left = 0
         self._headers = HeaderBlocks()
         self._in_headers = False  # whether the payload is part of them
+        self._held = bytearray()  # of a block of headers that has not ended
 
-    def feed(self, data: memoryview) -> float:
-        """The next bytes that the client sent; returns what they cost a server, in calls. Raises
-        `NotHttp2Error` or `MalformedError`: then DATA must not reach it."""
-        at, end, calls = 0, len(data), 0.0
+    def feed(self, data: memoryview) -> tuple[memoryview | bytes, float]:
+        """The next bytes that the client sent. Returns which bytes a server may get now, and what
+        they cost it, in calls. Headers are held until they are whole: when a connection breaks off,
+        gRPC makes a call of what it has. Raises `NotHttp2Error` or `MalformedError`."""
+        at, end, calls, passed_bytes = 0, len(data), 0.0, 0
         if self._preface_left:
             at = min(end, len(self._preface_left))
             if data[:at] != self._preface_left[:at]:
                 raise NotHttp2Error("the connection does not begin with the preface of HTTP/2")
             self._preface_left = self._preface_left[at:]
+            passed_bytes = at
         while at < end:
             if self._payload_left:
                 step = min(self._payload_left, end - at)
@@ -50,14 +53,24 @@ class Meter:
                 if self._in_headers:
                     calls += self._headers.feed(data[at : at + step])
                 at += step
-                continue
-            missing = _HEADER_BYTES - len(self._header)
-            self._header += data[at : at + missing]
-            at += missing
-            if len(self._header) == _HEADER_BYTES:
-                calls += self._begin_frame(*_FRAME.unpack(self._header))
-                self._header.clear()
-        return calls
+            else:
+                step = min(_HEADER_BYTES - len(self._header), end - at)
+                self._header += data[at : at + step]
+                at += step
+                if len(self._header) == _HEADER_BYTES:
+                    calls += self._begin_frame(*_FRAME.unpack(self._header))
+                    self._header.clear()
+            if not self._headers.is_open:
+                passed_bytes = at
+        return self._pass(data, passed_bytes), calls
+
+    def _pass(self, data: memoryview, passed_bytes: int) -> memoryview | bytes:
+        passed: memoryview | bytes = data[:passed_bytes]
+        if self._held and passed_bytes:
+            passed = bytes(self._held + passed)
+            self._held.clear()
+        self._held += data[passed_bytes:]
+        return passed
 
     def _begin_frame(self, high: int, low: int, kind: int, flags: int, stream: int) -> float:
         size_bytes = self._payload_left = high << 8 | low

@@ -194,7 +194,7 @@ class Connection:
             return
         self._active_at_s = now_s
         try:
-            calls = self._meter.feed(data)
+            passed, calls = self._meter.feed(data)
         except NotHttp2Error:
             self.close("not_http2")
             return
@@ -207,9 +207,9 @@ class Connection:
         if self.peer.unfinished_bytes > _UNFINISHED_BYTES:
             self.close("unfinished")
         elif self._to_server:
-            self._to_server.send(data)
+            self._to_server.send(passed)
         else:
-            self._early += data
+            self._early += passed
             if self._meter.greeted:
                 self._dial(now_s)
 

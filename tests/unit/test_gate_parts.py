@@ -49,7 +49,7 @@ def test_frames_are_counted_however_they_are_cut(sizes: list[int]) -> None:
     meter, calls, at, turn = Meter(), 0.0, 0, 0
     while at < len(sent):
         step = sizes[turn % len(sizes)]
-        calls += meter.feed(memoryview(sent)[at : at + step])
+        calls += meter.feed(memoryview(sent)[at : at + step])[1]
         at, turn = at + step, turn + 1
     assert meter.greeted
     assert calls == 3  # one for each stream
