@@ -1,14 +1,17 @@
-"""As much of HTTP/2 (RFC 9113) as it takes to count what a client sends. Does no I/O."""
+"""As much of HTTP/2 (RFC 9113) as it takes to count what a client sends, and to check its headers.
+Does no I/O."""
 
 from __future__ import annotations
 
 import struct
 from typing import Final
 
+from coral.agent.serving.headers import HEADERS, HeaderBlocks
+
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _FRAME: Final = struct.Struct(">HBBBI")  # the length in two parts, type, flags, stream
 _HEADER_BYTES: Final = _FRAME.size
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _GOAWAY = 0x0, 0x1, 0x3, 0x4, 0x7
+_DATA, _RST_STREAM, _SETTINGS, _GOAWAY = 0x0, 0x3, 0x4, 0x7
 _END_STREAM: Final = 0x1
 _BYTES_FOR_A_STREAM: Final = 64  # at least, for one that has data and no end
 _ENHANCE_YOUR_CALM: Final = 0xB
@@ -28,43 +31,62 @@ class Meter:
         self._preface_left = PREFACE
         self._header = bytearray()
         self._payload_left = 0
+        self._headers = HeaderBlocks()
+        self._in_headers = False  # whether the payload is part of them
+        self._held = bytearray()  # of a block of headers that has not ended
 
-    def feed(self, data: memoryview) -> int:
-        """The next bytes that the client sent; returns how many streams they open. Raises
-        `NotHttp2Error`."""
-        at, end, opened = 0, len(data), 0
+    def feed(self, data: memoryview) -> tuple[memoryview | bytes, float]:
+        """The next bytes that the client sent. Returns which bytes a server may get now, and what
+        they cost it, in calls. Headers are held until they are whole: when a connection breaks off,
+        gRPC makes a call of what it has. Raises `NotHttp2Error` or `MalformedError`."""
+        at, end, calls, passed_bytes = 0, len(data), 0.0, 0
         if self._preface_left:
             at = min(end, len(self._preface_left))
             if data[:at] != self._preface_left[:at]:
                 raise NotHttp2Error("the connection does not begin with the preface of HTTP/2")
             self._preface_left = self._preface_left[at:]
+            passed_bytes = at
         while at < end:
             if self._payload_left:
                 step = min(self._payload_left, end - at)
                 self._payload_left -= step
+                if self._in_headers:
+                    calls += self._headers.feed(data[at : at + step])
                 at += step
-                continue
-            missing = _HEADER_BYTES - len(self._header)
-            self._header += data[at : at + missing]
-            at += missing
-            if len(self._header) == _HEADER_BYTES:
-                opened += self._begin_frame(*_FRAME.unpack(self._header))
-                self._header.clear()
-        return opened
+            else:
+                step = min(_HEADER_BYTES - len(self._header), end - at)
+                self._header += data[at : at + step]
+                at += step
+                if len(self._header) == _HEADER_BYTES:
+                    calls += self._begin_frame(*_FRAME.unpack(self._header))
+                    self._header.clear()
+            if not self._headers.is_open:
+                passed_bytes = at
+        return self._pass(data, passed_bytes), calls
 
-    def _begin_frame(self, high: int, low: int, kind: int, flags: int, stream: int) -> bool:
+    def _pass(self, data: memoryview, passed_bytes: int) -> memoryview | bytes:
+        passed: memoryview | bytes = data[:passed_bytes]
+        if self._held and passed_bytes:
+            passed = bytes(self._held + passed)
+            self._held.clear()
+        self._held += data[passed_bytes:]
+        return passed
+
+    def _begin_frame(self, high: int, low: int, kind: int, flags: int, stream: int) -> float:
         size_bytes = self._payload_left = high << 8 | low
         if not self.greeted:
             if kind != _SETTINGS:
                 raise NotHttp2Error("the connection does not begin with SETTINGS")
             self.greeted = True
-        if kind == _RST_STREAM or (kind in (_DATA, _HEADERS) and flags & _END_STREAM):
+        if kind == _RST_STREAM or (kind in (_DATA, HEADERS) and flags & _END_STREAM):
             self.unfinished_bytes -= self._unfinished.pop(stream, 0)
         elif kind == _DATA:
             before = self._unfinished.get(stream, 0)
             self._unfinished[stream] = (before or _BYTES_FOR_A_STREAM) + size_bytes
             self.unfinished_bytes += self._unfinished[stream] - before
-        return kind == _HEADERS
+        self._in_headers = self._headers.begin_frame(kind, flags, stream, size_bytes)
+        calls = float(kind == HEADERS)
+        return calls if size_bytes or not self._in_headers else calls + self._headers.feed(b"")
 
 
 def farewell(reason: str) -> bytes:

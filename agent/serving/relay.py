@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Final, Protocol
 
 from coral.agent.config import Limits
+from coral.agent.serving.headers import MalformedError
 from coral.agent.serving.http2 import Meter, NotHttp2Error
 from coral.agent.serving.listening import Origin
 from coral.agent.serving.rate import Bucket
@@ -203,18 +204,22 @@ class Connection:
             return
         self._active_at_s = now_s
         try:
-            opened = self._meter.feed(data)
+            passed, calls = self._meter.feed(data)
         except NotHttp2Error:
             self.close("not_http2")
             return
-        self.peer.spend(len(data), opened, now_s)
+        except MalformedError as error:
+            self.peer.spend(len(data), error.calls, now_s)
+            self.close("malformed")
+            return
+        self.peer.spend(len(data), calls, now_s)
         self._count_unfinished(self._meter.unfinished_bytes)
         if self.peer.unfinished_bytes > _UNFINISHED_BYTES:
             self.close("unfinished")
         elif self._to_server:
-            self._to_server.send(data)
+            self._to_server.send(passed)
         else:
-            self._early += data
+            self._early += passed
             if self._meter.greeted:
                 self._dial(now_s)
 
