@@ -192,9 +192,6 @@ class Connection:
         if not data:
             self.close()
             return
-        if self._to_server and not self._server:  # gRPC has left: nobody wants it
-            self.peer.spend(len(data), 0, now_s)
-            return
         self._active_at_s = now_s
         try:
             passed, calls = self._meter.feed(data)
@@ -264,7 +261,12 @@ class Connection:
         self._server = None
         with suppress(OSError):
             self._client.shutdown(socket.SHUT_WR)
-        self._read_client()
+        self._loop.add_reader(self._client, self._discard)
+
+    def _discard(self) -> None:
+        data = _read(self._client, _SCRATCH)
+        if data is not None and not data:
+            self.close()
 
     def _server_hung_up(self) -> bool:
         if not self._server:
