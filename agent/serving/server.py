@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class Server:
         """Binds every address; `addresses` has them with the ports that were taken. Raises
         `ConfigError`."""
         self._supervisor = supervisor
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
         use_all_descriptors()
         self._listeners = listen(config, has_token=bool(token))
         self.addresses = [listener.address for listener in self._listeners]
@@ -144,6 +146,13 @@ class _Behind:
         await self.side.close(_FLUSH_S)
         await asyncio.wait([stopping], timeout=_FLUSH_S)
         self._upstream.close()
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether what gRPC logs is more than that a call ended while its answer was being sent, as
+    callers can make any call end, by its deadline for one."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "ExecuteBatchError"
 
 
 def _options(limits: Limits) -> tuple[tuple[str, int], ...]:

@@ -14,7 +14,18 @@ import grpc
 import pytest
 from hpack import Encoder
 
-from tests.http2 import CONTINUATION, END_HEADERS, HEADERS, PADDED, PRIORITY, Http2, frame, message
+from tests.http2 import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PADDED,
+    PRIORITY,
+    Http2,
+    frame,
+    message,
+)
 from tests.support import INSECURE, PATIENCE, SERVICE, RunningAgent, running_agent
 
 LIST: Final = f"/{SERVICE}/ListCollectors"
@@ -106,7 +117,7 @@ def call(block: bytes, flags: int = 0, cut: int | None = None) -> bytes:
     for at in range(0, len(rest), 16_384):
         ends = END_HEADERS if at + 16_384 >= len(rest) else 0
         frames.append(frame(CONTINUATION, ends, 1, rest[at : at + 16_384]))
-    return b"".join([*frames, frame(0, 1, 1, message(b""))])
+    return b"".join([*frames, frame(DATA, END_STREAM, 1, message(b""))])
 
 
 def send(address: str, sent: bytes, wait_s: float) -> bytes:
@@ -171,6 +182,18 @@ def test_random_headers_harm_no_other_caller(victim: Victim) -> None:
         whole = chance.choice((len(sent), chance.randrange(len(sent))))
         send(victim.addresses[turn % 2], sent[:whole], 0.003)
         victim.assert_unharmed()
+
+
+def test_calls_that_end_while_they_are_answered_leave_no_traceback(victim: Victim) -> None:
+    for turn, path in product(range(40), (LIST, "/no/method", "/grpc.health.v1.Health/Check")):
+        encoder, sent = Encoder(), b""
+        for number in range(30):
+            timeout = (b"0n", b"100u", b"1m", b"3m", b"5m")[(turn + number) % 5]
+            fields = CALL | {b":path": path.encode(), b"grpc-timeout": timeout}
+            sent += frame(HEADERS, END_HEADERS, 2 * number + 1, encoder.encode(fields.items()))
+            sent += frame(DATA, END_STREAM, 2 * number + 1, message(b""))
+        send(victim.addresses[turn % 2], sent, 0.02)
+    victim.assert_unharmed()
 
 
 def test_grpc_itself_refuses_headers_that_are_too_long(victim: Victim) -> None:
