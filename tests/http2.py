@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
+from contextlib import suppress
 from typing import Final, Self
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -35,6 +37,7 @@ class Http2:
         else:
             host, _, port = address.rpartition(":")
             self.socket = socket.create_connection((host, int(port)))
+        self.answers = 0
         self._next_stream = 1
         self._tables: dict[str, bytes] = {}
 
@@ -50,15 +53,22 @@ class Http2:
         self.socket.sendall(PREFACE + frame(SETTINGS, payload=settings))
         return self
 
-    def wait_for_headers(self, streams: int) -> None:
-        """Reads until the answers to that many streams have begun."""
-        self.socket.settimeout(10)
+    def acknowledge(self) -> None:
+        """Acknowledges SETTINGS and PING from now on, in a thread, until the connection is closed.
+        Counts the answers that begin."""
+        threading.Thread(target=self._acknowledge, daemon=True).start()
+
+    def _acknowledge(self) -> None:
         received = b""
-        while streams:
-            received += self.socket.recv(65_536)
-            while len(received) >= (size := 9 + int.from_bytes(received[:3], "big")):
-                streams -= received[3] == HEADERS
-                received = received[size:]
+        with suppress(OSError):
+            while chunk := self.socket.recv(65_536):
+                received += chunk
+                while len(received) >= (size := 9 + int.from_bytes(received[:3], "big")):
+                    kind, flags, payload = received[3], received[4], received[9:size]
+                    received = received[size:]
+                    self.answers += kind == HEADERS
+                    if kind in (SETTINGS, PING) and not flags & ACK:
+                        self.socket.sendall(frame(kind, ACK, 0, payload if kind == PING else b""))
 
     def begin(self, path: str, payload: bytes | None = b"", *, end: bool = True) -> bytes:
         """The frames of a call of PATH with one request, or with none where PAYLOAD is None."""

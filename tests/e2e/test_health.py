@@ -132,11 +132,11 @@ def test_watchers_that_take_nothing_delay_neither_readiness_nor_the_end(
         request = pb.EbpfEventStreamRequest(
             collector_id=start_collector(agent, pid=str(running.pid)).collector_id
         )
-        frozen.greet(window_bytes=0)
+        frozen.greet(window_bytes=0).acknowledge()
         for service in ("", SERVICE):
             asked = health_pb2.HealthCheckRequest(service=service).SerializeToString()
             frozen.socket.sendall(frozen.begin("/grpc.health.v1.Health/Watch", asked))
-        frozen.wait_for_headers(2)
+        wait_until(lambda: frozen.answers == 2)
         pid_file.write_text(str(running.pid))
         wait_until(lambda: health_of(agent, SERVICE) == SERVING, timeout_s=5)
         wait_until(lambda: page(agent, "/readyz") == (200, "ready\n"), timeout_s=5)
