@@ -142,8 +142,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     connections_per_peer: Annotated[
         Positive,
         Meta(
-            description="connections at a time from one IP address, or of one user over unix "
-            "sockets; root and the agent's own user need only stay within `connections`"
+            description="connections at a time of one user of this machine; over unix sockets, "
+            "root and the agent's own user need only stay within `connections`"
         ),
     ] = 128
     connection_handshake: Annotated[

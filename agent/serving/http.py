@@ -237,7 +237,8 @@ class _Connection(asyncio.Protocol):
                 raise h11.RemoteProtocolError(
                     f"a request of more than {_MOST_REQUEST_BYTES} bytes is not accepted", 431
                 )
-            self._http.receive_data(data)
+            if data:  # h11 takes nothing for the end
+                self._http.receive_data(data)
             self._read()
         except h11.RemoteProtocolError as error:
             self._last = True

@@ -103,6 +103,17 @@ async def test_requests_on_one_connection_are_answered_in_turn_also_if_they_come
     assert [int(answer[:3]) for answer in answers] == [200, 404, 200]
 
 
+async def test_a_request_may_begin_while_another_is_answered_and_end_after_that() -> None:
+    loop = asyncio.get_running_loop()
+    second = get("/small", "Connection: close")
+    with serving() as server:
+        async with connected(server) as client:
+            await loop.sock_sendall(client, get("/small") + second[:10])
+            assert (await loop.sock_recv(client, 1 << 10)).endswith(b"small\n")
+            await loop.sock_sendall(client, second[10:])
+            assert (await read_to_end(client)).endswith(b"small\n")
+
+
 async def test_a_client_that_has_shut_its_end_down_gets_its_answer() -> None:
     with serving() as server:
         async with connected(server) as client:
