@@ -34,7 +34,7 @@ _LEAST_S: Final = 1e-3
 _MOST_S: Final = 366 * 86_400.0
 # gRPC keeps these in milliseconds, in a signed number of 32 bits.
 _MOST_GRPC_S: Final = 24 * 86_400.0
-_GRPC_DURATIONS: Final = ("connection_age", "keepalive")
+_GRPC_DURATIONS: Final = ("connection_age", "connection_idle", "keepalive")
 _MOST_TEXT_BYTES: Final = 4096
 _MOST_NAME_BYTES: Final = 128
 _MOST_SHOWN: Final = 200
@@ -142,8 +142,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     connections_per_peer: Annotated[
         Positive,
         Meta(
-            description="connections at a time of one user of this machine; root and the agent's "
-            "own user need only stay within `connections` on unix sockets"
+            description="connections at a time of one user of this machine; over unix sockets, "
+            "root and the agent's own user need only stay within `connections`"
         ),
     ] = 128
     connection_handshake: Annotated[

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import socket
+import struct
+import threading
+from contextlib import suppress
 from typing import Final, Self
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -35,6 +38,7 @@ class Http2:
         else:
             host, _, port = address.rpartition(":")
             self.socket = socket.create_connection((host, int(port)))
+        self.answers = 0
         self._next_stream = 1
         self._tables: dict[str, bytes] = {}
 
@@ -44,10 +48,28 @@ class Http2:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def greet(self) -> Self:
-        """The preface and the first SETTINGS."""
-        self.socket.sendall(PREFACE + frame(SETTINGS))
+    def greet(self, *, window_bytes: int | None = None) -> Self:
+        """The preface and the first SETTINGS, with the window that streams begin with."""
+        settings = b"" if window_bytes is None else struct.pack(">HI", 4, window_bytes)
+        self.socket.sendall(PREFACE + frame(SETTINGS, payload=settings))
         return self
+
+    def acknowledge(self) -> None:
+        """Acknowledges SETTINGS and PING from now on, in a thread, until the connection is closed.
+        Counts the answers that begin."""
+        threading.Thread(target=self._acknowledge, daemon=True).start()
+
+    def _acknowledge(self) -> None:
+        received = b""
+        with suppress(OSError):
+            while chunk := self.socket.recv(65_536):
+                received += chunk
+                while len(received) >= (size := 9 + int.from_bytes(received[:3], "big")):
+                    kind, flags, payload = received[3], received[4], received[9:size]
+                    received = received[size:]
+                    self.answers += kind == HEADERS
+                    if kind in (SETTINGS, PING) and not flags & ACK:
+                        self.socket.sendall(frame(kind, ACK, 0, payload if kind == PING else b""))
 
     def begin(self, path: str, payload: bytes | None = b"", *, end: bool = True) -> bytes:
         """The frames of a call of PATH with one request, or with none where PAYLOAD is None."""
