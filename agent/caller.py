@@ -44,5 +44,11 @@ class Caller:
         """Whether the agent believes what the caller says of itself, such as `interactive`."""
         return self.trust is not Trust.ANYONE
 
+    @property
+    def refusals_of(self) -> str:
+        """Whose refusals the log counts together with this caller's: those of its principal, or of
+        all owners, each connection of which is a principal."""
+        return "" if self.trust is Trust.OWNER else self.principal
+
 
 LIBRARY = Caller()

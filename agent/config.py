@@ -34,7 +34,7 @@ _LEAST_S: Final = 1e-3
 _MOST_S: Final = 366 * 86_400.0
 # gRPC keeps these in milliseconds, in a signed number of 32 bits.
 _MOST_GRPC_S: Final = 24 * 86_400.0
-_GRPC_DURATIONS: Final = ("connection_age", "keepalive")
+_GRPC_DURATIONS: Final = ("connection_age", "connection_idle", "keepalive")
 _MOST_TEXT_BYTES: Final = 4096
 _MOST_NAME_BYTES: Final = 128
 _MOST_SHOWN: Final = 200

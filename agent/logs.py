@@ -31,7 +31,7 @@ _CLOSE_S: Final = 0.5
 _MOST_TEXT: Final = 64 << 10  # characters of one value
 _MOST_NATIVE_LINE_BYTES: Final = 4096
 # Events that callers cause at will. Not "refused by the kernel", which is about a start.
-_REFUSALS: Final = frozenset({"refused", "connection refused"})
+_REFUSALS: Final = frozenset({"refused", "connection refused", "connection closed"})
 # The lines of C code that are logged at once: the stack of a crash has about this many.
 _NATIVE_BURST: Final = 64
 
@@ -63,8 +63,10 @@ class _Logging:
         self, _logger: object, _method: str, record: MutableMapping[str, Any]
     ) -> MutableMapping[str, Any]:
         event = str(record.get("event", ""))
+        # By caller too, so that one that floods the log does not hide the others' refusals.
+        principal = str(record.pop("principal", ""))
         if event in _REFUSALS:
-            left_out = self._limit.admit((event, str(record.get("code", ""))))
+            left_out = self._limit.admit((event, str(record.get("code", "")), principal))
             if left_out is None:
                 raise structlog.DropEvent
             if left_out:
@@ -74,8 +76,11 @@ class _Logging:
     def tell_left_out(self, *, at_end: bool = False) -> None:
         """Logs how many refusals were left out, for the kinds that are due, or for all AT_END."""
         for kind, left_out in self._limit.overdue(at_end=at_end):
-            event, code = kind if isinstance(kind, tuple) else (kind, "")
-            log.warning("refusals were left out of the log", like=event, code=code, count=left_out)
+            event, code, principal = kind if isinstance(kind, tuple) else (kind, "", "")
+            log.warning(
+                "refusals were left out of the log", like=event, code=code, caller=principal,
+                count=left_out,
+            )  # fmt: skip
 
     def _bound(
         self, _logger: object, _method: str, record: MutableMapping[str, Any]

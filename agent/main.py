@@ -22,6 +22,7 @@ from coral.agent.machine import privileges
 from coral.agent.notify import Notifier
 from coral.agent.serving import monitoring
 from coral.agent.serving.caller import read_token
+from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
@@ -113,11 +114,11 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         notifier = Notifier()
         stack.callback(notifier.close)
         supervisor = await stack.enter_async_context(Supervisor(config))
-        readiness = Readiness(supervisor)
+        readiness, counts = Readiness(supervisor), Counts()
         metrics_address = stack.enter_context(
-            monitoring.serve(config.metrics, supervisor, readiness)
+            monitoring.serve(config.metrics, supervisor, readiness, counts)
         )
-        server = await stack.enter_async_context(Server(supervisor, config, token))
+        server = await stack.enter_async_context(Server(supervisor, config, token, counts))
         await stack.enter_async_context(readiness.kept_up(server, notifier))
         log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
         log.info(

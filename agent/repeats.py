@@ -11,15 +11,18 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Final
 
+from coral.agent.rate import Bucket
+
 _BURST: Final = 10
 _PER_S: Final = 1.0
 _MOST_KINDS: Final = 256
+OTHERS: Final = "others"
+"""The kind of everything that comes while there are too many kinds."""
 
 
 @dataclass
 class _Kind:
-    tokens: float
-    at_s: float
+    lines: Bucket
     left_out: int = 0
 
 
@@ -42,12 +45,9 @@ class RepeatLimit:
         """Whether to log a line of KIND now: None if not, else how many like it were left out since
         the last one."""
         with self._lock:
-            state = self._kinds.get(kind)
-            if state is None:
-                if len(self._kinds) >= _MOST_KINDS:
-                    self._kinds.pop(next(iter(self._kinds)))
-                state = self._kinds[kind] = _Kind(self._burst, self._clock())
-            if not self._take(state):
+            now_s = self._clock()
+            state = self._kinds.get(kind) or self._new(kind, now_s)
+            if not state.lines.take(1, now_s):
                 state.left_out += 1
                 return None
             left_out, state.left_out = state.left_out, 0
@@ -58,17 +58,23 @@ class RepeatLimit:
         of which a line may be logged again, or all AT_END. Each counts as reported then."""
         told: list[tuple[Hashable, int]] = []
         with self._lock:
+            now_s = self._clock()
             for kind, state in self._kinds.items():
-                if state.left_out and (self._take(state) or at_end):
+                if state.left_out and (state.lines.take(1, now_s) or at_end):
                     told.append((kind, state.left_out))
                     state.left_out = 0
         return told
 
-    def _take(self, state: _Kind) -> bool:
-        now = self._clock()
-        tokens = state.tokens + (now - state.at_s) * self._per_s
-        state.tokens, state.at_s = min(tokens, self._burst), now
-        if state.tokens < 1:
-            return False
-        state.tokens -= 1
-        return True
+    def _new(self, kind: Hashable, now_s: float) -> _Kind:
+        if len(self._kinds) >= _MOST_KINDS - 1:
+            self._forget(now_s)
+        if len(self._kinds) >= _MOST_KINDS - 1:
+            kind = OTHERS
+        # The last line of a burst is on credit.
+        return self._kinds.setdefault(kind, _Kind(Bucket(self._per_s, self._burst - 1)))
+
+    def _forget(self, now_s: float) -> None:
+        """Forgets the kinds that a new one would be like."""
+        for kind, state in tuple(self._kinds.items()):
+            if not state.left_out and state.lines.is_full(now_s):
+                del self._kinds[kind]

@@ -17,6 +17,11 @@ T = TypeVar("T")
 
 Charge = Callable[[int], None]  # takes nanoseconds of CPU time
 
+
+def uncharged(_cpu_ns: int) -> None:
+    """A `Charge` to nobody."""
+
+
 _charge: Final[ContextVar[Charge | None]] = ContextVar("charge", default=None)
 
 

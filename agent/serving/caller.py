@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ import structlog
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Config, ConfigError
 from coral.agent.files import read_regular
-from coral.agent.serving.health import HEALTH_NAME
+from coral.agent.serving.health import HEALTH
 from coral.agent.serving.relay import Connection
 
 _MOST_TOKEN_BYTES: Final = 4096
@@ -64,7 +65,7 @@ class Callers:
             peer=origin.address,
             principal=f"{origin.principal}, {name}" if trust is Trust.OWNER else origin.principal,
             trust=trust,
-            hang_up=connection.close,
+            hang_up=partial(connection.close, "stalled"),
         )
 
 
@@ -89,15 +90,16 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         given = str(metadata.get("authorization", ""))
         if hmac.compare_digest(
             given.encode(errors="replace"), self._expected.encode()
-        ) or method.startswith(f"/{HEALTH_NAME}/"):
+        ) or method.startswith(f"/{HEALTH.full_name}/"):
             return handler
 
         async def refuse(_request: object, context: Context) -> None:
             reason = "authorization: the token is wrong" if given else "authorization: no token"
             caller = self._caller_of(context)
             log.warning(
-                "refused", peer=caller.peer, code="UNAUTHENTICATED", method=method, reason=reason
-            )
+                "refused", peer=caller.peer, principal=caller.refusals_of, code="UNAUTHENTICATED",
+                method=method, reason=reason,
+            )  # fmt: skip
             await context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
                 f"{reason}; send `authorization: Bearer TOKEN` with this agent's token",

@@ -6,15 +6,18 @@ parsed here, so that bad ones get the right status, and streams are encoded befo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Self
 
 import grpc
 import structlog
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from coral.agent.caller import Caller
 from coral.agent.config import Limits
@@ -24,13 +27,13 @@ from coral.agent.serving.requests import parse
 from coral.agent.serving.status import code_of, fitting
 from coral.bpf import BpfError
 from coral.collectors.metering import Charge, metered
-from coral.mesh.v1 import ebpf_pb2 as pb
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
 Unary = Callable[[Any, Caller], Awaitable[Message]]
-# Inside the block the stream stands; what it holds is given back when the block is left. The CPU
-# time of sending the messages is charged.
+# The request is a message, or an iterator of messages where the client streams. Inside the block
+# the stream stands; what it holds is given back when the block is left. The CPU time of sending the
+# messages is charged.
 Streaming = Callable[[Any, Caller], AbstractContextManager[tuple[AsyncIterator[bytes], Charge]]]
 
 
@@ -42,26 +45,27 @@ class Quotas:
     streaming: Quota
 
     @classmethod
-    def of(cls, limits: Limits) -> Self:
-        """As LIMITS say."""
-        return cls(
-            Quota("calls", limits.calls, "calls_per_peer", limits.calls_per_peer, "calls"),
-            Quota(
-                "streams", limits.streams, "streams_per_peer", limits.streams_per_peer, "streams"
-            ),
+    def of(cls, limits: Limits, refused: Counter[str]) -> Self:
+        """As LIMITS say; counts refusals in REFUSED, by limit."""
+        calls = Quota(
+            "calls", limits.calls, "calls_per_peer", limits.calls_per_peer, "calls", refused
         )
+        streams = Quota(
+            "streams", limits.streams, "streams_per_peer", limits.streams_per_peer, "streams",
+            refused,
+        )  # fmt: skip
+        return cls(calls, streams)
 
 
 def handlers(
     descriptor: ServiceDescriptor,
     service: object,
     caller_of: CallerOf = unknown_caller,
-    limits: Limits | None = None,
+    quotas: Quotas | None = None,
 ) -> grpc.GenericRpcHandler:
     """Handlers for SERVICE, which has a method, `Unary` or `Streaming`, for each RPC of
-    DESCRIPTOR, within LIMITS, which are theirs alone."""
-    limits = limits or Limits()
-    calls = _Calls(caller_of, Quotas.of(limits))
+    DESCRIPTOR, within QUOTAS."""
+    calls = _Calls(caller_of, quotas or Quotas.of(Limits(), Counter()))
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
@@ -82,10 +86,14 @@ class _Calls:
         behaviour: Any,  # noqa: ANN401  Unary or Streaming, as the descriptor says
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler for one method."""
-        request_type: type[Message] = getattr(pb, method.input_type.name)
+        request_type = GetMessageClass(method.input_type)
+        if method.client_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._streaming(method, partial(_parsed, request_type), behaviour)
+            )
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._streaming(method, request_type, behaviour)
+                self._streaming(method, partial(parse, request_type), behaviour)
             )
         return grpc.unary_unary_rpc_method_handler(self._unary(method, request_type, behaviour))
 
@@ -102,20 +110,27 @@ class _Calls:
         return answer
 
     def _streaming(
-        self, method: MethodDescriptor, request_type: type[Message], behaviour: Streaming
-    ) -> Callable[[bytes, Context], Awaitable[None]]:
-        async def answer(wire: bytes, context: Context) -> None:
+        self, method: MethodDescriptor, parse_request: Callable[[Any], object], behaviour: Streaming
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        async def answer(wire: object, context: Context) -> None:
             caller = self.caller_of(context)
             async with _failures_as_status(method, context, caller):
                 with (
                     self.quotas.streaming.one(caller),
-                    behaviour(parse(request_type, wire), caller) as (messages, charge),
+                    behaviour(parse_request(wire), caller) as (messages, charge),
                 ):
                     # A caller that has the headers knows that its stream stands.
                     await context.send_initial_metadata(())
                     await metered(_write(messages, context), charge)
 
         return answer
+
+
+async def _parsed(
+    request_type: type[Message], wires: AsyncIterator[bytes]
+) -> AsyncIterator[Message]:
+    async for wire in wires:
+        yield parse(request_type, wire)
 
 
 async def _write(messages: AsyncIterator[bytes], context: Context) -> None:
@@ -140,7 +155,10 @@ async def _failures_as_status(
             log.exception("call failed unexpectedly", method=method.name, peer=peer)
             error = RuntimeError(f"{method.name} failed: the agent's log says why")
         elif code is grpc.StatusCode.PERMISSION_DENIED:
-            log.warning("refused", peer=peer, code=code.name, reason=str(error))
+            log.warning(
+                "refused", peer=peer, principal=caller.refusals_of, code=code.name,
+                reason=str(error),
+            )  # fmt: skip
         elif isinstance(error, BpfError):
             log.error("refused by the kernel", peer=peer, what=error.what, said=error.log)
         await context.abort(code, fitting(str(error)))

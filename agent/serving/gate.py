@@ -12,7 +12,6 @@ import errno
 import resource
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -21,9 +20,9 @@ import structlog
 
 from coral.agent.caller import Trust
 from coral.agent.config import Limits
-from coral.agent.serving.http2 import farewell
+from coral.agent.serving.counts import ConnectionCounts
+from coral.agent.serving.http2 import goaway
 from coral.agent.serving.listening import Listener, Origin
-from coral.agent.serving.rate import Seldom
 from coral.agent.serving.relay import Connection, Peer
 from coral.agent.serving.upstream import peer_of
 
@@ -52,22 +51,19 @@ def use_all_descriptors() -> None:
 
 
 class Side:
-    """The connections to all LISTENERS of one kind, within LIMITS. DIAL makes a connection to the
-    gRPC server behind it."""
+    """The connections to all LISTENERS of one kind, within LIMITS, counted in COUNTS. DIAL makes a
+    connection to the gRPC server behind it."""
 
     def __init__(
         self,
-        kind: str,
         listeners: Sequence[Listener],
         dial: Callable[[], socket.socket],
         limits: Limits,
+        counts: ConnectionCounts,
     ) -> None:
-        self.kind, self.listeners = kind, listeners
+        self.listeners = listeners
         self.connections: set[Connection] = set()
-        self.accepted = 0
-        self.refused: Counter[str] = Counter()  # connections, by limit
-        self.cut: Counter[str] = Counter()  # connections that were closed from here, by reason
-        self.throttled = 0  # how often a connection had to wait: its peer sent too fast
+        self._counts = counts
         self._dial, self._limits = dial, limits
         self._peers: dict[str, Peer] = {}
         self._names: dict[str, Connection] = {}
@@ -75,7 +71,6 @@ class Side:
         self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._change = asyncio.Event()  # a connection was closed
-        self._reports = Seldom()
 
     def open(self) -> None:
         """Accepts from now on."""
@@ -112,14 +107,16 @@ class Side:
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
                 client, _ = one.accept()
-            except (BlockingIOError, InterruptedError, ConnectionError):
+            except BlockingIOError:
                 break
             except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    raise
-                self._refused("descriptors", listener.address, str(error.strerror))
-                self._pause(listener, one, _EXHAUSTED_PAUSE_S)
-                return
+                if error.errno in _EXHAUSTED:
+                    self._refused("descriptors", listener.address, "", str(error.strerror))
+                    self._pause(listener, one, _EXHAUSTED_PAUSE_S)
+                    return
+                # An error of the network that the new connection already has, accept(2).
+                all_let_in = False
+                break
             all_let_in &= self._let_in(listener, client)
         if not all_let_in:
             self._pause(listener, one, _REFUSED_PAUSE_S)
@@ -136,13 +133,13 @@ class Side:
         peer = self._peer(origin)
         if refusal := self._refusal(origin, peer):
             limit, why = refusal
-            self._refused(limit, origin.address, why)
+            self._refused(limit, origin.address, origin.principal, why)
             with suppress(OSError):
-                client.send(farewell(why))
+                client.send(goaway(why))
             client.close()
             return False
-        self.accepted += 1
         self.connections.add(Connection(client, origin, peer, self._limits, self))
+        self._counts.open = len(self.connections)
         return True
 
     def _peer(self, origin: Origin) -> Peer:
@@ -165,12 +162,11 @@ class Side:
             return "connections", f"{why}; all are in use"
         return None
 
-    def _refused(self, limit: str, address: str, why: str) -> None:
-        self.refused[limit] += 1
-        if (others := self._reports.due(limit, time.monotonic())) is not None:
-            log.warning("connection refused", peer=address, reason=why, others_since=others)
+    def _refused(self, limit: str, address: str, principal: str, why: str) -> None:
+        self._counts.refused[limit] += 1
+        log.warning("connection refused", peer=address, principal=principal, code=limit, reason=why)
 
-    # What connections say: see `Keeper`.
+    # `Keeper`, for connections.
 
     def dial(self, connection: Connection) -> socket.socket:
         """A new connection to gRPC for CONNECTION's bytes. Raises OSError."""
@@ -182,24 +178,26 @@ class Side:
     def closed(self, connection: Connection, reason: str) -> None:
         """CONNECTION is closed."""
         self.connections.discard(connection)
+        self._counts.open = len(self.connections)
         self._change.set()
         if self._names.get(connection.name) is connection:
             del self._names[connection.name]
         if reason:
-            self.cut[reason] += 1
-            if (others := self._reports.due(reason, time.monotonic())) is not None:
-                log.warning(
-                    "connection closed", peer=connection.origin.address, reason=reason,
-                    others_since=others,
-                )  # fmt: skip
+            self._counts.closed[reason] += 1
+            origin = connection.origin
+            log.warning(
+                "connection closed", peer=origin.address, principal=origin.principal, code=reason
+            )
 
     def throttle(self) -> None:
         """A connection has to wait."""
-        self.throttled += 1
+        self._counts.throttled += 1
 
     # Time.
 
     def _tick(self) -> None:
+        # First: what fails below must not end the ticks.
+        self._ticking = self._loop.call_later(_TICK_S, self._tick)
         now_s = time.monotonic()
         for connection in tuple(self.connections):
             if reason := connection.overdue(now_s):
@@ -207,7 +205,6 @@ class Side:
         for key, peer in tuple(self._peers.items()):
             if peer.is_forgettable(now_s):
                 del self._peers[key]
-        self._ticking = self._loop.call_later(_TICK_S, self._tick)
 
     def stop_accepting(self) -> None:
         """Refuses new connections from now on; those that stand are left. Safe to call twice."""

@@ -8,57 +8,95 @@ are about readiness: the listeners stand and every continuous collector is at wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
-import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2
 
 from coral.agent import logs
+from coral.agent.caller import Caller
+from coral.agent.errors import NotFoundError
 from coral.agent.notify import Notifier
 from coral.agent.serving.http import Headers, Page
 from coral.agent.sessions.background import keep_going
 from coral.agent.sessions.supervisor import Supervisor
+from coral.agent.streams import Readers
+from coral.collectors.metering import Charge, uncharged
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
-HEALTH_NAME: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+HEALTH: Final = cast("ServiceDescriptor", health_pb2.DESCRIPTOR.services_by_name["Health"])
+Status: Final = health_pb2.HealthCheckResponse
 _EVERY_S: Final = 1.0
 
 
 class Health:
-    """The health of the server as a whole (the name "") and of the services in it."""
+    """The health of the server as a whole (the name "") and of SERVICES in it, and the methods of
+    grpc.health.v1 for calls.py.
 
-    def __init__(self, server: grpc.aio.Server, *services: str) -> None:
-        self._services = services
-        self._servicer = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+    A change of status waits for nobody. A watcher that was slow to read the last status gets the
+    latest one next, and not those between.
+    """
 
-    async def start_serving(self) -> None:
-        """Alive from now on; not ready yet."""
-        await self._servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-        await self.set_ready(ready=False)
+    def __init__(self, readers: Readers, *services: str) -> None:
+        self._readers = readers
+        self._statuses: dict[str, int] = dict.fromkeys(("", *services), Status.NOT_SERVING)
+        self._changed = asyncio.Event()  # another one after each change
 
-    async def set_ready(self, *, ready: bool) -> None:
+    def set_alive(self) -> None:
+        """SERVING, apart from the services, which are not ready yet."""
+        self._set({"": Status.SERVING})
+
+    def set_ready(self, *, ready: bool) -> None:
         """Whether the services are ready."""
-        serving = health_pb2.HealthCheckResponse.SERVING
-        status = serving if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in self._services:
-            await self._servicer.set(name, status)
+        status = Status.SERVING if ready else Status.NOT_SERVING
+        self._set({name: status for name in self._statuses if name})
 
-    async def shut_down(self) -> None:
+    def shut_down(self) -> None:
         """NOT_SERVING from now on."""
-        await self._servicer.enter_graceful_shutdown()
+        self._set(dict.fromkeys(self._statuses, Status.NOT_SERVING))
+
+    def _set(self, statuses: Mapping[str, int]) -> None:
+        self._statuses.update(statuses)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def Check(  # noqa: N802  the RPC's name
+        self, request: health_pb2.HealthCheckRequest, _caller: Caller
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of one service. Raises `NotFoundError`."""
+        status = self._statuses.get(request.service)
+        if status is None:
+            raise NotFoundError(f"service: {request.service!r} is not here")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    @contextmanager
+    def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, caller: Caller
+    ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
+        """The status of one service, then every change."""
+        with self._readers.open(caller) as reader:
+            yield reader.timed(self._watched(request.service)), uncharged
+
+    async def _watched(self, service: str) -> AsyncIterator[bytes]:
+        last = None
+        while True:
+            changed = self._changed
+            status = self._statuses.get(service, Status.SERVICE_UNKNOWN)
+            if status != last:
+                last = status
+                yield health_pb2.HealthCheckResponse(status=status).SerializeToString()
+            await changed.wait()
 
 
 class Serving(Protocol):
     """A server with health checks."""
 
-    async def set_ready(self, *, ready: bool) -> None:
+    def set_ready(self, *, ready: bool) -> None:
         """Whether its services are ready."""
 
 
@@ -79,7 +117,7 @@ class Readiness:
     async def kept_up(self, server: Serving, notifier: Notifier) -> AsyncIterator[None]:
         """Inside the block the listeners stand: at every change, and every second, finds out what
         is missing and reports it to SERVER and NOTIFIER."""
-        await self._report(server, notifier)
+        self._report(server, notifier)
         notifier.ready()
         every_s = min(_EVERY_S, notifier.watchdog_s / 2) if notifier.watchdog_s else _EVERY_S
         # Whatever fails, the next sign of life is to come before the watchdog's time is up.
@@ -102,14 +140,14 @@ class Readiness:
             changed.clear()
             # From the loop: one that is stuck is not alive, whatever other threads do.
             notifier.alive()
-            await self._report(server, notifier)
+            self._report(server, notifier)
             logs.tell_left_out()
 
-    async def _report(self, server: Serving, notifier: Notifier) -> None:
+    def _report(self, server: Serving, notifier: Notifier) -> None:
         standings = self._supervisor.continuous
         missing = self.missing = tuple(str(each) for each in standings if each.waits.reason)
         if missing != self._reported:
-            await server.set_ready(ready=self.ready)
+            server.set_ready(ready=self.ready)
             notifier.status("; ".join(missing) or "ready")
             self._reported = missing
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import select
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, Self, cast
 
 import h11
 import structlog
+
+from coral.agent.rate import Bucket
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.http")
 
@@ -47,20 +51,6 @@ Headers = Mapping[bytes, bytes]
 Handler = Callable[[Headers], Awaitable[Page]]
 
 
-class _Rate:
-    """Turns, at a rate, the first of them at once."""
-
-    def __init__(self, per_s: float, burst: int) -> None:
-        self._each_s = 1 / per_s
-        self._burst_s = burst / per_s
-        self._free_at = 0.0
-
-    def wait_s(self, now: float) -> float:
-        """Takes the next turn; how long it is until then."""
-        self._free_at = max(self._free_at, now - self._burst_s) + self._each_s
-        return max(0.0, self._free_at - now)
-
-
 class HttpServer:
     """Serves PAGES by path at an address. Use it as a context manager."""
 
@@ -80,8 +70,9 @@ class HttpServer:
         self.port = int(self._socket.getsockname()[1])
         self._loop = asyncio.get_running_loop()
         self._accepting: asyncio.TimerHandle | None = None
-        self._accepts = _Rate(_ACCEPTED_PER_S, _BURST)
-        self._answers = _Rate(_ANSWERS_PER_S, _BURST)
+        self._accepts = Bucket(_ACCEPTED_PER_S, _BURST)
+        self._answers = Bucket(_ANSWERS_PER_S, _BURST)
+        self._turn = asyncio.Lock()  # its waiters are a queue, which a closed connection leaves
         self._connections: OrderedDict[_Connection, None] = OrderedDict()  # idle longest first
         self._handshakes: set[asyncio.Task[object]] = set()
 
@@ -119,7 +110,9 @@ class HttpServer:
                 self._accept_later(_TRY_AGAIN_S)
             return  # the client has left again
         self._make_room(_MOST_CONNECTIONS - 1)
-        if wait_s := self._accepts.wait_s(self._loop.time()):
+        now_s = self._loop.time()
+        self._accepts.spend(1, now_s)
+        if wait_s := self._accepts.wait_s(now_s):
             self._accept_later(wait_s)
         accepted.setblocking(False)
         connection = _Connection(self, self._loop)
@@ -136,10 +129,12 @@ class HttpServer:
             return
 
     def _make_room(self, most: int) -> None:
-        """Closes connections until MOST are left: those first that have been idle longest."""
+        """Closes connections until MOST are left: first those that have been idle longest, then
+        those whose client has closed its end."""
         while len(self._connections) > most:
             idle = (c for c in self._connections if not c.answering)
-            next(idle, next(iter(self._connections))).abort()
+            abandoned = (c for c in self._connections if c.client_has_closed())
+            next(chain(idle, abandoned, self._connections)).abort()
 
     def used(self, connection: _Connection) -> None:
         """CONNECTION has sent a request: it is idle from now on."""
@@ -151,9 +146,12 @@ class HttpServer:
         self._connections.pop(connection, None)
 
     async def answer(self, request: h11.Request) -> Page:
-        """The page for REQUEST, when it is its turn."""
-        if wait_s := self._answers.wait_s(self._loop.time()):
-            await asyncio.sleep(wait_s)
+        """The page for REQUEST, when it is its turn. A request that is cancelled before then has
+        cost others nothing."""
+        async with self._turn:
+            if wait_s := self._answers.wait_s(self._loop.time()):
+                await asyncio.sleep(wait_s)
+            self._answers.spend(1, self._loop.time())
         path = request.target.decode("ascii", "replace").partition("?")[0]
         handler = self.pages.get(path)
         if handler is None:
@@ -199,6 +197,15 @@ class _Connection(asyncio.Protocol):
         self._drained.set()
         if self._task:
             self._task.cancel()
+
+    def client_has_closed(self) -> bool:
+        """Whether the client has closed its end, at least to send. Nothing is read meanwhile that
+        would tell."""
+        if not self._transport:
+            return False
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket"), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def abort(self) -> None:
         """Closes it at once."""

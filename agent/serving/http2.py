@@ -67,9 +67,9 @@ class Meter:
         return kind == _HEADERS
 
 
-def farewell(reason: str) -> bytes:
-    """What a server sends that accepts no stream, and closes: its SETTINGS, and a GOAWAY that says
-    why, which clients show."""
+def goaway(reason: str) -> bytes:
+    """The bytes of a server that accepts no stream and closes: its SETTINGS, and a GOAWAY with the
+    reason, which clients show."""
     debug = reason.encode("ascii", "replace")
     payload = struct.pack(">II", 0, _ENHANCE_YOUR_CALM) + debug
     return _frame(_SETTINGS, b"") + _frame(_GOAWAY, payload)

@@ -26,6 +26,7 @@ from coral.agent.serving.tcp_user import user_of
 _BACKLOG: Final = 512
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED, unix(7)
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_LOOPBACK: Final = "this machine"  # the principal of local connections whose user is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def listen(config: Config, *, has_token: bool) -> list[Listener]:
                     "agent can: set auth.token_file, or accept that with "
                     "auth.insecure_loopback: true"
                 )
-            listeners.append(TcpListener(address, host, port, has_token=has_token))
+            listeners.append(TcpListener(address, host, port))
     except ConfigError:
         for listener in listeners:
             listener.close()
@@ -203,8 +204,7 @@ class TcpListener:
 
     kind = "tcp"
 
-    def __init__(self, address: str, host: str, port: int, *, has_token: bool) -> None:
-        self._trust = Trust.TOKEN if has_token else Trust.ANYONE
+    def __init__(self, address: str, host: str, port: int) -> None:
         self.sockets: Sequence[socket.socket] = ()
         try:
             for ip in _resolved(host):
@@ -218,11 +218,15 @@ class TcpListener:
         self.address = f"{host}:{port}"
 
     def origin(self, accepted: socket.socket) -> Origin:
-        """By the address of the other end; users of this machine, who share one, by their ids."""
+        """By the address of the other end. A user of this machine is one peer, whichever of its
+        addresses a connection comes from: every user may bind all of 127.0.0.0/8."""
         ip, port, *_ = accepted.getpeername()
         address = f"ipv6:[{ip}]:{port}" if ":" in ip else f"ipv4:{ip}:{port}"
-        user = user_of(accepted)
-        return Origin(address, ip if user is None else f"{ip}, uid {user}", self._trust)
+        if (user := user_of(accepted)) is not None:
+            principal = f"uid {user}"
+        else:
+            principal = _LOOPBACK if ipaddress.ip_address(ip).is_loopback else ip
+        return Origin(address, principal, Trust.ANYONE)
 
     def close(self) -> None:
         """Frees the port."""

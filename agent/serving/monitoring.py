@@ -1,4 +1,4 @@
-"""What monitoring reads over HTTP: /metrics, /healthz, /readyz."""
+"""The pages for monitoring, over HTTP: /metrics, /healthz, /readyz."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from coral.agent.config import MAX_PORT, ConfigError
+from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness, ReadyPage, healthz
 from coral.agent.serving.http import Handler, HttpServer
 from coral.agent.serving.prometheus import MetricsPage, Registry
@@ -13,7 +14,9 @@ from coral.agent.sessions.supervisor import Supervisor
 
 
 @contextmanager
-def serve(address: str, supervisor: Supervisor, readiness: Readiness) -> Iterator[str]:
+def serve(
+    address: str, supervisor: Supervisor, readiness: Readiness, counts: Counts
+) -> Iterator[str]:
     """Serves the pages at ADDRESS on the running loop, and yields the address with its port. An
     empty ADDRESS serves nothing. Raises `ConfigError`."""
     if not address:
@@ -23,7 +26,7 @@ def serve(address: str, supervisor: Supervisor, readiness: Readiness) -> Iterato
     if not host or not port.isdigit() or int(port) > MAX_PORT:
         raise ConfigError(f"metrics: {address!r} is not accepted; give HOST:PORT, or nothing")
     pages: dict[str, Handler] = {
-        "/metrics": MetricsPage(Registry(supervisor)),
+        "/metrics": MetricsPage(Registry(supervisor, counts)),
         "/healthz": healthz,
         "/readyz": ReadyPage(readiness),
     }

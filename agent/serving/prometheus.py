@@ -27,6 +27,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from coral.agent import logs
+from coral.agent.serving.counts import Counts
 from coral.agent.serving.exposition import OPENMETRICS, TEXT, encode
 from coral.agent.serving.http import Headers, Page
 from coral.agent.sessions.continuous import Standing
@@ -45,10 +46,10 @@ _FRESH_S: Final = 1.0
 
 
 class Registry:
-    """All metrics of one supervisor."""
+    """All metrics of one supervisor, and of the servers that keep COUNTS."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._agent = _AgentMetrics(supervisor)
+    def __init__(self, supervisor: Supervisor, counts: Counts | None = None) -> None:
+        self._agent = _AgentMetrics(supervisor, counts or Counts())
         self._measures = tuple(supervisor.measures.values())
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
@@ -95,8 +96,9 @@ class MetricsPage:
 class _AgentMetrics:
     """The metrics of the agent itself."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, counts: Counts) -> None:
         self._supervisor = supervisor
+        self._counts = counts
         self._build = _build_info()
 
     def collect(self) -> Iterable[Metric]:
@@ -135,6 +137,7 @@ class _AgentMetrics:
             self._cpu(),
             *self._program_stats(),
             *self._continuous(),
+            *self._refusals(),
             self._build,
             CounterMetricFamily(
                 f"{_PREFIX}log_lines_dropped",
@@ -182,6 +185,42 @@ class _AgentMetrics:
         for key, failed in _by_labels(rules, lambda rule: rule.failures).items():
             failures.add_metric(key, sum(failed))
         return up, waiting, failures
+
+    def _refusals(self) -> Iterable[Metric]:
+        listener = ("listener",)
+        connections = GaugeMetricFamily(
+            f"{_PREFIX}connections", "gRPC connections that are open.", labels=listener
+        )
+        refused = CounterMetricFamily(
+            f"{_PREFIX}connections_refused",
+            "gRPC connections that were refused, by limit.",
+            labels=(*listener, "limit"),
+        )
+        closed = CounterMetricFamily(
+            f"{_PREFIX}connections_closed",
+            "gRPC connections that the agent closed for what their clients did, by reason.",
+            labels=(*listener, "reason"),
+        )
+        throttled = CounterMetricFamily(
+            f"{_PREFIX}connections_throttled",
+            "How often a gRPC connection had to wait because its peer sent too fast.",
+            labels=listener,
+        )
+        for kind, counts in self._counts.listeners.items():
+            connections.add_metric((kind,), counts.open)
+            throttled.add_metric((kind,), counts.throttled)
+            for limit, count in counts.refused.items():
+                refused.add_metric((kind, limit), count)
+            for reason, count in counts.closed.items():
+                closed.add_metric((kind, reason), count)
+        calls = CounterMetricFamily(
+            f"{_PREFIX}calls_refused",
+            "gRPC calls that were refused before they began, by limit.",
+            labels=("limit",),
+        )
+        for limit, count in self._counts.calls_refused.items():
+            calls.add_metric((limit,), count)
+        return connections, refused, closed, throttled, calls
 
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")

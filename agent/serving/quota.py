@@ -14,14 +14,14 @@ from coral.agent.errors import LimitError
 @dataclass
 class Quota:
     """At most MOST at a time, and MOST_PER_PEER of one peer; NAME and PEER_NAME are the limits'
-    names, WHAT is what they count."""
+    names, THINGS is the noun for messages."""
 
     name: str
     most: int
     peer_name: str
     most_per_peer: int
-    what: str
-    refused: int = 0
+    things: str
+    refused: Counter[str] = field(default_factory=Counter)  # by limit
     taken: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
@@ -40,8 +40,8 @@ class Quota:
 
     def _check(self, name: str, most: int, taken: int, whose: str) -> None:
         if taken >= most:
-            self.refused += 1
+            self.refused[name] += 1
             raise LimitError(
-                f"limits.{name} is {most}, and {taken} {self.what}{whose} are under way: wait for "
-                "one to end"
+                f"limits.{name} is {most}, and {taken} {self.things}{whose} are under way: wait "
+                "for one to end"
             )

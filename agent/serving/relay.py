@@ -15,16 +15,20 @@ from contextlib import suppress
 from typing import Final, Protocol
 
 from coral.agent.config import Limits
+from coral.agent.rate import Bucket
 from coral.agent.serving.http2 import Meter, NotHttp2Error
 from coral.agent.serving.listening import Origin
-from coral.agent.serving.rate import Bucket
 
 # Requests are small, and each read may take its peer over the rate; streams are large.
 _READ_FROM_CLIENT_BYTES: Final = 4 << 10
 _READ_FROM_SERVER_BYTES: Final = 128 << 10
 # For a client that does not read the rest of a connection that has been closed.
 _LINGER_S: Final = 2.0
-# gRPC ends a connection that is idle or too old by itself. After this, its client ignores that.
+AGE_GRACE_S: Final = 5.0
+"""How long gRPC lets calls go on after it has told a client that its connection is too old."""
+# gRPC ends a connection that is idle or too old by itself, at up to 1.1 times the limit: it varies
+# the time, so that clients do not all come back at once. After this, the client ignores that.
+_GRPC_JITTER: Final = 1.1
 _MARGIN_S: Final = 10.0
 _CALLS_FOR_A_CONNECTION: Final = 1  # which costs gRPC about as much as a call
 _CALLS_FOR_AN_ACCEPT: Final = 0.2  # even if nothing comes of it
@@ -146,9 +150,10 @@ class Connection:
             return "unread" if now_s > self._left_at_s + _LINGER_S else ""
         if not self._meter.greeted:
             return "handshake" if now_s > self._since_s + limits.connection_handshake else ""
-        if now_s > self._active_at_s + limits.connection_idle + _MARGIN_S:
+        if now_s > self._active_at_s + _GRPC_JITTER * limits.connection_idle + _MARGIN_S:
             return "idle"
-        return "age" if now_s > self._since_s + limits.connection_age + 2 * _MARGIN_S else ""
+        age_s = _GRPC_JITTER * limits.connection_age + AGE_GRACE_S + _MARGIN_S
+        return "age" if now_s > self._since_s + age_s else ""
 
     def close(self, reason: str = "") -> None:
         """Closes both ends at once, whatever is being written. Safe to call twice."""

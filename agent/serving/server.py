@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import grpc
 import structlog
-from grpc_reflection.v1alpha import reflection
 
 from coral.agent.config import Config, ConfigError, Limits
 from coral.agent.serving.caller import Callers, TokenInterceptor
-from coral.agent.serving.calls import handlers
+from coral.agent.serving.calls import Quotas, handlers
+from coral.agent.serving.counts import Counts
 from coral.agent.serving.gate import Side, use_all_descriptors
-from coral.agent.serving.health import HEALTH_NAME, Health
+from coral.agent.serving.health import HEALTH, Health
 from coral.agent.serving.listening import Listener, listen
-from coral.agent.serving.relay import Connection
+from coral.agent.serving.reflection import REFLECTION, Reflection
+from coral.agent.serving.relay import AGE_GRACE_S, Connection
 from coral.agent.serving.service import SERVICE, EbpfService
 from coral.agent.serving.upstream import Upstream
 from coral.agent.sessions.supervisor import Supervisor
@@ -38,16 +40,16 @@ _MESSAGE_BYTES: Final = 8 << 20
 class Server:
     """The server, from bind to shutdown. Use it as a context manager."""
 
-    def __init__(self, supervisor: Supervisor, config: Config, token: str) -> None:
-        """Binds every address; `addresses` has them with the ports that were taken. Raises
-        `ConfigError`."""
+    def __init__(self, supervisor: Supervisor, config: Config, token: str, counts: Counts) -> None:
+        """Binds every address; `addresses` has them with the ports that were taken. COUNTS is kept
+        up to date. Raises `ConfigError`."""
         self._supervisor = supervisor
         use_all_descriptors()
         self._listeners = listen(config, has_token=bool(token))
         self.addresses = [listener.address for listener in self._listeners]
         try:
             self._servers = [
-                _Behind(kind, self._listeners, supervisor, token)
+                _Backend(kind, self._listeners, supervisor, token, counts)
                 for kind in sorted({listener.kind for listener in self._listeners})
             ]
         except ConfigError:
@@ -67,15 +69,10 @@ class Server:
             if listener.kind == "tcp":
                 log.warning(warning, address=listener.address)
 
-    @property
-    def sides(self) -> Sequence[Side]:
-        """The gate's sides, with what they count."""
-        return [behind.side for behind in self._servers]
-
-    async def set_ready(self, *, ready: bool) -> None:
+    def set_ready(self, *, ready: bool) -> None:
         """Whether the service is ready, for health checks."""
         for server in self._servers:
-            await server.health.set_ready(ready=ready)
+            server.health.set_ready(ready=ready)
 
     async def __aenter__(self) -> Self:
         for server in self._servers:
@@ -91,12 +88,12 @@ class Server:
         """Sends every subscriber the end, lets them read it, and stops, within about a second,
         whatever clients do."""
         for server in self._servers:
-            await server.announce_end()
+            server.announce_end()
         await self._supervisor.shutdown()
         await asyncio.gather(*(server.stop() for server in self._servers))
 
 
-class _Behind:
+class _Backend:
     """One gRPC server, and the side of the gate that leads to it."""
 
     def __init__(
@@ -105,22 +102,29 @@ class _Behind:
         listeners: Sequence[Listener],
         supervisor: Supervisor,
         token: str,
+        counts: Counts,
     ) -> None:
         limits = supervisor.config.limits
         callers = Callers(self._find, has_token=bool(token))
         interceptors = [TokenInterceptor(token, callers.of)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(limits))
+        quotas = Quotas.of(limits, counts.calls_refused)
+        # Checks have a quota of their own: calls that take long do not make the agent look dead.
+        checks = replace(quotas, unary=Quotas.of(limits, counts.calls_refused).unary)
+        readers = supervisor.readers
+        self.health = Health(readers, SERVICE.full_name)
+        reflection = Reflection(readers, SERVICE.full_name, HEALTH.full_name)
         self._server.add_generic_rpc_handlers(
-            (handlers(SERVICE, EbpfService(supervisor), callers.of, limits),)
-        )
-        self.health = Health(self._server, SERVICE.full_name)
-        reflection.enable_server_reflection(
-            (SERVICE.full_name, reflection.SERVICE_NAME, HEALTH_NAME), self._server
+            (
+                handlers(SERVICE, EbpfService(supervisor), callers.of, quotas),
+                handlers(HEALTH, self.health, callers.of, checks),
+                handlers(REFLECTION, reflection, callers.of, quotas),
+            )
         )
         unix = [Path(one.address.removeprefix("unix:")) for one in listeners if one.kind == "unix"]
         self._upstream = Upstream(self._server, unix[0].parent if unix else None)
         own = [listener for listener in listeners if listener.kind == kind]
-        self.side = Side(kind, own, self._upstream.dial, limits)
+        self.side = Side(own, self._upstream.dial, limits, counts.listeners[kind])
 
     def _find(self, name: str) -> Connection | None:
         return self.side.find(name)
@@ -128,13 +132,13 @@ class _Behind:
     async def start(self) -> None:
         """Serves from now on."""
         await self._server.start()
-        await self.health.start_serving()
+        self.health.set_alive()
         self.side.open()
 
-    async def announce_end(self) -> None:
+    def announce_end(self) -> None:
         """Accepts no more, and is no longer healthy."""
         self.side.stop_accepting()
-        await self.health.shut_down()
+        self.health.shut_down()
 
     async def stop(self) -> None:
         """Ends every call and connection, whatever clients do."""
@@ -158,7 +162,7 @@ def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
         ("grpc.http2.max_pings_without_data", 0),
         # The agent cannot end a call that is stuck in a write; the connection's age does.
         ("grpc.max_connection_age_ms", age_ms),
-        ("grpc.max_connection_age_grace_ms", min(age_ms, _PATIENCE_MS)),
+        ("grpc.max_connection_age_grace_ms", min(age_ms, int(AGE_GRACE_S * 1000))),
         ("grpc.max_connection_idle_ms", int(limits.connection_idle * 1000)),
         ("grpc.max_concurrent_streams", limits.calls_per_connection),
         ("grpc.max_receive_message_length", _MESSAGE_BYTES),

@@ -20,7 +20,7 @@ from coral.agent.sessions.info import info_of, timestamp
 from coral.agent.sessions.session import StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Filter, Frame, Subscription, Terms
-from coral.collectors.metering import Charge
+from coral.collectors.metering import Charge, uncharged
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _NANOS: Final = 1_000_000_000
@@ -95,7 +95,7 @@ class EbpfService:
         watch = self._supervisor.watch()
         try:
             with self._supervisor.readers.open(caller) as reader:
-                yield reader.timed(_encoded(watch)), _to_nobody
+                yield reader.timed(_encoded(watch)), uncharged
         finally:
             watch.close()
 
@@ -146,10 +146,6 @@ class EbpfService:
             yield subscription, session.costs.charge_subscriber
         finally:
             subscription.close()
-
-
-def _to_nobody(_cpu_ns: int) -> None:
-    """Charges no session."""
 
 
 async def _read(

@@ -3,27 +3,35 @@ for paths and addresses."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import socket
+import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coral.agent.caller import Caller, Trust
-from coral.agent.config import Auth, Config, ConfigError
+from coral.agent.config import Auth, Config, ConfigError, Duration, Limits
 from coral.agent.errors import LimitError
-from coral.agent.serving.http2 import Meter, NotHttp2Error, farewell
-from coral.agent.serving.listening import UnixListener, listen
+from coral.agent.rate import Bucket
+from coral.agent.serving import gate
+from coral.agent.serving.counts import ConnectionCounts
+from coral.agent.serving.gate import Side
+from coral.agent.serving.http2 import Meter, NotHttp2Error, goaway
+from coral.agent.serving.listening import Origin, TcpListener, UnixListener, listen
 from coral.agent.serving.quota import Quota
-from coral.agent.serving.rate import Bucket, Seldom
+from coral.agent.serving.relay import Connection, Peer
 from coral.agent.serving.service import EbpfService
 from coral.agent.sessions.budget import Priority
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http2 import DATA, END_STREAM, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, frame
-from tests.scripted import Desk
+from tests.scripted import Desk, until
 
 NOBODY = 65534
 
@@ -52,8 +60,8 @@ def test_what_does_not_begin_as_http2_is_refused(sent: bytes) -> None:
         Meter().feed(memoryview(sent))
 
 
-def test_a_farewell_is_settings_and_a_goaway_that_says_why() -> None:
-    assert farewell("full") == frame(SETTINGS) + frame(7, payload=bytes(7) + b"\x0bfull")
+def test_a_goaway_is_settings_and_a_goaway_that_says_why() -> None:
+    assert goaway("full") == frame(SETTINGS) + frame(7, payload=bytes(7) + b"\x0bfull")
 
 
 def test_a_bucket_lends_and_is_paid_by_time() -> None:
@@ -68,16 +76,12 @@ def test_a_bucket_lends_and_is_paid_by_time() -> None:
     assert bucket.wait_s(1000.0) == pytest.approx(0.1)
 
 
-def test_a_report_comes_seldom_and_says_how_many_were_held_back() -> None:
-    reports = Seldom(every_s=10)
-    assert [reports.due("a", now) for now in (0.0, 1.0, 9.9, 10.0, 19.0)] == [
-        0,
-        None,
-        None,
-        2,
-        None,
-    ]
-    assert reports.due("b", 1.0) == 0
+def test_a_bucket_in_debt_gives_nothing_until_time_has_paid() -> None:
+    bucket = Bucket(rate=10, burst=5)
+    assert [bucket.take(25, now_s) for now_s in (100.0, 100.0, 101.9, 102.0)] == [
+        True, False, False, True,
+    ]  # fmt: skip
+    assert bucket.wait_s(102.0) == pytest.approx(2.5)
 
 
 def test_a_quota_counts_each_peer_and_all_and_names_its_limit() -> None:
@@ -93,7 +97,7 @@ def test_a_quota_counts_each_peer_and_all_and_names_its_limit() -> None:
             pytest.raises(LimitError, match=r"^limits\.calls is 3, and 3 calls are under way"),
         ):
             quota.one(other).__enter__()
-    assert quota.refused == 2
+    assert quota.refused == {"calls_per_peer": 1, "calls": 1}
     assert not quota.taken
 
 
@@ -225,7 +229,143 @@ def test_origins_are_what_the_kernel_says(path: Path) -> None:
             with accepted:
                 origin = tcp.origin(accepted)
             assert origin.address == f"ipv4:127.0.0.1:{client.getsockname()[1]}"
-        assert (origin.principal, origin.trust) == (f"127.0.0.1, uid {user}", Trust.ANYONE)
+        assert (origin.principal, origin.trust) == (f"uid {user}", Trust.ANYONE)
     finally:
         unix.close()
         tcp.close()
+
+
+def test_a_user_of_this_machine_is_one_peer_from_whichever_address() -> None:
+    listener = TcpListener("127.0.0.1:0", "127.0.0.1", 0)
+    with closing(listener):
+        listener.sockets[0].settimeout(10)
+        address = listener.sockets[0].getsockname()
+        principals: dict[bool, list[str]] = {True: [], False: []}
+        for is_open in (True, False):
+            for source in ("127.0.0.1", "127.0.0.2", "127.9.9.9"):
+                with socket.socket() as client:
+                    client.bind((source, 0))
+                    client.connect(address)
+                    # The kernel names no user for a socket that is closed already.
+                    if not is_open:
+                        client.close()
+                    accepted, _ = listener.sockets[0].accept()
+                    with accepted:
+                        principals[is_open].append(listener.origin(accepted).principal)
+    assert principals[True] == [f"uid {os.geteuid()}"] * 3
+    assert principals[False] == ["this machine"] * 3
+
+
+# Connections
+
+
+class Keeper:
+    """What a connection needs of a gate; gRPC's end of it is `grpc`."""
+
+    def __init__(self) -> None:
+        self.grpc: socket.socket | None = None
+
+    def dial(self, _connection: Connection) -> socket.socket:
+        ours, self.grpc = socket.socketpair()
+        ours.setblocking(False)
+        return ours
+
+    def closed(self, _connection: Connection, _reason: str) -> None: ...
+
+    def throttle(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "age_s", "last_s", "reason"),
+    [
+        (1000, 24 * 3600, 1.1 * 1000, "idle"),
+        # gRPC lets calls go on for 5 s after it has said GOAWAY.
+        (24 * 3600, 3600, 1.1 * 3600 + 5, "age"),
+    ],
+)
+async def test_a_connection_is_cut_only_once_grpc_must_have_ended_it(
+    idle_s: float, age_s: float, last_s: float, reason: str
+) -> None:
+    limits = Limits(connection_idle=Duration(idle_s), connection_age=Duration(age_s))
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    keeper = Keeper()
+    began_s = time.monotonic()
+    connection = Connection(
+        ours, Origin("unix:", "uid 0", Trust.OWNER), Peer(limits), limits, keeper
+    )
+    with theirs:
+        theirs.sendall(PREFACE + frame(SETTINGS))
+        await until(lambda: keeper.grpc is not None)
+        assert connection.overdue(began_s + last_s) == ""
+        assert connection.overdue(time.monotonic() + last_s + 11) == reason
+        connection.close()
+    assert keeper.grpc
+    keeper.grpc.close()
+
+
+class Failing:
+    """A listening socket from which nothing can be accepted for a while."""
+
+    def __init__(self, real: socket.socket, *errors: int) -> None:
+        self._real, self.errors = real, list(errors)
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.errors:
+            number = self.errors.pop()
+            raise OSError(number, os.strerror(number))
+        return self._real.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class FailingListener:
+    """A listener on `Failing`."""
+
+    kind, address = "unix", "unix:"
+
+    def __init__(self, failing: Failing) -> None:
+        self.sockets: Any = (failing,)
+
+    def origin(self, _accepted: socket.socket) -> Origin:
+        return Origin("unix:", "uid 0", Trust.OWNER)
+
+    def close(self) -> None: ...
+
+
+async def test_errors_of_accept_and_of_a_tick_end_neither(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_TICK_S", 0.01)
+    raised: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
+        listening.bind(str(path))
+        listening.listen()
+        listening.setblocking(False)
+        # Linux passes errors of the new connection's network on, accept(2).
+        failing = Failing(
+            listening, errno.ENETDOWN, errno.EPROTO, errno.EHOSTUNREACH, errno.ECONNABORTED
+        )
+        counts = ConnectionCounts()
+        side = Side((FailingListener(failing),), lambda: client, Limits(), counts)
+        side.open()
+        client.connect(str(path))
+        await until(lambda: counts.open == 1)
+        assert not failing.errors
+        assert not raised
+        (connection,) = side.connections
+        ticks: list[float] = []
+
+        def fails_once(now_s: float) -> str:
+            ticks.append(now_s)
+            if len(ticks) == 1:
+                raise RuntimeError
+            return ""
+
+        monkeypatch.setattr(connection, "overdue", fails_once)
+        await until(lambda: len(ticks) >= 3)
+        assert len(raised) == 1
+        await side.close(0)
+        assert counts.open == 0

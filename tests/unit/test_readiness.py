@@ -23,7 +23,7 @@ class Failing:
         self.reported: list[bool] = []
         self.fails = False
 
-    async def set_ready(self, *, ready: bool) -> None:
+    def set_ready(self, *, ready: bool) -> None:
         if self.fails:
             self.fails = False
             raise RuntimeError("as gRPC may")

@@ -1,0 +1,43 @@
+"""What the gate and the servers count, for /metrics: connections and calls that they turn away."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+REFUSED_BY: Final = ("connections", "connections_per_peer", "descriptors")
+"""The limits that connections are refused by; descriptors are the process's."""
+CLOSED_FOR: Final = (
+    "age", "handshake", "idle", "not_http2", "stalled", "unfinished", "unreachable", "unread",
+)  # fmt: skip
+"""Why the agent closes connections that neither their client nor gRPC has closed."""
+CALLS_REFUSED_BY: Final = ("calls", "calls_per_peer", "streams", "streams_per_peer")
+"""The limits that calls are refused by before they reach a method."""
+
+
+def _zeros(names: Iterable[str]) -> Counter[str]:
+    return Counter(dict.fromkeys(names, 0))  # a rate is known from the first increment on
+
+
+@dataclass
+class ConnectionCounts:
+    """Of the listeners of one kind."""
+
+    open: int = 0
+    refused: Counter[str] = field(default_factory=lambda: _zeros(REFUSED_BY))
+    closed: Counter[str] = field(default_factory=lambda: _zeros(CLOSED_FOR))
+    throttled: int = 0
+    """How often a connection had to wait because its peer sent too fast."""
+
+
+@dataclass
+class Counts:
+    """Of all listeners and servers of one agent."""
+
+    listeners: dict[str, ConnectionCounts] = field(
+        default_factory=lambda: {"tcp": ConnectionCounts(), "unix": ConnectionCounts()}
+    )
+    """By `Listener.kind`."""
+    calls_refused: Counter[str] = field(default_factory=lambda: _zeros(CALLS_REFUSED_BY))
