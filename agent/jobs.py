@@ -1,4 +1,6 @@
-"""Jobs of requests, each in a thread of its own and with a deadline.
+"""Jobs of requests, each in a thread of its own and with a deadline: what a request names is looked
+up in this way. Probing the kernel, loading and draining have no deadline: what they make needs an
+owner, so their callers wait for them (`collectors.runner.in_thread`).
 
 A thread cannot be stopped. A job that is late is left behind: its request is refused and gives
 its slot back, while the thread goes on and is counted. The threads are daemons, so that one that
@@ -32,7 +34,8 @@ class Jobs:
 
     async def run(self, function: Callable[[], T], what: str) -> T:
         """What FUNCTION returns. Raises what it raises, or `LimitError`, which names WHAT, past the
-        deadline, and while too many jobs are late. A caller that is cancelled waits until then."""
+        deadline, while too many jobs are late, and where no thread can be started. A caller that is
+        cancelled waits until then."""
         if self.late >= self._most_late:
             raise LimitError(
                 f"{what}: {self.late} earlier requests still wait for this machine's files, the "
@@ -40,7 +43,13 @@ class Jobs:
             )
         loop = asyncio.get_running_loop()
         deadline, done = loop.time() + self._deadline_s, loop.create_future()
-        _start(function, loop, done, self._caught_up)
+        try:
+            _start(function, loop, done, self._caught_up)
+        except RuntimeError as error:
+            raise LimitError(
+                f"{what}: the agent could not start a thread ({error}): raise the limit on its "
+                "threads (TasksMax of its unit, RLIMIT_NPROC), or try again later"
+            ) from error
         cancelled: asyncio.CancelledError | None = None
         while not done.done() and (left_s := deadline - loop.time()) > 0:
             try:
@@ -71,7 +80,8 @@ def _start(
     caught_up: Callable[[], None],
 ) -> None:
     """Runs FUNCTION in a new thread, for its outcome to be in DONE; calls CAUGHT_UP in the loop
-    once it ends where DONE was cancelled before."""
+    once it ends where DONE was cancelled before. Raises RuntimeError where no thread can be
+    started: the job might block, so it must not run in the loop."""
 
     def settle(result: object, failure: BaseException | None) -> None:
         if done.cancelled():
@@ -91,7 +101,4 @@ def _start(
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(settle, result, failure)
 
-    try:
-        threading.Thread(target=job, name="coral-request", daemon=True).start()
-    except RuntimeError:  # no thread can be started
-        job()
+    threading.Thread(target=job, name="coral-request", daemon=True).start()

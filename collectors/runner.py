@@ -18,9 +18,10 @@ from coral.bpf.libbpf import release_memory
 from coral.collectors.contract import Batch, Collector, Emit
 from coral.collectors.metering import measured
 
-# Until a collector has its first rows, it is drained this often, so that users see within a blink
-# that it works; from then on at its interval.
+# In its first interval a collector is drained after pauses that double between these, until it has
+# rows, so that users see within a blink that it works; from then on at its interval.
 _FIRST_DRAIN_S: Final = 0.01
+_FIRST_DRAINS_MOST_S: Final = 0.25
 
 T = TypeVar("T")
 
@@ -104,13 +105,14 @@ async def _drain(collector: Collector, emit: Emit) -> bool:
 async def _drain_until_exit(collector: Collector, watch: _Watch, emit: Emit) -> None:
     loop, interval_s = asyncio.get_running_loop(), collector.interval_s
     started = tick = loop.time()
-    seen = False
+    seen, pause_s = False, _FIRST_DRAIN_S
     while not watch.over:
         if seen:
             if tick <= loop.time():  # a wake-up does not put off the tick
                 tick = max(tick + interval_s, loop.time())
         else:
-            tick = min(loop.time() + _FIRST_DRAIN_S, started + interval_s)
+            tick = min(loop.time() + pause_s, started + interval_s)
+            pause_s = min(2 * pause_s, _FIRST_DRAINS_MOST_S)
             seen = tick == started + interval_s
         if await watch.wait_until(tick):
             continue

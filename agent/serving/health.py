@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Final, Protocol, cast
 
 import structlog
@@ -23,6 +24,7 @@ from coral.agent.caller import Caller
 from coral.agent.errors import NotFoundError
 from coral.agent.notify import Notifier
 from coral.agent.serving.http import Headers, Page
+from coral.agent.sessions.background import keep_going
 from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Readers
 from coral.collectors.metering import Charge, uncharged
@@ -114,6 +116,7 @@ class Readiness:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self.missing: tuple[str, ...] = ("the agent is starting",)
+        self._reported: tuple[str, ...] | None = None
 
     @property
     def ready(self) -> bool:
@@ -126,7 +129,10 @@ class Readiness:
         is missing and reports it to SERVER and NOTIFIER."""
         self._report(server, notifier)
         notifier.ready()
-        task = asyncio.create_task(self._keep_up(server, notifier), name="readiness")
+        every_s = min(_EVERY_S, notifier.watchdog_s / 2) if notifier.watchdog_s else _EVERY_S
+        # Whatever fails, the next sign of life is to come before the watchdog's time is up.
+        keep_up = partial(self._keep_up, server, notifier, every_s)
+        task = asyncio.create_task(keep_going("readiness", keep_up, every_s / 2), name="readiness")
         try:
             yield
         finally:
@@ -135,26 +141,25 @@ class Readiness:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _keep_up(self, server: Serving, notifier: Notifier) -> None:
+    async def _keep_up(self, server: Serving, notifier: Notifier, every_s: float) -> None:
         changed = self._supervisor.continuous_changed
-        every_s = min(_EVERY_S, notifier.watchdog_s / 2) if notifier.watchdog_s else _EVERY_S
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(every_s):
                     await changed.wait()
             changed.clear()
-            self._report(server, notifier)
             # From the loop: one that is stuck is not alive, whatever other threads do.
             notifier.alive()
+            self._report(server, notifier)
             logs.tell_left_out()
 
     def _report(self, server: Serving, notifier: Notifier) -> None:
         standings = self._supervisor.continuous
-        missing = tuple(str(each) for each in standings if each.waits.reason)
-        if missing != self.missing:
-            self.missing = missing
+        missing = self.missing = tuple(str(each) for each in standings if each.waits.reason)
+        if missing != self._reported:
             server.set_ready(ready=self.ready)
             notifier.status("; ".join(missing) or "ready")
+            self._reported = missing
 
 
 async def healthz(_headers: Headers) -> Page:

@@ -20,10 +20,11 @@ _STEADY_S: Final = 60.0
 
 @dataclass
 class Backoff:
-    """Pauses that double from a second to a minute, each with a jitter of half its length. They are
+    """Pauses that double from a second to MOST_S, each with a jitter of half its length. They are
     short again after work that lasted a minute."""
 
     clock: Callable[[], float] = time.monotonic
+    most_s: float = _BACKOFF_MOST_S
     _next_s: float = _BACKOFF_FIRST_S
     _began_s: float | None = None
 
@@ -36,14 +37,16 @@ class Backoff:
         if self._began_s is not None and self.clock() - self._began_s > _STEADY_S:
             self._next_s = _BACKOFF_FIRST_S
         self._began_s = None
-        pause_s, self._next_s = self._next_s, min(2 * self._next_s, _BACKOFF_MOST_S)
+        pause_s, self._next_s = min(self._next_s, self.most_s), min(2 * self._next_s, self.most_s)
         return pause_s * random.uniform(0.75, 1.25)  # noqa: S311  not a secret
 
 
-async def lasting(name: str, work: Callable[[], Awaitable[None]]) -> None:
+async def keep_going(
+    name: str, work: Callable[[], Awaitable[None]], most_pause_s: float = _BACKOFF_MOST_S
+) -> None:
     """Does WORK until it returns. When it raises, logs the exception and begins again, after
-    growing pauses."""
-    backoff = Backoff()
+    pauses that grow to MOST_PAUSE_S."""
+    backoff = Backoff(most_s=most_pause_s)
     while True:
         backoff.begin()
         try:

@@ -16,6 +16,7 @@ from coral.agent.sessions.budget import Needs
 from coral.agent.sessions.session import Session, StartRequest
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.text import safe
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
 
@@ -62,9 +63,14 @@ class Standing:
         return f"{name}: {self.waits.text or 'at work'}"
 
     def set(self, waits: Waits) -> None:
-        """It waits for WAITS from now on."""
-        self.waits = waits
+        """It waits for WAITS from now on, whose text may contain names of processes."""
+        self.waits = waits._replace(text=safe(waits.text))
         self._changed()
+
+    def fail(self, waits: Waits) -> None:
+        """It could not start, or has ended, and waits for WAITS from now on."""
+        self.failures += 1
+        self.set(waits)
 
 
 def _reason(error: Exception) -> str:
@@ -76,7 +82,16 @@ def _reason(error: Exception) -> str:
 async def keep(standing: Standing, start: Start, has_room: Callable[[Needs], bool]) -> None:
     """Keeps a continuous collector at work until it is stopped or the agent shuts down. After a
     failure, and while it cannot start, tries again with growing pauses; after a preemption, only
-    once it HAS_ROOM for what it used."""
+    once it HAS_ROOM for what it used. Raises what it does not expect of START, which then is what
+    STANDING waits for."""
+    try:
+        await _keep(standing, start, has_room)
+    except Exception as error:
+        standing.fail(Waits("failed", f"unexpected failure: {error!r}"))
+        raise
+
+
+async def _keep(standing: Standing, start: Start, has_room: Callable[[Needs], bool]) -> None:
     rule = standing.rule
     request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
     backoff = Backoff()
@@ -99,8 +114,7 @@ async def keep(standing: Standing, start: Start, has_room: Callable[[Needs], boo
                 return
             needs = session.needs
             waits = Waits(reason.partition(":")[0].lower(), reason)
-        standing.failures += 1
-        standing.set(waits)
+        standing.fail(waits)
         pause_s = backoff.pause_s()
         log.warning(
             "continuous collector is not at work",

@@ -32,11 +32,12 @@ class Spending(Protocol):
 
 
 async def enforce(limits: Limits, spending: Spending) -> None:
-    """Every second: preempts a session while a limit is exceeded."""
+    """Every second: preempts a session while a limit is exceeded. Does not wait for its end: one
+    that is slow to detach must not keep others over the limits."""
     while True:
         await asyncio.sleep(_ENFORCE_EVERY_S)
-        await _enforce_cpu(limits, spending)
-        await _enforce_memory(limits, spending)
+        _enforce_cpu(limits, spending)
+        _enforce_memory(limits, spending)
 
 
 def by_cpu(sessions: Iterable[Session]) -> list[Candidate[Session]]:
@@ -46,14 +47,14 @@ def by_cpu(sessions: Iterable[Session]) -> list[Candidate[Session]]:
     ]
 
 
-async def _enforce_cpu(limits: Limits, spending: Spending) -> None:
+def _enforce_cpu(limits: Limits, spending: Spending) -> None:
     now = time.monotonic()
     for session in spending.at_work():
         session.costs.sample(now)
-    excess = cpu_excess(by_cpu(spending.at_work()), limits)
+    excess = cpu_excess(by_cpu(_staying(spending)), limits)
     if excess:
         costs = excess.session.costs
-        await _preempt(
+        _preempt(
             excess.session,
             f"{excess.limit} is {excess.value:g} of one CPU; collectors used {excess.used:.1f} "
             f"over {CPU_WINDOW_S:g}s, this one {costs.recent.total:.1f} "
@@ -65,16 +66,17 @@ def _remedy(used: CpuUse) -> str:
     return _REMEDIES[max(_REMEDIES, key=lambda cause: float(getattr(used, cause)))]
 
 
-async def _enforce_memory(limits: Limits, spending: Spending) -> None:
+def _enforce_memory(limits: Limits, spending: Spending) -> None:
     used_bytes = spending.memory_bytes()
     if used_bytes <= limits.memory:
         return
-    candidates = [
-        Candidate(session, session.priority, session.memory_bytes) for session in spending.at_work()
-    ]
+    staying = _staying(spending)
+    # Sessions that are ending give back what they hold: nobody else has to go for that.
+    used_bytes -= sum(each.memory_bytes for each in spending.at_work() if each not in staying)
+    candidates = [Candidate(each, each.priority, each.memory_bytes) for each in staying]
     elsewhere = used_bytes - sum(candidate.used for candidate in candidates)
     if session := first_to_go(candidates, limits.memory - elsewhere):
-        await _preempt(
+        _preempt(
             session,
             f"limits.memory is {limits.memory} bytes; {used_bytes} were used, "
             f"{session.memory_bytes} by this collector: ask for smaller buffers, let its "
@@ -82,6 +84,13 @@ async def _enforce_memory(limits: Limits, spending: Spending) -> None:
         )
 
 
-async def _preempt(session: Session, detail: str) -> None:
-    session.needs = Needs(session.costs.recent.total, session.memory_bytes)
-    await session.stop(End(pb.SessionEnd.REASON_PREEMPTED, detail))
+def _staying(spending: Spending) -> list[Session]:
+    """The sessions whose end is not decided."""
+    return [session for session in spending.at_work() if not session.decided_end]
+
+
+def _preempt(session: Session, detail: str) -> None:
+    """Ends SESSION, unless its end is decided already."""
+    if not session.decided_end:
+        session.needs = Needs(session.costs.recent.total, session.memory_bytes)
+        session.end_for(End(pb.SessionEnd.REASON_PREEMPTED, detail))

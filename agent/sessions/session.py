@@ -130,21 +130,15 @@ class Session:
         self.started_at = time.time()
         self.costs.begin(time.monotonic())
         if self.lease_s is not None:
-            self._set_deadline(self.lease_s)
+            self.renew(self.lease_s)
 
     def renew(self, lease_s_: float) -> None:
-        """Moves the deadline to LEASE_S_ seconds from now. Raises RuntimeError where the session's
-        end is decided."""
-        if end := self.decided_end:
-            raise RuntimeError(f"session {self.id} ends: {end}")
-        self._set_deadline(lease_s_)
-
-    def _set_deadline(self, from_now_s: float) -> None:
-        self.expires_at = time.time() + from_now_s
+        """Moves the deadline to LEASE_S_ seconds from now. The session's end must not be
+        decided."""
+        self.expires_at = time.time() + lease_s_
         if self._lease:
             self._lease.cancel()
-        loop = asyncio.get_running_loop()
-        self._lease = loop.call_later(from_now_s, self.end_for, EXPIRED)
+        self._lease = asyncio.get_running_loop().call_later(lease_s_, self.end_for, EXPIRED)
 
     def end_for(self, end: End) -> None:
         """Decides that the session ends for the reason END, unless its end is decided already. Its

@@ -32,7 +32,7 @@ from coral.agent.errors import (
 from coral.agent.machine.program_stats import ProgramStatsSampler, Sampled
 from coral.agent.sessions import continuous
 from coral.agent.sessions.admission import Admission
-from coral.agent.sessions.background import lasting
+from coral.agent.sessions.background import keep_going
 from coral.agent.sessions.budget import Needs, Room
 from coral.agent.sessions.changes import Changes, Watch
 from coral.agent.sessions.ended import EndedSessions
@@ -92,7 +92,7 @@ class Supervisor:
                 for standing in self.continuous
             ),
         ]
-        self._background = [asyncio.create_task(lasting(*each), name=each[0]) for each in work]
+        self._background = [asyncio.create_task(keep_going(*each), name=each[0]) for each in work]
         return self
 
     async def __aexit__(

@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coral.wire.text import safe
+from tests.e2e.test_health import page
 from tests.e2e.test_refusals import start, start_request, stop
 from tests.support import RunningAgent, coral, running_agent, scrape, wait_until
 
@@ -165,6 +166,21 @@ def test_no_metric_passes_a_name_of_a_process_on(agent: RunningAgent, stack: Exi
     text = scrape(agent)
     assert is_clean(text)
     assert len(list(text_string_to_metric_families(text))) > 10
+
+
+def test_readiness_passes_no_name_of_a_process_on(tmp_path: Path, stack: ExitStack) -> None:
+    """It names the nearest processes where a configured service has none."""
+    rules = [{"kind": "syscall_stats", "service": service} for service in ("a[31mred", "ab 1x")]
+    for name in NAMES.values():
+        stack.enter_context(named(name))
+    with running_agent(tmp_path / "agent", {"continuous": rules}) as agent:
+        wait_until(lambda: page(agent, "/readyz")[1].count("nearest") == len(rules))
+        status, text = page(agent, "/readyz")
+    assert status == 503
+    assert "a?[31mred" in text
+    assert "a?b 1?" in text
+    assert is_clean(text)
+    assert text.count("\n") == len(rules)
 
 
 def label_of(name: bytes) -> str:

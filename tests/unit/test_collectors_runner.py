@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from coral.collectors.contract import (
     Support,
 )
 from coral.collectors.options import Option
-from coral.collectors.runner import in_thread, run
+from coral.collectors.runner import Stop, in_thread, run
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 ROWS = EventRows(pb.SyscallCall, np.zeros(1, [("pid", "<u4")]), ())
@@ -107,6 +109,32 @@ async def test_it_is_drained_until_cancelled_then_once_more_and_closed() -> None
     assert steps.done[-2:] == ["drain", "close"]
     # Every batch that was drained was emitted.
     assert steps.done.count("drain") == len(batches) >= 4
+
+
+async def test_without_rows_it_is_drained_seldom_in_its_first_interval() -> None:
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    stop, drained_at_s = Stop(), list[float]()
+
+    class Empty(Steps):
+        @property
+        def interval_s(self) -> float:
+            return 1.0
+
+        def drain(self) -> Batch:
+            drained_at_s.append(time.monotonic() - began_s)
+            if drained_at_s[-1] >= 1.0:
+                loop.call_soon_threadsafe(over.set)
+            return Batch(replace(ROWS, records=ROWS.records[:0]), 1, 2)
+
+    began_s = time.monotonic()
+    task = asyncio.create_task(run(Empty(), lambda _: None, lambda: None, stop))
+    async with asyncio.timeout(10):
+        await over.wait()
+    stop.request()
+    await task
+    # After 10, 20, 40, 80, 160, 250 and 250 ms, at the end of the interval, and of the run.
+    assert 4 < len(drained_at_s) <= 9
+    assert drained_at_s[0] < 0.25
 
 
 async def test_a_cancellation_in_a_drain_loses_no_batch() -> None:

@@ -6,14 +6,16 @@ import asyncio
 import random
 import time
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import pytest
 from structlog.testing import capture_logs
 
-from coral.agent.config import Continuous, Limits
-from coral.agent.errors import UnavailableError
-from coral.agent.sessions.background import Backoff, lasting
-from coral.agent.sessions.session import Session
+from coral.agent.config import ByteCount, Continuous, Limits
+from coral.agent.errors import NotFoundError, UnavailableError
+from coral.agent.sessions import enforcement
+from coral.agent.sessions.background import Backoff, keep_going
+from coral.agent.sessions.session import EXPIRED, End, Session
 from coral.bpf import BpfError
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.scripted import STOPPED, Desk, Scripted, calls, frames, until
@@ -77,13 +79,59 @@ async def test_a_failure_of_the_last_drain_is_told_though_the_session_was_stoppe
 
 
 async def test_a_lease_that_was_renewed_does_not_end_at_its_old_deadline(desk: Desk) -> None:
+    loop, old_lease_is_over = asyncio.get_running_loop(), asyncio.Event()
     session = await desk.start(0.05)
-    desk.supervisor.renew(session.id, 0.4)
-    await asyncio.sleep(0.2)
-    assert session.at_work
+    # Set after the lease's own timer, and for later, so it is due after that.
+    loop.call_later(0.05, old_lease_is_over.set)
+    desk.supervisor.renew(session.id, 60)
+    await old_lease_is_over.wait()
+    assert session.decided_end is None
     desk.supervisor.renew(session.id, 0.01)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         await session.ended.wait()
+    assert session.end == EXPIRED
+
+
+async def test_limits_are_enforced_while_a_preempted_session_cannot_detach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor do others go for what that session still holds."""
+    monkeypatch.setattr(enforcement, "_ENFORCE_EVERY_S", 0.001)
+    desk = Desk(Limits(concurrent_collectors=3, memory=ByteCount(2_000_000)))
+    async with desk.supervisor as supervisor, AsyncExitStack() as undo:
+        sessions = [await desk.start(map_bytes=size) for size in (500_000, 900_000, 400_000)]
+        small, stuck, other = sessions
+        desk.made[1].may_detach.clear()
+        undo.callback(desk.made[1].may_detach.set)
+        desk.made[1].bpf_object.map_memory_bytes = 2_500_000
+        await until(desk.made[1].detaching.is_set)
+        sampled = len(small.costs._samples)
+        await until(lambda: len(small.costs._samples) > sampled + 10)
+        assert [session.decided_end is None for session in sessions] == [True, False, True]
+        needs = stuck.needs
+        assert needs
+        assert needs.memory_bytes >= 2_500_000
+        desk.made[0].bpf_object.map_memory_bytes = 9_000_000
+        await until(small.ended.is_set)
+        assert small.end
+        assert small.end.reason == pb.SessionEnd.REASON_PREEMPTED
+        assert stuck.needs == needs
+        assert not stuck.ended.is_set()
+        assert supervisor.at_work() == [stuck, other]
+        desk.made[1].may_detach.set()
+        await stuck.ended.wait()
+        assert stuck.end
+        assert stuck.end.reason == pb.SessionEnd.REASON_PREEMPTED
+    assert other.end == End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
+
+
+async def test_what_a_continuous_collector_waits_for_has_no_control_characters() -> None:
+    desk = Desk(None, Continuous(kind="syscall_stats", service="shop"))
+    desk.script = {"refusal": NotFoundError("the nearest names are \x1b[2Jshop\nready")}
+    async with desk.supervisor:
+        (standing,) = desk.supervisor.continuous
+        await until(lambda: standing.failures)
+        assert str(standing) == "syscall_stats shop: the nearest names are ?[2Jshop?ready"
 
 
 def detached(desk: Desk) -> bool:
@@ -174,8 +222,13 @@ async def test_whatever_a_continuous_collector_raises_the_others_go_on() -> None
         async with desk.supervisor:
             await until(lambda: any(line["event"] == "unexpected failure" for line in logged))
             session = await desk.start(last=calls(CALLS))
+            (standing,) = desk.supervisor.continuous
+            assert standing.failures == 1
+            assert standing.waits.reason == "failed"
+            assert "embedded null byte" in standing.waits.text
             # The rule is tried again, after a second at first.
             await until(lambda: len(desk.supervisor.at_work()) == 2)
+            assert not standing.waits.reason
             await desk.supervisor.stop(session.id)
             assert session.channel.produced == CALLS
 
@@ -196,7 +249,7 @@ async def test_background_work_begins_again_after_an_exception(
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with capture_logs() as logged:
-        await lasting("limits", work)
+        await keep_going("limits", work)
     assert [line["task"] for line in logged] == ["limits"] * 3
     assert [round(pause_s / mean) for pause_s, mean in zip(pauses, (1, 2, 4), strict=True)] == [
         1
@@ -204,7 +257,7 @@ async def test_background_work_begins_again_after_an_exception(
 
 
 async def test_background_work_can_be_cancelled() -> None:
-    task = asyncio.create_task(lasting("limits", asyncio.Event().wait))  # type: ignore[arg-type]
+    task = asyncio.create_task(keep_going("limits", asyncio.Event().wait))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

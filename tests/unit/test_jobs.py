@@ -47,6 +47,21 @@ async def test_jobs_that_never_end_do_not_become_more_than_the_limit() -> None:
     await until(lambda: jobs.late == 0)
 
 
+async def test_a_job_is_refused_where_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It might block, so it does not run in the loop."""
+
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ran: list[int] = []
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(LimitError, match=r"stats: the agent could not start a thread \(can't"):
+        await Jobs().run(lambda: ran.append(1), "stats")
+    assert not ran
+
+
 async def test_a_cancelled_caller_keeps_its_place_until_the_job_ends() -> None:
     jobs, may_end, ended = Jobs(), threading.Event(), []
     task = asyncio.create_task(jobs.run(lambda: ended.append(may_end.wait()), "job"))
