@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from typing import Final, Self
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -43,10 +44,21 @@ class Http2:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def greet(self) -> Self:
-        """The preface and the first SETTINGS."""
-        self.socket.sendall(PREFACE + frame(SETTINGS))
+    def greet(self, *, window_bytes: int | None = None) -> Self:
+        """The preface and the first SETTINGS, with the window that streams begin with."""
+        settings = b"" if window_bytes is None else struct.pack(">HI", 4, window_bytes)
+        self.socket.sendall(PREFACE + frame(SETTINGS, payload=settings))
         return self
+
+    def wait_for_headers(self, streams: int) -> None:
+        """Reads until the answers to that many streams have begun."""
+        self.socket.settimeout(10)
+        received = b""
+        while streams:
+            received += self.socket.recv(65_536)
+            while len(received) >= (size := 9 + int.from_bytes(received[:3], "big")):
+                streams -= received[3] == HEADERS
+                received = received[size:]
 
     def begin(self, path: str, payload: bytes | None = b"", *, end: bool = True) -> bytes:
         """The frames of a call of PATH with one request, or with none where PAYLOAD is None."""

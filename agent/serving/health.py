@@ -15,6 +15,8 @@ from typing import Final, Protocol, cast
 
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from coral.agent import logs
@@ -30,6 +32,7 @@ from coral.collectors.metering import Charge, uncharged
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
 HEALTH: Final = cast("ServiceDescriptor", health_pb2.DESCRIPTOR.services_by_name["Health"])
+_ListResponse: Final = GetMessageClass(HEALTH.methods_by_name["List"].output_type)
 Status: Final = health_pb2.HealthCheckResponse
 _EVERY_S: Final = 1.0
 
@@ -73,6 +76,13 @@ class Health:
         if status is None:
             raise NotFoundError(f"service: {request.service!r} is not here")
         return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(  # noqa: N802
+        self, _request: Message, _caller: Caller
+    ) -> Message:
+        """The status of every service."""
+        statuses = {name: Status(status=status) for name, status in self._statuses.items()}
+        return _ListResponse(statuses=statuses)
 
     @contextmanager
     def Watch(  # noqa: N802

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -109,8 +108,9 @@ class _Backend:
         interceptors = [TokenInterceptor(token, callers.of)] if token else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(limits))
         quotas = Quotas.of(limits, counts.calls_refused)
-        # Checks have a quota of their own: calls that take long do not make the agent look dead.
-        checks = replace(quotas, unary=Quotas.of(limits, counts.calls_refused).unary)
+        # Health checks need no token. They do not take places from calls that do, nor these from
+        # them: an agent with slow calls is not dead.
+        checks = Quotas.of(limits, counts.calls_refused)
         readers = supervisor.readers
         self.health = Health(readers, SERVICE.full_name)
         reflection = Reflection(readers, SERVICE.full_name, HEALTH.full_name)

@@ -192,6 +192,15 @@ async def root_works(agent: RunningAgent, until: asyncio.Event) -> Root:
     return got
 
 
+async def read_to_end(client: AgentClient, collector_id: str) -> EndReason | None:
+    """How the session ended, on one stream that may not break."""
+    end = None
+    async with client.subscribe(collector_id, retry=Retry(patience_s=0)) as stream:
+        async for batch in stream:
+            end = batch.end.reason if batch.end else None
+    return end
+
+
 async def one_round(agent: RunningAgent, pid: int, got: Root) -> None:
     """Four calls that must be granted and one that must be refused, on a new connection."""
     client = AgentClient(agent.address, TOKEN, timeout_s=10 * PATIENCE)
@@ -217,6 +226,20 @@ async def start_on_trap(client: AgentClient, got: Root) -> None:
     else:
         got.failures.append(f"{name} was granted")
         await client.stop(started.collector_id)
+
+
+async def stops_while_root_reads(agent: RunningAgent) -> None:
+    """Ends the agent, which must come in time and be told to a session's reader."""
+    async with AgentClient(agent.address, TOKEN) as client:
+        started = await client.start("syscall_stats", config={"pid": os.getpid()})
+        reading = asyncio.create_task(read_to_end(client, started.collector_id))
+        await asyncio.sleep(1)  # nothing tells that the attackers are all at it
+        assert not reading.done()
+        agent.process.terminate()
+        told_at = time.monotonic()
+        assert await asyncio.to_thread(agent.process.wait, 60) == 0
+        assert time.monotonic() - told_at < 2 * PATIENCE
+        assert await reading is EndReason.AGENT_SHUTDOWN
 
 
 def peak_kib(pid: int) -> int:
@@ -295,13 +318,8 @@ async def test_attackers_cost_roots_session_nothing_and_the_agent_stays_small(
         ground.theirs.mkdir(mode=0o755)
         os.chown(ground.theirs, NOBODY, NOBODY)
         with Attackers(attacks, {**target, "seconds": AGAIN_SECONDS}) as second:
-            await asyncio.sleep(1)  # nothing tells that they are all at it
-            agent.process.terminate()
-            told_at = time.monotonic()
-            status = await asyncio.to_thread(agent.process.wait, 60)
+            await stops_while_root_reads(agent)
             assert all(process.poll() is None for process in second.processes.values())
-        assert status == 0
-        assert time.monotonic() - told_at < 2 * PATIENCE
 
 
 @pytest.mark.parametrize("trap", ["lock", "socket"])

@@ -28,6 +28,8 @@ from tests.support import (
     RunningAgent,
     code_and_text,
     running_agent,
+    samples,
+    scrape,
     wait_until,
 )
 
@@ -79,6 +81,12 @@ def held(agent: RunningAgent, address: str) -> int:
     port = int(address.rpartition(":")[2])
     found = psutil.Process(agent.process.pid).net_connections("tcp")
     return sum(one.laddr.port == port and one.status == "ESTABLISHED" for one in found)
+
+
+def counted(agent: RunningAgent, name: str, **labels: str) -> float:
+    """The one sample of NAME with LABELS."""
+    (value,) = samples(scrape(agent), name, **labels).values()
+    return value
 
 
 def connect(address: str, first: bytes = b"") -> socket.socket:
@@ -154,12 +162,15 @@ def test_a_refused_connection_is_told_the_limit(agent: RunningAgent) -> None:
         wait_until(lambda: held(agent, address) == MOST_PER_PEER)
         refused = stack.enter_context(Http2(address))
         told = refused.received()
-        assert (
-            f"limits.connections_per_peer is {MOST_PER_PEER}, and 127.0.0.1, uid 0 has".encode()
-            in told
-        )
+        assert f"limits.connections_per_peer is {MOST_PER_PEER}, and uid 0 has".encode() in told
+        assert counted(agent, "coral_agent_connections", listener="tcp") == MOST_PER_PEER
+    wait_until(lambda: counted(agent, "coral_agent_connections", listener="tcp") == 0)
+    times = counted(
+        agent, "coral_agent_connections_refused_total",
+        listener="tcp", limit="connections_per_peer",
+    )  # fmt: skip
     reports = [line for line in agent.log() if line["event"] == "connection refused"]
-    assert 0 < len(reports) < 20  # at most one in ten seconds for each limit
+    assert 0 < len(reports) <= times
 
 
 def reset_streams(connection: Http2) -> bytes:
@@ -271,7 +282,37 @@ def test_calls_and_streams_of_one_peer_are_limited_by_name(tmp_path: Path) -> No
             standing.initial_metadata()
         code, text = code_and_text(few, "WatchCollectors", pb.WatchCollectorsRequest())
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert text.startswith("limits.streams_per_peer is 2, and 2 streams of 127.0.0.1, uid 0 ")
+        assert text.startswith("limits.streams_per_peer is 2, and 2 streams of uid 0 ")
+        reflect: Any = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        )
+        with pytest.raises(grpc.RpcError, match=r"limits\.streams_per_peer is 2, and 2 streams"):
+            next(reflect(iter([b""])))
+        # Health checks have as many places of their own.
+        health: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        for _ in range(2):
+            standing = health(b"")
+            stack.callback(standing.cancel)
+            next(standing)
+        with pytest.raises(grpc.RpcError, match=r"limits\.streams_per_peer is 2, and 2 streams"):
+            next(health(b""))
+        assert counted(few, "coral_agent_calls_refused_total", limit="streams_per_peer") == 3
+
+
+def test_a_watcher_that_reads_nothing_is_let_go_and_counted(tmp_path: Path) -> None:
+    with (
+        running_agent(tmp_path / "agent", {"limits": {"stalled_subscriber": "1s"}}) as agent,
+        Http2(agent.address) as connection,
+    ):
+        connection.greet(window_bytes=0)
+        connection.socket.sendall(connection.begin("/grpc.health.v1.Health/Watch"))
+        connection.received()  # until the agent has closed it
+        assert (
+            counted(
+                agent, "coral_agent_connections_closed_total", listener="unix", reason="stalled"
+            )
+            == 1
+        )
 
 
 def test_frozen_readers_do_not_keep_the_agent_from_stopping(tmp_path: Path) -> None:

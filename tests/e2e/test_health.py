@@ -20,7 +20,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.http2 import Http2
 from tests.support import (
+    PATIENCE,
     SERVICE,
     Calls,
     RunningAgent,
@@ -31,6 +33,7 @@ from tests.support import (
     samples,
     scrape,
     start_collector,
+    streaming,
     wait_until,
 )
 
@@ -111,6 +114,41 @@ def test_it_is_ready_when_every_continuous_collector_is_at_work_and_says_which_i
             lambda: page(agent, "/readyz") == (503, "syscall_stats late: a caller stopped it\n")
         )
         running.kill()
+
+
+def test_watchers_that_take_nothing_delay_neither_readiness_nor_the_end(
+    tmp_path: Path, calls: Callable[..., Calls]
+) -> None:
+    pid_file = tmp_path / "late.pid"
+    config = {
+        "continuous": [{"kind": "syscall_stats", "service": "late"}],
+        "services": {"late": {"pid_file": str(pid_file)}},
+    }
+    running = calls()
+    with (
+        running_agent(tmp_path / "agent", config) as agent,
+        Http2(agent.address) as frozen,
+    ):
+        request = pb.EbpfEventStreamRequest(
+            collector_id=start_collector(agent, pid=str(running.pid)).collector_id
+        )
+        frozen.greet(window_bytes=0)
+        for service in ("", SERVICE):
+            asked = health_pb2.HealthCheckRequest(service=service).SerializeToString()
+            frozen.socket.sendall(frozen.begin("/grpc.health.v1.Health/Watch", asked))
+        frozen.wait_for_headers(2)
+        pid_file.write_text(str(running.pid))
+        wait_until(lambda: health_of(agent, SERVICE) == SERVING, timeout_s=5)
+        wait_until(lambda: page(agent, "/readyz") == (200, "ready\n"), timeout_s=5)
+        with streaming(agent, "StreamEventBatches", request) as batches:
+            began = time.monotonic()
+            agent.process.send_signal(signal.SIGTERM)
+            *_, last = batches
+            assert last.end.reason == pb.SessionEnd.REASON_AGENT_SHUTDOWN
+            assert time.monotonic() - began < PATIENCE
+        assert agent.process.wait(10) == 0
+        assert time.monotonic() - began < 2 * PATIENCE
+    running.kill()
 
 
 @contextmanager

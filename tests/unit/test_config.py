@@ -6,11 +6,14 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
-from coral.agent.config import Config, ConfigError, load
+from coral.agent.config import Config, ConfigError, Duration, Limits, load
+from coral.agent.serving.server import _options
 from coral.cli.agent_command import agent
 from tests.support import coral
 
@@ -238,3 +241,24 @@ def test_the_agent_ends_with_status_2_and_one_line(
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+LONGEST = Duration(366 * 86_400.0)
+DURATIONS_OF_GRPC = [
+    name
+    for name, kind in get_type_hints(Limits).items()
+    if kind is Duration
+    and _options(msgspec.structs.replace(Limits(), **{name: LONGEST})) != _options(Limits())
+]
+
+
+def test_the_durations_of_grpc_are_found() -> None:
+    assert len(DURATIONS_OF_GRPC) >= 3
+
+
+@pytest.mark.parametrize("name", DURATIONS_OF_GRPC)
+def test_each_duration_that_grpc_keeps_is_one_that_it_can_keep(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"limits\.{name}: .* at most 24 days$"):
+        load(None, {f"CORAL__LIMITS__{name.upper()}": "8784h"})
+    accepted = load(None, {f"CORAL__LIMITS__{name.upper()}": "576h"})
+    assert max(value for _, value in _options(accepted.limits)) < 1 << 31

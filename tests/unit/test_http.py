@@ -164,6 +164,35 @@ async def test_new_connections_and_answers_have_a_rate() -> None:
         assert loop.time() - began > (100 - 64 - 1) / 50
 
 
+async def test_requests_that_are_aborted_cost_others_nothing() -> None:
+    loop = asyncio.get_running_loop()
+    with serving() as server:
+        # In 1.2 s, at the rate of new connections: more than four times the rate of answers.
+        for _ in range(300):
+            async with connected(server) as aborts:
+                await loop.sock_sendall(aborts, get("/small"))
+        began = loop.time()
+        assert b" 200 " in await ask(server, get("/small", "Connection: close"))
+        # The turns of those that are still open, and no others.
+        assert loop.time() - began < 300 / 200 + 32 / 50
+
+
+async def test_a_connection_whose_client_has_left_gives_way_before_one_that_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "_ANSWERS_PER_S", 1.0)
+    loop = asyncio.get_running_loop()
+    with serving() as server:
+        server._answers.spend(http._BURST + 1.5, loop.time())
+        async with connected(server) as waits:
+            await loop.sock_sendall(waits, get("/small", "Connection: close"))
+            await until(lambda: server.connections == 1)
+            for _ in range(60):
+                async with connected(server) as leaves:
+                    await loop.sock_sendall(leaves, get("/small"))
+            assert b" 200 " in await read_to_end(waits)
+
+
 async def test_without_descriptors_it_tries_again_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

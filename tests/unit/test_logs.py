@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from coral.agent.log_writer import LogWriter
-from coral.agent.repeats import RepeatLimit
+from coral.agent.repeats import OTHERS, RepeatLimit
 from tests.support import wait_until
 
 # F_SETPIPE_SZ rounds up to a page.
@@ -143,6 +143,18 @@ def test_kinds_of_refusals_are_bounded() -> None:
     assert len(limit._kinds) == 256
 
 
+def test_too_many_kinds_of_refusals_share_a_limit_until_others_are_forgotten() -> None:
+    now = 0.0
+    limit = RepeatLimit(burst=2, per_s=1, clock=lambda: now)
+    admitted = [limit.admit(number) for number in range(1000)]
+    assert admitted.count(0) == 255 + 2
+    now = 1.0
+    assert limit.overdue() == [(OTHERS, 1000 - 255 - 2)]
+    now = 10.0
+    assert limit.admit("new") == 0
+    assert "new" in limit._kinds
+
+
 SCRIPT = r"""
 import asyncio, gc, logging, os, sys, threading, warnings
 from coral.agent import logs
@@ -154,7 +166,9 @@ log = structlog.get_logger("test")
 log.info("hostile", name="a\nb\x1b[2J\u202e\udcff", items=["c\nd"], count=3)
 log.info("long", text="x" * 100_000)
 for _ in range(1000):
-    log.warning("refused", code="PERMISSION_DENIED", peer="unix:")
+    log.warning("refused", code="PERMISSION_DENIED", peer="unix:", principal="uid 1")
+    log.warning("connection closed", code="idle", peer="unix:", principal="uid 1")
+log.warning("refused", code="PERMISSION_DENIED", peer="unix:", principal="uid 2")
 log.info("session started")
 for _ in range(100):
     log.info("session stopped")
@@ -203,9 +217,14 @@ def test_each_record_is_one_line_of_json_and_everything_is_a_record() -> None:
     (hostile,) = by_event.pop("hostile")
     assert hostile["name"] == "a\nb?[2J??"
     assert len(str(by_event["long"][0]["text"])) == (64 << 10) + len(" [...] ")
-    assert len(by_event["refused"]) == 10
-    (left_out,) = by_event["refusals were left out of the log"]
-    assert left_out["count"] == 990
+    # Ten of the first caller, which do not hide that of the second.
+    assert len(by_event["refused"]) == 11
+    assert len(by_event["connection closed"]) == 10
+    left_out = by_event["refusals were left out of the log"]
+    assert [(line["like"], line["code"], line["caller"], line["count"]) for line in left_out] == [
+        ("refused", "PERMISSION_DENIED", "uid 1", 990),
+        ("connection closed", "idle", "uid 1", 990),
+    ]
     assert len(by_event["session stopped"]) == 100
     assert by_event["a library's line\nand another"][0]["logger"] == "grpc._cython.cygrpc"
     assert any("a warning" in event for event in by_event)
