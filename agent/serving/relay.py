@@ -145,7 +145,11 @@ class Connection:
     def overdue(self, now_s: float) -> str:
         """Why the connection has to be closed by now; empty where it need not be."""
         limits = self._limits
-        if self._left_at_s is None and self._to_client.held and self._server_hung_up():
+        if self._rest and _hung_up(self._client, select.POLLRDHUP):
+            self.close()  # it owes for what it sent before, and nothing else would notice
+            return ""
+        held = self._left_at_s is None and self._to_client.held
+        if held and self._server and _hung_up(self._server):
             self._left_at_s = now_s
         if self._left_at_s is not None:
             return "unread" if now_s > self._left_at_s + _LINGER_S else ""
@@ -289,12 +293,12 @@ class Connection:
         if not data:
             self.close()
 
-    def _server_hung_up(self) -> bool:
-        if not self._server:
-            return False
-        poll = select.poll()
-        poll.register(self._server, 0)
-        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+def _hung_up(end: socket.socket, events: int = 0) -> bool:
+    """Whether the other end is gone, without reading what it has sent."""
+    poll = select.poll()
+    poll.register(end, events)
+    return bool(poll.poll(0))
 
 
 def _ignore() -> None:
