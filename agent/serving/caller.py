@@ -14,6 +14,7 @@ import structlog
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Config, ConfigError
 from coral.agent.files import read_regular
+from coral.agent.serving.counts import STALLED
 from coral.agent.serving.health import HEALTH
 from coral.agent.serving.relay import Connection
 
@@ -65,7 +66,7 @@ class Callers:
             peer=origin.address,
             principal=f"{origin.principal}, {name}" if trust is Trust.OWNER else origin.principal,
             trust=trust,
-            hang_up=partial(connection.close, "stalled"),
+            hang_up=partial(connection.close, STALLED),
         )
 
 

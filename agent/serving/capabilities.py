@@ -1,4 +1,4 @@
-"""What this agent can do on this machine, as the contract describes it."""
+"""The agent's capabilities on this machine, as the contract describes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gate and the servers count, for /metrics: connections and calls that they turn away."""
+"""The counts of the gate and the gRPC servers, for /metrics: connections, and refusals."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Final
 
 REFUSED_BY: Final = ("connections", "connections_per_peer", "descriptors")
 """The limits that connections are refused by; descriptors are the process's."""
+STALLED: Final = "stalled"  # a reader that `agent.streams.Readers` has let go
 CLOSED_FOR: Final = (
-    "age", "handshake", "idle", "not_http2", "stalled", "unfinished", "unreachable", "unread",
+    "age", "handshake", "idle", "not_http2", STALLED, "unfinished", "unreachable", "unread",
 )  # fmt: skip
 """Why the agent closes connections that neither their client nor gRPC has closed."""
 CALLS_REFUSED_BY: Final = ("calls", "calls_per_peer", "streams", "streams_per_peer")

@@ -20,7 +20,7 @@ import structlog
 
 from coral.agent.caller import Trust
 from coral.agent.config import Limits
-from coral.agent.serving.counts import ConnectionCounts
+from coral.agent.serving.counts import STALLED, ConnectionCounts
 from coral.agent.serving.http2 import goaway
 from coral.agent.serving.listening import Listener, Origin
 from coral.agent.serving.relay import Connection, Peer
@@ -184,6 +184,7 @@ class Side:
             del self._names[connection.name]
         if reason:
             self._counts.closed[reason] += 1
+        if reason not in ("", STALLED):  # the log has it from those that decided it
             origin = connection.origin
             log.warning(
                 "connection closed", peer=origin.address, principal=origin.principal, code=reason

@@ -42,7 +42,7 @@ _SCRATCH_FOR_CLIENT: Final = _SCRATCH[:_READ_FROM_CLIENT_BYTES]
 
 
 class Peer:
-    """What the connections of one peer share: their number, and how much they may send together."""
+    """The connections of one peer: their number, and the rates at which they may send together."""
 
     def __init__(self, limits: Limits) -> None:
         self.connections = 0
@@ -52,7 +52,7 @@ class Peer:
         self._calls = Bucket(calls_per_s, calls_per_s * _CALLS_AT_ONCE)
 
     def spend(self, size_bytes: int, calls: float, now_s: float) -> None:
-        """Charges what was received."""
+        """Charges bytes and calls that were received."""
         self._bytes.spend(size_bytes, now_s)
         self._calls.spend(calls, now_s)
 
@@ -66,7 +66,7 @@ class Peer:
 
 
 class Keeper(Protocol):
-    """What keeps connections, and is informed of them."""
+    """The owner of connections, which it is informed of."""
 
     def dial(self, connection: Connection) -> socket.socket:
         """A new connection to gRPC for CONNECTION's bytes. Raises OSError."""
@@ -306,7 +306,7 @@ def _ignore() -> None:
 
 
 def _read(source: socket.socket, scratch: memoryview) -> memoryview | None:
-    """What SOURCE has, in SCRATCH; empty at its end, None where there is nothing yet."""
+    """The next bytes of SOURCE, in SCRATCH; empty at its end, None where there is nothing yet."""
     try:
         return scratch[: source.recv_into(scratch)]
     except (BlockingIOError, InterruptedError):

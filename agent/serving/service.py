@@ -75,7 +75,7 @@ class EbpfService:
     async def GetCapabilities(  # noqa: N802
         self, _request: pb.GetCapabilitiesRequest, _caller: Caller
     ) -> pb.EbpfCapabilities:
-        """What can run here."""
+        """The collectors and options that this machine supports."""
         return await capabilities_of(self._supervisor)
 
     async def ListCollectors(  # noqa: N802

@@ -1,4 +1,4 @@
-"""What a caller is answered when a call fails: a status code, and a text that fits."""
+"""The answer to a call that fails: a status code, and a text that fits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
 
 
 def code_of(error: Exception) -> grpc.StatusCode:
-    """The code for ERROR; INTERNAL for what nobody expected."""
+    """The code for ERROR; INTERNAL for an unexpected one."""
     if isinstance(error, BpfError):
         exhausted = error.errno in EXHAUSTED
         return (

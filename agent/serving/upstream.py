@@ -50,7 +50,7 @@ class Upstream:
 
 
 def peer_of(dialled: socket.socket) -> str:
-    """What gRPC calls the other end of a connection that was DIALLED."""
+    """The name that gRPC has for the other end of a connection that was DIALLED."""
     name: bytes = dialled.getsockname()
     return f"unix-abstract:{name[1:].decode()}"
 
