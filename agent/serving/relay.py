@@ -145,8 +145,9 @@ class Connection:
     def overdue(self, now_s: float) -> str:
         """Why the connection has to be closed by now; empty where it need not be."""
         limits = self._limits
-        if self._rest and _hung_up(self._client, select.POLLRDHUP):
-            self.close()  # it owes for what it sent before, and nothing else would notice
+        not_read = self._rest or (self._to_server and self._to_server.held)
+        if not_read and _hung_up(self._client, select.POLLRDHUP):
+            self.close()  # nothing else would notice while it has to wait
             return ""
         held = self._left_at_s is None and self._to_client.held
         if held and self._server and _hung_up(self._server):
