@@ -185,10 +185,7 @@ class Connection:
 
     def _from_client(self) -> None:
         now_s = time.monotonic()
-        if wait_s := self.peer.wait_s(now_s):
-            self._keeper.throttle()
-            self._pause_client()
-            self._rest = self._loop.call_later(wait_s, self._read_client)
+        if self._has_to_wait(now_s, self._read_client):
             return
         data = _read(self._client, _SCRATCH_FOR_CLIENT)
         if data is None:
@@ -212,6 +209,15 @@ class Connection:
             self._early += data
             if self._meter.greeted:
                 self._dial(now_s)
+
+    def _has_to_wait(self, now_s: float, go_on: Callable[[], None]) -> bool:
+        """Whether its peer has sent too fast; GO_ON is called when it may send again."""
+        wait_s = self.peer.wait_s(now_s)
+        if wait_s:
+            self._keeper.throttle()
+            self._pause_client()
+            self._rest = self._loop.call_later(wait_s, go_on)
+        return bool(wait_s)
 
     def _count_unfinished(self, size_bytes: int) -> None:
         self.peer.unfinished_bytes += size_bytes - self._unfinished_bytes
@@ -261,11 +267,20 @@ class Connection:
         self._server = None
         with suppress(OSError):
             self._client.shutdown(socket.SHUT_WR)
+        self._discard_client()
+
+    def _discard_client(self) -> None:
+        self._rest = None
         self._loop.add_reader(self._client, self._discard)
 
     def _discard(self) -> None:
-        data = _read(self._client, _SCRATCH)
-        if data is not None and not data:
+        now_s = time.monotonic()
+        if self._has_to_wait(now_s, self._discard_client):
+            return
+        data = _read(self._client, _SCRATCH_FOR_CLIENT)
+        if data:
+            self.peer.spend(len(data), 0, now_s)
+        elif data is not None:
             self.close()
 
     def _server_hung_up(self) -> bool:
