@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coral.agent.caller import Caller, Trust
-from coral.agent.config import Auth, Config, ConfigError, Duration, Limits
+from coral.agent.config import Auth, ByteCount, Config, ConfigError, Duration, Limits
 from coral.agent.errors import LimitError
 from coral.agent.rate import Bucket
 from coral.agent.serving import gate
@@ -314,6 +314,34 @@ async def test_a_connection_is_cut_only_once_grpc_must_have_ended_it(
         connection.close()
     assert keeper.grpc
     keeper.grpc.close()
+
+
+async def test_a_client_that_grpc_has_left_sends_no_faster_than_its_rate() -> None:
+    limits = Limits(peer_bytes_per_second=ByteCount(64 << 10))
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
+    keeper, loop = Keeper(), asyncio.get_running_loop()
+    connection = Connection(
+        ours, Origin("unix:", "uid 0", Trust.OWNER), Peer(limits), limits, keeper
+    )
+    with theirs:
+        await loop.sock_sendall(theirs, PREFACE + frame(SETTINGS))
+        await until(lambda: keeper.grpc is not None)
+        assert keeper.grpc
+        keeper.grpc.close()
+        await until(lambda: connection._server is None)
+        sent, began_s = 0, time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while True:
+                    await loop.sock_sendall(theirs, bytes(4 << 10))
+                    sent += 4 << 10
+        # A second's worth at once, then the rate; and what the kernel's buffers took.
+        most = (64 << 10) * (1 + time.monotonic() - began_s) + (64 << 10)
+        assert 64 << 10 <= sent < most
+        connection.close()
 
 
 class Failing:
