@@ -146,8 +146,9 @@ class Connection:
         """Why the connection has to be closed by now; empty where it need not be."""
         limits = self._limits
         not_read = self._rest or (self._to_server and self._to_server.held)
-        if not_read and _hung_up(self._client, select.POLLRDHUP):
-            self.close()  # nothing else would notice while it has to wait
+        # uvloop calls no reader for a socket that was reset, and one that has to wait has none.
+        if _hung_up(self._client, select.POLLRDHUP if not_read else 0):
+            self.close()
             return ""
         held = self._left_at_s is None and self._to_client.held
         if held and self._server and _hung_up(self._server):
