@@ -34,7 +34,7 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_FAILED: Final = 1
 _EXIT_CONFIG: Final = 2
-# From the first signal to the end of what is done in order, whatever the agent's clients do. The log
+# From the first signal to the end of the orderly shutdown, whatever the agent's clients do. The log
 # then has half a second to be written, so the process ends within two. gRPC alone took 0.8 s to end
 # 700 streams.
 _END_WITHIN_S: Final = 1.4
