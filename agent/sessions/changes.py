@@ -15,7 +15,8 @@ from typing import Final
 from coral.agent.errors import LimitError, UnavailableError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-# The most that may wait for one watcher, beside the collectors that it began with.
+# The most that may wait for one watcher, beside the collectors that it began with. limits.memory
+# does not count it: all watchers share a message, and limits.streams bounds their number.
 MAX_WAITING_BYTES: Final = 1 << 20
 
 

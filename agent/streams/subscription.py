@@ -396,7 +396,9 @@ class Subscription:
         return wire + pb.EbpfEventBatch(account=account).SerializeToString()
 
     def events(self, frame: Frame) -> Iterator[bytes]:
-        """The frame that was just taken as encoded EbpfEvents, one for each event."""
+        """The frame that was just taken as encoded EbpfEvents, one for each event. Meanwhile its
+        rows exist as messages too, which no limit counts: about 2 MB for a frame of the most rows,
+        for each call that is at this point."""
         estimate_bytes = self._message_bytes(frame)  # it gives way to the figure
         for event in frame.events(self._stream_account()):
             if self._rate:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,6 +151,19 @@ def test_a_stream_that_never_ends_does_not_hold_up_the_shutdown(
         signalled_at = time.monotonic()
         assert agent.stop() == 0
         assert time.monotonic() - signalled_at < 2
+
+
+def test_the_process_is_gone_once_the_agent_has_stopped(tmp_path: Path) -> None:
+    """The interpreter's own end takes half a second, and is left out."""
+    waits_s = []
+    for attempt in range(3):
+        with running_agent(tmp_path / str(attempt)) as agent:
+            assert agent.stop() == 0
+            ended_s = time.time()
+            last = agent.log()[-1]
+            assert last["event"] == "stopped"
+            waits_s.append(ended_s - datetime.fromisoformat(str(last["timestamp"])).timestamp())
+    assert min(waits_s) < 0.15
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

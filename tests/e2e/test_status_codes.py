@@ -431,7 +431,10 @@ def test_no_request_is_unknown_or_internal_and_the_agent_lives_on(
         f"{len(latencies_s)} calls of another client, {stalls} longer than {STALL_S:g} s, the "
         f"longest {max(latencies_s):.3f} s"
     )
-    assert len(latencies_s) > FUZZ_S  # every one of them succeeded, and none waited for seconds
+    # Every one of them succeeded. Most come in time on a busy machine too, where four threads of
+    # this process compete with the probe.
+    assert len(latencies_s) > FUZZ_S
+    assert stalls < len(latencies_s) / 4
     for method, code in EXPECTED:
         assert answers[method, code], f"the fuzzer had no {code} of {method}"
     stop_everything(agent)
