@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import os
+import stat
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from coral.agent.serving.health import HEALTH
 from coral.agent.serving.relay import Connection
 
 _MOST_TOKEN_BYTES: Final = 4096
+_LEAST_TOKEN_BYTES: Final = 16
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
@@ -27,18 +30,36 @@ CallerOf = Callable[[Context], Caller]
 
 def read_token(config: Config) -> str:
     """The token that callers must send, or none. Raises `ConfigError`."""
-    if not config.auth.token_file:
+    path = config.auth.token_file
+    if not path:
         return ""
     try:
-        content = read_regular(Path(config.auth.token_file), _MOST_TOKEN_BYTES)
+        content = read_regular(Path(path), _MOST_TOKEN_BYTES, check=partial(_check_mode, path))
         token = content.decode().strip()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"auth.token_file: {config.auth.token_file}: not UTF-8") from error
+        raise ConfigError(f"auth.token_file: {path}: not UTF-8") from error
     except OSError as error:
-        raise ConfigError(f"auth.token_file: {config.auth.token_file}: {error.strerror}") from error
+        raise ConfigError(f"auth.token_file: {path}: {error.strerror}") from error
     if not token:
-        raise ConfigError(f"auth.token_file: {config.auth.token_file} is empty")
+        raise ConfigError(f"auth.token_file: {path} is empty")
+    if (size_bytes := len(token.encode())) < _LEAST_TOKEN_BYTES:
+        raise ConfigError(
+            f"auth.token_file: {path}: the token has {size_bytes} bytes; give at least "
+            f"{_LEAST_TOKEN_BYTES}, such as from `openssl rand -hex 32`"
+        )
     return token
+
+
+def _check_mode(path: str, status: os.stat_result) -> None:
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"auth.token_file: {path}: others than its owner may write it (mode {mode:04o}), and "
+            "could choose the token; give a file of mode 0600"
+        )
+    # Kubernetes mounts secrets like that, where only the container's users see them.
+    if mode & stat.S_IROTH:
+        log.warning("every user may read the token", file=path, mode=f"{mode:04o}", better="0600")
 
 
 def unknown_caller(context: Context) -> Caller:

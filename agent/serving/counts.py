@@ -10,7 +10,8 @@ from typing import Final
 REFUSED_BY: Final = ("connections", "connections_per_peer", "descriptors")
 """The limits that connections are refused by; descriptors are the process's."""
 CLOSED_FOR: Final = (
-    "age", "handshake", "idle", "not_http2", "stalled", "unfinished", "unreachable", "unread",
+    "age", "handshake", "http2_streams_per_peer", "idle", "malformed", "not_http2", "stalled",
+    "unfinished", "unreachable", "unread",
 )  # fmt: skip
 """Why the agent closes connections that neither their client nor gRPC has closed."""
 CALLS_REFUSED_BY: Final = ("calls", "calls_per_peer", "streams", "streams_per_peer")
