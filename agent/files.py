@@ -5,30 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 
-def read_regular(
-    path: Path,
-    most_bytes: int,
-    *,
-    follow: bool = True,
-    check: Callable[[os.stat_result], None] = lambda _: None,
-) -> bytes:
+def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
     """The bytes of a regular file of at most MOST_BYTES. Never waits for a writer, as opening a
-    FIFO would. Without FOLLOW, PATH itself must not be a symbolic link. CHECK gets the status of
-    the open file, and may raise. Raises OSError."""
+    FIFO would. Without FOLLOW, PATH itself must not be a symbolic link. Raises OSError."""
+    return read_with_mode(path, most_bytes, follow=follow)[0]
+
+
+def read_with_mode(path: Path, most_bytes: int, *, follow: bool = True) -> tuple[bytes, int]:
+    """The same, and the mode of the file that was read, as of `st_mode`."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     try:
-        status = os.fstat(fd)
-        mode = status.st_mode
+        mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        check(status)
         content = bytearray()
         # One byte beyond the limit tells a file that is too long from one that just fits.
         while len(content) <= most_bytes and (read := os.read(fd, most_bytes + 1 - len(content))):
@@ -37,4 +32,4 @@ def read_regular(
         os.close(fd)
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
-    return bytes(content)
+    return bytes(content), mode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import os
 import stat
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,7 +14,7 @@ import structlog
 
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Config, ConfigError
-from coral.agent.files import read_regular
+from coral.agent.files import read_with_mode
 from coral.agent.serving.health import HEALTH
 from coral.agent.serving.relay import Connection
 
@@ -34,12 +33,18 @@ def read_token(config: Config) -> str:
     if not path:
         return ""
     try:
-        content = read_regular(Path(path), _MOST_TOKEN_BYTES, check=partial(_check_mode, path))
+        content, mode = read_with_mode(Path(path), _MOST_TOKEN_BYTES)
         token = content.decode().strip()
     except UnicodeDecodeError as error:
         raise ConfigError(f"auth.token_file: {path}: not UTF-8") from error
     except OSError as error:
         raise ConfigError(f"auth.token_file: {path}: {error.strerror}") from error
+    shown = f"{stat.S_IMODE(mode):04o}"
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"auth.token_file: {path}: others than its owner may write it (mode {shown}), and "
+            "could choose the token; give a file of mode 0600"
+        )
     if not token:
         raise ConfigError(f"auth.token_file: {path} is empty")
     if (size_bytes := len(token.encode())) < _LEAST_TOKEN_BYTES:
@@ -47,19 +52,10 @@ def read_token(config: Config) -> str:
             f"auth.token_file: {path}: the token has {size_bytes} bytes; give at least "
             f"{_LEAST_TOKEN_BYTES}, such as from `openssl rand -hex 32`"
         )
-    return token
-
-
-def _check_mode(path: str, status: os.stat_result) -> None:
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"auth.token_file: {path}: others than its owner may write it (mode {mode:04o}), and "
-            "could choose the token; give a file of mode 0600"
-        )
     # Kubernetes mounts secrets like that, where only the container's users see them.
     if mode & stat.S_IROTH:
-        log.warning("every user may read the token", file=path, mode=f"{mode:04o}", better="0600")
+        log.warning("every user may read the token", file=path, mode=shown, better="0600")
+    return token
 
 
 def unknown_caller(context: Context) -> Caller:
