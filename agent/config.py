@@ -136,7 +136,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Positive,
         Meta(
             description="connections at a time, over TCP and over unix sockets each; fewer where "
-            "they would take more than a quarter of the agent's descriptors (`RLIMIT_NOFILE`)"
+            "they would take more than a quarter of the agent's descriptors (`RLIMIT_NOFILE`), or, "
+            "over TCP, a quarter of those that the agent and its collectors leave"
         ),
     ] = 256
     connections_per_peer: Annotated[
@@ -167,6 +168,14 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Positive,
         Meta(description="calls under way on one connection; clients let further ones wait"),
     ] = 100
+    http2_streams_per_peer: Annotated[
+        Positive,
+        Meta(
+            description="HTTP/2 streams that one user of this machine may have open, over all its "
+            "connections: calls that wait for their request, or whose answer is not read, count "
+            "too; a connection that opens more is closed"
+        ),
+    ] = 1000
     calls: Annotated[
         Positive,
         Meta(
@@ -228,7 +237,11 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     token_file: Annotated[
         str,
-        Meta(description="a file with a token that callers send as `authorization: Bearer TOKEN`"),
+        Meta(
+            description="a file with a token that callers send as `authorization: Bearer TOKEN`: "
+            "at least 16 bytes, in a file that only its owner may write; a warning is logged if "
+            "every user may read it"
+        ),
     ] = ""
     insecure_loopback: Annotated[
         bool,

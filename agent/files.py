@@ -11,6 +11,11 @@ from pathlib import Path
 def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
     """The bytes of a regular file of at most MOST_BYTES. Never waits for a writer, as opening a
     FIFO would. Without FOLLOW, PATH itself must not be a symbolic link. Raises OSError."""
+    return read_with_mode(path, most_bytes, follow=follow)[0]
+
+
+def read_with_mode(path: Path, most_bytes: int, *, follow: bool = True) -> tuple[bytes, int]:
+    """The same, and the mode of the file that was read, as of `st_mode`."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     fd = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     try:
@@ -27,4 +32,4 @@ def read_regular(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
         os.close(fd)
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))
-    return bytes(content)
+    return bytes(content), mode

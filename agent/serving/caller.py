@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import stat
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ import structlog
 
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Config, ConfigError
-from coral.agent.files import read_regular
+from coral.agent.files import read_with_mode
 from coral.agent.serving.counts import STALLED
 from coral.agent.serving.health import HEALTH
 from coral.agent.serving.relay import Connection
 
 _MOST_TOKEN_BYTES: Final = 4096
+_LEAST_TOKEN_BYTES: Final = 16
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 
@@ -28,17 +30,32 @@ CallerOf = Callable[[Context], Caller]
 
 def read_token(config: Config) -> str:
     """The token that callers must send, or none. Raises `ConfigError`."""
-    if not config.auth.token_file:
+    path = config.auth.token_file
+    if not path:
         return ""
     try:
-        content = read_regular(Path(config.auth.token_file), _MOST_TOKEN_BYTES)
+        content, mode = read_with_mode(Path(path), _MOST_TOKEN_BYTES)
         token = content.decode().strip()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"auth.token_file: {config.auth.token_file}: not UTF-8") from error
+        raise ConfigError(f"auth.token_file: {path}: not UTF-8") from error
     except OSError as error:
-        raise ConfigError(f"auth.token_file: {config.auth.token_file}: {error.strerror}") from error
+        raise ConfigError(f"auth.token_file: {path}: {error.strerror}") from error
+    shown = f"{stat.S_IMODE(mode):04o}"
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"auth.token_file: {path}: others than its owner may write it (mode {shown}), and "
+            "could choose the token; give a file of mode 0600"
+        )
     if not token:
-        raise ConfigError(f"auth.token_file: {config.auth.token_file} is empty")
+        raise ConfigError(f"auth.token_file: {path} is empty")
+    if (size_bytes := len(token.encode())) < _LEAST_TOKEN_BYTES:
+        raise ConfigError(
+            f"auth.token_file: {path}: the token has {size_bytes} bytes; give at least "
+            f"{_LEAST_TOKEN_BYTES}, such as from `openssl rand -hex 32`"
+        )
+    # Kubernetes mounts secrets like that, where only the container's users see them.
+    if mode & stat.S_IROTH:
+        log.warning("every user may read the token", file=path, mode=shown, better="0600")
     return token
 
 

@@ -11,8 +11,8 @@ REFUSED_BY: Final = ("connections", "connections_per_peer", "descriptors")
 """The limits that connections are refused by; descriptors are the process's."""
 STALLED: Final = "stalled"  # a reader that `agent.streams.Readers` has let go
 CLOSED_FOR: Final = (
-    "age", "handshake", "idle", "malformed", "not_http2", STALLED, "unfinished", "unreachable",
-    "unread",
+    "age", "handshake", "http2_streams_per_peer", "idle", "malformed", "not_http2", STALLED,
+    "unfinished", "unreachable", "unread",
 )  # fmt: skip
 """Why the agent closes connections that neither their client nor gRPC has closed."""
 CALLS_REFUSED_BY: Final = ("calls", "calls_per_peer", "streams", "streams_per_peer")

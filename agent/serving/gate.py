@@ -34,9 +34,12 @@ _REFUSED_PAUSE_S: Final = 0.02
 _EXHAUSTED_PAUSE_S: Final = 0.5
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 # A connection takes three: the client's, and both ends of the one to gRPC. One side may take a
-# quarter of all, so that both leave room for sessions.
+# quarter of all, so that both leave room for sessions. TCP, which every user reaches, may take a
+# quarter of what the agent's own files and those of its sessions leave.
 _DESCRIPTORS_EACH: Final = 3
 _SIDES_PART: Final = 4
+_DESCRIPTORS_OF_AGENT: Final = 64
+_DESCRIPTORS_OF_SESSION: Final = 32
 _MOST_DESCRIPTORS: Final = 1 << 16
 _TICK_S: Final = 1.0
 
@@ -89,6 +92,9 @@ class Side:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if descriptors == resource.RLIM_INFINITY:
             return self._limits.connections
+        if any(listener.kind == "tcp" for listener in self.listeners):
+            sessions = self._limits.concurrent_collectors
+            descriptors -= _DESCRIPTORS_OF_AGENT + sessions * _DESCRIPTORS_OF_SESSION
         room = descriptors // _SIDES_PART // _DESCRIPTORS_EACH
         return max(1, min(self._limits.connections, room))
 

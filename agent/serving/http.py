@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import select
 import socket
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from coral.agent.rate import Bucket
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.http")
 
 _MOST_CONNECTIONS: Final = 32
+_DESCRIPTORS_FOR_EACH: Final = 32  # where the process may have few, the rest needs them more
 _MOST_REQUEST_BYTES: Final = 8 << 10
 _REQUEST_S: Final = 5.0  # from the connection, or the first byte of a further request, to its end
 _IDLE_S: Final = 120.0  # between requests: Prometheus keeps its connection
@@ -94,6 +96,14 @@ class HttpServer:
         """How many are open."""
         return len(self._connections)
 
+    @property
+    def most(self) -> int:
+        """How many there may be."""
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if descriptors == resource.RLIM_INFINITY:
+            return _MOST_CONNECTIONS
+        return min(_MOST_CONNECTIONS, max(2, descriptors // _DESCRIPTORS_FOR_EACH))
+
     def _accept_later(self, wait_s: float) -> None:
         self._loop.remove_reader(self._socket)
         self._accepting = self._loop.call_later(
@@ -109,7 +119,7 @@ class HttpServer:
                 self._make_room(len(self._connections) // 2)
                 self._accept_later(_TRY_AGAIN_S)
             return  # the client has left again
-        self._make_room(_MOST_CONNECTIONS - 1)
+        self._make_room(self.most - 1)
         now_s = self._loop.time()
         self._accepts.spend(1, now_s)
         if wait_s := self._accepts.wait_s(now_s):
@@ -152,7 +162,7 @@ class HttpServer:
             if wait_s := self._answers.wait_s(self._loop.time()):
                 await asyncio.sleep(wait_s)
             self._answers.spend(1, self._loop.time())
-        path = request.target.decode("ascii", "replace").partition("?")[0]
+        path = _path(request.target.decode("ascii", "replace"))
         handler = self.pages.get(path)
         if handler is None:
             return Page(f"There are {', '.join(self.pages)}.\n".encode(), 404)
@@ -163,6 +173,14 @@ class HttpServer:
         except Exception:
             log.exception("page failed unexpectedly", path=path)
             return Page(b"The agent's log says why this failed.\n", 500)
+
+
+def _path(target: str) -> str:
+    """The path of a request's TARGET, which may be a whole URL, RFC 9112, 3.2.2."""
+    path = target.partition("?")[0]
+    if path.lower().startswith(("http://", "https://")):
+        path = "/" + "".join(path.split("/", 3)[3:])
+    return path
 
 
 class _Connection(asyncio.Protocol):

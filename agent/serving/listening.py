@@ -26,6 +26,8 @@ from coral.agent.serving.tcp_user import user_of
 _BACKLOG: Final = 512
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED, unix(7)
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_MOST_PATH_BYTES: Final = 107  # of `sun_path`, without the NUL that ends it, unix(7)
+_ACCEPTED: Final = "give unix:PATH or 127.0.0.1:PORT"
 _LOOPBACK: Final = "this machine"  # the principal of local connections whose user is not known
 
 
@@ -63,8 +65,10 @@ def listen(config: Config, *, has_token: bool) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for address in config.listen:
+            if address in config.listen[: len(listeners)] and not address.endswith(":0"):
+                raise ConfigError(f"listen: {address} is given twice; give each address once")
             if address.startswith("unix:"):
-                listeners.append(UnixListener(Path(address.removeprefix("unix:"))))
+                listeners.append(UnixListener(_path(address)))
                 continue
             host, port = _loopback(address)
             if not (has_token or config.auth.insecure_loopback):
@@ -93,6 +97,7 @@ class UnixListener:
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._check_directory()
+            self._check_path()  # before there is a lock: a path that is refused is left as it is
             self._lock = self._locked()
             self._make_way()
             self.sockets: Sequence[socket.socket] = (self._bound(),)
@@ -109,10 +114,11 @@ class UnixListener:
         directory = self._path.parent
         found = directory.stat()
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & _OTHERS_WRITE:
+            owners = f"root or user {os.geteuid()}" if os.geteuid() else "root"
             raise ConfigError(
-                f"listen: {self.address}: others than root and user {os.geteuid()} may write "
-                f"{directory}, and could put their own socket there: choose a directory that "
-                "belongs to one of these, with mode 0755 or less"
+                f"listen: {self.address}: others than {owners} may write {directory}, and could "
+                f"put their own socket there: choose a directory that belongs to {owners}, with "
+                "mode 0755 or less"
             )
 
     def _locked(self) -> int:
@@ -141,17 +147,22 @@ class UnixListener:
 
     def _make_way(self) -> None:
         """Removes the socket that an agent left which was killed, and nothing else."""
+        if self._check_path():
+            self._path.unlink()
+
+    def _check_path(self) -> bool:
+        """Whether there is a socket, at which nobody answers."""
         try:
             mode = self._path.lstat().st_mode
         except FileNotFoundError:
-            return
+            return False
         if not stat.S_ISSOCK(mode):
             raise self._in_the_way(self._path, "a socket")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
             if probe.connect_ex(str(self._path)) != errno.ECONNREFUSED:
                 raise self._is_taken()
-        self._path.unlink()
+        return True
 
     def _bound(self) -> socket.socket:
         bound = socket.socket(socket.AF_UNIX)
@@ -259,15 +270,30 @@ def _resolved(host: str) -> list[str]:
     return sorted({str(info[4][0]) for info in socket.getaddrinfo(plain, None)})
 
 
+def _path(address: str) -> Path:
+    """The path of the unix socket ADDRESS. Raises `ConfigError`."""
+    path = address.removeprefix("unix:")
+    if not path:
+        raise ConfigError(f"listen: {address!r} has no path; {_ACCEPTED}")
+    if (size_bytes := len(os.fsencode(path))) > _MOST_PATH_BYTES:
+        raise ConfigError(
+            f"listen: {address}: the path has {size_bytes} bytes; give at most {_MOST_PATH_BYTES}, "
+            "the kernel's limit for the path of a unix socket"
+        )
+    return Path(path)
+
+
 def _loopback(address: str) -> tuple[str, int]:
     """The host and port of ADDRESS, if it is this machine's own. Raises `ConfigError`."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or int(port) > MAX_PORT:
-        raise ConfigError(f"listen: {address!r} is not accepted; give unix:PATH or 127.0.0.1:PORT")
+        raise ConfigError(f"listen: {address!r} is not accepted; {_ACCEPTED}")
     try:
         found = _resolved(host)
     except OSError as error:
-        raise ConfigError(f"listen: {address!r}: {error}") from error
+        raise ConfigError(
+            f"listen: {address!r}: the host {host!r} is not known ({error.strerror}); {_ACCEPTED}"
+        ) from error
     if not host.strip("[]") or not all(ipaddress.ip_address(a).is_loopback for a in found):
         raise ConfigError(
             f"listen: {address!r} is beyond loopback, and there is no TLS yet: anybody who reaches "

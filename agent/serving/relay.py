@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from coral.agent.config import Limits
 from coral.agent.rate import Bucket
 from coral.agent.serving.headers import MalformedError
-from coral.agent.serving.http2 import Meter, NotHttp2Error
+from coral.agent.serving.http2 import Closings, Meter, NotHttp2Error, goaway
 from coral.agent.serving.listening import Origin
 
 # Requests are small, and each read may take its peer over the rate; streams are large.
@@ -47,6 +47,7 @@ class Peer:
     def __init__(self, limits: Limits) -> None:
         self.connections = 0
         self.unfinished_bytes = 0  # of requests that have not ended
+        self.streams = 0  # that are open
         bytes_per_s, calls_per_s = limits.peer_bytes_per_second, limits.peer_calls_per_second
         self._bytes = Bucket(bytes_per_s, bytes_per_s)
         self._calls = Bucket(calls_per_s, calls_per_s * _CALLS_AT_ONCE)
@@ -134,7 +135,9 @@ class Connection:
         self._server: socket.socket | None = None
         self._limits, self._keeper = limits, keeper
         self._meter = Meter()
-        self._unfinished_bytes = 0  # this connection's part of its peer's
+        self._closings = Closings()
+        self._unfinished_bytes = self._streams = 0  # this connection's part of its peer's
+        self._reason = ""  # why it closes, while the client may still read that
         self._early = bytearray()  # what came before gRPC was dialled
         self._since_s = self._active_at_s = self._heard_at_s = time.monotonic()
         self._left_at_s: float | None = None  # when gRPC closed its end
@@ -181,9 +184,9 @@ class Connection:
         self._forget(self._client)
         if self._server:
             self._forget(self._server)
-        self._count_unfinished(0)
+        self._count(0, 0)
         self.peer.connections -= 1
-        self._keeper.closed(self, reason)
+        self._keeper.closed(self, self._reason or reason)
 
     def _forget(self, end: socket.socket) -> None:
         self._loop.remove_reader(end)
@@ -233,9 +236,11 @@ class Connection:
             self.close("malformed")
             return
         self.peer.spend(len(data), calls, now_s)
-        self._count_unfinished(self._meter.unfinished_bytes)
+        self._count(self._meter.unfinished_bytes, self._meter.streams)
         if self.peer.unfinished_bytes > _UNFINISHED_BYTES:
             self.close("unfinished")
+        elif self.peer.streams > self._limits.http2_streams_per_peer:
+            self._refuse_streams()
         elif self._to_server:
             self._to_server.send(passed)
         else:
@@ -243,9 +248,21 @@ class Connection:
             if self._meter.greeted:
                 self._dial(now_s)
 
-    def _count_unfinished(self, size_bytes: int) -> None:
-        self.peer.unfinished_bytes += size_bytes - self._unfinished_bytes
-        self._unfinished_bytes = size_bytes
+    def _count(self, unfinished_bytes: int, streams: int) -> None:
+        self.peer.unfinished_bytes += unfinished_bytes - self._unfinished_bytes
+        self.peer.streams += streams - self._streams
+        self._unfinished_bytes, self._streams = unfinished_bytes, streams
+
+    def _refuse_streams(self) -> None:
+        """Closes the connection, and informs the client of the limit if it reads."""
+        self._reason = "http2_streams_per_peer"
+        most, whose = self._limits.http2_streams_per_peer, self.origin.principal
+        if self._closings.between_frames and not self._to_client.held:
+            self._to_client.send(
+                goaway(f"limits.http2_streams_per_peer is {most}, and {whose} has as many")
+            )
+        self._count(0, 0)
+        self._leave()
 
     def _dial(self, now_s: float) -> None:
         self.peer.spend(0, _CALLS_FOR_A_CONNECTION, now_s)
@@ -275,20 +292,24 @@ class Connection:
             return
         if data:
             self._active_at_s = time.monotonic()
+            for stream in self._closings.feed(data):
+                self._meter.close(stream)
+            self._count(self._meter.unfinished_bytes, self._meter.streams)
             self._to_client.send(data)
         else:
-            self._server_left()
+            self._leave()
 
-    def _server_left(self) -> None:
-        """Everything that gRPC sent has been passed on. A close with unread bytes of the client's
-        would reset the connection, and with it what the client has not read."""
-        if self.closed or not self._server:
+    def _leave(self) -> None:
+        """Everything that is to be sent has been passed on. A close with unread bytes of the
+        client's would reset the connection, and with it what the client has not read."""
+        if self.closed:
             return
         self._left_at_s = self._left_at_s or time.monotonic()
         if self._rest:
             self._rest.cancel()
-        self._forget(self._server)
-        self._server = None
+        if self._server:
+            self._forget(self._server)
+            self._server = None
         with suppress(OSError):
             self._client.shutdown(socket.SHUT_WR)
         self._loop.add_reader(self._client, self._discard)

@@ -272,6 +272,35 @@ def test_requests_that_never_end_take_a_bounded_part_of_memory(agent: RunningAge
     assert grown < 64 << 20
 
 
+@pytest.mark.parametrize("unread", [False, True])
+def test_streams_that_no_quota_sees_are_limited_for_each_peer(unread: bool, tmp_path: Path) -> None:
+    def begin(connection: Http2, count: int) -> None:
+        method, payload = (f"/{SERVICE}/GetCapabilities", b"") if unread else (LIST, None)
+        calls = [connection.begin(method, payload, end=unread) for _ in range(count)]
+        connection.socket.sendall(b"".join(calls))
+
+    config = {"auth": INSECURE, "limits": {"http2_streams_per_peer": 50}}
+    with running_agent(tmp_path / "agent", config, "--listen", "127.0.0.1:0") as agent:
+        address = agent.address
+        for turn in range(2):  # those of a connection that has left count no more
+            with Http2(address) as one, Http2(address) as other:
+                begin(one.greet(window_bytes=0), 45)
+                one.acknowledge()
+                if unread:
+                    wait_until(lambda one=one: one.answers == 45)  # type: ignore[misc]
+                begin(other.greet(window_bytes=0), 45)
+                told = other.received()
+                assert b"limits.http2_streams_per_peer is 50, and uid 0 has as many" in told
+                assert held(agent, address) == 1
+                one.socket.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: held(agent, address) == 0)
+            assert turn + 1 == counted(
+                agent, "coral_agent_connections_closed_total",
+                listener="tcp", reason="http2_streams_per_peer",
+            )  # fmt: skip
+        calls_succeed(address, 120)  # one after the other
+
+
 def test_calls_and_streams_of_one_peer_are_limited_by_name(tmp_path: Path) -> None:
     limits = {"streams": 3, "streams_per_peer": 2}
     config = {"auth": INSECURE, "limits": limits}
@@ -332,6 +361,31 @@ def test_frozen_readers_do_not_keep_the_agent_from_stopping(tmp_path: Path) -> N
         began_s = time.monotonic()
         assert one.stop() == 0
         assert time.monotonic() - began_s < 2 * PATIENCE
+
+
+@pytest.mark.parametrize("descriptors", [64, 100])
+def test_connections_leave_descriptors_for_sessions(descriptors: int, tmp_path: Path) -> None:
+    socket_path = tmp_path / "agent.sock"
+    request = pb.StartEbpfCollectorRequest(
+        kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config={"pid": str(os.getpid())}
+    )
+    with (
+        running_agent(
+            tmp_path / "agent", {"auth": INSECURE},
+            *("--listen", f"unix:{socket_path}", "--listen", "127.0.0.1:0"),
+            prefix=["prlimit", f"--nofile={descriptors}:{descriptors}"],
+        ) as agent,
+        ExitStack() as stack,
+    ):  # fmt: skip
+        for address, count in ((tcp(agent), 60), (agent.metrics, 40)):
+            for _ in range(count):
+                with suppress(ConnectionError):
+                    stack.enter_context(connect(address, PREFACE + frame(SETTINGS)))
+        agent.address = f"unix:{socket_path}"
+        for _ in range(3):
+            started = agent.call("StartCollector", request)
+            stop = pb.StopEbpfCollectorRequest(collector_id=started.collector_id)
+            agent.call("StopCollector", stop)
 
 
 def test_tcp_without_a_token_is_refused_unless_it_is_wanted_and_then_warned_of(

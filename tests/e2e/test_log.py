@@ -103,7 +103,7 @@ def test_an_agent_whose_log_nobody_reads_any_more_goes_on_and_counts_its_lines(
 
 
 def test_failed_tokens_are_logged_once_a_second_with_their_number(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").write_text("secret of this test")
     config = {"auth": {"token_file": str(tmp_path / "token")}}
     attempts = 300
     with running_agent(tmp_path / "agent", config) as agent:

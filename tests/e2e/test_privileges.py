@@ -519,7 +519,7 @@ def test_what_only_root_can_do_or_read_comes_before_the_switch(directory: Path) 
     os.chown(directory, 0, 0)
     directory.chmod(0o755)
     token = directory / "token"
-    token.write_text("secret\n")
+    token.write_text("secret of this test\n")
     token.chmod(0o600)
     socket = directory / "run/coral/agent.sock"
     config = {"auth": {"token_file": str(token)}, "listen": [f"unix:{socket}"]}
@@ -527,7 +527,7 @@ def test_what_only_root_can_do_or_read_comes_before_the_switch(directory: Path) 
         agent.address = f"unix:{socket}"
         assert socket.parent.owner() == socket.owner() == "nobody"
         assert directory.owner() == socket.parent.parent.owner() == "root"
-        authorized = [("authorization", "Bearer secret")]
+        authorized = [("authorization", "Bearer secret of this test")]
         agent.call("ListCollectors", pb.ListCollectorsRequest(), authorized)
         code, _ = code_and_text(agent, "ListCollectors", pb.ListCollectorsRequest())
         assert code is grpc.StatusCode.UNAUTHENTICATED

@@ -6,13 +6,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,16 +24,18 @@ from coral.agent.config import Auth, ByteCount, Config, ConfigError, Duration, L
 from coral.agent.errors import LimitError
 from coral.agent.rate import Bucket
 from coral.agent.serving import gate
+from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import ConnectionCounts
 from coral.agent.serving.gate import Side
-from coral.agent.serving.http2 import Meter, NotHttp2Error, goaway
-from coral.agent.serving.listening import Origin, TcpListener, UnixListener, listen
+from coral.agent.serving.http2 import Closings, Meter, NotHttp2Error, goaway
+from coral.agent.serving.listening import Listener, Origin, TcpListener, UnixListener, listen
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.relay import Connection, Peer
 from coral.agent.serving.service import EbpfService
 from coral.agent.sessions.budget import Priority
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http2 import (
+    ACK,
     DATA,
     END_HEADERS,
     END_STREAM,
@@ -62,6 +67,40 @@ def test_frames_are_counted_however_they_are_cut(sizes: list[int]) -> None:
     assert meter.greeted
     assert calls == 3  # one for each stream
     assert meter.unfinished_bytes == 1000 + 64  # those of stream 5
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1))
+def test_streams_are_open_until_one_of_the_ends_closes_them(sizes: list[int]) -> None:
+    meter, closings, ended = Meter(), Closings(), []
+    sent = PREFACE + frame(SETTINGS)
+    for stream in (1, 3, 5, 7, 9, 4, 3):  # gRPC ignores the last two
+        sent += frame(HEADERS, END_HEADERS, stream, INDEXED)
+    sent += frame(DATA, 0, 5, bytes(100)) + frame(RST_STREAM, 0, 7, bytes(4))
+    sent += frame(DATA, END_STREAM, 9)  # the request has ended, and the call has not
+    # The first bit of a stream's number says nothing.
+    sent += frame(HEADERS, END_HEADERS, 0x8000_000B, INDEXED)
+    sent += frame(HEADERS, END_HEADERS, 13, INDEXED)
+    meter.feed(memoryview(sent))
+    assert (meter.streams, meter.unfinished_bytes) == (6, 100 + 64)
+    answer = frame(SETTINGS, ACK) + frame(PING, ACK, 0, bytes(8)) + frame(DATA, 0, 3, bytes(300))
+    answer += frame(HEADERS, END_HEADERS | END_STREAM, 3, INDEXED) + frame(
+        RST_STREAM, 0, 5, bytes(4)
+    )
+    answer += frame(DATA, END_STREAM, 11, bytes(70))
+    at = turn = 0
+    while at < len(answer):
+        step = sizes[turn % len(sizes)]
+        ended += closings.feed(memoryview(answer)[at : at + step])
+        at, turn = at + step, turn + 1
+    assert ended == [3, 5, 11]
+    assert closings.between_frames
+    for stream in ended:
+        meter.close(stream)
+    assert (meter.streams, meter.unfinished_bytes) == (3, 0)
+    meter.feed(memoryview(frame(DATA, 0, 5, bytes(100))))  # gRPC discards it
+    assert meter.unfinished_bytes == 0
+    closings.feed(memoryview(answer)[:-1])
+    assert not closings.between_frames
 
 
 @pytest.mark.parametrize(
@@ -206,6 +245,111 @@ def test_another_users_directory_is_refused(path: Path) -> None:
     os.chown(path.parent, NOBODY, NOBODY)
     with pytest.raises(ConfigError, match=f"may write {path.parent}"):
         UnixListener(path)
+
+
+def test_a_path_that_is_refused_gets_no_lock(path: Path) -> None:
+    path.write_text("kept")
+    with pytest.raises(ConfigError, match="exists and is not a socket"):
+        UnixListener(path)
+    assert list(path.parent.iterdir()) == [path]
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match="another agent is listening there"):
+            UnixListener(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "text"),
+    [
+        (["unix:"], "'unix:' has no path; give unix:PATH or 127.0.0.1:PORT"),
+        (
+            ["tcp:127.0.0.1:9071"],
+            (
+                "'tcp:127.0.0.1:9071': the host 'tcp:127.0.0.1' is not known (Name or service not "
+                "known); give unix:PATH or 127.0.0.1:PORT"
+            ),
+        ),
+        (
+            [f"unix:/run/{'x' * 103}"],
+            (
+                f"unix:/run/{'x' * 103}: the path has 108 bytes; give at most 107, the kernel's "
+                "limit for the path of a unix socket"
+            ),
+        ),
+        (["127.0.0.1:1", "127.0.0.1:1"], "127.0.0.1:1 is given twice; give each address once"),
+    ],
+)
+def test_an_address_that_is_refused_is_told_what_is_accepted(
+    addresses: list[str], text: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        listen(Config(listen=tuple(addresses)), has_token=True)
+    assert str(refused.value) == f"listen: {text}"
+
+
+def test_a_path_that_is_given_twice_is_refused_as_that(path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^listen: unix:{path} is given twice"):
+        listen(Config(listen=(f"unix:{path}",) * 2), has_token=True)
+    assert not path.exists()
+    # Port 0 is another port each time.
+    listeners = listen(Config(listen=("127.0.0.1:0",) * 2), has_token=True)
+    assert len({listener.address for listener in listeners}) == 2
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the text is for root")
+def test_root_is_named_once_where_a_directory_is_refused(path: Path) -> None:
+    path.parent.chmod(0o1777)
+    with pytest.raises(ConfigError) as refused:
+        UnixListener(path)
+    assert str(refused.value) == (
+        f"listen: unix:{path}: others than root may write {path.parent}, and could put their own "
+        "socket there: choose a directory that belongs to root, with mode 0755 or less"
+    )
+
+
+# The token
+
+
+def token_config(path: Path, token: str, mode: int) -> Config:
+    path.write_text(token)
+    path.chmod(mode)
+    return Config(auth=Auth(token_file=str(path)))
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666, 0o777])
+def test_a_token_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> None:
+    config = token_config(tmp_path / "token", "x" * 16, mode)
+    with pytest.raises(ConfigError) as refused:
+        read_token(config)
+    assert str(refused.value) == (
+        f"auth.token_file: {tmp_path}/token: others than its owner may write it (mode {mode:04o}), "
+        "and could choose the token; give a file of mode 0600"
+    )
+
+
+def test_a_short_token_is_refused(tmp_path: Path) -> None:
+    config = token_config(tmp_path / "token", f" {'x' * 15}\n", 0o600)
+    with pytest.raises(ConfigError, match="the token has 15 bytes; give at least 16,"):
+        read_token(config)
+
+
+@pytest.mark.parametrize(
+    ("mode", "warnings"), [(0o400, 0), (0o600, 0), (0o440, 0), (0o644, 1), (0o444, 1)]
+)
+def test_a_token_that_every_user_may_read_is_warned_of(
+    mode: int, warnings: int, tmp_path: Path
+) -> None:
+    token_config(tmp_path / "token", f"{'x' * 16}\n", mode)
+    (tmp_path / "link").symlink_to("token")
+    with structlog.testing.capture_logs() as lines:
+        token = read_token(Config(auth=Auth(token_file=f"{tmp_path}/link")))
+    assert token == "x" * 16
+    assert [line["event"] for line in lines] == ["every user may read the token"] * warnings
 
 
 # TCP
@@ -372,6 +516,34 @@ class FailingListener:
         return Origin("unix:", "uid 0", Trust.OWNER)
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def descriptors(most: int) -> Iterator[None]:
+    """At most the given number in this process, for the duration of a block."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("most", "unix", "tcp"), [(64, 5, 1), (100, 8, 1), (200, 16, 3), (1024, 85, 72)]
+)
+async def test_tcp_leaves_descriptors_for_the_agent_and_its_sessions(
+    most: int, unix: int, tcp: int, path: Path
+) -> None:
+    def side(listener: Listener) -> Side:
+        return Side((listener,), socket.socket, Limits(), ConnectionCounts())
+
+    with (
+        closing(UnixListener(path)) as on_unix,
+        closing(TcpListener("127.0.0.1:0", "127.0.0.1", 0)) as on_tcp,
+        descriptors(most),
+    ):
+        assert (side(on_unix).most, side(on_tcp).most) == (unix, tcp)
 
 
 async def test_errors_of_accept_and_of_a_tick_end_neither(

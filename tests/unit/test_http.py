@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -73,6 +74,9 @@ def get(path: str, *headers: str, method: str = "GET") -> bytes:
     [
         (get("/small", "Connection: close"), 200, b"small\n"),
         (get("/small?name=x", "Connection: close"), 200, b"small\n"),
+        (get("http://agent/small", "Connection: close"), 200, b"small\n"),
+        (get("HTTP://agent:80/small?name=x", "Connection: close"), 200, b"small\n"),
+        (get("http://agent", "Connection: close"), 404, None),
         (get("/small", "Connection: close", method="HEAD"), 200, b""),
         (b"GET /small HTTP/1.0\r\n\r\n", 200, b"small\n"),
         (get("/", "Connection: close"), 404, b"There are /small, /big, /fails.\n"),
@@ -121,6 +125,19 @@ async def test_a_client_that_has_shut_its_end_down_gets_its_answer() -> None:
             client.shutdown(socket.SHUT_WR)
             assert (await read_to_end(client)).endswith(BIG)
         await until(lambda: server.connections == 0)
+
+
+@pytest.mark.parametrize(("descriptors", "most"), [(64, 2), (256, 8), (1024, 32)])
+async def test_connections_are_fewer_where_the_process_may_have_few_descriptors(
+    descriptors: int, most: int
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving() as server:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, before[1]))
+        try:
+            assert server.most == most
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 async def test_silent_connections_give_way_those_idle_longest_first() -> None:
