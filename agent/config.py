@@ -453,23 +453,32 @@ def _check(config: Config) -> None:
         _check_name(f"services.{name}", name)
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
-    if not all(config.listen) or not config.listen:
-        raise ConfigError(
-            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
-        )
+    _check_addresses(config)
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
                 f"limits.{key}: {format_duration(value_s)} is not accepted; give at most 24 days"
             )
-    if config.metrics and not host_and_port(config.metrics):
-        raise ConfigError(
-            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
-        )
     for kind in config.policy.collectors:
         _check_kind("policy.collectors", kind, KINDS)
     for index, continuous in enumerate(config.continuous):
         _check_continuous(f"continuous[{index}]", continuous)
+
+
+def _check_addresses(config: Config) -> None:
+    if not all(config.listen) or not config.listen:
+        raise ConfigError(
+            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
+        )
+    for address in config.listen:
+        if not address.startswith("unix:") and not host_and_port(address):
+            raise ConfigError(
+                f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
+            )
+    if config.metrics and not host_and_port(config.metrics):
+        raise ConfigError(
+            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
+        )
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
