@@ -6,19 +6,24 @@ docs/configuration.md is generated from this file.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
 
 from coral.agent.config_file import read_yaml
-from coral.collectors.options import UnknownOptionError, format_duration, parse_duration_s
+from coral.agent.config_words import choices, first_problem, shown
+from coral.collectors.options import (
+    OptionError,
+    UnknownOptionError,
+    format_duration,
+    parse_duration_s,
+)
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 from coral.wire.text import is_printable, safe
@@ -37,9 +42,8 @@ _MOST_GRPC_S: Final = 24 * 86_400.0
 _GRPC_DURATIONS: Final = ("connection_age", "connection_idle", "keepalive")
 _MOST_TEXT_BYTES: Final = 4096
 _MOST_NAME_BYTES: Final = 128
-_MOST_SHOWN: Final = 200
+_MOST_COMM_BYTES: Final = 15  # as in collectors/targets.py, which only a running agent needs
 _UNITS: Final = {None: 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_VALUE_PATH: Final = re.compile(r" - at (?:key in )?`\$\.?(.*?)`$")
 
 
 class ConfigError(ValueError):
@@ -53,9 +57,13 @@ class ConfigError(ValueError):
 class Duration(float):
     """Seconds, written as a number or as `500ms`, `30s`, `5m`, `2h`; from 1 ms to 366 days."""
 
+    accepts: ClassVar = "a duration such as 500ms, 30s or 5m, from 1ms to 366 days"
+
 
 class ByteCount(int):
     """Bytes, written as a number or as `64KiB`, `8MiB`, `1GiB`; at most 1 TiB."""
+
+    accepts: ClassVar = "a size such as 65536, 64KiB or 8MiB, at most 1024GiB"
 
 
 def _for_each_cpu(percent: float) -> float:
@@ -268,7 +276,11 @@ class Continuous(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         str, Meta(description="the service to watch; a label only, where `config` names processes")
     ] = ""
     config: Annotated[
-        dict[str, str], Meta(description="its options, as strings like those of a request")
+        dict[str, str],
+        Meta(
+            description="its options, as in a request; without `service`, one of `pid`, `comm`, "
+            "`cgroup` or `scope` is needed"
+        ),
     ] = field(default_factory=dict)
 
 
@@ -288,7 +300,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(description="addresses for gRPC, each `unix:PATH` or `127.0.0.1:PORT`"),
     ] = (DEFAULT_SOCKET,)
     metrics: Annotated[
-        str, Meta(description="the address that serves /metrics to Prometheus; empty: none")
+        str,
+        Meta(
+            description="the address that serves /metrics to Prometheus; empty: none; beyond "
+            "loopback, whoever reaches it can read it, without a token"
+        ),
     ] = "127.0.0.1:9464"
     log_format: Annotated[
         Literal["console", "json"], Meta(description="log lines for people, or as JSON")
@@ -329,16 +345,32 @@ def load(
     `ConfigError`."""
     values: dict[str, Any] = _read(path) if path else {}
     config = _convert(values, f"{path}" if path else "defaults")
+    sources = dict.fromkeys(values, f"{path}")
     for name, text in sorted(environment.items()):
         if name.startswith(ENV_PREFIX):
             keys = name.removeprefix(ENV_PREFIX).lower().split("__")
             _put(values, keys, _from_text(Config, keys, text), name)
             config = _convert(values, name)
+            sources[".".join(keys)] = name
     for key, value in (flags or {}).items():
         values[key] = value
-        config = _convert(values, f"--{key.replace('_', '-')}")
-    _check(config)
+        sources[key] = f"--{key.replace('_', '-')}"
+        config = _convert(values, sources[key])
+    try:
+        _check(config)
+    except ConfigError as error:
+        raise ConfigError(_with_source(str(error), sources)) from error
     return config
+
+
+def _with_source(message: str, sources: Mapping[str, str]) -> str:
+    """MESSAGE, which begins with the path of a value, after the source that the value has by
+    SOURCES, which are by path."""
+    keys = re.split(r"[.\[]", message.partition(":")[0])
+    for count in range(len(keys), 0, -1):
+        if source := sources.get(".".join(keys[:count])):
+            return f"{source}: {message}"
+    return message
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -367,17 +399,25 @@ def _from_text(struct: type, keys: list[str], text: str) -> object:
 
 
 def _convert(values: dict[str, Any], source: str) -> Config:
+    _write_options_as_text(values.get("continuous"))
     try:
         config = msgspec.convert(values, Config, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        match = _VALUE_PATH.search(str(error))
-        path = match[1] if match else ""
-        message = _VALUE_PATH.sub("", str(error))
-        found = _value_at(values, path)
-        value = "" if found is None else f" (found {_shortened(repr(found))})"
-        raise ConfigError(f"{source}: {path or 'top level'}: {message}{value}") from None
+        problem = first_problem(values, Config, _decode) or str(error)
+        raise ConfigError(f"{source}: {problem}") from None
     _check_texts(values, "", source)
     return config
+
+
+def _write_options_as_text(rules: object) -> None:
+    """Makes numbers and booleans, as YAML reads an option such as `top: 5`, the texts that a
+    request would have."""
+    for rule in rules if isinstance(rules, list) else ():
+        options = rule.get("config") if isinstance(rule, dict) else None
+        if isinstance(options, dict):
+            for name, value in options.items():
+                if isinstance(value, bool | int | float):
+                    options[name] = str(value).lower()
 
 
 def _check_texts(value: object, path: str, source: str) -> None:
@@ -392,29 +432,13 @@ def _check_texts(value: object, path: str, source: str) -> None:
     elif isinstance(value, str):
         if not is_printable(value):
             raise ConfigError(
-                f"{source}: {path}: {_shortened(repr(value))} has characters that cannot be "
-                "printed; give printable text"
+                f"{source}: {path}: {shown(value)} has characters that cannot be printed; give "
+                "printable text"
             )
         if len(value.encode()) > _MOST_TEXT_BYTES:
             raise ConfigError(
-                f"{source}: {path}: {_shortened(repr(value))} has more than {_MOST_TEXT_BYTES:,} "
-                "bytes"
+                f"{source}: {path}: {shown(value)} has more than {_MOST_TEXT_BYTES:,} bytes"
             )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}[...]"
-
-
-def _value_at(values: object, path: str) -> object:
-    for key in filter(None, re.split(r"[.\[\]]+", path)):
-        if isinstance(values, dict):
-            values = values.get(key)
-        elif isinstance(values, list) and key.isdigit():
-            values = values[int(key)]
-        else:
-            return None
-    return None if isinstance(values, dict) else values
 
 
 def _decode(wanted: type, value: object) -> object:
@@ -425,13 +449,13 @@ def _decode(wanted: type, value: object) -> object:
             value = 0
         if _LEAST_S <= value <= _MOST_S:
             return Duration(value)
-        raise ValueError("Expected a duration such as 500ms, 30s or 5m, from 1ms to 366 days")
+        raise ValueError(Duration.accepts)
     if wanted is ByteCount:
         if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
             value = int(match[1]) * _UNITS[match[2]]
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_SIZE_BYTES:
             return ByteCount(value)
-        raise ValueError("Expected a size such as 65536, 64KiB or 8MiB, at most 1024GiB")
+        raise ValueError(ByteCount.accepts)
     raise NotImplementedError(wanted)
 
 
@@ -440,11 +464,9 @@ def _check(config: Config) -> None:
         if sum(map(bool, (rule.comm, rule.cgroup, rule.pid_file))) != 1:
             raise ConfigError(f"services.{name}: exactly one of comm, cgroup, pid_file is expected")
         _check_name(f"services.{name}", name)
+        _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
-    if not all(config.listen) or not config.listen:
-        raise ConfigError(
-            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
-        )
+    _check_addresses(config)
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
@@ -456,6 +478,30 @@ def _check(config: Config) -> None:
         _check_continuous(f"continuous[{index}]", continuous)
 
 
+def _check_addresses(config: Config) -> None:
+    if not all(config.listen) or not config.listen:
+        raise ConfigError(
+            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
+        )
+    for address in config.listen:
+        if not address.startswith("unix:") and not host_and_port(address):
+            raise ConfigError(
+                f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
+            )
+    if config.metrics and not host_and_port(config.metrics):
+        raise ConfigError(
+            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
+        )
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """The two parts of `HOST:PORT`; None for anything else. An IPv6 address is in brackets."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
+        return None
+    return host, int(port)
+
+
 def _check_name(path: str, name: str) -> None:
     if len(name.encode()) > _MOST_NAME_BYTES:
         raise ConfigError(f"{path}: a name of at most {_MOST_NAME_BYTES} bytes is expected")
@@ -463,22 +509,46 @@ def _check_name(path: str, name: str) -> None:
 
 def _check_kind(path: str, kind: str, accepted: Sequence[str]) -> None:
     if kind not in accepted:
-        near = difflib.get_close_matches(kind.lower(), accepted, 1)
-        hint = f' (did you mean "{near[0]}"?)' if near else ""
         raise ConfigError(
-            f"{path}: {kind!r} is not accepted{hint}; give one of {', '.join(accepted)}"
+            f"{path}: {shown(kind)} is not accepted{choices(kind, accepted, 'give one of')}"
+        )
+
+
+def _check_service(path: str, rule: ServiceRule) -> None:
+    if len(rule.comm.encode()) > _MOST_COMM_BYTES:
+        raise ConfigError(
+            f"{path}.comm: {shown(rule.comm)} is not accepted; give a command name of at most "
+            f"{_MOST_COMM_BYTES} bytes, as the kernel cuts them off there"
+        )
+    if rule.pid_file and not Path(rule.pid_file).is_absolute():
+        raise ConfigError(
+            f"{path}.pid_file: {shown(rule.pid_file)} is not accepted; give an absolute path"
         )
 
 
 def _check_continuous(path: str, rule: Continuous) -> None:
-    from coral.collectors.registry import COLLECTORS  # noqa: PLC0415  programs without an agent
+    # Programs without an agent need neither.
+    from coral.collectors.contract import ServiceProcesses  # noqa: PLC0415
+    from coral.collectors.registry import COLLECTORS  # noqa: PLC0415
 
     _check_kind(f"{path}.kind", rule.kind, tuple(map(kind_name, COLLECTORS)))
     _check_name(f"{path}.service", rule.service)
-    known = {option.name for option in COLLECTORS[kind_of(rule.kind)].options()}
-    for name in rule.config:
-        if name not in known:
-            raise ConfigError(f"{path}.{UnknownOptionError(name, known)}")
+    # Its processes are not looked for: they may start later.
+    service = ServiceProcesses(rule.service, ()) if rule.service else None
+    try:
+        COLLECTORS[kind_of(rule.kind)].check(rule.config, service)
+    except UnknownOptionError as error:
+        known = choices(error.name, error.known, "accepted are")
+        raise ConfigError(f"{path}.config.{error.name}: no such option{known}") from error
+    except OptionError as error:
+        if not error.value and error.name not in rule.config:
+            raise ConfigError(
+                f"{path}: name a service, or one of pid, comm, cgroup or scope in config"
+            ) from error
+        raise ConfigError(
+            f"{path}.config.{error.name}: {shown(error.value)} is not accepted; give "
+            f"{error.accepts}"
+        ) from error
 
 
 def describe(

@@ -26,7 +26,9 @@ from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
+from coral.collectors.options import OptionError
 from coral.collectors.registry import COLLECTORS
+from coral.collectors.targets import cgroup_directory
 from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
@@ -186,3 +188,9 @@ async def _report_capabilities(supervisor: Supervisor) -> None:
     for name in supervisor.config.policy.collectors:
         if name not in {kind_name(kind) for kind in supervisor.measures}:
             log.warning("policy.collectors names a collector that this agent lacks", kind=name)
+    for path in supervisor.config.policy.cgroups:
+        try:
+            cgroup_directory(path)
+        except OptionError as error:
+            reason = f"{path!r} is not accepted; give {error.accepts}"
+            log.warning("policy.cgroups names a cgroup that is not there now", reason=reason)

@@ -23,6 +23,7 @@ from coral.wire.text import safe
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_CLOSED_PIPE: Final = 141  # a shell's status for SIGPIPE
+ANSWER_S: Final = 5.0  # for what the agent knows, or does at once
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -36,6 +37,9 @@ _NOT_ACCEPTED: Final = re.compile(
 _NO_PROCESS: Final = re.compile(r"give the ids of processes that run now: (\d+) does not")
 _A_THREAD: Final = re.compile(r"give the ids of processes: ((\d+) is a thread of process (\d+))")
 _KIND: Final = re.compile(r"EBPF_COLLECTOR_KIND_(\w+)")
+_ONLY_KINDS: Final = re.compile(r"not allowed by this agent's (policy\.collectors), (.*)")
+_NO_ANSWER: Final = re.compile(r"the agent at (.*) did not answer \w+ within (.*)")
+_ACCEPTS: Final = r"the agent at \1 accepts the connection and does not answer (waited \2)"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,6 +134,7 @@ def in_users_words(message: str, typed: Mapping[str, str]) -> str:
     of the collector or the field of the request, what the user typed for it: {"pid": "pid:1234",
     "top": "-c top=x"}. A message that names no such field stays as it is."""
     message = _KIND.sub(lambda match: match[1].lower(), message)
+    message = _NO_ANSWER.sub(_ACCEPTS, message)
     match = _FIELD.fullmatch(message)
     if not match:
         return message
@@ -138,7 +143,8 @@ def in_users_words(message: str, typed: Mapping[str, str]) -> str:
     refused = _NOT_ACCEPTED.fullmatch(problem)
     if field == "authorization":
         wrong = "is wrong" in problem
-        return f"this agent asks for a token{' other than this' if wrong else ''}: set CORAL_TOKEN"
+        missing = "this agent asks for a token: set CORAL_TOKEN"
+        return "the token in CORAL_TOKEN is wrong" if wrong else missing
     if option is None and field in ("service_name", "collector_id"):
         is_number = field == "service_name" and words and words.isdecimal()
         return f"{problem}; did you mean pid:{words}?" if is_number else problem
@@ -155,6 +161,8 @@ def _problem(text: str, words: str) -> str:
     """What is wrong with a value, where the agent could say it more simply."""
     if match := _NO_PROCESS.fullmatch(text):
         return f"there is no process {match[1]}" if "," in words else "there is no such process"
+    if match := _ONLY_KINDS.fullmatch(text):
+        return f"this agent's {match[1]} allows only {match[2]}"
     if match := _A_THREAD.fullmatch(text):
         return f"{match[1]}: give pid:{match[3]}"
     return text

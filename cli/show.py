@@ -10,7 +10,15 @@ from typing import Final
 import click
 from rich.text import Text
 
-from coral.cli.common import Output, agent_option, as_dict, echo_data, output_option, run
+from coral.cli.common import (
+    ANSWER_S,
+    Output,
+    agent_option,
+    as_dict,
+    echo_data,
+    output_option,
+    run,
+)
 from coral.cli.ladder import refusals, taken
 from coral.client import (
     AgentClient,
@@ -88,7 +96,7 @@ def capabilities(*, address: str, output: str, with_options: bool) -> None:
 
 
 async def _capabilities(address: str, output: str, *, with_options: bool) -> int:
-    async with AgentClient(address) as agent:
+    async with AgentClient(address, timeout_s=ANSWER_S) as agent:
         answer = await agent.capabilities()
     if output != "table":
         echo_data(as_dict(answer, whole=True), output)
@@ -166,7 +174,7 @@ def collectors(address: str, output: str) -> None:
 
 
 async def _collectors(address: str, output: str) -> int:
-    async with AgentClient(address) as agent:
+    async with AgentClient(address, timeout_s=ANSWER_S) as agent:
         answer = await agent.collectors()
     if output != "table":
         echo_data(as_dict(answer), output)
@@ -222,7 +230,7 @@ def stop(address: str, collector_id: str) -> None:
 
 
 async def _stop(address: str, collector_id: str) -> int:
-    async with AgentClient(address) as agent:
+    async with AgentClient(address, timeout_s=ANSWER_S) as agent:
         await agent.stop(collector_id)
     click.echo(f"{safe(collector_id)} has ended")
     return 0

@@ -23,7 +23,7 @@ from prometheus_client import Metric
 
 from coral.bpf import BpfObject, Features, RecordReader, Rung, Step
 from coral.bpf.probing import capabilities
-from coral.collectors.options import Option
+from coral.collectors.options import Option, UnknownOptionError
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 
@@ -174,6 +174,15 @@ class Collector(ABC):
     @abstractmethod
     def options(cls) -> Sequence[Option]:
         """Its options, for help, checks and documentation."""
+
+    @classmethod
+    def check(cls, config: Mapping[str, str], service: ServiceProcesses | None) -> None:  # noqa: ARG003
+        """Raises `OptionError` or `UnknownOptionError` for what no machine could ever accept; looks
+        at nothing on this one. SERVICE may have no processes yet."""
+        known = {option.name for option in cls.options()}
+        for name in config:
+            if name not in known:
+                raise UnknownOptionError(name, known)
 
     @classmethod
     def needs(cls) -> Mapping[str, str]:

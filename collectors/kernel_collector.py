@@ -138,6 +138,11 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return describe(cls.options_type)
 
     @classmethod
+    def check(cls, config: Mapping[str, str], service: ServiceProcesses | None) -> None:
+        options: Any = parse_options(cls.options_type, config, anywhere=True)
+        options.check(service)
+
+    @classmethod
     def support(cls, features: Features) -> Support:
         if features.obstacle:
             return Support(False, reason=features.obstacle)

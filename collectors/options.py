@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from coral.wire.text import is_printable
@@ -56,10 +57,12 @@ class UnknownOptionError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Parser:
     """How a text becomes a value. `parse` raises ValueError for a text that it does not accept,
-    with a phrase to put after "give", or without one where `accepts` says it all."""
+    with a phrase to put after "give", or without one where `accepts` says it all. Where what it
+    accepts depends on the machine at that moment, `parse_anywhere` is the part that does not."""
 
     accepts: str
     parse: Callable[[str], Any]
+    parse_anywhere: Callable[[str], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +97,18 @@ def describe(options_type: type) -> tuple[Option, ...]:
     )
 
 
-def parse_options(options_type: type[T], config: Mapping[str, str]) -> T:
-    """CONFIG as an instance of OPTIONS_TYPE. Raises `OptionError` or `UnknownOptionError`."""
+def parse_options(options_type: type[T], config: Mapping[str, str], *, anywhere: bool = False) -> T:
+    """CONFIG as an instance of OPTIONS_TYPE. ANYWHERE leaves out the checks that depend on the
+    machine at this moment. Raises `OptionError` or `UnknownOptionError`."""
     fields = {field.name: field for field in dataclasses.fields(options_type)}  # type: ignore[arg-type]
     values = {}
     for name, text in config.items():
         if name not in fields:
             raise UnknownOptionError(name, fields)
         parser: Parser = fields[name].metadata["parser"]
+        parse = (anywhere and parser.parse_anywhere) or parser.parse
         try:
-            values[name] = parser.parse(text)
+            values[name] = parse(text)
         except ValueError as error:
             raise OptionError(name, text, str(error) or parser.accepts) from error
     return options_type(**values)
@@ -206,14 +211,16 @@ def text(accepts: str, most_bytes: int) -> Parser:
     return Parser(accepts, parse)
 
 
-def items(each: Callable[[str], T], accepts: str) -> Parser:
+def items(
+    each: Callable[[str], T], accepts: str, each_anywhere: Callable[[str], T] | None = None
+) -> Parser:
     """A comma-separated list as a tuple, each item once; EACH raises ValueError for an item it does
-    not accept."""
+    not accept. EACH_ANYWHERE leaves out the checks that depend on the machine."""
 
-    def parse(value: str) -> tuple[T, ...]:
+    def parse(value: str, each: Callable[[str], T] = each) -> tuple[T, ...]:
         texts = dict.fromkeys(item.strip() for item in value.split(",") if item.strip())
         if len(texts) > MOST_ITEMS:
             raise ValueError(f"{accepts}, at most {MOST_ITEMS:,}")
         return tuple(each(text) for text in texts)
 
-    return Parser(accepts, parse)
+    return Parser(accepts, parse, partial(parse, each=each_anywhere or each))

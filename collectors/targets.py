@@ -27,16 +27,22 @@ COMM_BYTES: Final = 15  # and a terminating zero
 _HINTS: Final = 65536  # as in targets.bpf.h
 _SELECT_HOST, _SELECT_TARGETS, _SELECT_CGROUP = 0, 1, 2
 _STATE_ACTIVE, _STATE_ARMED, _STATE_EXITED = 0, 1, 2
+_PIDS: Final = "process ids, such as 1234 or 1234,5678"
 _PID: Final = re.compile(r"[0-9]{1,7}")
 _STAT_STARTTIME: Final = 19  # of the fields after the command name in /proc/PID/stat, from 0
 _CGROUP2_MOUNT: Final = re.compile(r"^\S+ \S+ \S+ / (\S+) .* - cgroup2 ", re.MULTILINE)
 
 
+def _pid_anywhere(value: str) -> int:
+    """A number that can be the id of a process."""
+    if not _PID.fullmatch(value) or not 0 < int(value) < 1 << 22:
+        raise ValueError(_PIDS)
+    return int(value)
+
+
 def _pid(value: str) -> int:
     """The id of a process that runs now."""
-    if not _PID.fullmatch(value) or not 0 < int(value) < 1 << 22:
-        raise ValueError("process ids, such as 1234 or 1234,5678")
-    tgid = thread_group_of(int(value))
+    tgid = thread_group_of(_pid_anywhere(value))
     if tgid is None and _is_hidden(int(value)):
         raise ValueError(
             f"the ids of processes that the agent may see: /proc hides {value} from it "
@@ -54,7 +60,7 @@ class TargetOptions:
     """The options that name processes; a collector's own options extend this."""
 
     pid: tuple[int, ...] = option(
-        items(_pid, "process ids, such as 1234 or 1234,5678"),
+        items(_pid, _PIDS, _pid_anywhere),
         "",
         "watch these processes",
     )
@@ -82,7 +88,8 @@ class TargetOptions:
     )
 
     def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError` unless the options and SERVICE name exactly one target."""
+        """Raises `OptionError` unless the options and SERVICE name exactly one target. Looks at
+        nothing on this machine."""
         named = [name for name in ("pid", "comm", "cgroup", "scope") if getattr(self, name)]
         if len(named) > 1:
             raise OptionError(
@@ -100,8 +107,6 @@ class TargetOptions:
             raise OptionError("until_exit", "true", "it with pid or a service_name only")
         if self.from_exec and named != ["pid"]:
             raise OptionError("from_exec", "true", "it with pid only")
-        if self.cgroup:
-            cgroup_directory(self.cgroup)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,8 @@ class Targets:
 
     def __init__(self, options: TargetOptions, service: ServiceProcesses | None) -> None:
         options.check(service)
+        if options.cgroup:
+            cgroup_directory(options.cgroup)
         self._options = options
         self._service = service.name if service else ""
         self._tgids = options.pid

@@ -24,7 +24,7 @@ class Intervals:
         self._latest = 0, 0
         self._longest_s = 0.0
         self._began_ns: int | None = None
-        self._reached_ns = 0
+        self.reached_ns = 0  # up to when the collector is known to have watched
 
     def begin(self, at_ns: int) -> None:
         """Notes when the collector began to watch."""
@@ -33,7 +33,7 @@ class Intervals:
 
     def reach(self, at_ns: int) -> None:
         """Notes that the collector has watched until then."""
-        self._reached_ns = max(self._reached_ns, at_ns)
+        self.reached_ns = max(self.reached_ns, at_ns)
 
     def add(self, batch: pb.EbpfEventBatch) -> bool:
         """Takes in the interval of a batch with rows. True where it is another one than that of
@@ -52,7 +52,7 @@ class Intervals:
     @property
     def seconds(self) -> float:
         """How long the collector has watched."""
-        return 0.0 if self._began_ns is None else (self._reached_ns - self._began_ns) / 1e9
+        return 0.0 if self._began_ns is None else (self.reached_ns - self._began_ns) / 1e9
 
     @property
     def rate_s(self) -> float:

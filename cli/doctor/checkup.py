@@ -17,6 +17,7 @@ from typing import Final
 
 import grpc
 
+from coral.cli.common import in_users_words
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.doctor.provoke import UNKNOWN, Patient
 from coral.cli.ladder import refusals, taken
@@ -73,7 +74,7 @@ async def examine(
             async with asyncio.timeout(_ANSWER_S):
                 answer = await agent.capabilities()
         except AgentError as error:
-            yield Check("agent", Status.FAIL, str(error))
+            yield Check("agent", Status.FAIL, in_users_words(str(error), {}))
             return
         except TimeoutError:
             text = f"nothing answers at {address} within {_ANSWER_S:g} s: restart that agent"
@@ -211,7 +212,8 @@ async def _at_work(agent: AgentClient, kind: int, mode: str) -> Check:
                         async with asyncio.timeout(_STOP_S):
                             await agent.stop(started.collector_id)
         except AgentError as error:
-            return Check(name, Status.WARN if error.code in _NOT_OURS else Status.FAIL, str(error))
+            status = Status.WARN if error.code in _NOT_OURS else Status.FAIL
+            return Check(name, status, in_users_words(str(error), {"kind": kind_name(kind)}))
         except TimeoutError:
             return Check(name, Status.FAIL, "the agent stopped answering: look at its log")
     return watch.verdict(name)

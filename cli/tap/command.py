@@ -40,7 +40,9 @@ _TARGET_VALUES: Final = {
     "cgroup": "the path of a cgroup",
     "comm": "the name of a command",
 }
-_BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED)
+_BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED, EndReason.AGENT_SHUTDOWN)
+# Longer than the agent works on any one request.
+_ANSWER_S: Final = 15.0
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ async def _tap(request: Request) -> int:
     try:
         if held:
             config["pid"] = str(held.pid)
-        async with AgentClient(request.address) as agent:
+        async with AgentClient(request.address, timeout_s=_ANSWER_S) as agent:
             started = await agent.start(
                 request.view.kind,
                 service_name=target.service_name,
@@ -298,7 +300,6 @@ async def _tap(request: Request) -> int:
                 if not tapped.end:  # whatever ended this, a closed pipe for one
                     with suppress(AgentError):
                         await agent.stop(tapped.collector_id)
-        tapped.close()
         if held and (problem := held.exec_error()):
             screen.discard()
             echo_error(problem)

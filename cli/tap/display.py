@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from coral.cli.common import echo_data
-from coral.client import Account, Batch, SessionEnd, Started
+from coral.client import Account, Batch, EndReason, SessionEnd, Started
 from coral.views.contract import Story
 from coral.views.text import shorten
 from coral.wire.text import safe
@@ -26,6 +26,8 @@ _SHORTEST_TARGET: Final = 12
 _GAP: Final = "  "
 _LINES_AROUND_TABLE: Final = 6
 _REFRESH_PER_S: Final = 4
+# The name of the reason says it all, or the command prints more of it on standard error.
+_SAID_ELSEWHERE: Final = (EndReason.AGENT_SHUTDOWN, EndReason.PREEMPTED)
 
 
 class Tapped:
@@ -40,11 +42,9 @@ class Tapped:
         self.lost: Counter[str] = Counter()
         self.end: SessionEnd | None = None
         self.interrupted = 0  # the signal
-        self._began_ns = 0
 
     def begin(self, at_ns: int) -> None:
         """Notes when the collector began to watch, by its agent's clock."""
-        self._began_ns = at_ns
         self.story.intervals.begin(at_ns)
 
     def add(self, batch: Batch) -> None:
@@ -58,20 +58,23 @@ class Tapped:
         """Notes what was lost so far: a sum over batches is off once the connection is renewed."""
         self.lost = Counter(account.lost) + Counter(account.lost_in_kernel)
 
-    def close(self) -> None:
-        """Notes that nothing more comes. Without the agent's word for when the session ended, this
-        machine's clock says how long it was."""
-        if not self.end:
-            watched_ns = int((time.time() - self.started_at) * 1e9)
-            self.story.intervals.reach(self._began_ns + watched_ns)
-
     @property
     def end_text(self) -> str:
         """How it ended, for people."""
         if not self.end:
-            return "the connection to the agent was lost"
+            return (
+                f"incomplete: the connection to the agent was lost after {self._reached_clock}; "
+                "what came then is not known"
+            )
         text = self.end.reason.name.lower().replace("_", " ")
-        return f"{text}: {safe(self.end.detail)}" if self.end.detail else text
+        if not self.end.detail or self.end.reason in _SAID_ELSEWHERE:
+            return text
+        return f"{text}: {safe(self.end.detail)}"
+
+    @property
+    def _reached_clock(self) -> str:
+        """The time of day up to which batches have come."""
+        return time.strftime("%H:%M:%S", time.localtime(self.story.intervals.reached_ns / 1e9))
 
     @property
     def totals_text(self) -> str:
@@ -123,7 +126,8 @@ class _DataScreen:
     def finish(self) -> None:
         end = self._tapped.end
         reason = end.reason.name if end else "UNKNOWN"
-        echo_data({"end": reason.lower(), "detail": end.detail if end else ""}, self._output)
+        detail = end.detail if end else self._tapped.end_text
+        echo_data({"end": reason.lower(), "detail": detail}, self._output)
 
     def discard(self) -> None:
         """Nothing is held back."""

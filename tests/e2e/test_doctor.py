@@ -207,7 +207,17 @@ def test_what_an_agent_does_not_allow_is_no_failure_of_the_machine(tmp_path: Pat
     assert returncode == 0
     how, found = checks["syscall_stats, summaries"]
     assert how == "warn"
-    assert "policy.collectors" in found
+    assert found == "syscall_stats: this agent's policy.collectors allows only cpu_profile"
+
+
+def test_a_wrong_token_is_said_to_be_wrong(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("right")
+    with running_agent(tmp_path / "agent", {"auth": {"token_file": str(token)}}) as agent:
+        wrong = examined("--agent", agent.address, CORAL_TOKEN="left")
+        none = examined("--agent", agent.address, CORAL_TOKEN="")
+    assert wrong == (1, {"agent": ("fail", "the token in CORAL_TOKEN is wrong")})
+    assert none == (1, {"agent": ("fail", "this agent asks for a token: set CORAL_TOKEN")})
 
 
 def test_a_doctor_that_is_ended_takes_its_agent_with_it(tmp_path: Path) -> None:

@@ -119,3 +119,25 @@ def test_failed_tokens_are_logged_once_a_second_with_their_number(tmp_path: Path
     left_out = sum(int(str(line.get("left_out", 0))) for line in refused)
     left_out += sum(int(str(line["count"])) for line in refusals if line not in refused)
     assert len(refused) + left_out == attempts
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])
+def test_metrics_beyond_loopback_are_a_warning_at_each_start(address: str, tmp_path: Path) -> None:
+    prefix = ("unshare", "--net")  # the address is beyond loopback, and leads nowhere
+    with running_agent(tmp_path / "agent", {}, "--metrics", address, prefix=prefix) as agent:
+        warned = [
+            line["metrics"] for line in agent.log() if "beyond this mach" in str(line["event"])
+        ]
+    assert warned == [address]
+
+
+def test_loopback_is_no_warning_and_a_cgroup_that_is_not_there_is_one(tmp_path: Path) -> None:
+    with running_agent(tmp_path / "agent", {"policy": {"cgroups": ["/", "/not/there"]}}) as agent:
+
+        def warned() -> list[str]:
+            lines = agent.log()
+            return [str(line["reason"]) for line in lines if "policy.cgr" in str(line["event"])]
+
+        (reason,) = wait_until(warned)
+        assert "'/not/there' is not accepted" in reason
+        assert not [line for line in agent.log() if "beyond this machine" in str(line["event"])]

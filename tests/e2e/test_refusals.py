@@ -779,10 +779,11 @@ def test_an_agent_does_not_listen_beyond_loopback(address: str, tmp_path: Path) 
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1:65536"])
 def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
     assert refused_start(tmp_path, "--listen", address) == (
-        f"coral agent: listen: '{address}' is not accepted; give unix:PATH or 127.0.0.1:PORT"
+        f"coral agent: --listen: listen: '{address}' is not accepted; give unix:PATH or "
+        "127.0.0.1:PORT"
     )
     assert refused_start(tmp_path, "--metrics", address) == (
-        f"coral agent: metrics: '{address}' is not accepted; give HOST:PORT, or nothing"
+        f"coral agent: --metrics: metrics: '{address}' is not accepted; give HOST:PORT, or nothing"
     )
 
 

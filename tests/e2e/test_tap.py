@@ -32,6 +32,10 @@ from tests.support import (
 from tests.terminal import Terminal
 
 ENDLESS: Final = "while True: os.getppid(); time.sleep(0.001)"
+INCOMPLETE: Final = (
+    r"incomplete: the connection to the agent was lost after \d\d:\d\d:\d\d; what came then is not "
+    "known"
+)
 COLUMNS: Final = [
     *("SYSCALL", "CALLS", "CALLS/S", "ERRORS", "WHY", "P50", "P95", "P99", "MAX", "TIME")
 ]
@@ -360,7 +364,8 @@ def test_a_preempted_tap_fails_and_says_what_would_help(tmp_path: Path) -> None:
         running = tap(strict, f"pid:{puppet.pid}", "--events")
         out, err = running.communicate(timeout=60)
     assert running.returncode == 1
-    assert ", preempted: limits.cpu_percent is 0.01" in out
+    assert re.search(r"^totals of [\d.]+s, preempted$", out, re.MULTILINE)
+    assert err.count("limits.cpu_percent is 0.01") == 1
     assert err.startswith("coral: the agent ended this tap before its time: limits.cpu_percent is ")
     assert "without --events" in err
     assert err.endswith("or raise limits.cpu_percent in the agent's configuration\n")
@@ -377,13 +382,63 @@ def test_an_agent_that_dies_leaves_the_totals_and_is_an_error(tmp_path: Path) ->
         mortal.process.kill()
         out, err = running.communicate(timeout=20)
     assert running.returncode == 1
-    assert re.search(
-        r"^totals of [\d.]+s, the connection to the agent was lost$", out, re.MULTILINE
-    )
+    assert re.search(rf"^totals of [\d.]+s, {INCOMPLETE}$", out, re.MULTILINE)
     why = f"gave up after trying to reconnect for 5 s: no agent answers at {mortal.address} "
     assert err.startswith(f"coral: {why}")
     _, rows = totals_of(out)
     assert rows["getppid"][0] == "123"
+
+
+def test_totals_after_a_lost_connection_are_over_the_time_that_is_known(tmp_path: Path) -> None:
+    with running_agent(tmp_path / "agent") as mortal, Puppet() as puppet:
+        running = tap(mortal, f"pid:{puppet.pid}", "--include", "getppid")
+        puppet.getppid(1_000)
+        assert running.stdout
+        shown = ""
+        while "getppid" not in shown:
+            shown = running.stdout.readline()
+        running.send_signal(signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        mortal.process.kill()
+        mortal.process.wait()
+        time.sleep(3)  # the time that must not count
+        frozen_s = time.monotonic() - frozen_at
+        running.send_signal(signal.SIGCONT)
+        out, _ = running.communicate(timeout=30)
+    assert running.returncode == 1
+    heading = re.search(rf"^totals of ([\d.]+)s, {INCOMPLETE}$", out, re.MULTILINE)
+    assert heading
+    assert float(heading[1]) < frozen_s
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_a_tap_that_the_agents_end_cuts_short_is_an_error(tmp_path: Path, output: str) -> None:
+    with running_agent(tmp_path / "agent") as mortal, Puppet() as puppet:
+        running = tap(mortal, f"pid:{puppet.pid}", "-d", "60s", "-o", output)
+        assert mortal.stop() == 0
+        out, err = running.communicate(timeout=20)
+    assert (running.returncode, err) == (1, "")
+    if output == "table":
+        assert re.search(r"^totals of [\d.]+s, agent shutdown$", out, re.MULTILINE)
+    else:
+        end = {"end": "agent_shutdown", "detail": "the agent is shutting down"}
+        assert json.loads(out.splitlines()[-1]) == end
+
+
+def test_a_frozen_agent_is_said_to_be_one_within_seconds(tmp_path: Path) -> None:
+    with running_agent(tmp_path / "agent") as agent:
+        agent.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            done = run("collectors", "--agent", agent.address)
+        finally:
+            agent.process.send_signal(signal.SIGCONT)
+        took_s = time.monotonic() - began
+    silent = "accepts the connection and does not answer (waited 5 s)"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"coral: the agent at {agent.address} {silent}\n"
+    assert took_s < 15
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

@@ -208,7 +208,7 @@ NOT_RUNNING = (
         ),
         (
             "kind: tcp_metrics is not allowed by this agent's policy.collectors, cpu_profile",
-            "--tcp-metrics: not allowed by this agent's policy.collectors, cpu_profile",
+            "--tcp-metrics: this agent's policy.collectors allows only cpu_profile",
         ),
         (
             "kind: 'x' is not accepted; give one of EBPF_COLLECTOR_KIND_TCP_METRICS (4)",
@@ -222,7 +222,11 @@ NOT_RUNNING = (
         ),
         (
             "authorization: the token is wrong; send `authorization: Bearer TOKEN`",
-            "this agent asks for a token other than this: set CORAL_TOKEN",
+            "the token in CORAL_TOKEN is wrong",
+        ),
+        (
+            "the agent at unix:/a b did not answer ListCollectors within 5 s",
+            "the agent at unix:/a b accepts the connection and does not answer (waited 5 s)",
         ),
         ("limits.memory is 7 bytes; it takes 9", "limits.memory is 7 bytes; it takes 9"),
         ("syscall_stats: no loader (bcc: off)", "syscall_stats: no loader (bcc: off)"),
