@@ -23,6 +23,7 @@ import numpy as np
 from coral.agent.streams.frame import (
     Frame,
     Header,
+    Held,
     loss_messages,
     row_bytes,
     row_sizes,
@@ -62,19 +63,13 @@ class Channel:
         self.kept: deque[Frame] = deque()
         self.kept_from = 0  # how many frames were kept before, and are no more
         self.kept_bytes = 0
+        self.held = Held()
         self.evicted_losses: Counter[int] = Counter()  # in the kernel, told by evicted frames
 
     @property
     def buffered_bytes(self) -> int:
         """Memory held for subscribers: the replay, and what they hold that is not in it."""
-        kept = {id(frame): frame.memory_bytes for frame in self.kept}
-        held = {
-            id(frame): frame.memory_bytes
-            for subscription in self.subscriptions
-            for frame in subscription.held_frames()
-            if id(frame) not in kept
-        }
-        return sum(kept.values()) + sum(held.values())
+        return self.held.size_bytes
 
     def publish(self, batch: Batch) -> None:
         """Numbers a batch and offers it to every subscriber. Never blocks. Rows that are more than
@@ -122,7 +117,8 @@ class Channel:
             raise RuntimeError("the session has ended")
         self.produced = frame.last_seq
         self.kept.append(frame)
-        self.kept_bytes += frame.size_bytes
+        self.kept_bytes += frame.kept_bytes
+        frame.hold(self.held)
         while self.kept_bytes > self.replay_bytes and len(self.kept) > 1:
             self._evict()
         if len(self.kept) > _ENCODED_FRAMES:
@@ -143,7 +139,8 @@ class Channel:
         self._with_each(lambda subscription: subscription.evict(self.kept_from, self.kept[0]))
         oldest = self.kept.popleft()
         self.kept_from += 1
-        self.kept_bytes -= oldest.size_bytes
+        self.kept_bytes -= oldest.kept_bytes
+        oldest.release()
         self.evicted_losses.update(oldest.losses)
 
     def subscribe(self, terms: Terms | None = None) -> Subscription:

@@ -42,8 +42,18 @@ class _Made:
     events: bytes = b""  # the encoding that individual events lie in
     encoded: dict[bool, bytes] = field(default_factory=dict)  # by whether as columns
     # Only while a subscriber holds them: there can be as many filters as subscribers over time.
-    filtered: WeakValueDictionary[Filter, Frame] = field(default_factory=WeakValueDictionary)
+    # None until the first, because an empty one takes as much as a few rows.
+    filtered: WeakValueDictionary[Filter, Frame] | None = None
     is_shared: bool = True
+    holders: int = 0
+    held_in: Held | None = None
+
+
+@dataclass(slots=True)
+class Held:
+    """The memory of all frames that are held in one place or several, each counted once."""
+
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,11 +109,33 @@ class Frame:
         columns = sum(values.nbytes for values in self.rows.columns.values())
         return _HEAD_BYTES + columns + sum(map(len, self.rows.strings))
 
+    @cached_property
+    def kept_bytes(self) -> int:
+        """What it takes in memory, as objects of Python too, without its other encodings."""
+        columns = len(self.rows.columns) if isinstance(self.rows, Summaries) else 0
+        seqs_bytes = 0 if self.seqs is None else self.seqs.nbytes
+        return self.size_bytes + seqs_bytes + FRAME_BYTES + columns * COLUMN_BYTES
+
     @property
     def memory_bytes(self) -> int:
         """What it takes in memory with the encodings that are kept now."""
-        seqs_bytes = 0 if self.seqs is None else self.seqs.nbytes
-        return self.size_bytes + seqs_bytes + sum(map(len, self._made.encoded.values()))
+        return self.kept_bytes + sum(map(len, self._made.encoded.values()))
+
+    def hold(self, held: Held) -> None:
+        """Adds it to what is HELD, or one more holder where it is there."""
+        made = self._made
+        made.holders += 1
+        if made.holders == 1:
+            held.size_bytes += self.memory_bytes
+            made.held_in = held
+
+    def release(self) -> None:
+        """Undoes one call of `hold`."""
+        made = self._made
+        made.holders -= 1
+        if not made.holders and made.held_in:
+            made.held_in.size_bytes -= self.memory_bytes
+            made.held_in = None
 
     @cached_property
     def event_bytes(self) -> int:
@@ -131,14 +163,19 @@ class Frame:
         wire = self._encode(as_columns=as_columns)
         if made.is_shared:
             made.encoded[as_columns] = wire
+            if made.held_in:
+                made.held_in.size_bytes += len(wire)
         return wire
 
     def stop_sharing(self) -> None:
         """Frees what `wire` and `filtered` can make again, and keeps it no more: few readers are
         this late."""
-        self._made.is_shared = False
-        self._made.encoded.clear()
-        self._made.filtered.clear()
+        made = self._made
+        if made.held_in:
+            made.held_in.size_bytes -= sum(map(len, made.encoded.values()))
+        made.is_shared = False
+        made.encoded.clear()
+        made.filtered = None
 
     def _encode(self, *, as_columns: bool) -> bytes:
         rows = self.rows
@@ -181,12 +218,14 @@ class Frame:
         if not self.rows or not wanted:
             return self
         made = self._made
-        if found := made.filtered.get(wanted):
+        if made.filtered is not None and (found := made.filtered.get(wanted)):
             return found
         keep = wanted.mask(self.rows)
         seqs = self.first_seq + np.flatnonzero(keep)
         frame = self._with(rows=take(self.rows, keep), seqs=seqs)
         if made.is_shared:
+            if made.filtered is None:
+                made.filtered = WeakValueDictionary()
             made.filtered[wanted] = frame
         return frame
 
@@ -257,6 +296,10 @@ class Frame:
 
 
 _HEAD_BYTES: Final = 200
+# A frame's objects of Python beside the bytes of its rows, and those of each column of summaries;
+# tests/unit/test_streams.py measures them.
+FRAME_BYTES: Final = 850
+COLUMN_BYTES: Final = 130
 Rows = TypeVar("Rows", EventRows, Summaries)
 
 

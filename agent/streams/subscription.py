@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+from coral.agent.rate import Bucket
 from coral.agent.streams.filter import EVERYTHING, Filter
-from coral.agent.streams.frame import Frame, loss_messages
+from coral.agent.streams.frame import Frame, Held, loss_messages
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Overflow = pb.EbpfEventStreamRequest.Overflow
 
+# What a place in a queue takes, beside the frame; tests/unit/test_streams.py measures it.
+ENTRY_BYTES: Final = 300
 # How often a stream without events says where it stands.
 POSITION_EVERY_S: Final = 1.0
 # It says so at once when the filter has left out this share of the replay: a reader that resumes
@@ -86,6 +89,7 @@ class _Gap:
 class _Queue:
     """Frames in order, each with the gap before it, and the gap after the last."""
 
+    held: Held
     entries: deque[tuple[_Gap, Frame]] = field(default_factory=deque)
     tail: _Gap = field(default_factory=_Gap)
     rows: int = 0
@@ -96,11 +100,15 @@ class _Queue:
         self.tail = _Gap()
         self.rows += frame.count
         self.size_bytes += frame.size_bytes
+        self.held.size_bytes += ENTRY_BYTES
+        frame.hold(self.held)
 
     def pop(self) -> tuple[_Gap, Frame]:
         gap, frame = self.entries.popleft()
         self.rows -= frame.count
         self.size_bytes -= frame.size_bytes
+        self.held.size_bytes -= ENTRY_BYTES
+        frame.release()
         return gap, frame
 
     @property
@@ -108,6 +116,9 @@ class _Queue:
         return self.entries[0][0] if self.entries else self.tail
 
     def clear(self) -> None:
+        self.held.size_bytes -= len(self.entries) * ENTRY_BYTES
+        for _, frame in self.entries:
+            frame.release()
         self.entries.clear()
         self.rows = self.size_bytes = 0
 
@@ -129,14 +140,15 @@ class Subscription:
         self.lost: Counter[int] = Counter()
         self._told = _Gap()  # everything up to the last frame that was taken
         self._seq = terms.after_seq  # the last number that is accounted for in what was taken
-        self._held = _Queue()  # kept when this began, evicted before it was read
+        self._held = _Queue(channel.held)  # kept when this began, evicted before it was read
         self._next_kept = channel.kept_from  # the next frame to read of those kept
         self._kept_until = channel.kept_from + len(channel.kept)
-        self._live = _Queue()
+        self._live = _Queue(channel.held)
         self._taken: Frame | None = None  # it is being sent
         self._took_end = False
-        self._allowance_bytes = terms.rate_bytes_s
-        self._allowed_at: float | None = None
+        # A second's worth, at most, may come at once.
+        rate_bytes_s = terms.rate_bytes_s
+        self._rate = Bucket(rate_bytes_s, rate_bytes_s) if rate_bytes_s else None
         self._told_at = channel.clock()
         self._filtered_bytes = 0  # since the last frame that was taken
         self._failure: str | None = None
@@ -169,7 +181,7 @@ class Subscription:
             return
         if self._failure:
             self._drop(self._live.tail, passed, pb.Loss.STAGE_SUBSCRIBER_QUEUE)
-        elif not self._within_rate(self._message_bytes(passed), now):
+        elif self._rate and not self._rate.take(self._message_bytes(passed), now):
             self._drop(self._live.tail, passed, pb.Loss.STAGE_RATE_LIMIT)
         else:
             self._admit(self._live, passed)
@@ -256,20 +268,6 @@ class Subscription:
         """What sending FRAME takes; where that is a message for each event, an estimate."""
         return frame.event_bytes * frame.count if self.terms.single_events else frame.size_bytes
 
-    def _within_rate(self, size_bytes: int, now: float) -> bool:
-        rate = self.terms.rate_bytes_s
-        if not rate:
-            return True
-        if self._allowed_at is not None:
-            self._allowance_bytes += (now - self._allowed_at) * rate
-        self._allowed_at = now
-        self._allowance_bytes = min(self._allowance_bytes, rate)  # a second's worth, at most
-        if self._allowance_bytes <= 0:
-            return False
-        # A frame may be larger than what is left, and than a second's worth: on credit.
-        self._allowance_bytes -= size_bytes
-        return True
-
     def fail(self, reason: str) -> None:
         """Ends the subscription: frees what it holds, and tells its reader why at its next read."""
         self._failure = reason
@@ -290,19 +288,11 @@ class Subscription:
         first_seq = max(channel.kept[at].first_seq, self.terms.after_seq + 1)
         return channel.kept[until - 1].last_seq - first_seq + 1
 
-    def held_frames(self) -> Iterator[Frame]:
-        """The frames that wait in its queue, and the one that was taken last."""
-        if self._taken:
-            yield self._taken
-        for queue in (self._held, self._live):
-            for _, frame in queue.entries:
-                yield frame
-
     def take(self, now: float | None = None) -> Frame | None:
         """The next frame, or None where there is none yet. Raises EOFError after the end, and
         `SubscriptionEndedError` where the agent has ended the subscription. NOW is the channel's
         clock; with it, a frame that says where the stream stands comes when one is due."""
-        self._taken = None
+        self._release_taken()
         if self._failure:
             raise SubscriptionEndedError(self._failure)
         if self._took_end:
@@ -384,6 +374,7 @@ class Subscription:
 
     def _took(self, frame: Frame, now: float | None) -> None:
         self._taken = frame
+        frame.hold(self.channel.held)
         self._told.filtered += frame.covered - frame.count if frame.count else 0
         self.delivered += frame.count
         self._seq = frame.last_seq
@@ -406,9 +397,11 @@ class Subscription:
 
     def events(self, frame: Frame) -> Iterator[bytes]:
         """The frame that was just taken as encoded EbpfEvents, one for each event."""
-        self._allowance_bytes += self._message_bytes(frame)  # the estimate gives way to the figure
+        estimate_bytes = self._message_bytes(frame)  # it gives way to the figure
         for event in frame.events(self._stream_account()):
-            self._allowance_bytes -= len(event)
+            if self._rate:
+                self._rate.spend(len(event) - estimate_bytes, self.channel.clock())
+                estimate_bytes = 0
             yield event
 
     def _stream_account(self) -> pb.StreamAccount:
@@ -431,7 +424,12 @@ class Subscription:
         self.channel.subscriptions.discard(self)
         self._held.clear()
         self._live.clear()
-        self._taken = None
+        self._release_taken()
+
+    def _release_taken(self) -> None:
+        if self._taken:
+            self._taken.release()
+            self._taken = None
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():

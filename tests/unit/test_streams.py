@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import timeit
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ from coral.agent.streams import (
     SubscriptionEndedError,
     Terms,
 )
+from coral.agent.streams.subscription import ENTRY_BYTES
 from coral.client import Batch as Received
 from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -67,6 +70,13 @@ def batch(count: int, **losses: int) -> Batch:
     return Batch(summaries(range(1, count + 1)), 1_000, 2_000, stages)
 
 
+def wide_batch(count: int) -> Batch:
+    """Summaries with as many columns as any kind has."""
+    layout = columns_layout(pb.TcpMetricsColumns.DESCRIPTOR).columns
+    columns = {name: np.zeros(count, column.dtype) for name, column in layout.items()}
+    return Batch(Summaries(pb.TcpMetricsColumns, columns, ("",), messages, count), 1_000, 2_000)
+
+
 def told_losses(frames: Sequence[Frame]) -> Counter[int]:
     told: Counter[int] = Counter()
     for frame in frames:
@@ -97,6 +107,11 @@ def calls(count: int, first: int = 0) -> Batch:
 
 def size_of(made: Batch) -> int:
     return Frame(HEADER, 1, len(made.rows), 1_000, 2_000, made.rows).size_bytes
+
+
+def kept_size_of(made: Batch) -> int:
+    """What a frame of a batch takes of a replay."""
+    return Frame(HEADER, 1, len(made.rows), 1_000, 2_000, made.rows).kept_bytes
 
 
 def events_of(wire: bytes) -> NDArray[Any]:
@@ -565,7 +580,7 @@ class AnyInterleaving(RuleBasedStateMachine):
         self.lost = 0  # in the kernel
         clock[0] = 0.0
 
-    @initialize(replay_bytes=st.integers(200, 8_000))
+    @initialize(replay_bytes=st.integers(200, 12_000))
     def begin(self, replay_bytes: int) -> None:
         self.stream = channel(replay_bytes)
 
@@ -635,6 +650,17 @@ class AnyInterleaving(RuleBasedStateMachine):
             most_bytes = max(reader.subscription.terms.queue_bytes, self.largest)
             end_bytes = 200 if self.stream.ended else 0  # it is queued whatever there is before it
             assert account.queued_bytes <= most_bytes + end_bytes
+
+    @invariant()
+    def what_is_held_is_counted_once(self) -> None:
+        if hasattr(self, "stream"):
+            readers = self.stream.subscriptions
+            frames = {id(frame): frame for frame in self.stream.kept}
+            frames |= {id(r._taken): r._taken for r in readers if r._taken}
+            entries = [e for r in readers for q in (r._held, r._live) for e in q.entries]
+            frames |= {id(frame): frame for _, frame in entries}
+            held_bytes = sum(frame.memory_bytes for frame in frames.values())
+            assert self.stream.buffered_bytes == held_bytes + len(entries) * ENTRY_BYTES
 
     def teardown(self) -> None:
         """Each reader that reads on accounts for every event, and for what the kernel lost."""
@@ -793,7 +819,7 @@ def test_what_is_kept_is_read_whole_however_small_the_queue_is() -> None:
 
 
 def test_what_is_pushed_out_before_it_is_read_moves_into_the_queue() -> None:
-    stream = channel(replay_bytes=3_000)
+    stream = channel(3 * kept_size_of(calls(10)))
     for first in (0, 10, 20):
         stream.publish(calls(10, first))
     reader = stream.subscribe()
@@ -823,8 +849,8 @@ def test_encodings_are_kept_for_recent_frames_alone() -> None:
         stream.publish(batch(5))
         for frame in take_all(reader):
             reader.message(frame)
-    rows_bytes = sum(frame.size_bytes for frame in stream.kept)
-    encoded = [frame for frame in stream.kept if frame.memory_bytes > frame.size_bytes]
+    rows_bytes = sum(frame.kept_bytes for frame in stream.kept)
+    encoded = [frame for frame in stream.kept if frame.memory_bytes > frame.kept_bytes]
     assert len(stream.kept) == 100
     assert len(encoded) == 32
     assert stream.buffered_bytes == rows_bytes + sum(len(frame.wire()) for frame in encoded)
@@ -844,7 +870,7 @@ def test_late_readers_leave_nothing_behind_whatever_they_filter() -> None:
                 reader.message(frame)
             reader.close()
     assert len(stream.kept) > 80
-    assert all(frame.memory_bytes == frame.size_bytes for frame in stream.kept)
+    assert all(frame.memory_bytes == frame.kept_bytes for frame in stream.kept)
     assert stream.buffered_bytes == held
 
 
@@ -858,6 +884,31 @@ def traced() -> Iterator[Callable[[], int]]:
         yield lambda: tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("make", [calls, batch, wide_batch])
+def test_small_frames_are_counted_with_their_objects(make: Callable[[int], Batch]) -> None:
+    with traced() as held:
+        stream = channel(1 << 20)
+        readers = [stream.subscribe(Terms(queue_bytes=128 << 10)) for _ in range(4)]
+        for _ in range(2_000):
+            stream.publish(make(1))
+        assert stream.kept_bytes <= 1 << 20
+        gc.collect()
+        assert 0.85 * stream.buffered_bytes < held() < 1.05 * stream.buffered_bytes
+        for reader in readers:
+            reader.close()
+        gc.collect()
+        assert held() < 1.05 * stream.buffered_bytes < 1.2 * (1 << 20)
+
+
+def test_what_is_buffered_is_known_without_a_look_at_each_frame() -> None:
+    stream = channel(64 << 20)
+    for _ in range(10_000):
+        stream.publish(calls(1))
+    assert len(stream.kept) == 10_000
+    took_s = timeit.repeat(lambda: stream.buffered_bytes, number=1, repeat=10)
+    assert min(took_s) < 0.001
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
@@ -1005,7 +1056,7 @@ def test_a_filter_takes_the_summaries_that_fit(name: str) -> None:
 def test_a_reader_that_fails_at_an_eviction_is_told_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stream = channel(2 * size_of(calls(10)))
+    stream = channel(2 * kept_size_of(calls(10)))
     broken, other = stream.subscribe(), stream.subscribe()
     for _ in range(2):  # they are kept from before the readers below
         stream.publish(calls(10))
@@ -1040,7 +1091,7 @@ def test_a_pause_earns_no_more_than_a_seconds_rate() -> None:
     stream = channel()
     clock[0] = 0.0
     size = size_of(calls(10))
-    reader = stream.subscribe(Terms(rate_bytes_s=4.0 * size, queue_bytes=64 << 20))
+    reader = stream.subscribe(Terms(rate_bytes_s=3.5 * size, queue_bytes=64 << 20))
     stream.publish(calls(10))
     clock[0] = 3600.0
     for _ in range(20):
