@@ -357,7 +357,9 @@ _ROW_OVERHEAD_BYTES: Final = 64
 def take(rows: EventRows | Summaries, keep: NDArray[Any]) -> EventRows | Summaries:
     """The rows at KEEP, row numbers or a mask of shape (n,), with the strings they use alone."""
     if isinstance(rows, EventRows):
-        return with_used_strings(replace(rows, records=rows.records[keep]))
+        # Without a look at the fields, which would take five times as long.
+        records = rows.records.view(f"V{rows.records.itemsize}")[keep].view(rows.records.dtype)
+        return with_used_strings(replace(rows, records=records))
     return with_used_strings(rows.take(keep))
 
 
@@ -372,9 +374,14 @@ def with_used_strings(rows: Rows) -> Rows:
     }
     if not indices:
         return rows
-    used = np.unique(np.concatenate([each.ravel() for each in indices.values()]))
-    fewer = {name: np.searchsorted(used, each) for name, each in indices.items()}
-    strings = [rows.strings[at] for at in used.tolist()]
+    is_used = np.zeros(len(rows.strings), bool)
+    for each in indices.values():
+        is_used[each] = True
+    if is_used.all():
+        return rows
+    renumbered = np.cumsum(is_used) - 1
+    fewer = {name: renumbered[each] for name, each in indices.items()}
+    strings = [rows.strings[at] for at in np.flatnonzero(is_used).tolist()]
     if isinstance(rows, Summaries):
         return replace(rows, columns={**rows.columns, **fewer}, strings=strings)
     records = rows.records.copy()

@@ -223,7 +223,7 @@ class Subscription:
     def _admit(self, queue: _Queue, frame: Queued) -> None:
         """Queues a frame, if there is room or the policy makes room."""
         terms = self.terms
-        room = terms.queue_bytes - self._held.size_bytes - self._live.size_bytes
+        room = terms.queue_bytes - self.queued_bytes
         fits = not self._waiting or frame.size_bytes <= room
         if fits or terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_DROP_OLDEST:
             queue.push(frame)
@@ -243,7 +243,7 @@ class Subscription:
         return len(self._held.entries) + len(self._live.entries)
 
     def _is_over(self) -> bool:
-        return self._held.size_bytes + self._live.size_bytes > self.terms.queue_bytes
+        return self.queued_bytes > self.terms.queue_bytes
 
     def _drop_oldest(self, queue: _Queue) -> None:
         gap, frame = queue.pop()
@@ -253,6 +253,28 @@ class Subscription:
             queue.entries[0] = gap, queue.entries[0][1]
         else:
             queue.tail = gap
+
+    def shorten(self) -> bool:
+        """Drops the older half of the queue, for want of memory; whether there was anything to
+        drop."""
+        if self._waiting < 2:  # noqa: PLR2004  an end is the last, and stays
+            return False
+        if self.terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_END:
+            self.fail(
+                "the agent had no memory left for this stream's queue: read faster, filter, or "
+                "choose another overflow policy; the last event delivered was number "
+                f"{self.last_delivered_seq}"
+            )
+            return False
+        for _ in range(self._waiting // 2):
+            self._drop_oldest(self._held if self._held.entries else self._live)
+        self._wake()
+        return True
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits in its queue, as `terms.queue_bytes` counts it."""
+        return self._held.size_bytes + self._live.size_bytes
 
     def _drop(self, gap: _Gap, frame: Queued, stage: pb.Loss.Stage) -> None:
         """Counts a frame's events as lost, and keeps the losses that it would have told."""
@@ -424,7 +446,7 @@ class Subscription:
             self.delivered,
             self.filtered,
             self._held.rows + self._unread() + self._live.rows,
-            self._held.size_bytes + self._live.size_bytes,
+            self.queued_bytes,
             dict(self.lost),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import timeit
 import tracemalloc
 from collections import Counter
@@ -31,6 +32,7 @@ from coral.agent.streams import (
     Subscription,
     SubscriptionEndedError,
     Terms,
+    shorten_queues,
 )
 from coral.agent.streams.frame import take
 from coral.agent.streams.passed import Passed, Queued
@@ -633,6 +635,16 @@ class AnyInterleaving(RuleBasedStateMachine):
         for reader in self.readers[index : index + 1]:
             reader.subscription.fail("stalled")
 
+    @rule(wanted_bytes=st.integers(1, 20_000))
+    def run_out_of_memory(self, wanted_bytes: int) -> None:
+        before = self.stream.buffered_bytes
+        shorten_queues([self.stream], wanted_bytes)
+        freed_bytes = before - self.stream.buffered_bytes
+        assert freed_bytes >= wanted_bytes or all(
+            len(reader._held.entries) + len(reader._live.entries) < 2
+            for reader in self.stream.subscriptions
+        )
+
     @rule(seconds=st.floats(0.001, 1))
     def wait(self, seconds: float) -> None:
         clock[0] += seconds
@@ -938,8 +950,8 @@ def test_what_64_filters_hold_at_once_is_counted_and_freed() -> None:
     for first in range(0, 40_000, 5_000):
         stream.publish(calls(5_000, first))
     before = stream.buffered_bytes
+    readers = [stream.subscribe(Terms(wanted=two_of_three(n))) for n in range(64)]
     with traced() as held:
-        readers = [stream.subscribe(Terms(wanted=two_of_three(n))) for n in range(64)]
         for first in range(40_000, 60_000, 5_000):  # to the queues
             stream.publish(calls(5_000, first))
         # Of each of the eight frames, the rows that pass as bits, and the frame itself once.
@@ -1044,6 +1056,55 @@ def test_rows_are_the_same_whenever_their_frame_is_made(
             expected.append(eager.wire(columns=columns))
     assert at_once == expected
     assert [frame.wire(columns=columns) for frame in take_all(late)] == expected
+
+
+def test_who_is_furthest_behind_gives_way_first() -> None:
+    stream = channel(1)
+    far, strict, near = (
+        stream.subscribe(Terms(overflow=overflow)) for overflow in (DROP_NEWEST, END, DROP_OLDEST)
+    )
+    for first in range(0, 64_000, 1_000):
+        stream.publish(calls(1_000, first))
+        if first < 60_000:
+            near.take()
+    assert near.account.queued == 4_000
+    held = stream.buffered_bytes
+    shorten_queues([stream], held // 4)
+    assert held // 2 - size_of(calls(1_000)) < stream.buffered_bytes <= held - held // 4
+    assert near.account.lost == {}
+    assert far.account.lost == {LOST: 32_000}
+    with pytest.raises(SubscriptionEndedError, match="the agent had no memory left"):
+        strict.take()
+    told, *rows = take_all(far)
+    assert told.losses == {LOST: 32_000}
+    assert [frame.first_seq for frame in rows] == list(range(32_001, 64_001, 1_000))
+    shorten_queues([stream], 1 << 30)
+    assert near.account.queued == 1_000
+
+
+def test_filtering_is_charged_to_the_subscribers() -> None:
+    charged: list[int] = []
+    stream = Channel(HEADER, 1 << 20, charge=charged.append)
+    stream.publish(calls(5_000))
+    readers = [stream.subscribe(Terms(wanted=two_of_three(number))) for number in range(64)]
+    began_ns = time.thread_time_ns()
+    stream.publish(calls(5_000))
+    took_ns = time.thread_time_ns() - began_ns
+    unread, filtered = charged
+    assert 10 * unread < filtered < took_ns
+    assert filtered > took_ns // 2
+    assert len(readers) == len(stream.subscriptions)
+
+
+@given(
+    values=st.lists(st.integers(0, (1 << 32) - 1), max_size=30),
+    pids=st.frozensets(st.integers(0, (1 << 32) - 1), min_size=1),
+)
+def test_processes_are_found_among_any_others(values: list[int], pids: frozenset[int]) -> None:
+    values += sorted(pids)[::2]
+    columns = {"pid": np.array(values, np.uint32)}
+    rows = Summaries(pb.SyscallStatsColumns, columns, ("",), messages, len(values))
+    assert Filter(pids=pids).mask(rows).tolist() == [value in pids for value in values]
 
 
 def read_all(stream: Channel, terms: Terms) -> None:
