@@ -19,8 +19,8 @@ class CpuUse:
     """CPU time by cause, in seconds; or a share of one CPU by cause, in percent."""
 
     programs: float = 0.0  # in the kernel, at the expense of the processes that run them
-    reading: float = 0.0  # draining, making rows, numbering, encoding, filtering
-    subscribers: float = 0.0  # making and sending messages
+    reading: float = 0.0  # draining, making rows, numbering, encoding
+    subscribers: float = 0.0  # filtering, making and sending messages
 
     @property
     def total(self) -> float:
@@ -66,6 +66,11 @@ class Costs:
     def charge_subscriber(self, cpu_ns: int) -> None:
         """Adds what a call that streams to a subscriber used on the event loop."""
         self._subscribers_ns += round(cpu_ns * (1 + _GRPC_SHARE))
+
+    def charge_offering(self, cpu_ns: int) -> None:
+        """Moves to the subscribers what the session used to see which rows they want."""
+        self._reading_ns -= cpu_ns
+        self._subscribers_ns += cpu_ns
 
     @property
     def used(self) -> CpuUse:

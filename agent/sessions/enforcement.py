@@ -27,6 +27,9 @@ class Spending(Protocol):
     def memory_bytes(self) -> int:
         """Maps and buffers in use, after everything that can be given up without a preemption."""
 
+    def shorten_queues(self, wanted_bytes: int) -> None:
+        """Frees WANTED_BYTES of what waits for subscribers that do not keep up, or all of it."""
+
     def at_work(self) -> Iterable[Session]:
         """The sessions that can be preempted."""
 
@@ -68,6 +71,9 @@ def _remedy(used: CpuUse) -> str:
 
 def _enforce_memory(limits: Limits, spending: Spending) -> None:
     used_bytes = spending.memory_bytes()
+    if used_bytes > limits.memory:
+        spending.shorten_queues(used_bytes - limits.memory)
+        used_bytes = spending.memory_bytes()
     if used_bytes <= limits.memory:
         return
     staying = _staying(spending)

@@ -68,7 +68,9 @@ class Session:
         self.costs = Costs()
         self.needs: Needs | None = None  # what it used when it was preempted
         header = Header(self.id, self.kind, config.name, self.service_name)
-        self.channel = Channel(header, config.limits.replay_bytes)
+        self.channel = Channel(
+            header, config.limits.replay_bytes, charge=self.costs.charge_offering
+        )
         self.slot = ExitStack()  # what is given back when the session ends
         self._lease: asyncio.TimerHandle | None = None
         self._limits = config.limits

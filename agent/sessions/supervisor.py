@@ -41,7 +41,7 @@ from coral.agent.sessions.feed import Feed
 from coral.agent.sessions.info import info_of
 from coral.agent.sessions.session import End, Session, StartRequest, lease_s
 from coral.agent.sessions.totals import Totals
-from coral.agent.streams import Readers
+from coral.agent.streams import Readers, shorten_queues
 from coral.bpf import BpfError, Features
 from coral.collectors.contract import Batch, Measures, Support
 from coral.collectors.metering import metered
@@ -292,6 +292,11 @@ class Supervisor:
         if excess > 0:
             self.ended.make_room(excess)
         return own + self.ended.memory_bytes
+
+    def shorten_queues(self, wanted_bytes: int) -> None:
+        """Frees WANTED_BYTES of what waits for subscribers that do not keep up, or all of it."""
+        sessions = (*self.sessions.values(), *self.ended.in_memory())
+        shorten_queues([session.channel for session in sessions], wanted_bytes)
 
     def _has_room(self, needs: Needs) -> bool:
         candidates, used_bytes = by_cpu(self.at_work()), self.memory_bytes()

@@ -1,6 +1,6 @@
 """Streams: batches are numbered, encoded once, filtered, queued and accounted for."""
 
-from coral.agent.streams.channel import MAX_ROWS, MAX_SUMMARIES, Channel
+from coral.agent.streams.channel import MAX_ROWS, MAX_SUMMARIES, Channel, shorten_queues
 from coral.agent.streams.filter import EVERYTHING, Filter
 from coral.agent.streams.frame import Frame, Header
 from coral.agent.streams.readers import Readers
@@ -24,4 +24,5 @@ __all__ = [
     "Subscription",
     "SubscriptionEndedError",
     "Terms",
+    "shorten_queues",
 ]

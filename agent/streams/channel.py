@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,7 @@ from coral.agent.streams.frame import (
 )
 from coral.agent.streams.subscription import Subscription, Terms
 from coral.collectors.contract import Batch, EventRows, Summaries
+from coral.collectors.metering import Charge, uncharged
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 # A message stays below 1 MiB; clients refuse more than 4 MiB by default.
@@ -47,13 +49,20 @@ _MANY_STRINGS: Final = 256
 
 
 class Channel:
-    """One session's stream. Keeps the last `replay_bytes` for later subscribers."""
+    """One session's stream. Keeps the last `replay_bytes` for later subscribers. CHARGE is called
+    with the CPU time that offering them batches takes, in nanoseconds."""
 
     def __init__(
-        self, header: Header, replay_bytes: int, clock: Callable[[], float] = time.monotonic
+        self,
+        header: Header,
+        replay_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        charge: Charge = uncharged,
     ) -> None:
         self.header = header
         self.clock = clock
+        self._charge = charge
         self.replay_bytes = replay_bytes
         self.produced = 0
         self.lost_in_kernel: Counter[int] = Counter()  # by stage
@@ -119,12 +128,14 @@ class Channel:
         self.kept.append(frame)
         self.kept_bytes += frame.kept_bytes
         frame.hold(self.held)
+        began_ns = time.thread_time_ns()
         while self.kept_bytes > self.replay_bytes and len(self.kept) > 1:
             self._evict()
         if len(self.kept) > _ENCODED_FRAMES:
             self.kept[-1 - _ENCODED_FRAMES].stop_sharing()
         now = self.clock()
         self._with_each(lambda subscription: subscription.offer(frame, now))
+        self._charge(time.thread_time_ns() - began_ns)
 
     def _with_each(self, work: Callable[[Subscription], None]) -> None:
         """Does WORK with every subscription. One that it fails for is ended and told; the others
@@ -153,6 +164,23 @@ class Channel:
         subscription = Subscription(self, terms)
         self.subscriptions.add(subscription)
         return subscription
+
+
+def shorten_queues(channels: Collection[Channel], wanted_bytes: int) -> None:
+    """Halves queues of the subscribers of CHANNELS, the longest at the time first, until
+    WANTED_BYTES are free or none is left. What is dropped is a loss in the subscriber's queue."""
+
+    def buffered_bytes() -> int:
+        return sum(channel.buffered_bytes for channel in channels)
+
+    most_bytes = buffered_bytes() - wanted_bytes
+    subscriptions = (each for channel in channels for each in channel.subscriptions)
+    longest = [(-each.queued_bytes, at, each) for at, each in enumerate(subscriptions)]
+    heapify(longest)
+    while longest and buffered_bytes() > most_bytes:
+        _, at, subscription = heappop(longest)
+        if subscription.shorten():
+            heappush(longest, (-subscription.queued_bytes, at, subscription))
 
 
 def _messages_of(rows: EventRows | Summaries) -> Iterator[EventRows | Summaries]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from coral.agent.rate import Bucket
 from coral.agent.streams.filter import EVERYTHING, Filter
 from coral.agent.streams.frame import Frame, Held, loss_messages
+from coral.agent.streams.passed import Passed, Queued, filtered
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 if TYPE_CHECKING:
@@ -90,12 +91,12 @@ class _Queue:
     """Frames in order, each with the gap before it, and the gap after the last."""
 
     held: Held
-    entries: deque[tuple[_Gap, Frame]] = field(default_factory=deque)
+    entries: deque[tuple[_Gap, Queued]] = field(default_factory=deque)
     tail: _Gap = field(default_factory=_Gap)
     rows: int = 0
     size_bytes: int = 0
 
-    def push(self, frame: Frame) -> None:
+    def push(self, frame: Queued) -> None:
         self.entries.append((self.tail, frame))
         self.tail = _Gap()
         self.rows += frame.count
@@ -103,7 +104,7 @@ class _Queue:
         self.held.size_bytes += ENTRY_BYTES
         frame.hold(self.held)
 
-    def pop(self) -> tuple[_Gap, Frame]:
+    def pop(self) -> tuple[_Gap, Queued]:
         gap, frame = self.entries.popleft()
         self.rows -= frame.count
         self.size_bytes -= frame.size_bytes
@@ -145,6 +146,7 @@ class Subscription:
         self._kept_until = channel.kept_from + len(channel.kept)
         self._live = _Queue(channel.held)
         self._taken: Frame | None = None  # it is being sent
+        self._estimate_bytes = 0  # what sending it was taken for
         self._took_end = False
         # A second's worth, at most, may come at once.
         rate_bytes_s = terms.rate_bytes_s
@@ -199,15 +201,15 @@ class Subscription:
         elif passed:
             self._drop(self._held.tail, passed, pb.Loss.STAGE_SUBSCRIBER_QUEUE)
 
-    def _kept_frame(self, frame: Frame) -> Frame | None:
+    def _kept_frame(self, frame: Frame) -> Queued | None:
         if frame.rows and frame.first_seq <= self.terms.after_seq:
             frame = frame.after(self.terms.after_seq)
         return self._filter(frame, self._held.tail)
 
-    def _filter(self, frame: Frame, gap: _Gap) -> Frame | None:
+    def _filter(self, frame: Frame, gap: _Gap) -> Queued | None:
         """The frame as this reader wants it; None where it has no rows for it, which goes into the
         GAP before what follows."""
-        passed = frame.filtered(self.terms.wanted)
+        passed = filtered(frame, self.terms.wanted)
         self.filtered += frame.covered - passed.count
         if passed.count:
             return passed
@@ -218,10 +220,10 @@ class Subscription:
             self._wake()
         return None
 
-    def _admit(self, queue: _Queue, frame: Frame) -> None:
+    def _admit(self, queue: _Queue, frame: Queued) -> None:
         """Queues a frame, if there is room or the policy makes room."""
         terms = self.terms
-        room = terms.queue_bytes - self._held.size_bytes - self._live.size_bytes
+        room = terms.queue_bytes - self.queued_bytes
         fits = not self._waiting or frame.size_bytes <= room
         if fits or terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_DROP_OLDEST:
             queue.push(frame)
@@ -241,7 +243,7 @@ class Subscription:
         return len(self._held.entries) + len(self._live.entries)
 
     def _is_over(self) -> bool:
-        return self._held.size_bytes + self._live.size_bytes > self.terms.queue_bytes
+        return self.queued_bytes > self.terms.queue_bytes
 
     def _drop_oldest(self, queue: _Queue) -> None:
         gap, frame = queue.pop()
@@ -252,7 +254,29 @@ class Subscription:
         else:
             queue.tail = gap
 
-    def _drop(self, gap: _Gap, frame: Frame, stage: pb.Loss.Stage) -> None:
+    def shorten(self) -> bool:
+        """Drops the older half of the queue, for want of memory; whether there was anything to
+        drop."""
+        if self._waiting < 2:  # noqa: PLR2004  an end is the last, and stays
+            return False
+        if self.terms.overflow == pb.EbpfEventStreamRequest.OVERFLOW_END:
+            self.fail(
+                "the agent had no memory left for this stream's queue: read faster, filter, or "
+                "choose another overflow policy; the last event delivered was number "
+                f"{self.last_delivered_seq}"
+            )
+            return False
+        for _ in range(self._waiting // 2):
+            self._drop_oldest(self._held if self._held.entries else self._live)
+        self._wake()
+        return True
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits in its queue, as `terms.queue_bytes` counts it."""
+        return self._held.size_bytes + self._live.size_bytes
+
+    def _drop(self, gap: _Gap, frame: Queued, stage: pb.Loss.Stage) -> None:
         """Counts a frame's events as lost, and keeps the losses that it would have told."""
         gap.filtered += frame.covered - frame.count
         gap.in_kernel.update(frame.losses)
@@ -264,7 +288,7 @@ class Subscription:
             self.lost[stage] += count
             self.channel.subscribers_lost[stage] += count
 
-    def _message_bytes(self, frame: Frame) -> int:
+    def _message_bytes(self, frame: Queued) -> int:
         """What sending FRAME takes; where that is a message for each event, an estimate."""
         return frame.event_bytes * frame.count if self.terms.single_events else frame.size_bytes
 
@@ -311,9 +335,15 @@ class Subscription:
         if gap.to_tell:
             queue.entries[0] = _Gap(), frame
             return self._tell(gap, frame.first_seq - 1, frame.lost_in_kernel_before)
+        made = self._made(frame)  # before its rows are released
         queue.pop()
         self._told.add(gap)
-        return frame
+        return made
+
+    def _made(self, queued: Queued) -> Frame:
+        """The frame to send."""
+        self._estimate_bytes = self._message_bytes(queued)
+        return queued.frame() if isinstance(queued, Passed) else queued
 
     def _take_kept(self) -> Frame | None:
         """The next frame that passes of those kept since before the subscription; after a number
@@ -331,7 +361,7 @@ class Subscription:
             if passed := frame if frame.end else self._kept_frame(frame):
                 self._told.add(gap)
                 self._held.tail = _Gap()
-                return passed
+                return self._made(passed)
         return self._position() if self._next_kept < self._kept_until else None
 
     def _take_live(self) -> Frame | None:
@@ -352,6 +382,7 @@ class Subscription:
         """A frame of the losses of GAP, which ends at LAST_SEQ."""
         self._told.add(gap)
         losses = gap.lost + gap.in_kernel
+        self._estimate_bytes = 0
         frame = self.channel.control(self._seq + 1, last_seq, time.time_ns())
         return replace(frame, losses=losses, lost_in_kernel=dict(lost_in_kernel))
 
@@ -399,7 +430,7 @@ class Subscription:
         """The frame that was just taken as encoded EbpfEvents, one for each event. Meanwhile its
         rows exist as messages too, which no limit counts: about 2 MB for a frame of the most rows,
         for each call that is at this point."""
-        estimate_bytes = self._message_bytes(frame)  # it gives way to the figure
+        estimate_bytes = self._estimate_bytes  # it gives way to the figure
         for event in frame.events(self._stream_account()):
             if self._rate:
                 self._rate.spend(len(event) - estimate_bytes, self.channel.clock())
@@ -417,7 +448,7 @@ class Subscription:
             self.delivered,
             self.filtered,
             self._held.rows + self._unread() + self._live.rows,
-            self._held.size_bytes + self._live.size_bytes,
+            self.queued_bytes,
             dict(self.lost),
         )
 

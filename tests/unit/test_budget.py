@@ -199,10 +199,15 @@ def test_the_causes_are_named_and_programs_that_are_not_counted_are_not_said_to_
     assert costs.recent_by_cause() == (
         "its programs are not counted, 10.0 by reading, 9.0 by its subscribers"
     )
+    costs.charge_offering(200_000_000)
+    costs.sample(1)
+    assert costs.recent_by_cause() == (
+        "its programs are not counted, 8.0 by reading, 11.0 by its subscribers"
+    )
     costs.programs.count(stats(7, 0), stats(7.01, 0), Window(1.0, 1.02))
     costs.sample(2)
     assert costs.recent_by_cause() == (
-        "5.1 by its programs, 10.0 by reading, 9.0 by its subscribers"
+        "5.1 by its programs, 8.0 by reading, 11.0 by its subscribers"
     )
 
 

@@ -125,6 +125,27 @@ async def test_limits_are_enforced_while_a_preempted_session_cannot_detach(
     assert other.end == End(pb.SessionEnd.REASON_AGENT_SHUTDOWN, "the agent is shutting down")
 
 
+async def test_queues_that_are_not_read_give_way_before_a_session_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(enforcement, "_ENFORCE_EVERY_S", 0.001)
+    desk = Desk(Limits(memory=ByteCount(2 << 20), replay_bytes=ByteCount(64 << 10)))
+    async with desk.supervisor as supervisor:
+        session = await desk.start()
+        idle, prompt = session.subscribe(), session.subscribe()
+        for _ in range(100):
+            await desk.made[0].emit(calls(1_000))
+            while prompt.take():
+                pass
+        await until(lambda: supervisor.memory_bytes() <= 2 << 20)
+        lost = idle.account.lost[pb.Loss.STAGE_SUBSCRIBER_QUEUE]
+        assert 50_000 < lost < 100_000
+        assert idle.account.queued == 100_000 - lost
+        assert prompt.account.lost == {}
+        assert prompt.delivered == 100_000
+        assert supervisor.at_work() == [session]
+
+
 async def test_what_a_continuous_collector_waits_for_has_no_control_characters() -> None:
     desk = Desk(None, Continuous(kind="syscall_stats", service="shop"))
     desk.script = {"refusal": NotFoundError("the nearest names are \x1b[2Jshop\nready")}
