@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Self
@@ -102,10 +102,13 @@ class _Calls:
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def answer(wire: bytes, context: Context) -> bytes:
             caller = self.caller_of(context)
+            # Until gRPC has sent the answer: it keeps answers that callers do not read.
+            place = ExitStack()
+            context.add_done_callback(lambda _: place.close())  # type: ignore[arg-type]
             async with _failures_as_status(method, context, caller):
-                with self.quotas.unary.one(caller):
-                    response = await behaviour(parse(request_type, wire), caller)
-                    return response.SerializeToString()
+                place.enter_context(self.quotas.unary.one(caller))
+                response = await behaviour(parse(request_type, wire), caller)
+                return response.SerializeToString()
 
         return answer
 

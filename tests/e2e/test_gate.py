@@ -301,6 +301,23 @@ def test_streams_that_no_quota_sees_are_limited_for_each_peer(unread: bool, tmp_
         calls_succeed(address, 120)  # one after the other
 
 
+def test_answers_that_are_not_read_keep_their_callers_places(tmp_path: Path) -> None:
+    config = {"auth": INSECURE, "limits": {"calls_per_peer": 5}}
+    with running_agent(tmp_path / "agent", config, "--listen", "127.0.0.1:0") as agent:
+        with Http2(agent.address) as connection:
+            connection.greet(window_bytes=0)
+            connection.acknowledge()
+            calls = [connection.begin(f"/{SERVICE}/GetCapabilities") for _ in range(5)]
+            connection.socket.sendall(b"".join(calls))
+            wait_until(lambda: connection.answers == 5)
+            code, text = code_and_text(agent, "ListCollectors", pb.ListCollectorsRequest())
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert text.startswith("limits.calls_per_peer is 5, and 5 calls of uid 0 ")
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        wait_until(lambda: held(agent, agent.address) <= 1)
+        assert calls_succeed(agent.address, 20) < 2 * PATIENCE
+
+
 def test_calls_and_streams_of_one_peer_are_limited_by_name(tmp_path: Path) -> None:
     limits = {"streams": 3, "streams_per_peer": 2}
     config = {"auth": INSECURE, "limits": limits}
