@@ -267,9 +267,10 @@ def test_addresses_in_one_flag_are_split_as_in_the_environment(
         ("listen: []", "listen: at least one address is expected"),
         ("limits: {keepalive: .inf}", "limits.keepalive: inf is not accepted; give a duration"),
         ("a: 1\na: 2", "not YAML: the key 'a' is given twice in line 2, column 1"),
+        ("continuous: [{kind: syscall_stats}]", "continuous[0]: name a service, or one of pid, "),
         (None, "Is a directory"),
     ],
-    ids=["listen", "inf", "twice", "directory"],
+    ids=["listen", "inf", "twice", "no target", "directory"],
 )
 def test_the_agent_ends_with_status_2_and_one_line(
     text: str | None, told: str, tmp_path: Path
