@@ -470,7 +470,8 @@ def _check(config: Config) -> None:
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
-                f"limits.{key}: {format_duration(value_s)} is not accepted; give at most 24 days"
+                f"limits.{key}: {format_duration(value_s)} is not accepted; give a duration of "
+                "at most 24 days"
             )
     for kind in config.policy.collectors:
         _check_kind("policy.collectors", kind, KINDS)
@@ -545,9 +546,9 @@ def _check_continuous(path: str, rule: Continuous) -> None:
             raise ConfigError(
                 f"{path}: name a service, or one of pid, comm, cgroup or scope in config"
             ) from error
+        accepts = error.accepts.replace("service_name", "service")  # the key of a rule
         raise ConfigError(
-            f"{path}.config.{error.name}: {shown(error.value)} is not accepted; give "
-            f"{error.accepts}"
+            f"{path}.config.{error.name}: {shown(error.value)} is not accepted; give {accepts}"
         ) from error
 
 

@@ -811,18 +811,18 @@ def test_a_second_agent_on_the_same_port_is_refused(guarded: RunningAgent, tmp_p
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"limit": {}}, "top level: Object contains unknown field `limit`"),
+        ({"limit": {}}, "limit: no such key; did you mean `limits`? accepted are agent_id, "),
         (
             {"limits": {"concurrent": 1}},
-            "limits: Object contains unknown field `concurrent`",
+            "limits.concurrent: no such key; did you mean `concurrent_collectors`? accepted are ",
         ),
         (
             {"services": {"checkout": {"command": "nginx"}}},
-            "services[...]: Object contains unknown field `command`",
+            "services.checkout.command: no such key; did you mean `comm`? accepted are comm, ",
         ),
         (
             {"limits": {"max_duration": "soon"}},
-            "limits.max_duration: a duration such as 500ms, 30s or 5m (found 'soon')",
+            "limits.max_duration: 'soon' is not accepted; give a duration such as 500ms, 30s or 5m",
         ),
     ],
 )
@@ -830,12 +830,14 @@ def test_a_configuration_that_is_not_accepted_is_told_with_the_path_to_the_key(
     config: Mapping[str, object], told: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "agent.yaml"
-    assert refused_start(tmp_path, config=config) == f"coral agent: {path}: {told}"
+    assert refused_start(tmp_path, config=config).startswith(f"coral agent: {path}: {told}")
 
 
 def test_a_variable_of_the_environment_that_means_nothing_is_refused(tmp_path: Path) -> None:
-    assert refused_start(tmp_path, environment={"CORAL__LIMITS__CONCURRENT": "1"}) == (
-        "coral agent: CORAL__LIMITS__CONCURRENT: limits: Object contains unknown field `concurrent`"
+    told = refused_start(tmp_path, environment={"CORAL__LIMITS__CONCURRENT": "1"})
+    assert told.startswith(
+        "coral agent: CORAL__LIMITS__CONCURRENT: limits.concurrent: no such key; did you mean "
+        "`concurrent_collectors`? accepted are concurrent_collectors, max_duration, "
     )
 
 

@@ -179,7 +179,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("limits: {keepalive: 0.0005}", "limits.keepalive: 0.0005 is not accepted; give a durat"),
         (
             "limits: {keepalive: 25h, connection_age: 600h}",
-            "connection_age: 36000m is not accepted; give at most 24 days",
+            "connection_age: 36000m is not accepted; give a duration of at most 24 days",
         ),
         ("limits: {memory: 2048GiB}", "limits.memory: '2048GiB' is not accepted; give a size"),
         ("limits: {cpu_percent: .inf}", "limits.cpu_percent: inf is not accepted; give a num"),
@@ -267,9 +267,10 @@ def test_addresses_in_one_flag_are_split_as_in_the_environment(
         ("listen: []", "listen: at least one address is expected"),
         ("limits: {keepalive: .inf}", "limits.keepalive: inf is not accepted; give a duration"),
         ("a: 1\na: 2", "not YAML: the key 'a' is given twice in line 2, column 1"),
+        ("continuous: [{kind: syscall_stats}]", "continuous[0]: name a service, or one of pid, "),
         (None, "Is a directory"),
     ],
-    ids=["listen", "inf", "twice", "directory"],
+    ids=["listen", "inf", "twice", "no target", "directory"],
 )
 def test_the_agent_ends_with_status_2_and_one_line(
     text: str | None, told: str, tmp_path: Path
@@ -336,6 +337,13 @@ STATS = "continuous: [{kind: syscall_stats, "
             (
                 "continuous[0].config.scope: 'host' is not accepted; give only one of pid, comm, "
                 "cgroup, scope; pid is given too"
+            ),
+        ),
+        (
+            STATS + "service: shop, config: {comm: a, until_exit: true}}]",
+            (
+                "continuous[0].config.until_exit: 'true' is not accepted; give it with pid or a "
+                "service only"
             ),
         ),
         (
