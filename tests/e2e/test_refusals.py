@@ -39,6 +39,7 @@ from tests.support import (
     code_and_text,
     running_agent,
     sample,
+    scrape,
     streaming,
     totals,
     wait_until,
@@ -441,11 +442,10 @@ def objects(directory: Path, edit: Callable[[str], str]) -> Path:
 def refusing_agent(directory: Path, objects_: Path) -> Iterator[RunningAgent]:
     """An agent with those objects, which must leave nothing behind while it lives."""
     environment = {"CORAL_BPF_OBJECTS": str(objects_)}
-    with (
-        running_agent(directory / "agent", environment=environment) as agent,
-        leaving_nothing(agent),
-    ):
-        yield agent
+    with running_agent(directory / "agent", environment=environment) as agent:
+        scrape(agent)  # libuv keeps a descriptor in reserve from the first connection on
+        with leaving_nothing(agent):
+            yield agent
 
 
 def test_what_the_verifier_rejects_is_told_with_its_last_lines(tmp_path: Path) -> None:
