@@ -34,8 +34,8 @@ from coral.agent.streams import (
     Terms,
     shorten_queues,
 )
-from coral.agent.streams.frame import take
 from coral.agent.streams.passed import Passed, Queued
+from coral.agent.streams.rows import take
 from coral.agent.streams.subscription import ENTRY_BYTES
 from coral.client import Batch as Received
 from coral.collectors.contract import Batch, EventRows, Summaries
