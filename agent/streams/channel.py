@@ -21,16 +21,8 @@ from typing import Final
 
 import numpy as np
 
-from coral.agent.streams.frame import (
-    Frame,
-    Header,
-    Held,
-    loss_messages,
-    row_bytes,
-    row_sizes,
-    take,
-    with_used_strings,
-)
+from coral.agent.streams.frame import Frame, Header, Held, loss_messages
+from coral.agent.streams.rows import row_bytes, row_sizes, take, with_used_strings
 from coral.agent.streams.subscription import Subscription, Terms
 from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.collectors.metering import Charge, uncharged

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -14,12 +14,12 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from coral.agent.streams.filter import Filter
+from coral.agent.streams.rows import compact, layout_of, take
 from coral.collectors.contract import EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import WIRE_BYTES, varint
 from coral.wire.kinds import event_field_of, field_of, is_string_index
-from coral.wire.rows import RowLayout, row_layout
 
 Counts = Mapping[int, int]  # by pb.Loss.Stage
 _NOTHING: Final[Counts] = {}
@@ -45,6 +45,7 @@ class _Made:
     # None until the first, because an empty one takes as much as a few rows.
     filtered: WeakValueDictionary[Filter, Any] | None = None
     is_shared: bool = True
+    is_encoded: bool = False  # its rows are part of another frame's, as they lie on the wire
     holders: int = 0
     held_in: Held | None = None
 
@@ -81,13 +82,15 @@ class Frame:
         rows = self.rows
         if isinstance(rows, EventRows):
             # The rows come first, so that a reader finds them without a look at the rest.
-            layout = _layout(rows)
-            wire = layout.encode(rows.records) + self._head()
+            layout = layout_of(rows)
+            is_encoded, records = self._made.is_encoded, rows.records
+            body = records.view(np.uint8).data if is_encoded else layout.encode(records)
+            wire = b"".join((body, self._head()))
             self._made.events = wire
             records = np.frombuffer(wire, layout.dtype, len(rows))
             object.__setattr__(self, "rows", replace(rows, records=records))
         elif rows is not None:
-            object.__setattr__(self, "rows", _compact(rows))
+            object.__setattr__(self, "rows", compact(rows))
 
     @property
     def count(self) -> int:
@@ -235,7 +238,8 @@ class Frame:
     def with_rows(self, mask: NDArray[np.bool_]) -> Frame:
         """The frame with the rows of MASK, of shape (rows,)."""
         assert self.rows is not None  # noqa: S101  the mask is of its rows
-        return self._with(rows=take(self.rows, mask), seqs=self.first_seq + np.flatnonzero(mask))
+        seqs = self.first_seq + np.flatnonzero(mask)
+        return self._with(rows=take(self.rows, mask), seqs=seqs, _made=_Made(is_encoded=True))
 
     def after(self, seq: int) -> Frame:
         """The frame without the events up to number SEQ, which lies within it."""
@@ -245,7 +249,7 @@ class Frame:
         return self._with(first_seq=seq + 1, rows=take(self.rows, keep), losses=_NOTHING)
 
     def _with(self, **changes: Any) -> Frame:
-        return replace(self, **changes, _made=_Made())
+        return replace(self, **{"_made": _Made(), **changes})
 
     def events(self, account: pb.StreamAccount | None = None) -> Iterator[bytes]:
         """The frame as encoded EbpfEvents, one for each event; losses, the end, and where the
@@ -308,7 +312,6 @@ _HEAD_BYTES: Final = 200
 # tests/unit/test_streams.py measures them.
 FRAME_BYTES: Final = 850
 COLUMN_BYTES: Final = 130
-Rows = TypeVar("Rows", EventRows, Summaries)
 
 
 def loss_messages(counts: Counts) -> list[pb.Loss]:
@@ -329,76 +332,3 @@ def _send_strings(event: pb.EbpfEvent, row: Message, strings: Sequence[str]) -> 
             if text not in event.strings:
                 event.strings.append(text)
             setattr(payload, it.name, list(event.strings).index(text))
-
-
-def row_bytes(rows: EventRows) -> int:
-    """What each row takes in a message."""
-    return _layout(rows).dtype.itemsize
-
-
-def row_sizes(rows: Summaries) -> NDArray[np.int64]:
-    """What each row takes in a message at most, in bytes, of shape (n,). Strings count for each row
-    that refers to them, as they do where summaries are sent as messages."""
-    lengths = np.array([len(text.encode()) for text in rows.strings] or [0], np.int64)
-    sizes = np.full(len(rows), _ROW_OVERHEAD_BYTES, np.int64)
-    for name, column in columns_layout(rows.message.DESCRIPTOR).columns.items():
-        values = rows.columns.get(name)
-        if values is None or column.per_batch or not len(values):
-            continue
-        sizes += values[0].size * column.dtype.itemsize
-        if column.string_index:
-            sizes += lengths[values].reshape(len(rows), -1).sum(axis=1)
-    return sizes
-
-
-_ROW_OVERHEAD_BYTES: Final = 64
-
-
-def take(rows: EventRows | Summaries, keep: NDArray[Any]) -> EventRows | Summaries:
-    """The rows at KEEP, row numbers or a mask of shape (n,), with the strings they use alone."""
-    if isinstance(rows, EventRows):
-        # Without a look at the fields, which would take five times as long.
-        records = rows.records.view(f"V{rows.records.itemsize}")[keep].view(rows.records.dtype)
-        return with_used_strings(replace(rows, records=records))
-    return with_used_strings(rows.take(keep))
-
-
-def with_used_strings(rows: Rows) -> Rows:
-    """ROWS without the strings that none of them points to."""
-    values: Any = rows.records if isinstance(rows, EventRows) else rows.columns
-    there_are = values.dtype.names or () if isinstance(rows, EventRows) else values
-    indices = {
-        field.name: values[field.name]
-        for field in rows.message.DESCRIPTOR.fields
-        if is_string_index(field) and field.name in there_are
-    }
-    if not indices:
-        return rows
-    is_used = np.zeros(len(rows.strings), bool)
-    for each in indices.values():
-        is_used[each] = True
-    if is_used.all():
-        return rows
-    renumbered = np.cumsum(is_used) - 1
-    fewer = {name: renumbered[each] for name, each in indices.items()}
-    strings = [rows.strings[at] for at in np.flatnonzero(is_used).tolist()]
-    if isinstance(rows, Summaries):
-        return replace(rows, columns={**rows.columns, **fewer}, strings=strings)
-    records = rows.records.copy()
-    for name, each in fewer.items():
-        records[name] = each
-    return replace(rows, records=records, strings=strings)
-
-
-def _compact(rows: Summaries) -> Summaries:
-    """ROWS with each column in the width that the contract gives it."""
-    layout = columns_layout(rows.message.DESCRIPTOR).columns
-    columns = {
-        name: np.ascontiguousarray(values, layout[name].dtype)
-        for name, values in rows.columns.items()
-    }
-    return replace(rows, columns=columns)
-
-
-def _layout(rows: EventRows) -> RowLayout:
-    return row_layout(pb.EbpfEventBatch.DESCRIPTOR, field_of(rows.message.DESCRIPTOR).name)

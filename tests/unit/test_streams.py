@@ -34,8 +34,8 @@ from coral.agent.streams import (
     Terms,
     shorten_queues,
 )
-from coral.agent.streams.frame import take
 from coral.agent.streams.passed import Passed, Queued
+from coral.agent.streams.rows import take
 from coral.agent.streams.subscription import ENTRY_BYTES
 from coral.client import Batch as Received
 from coral.collectors.contract import Batch, EventRows, Summaries
@@ -1027,6 +1027,7 @@ def test_a_few_rows_do_not_keep_a_frame_in_memory() -> None:
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 200), max_size=6),
     wanted=st.sampled_from([wanted for wanted, _ in FILTERS.values()]),
@@ -1096,6 +1097,7 @@ def test_filtering_is_charged_to_the_subscribers() -> None:
     assert len(readers) == len(stream.subscriptions)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.integers(0, (1 << 32) - 1), max_size=30),
     pids=st.frozensets(st.integers(0, (1 << 32) - 1), min_size=1),
