@@ -57,26 +57,22 @@ class Filter:
         )
 
     def __bool__(self) -> bool:
-        return self != EVERYTHING
+        return self is not EVERYTHING and self != EVERYTHING
 
     def mask(self, rows: EventRows | Summaries) -> NDArray[np.bool_]:
         """Which of ROWS pass, of shape (n,)."""
-        keep = np.ones(len(rows), bool)
-        for meaning, numbers in (
-            (options.MEANING_PID, self._pids),
-            (options.MEANING_TID, self._tids),
-        ):
-            if len(numbers):
-                for values in _columns(rows, meaning):
-                    keep &= _is_among(values, numbers)
-        for meaning, names in (
-            (options.MEANING_COMMAND, self.comms),
-            (options.MEANING_SYSCALL, self.syscalls),
-        ):
-            if names:
-                for indices in _columns(rows, meaning):
-                    passes = np.array([string in names for string in rows.strings], bool)
-                    keep &= passes[indices]
+        keep = np.empty(len(rows), bool)  # several times as fast as np.ones for a few rows
+        keep.fill(True)
+        if self.pids:
+            for values in _columns(rows, options.MEANING_PID):
+                keep &= _is_among(values, self._pids)
+        if self.tids:
+            for values in _columns(rows, options.MEANING_TID):
+                keep &= _is_among(values, self._tids)
+        if self.comms:
+            keep &= _named(rows, options.MEANING_COMMAND, self.comms)
+        if self.syscalls:
+            keep &= _named(rows, options.MEANING_SYSCALL, self.syscalls)
         if self.errors_only:
             keep &= _failed(rows)
         if self.min_duration_ns:
@@ -107,6 +103,15 @@ def _columns(rows: EventRows | Summaries, meaning: int) -> Iterator[NDArray[Any]
         if each.name in names:
             column: NDArray[Any] = values[each.name]
             yield column
+
+
+def _named(rows: EventRows | Summaries, meaning: int, names: frozenset[str]) -> NDArray[np.bool_]:
+    """Which of ROWS have one of NAMES in their columns with that meaning, of shape (n,)."""
+    named = np.ones(len(rows), bool)
+    passes = np.array([string in names for string in rows.strings], bool)
+    for indices in _columns(rows, meaning):
+        named &= passes[indices]
+    return named
 
 
 def _failed(rows: EventRows | Summaries) -> NDArray[np.bool_]:
