@@ -32,7 +32,6 @@ from coral.collectors.metering import Charge, uncharged
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")
 
 HEALTH: Final = cast("ServiceDescriptor", health_pb2.DESCRIPTOR.services_by_name["Health"])
-_ListResponse: Final = GetMessageClass(HEALTH.methods_by_name["List"].output_type)
 Status: Final = health_pb2.HealthCheckResponse
 _EVERY_S: Final = 1.0
 
@@ -82,7 +81,8 @@ class Health:
     ) -> Message:
         """The status of every service."""
         statuses = {name: Status(status=status) for name, status in self._statuses.items()}
-        return _ListResponse(statuses=statuses)
+        response = GetMessageClass(HEALTH.methods_by_name["List"].output_type)
+        return response(statuses=statuses)
 
     @contextmanager
     def Watch(  # noqa: N802

@@ -370,19 +370,21 @@ def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
         counts_exactly(agent, start(agent, other, mode=mode), other)
 
 
-def test_without_threads_the_agent_goes_on(
+def test_without_threads_starts_are_refused_and_the_rest_goes_on(
     faults: Faults, tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    """No worker thread exists, and none can be started: blocking work is then done on the loop."""
+    """No worker thread exists, and none can be started: what is at work is drained on the loop."""
     running = calls("getppid", CALLS)
     with faulty_agent(tmp_path / "agent", faults) as agent, leaving_nothing(agent):
         first = start(agent, running)
         with faults.failing(1, errno.EAGAIN, call=Call.THREAD_CREATE, all_after=True):
-            others = [calls("getppid", CALLS) for _ in range(3)]
-            ids = [start(agent, other) for other in others[:2]]
-            for collector_id, other in zip((first, *ids), (running, *others), strict=False):
-                counts_exactly(agent, collector_id, other)
+            code, text = code_and_text(agent, "StartCollector", start_request({"pid": os.getpid()}))
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "the agent could not start a thread" in text
+            counts_exactly(agent, first, running)
         assert faults.failed
+        other = calls("getppid", CALLS)
+        counts_exactly(agent, start(agent, other), other)
 
 
 # Limits of the process
