@@ -212,7 +212,7 @@ def test_what_an_agent_does_not_allow_is_no_failure_of_the_machine(tmp_path: Pat
 
 def test_a_wrong_token_is_said_to_be_wrong(tmp_path: Path) -> None:
     token = tmp_path / "token"
-    token.write_text("right")
+    token.write_text("the-right-token-of-it")
     with running_agent(tmp_path / "agent", {"auth": {"token_file": str(token)}}) as agent:
         wrong = examined("--agent", agent.address, CORAL_TOKEN="left")
         none = examined("--agent", agent.address, CORAL_TOKEN="")
