@@ -22,10 +22,6 @@ def _nothing() -> None:
     pass
 
 
-def _unknown(_since_s: float) -> bool:
-    return False
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
     """The origin of one call.
@@ -34,9 +30,7 @@ class Caller:
     empty for a program that uses the supervisor as a library. `principal` is what limits for one
     peer count by, such as `uid 0` or `10.0.0.7`. `interactive` says that a person waits for what
     the call returns: the session that it reads is then the last to be preempted. `hang_up` closes
-    the caller's connection at once, whatever is being written to it. `is_alive` says whether the
-    connection's client has sent anything since a time of the monotonic clock, in seconds, and takes
-    what is sent to it.
+    the caller's connection at once, whatever is being written to it.
     """
 
     peer: str = ""
@@ -44,7 +38,6 @@ class Caller:
     principal: str = ""
     trust: Trust = Trust.OWNER
     hang_up: Callable[[], None] = field(default=_nothing, compare=False)
-    is_alive: Callable[[float], bool] = field(default=_unknown, compare=False)
 
     @property
     def may_claim(self) -> bool:

@@ -81,7 +81,6 @@ class Callers:
             trust = Trust.TOKEN
         return Caller(
             peer=origin.address,
-            is_alive=connection.is_alive,
             principal=f"{origin.principal}, {name}" if trust is Trust.OWNER else origin.principal,
             trust=trust,
             hang_up=partial(connection.close, STALLED),

@@ -90,7 +90,6 @@ class _Sink:
         failed: Callable[[], None],
     ) -> None:
         self.held = b""
-        self.progress_at_s = 0.0  # when the socket last took something
         self._loop = asyncio.get_running_loop()
         self._socket = sink
         self._pause, self._resume, self._failed = pause, resume, failed
@@ -111,9 +110,7 @@ class _Sink:
 
     def _send(self, data: memoryview | bytes) -> int:
         try:
-            sent = self._socket.send(data)
-            self.progress_at_s = time.monotonic()
-            return sent
+            return self._socket.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:  # its other end is gone, and with it the need to hold anything
@@ -139,7 +136,7 @@ class Connection:
         self._unfinished_bytes = self._streams = 0  # this connection's part of its peer's
         self._reason = ""  # why it closes, while the client may still read that
         self._early = bytearray()  # what came before gRPC was dialled
-        self._since_s = self._active_at_s = self._heard_at_s = time.monotonic()
+        self._since_s = self._active_at_s = time.monotonic()
         self._left_at_s: float | None = None  # when gRPC closed its end
         self._rest: asyncio.TimerHandle | None = None
         self._to_server: _Sink | None = None
@@ -167,12 +164,6 @@ class Connection:
             return "idle"
         age_s = _GRPC_JITTER * limits.connection_age + AGE_GRACE_S + _MARGIN_S
         return "age" if now_s > self._since_s + age_s else ""
-
-    def is_alive(self, since_s: float) -> bool:
-        """Whether the client has sent anything since SINCE_S, by the monotonic clock, as one that
-        reads does, and takes what it is sent."""
-        stuck = self._to_client.held and self._to_client.progress_at_s < since_s
-        return self._heard_at_s > since_s and not stuck
 
     def close(self, reason: str = "") -> None:
         """Closes both ends at once, whatever is being written. Safe to call twice."""
@@ -225,7 +216,7 @@ class Connection:
         if not data:
             self.close()
             return
-        self._active_at_s = self._heard_at_s = now_s
+        self._active_at_s = now_s
         try:
             passed, calls = self._meter.feed(data)
         except NotHttp2Error:

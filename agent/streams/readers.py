@@ -40,8 +40,9 @@ class Reader:
             self.blocked_since = None
 
     def let_go(self) -> None:
-        """Cancels the call's task, which gives back what it holds. gRPC cannot reset the call: it
-        keeps the message that is being written until the connection ends."""
+        """Ends the call. Its connection is closed, because a call cannot be reset where nothing is
+        read; its task is cancelled, and gives back what it holds."""
+        self.caller.hang_up()
         self._task.cancel()
 
 
@@ -52,8 +53,6 @@ class Readers:
         self._patience_s = patience_s
         self._clock = clock
         self._open: set[Reader] = set()
-        # Those that were let go, until their connections are known to be alive or are closed.
-        self._let_go: list[Reader] = []
 
     def __len__(self) -> int:
         return len(self._open)
@@ -71,13 +70,7 @@ class Readers:
             self._open.discard(reader)
 
     def check(self) -> None:
-        """Lets go of those that have stalled for too long. At the next check, closes the
-        connections of those let go whose clients have been silent or stuck as long as the call; a
-        client that reads other streams keeps these."""
-        let_go, self._let_go = self._let_go, []
-        for reader in let_go:
-            if not reader.caller.is_alive(reader.blocked_since or 0.0):
-                reader.caller.hang_up()
+        """Lets go of those that have stalled for too long."""
         now = self._clock()
         for reader in tuple(self._open):
             since = reader.blocked_since
@@ -90,7 +83,6 @@ class Readers:
                     "limits.stalled_subscriber",
                 )
                 reader.let_go()
-                self._let_go.append(reader)
 
     async def watch(self) -> None:
         """Checks every second, until cancelled."""

@@ -6,18 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import grpc
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
-    SERVICE,
     Puppet,
     RunningAgent,
     collectors_at_work,
@@ -32,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 READERS: Final = 12  # of a session that ends, and as many of one at work
 CALLS: Final = 150_000  # about 7 MB for each reader
 QUEUE_BYTES: Final = 4 << 20
-CONFIG: Final[dict[str, dict[str, object]]] = {
+CONFIG: Final = {
     "limits": {
         "stalled_subscriber": "6s",
         "keepalive": "10m",  # it is not to end the connection first
@@ -118,49 +115,8 @@ def test_frozen_readers_are_let_go_and_do_not_hold_up_the_end(
             signalled_at = time.monotonic()
             assert agent.stop() == 0
             assert time.monotonic() - signalled_at < 2
-            assert "stopped" in [line["event"] for line in agent.log()]
+            assert agent.log()[-1]["event"] == "stopped"
             assert not Path(agent.address.removeprefix("unix:")).exists()
-
-
-def accounted(batch: pb.EbpfEventBatch) -> int:
-    """How many events a message has, or says that they were lost."""
-    return batch.count + sum(loss.count for loss in batch.losses)
-
-
-def test_an_unread_stream_does_not_end_another_on_its_connection(
-    tmp_path: Path, puppet: Puppet
-) -> None:
-    limits = CONFIG["limits"] | {"stalled_subscriber": "2s"}
-    with (
-        running_agent(tmp_path / "agent", {"limits": limits}) as agent,
-        grpc.insecure_channel(agent.address) as channel,
-        ThreadPoolExecutor() as threads,
-    ):
-        request = pb.EbpfEventStreamRequest(collector_id=events(agent, puppet))
-        stub: Any = channel.unary_stream(
-            f"/{SERVICE}/StreamEventBatches",
-            pb.EbpfEventStreamRequest.SerializeToString, pb.EbpfEventBatch.FromString,
-        )  # fmt: skip
-        unread, read = stub(request), stub(request)
-        reading = threads.submit(lambda: sum(map(accounted, read)))
-        calls = 0
-
-        def called_until(condition: Callable[[], bool]) -> None:
-            nonlocal calls
-            while not condition():
-                puppet.getppid(10_000)
-                calls += 10_000
-
-        called_until(lambda: let_go(agent) == 1)
-        # The agent closes connections that are stuck a second after their streams.
-        until_s = time.monotonic() + 3
-        called_until(lambda: time.monotonic() > until_s)
-        assert not reading.done()
-        agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=request.collector_id))
-        assert reading.result(timeout=20) == calls
-        assert read.code() == grpc.StatusCode.OK
-        assert let_go(agent) == 1
-        unread.cancel()
 
 
 def test_a_reader_that_froze_just_now_does_not_hold_up_the_end(
