@@ -242,11 +242,11 @@ async def test_whatever_a_continuous_collector_raises_the_others_go_on() -> None
     with capture_logs() as logged:
         async with desk.supervisor:
             await until(lambda: any(line["event"] == "unexpected failure" for line in logged))
-            session = await desk.start(last=calls(CALLS))
             (standing,) = desk.supervisor.continuous
             assert standing.failures == 1
             assert standing.waits.reason == "failed"
             assert "embedded null byte" in standing.waits.text
+            session = await desk.start(last=calls(CALLS))
             # The rule is tried again, after a second at first.
             await until(lambda: len(desk.supervisor.at_work()) == 2)
             assert not standing.waits.reason
