@@ -249,7 +249,7 @@ async def test_whatever_a_continuous_collector_raises_the_others_go_on() -> None
             session = await desk.start(last=calls(CALLS))
             # The rule is tried again, after a second at first.
             await until(lambda: len(desk.supervisor.at_work()) == 2)
-            assert not standing.waits.reason
+            await until(lambda: not standing.waits.reason)
             await desk.supervisor.stop(session.id)
             assert session.channel.produced == CALLS
 
