@@ -26,13 +26,53 @@ struct signal_struct {
 	atomic_t live;
 };
 
+struct kernfs_node {
+	__u64 id;
+};
+
+struct cgroup;
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
+struct cgroup_root {
+	int hierarchy_id;
+};
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
+	struct cgroup_root *root;
+};
+
+struct css_set {
+	struct cgroup_subsys_state *subsys[1]; /* as many as the kernel has controllers */
+	struct cgroup *dfl_cgrp;
+};
+
+enum cgroup_subsys_id {
+	memory_cgrp_id,
+};
+
 struct task_struct {
 	struct thread_info thread_info;
 	int pid;
 	int tgid;
 	struct task_struct *group_leader;
 	struct signal_struct *signal;
+	struct css_set *cgroups;
+	__u64 start_time;
 	char comm[COMM_BYTES];
+};
+
+struct pt_regs {
+#if defined(__TARGET_ARCH_x86)
+	unsigned long orig_ax;
+#elif defined(__TARGET_ARCH_arm64)
+	int syscallno;
+#endif
 };
 
 #pragma clang attribute pop
@@ -78,4 +118,52 @@ static __always_inline struct thread current_thread(void)
 static __always_inline __u32 current_tgid(void)
 {
 	return bpf_get_current_pid_tgid() >> 32;
+}
+
+/* When a process began, in microseconds modulo 2^32: tells it from others that have had its id.
+ * LEADER is its first thread. Never 0. */
+static __always_inline __u32 born_of(struct task_struct *leader)
+{
+	return (kernel_read(leader, start_time) >> 10) | 1;
+}
+
+/* Cgroups. Ids are unique within a hierarchy: the unified one, or that of the memory controller. */
+
+static __always_inline int hierarchy_of(struct cgroup *cgroup)
+{
+	return kernel_read(kernel_read(cgroup, root), hierarchy_id);
+}
+
+static __always_inline __u64 id_of_cgroup(struct cgroup *cgroup)
+{
+	return kernel_read(kernel_read(cgroup, kn), id);
+}
+
+/* 0 for the root of a hierarchy. */
+static __always_inline __u64 id_of_parent(struct cgroup *cgroup)
+{
+	struct cgroup_subsys_state *parent = kernel_read(cgroup, self.parent);
+
+	return parent ? id_of_cgroup(kernel_read(parent, cgroup)) : 0;
+}
+
+/* The id of the cgroup of a task in the hierarchy of this number. */
+static __always_inline __u64 cgroup_of(struct task_struct *task, int hierarchy)
+{
+	struct css_set *set = kernel_read(task, cgroups);
+	struct cgroup_subsys_state *state = NULL;
+	int memory = 0;
+
+	if (!hierarchy)
+		return id_of_cgroup(kernel_read(set, dfl_cgrp));
+#ifdef CORAL_BCC
+#ifdef CONFIG_MEMCG
+	memory = memory_cgrp_id;
+#endif
+#else
+	if (bpf_core_enum_value_exists(enum cgroup_subsys_id, memory_cgrp_id))
+		memory = bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id);
+#endif
+	bpf_probe_read_kernel(&state, sizeof(state), field_of(set, subsys) + memory);
+	return state ? id_of_cgroup(kernel_read(state, cgroup)) : 0;
 }

@@ -1,221 +1,164 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: the processes that a collector watches. User space fills the map at the start; from
- * then on these programs maintain it. A child of a target becomes a target before its first
- * instruction, a process that execs gets its new name, and a process that exits is marked, so that
- * user space removes it once its last figures are read.
+ * One idiom: the processes that a session watches. User space adds those that run when the session
+ * starts; the programs of processes.bpf.c add and remove processes from then on. These maps belong
+ * to processes.bpf.c, and the programs of every collector use them.
  */
 #pragma once
 
 #include "kernel.bpf.h"
+#include "account.bpf.h"
+#include "records.bpf.h"
+#include "sessions.bpf.h"
 
 enum {
-	SELECT_HOST,	/* every process */
-	SELECT_TARGETS, /* the processes in the targets map */
-	SELECT_CGROUP,	/* the processes in or below the cgroup (v2) in slot 0 of `cgroups` */
+	MEMBER_ACTIVE,
+	MEMBER_ARMED, /* is watched from its next successful exec on, which counts */
+	MEMBER_SPARED, /* is not watched, although it would be */
 };
 
-enum {
-	TARGET_ACTIVE,
-	TARGET_ARMED,  /* becomes active at its next successful exec, which counts */
-	TARGET_EXITED, /* its last thread has exited */
-};
-
-struct target {
+struct member {
 	char comm[COMM_BYTES];
 	__u32 state;
 	__u32 reserved;
 };
 
-OPTION(__u32, selection, SELECT_TARGETS);
-OPTION(bool, follow_children, true);
-OPTION(bool, active_at_exec, false); /* the collector does not count the exec itself */
-OPTION(bool, select_comm, false);    /* adopt processes that exec to the name below */
-OPTION(__u64, wanted_comm_low, 0);
-OPTION(__u64, wanted_comm_high, 0);
-
-MAP(HASH, targets, __u32, struct target, 10240, BPF_F_NO_PREALLOC); /* by tgid */
-MAP(CGROUP_ARRAY, cgroups, __u32, __u32, 1, 0);
-
 /*
- * The only cost for processes that are not watched is one lookup here: the byte of every target is
- * set, so a byte that is clear belongs to no target. Bytes are never cleared. They are bytes and
- * not bits, so that user space and programs can set them without synchronization.
+ * By process id. The last name of a process that has ended stays until user space has read its last
+ * figures: under its id and the time of its start, so that the id can be another process's by then.
  */
-#define TARGET_HINTS 65536
-GLOBALS(__u8, target_hints, TARGET_HINTS);
+SESSION_MAPS(HASH, members, __u64, struct member, 10240, BPF_F_NO_PREALLOC);
 
-/* Targets for which the map had no room: the collector sees nothing of these processes. */
-GLOBAL(__u64, targets_full);
-
-static __always_inline bool surely_no_target(__u32 tgid)
+static __always_inline __u64 key_of_ended(__u32 tgid, __u32 born)
 {
-	volatile __u8 *hint;
-
-	if (option(selection) != SELECT_TARGETS)
-		return false;
-	hint = element(target_hints, tgid % TARGET_HINTS);
-	return hint && !*hint;
+	return (__u64)born << 32 | tgid;
 }
 
-static __always_inline struct target *target_add(__u32 tgid, struct target *target)
+static __always_inline struct member *member_of(__u32 slot, __u32 tgid)
 {
-	volatile __u8 *hint = element(target_hints, tgid % TARGET_HINTS);
-	volatile __u64 *full = global(targets_full);
+	void *map = map_of_session(members, slot);
+	__u64 key = tgid;
+
+	return map ? bpf_map_lookup_elem(map, &key) : NULL;
+}
+
+/*
+ * The only cost for processes that nobody watches is one lookup here: the bytes of all members are
+ * set, so that a byte that is clear belongs to no member. There are two sets. Programs set a byte
+ * in both, and never clear one; user space clears the set that is not in use, sets the bytes of
+ * all members in it, and changes over. A program sets the bytes after it has added the member:
+ * either user space finds the member, or it clears the bytes before they are set.
+ */
+#define HINTS 16384
+MAP(ARRAY, hints, __u32, __u8, 2 * HINTS, 0);
+
+static __always_inline bool surely_unwatched(const struct sessions *all, __u32 tgid)
+{
+	__u32 at = (all->hints & 1) * HINTS + tgid % HINTS;
+	__u8 *hint = bpf_map_lookup_elem(map_of(hints), &at);
+
+	return !all->host && hint && !*hint;
+}
+
+static __always_inline void hint_at(__u32 tgid)
+{
+	__u32 first = tgid % HINTS, second = HINTS + tgid % HINTS;
+	__u8 *hint = bpf_map_lookup_elem(map_of(hints), &first);
 
 	if (hint)
 		*hint = 1;
-	if (bpf_map_update_elem(map_of(targets), &tgid, target, BPF_ANY) && full)
-		__sync_fetch_and_add(full, 1);
-	return bpf_map_lookup_elem(map_of(targets), &tgid);
+	hint = bpf_map_lookup_elem(map_of(hints), &second);
+	if (hint)
+		*hint = 1;
+}
+
+/* The record of a change of what a session watches. Its place among the session's records tells
+ * since when it is so. */
+enum change {
+	CHANGE_NONE,
+	CHANGE_FOUND,
+	CHANGE_NAMED,
+	CHANGE_ENDED,
+};
+
+struct process_change {
+	struct record_head head;
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u32 tgid;
+	__u32 born;
+	__u32 change;
+	__u32 reserved;
+	char comm[COMM_BYTES];
+};
+
+IN_BTF(struct process_change, process_change);
+
+#define RECORD_PROCESS_CHANGE 1
+
+static __always_inline void tell_change(void *ctx, const struct sessions *all, __u32 slot,
+					__u32 tgid, __u32 born, enum change change,
+					const char *comm)
+{
+	struct process_change record = {
+	    .head = {.kind = RECORD_PROCESS_CHANGE, .length = sizeof(record)},
+	    .time_ns = bpf_ktime_get_ns(),
+	    .tgid = tgid,
+	    .born = born,
+	    .change = change,
+	};
+
+	if (!(all->detailed & session_bit(slot)))
+		return;
+	__builtin_memcpy(record.comm, comm, COMM_BYTES);
+	record_note(ctx, slot, &record, sizeof(record));
+}
+
+static __always_inline void member_add(void *ctx, const struct sessions *all, __u32 slot,
+				       __u32 tgid, __u32 born, const struct member *member)
+{
+	void *map = map_of_session(members, slot);
+	__u64 key = tgid;
+	long error = map ? bpf_map_update_elem(map, &key, member, BPF_ANY) : 0;
+
+	if (!map)
+		return;
+	if (error) {
+		account_error(slot, error);
+		return;
+	}
+	hint_at(tgid);
+	tell_change(ctx, all, slot, tgid, born, CHANGE_FOUND, member->comm);
 }
 
 /*
- * The target that the current task belongs to, or NULL. Where single processes are not selected, a
- * process is added when it is first seen, so that user space can name it.
+ * Whether session SLOT watches the process TGID, of the task of a program. A session that watches
+ * every process learns of it here, so that user space can name it.
  */
-static __always_inline struct target *target_of_current(__u32 tgid)
+static __always_inline struct member *member_met(void *ctx, const struct sessions *all, __u32 slot,
+						 __u32 tgid, struct task_struct *task)
 {
-	struct target *target = bpf_map_lookup_elem(map_of(targets), &tgid);
-	struct target found = {.state = TARGET_ACTIVE};
+	struct member *member = member_of(slot, tgid), found = {.state = MEMBER_ACTIVE};
+	struct task_struct *leader;
 
-	if (target || option(selection) == SELECT_TARGETS)
-		return target;
-	kernel_read_string(&found.comm, kernel_read(this_task(), group_leader), comm);
-	return target_add(tgid, &found);
+	if (member || !(all->host & session_bit(slot)))
+		return member;
+	leader = kernel_read(task, group_leader);
+	kernel_read_string(&found.comm, leader, comm);
+	member_add(ctx, all, slot, tgid, born_of(leader), &found);
+	return member_of(slot, tgid);
 }
 
-static __always_inline bool cgroup_excludes_current(void)
+/* The sessions of HUB that watch the current process now. */
+static __always_inline __u64 sessions_of_current(void *ctx, const struct sessions *all,
+						 enum hub hub, __u32 tgid)
 {
-	return option(selection) == SELECT_CGROUP &&
-	       bpf_current_task_under_cgroup(map_of(cgroups), 0) != 1;
-}
+	__u64 watching = 0;
 
-/* The current process forks; the child has its parent's name until it execs. */
-static __always_inline int on_fork(__u32 child_tgid)
-{
-	__u32 parent_tgid = current_tgid();
-	struct target *parent, child = {};
+	for_each_session (slot, all->of_hub[hub]) {
+		struct member *member = member_met(ctx, all, slot, tgid, this_task());
 
-	if (option(selection) != SELECT_TARGETS || !option(follow_children) ||
-	    surely_no_target(parent_tgid))
-		return 0;
-	parent = bpf_map_lookup_elem(map_of(targets), &parent_tgid);
-	if (!parent)
-		return 0;
-	child.state = parent->state;
-	bpf_get_current_comm(child.comm, sizeof(child.comm));
-	target_add(child_tgid, &child);
-	return 0;
-}
-
-static __always_inline bool comm_is_wanted(const struct target *target)
-{
-	const __u64 *comm = (const __u64 *)target->comm;
-
-	return comm[0] == option(wanted_comm_low) && comm[1] == option(wanted_comm_high);
-}
-
-static __always_inline int on_exec(void)
-{
-	__u32 tgid = current_tgid();
-	struct target *target = bpf_map_lookup_elem(map_of(targets), &tgid);
-	struct target named = {.state = TARGET_ACTIVE};
-
-	if (target) {
-		bpf_get_current_comm(target->comm, sizeof(target->comm));
-		if (option(active_at_exec))
-			target->state = TARGET_ACTIVE;
-	} else if (option(select_comm)) {
-		bpf_get_current_comm(named.comm, sizeof(named.comm));
-		if (comm_is_wanted(&named))
-			target_add(tgid, &named);
+		if (member && member->state == MEMBER_ACTIVE)
+			watching |= session_bit(slot);
 	}
-	return 0;
-}
-
-/* Runs once per thread; the kernel has already subtracted the thread from signal->live. */
-static __always_inline int on_exit(void)
-{
-	__u32 tgid = current_tgid();
-	struct target *target;
-
-	if (kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
-		return 0;
-	target = bpf_map_lookup_elem(map_of(targets), &tgid);
-	if (target)
-		target->state = TARGET_EXITED;
-	return 0;
-}
-
-static __always_inline int on_task_fork(struct task_struct *child)
-{
-	__u32 tgid = kernel_read(child, tgid);
-
-	/* A new thread already belongs to its process. */
-	return tgid == current_tgid() ? 0 : on_fork(tgid);
-}
-
-SEC("tp_btf/sched_process_fork")
-int RAW_PROGRAM(coral_fork_btf, struct task_struct *parent, struct task_struct *child)
-{
-	return on_task_fork(child);
-}
-
-SEC("raw_tp/sched_process_fork")
-int RAW_PROGRAM(coral_fork_raw, struct task_struct *parent, struct task_struct *child)
-{
-	return on_task_fork(child);
-}
-
-#define CLONE_THREAD_FLAG 0x10000
-
-/* As in events/task/task_newtask/format; sched_process_fork does not distinguish threads. */
-struct newtask_arguments {
-	__u64 common;
-	int pid;
-	char comm[COMM_BYTES];
-	unsigned long clone_flags;
-};
-
-SEC("tracepoint/task/task_newtask")
-int PROGRAM(coral_fork_tp, struct newtask_arguments *ctx)
-{
-	return ctx->clone_flags & CLONE_THREAD_FLAG ? 0 : on_fork(ctx->pid);
-}
-
-SEC("tp_btf/sched_process_exec")
-int RAW_PROGRAM(coral_exec_btf, void *task)
-{
-	return on_exec();
-}
-
-SEC("raw_tp/sched_process_exec")
-int RAW_PROGRAM(coral_exec_raw, void *task)
-{
-	return on_exec();
-}
-
-SEC("tracepoint/sched/sched_process_exec")
-int PROGRAM(coral_exec_tp, void *ctx)
-{
-	return on_exec();
-}
-
-SEC("tp_btf/sched_process_exit")
-int RAW_PROGRAM(coral_gone_btf, void *task)
-{
-	return on_exit();
-}
-
-SEC("raw_tp/sched_process_exit")
-int RAW_PROGRAM(coral_gone_raw, void *task)
-{
-	return on_exit();
-}
-
-SEC("tracepoint/sched/sched_process_exit")
-int PROGRAM(coral_gone_tp, void *ctx)
-{
-	return on_exit();
+	return watching;
 }

@@ -2,7 +2,7 @@
 /*
  * One idiom: a little state for each watched thread, from one hook to the next. It is kept in the
  * kernel's task storage, which frees it with the thread, or, on kernels that have none
- * (before 5.11), in a hash map by thread id, from which a program removes it.
+ * for such programs (before 5.13), in a hash map by thread id, from which a program removes it.
  *
  * Define THREAD_STATE, the type of the state, before including this.
  */
@@ -38,7 +38,9 @@ static __always_inline THREAD_STATE *thread_state_make(const struct thread *me,
 	return bpf_map_lookup_elem(map_of(thread_hash), &me->tid);
 }
 
-static __always_inline int thread_forget(void)
+/* Only needed for the hash map. */
+SEC("raw_tp/sched_process_exit")
+int RAW_PROGRAM(coral_forget, struct task_struct *task)
 {
 	__u32 tid = bpf_get_current_pid_tgid();
 
@@ -46,20 +48,20 @@ static __always_inline int thread_forget(void)
 	return 0;
 }
 
-SEC("tp_btf/sched_process_exit")
-int RAW_PROGRAM(coral_forget_btf, void *task)
+/* Likewise: a thread that execs takes the id of its process. */
+SEC("raw_tp/sched_process_exec")
+int RAW_PROGRAM(coral_renumber, struct task_struct *task, int old_tid)
 {
-	return thread_forget();
-}
+	__u32 old = old_tid, tid = bpf_get_current_pid_tgid();
+	THREAD_STATE *state, moved;
 
-SEC("raw_tp/sched_process_exit")
-int RAW_PROGRAM(coral_forget_raw, void *task)
-{
-	return thread_forget();
-}
-
-SEC("tracepoint/sched/sched_process_exit")
-int PROGRAM(coral_forget_tp, void *ctx)
-{
-	return thread_forget();
+	if (old == tid)
+		return 0;
+	state = bpf_map_lookup_elem(map_of(thread_hash), &old);
+	if (!state)
+		return 0;
+	moved = *state;
+	bpf_map_delete_elem(map_of(thread_hash), &old);
+	bpf_map_update_elem(map_of(thread_hash), &tid, &moved, BPF_ANY);
+	return 0;
 }

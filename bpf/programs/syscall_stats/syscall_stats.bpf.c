@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
  * Counts system calls: for each (process, system call) the number of calls, the errors by class,
- * the total and the maximum latency, and a latency histogram. In events mode, sends a record of
- * each call instead. A call is counted when it returns; exit and exit_group, which never return,
- * when they begin.
+ * the total and the maximum latency, and a latency histogram. For sessions that want single events,
+ * sends a record of each call instead. A call is counted when it returns; exit and exit_group,
+ * which never return, when they begin.
  *
  * The counters only grow; user space reads them at each interval and subtracts the previous
  * reading. So nothing is cleared under a running program, and no call is lost between two
@@ -14,12 +14,19 @@
 #include "include/log2.bpf.h"
 #include "include/maps.bpf.h"
 #include "include/records.bpf.h"
+#include "include/sessions.bpf.h"
 #include "include/targets.bpf.h"
 
+/* What is known of the calls of one thread. */
 struct call {
 	__u64 start_ns; /* 0: no call to count is in progress */
+	__u64 counting; /* the sessions that the call in progress counts for */
+	__u64 watching; /* the sessions that watch the thread's process ... */
+	__u64 armed;	/* ... and those that begin with its next exec */
+	__u32 generation; /* as of which they do */
 	__u32 nr;
-	__u32 armed;
+	__u32 born;
+	__u32 reserved;
 };
 
 #define THREAD_STATE struct call
@@ -33,41 +40,58 @@ struct call {
 #define MAX_ERRNO     4095
 
 #if defined(__TARGET_ARCH_x86)
-#define COMPAT_BIT    0x2 /* TS_COMPAT */
-#define compat_word   thread_info.status
-#define NR_EXIT	      60
-#define NR_EXIT_GROUP 231
-#define NR_EXECVE     59
-#define NR_EXECVEAT   322
+#define COMPAT_BIT	   0x2 /* TS_COMPAT */
+#define compat_word	   thread_info.status
+#define NR_EXIT		   60
+#define NR_EXIT_GROUP	   231
+#define NR_EXECVE	   59
+#define NR_EXECVEAT	   322
+#define NR_COMPAT_EXECVE   11
+#define NR_COMPAT_EXECVEAT 358
+#define NR_COMPAT_GROUP	   252
+#define number_word	   orig_ax
 #elif defined(__TARGET_ARCH_arm64)
-#define COMPAT_BIT    (1 << 22) /* TIF_32BIT */
-#define compat_word   thread_info.flags
-#define NR_EXIT	      93
-#define NR_EXIT_GROUP 94
-#define NR_EXECVE     221
-#define NR_EXECVEAT   281
+#define COMPAT_BIT	   (1 << 22) /* TIF_32BIT */
+#define compat_word	   thread_info.flags
+#define NR_EXIT		   93
+#define NR_EXIT_GROUP	   94
+#define NR_EXECVE	   221
+#define NR_EXECVEAT	   281
+#define NR_COMPAT_EXECVE   11
+#define NR_COMPAT_EXECVEAT 387
+#define NR_COMPAT_GROUP	   248
+#define number_word	   syscallno
 #else
 #error "the system call numbers of this architecture are unknown"
 #endif
+#define NR_COMPAT_EXIT 1
 
-OPTION(bool, single_events, false);
-/* In events mode: which calls are sent, and one in how many of them, on each CPU. */
-OPTION(bool, errors_only, false);
-OPTION(__u64, min_duration_ns, 0);
-OPTION(__u32, sample_every, 1);
-OPTION(bool, filter_syscalls, false);
-OPTION(bool, filter_includes, false); /* the mask lists the calls to count, or those to leave out */
-OPTIONS(__u64, syscall_mask, NR_SYSCALLS / 64);
+/* The options of one session. */
+struct syscall_session {
+	__u64 min_duration_ns;
+	__u64 wanted[2][NR_SYSCALLS / 64]; /* by number, of native and of 32-bit calls */
+	__u32 sample_every;		   /* single events: one call in how many is sent */
+	__u32 since;			   /* the generation in which it began */
+	__u8 single_events;
+	__u8 errors_only;
+	__u8 filters;
+	__u8 wants_others; /* numbers that are not in `wanted` */
+	__u8 reserved[4];
+};
+
+MAP(ARRAY, syscall_sessions, __u32, struct syscall_session, SESSIONS, 0);
+
+/* By slot: the number of the current interval. User space increments it before it reads, so that a
+ * maximum belongs to one interval. There are two slots for maxima, because the previous interval is
+ * read during the current one. */
+MAP(ARRAY, intervals, __u32, __u32, SESSIONS, 0);
+
 OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
-
-/* The number of the current interval. User space increments it before it reads, so that a maximum
- * belongs to one interval. There are two slots, because the previous interval is read during the
- * current one. */
-GLOBAL(__u32, interval);
 
 struct syscall_key {
 	__u32 tgid;
 	__u32 nr;
+	__u32 born;
 };
 
 /* Written from the end to the start, and copied by readers from the start to the end: a reader that
@@ -83,6 +107,7 @@ struct syscall_stats {
 
 /* The record of one call. */
 struct syscall_call {
+	struct record_head head;
 	__u64 ended_ns; /* CLOCK_MONOTONIC */
 	__u64 duration_ns;
 	__s64 return_value;
@@ -91,22 +116,36 @@ struct syscall_call {
 	__u32 syscall_number;
 	__u32 syscall; /* user space fills in this one and the next */
 	__u32 comm;
-	__u32 reserved;
+	__u32 born;
 };
+
+#define RECORD_SYSCALL_CALL 2
 
 OPTIONS(struct syscall_stats, no_stats, 1); /* zeros, to create elements from */
 IN_BTF(struct syscall_call, syscall_call);
 
-MAP(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240, BPF_F_NO_PREALLOC);
+SESSION_MAPS(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240,
+	     BPF_F_NO_PREALLOC);
 
-static __always_inline bool syscall_is_wanted(__u32 nr)
+/* A call that has returned, or will not return. */
+struct done {
+	__u32 nr;
+	__u32 born;
+	__u64 ended_ns;
+	__u64 duration_ns;
+	long ret;
+};
+
+static __always_inline bool is_wanted(const struct syscall_session *session, __u32 nr)
 {
-	const volatile __u64 *word;
+	__u32 word = nr % NR_COMPAT;
 
-	if (!option(filter_syscalls))
+	if (!session->filters)
 		return true;
-	word = nr < NR_SYSCALLS ? element(syscall_mask, nr / 64) : NULL;
-	return (word && (*word >> (nr % 64)) & 1) == option(filter_includes);
+	if (word >= NR_SYSCALLS)
+		return session->wants_others;
+	return session->wanted[nr >= NR_COMPAT][(word / 64) % (NR_SYSCALLS / 64)] >> (word % 64) &
+	       1;
 }
 
 static __always_inline bool is_error(long ret)
@@ -122,90 +161,125 @@ static __always_inline void count_error(struct syscall_stats *s, long ret)
 		s->errors[*class % ERROR_CLASSES]++;
 }
 
-static __always_inline void count_max(struct syscall_stats *s, __u64 latency_ns)
+static __always_inline void count_max(struct syscall_stats *s, __u32 slot, __u64 latency_ns)
 {
-	volatile __u32 *running = global(interval);
-	__u32 now = running ? *running : 0, slot = now & 1;
+	__u32 *running = bpf_map_lookup_elem(map_of(intervals), &slot);
+	__u32 now = running ? *running : 0, half = now & 1;
 
-	if (s->max_interval[slot] != now) {
-		s->max_interval[slot] = now;
-		s->max_ns[slot] = latency_ns;
-	} else if (latency_ns > s->max_ns[slot]) {
-		s->max_ns[slot] = latency_ns;
+	if (s->max_interval[half] != now) {
+		s->max_interval[half] = now;
+		s->max_ns[half] = latency_ns;
+	} else if (latency_ns > s->max_ns[half]) {
+		s->max_ns[half] = latency_ns;
 	}
 }
 
-static __always_inline void count(__u32 tgid, __u32 nr, __u64 latency_ns, long ret)
+static __always_inline void count(__u32 slot, __u32 tgid, const struct done *done)
 {
-	struct syscall_key key = {.tgid = tgid, .nr = nr};
-	void *zeros = (void *)element(no_stats, 0);
-	struct syscall_stats *s = zeros ? map_lookup_or_init(map_of(stats), &key, zeros) : NULL;
+	struct syscall_key key = {.tgid = tgid, .nr = done->nr, .born = done->born};
+	void *zeros = (void *)element(no_stats, 0), *map = map_of_session(stats, slot);
+	struct syscall_stats *s;
+	long error = 0;
 
+	if (!map || !zeros)
+		return;
+	s = map_lookup_or_init(map, &key, zeros, &error);
 	if (!s) {
-		account_map_full();
+		account_error(slot, error);
 		return;
 	}
-	count_max(s, latency_ns);
-	s->total_ns += latency_ns;
+	count_max(s, slot, done->duration_ns);
+	s->total_ns += done->duration_ns;
 	barrier();
-	s->latency[log2_slot(latency_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
+	s->latency[log2_slot(done->duration_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
 	barrier();
-	if (is_error(ret))
-		count_error(s, ret);
+	if (is_error(done->ret))
+		count_error(s, done->ret);
 }
 
-static __always_inline bool sampled_out(void)
-{
-	struct account *account;
-
-	if (option(sample_every) <= 1)
-		return false;
-	account = account_of_cpu();
-	return !account || account->seen++ % option(sample_every);
-}
-
-static __always_inline void send(void *ctx, const struct thread *me, __u32 nr, __u64 ended_ns,
-				 __u64 duration_ns, long ret)
+static __always_inline void send(void *ctx, const struct syscall_session *session, __u32 slot,
+				 const struct thread *me, const struct done *done)
 {
 	struct syscall_call record = {
-	    .ended_ns = ended_ns,
-	    .duration_ns = duration_ns,
-	    .return_value = ret,
+	    .head = {.kind = RECORD_SYSCALL_CALL, .length = sizeof(record)},
+	    .ended_ns = done->ended_ns,
+	    .duration_ns = done->duration_ns,
+	    .return_value = done->ret,
 	    .pid = me->tgid,
 	    .tid = me->tid,
-	    .syscall_number = nr,
+	    .syscall_number = done->nr,
+	    .born = done->born,
 	};
 
-	if (duration_ns < option(min_duration_ns) || (option(errors_only) && !is_error(ret)) ||
-	    sampled_out())
+	if (done->duration_ns < session->min_duration_ns ||
+	    (session->errors_only && !is_error(done->ret)))
 		return;
-	record_send(ctx, &record, sizeof(record));
+	/* By chance, so that each call is as likely as any other, however few there are. */
+	if (session->sample_every > 1 && bpf_get_prandom_u32() % session->sample_every)
+		return;
+	record_send(ctx, slot, &record, sizeof(record));
 }
 
-static __always_inline void see(void *ctx, const struct thread *me, __u32 nr, __u64 ended_ns,
-				__u64 duration_ns, long ret)
+static __always_inline void see(void *ctx, __u64 sessions, const struct thread *me,
+				const struct done *done)
 {
-	if (option(single_events))
-		send(ctx, me, nr, ended_ns, duration_ns, ret);
-	else
-		count(me->tgid, nr, duration_ns, ret);
+	for_each_session (slot, sessions) {
+		struct syscall_session *session =
+		    bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
+
+		if (!session || !is_wanted(session, done->nr))
+			continue;
+		if (session->single_events)
+			send(ctx, session, slot, me, done);
+		else
+			count(slot, me->tgid, done);
+	}
 }
 
-/* The state of the current thread's call, created at the first call of a watched thread. */
-static __always_inline struct call *call_of_target(const struct thread *me)
+/* Looks up which sessions watch the thread's process. */
+static __always_inline void watch(void *ctx, const struct sessions *all, struct call *call,
+				  const struct thread *me)
 {
-	struct call *call = thread_state(me), fresh = {};
-	struct target *target;
+	call->watching = call->armed = 0;
+	for_each_session (slot, all->of_hub[HUB_SYSCALLS]) {
+		struct member *member = member_met(ctx, all, slot, me->tgid, this_task());
 
-	if (call)
+		if (!member)
+			continue;
+		if (member->state == MEMBER_ACTIVE)
+			call->watching |= session_bit(slot);
+		else if (member->state == MEMBER_ARMED)
+			call->armed |= session_bit(slot);
+	}
+}
+
+/*
+ * The state of the current thread as of GENERATION, or NULL if no session watches it. A thread
+ * keeps its state once it has one.
+ */
+static __always_inline struct call *call_of(void *ctx, const struct sessions *all,
+					    const struct thread *me, __u32 generation)
+{
+	struct call *call = thread_state(me), fresh = {.generation = generation};
+
+	if (call && call->generation == generation)
 		return call;
-	target = target_of_current(me->tgid);
-	if (!target)
+	watch(ctx, all, &fresh, me);
+	if (call) {
+		call->watching = fresh.watching;
+		call->armed = fresh.armed;
+		call->generation = generation;
+		return call;
+	}
+	if (!fresh.watching && !fresh.armed)
 		return NULL;
-	fresh.armed = target->state == TARGET_ARMED;
+	fresh.born = born_of(kernel_read(this_task(), group_leader));
 	call = thread_state_make(me, &fresh);
-	if (!call)
-		account_map_full();
+	if (!call) {
+		for_each_session (slot, fresh.watching) {
+			account_loss(slot, LOSS_BUSY);
+		}
+	}
 	return call;
 }
 
@@ -218,107 +292,131 @@ static __always_inline bool is_compat(const struct thread *me)
 	return kernel_read(this_task(), compat_word) & COMPAT_BIT;
 }
 
-static __always_inline int on_sys_enter(void *ctx, long id)
+static __always_inline __u32 number_of(const struct thread *me, long id)
 {
 	__u32 nr = (unsigned long)id < NR_SYSCALLS ? id : NR_SYSCALLS;
+
+	return is_compat(me) ? nr + NR_COMPAT : nr;
+}
+
+static __always_inline bool is_exec(__u32 nr)
+{
+	return nr == NR_EXECVE || nr == NR_EXECVEAT || nr == NR_COMPAT + NR_COMPAT_EXECVE ||
+	       nr == NR_COMPAT + NR_COMPAT_EXECVEAT;
+}
+
+static __always_inline bool is_exit(__u32 nr)
+{
+	return nr == NR_EXIT || nr == NR_EXIT_GROUP || nr == NR_COMPAT + NR_COMPAT_EXIT ||
+	       nr == NR_COMPAT + NR_COMPAT_GROUP;
+}
+
+SEC("raw_tp/sys_enter")
+int RAW_PROGRAM(coral_enter, struct pt_regs *regs, long id)
+{
+	struct sessions *all = all_sessions();
 	struct thread me = current_thread();
 	struct call *call;
+	__u32 nr;
 
-	if (surely_no_target(me.tgid) || cgroup_excludes_current())
+	if (!all || surely_unwatched(all, me.tgid))
 		return 0;
-	call = call_of_target(&me);
+	call = call_of(ctx, all, &me, generation_of(all));
 	if (!call)
 		return 0;
 	call->start_ns = 0;
-	if (is_compat(&me))
-		nr += NR_COMPAT;
-	if (!syscall_is_wanted(nr) && !call->armed)
+	nr = number_of(&me, id);
+	call->counting = call->watching | (is_exec(nr) ? call->armed : 0);
+	if (!call->counting)
 		return 0;
-	if (call->armed && nr != NR_EXECVE && nr != NR_EXECVEAT)
-		return 0;
-	if (nr == NR_EXIT || nr == NR_EXIT_GROUP) {
-		see(ctx, &me, nr, bpf_ktime_get_ns(), 0, 0);
+	call->nr = nr;
+	if (is_exit(nr)) {
+		struct done done = {
+		    .nr = nr, .born = call->born, .ended_ns = bpf_ktime_get_ns()};
+
+		see(ctx, call->counting, &me, &done);
 		return 0;
 	}
-	call->nr = nr;
 	call->start_ns = bpf_ktime_get_ns();
 	return 0;
 }
 
-static __always_inline int on_sys_exit(void *ctx, long ret)
+/* Those of SESSIONS that began before the thread's GENERATION. */
+static __always_inline __u64 older(__u64 sessions, __u32 generation)
 {
-	struct thread me = current_thread();
-	__u64 ended_ns, duration_ns;
-	struct call *call;
+	__u64 found = 0;
 
-	if (surely_no_target(me.tgid))
-		return 0;
-	call = thread_state(&me);
-	if (!call || !call->start_ns)
-		return 0;
-	ended_ns = bpf_ktime_get_ns();
-	duration_ns = ended_ns - call->start_ns;
-	call->start_ns = 0;
-	if (call->armed) {
-		struct target *target = target_of_current(me.tgid);
+	for_each_session (slot, sessions) {
+		struct syscall_session *session =
+		    bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
 
-		if (ret || !target)
-			return 0;
-		call->armed = false;
-		target->state = TARGET_ACTIVE;
-		if (!syscall_is_wanted(call->nr))
-			return 0;
+		if (session && (__s32)(session->since - generation) <= 0)
+			found |= session_bit(slot);
 	}
-	see(ctx, &me, call->nr, ended_ns, duration_ns, ret);
-	return 0;
+	return found;
 }
 
-SEC("tp_btf/sys_enter")
-int RAW_PROGRAM(coral_enter_btf, void *regs, long id)
+/*
+ * A call that has returned and was not seen to begin: seccomp has answered it, before sys_enter. It
+ * takes no time that could be measured. A call that began before its session did looks the same,
+ * so it only counts for sessions that watched the thread when it last returned.
+ */
+static __always_inline __u64 sessions_of_refused(const struct call *call, __u64 watched,
+						 __u32 generation, __u32 now)
 {
-	return on_sys_enter(ctx, id);
+	watched &= call->watching;
+	return generation == now ? watched : older(watched, generation);
 }
 
-SEC("raw_tp/sys_enter")
-int RAW_PROGRAM(coral_enter_raw, void *regs, long id)
+static __always_inline long number_in(struct pt_regs *regs)
 {
-	return on_sys_enter(ctx, id);
-}
-
-/* As in events/raw_syscalls/sys_enter/format and sys_exit/format. */
-struct sys_enter_arguments {
-	__u64 common;
-	long id;
-};
-
-struct sys_exit_arguments {
-	__u64 common;
-	long id;
-	long ret;
-};
-
-SEC("tracepoint/raw_syscalls/sys_enter")
-int PROGRAM(coral_enter_tp, struct sys_enter_arguments *ctx)
-{
-	return on_sys_enter(ctx, ctx->id);
-}
-
-SEC("tp_btf/sys_exit")
-int RAW_PROGRAM(coral_exit_btf, void *regs, long ret)
-{
-	return on_sys_exit(ctx, ret);
+#ifndef CORAL_BCC
+	if (option(typed_registers))
+		return regs->number_word;
+#endif
+	return kernel_read(regs, number_word);
 }
 
 SEC("raw_tp/sys_exit")
-int RAW_PROGRAM(coral_exit_raw, void *regs, long ret)
+int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 {
-	return on_sys_exit(ctx, ret);
-}
+	struct sessions *all = all_sessions();
+	struct thread me = current_thread();
+	__u32 now, generation = 0;
+	struct done done = {};
+	__u64 watched = 0;
+	struct call *call;
 
-SEC("tracepoint/raw_syscalls/sys_exit")
-int PROGRAM(coral_exit_tp, struct sys_exit_arguments *ctx)
-{
-	return on_sys_exit(ctx, ctx->ret);
+	if (!all || surely_unwatched(all, me.tgid))
+		return 0;
+	now = generation_of(all);
+	call = thread_state(&me);
+	if (call) {
+		watched = call->watching;
+		generation = call->generation;
+	}
+	if (!call || generation != now)
+		call = call_of(ctx, all, &me, now);
+	if (!call)
+		return 0;
+	done.ended_ns = bpf_ktime_get_ns();
+	done.born = call->born;
+	done.ret = ret;
+	if (call->start_ns) {
+		watched = call->counting & call->watching;
+		done.nr = call->nr;
+		done.duration_ns = done.ended_ns - call->start_ns;
+		call->start_ns = 0;
+	} else {
+		long id = number_in(regs);
+
+		if (id < 0 || !watched)
+			return 0;
+		watched = sessions_of_refused(call, watched, generation, now);
+		done.nr = number_of(&me, id);
+	}
+	see(ctx, watched, &me, &done);
+	return 0;
 }
 
 LICENSED_AS("GPL");
