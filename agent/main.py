@@ -26,9 +26,9 @@ from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
+from coral.collectors.cgroups import cgroup_directory
 from coral.collectors.options import OptionError
 from coral.collectors.registry import COLLECTORS
-from coral.collectors.targets import cgroup_directory
 from coral.wire.kinds import kind_name
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.agent")

@@ -6,9 +6,7 @@ collector whose object includes that header can use this.
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,40 +17,16 @@ from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features
 from coral.bpf.libbpf import BpfError
+from coral.collectors.cgroups import cgroup2_mount, cgroup_directory, cgroup_tgids
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import OptionError, boolean, choice, items, option, text
+from coral.collectors.pids import PIDS, pid_anywhere, running_pid
+from coral.collectors.procfs import comm_of, running_tgids, start_time_of
 
-PROC: Final = Path("/proc")
 COMM_BYTES: Final = 15  # and a terminating zero
 _HINTS: Final = 65536  # as in targets.bpf.h
 _SELECT_HOST, _SELECT_TARGETS, _SELECT_CGROUP = 0, 1, 2
 _STATE_ACTIVE, _STATE_ARMED, _STATE_EXITED = 0, 1, 2
-_PIDS: Final = "process ids, such as 1234 or 1234,5678"
-_PID: Final = re.compile(r"[0-9]{1,7}")
-_STAT_STARTTIME: Final = 19  # of the fields after the command name in /proc/PID/stat, from 0
-_CGROUP2_MOUNT: Final = re.compile(r"^\S+ \S+ \S+ / (\S+) .* - cgroup2 ", re.MULTILINE)
-
-
-def _pid_anywhere(value: str) -> int:
-    """A number that can be the id of a process."""
-    if not _PID.fullmatch(value) or not 0 < int(value) < 1 << 22:
-        raise ValueError(_PIDS)
-    return int(value)
-
-
-def _pid(value: str) -> int:
-    """The id of a process that runs now."""
-    tgid = thread_group_of(_pid_anywhere(value))
-    if tgid is None and _is_hidden(int(value)):
-        raise ValueError(
-            f"the ids of processes that the agent may see: /proc hides {value} from it "
-            "(hidepid), and CAP_SYS_PTRACE is missing"
-        )
-    if tgid is None:
-        raise ValueError(f"the ids of processes that run now: {value} does not")
-    if tgid != int(value):
-        raise ValueError(f"the ids of processes: {value} is a thread of process {tgid}")
-    return tgid
 
 
 @dataclass(frozen=True)
@@ -60,7 +34,7 @@ class TargetOptions:
     """The options that name processes; a collector's own options extend this."""
 
     pid: tuple[int, ...] = option(
-        items(_pid, _PIDS, _pid_anywhere),
+        items(running_pid, PIDS, pid_anywhere),
         "",
         "watch these processes",
     )
@@ -315,91 +289,3 @@ def _comm_words(comm: str) -> Mapping[str, int]:
     words."""
     low, high = np.frombuffer(comm.encode().ljust(COMM_BYTES + 1, b"\0"), np.uint64).tolist()
     return {"wanted_comm_low": low, "wanted_comm_high": high}
-
-
-def cgroup_directory(path: str) -> Path:
-    """The directory of a cgroup (v2): PATH itself, or PATH below the hierarchy's mount point.
-    Raises `OptionError`.
-
-    Looks at nothing outside the hierarchy: a path on a network mount could block for good. Inside
-    it there are no symbolic links, so `..` can be resolved in the text.
-    """
-    mount = cgroup2_mount()
-    accepts = "the path of a cgroup v2 directory"
-    if mount is None:
-        raise OptionError("cgroup", path, f"{accepts}: no cgroup2 hierarchy is mounted here")
-    for candidate in (path, f"{mount}/{path}"):
-        resolved = Path(os.path.normpath(candidate))
-        if resolved.is_relative_to(mount) and _is_cgroup(resolved):
-            return resolved
-    raise OptionError("cgroup", path, f"{accepts} below {mount}; there is none at this path")
-
-
-def _is_cgroup(directory: Path) -> bool:
-    try:
-        return (directory / "cgroup.procs").exists()
-    except (OSError, ValueError):  # a name that is too long; a NUL
-        return False
-
-
-def cgroup_tgids(directory: Path) -> set[int]:
-    """The processes in a cgroup and in those below it."""
-    tgids: set[int] = set()
-    for procs in directory.rglob("cgroup.procs"):
-        try:
-            tgids.update(map(int, procs.read_text().split()))
-        except OSError as error:
-            # A cgroup may be removed meanwhile; a threaded one has no list of processes.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
-                raise
-    return tgids - {0}  # a process of another pid namespace
-
-
-def cgroup2_mount() -> Path | None:
-    """Where the cgroup v2 hierarchy is mounted."""
-    match = _CGROUP2_MOUNT.search((PROC / "self/mountinfo").read_text())
-    return Path(match[1]) if match else None
-
-
-def running_tgids() -> list[int]:
-    """The ids of all processes on this machine."""
-    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
-
-
-def comm_of(tgid: int) -> str | None:
-    """A process's command name; None for a process that has ended or is hidden."""
-    try:
-        return (PROC / str(tgid) / "comm").read_text(errors="replace").removesuffix("\n")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-
-
-def start_time_of(tgid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None for one that has ended or is
-    hidden."""
-    try:
-        text = (PROC / str(tgid) / "stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    return int(text.rpartition(")")[2].split()[_STAT_STARTTIME])
-
-
-def thread_group_of(tid: int) -> int | None:
-    """The process that a thread belongs to; None for a thread that has ended or is hidden."""
-    try:
-        status = (PROC / str(tid) / "status").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    match = re.search(r"^Tgid:\s+(\d+)", status, re.MULTILINE)
-    return int(match[1]) if match else None
-
-
-def _is_hidden(pid: int) -> bool:
-    """Whether a process that /proc does not show exists all the same."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -19,16 +19,10 @@ from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
 from coral.agent.files import read_regular
 from coral.bpf.probing import capabilities
+from coral.collectors.cgroups import cgroup_directory, cgroup_tgids
 from coral.collectors.contract import ServiceProcesses
 from coral.collectors.options import OptionError
-from coral.collectors.targets import (
-    PROC,
-    cgroup_directory,
-    cgroup_tgids,
-    comm_of,
-    running_tgids,
-    thread_group_of,
-)
+from coral.collectors.procfs import PROC, comm_of, running_tgids, thread_group_of
 
 _UNIT: Final = re.compile(r"(.+)\.(?:service|scope)")
 # Container runtimes put a prefix before the id in a cgroup's name, and systemd a suffix after it.

@@ -14,16 +14,10 @@ from typing import Final
 
 from coral.agent.config import Policy
 from coral.agent.errors import DeniedError
+from coral.collectors.cgroups import cgroup2_mount, cgroup_directory, cgroup_tgids
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import OptionError
-from coral.collectors.targets import (
-    PROC,
-    cgroup2_mount,
-    cgroup_directory,
-    cgroup_tgids,
-    comm_of,
-    running_tgids,
-)
+from coral.collectors.procfs import PROC, comm_of, running_tgids
 
 INIT: Final = 1
 # A target of more processes than this that holds at least this share of the machine's user

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from coral.bpf import HashMap
 from coral.bpf.libbpf import BpfError
 from coral.bpf.probing import sock_diag
-from coral.collectors.targets import PROC
+from coral.collectors.procfs import PROC
 from coral.collectors.tcp_metrics.connections import LISTENER, NAMES
 
 # A dump takes about 5 us per socket: this rest limits the cost to a twentieth of a CPU.

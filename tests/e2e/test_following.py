@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coral.collectors.targets import cgroup2_mount
+from coral.collectors.cgroups import cgroup2_mount
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     Calls,

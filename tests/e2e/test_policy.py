@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from coral.collectors.targets import cgroup2_mount
+from coral.collectors.cgroups import cgroup2_mount
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import start, start_request, stop
 from tests.e2e.test_services import in_cgroup

@@ -29,7 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from build_hook import clang_command
-from coral.collectors.targets import cgroup2_mount
+from coral.collectors.cgroups import cgroup2_mount
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     INSECURE,

@@ -16,7 +16,8 @@ import pytest
 from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
 from coral.agent.machine.resolve import resolve
-from coral.collectors.targets import cgroup2_mount, comm_of
+from coral.collectors.cgroups import cgroup2_mount
+from coral.collectors.procfs import comm_of
 from tests.support import wait_until
 
 LISTENER = (

@@ -18,8 +18,9 @@ from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Terms
 from coral.agent.streams.filter import Filter
 from coral.client.batch import Batch as Received
+from coral.collectors.cgroups import cgroup2_mount
 from coral.collectors.contract import EventRows, Measures, Summaries
-from coral.collectors.targets import cgroup2_mount, comm_of
+from coral.collectors.procfs import comm_of
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (

@@ -13,8 +13,9 @@ from coral.agent.errors import DeniedError
 from coral.agent.sessions import policy as rules
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import parse_options
+from coral.collectors.procfs import running_tgids, start_time_of
 from coral.collectors.syscall_stats.collector import SyscallStatsOptions
-from coral.collectors.targets import Targets, running_tgids, start_time_of
+from coral.collectors.targets import Targets
 
 NO_HOST = Policy(host_scope=False)
 

@@ -1,0 +1,33 @@
+"""Process ids as users give them: which are accepted, and why others are not."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from coral.collectors.procfs import is_hidden, thread_group_of
+
+PIDS: Final = "process ids, such as 1234 or 1234,5678"
+_PID: Final = re.compile(r"[0-9]{1,7}")
+
+
+def pid_anywhere(value: str) -> int:
+    """A number that can be the id of a process."""
+    if not _PID.fullmatch(value) or not 0 < int(value) < 1 << 22:
+        raise ValueError(PIDS)
+    return int(value)
+
+
+def running_pid(value: str) -> int:
+    """The id of a process that runs now."""
+    tgid = thread_group_of(pid_anywhere(value))
+    if tgid is None and is_hidden(int(value)):
+        raise ValueError(
+            f"the ids of processes that the agent may see: /proc hides {value} from it "
+            "(hidepid), and CAP_SYS_PTRACE is missing"
+        )
+    if tgid is None:
+        raise ValueError(f"the ids of processes that run now: {value} does not")
+    if tgid != int(value):
+        raise ValueError(f"the ids of processes: {value} is a thread of process {tgid}")
+    return tgid
