@@ -17,8 +17,8 @@ from coral.bpf.loading.bcc_object import BccObject
 from coral.bpf.loading.object import BpfObject, RecordReader
 from coral.bpf.probing.features import Feature, Features
 
-# The suffix of the programs for each hook.
-SUFFIXES: Final = {"tp_btf": "btf", "raw_tp": "raw", "tracepoint": "tp"}
+# The hooks of programs for raw tracepoints, best first.
+HOOKS: Final = ("tp_btf", "raw_tp")
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
 _NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"
@@ -72,13 +72,13 @@ class Rung:
         walks: Sequence[str] = (),
         without_maps: Collection[str] = (),
     ) -> BpfObject:
-        """The object NAME with PROGRAMS, named without the hook's suffix, as the rung has it.
+        """The object NAME with PROGRAMS, as the rung has it.
 
         `records` is the size of the record buffer in bytes, 0 if the collector sends none;
         `preallocated` are the hash maps whose elements are allocated at load time on kernels that
-        cannot allocate them on demand; `walks` are programs by their full names; `without_maps` are
-        not created, nor are those that the rung does not use. The object has to include
-        records.bpf.h, and thread.bpf.h if the rung has a thread state.
+        cannot allocate them on demand; `walks` are programs that user space runs;
+        `without_maps` are not created, nor are those that the rung does not use. The object has to
+        include records.bpf.h, and thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
         without = [*without_maps] + ([] if records and ringed else ["ring"])
@@ -93,7 +93,7 @@ class Rung:
         cls = BpfObject if self.loader.taken == "core" else BccObject
         return cls(
             name,
-            programs=[f"{program}_{SUFFIXES[self.hook.taken]}" for program in wanted],
+            programs=wanted,
             walks=walks,
             options={
                 **settings,
@@ -103,6 +103,7 @@ class Rung:
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
+            typed=self.hook.taken == "tp_btf",
             batches=self.reads.taken == "batch",
         )
 

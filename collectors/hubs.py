@@ -9,34 +9,350 @@ The C side is bpf/include/sessions.bpf.h.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from coral.bpf import BpfObject, HashMap, ProgramStats, Rung
+from coral.bpf import BpfObject, Features, HashMap, ProgramStats
 
-HUBS: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
-_PROCESSES: Final = "processes"
-_SHARED: Final = ("sessions", "changes", "members", "hints", "accounts")
-_HINTS: Final = 16384  # as in targets.bpf.h
-_REBUILD_AFTER: Final = 256  # processes that have ended since the hints were last built
+_HUBS: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "detailed")
+# Maps of `processes` that the hubs use too.
+SHARED_MAPS: Final = ("sessions", "changes", "members", "hints", "accounts", "rings", "perfs")
+HINTS: Final = 16384  # in a set, as in targets.bpf.h
+_REBUILT_AFTER: Final = 256  # processes that have ended since
+_NEVER: Final = 1 << 30  # generations from now
 
 
 @dataclass(frozen=True)
-class HubPlan:
-    """What a hub loads: the object NAME, one of HUBS, by the arguments of `Rung.object`. Sessions
-    with equal plans on the same rung share a hub."""
+class Plan:
+    """What a hub needs: its NAME, one of the kinds above, and how to make the two objects. Plans
+    with equal keys share a hub; those on the same features share `processes`."""
 
     name: str
-    rung: Rung
-    programs: tuple[str, ...]
-    options: Mapping[str, object] = field(hash=False)
-    map_entries: Mapping[str, int] = field(default_factory=dict, hash=False)
-    preallocated: tuple[str, ...] = ()
-    walks: tuple[str, ...] = ()
-    without_maps: tuple[str, ...] = ()
+    features: Features
+    slots: int
+    make_processes: Callable[[], BpfObject] = field(compare=False)
+    make_hub: Callable[[Mapping[str, int]], BpfObject] = field(compare=False)
+    key: tuple[object, ...] = ()
+
+
+class _Hub:
+    """One loaded object and the sessions that use it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while it is loaded
+        self.object: BpfObject | None = None
+        self.slots: set[int] = set()
+
+
+class _Group:
+    """`processes`, and the hubs that share its maps. LOCK protects all of it; nothing that takes
+    long happens under it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.lock = threading.RLock()
+        self.processes = _Hub()
+        self.hubs: dict[tuple[object, ...], _Hub] = {}
+        self.slots: dict[int, Slot] = {}
+        self._next = 0
+        self._ended = 0
+
+    def take(self, plan: Plan) -> Slot | None:
+        """A slot for a session by PLAN; None where all are taken."""
+        with self.lock:
+            if len(self.slots) == self.plan.slots:
+                return None
+            # In turn, so that a slot that was just freed is the last to be used again.
+            free = (n % self.plan.slots for n in range(self._next, self._next + self.plan.slots))
+            number = next(n for n in free if n not in self.slots)
+            self._next = number + 1
+            hub = self.hubs.setdefault((plan.name, *plan.key), _Hub())
+            slot = self.slots[number] = Slot(self, hub, plan, number)
+            hub.slots.add(number)
+            self.processes.slots.add(number)
+            return slot
+
+    def loaded(self, hub: _Hub, make: Callable[[], BpfObject]) -> BpfObject:
+        """The object of HUB, which the first caller makes and loads; others wait for it."""
+        with hub.lock:
+            if hub.object is None:
+                made = make()
+                try:
+                    made.load()
+                    made.attach()
+                except BaseException:
+                    made.close()
+                    raise
+                hub.object = made
+            return hub.object
+
+    def release(self, slot: Slot) -> None:
+        """Frees a slot, and the objects that no other session uses."""
+        unused: list[_Hub] = []
+        with self.lock:
+            if self.slots.get(slot.number) is not slot:
+                return
+            del self.slots[slot.number]
+            for hub in (slot.hub, self.processes):
+                hub.slots.discard(slot.number)
+                if not hub.slots:
+                    unused.append(hub)
+            self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}
+            # A session that comes meanwhile makes new ones; `processes` is replaced with them.
+            if self.processes in unused:
+                self.processes = _Hub()
+                self._ended = 0
+        with ExitStack() as closing:
+            for hub in reversed(unused):
+                closing.callback(_close, hub)
+
+    # What user space says to the programs.
+
+    def say(self, change: Callable[[NDArray[Any]], None]) -> int:
+        """Changes `struct sessions`, by CHANGE; returns the generation from then on."""
+        with self.lock:
+            if self.processes.object is None:
+                return 0
+            said = self.processes.object.map("sessions")
+            value = np.zeros(1, said.value_dtype)
+            value[0] = said.read_one(0)
+            change(value)
+            value["generation"] += np.uint32(1)
+            said.write(0, value[0])
+            changed = self.processes.object.map("changes").read_one(0)
+            return (int(value["generation"][0]) + int(changed or 0)) & 0xFFFFFFFF
+
+    def hint(self, tgids: Sequence[int]) -> None:
+        """Sets the hints of processes that have just become members."""
+        processes = self.processes.object
+        if processes is not None and len(tgids):
+            at = np.unique(np.array(tgids, np.uint32) % HINTS)
+            processes.map("hints").write_many(
+                np.concatenate([at, at + np.uint32(HINTS)]), np.ones(2 * len(at), np.uint8)
+            )
+
+    def note_ended(self, count: int) -> None:
+        """COUNT members have ended: builds the hints again where it is worth it. Otherwise ended
+        processes would make all others look like members in time."""
+        with self.lock:
+            self._ended += count
+            if self._ended < _REBUILT_AFTER or self.processes.object is None:
+                return
+            self._ended = 0
+            self._rebuild(self.processes.object)
+
+    def _rebuild(self, processes: BpfObject) -> None:
+        unused = 1 - int(processes.map("sessions").read_one(0)["hints"] & 1)  # type: ignore[index]
+        hints, first = processes.map("hints"), np.uint32(unused * HINTS)
+        hints.write_many(np.arange(HINTS, dtype=np.uint32) + first, np.zeros(HINTS, np.uint8))
+        for slot in self.slots.values():
+            keys = slot.member_keys()
+            at = np.unique(keys[keys < 1 << 32] % np.uint64(HINTS)).astype(np.uint32)
+            hints.write_many(at + first, np.ones(len(at), np.uint8))
+
+        def change_over(said: NDArray[Any]) -> None:
+            said["hints"] = unused
+
+        self.say(change_over)
+
+
+def _close(hub: _Hub) -> None:
+    with hub.lock:
+        if hub.object is not None:
+            hub.object.close()
+            hub.object = None
+
+
+class Slot:
+    """The place of one session. It is also what the agent asks about the session's programs."""
+
+    def __init__(self, group: _Group, hub: _Hub, plan: Plan, number: int) -> None:
+        self._group, self.hub, self._plan, self.number = group, hub, plan, number
+        self._processes = group.processes
+        self._maps: dict[str, HashMap] = {}
+        self._installed: list[tuple[BpfObject, str]] = []
+        self._active = False
+        self._memory_bytes = 0
+        self.since = 0
+
+    @property
+    def bit(self) -> int:
+        """The session in a mask."""
+        return 1 << self.number
+
+    def load(self) -> None:
+        """Loads the objects, unless other sessions use them already. Raises `BpfError`."""
+        group, plan = self._group, self._plan
+        processes = group.loaded(self._processes, plan.make_processes)
+        shared = {name: processes.map_fd(name) for name in SHARED_MAPS}
+        shared = {name: fd for name, fd in shared.items() if fd >= 0}
+        self.object = group.loaded(self.hub, lambda: plan.make_hub(shared))
+        self.processes = processes
+
+    def install(self, sizes: Mapping[str, int]) -> None:
+        """Makes the session's own maps, by name, with so many entries or bytes, and puts them where
+        programs find them. Raises `BpfError`."""
+        owners = {
+            name: self.processes if name in self.processes.outer_maps else self.object
+            for name in sizes
+        }
+        for name, size in sizes.items():
+            self._maps[name] = owners[name].make_inner(name, entries=size)
+        # The kernel waits for all running programs each time: at once for all of them.
+        with ThreadPoolExecutor(len(sizes)) as pool:
+            done = [
+                pool.submit(owner.install, name, self.number, self._maps[name].fd)
+                for name, owner in owners.items()
+            ]
+        self._installed = [(owner, name) for name, owner in owners.items()]
+        for each in done:
+            each.result()
+        zero = np.zeros((), self.processes.map("accounts").value_dtype)
+        self.processes.map("accounts").write_all_cpus(self.number, zero)
+
+    def map(self, name: str) -> HashMap:
+        """The session's own map NAME, or one of the hub."""
+        return self._maps.get(name) or self.object.map(name)
+
+    def own(self, name: str, value: object) -> None:
+        """Sets the session's element of an array with one for each slot."""
+        owner = self.object if name in self.object.map_names else self.processes
+        owner.map(name).write(self.number, value)
+
+    def activate(self, **selections: bool) -> None:
+        """From now on the programs work for the session, which is in the masks of SELECTIONS."""
+        hub = _HUBS.index(self._plan.name)
+        bit = np.uint64(self.bit)
+
+        def set_bits(said: NDArray[Any]) -> None:
+            said["of_hub"][0, hub] |= bit
+            said["all"] |= bit
+            for name in _SELECTIONS:
+                if selections.get(name):
+                    said[name] |= bit
+            if "hierarchy" in selections:
+                said["hierarchy"] = selections["hierarchy"]
+
+        # Once before, so that no thread can have looked at the slot's last session and not know it.
+        self._group.say(lambda _: None)
+        self._active = True
+        self.since = self._group.say(set_bits)
+
+    def members_changed(self) -> None:
+        """Threads look up anew who watches them."""
+        self._group.say(lambda _: None)
+
+    def hint(self, tgids: Sequence[int]) -> None:
+        """See `_Group.hint`."""
+        self._group.hint(tgids)
+
+    def note_ended(self, count: int) -> None:
+        """See `_Group.note_ended`."""
+        self._group.note_ended(count)
+
+    def member_keys(self) -> NDArray[Any]:
+        """The keys of the session's members; none before there are any."""
+        members = self._maps.get("members")
+        return members.read_keys() if members else np.empty(0, np.uint64)
+
+    @property
+    def attached(self) -> bool:
+        """Whether programs work for the session."""
+        return self._active
+
+    def detach(self) -> None:
+        """The programs stop working for the session; its maps stay readable until `close`. When
+        this returns, none of them is still at work."""
+        if not self._active:
+            return
+        self._active = False
+        clear = ~np.uint64(self.bit)
+
+        def clear_bits(said: NDArray[Any]) -> None:
+            said["of_hub"] &= clear
+            for name in ("all", *_SELECTIONS):
+                said[name] &= clear
+
+        self._group.say(clear_bits)
+        self._uninstall()
+
+    def _uninstall(self) -> None:
+        installed, self._installed = self._installed, []
+        if not installed:
+            return
+        with ThreadPoolExecutor(len(installed)) as pool:
+            for owner, name in installed:
+                pool.submit(owner.uninstall, name, self.number)
+
+    def close(self) -> None:
+        """Frees the session's maps and its slot. Safe to call twice."""
+        with ExitStack() as closing:
+            closing.callback(self._group.release, self)
+            for own in self._maps.values():
+                closing.callback(own.close)
+            closing.callback(self._uninstall)
+            closing.callback(self.detach)
+        self._maps = {}
+
+    # What the agent asks.
+
+    @property
+    def name(self) -> str:
+        """The name of the hub."""
+        return self._plan.name
+
+    @property
+    def map_memory_bytes(self) -> int:
+        """What the kernel charges for the session's own maps, and its share of those of the hub;
+        the last known figure if there is no descriptor left to read it."""
+        try:
+            own = sum(each.memory_bytes for each in self._maps.values())
+            for hub in (self.hub, self._processes):
+                if hub.object is not None and hub.slots:
+                    own += hub.object.map_memory_bytes // len(hub.slots)
+            self._memory_bytes = own
+        except OSError:
+            pass
+        return self._memory_bytes
+
+    def program_stats(self) -> Mapping[str, ProgramStats]:
+        """The kernel's figures of the programs that work for the session and others."""
+        found: dict[str, ProgramStats] = {}
+        for hub in (self._processes, self.hub):
+            if hub.object is not None:
+                found |= hub.object.program_stats()
+        return found
+
+
+class Hubs:
+    """All hubs of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: list[_Group] = []
+
+    def take(self, plan: Plan) -> Slot:
+        """A slot for a session by PLAN, of a hub that is loaded with it."""
+        with self._lock:
+            for group in self._fitting(plan):
+                if slot := group.take(plan):
+                    return slot
+            group = _Group(plan)
+            self._groups = [each for each in self._groups if each.slots] + [group]
+            slot = group.take(plan)
+        if slot is None:
+            raise RuntimeError("a new hub has no room")
+        return slot
+
+    def _fitting(self, plan: Plan) -> Iterator[_Group]:
+        return (group for group in self._groups if group.plan.features == plan.features)
+
+
+HUBS_OF_THIS_PROCESS: Final = Hubs()

@@ -12,8 +12,8 @@
  *	OPTIONS(type, name, count)	element(name, index), a pointer, or NULL
  *	GLOBAL(type, name)		global(name), likewise; user space reads and writes it too
  *	GLOBALS(type, name, count)	element(name, index), likewise
- *	int RAW_PROGRAM(name, ...)	a program of tp_btf/ or raw_tp/, with the hook's arguments
- *	int BTF_PROGRAM(name, ...)	likewise, one that is only for tp_btf/
+ *	int RAW_PROGRAM(name, ...)	a program of raw_tp/, with the hook's arguments; the loader
+ *					makes it one of tp_btf/ where the kernel knows their types
  *	int PROGRAM(name, argument)	a program of any other kind
  *	IN_BTF(struct record, record)	puts a type into the BTF, for user space
  *	kernel_read(task, tgid)		a member of a kernel structure
@@ -62,9 +62,6 @@ static __always_inline void *element_at(void *map, __u32 index)
 		return name##_(___bpf_ctx_cast(args));                                             \
 	}                                                                                          \
 	static __always_inline int name##_(unsigned long long *ctx, ##args)
-/* Cannot be loaded, so it is not compiled: that saves a third of the compiler's work. */
-#define BTF_PROGRAM(name, args...)                                                                 \
-	static inline __attribute__((unused)) name(unsigned long long *ctx, ##args)
 #define LICENSED_AS(license) _Static_assert(1, license)
 #define IN_BTF(type, name)   _Static_assert(1, "")
 
@@ -110,7 +107,6 @@ static __always_inline void *element_at(void *map, __u32 index)
 
 #define PROGRAM(name, argument) name(argument)
 #define RAW_PROGRAM		BPF_PROG
-#define BTF_PROGRAM		BPF_PROG
 #define LICENSED_AS(license)	char LICENSE[] SEC("license") = license
 
 #define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))

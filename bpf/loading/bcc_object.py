@@ -10,19 +10,15 @@ kernels have no other kind.
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import os
 from collections.abc import Iterable, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
 from coral.bpf.buffers.maps import HashMap
-from coral.bpf.buffers.perf_event import TRACEFS, open_perf_event
-from coral.bpf.libbpf import LoadError, call, call_string, capture_log
+from coral.bpf.libbpf import LoadError, call, capture_log
 from coral.bpf.loading import bcc
 from coral.bpf.loading.btf import NoLayoutError
 from coral.bpf.loading.object import VERIFIER_LOG_BYTES, BpfObject
@@ -31,12 +27,10 @@ _LOAD_64: Final = 0x18  # a 64-bit constant, in two instructions
 _PSEUDO_MAP_FD: Final = 1
 _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
 _NO_MAP: Final = -1
-_RAW, _PLAIN = _KINDS = ("raw_tp", "tracepoint")
+_RAW_TP: Final = "raw_tp"
 _VARIABLES_FROM: Final = 1000  # numbers of variables that are maps, behind those of maps
 _ARRAY: Final = 2
 _PERF_EVENT_ARRAY: Final = 4
-_PERF_TYPE_TRACEPOINT: Final = 2
-_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _NAME_BYTES: Final = 15
 _READ_ONLY: Final = ".rodata"
 
@@ -121,15 +115,7 @@ class BccObject(BpfObject):
             self._load_program(name, _linked(compiled[name], fds, values))
 
     def _attachable(self) -> tuple[str, ...]:
-        hooks = {name: self._hook_of(name)[0] for name in self._programs}
-        return tuple(name for name, kind in hooks.items() if kind in _KINDS)
-
-    def _hook_of(self, name: str) -> tuple[str, str]:
-        """The kind and the name of a program's hook."""
-        kind, _, hook = call_string("bpf_program__section_name", self._programs[name]).partition(
-            "/"
-        )
-        return kind, hook
+        return tuple(name for name in self._programs if self._hook_of(name)[0] == _RAW_TP)
 
     def _split_variables(self) -> tuple[list[str], list[str]]:
         """The names of the variables that are constants of programs, and of those that are maps."""
@@ -189,22 +175,6 @@ class BccObject(BpfObject):
             verifier_log = log.value.decode(errors="replace")
             raise LoadError(f"loading {name}, compiled by bcc", -fd, verifier_log or said())
         self._fds[name] = fd
-
-    def _attach_once(self, name: str) -> int:
-        kind, hook = self._hook_of(name)
-        if kind == _RAW:
-            fd = call("bpf_raw_tracepoint_open", hook.encode(), self._fds[name])
-            if fd < 0:
-                return -fd
-        elif kind == _PLAIN:
-            try:
-                fd = _open_tracepoint(hook, self._fds[name])
-            except OSError as error:
-                return error.errno or errno.EIO
-        else:
-            return errno.EOPNOTSUPP
-        self._links.append(partial(os.close, fd))
-        return 0
 
     def map_fd(self, name: str) -> int:
         """See `BpfObject`."""
@@ -268,18 +238,3 @@ def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarr
     halves = np.array(values, np.uint64)[constants[at]].view(np.int32).reshape(-1, 2)
     constants[at], constants[at + 1] = halves.T
     return instructions
-
-
-def _open_tracepoint(hook: str, program_fd: int) -> int:
-    """A perf event of the tracepoint `category/name` that runs the program. Raises OSError."""
-    numbers = [path for root in TRACEFS if (path := root / "events" / hook / "id").exists()]
-    if not numbers:
-        raise FileNotFoundError(errno.ENOENT, f"tracefs is not mounted, or has no {hook}")
-    fd = open_perf_event(_PERF_TYPE_TRACEPOINT, config=int(numbers[0].read_text()), cpu=0)
-    try:
-        fcntl.ioctl(fd, _PERF_SET_BPF, program_fd)
-        fcntl.ioctl(fd, _PERF_ENABLE, 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd

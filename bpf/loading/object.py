@@ -1,6 +1,6 @@
 """A compiled eBPF object: chosen programs, set options, loaded, attached, closed.
 
-    with BpfObject("syscall_stats", programs=("coral_enter_btf", "coral_exit_btf")) as o:
+    with BpfObject("syscall_stats", programs=("coral_enter", "coral_exit")) as o:
         o.attach()
         keys, values = o.map("stats").read()
 
@@ -50,6 +50,9 @@ VERIFIER_LIMIT: Final = 1_000_000
 VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
 _STATS_RUN_TIME: Final = 0
+_TRACING: Final = 26  # BPF_PROG_TYPE_TRACING
+_TRACE_RAW_TP: Final = 23
+_RAW_TP: Final = "raw_tp"
 # libbpf retries a map that the kernel refuses without its types; if the map must have them, the
 # second errno is meaningless.
 _RETRIED: Final = re.compile(
@@ -126,9 +129,10 @@ class BpfObject:
     `programs` are loaded and attached; `walks` are loaded, for `walk`, `element_reader` or `run`;
     others are not. `options` set the C program's `const volatile` globals; `map_entries` and
     `map_flags` change maps before they are made; `without_maps` are not made at all: no chosen
-    program may use them. A name that the object does not have is a KeyError. Maps are read in
-    batches where the kernel has them, unless BATCHES is off. Nothing touches the kernel before
-    `load`.
+    program may use them. With TYPED, programs of `raw_tp/` are loaded as those of `tp_btf/`: the
+    verifier knows the types of their arguments. A name that the object does not have is a KeyError.
+    Maps are read in batches where the kernel has them, unless BATCHES is off. Nothing touches the
+    kernel before `load`.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class BpfObject:
         map_entries: Mapping[str, int] | None = None,
         map_flags: Mapping[str, int] | None = None,
         without_maps: Collection[str] = (),
+        typed: bool = False,
         batches: bool = True,
     ) -> None:
         self.path = name if isinstance(name, Path) else object_path(name)
@@ -150,6 +155,7 @@ class BpfObject:
         self._map_entries = dict(map_entries or {})
         self._map_flags = dict(map_flags or {})
         self._without_maps = frozenset(without_maps)
+        self._typed = typed
         self._batches = batches
         self._object = 0
         # Figures are read by another thread than the one that closes.
@@ -222,6 +228,8 @@ class BpfObject:
                 call("bpf_program__set_log_buf", program, logs[-1], c_size_t(VERIFIER_LOG_BYTES))
         for name in self._without_maps:
             call("bpf_map__set_autocreate", self._maps[name], False)
+        for name in self._chosen if self._typed else ():
+            self._give_types(name)
         with capture_log() as said:
             error = -call("bpf_object__load", self._object)
         if error:
@@ -229,6 +237,25 @@ class BpfObject:
             if retried := _RETRIED.search(said()):
                 error = int(retried[2])
             raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
+
+    def _give_types(self, name: str) -> None:
+        """Loads the raw tracepoint program NAME as one with typed arguments."""
+        kind, hook = self._hook_of(name)
+        if kind != _RAW_TP:
+            return
+        program = self._programs[name]
+        call("bpf_program__set_type", program, _TRACING)
+        call("bpf_program__set_expected_attach_type", program, _TRACE_RAW_TP)
+        with capture_log() as said:
+            error = -call("bpf_program__set_attach_target", program, 0, hook.encode())
+        if error:
+            raise LoadError(f"loading {name} for the tracepoint {hook}", error, said())
+
+    def _hook_of(self, name: str) -> tuple[str, str]:
+        """The kind and the name of a program's hook, as in its section."""
+        section = call_string("bpf_program__section_name", self._programs[name])
+        kind, _, hook = section.partition("/")
+        return kind, hook
 
     def _read_btf(self) -> Btf:
         size = c_uint32()
@@ -312,10 +339,22 @@ class BpfObject:
                 if not error:
                     return
                 log = said()
-        raise AttachError(f"attaching {name} ({tries} tries)", error, log)
+        hook = self._hook_of(name)[1]
+        raise AttachError(f"attaching {name} to {hook} ({tries} tries)", error, log)
 
     def _attach_once(self, name: str) -> int:
         """0, or the errno."""
+        kind, hook = self._hook_of(name)
+        if kind == _RAW_TP:
+            # A typed program is bound to its tracepoint when it is loaded.
+            fd = call(
+                "bpf_raw_tracepoint_open",
+                None if self._typed else hook.encode(),
+                self._program_fd(name),
+            )
+            if fd >= 0:
+                self._links.append(partial(os.close, fd))
+            return max(0, -fd)
         link = call_pointer("bpf_program__attach", self._programs[name])
         if not link:
             return last_errno()

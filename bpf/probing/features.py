@@ -37,9 +37,8 @@ _PROBE_RUN: Final = "coral_p_syscall"
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
-    "tp_btf": "coral_p_tp_btf",
+    "tp_btf": "coral_p_raw_tp",
     "raw_tp": "coral_p_raw_tp",
-    "tracepoint": "coral_p_tp",
     "fentry": "coral_p_fentry",
     "kprobe": "coral_p_kprobe",
 }
@@ -110,7 +109,7 @@ def probe() -> Features:
     if not obstacle:
         found = (
             _btf(),
-            *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
+            *(_try(name, _attach_probe(name, program)) for name, program in HOOKS.items()),
             *(_try(name, _attach_iterator(*way)) for name, way in ITERATORS.items()),
             _try("syscall_program", _run_program),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
@@ -166,9 +165,10 @@ def _refused(name: str, error: int, said: str = "") -> Feature:
     return Feature(name, False, reasons.explain(name, error, said, reasons.facts()))
 
 
-def _attach_probe(program: str) -> Callable[[], None]:
+def _attach_probe(hook: str, program: str) -> Callable[[], None]:
     def attempt() -> None:
-        with BpfObject(_PROBE_OBJECT, programs=(program,)) as probe_object:
+        typed = hook == "tp_btf"
+        with BpfObject(_PROBE_OBJECT, programs=(program,), typed=typed) as probe_object:
             probe_object.attach(tries=1)
 
     return attempt

@@ -21,20 +21,8 @@ IN_BTF(struct coral_p_record, coral_p_record);
 OPTION(__u32, coral_p_option, 1);
 GLOBAL(__u32, coral_p_global);
 
-SEC("tp_btf/sched_process_exec")
-int RAW_PROGRAM(coral_p_tp_btf, void *task)
-{
-	return 0;
-}
-
-SEC("raw_tp/sched_process_exec")
+SEC("raw_tp/sched_process_exec") /* loaded as tp_btf, too */
 int RAW_PROGRAM(coral_p_raw_tp, void *task)
-{
-	return 0;
-}
-
-SEC("tracepoint/sched/sched_process_exec")
-int PROGRAM(coral_p_tp, void *ctx)
 {
 	return 0;
 }
