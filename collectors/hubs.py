@@ -18,28 +18,54 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject, Features, HashMap, ProgramStats
+from coral.bpf import HOOKS, Account, BpfObject, Features, HashMap, ProgramStats, Rung, climb
 
-_HUBS: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
+_NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
+_PROCESSES: Final = "processes"
+_PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
+_CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "detailed")
 # Maps of `processes` that the hubs use too.
 SHARED_MAPS: Final = ("sessions", "changes", "members", "hints", "accounts", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _REBUILT_AFTER: Final = 256  # processes that have ended since
-_NEVER: Final = 1 << 30  # generations from now
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a hub needs: its NAME, one of the kinds above, and how to make the two objects. Plans
-    with equal keys share a hub; those on the same features share `processes`."""
+    """The hub NAME, one of the kinds above, as RUNG has it: the arguments of `Rung.object`.
+    Sessions on the same features share `processes`, and those with equal plans a hub."""
 
     name: str
     features: Features
-    slots: int
-    make_processes: Callable[[], BpfObject] = field(compare=False)
-    make_hub: Callable[[Mapping[str, int]], BpfObject] = field(compare=False)
-    key: tuple[object, ...] = ()
+    rung: Rung
+    programs: tuple[str, ...] = field(compare=False)
+    options: Mapping[str, object] = field(compare=False)
+    preallocated: tuple[str, ...] = field(default=(), compare=False)
+    walks: tuple[str, ...] = field(default=(), compare=False)
+    without_maps: tuple[str, ...] = field(default=(), compare=False)
+
+    def hub(self, shared: Mapping[str, int]) -> BpfObject:
+        """The hub's object, which uses the maps SHARED."""
+        return self.rung.object(
+            self.name,
+            programs=self.programs,
+            options=self.options,
+            preallocated=self.preallocated,
+            walks=self.walks,
+            without_maps=self.without_maps,
+            shared=shared,
+        )
+
+    def processes(self) -> BpfObject:
+        """The object `processes`."""
+        rung = climb(self.features, HOOKS, thread_state=False)
+        return rung.object(
+            _PROCESSES,
+            programs=_PROGRAMS,
+            options={},
+            preallocated=("members", "cgroups"),
+        )
 
 
 class _Hub:
@@ -59,7 +85,7 @@ class _Group:
         self.plan = plan
         self.lock = threading.RLock()
         self.processes = _Hub()
-        self.hubs: dict[tuple[object, ...], _Hub] = {}
+        self.hubs: dict[str, _Hub] = {}
         self.slots: dict[int, Slot] = {}
         self._next = 0
         self._ended = 0
@@ -67,13 +93,13 @@ class _Group:
     def take(self, plan: Plan) -> Slot | None:
         """A slot for a session by PLAN; None where all are taken."""
         with self.lock:
-            if len(self.slots) == self.plan.slots:
+            if len(self.slots) == self.plan.rung.slots:
                 return None
             # In turn, so that a slot that was just freed is the last to be used again.
-            free = (n % self.plan.slots for n in range(self._next, self._next + self.plan.slots))
+            free = (n % self.plan.rung.slots for n in range(self._next, self._next + self.plan.rung.slots))
             number = next(n for n in free if n not in self.slots)
             self._next = number + 1
-            hub = self.hubs.setdefault((plan.name, *plan.key), _Hub())
+            hub = self.hubs.setdefault(plan.name, _Hub())
             slot = self.slots[number] = Slot(self, hub, plan, number)
             hub.slots.add(number)
             self.processes.slots.add(number)
@@ -183,6 +209,17 @@ class Slot:
         self.since = 0
 
     @property
+    def never(self) -> int:
+        """A generation that lies ahead."""
+        return (self._group.say(lambda _: None) + (1 << 30)) & 0xFFFFFFFF
+
+    def account(self) -> Account:
+        """The session's account, from now on."""
+        programs = [*self.processes.program_fds, *self.object.program_fds]
+        reasons = self.processes.btf.enum("loss")
+        return Account(self.processes.map("accounts"), self.number, reasons, programs)
+
+    @property
     def bit(self) -> int:
         """The session in a mask."""
         return 1 << self.number
@@ -190,10 +227,10 @@ class Slot:
     def load(self) -> None:
         """Loads the objects, unless other sessions use them already. Raises `BpfError`."""
         group, plan = self._group, self._plan
-        processes = group.loaded(self._processes, plan.make_processes)
+        processes = group.loaded(self._processes, plan.processes)
         shared = {name: processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        self.object = group.loaded(self.hub, lambda: plan.make_hub(shared))
+        self.object = group.loaded(self.hub, lambda: plan.hub(shared))
         self.processes = processes
 
     def install(self, sizes: Mapping[str, int]) -> None:
@@ -214,8 +251,6 @@ class Slot:
         self._installed = [(owner, name) for name, owner in owners.items()]
         for each in done:
             each.result()
-        zero = np.zeros((), self.processes.map("accounts").value_dtype)
-        self.processes.map("accounts").write_all_cpus(self.number, zero)
 
     def map(self, name: str) -> HashMap:
         """The session's own map NAME, or one of the hub."""
@@ -226,9 +261,10 @@ class Slot:
         owner = self.object if name in self.object.map_names else self.processes
         owner.map(name).write(self.number, value)
 
-    def activate(self, **selections: bool) -> None:
-        """From now on the programs work for the session, which is in the masks of SELECTIONS."""
-        hub = _HUBS.index(self._plan.name)
+    def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
+        """From now on the programs work for the session, which is in the masks of SELECTIONS.
+        HIERARCHY is that of its cgroups, the same for all sessions."""
+        hub = _NAMES.index(self._plan.name)
         bit = np.uint64(self.bit)
 
         def set_bits(said: NDArray[Any]) -> None:
@@ -237,8 +273,8 @@ class Slot:
             for name in _SELECTIONS:
                 if selections.get(name):
                     said[name] |= bit
-            if "hierarchy" in selections:
-                said["hierarchy"] = selections["hierarchy"]
+            if hierarchy is not None:
+                said["hierarchy"] = hierarchy
 
         # Once before, so that no thread can have looked at the slot's last session and not know it.
         self._group.say(lambda _: None)
@@ -355,4 +391,4 @@ class Hubs:
         return (group for group in self._groups if group.plan.features == plan.features)
 
 
-HUBS_OF_THIS_PROCESS: Final = Hubs()
+HUBS: Final = Hubs()

@@ -91,19 +91,26 @@ class KernelCollector(Collector, Generic[OptionsT]):
         for name, instead in self.refused_options(features, self._rung).items():
             if (value := getattr(options, name)) != getattr(type(options), name):
                 raise OptionError(name, str(value).lower(), instead)
-        self._object = self._make_object(features)
+        self._slot = HUBS.take(self._plan(features))
         self._records: RecordReader | None = None
-        self._lost: Mapping[int, int] = {}
         self._drained_at_ns = 0
+        self._unfollowed = 0
+        self._events = 0
 
     @abstractmethod
-    def _make_object(self, features: Features) -> BpfObject:
-        """The object, by `self._rung`; `self._object_options` are among its options."""
+    def _plan(self, features: Features) -> Plan:
+        """The hub of this kind, by `self._rung`."""
+
+    @property
+    @abstractmethod
+    def _own_maps(self) -> Mapping[str, int]:
+        """The maps that the session has of its own, with their sizes, beside those of its targets
+        and its records."""
 
     @abstractmethod
     def _open_maps(self) -> None:
-        """Finds the maps, and the buffer of records by `_open_records`: after the object is loaded,
-        before it is attached."""
+        """Finds the maps, sets the session's options, and opens the buffer of records by
+        `_open_records`: after the maps are made, before the programs work for the session."""
 
     @abstractmethod
     def _read_events(self) -> EventRows:
@@ -113,8 +120,11 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def _read_summaries(self) -> Summaries:
         """The summaries of the interval that ends now."""
 
-    def _on_attached(self) -> None:
-        """Called by `open` once the programs are attached and know their targets."""
+    def _on_followed(self) -> None:
+        """Called by `open` once the programs work for the session, before it has targets."""
+
+    def _on_filled(self) -> None:
+        """Called by `open` once the programs know the session's targets."""
 
     def _uncounted(self) -> int:
         """How many events the subclass itself could not count so far, for want of room in a map."""
@@ -181,8 +191,8 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return Coverage.WHOLE if everything else Coverage.PART
 
     @property
-    def bpf_object(self) -> BpfObject:
-        return self._object
+    def bpf_object(self) -> Slot:
+        return self._slot
 
     @property
     def interval_s(self) -> float:
@@ -199,45 +209,35 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def exit_fds(self) -> Sequence[int]:
         return self._targets.exit_fds
 
-    @property
-    def _object_options(self) -> Mapping[str, object]:
-        """The read-only globals of targets.bpf.h and records.bpf.h. With `from_exec`, a process
-        counts once it has exec'd; programs that count the exec itself turn `active_at_exec` off."""
-        return {
-            **self._targets.object_options,
-            "active_at_exec": True,
-            "ring_wakeup_bytes": self._wakeup_bytes,
-        }
-
-    @property
-    def _wakeup_bytes(self) -> int:
-        return self._options.ring // _WAKEUP_SHARE
-
-    def _open_records(self, record: str, order_by: str) -> None:
-        """Opens the buffer, which holds `struct RECORD`; see `Rung.reader`."""
+    def _open_records(self, records: Mapping[int, str], order_by: str) -> None:
+        """Opens the session's buffer of RECORDS, the names of their structures by kind; see
+        `Rung.reader`."""
         self._records = self._rung.reader(
-            self._object,
-            record,
-            buffer_bytes=self._options.ring,
-            wakeup_bytes=self._wakeup_bytes,
-            order_by=order_by,
+            self._slot, records, buffer_bytes=self._options.ring, order_by=order_by
         )
 
-    def _drain_records(self) -> NDArray[Any]:
-        """Empties the buffer: its records, of shape (n,)."""
+    def _drain_records(self) -> Mapping[int, NDArray[Any]]:
+        """Empties the buffer: its records, each of shape (n,), by kind."""
         if self._records is None:
             raise RuntimeError("not open")
         return self._records.drain()
 
     def open(self) -> None:
-        self._object.load()
-        self._account = self._object.map("account")
+        self._slot.load()
+        records = self._rung.record_maps(self._options.ring) if self._has_records else {}
+        self._slot.install({**self._targets.maps, **self._own_maps, **records})
+        self._account = self._slot.account()
         self._open_maps()
-        self._targets.prepare(self._object)
-        self._object.attach()
-        self._targets.fill(self._object)
-        self._on_attached()
+        self._targets.follow(self._slot, detailed=self._options.single_events)
+        self._on_followed()
+        self._targets.fill()
+        self._on_filled()
         self._drained_at_ns = time.time_ns()
+
+    @property
+    def _has_records(self) -> bool:
+        """Whether the session is sent records."""
+        return self._options.single_events
 
     def drain(self) -> Batch:
         began_at_ns, self._drained_at_ns = self._drained_at_ns, time.time_ns()
@@ -254,23 +254,22 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def _losses(self) -> dict[int, int]:
         """What was lost since this was last called, by stage."""
-        _, account = self._account.read()
-        full = int(sum_over_cpus(account, "map_full")[0]) + self._uncounted()
-        lost = int(sum_over_cpus(account, "lost")[0])
-        totals = {
-            # Programs count what the buffer refuses, except for perf buffers before Linux 5.1:
-            # there the kernel alone knows.
-            int(pb.Loss.STAGE_KERNEL_BUFFER): max(lost, self._records.lost if self._records else 0),
-            int(pb.Loss.STAGE_MAP_FULL): full + self._targets.unfollowed(self._object),
-        }
-        before, self._lost = self._lost, totals
-        added = {stage: total - before.get(stage, 0) for stage, total in totals.items()}
-        return {stage: count for stage, count in added.items() if count > 0}
+        losses = stages(self._account.read())
+        # Programs count what the buffer refuses, except for perf buffers before Linux 5.1: there
+        # the kernel alone knows.
+        unfollowed = self._targets.unfollowed + self._uncounted()
+        added, self._unfollowed = unfollowed - self._unfollowed, unfollowed
+        if added:
+            full = int(pb.Loss.STAGE_MAP_FULL)
+            losses[full] = losses.get(full, 0) + added
+        return losses
 
     def close(self) -> None:
+        if self._records:
+            self._records.close()
         self._records = None
         self._targets.close()
-        self._object.close()
+        self._slot.close()
 
 
 def unix_offset_ns() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,23 @@ def start_time_of(tgid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     return int(text.rpartition(")")[2].split()[_STAT_STARTTIME])
+
+
+def children_of(tgid: int) -> list[int]:
+    """The processes whose parent a process is; none for one that has ended, or where the kernel
+    does not list them (CONFIG_PROC_CHILDREN)."""
+    children: list[int] = []
+    try:
+        for task in (PROC / str(tgid) / "task").iterdir():
+            children += map(int, (task / "children").read_text().split())
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        pass
+    return children
+
+
+def clock_ticks() -> int:
+    """The time since boot, as `start_time_of` gives it."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def thread_group_of(tid: int) -> int | None:

@@ -1,13 +1,14 @@
 """The processes that a collector watches: the options that select them, and the kernel's map.
 
-The C side is bpf/include/targets.bpf.h, whose programs follow forks, execs and exits. Any
-collector whose object includes that header can use this.
+The C side is bpf/include/targets.bpf.h; the programs of bpf/programs/processes follow forks, execs
+and exits.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,18 +16,33 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject, Features
+from coral.bpf import Features
 from coral.bpf.libbpf import BpfError
-from coral.collectors.cgroups import cgroup2_mount, cgroup_directory, cgroup_tgids
+from coral.collectors.cgroups import (
+    cgroup2_mount,
+    cgroup_directory,
+    cgroup_ids_below,
+    cgroup_tgids,
+    hierarchy_number,
+)
 from coral.collectors.contract import ServiceProcesses, Watched
+from coral.collectors.hubs import Slot
 from coral.collectors.options import OptionError, boolean, choice, items, option, text
 from coral.collectors.pids import PIDS, pid_anywhere, running_pid
-from coral.collectors.procfs import comm_of, running_tgids, start_time_of
+from coral.collectors.procfs import (
+    children_of,
+    clock_ticks,
+    comm_of,
+    running_tgids,
+    start_time_of,
+)
 
 COMM_BYTES: Final = 15  # and a terminating zero
-_HINTS: Final = 65536  # as in targets.bpf.h
-_SELECT_HOST, _SELECT_TARGETS, _SELECT_CGROUP = 0, 1, 2
-_STATE_ACTIVE, _STATE_ARMED, _STATE_EXITED = 0, 1, 2
+_MOST_MEMBERS: Final = 10240
+_MOST_CGROUPS: Final = 4096
+_ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
+_ENDED: Final = np.uint64(1 << 32)  # the least key of a process that has ended
+_PATH_BYTES: Final = 256  # as in processes.bpf.c
 
 
 @dataclass(frozen=True)
@@ -85,23 +101,39 @@ class TargetOptions:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """The n processes in one reading of the kernel's map."""
+    """The n processes in one reading of a session's map: those that run, and those that have ended
+    and still have a name. A process is known by its id and by when it was born, because an id can
+    go from a process that has ended to another one."""
 
-    tgids: NDArray[np.uint32]  # (n,), sorted
+    keys: NDArray[np.uint64]  # (n,), sorted: the id of one that runs; with `born` if it has ended
     comms: NDArray[np.bytes_]  # (n,): their command names
-    exited: NDArray[np.bool_]  # (n,)
 
     @property
-    def ended(self) -> NDArray[np.uint32]:
-        """The tgids of those that have ended."""
-        return self.tgids[self.exited]
+    def ended(self) -> NDArray[np.uint64]:
+        """Those that have ended, as `process_keys` gives them."""
+        return self.keys[self.keys >= _ENDED]
 
-    def comms_of(self, tgids: NDArray[Any]) -> NDArray[np.bytes_]:
-        """The command names of TGIDS, both of shape (m,); empty for a process that is not here."""
-        if not len(self.tgids):
+    def comms_of(
+        self, tgids: NDArray[Any], born: NDArray[Any] | int = 0
+    ) -> NDArray[np.bytes_]:
+        """The command names of TGIDS that were BORN then, all of shape (m,); empty for a process
+        that is not here."""
+        if not len(self.keys):
             return np.zeros(len(tgids), self.comms.dtype)
-        at = np.searchsorted(self.tgids, tgids).clip(max=len(self.tgids) - 1)
-        return np.where(self.tgids[at] == tgids, self.comms[at], b"")
+        names = self._at(process_keys(tgids, born))
+        running = self._at(tgids.astype(np.uint64))
+        return np.where(names != b"", names, running)
+
+    def _at(self, keys: NDArray[np.uint64]) -> NDArray[np.bytes_]:
+        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[at] == keys, self.comms[at], b"")
+
+
+def process_keys(tgids: NDArray[Any], born: NDArray[Any] | int) -> NDArray[np.uint64]:
+    """Processes as numbers, of shape (n,): BORN and the id."""
+    shifted = np.asarray(born).astype(np.uint64) << np.uint64(32)
+    keys: NDArray[np.uint64] = shifted | tgids.astype(np.uint64)
+    return keys
 
 
 def comm_text(comm: bytes) -> str:
@@ -110,7 +142,7 @@ def comm_text(comm: bytes) -> str:
 
 
 class Targets:
-    """The watched processes of one loaded object."""
+    """The processes that one session watches."""
 
     def __init__(self, options: TargetOptions, service: ServiceProcesses | None) -> None:
         options.check(service)
@@ -123,7 +155,9 @@ class Targets:
             self._tgids = service.tgids
         # A process id may go to another process before `fill`; its start time tells.
         self._started = {tgid: start_time_of(tgid) for tgid in self._tgids}
+        self._resolved_at_ticks = clock_ticks()
         self._pidfds: list[int] = []
+        self._unfollowed = 0
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
 
     @property
@@ -161,69 +195,106 @@ class Targets:
         return ("service", self._service)
 
     @property
-    def object_options(self) -> Mapping[str, object]:
-        """The read-only globals of targets.bpf.h."""
-        options = self._options
-        selection = _SELECT_TARGETS
-        if options.scope:
-            selection = _SELECT_HOST
-        elif options.cgroup:
-            selection = _SELECT_CGROUP
-        return {
-            "selection": selection,
-            "follow_children": options.follow_children,
-            "select_comm": bool(options.comm),
-            **_comm_words(options.comm),
-        }
+    def maps(self) -> dict[str, int]:
+        """The maps that a session needs for its processes, with their sizes."""
+        return {"members": _MOST_MEMBERS, **({"cgroups": _MOST_CGROUPS} if self._cgroup else {})}
+
+    @property
+    def _cgroup(self) -> Path | None:
+        return cgroup_directory(self._options.cgroup) if self._options.cgroup else None
 
     @property
     def exit_fds(self) -> Sequence[int]:
         """Process descriptors of the first targets, if the session should end with them."""
         return self._pidfds
 
-    def prepare(self, bpf_object: BpfObject) -> None:
-        """Marks the spared processes in the kernel's map, where programs would add them by
-        themselves. Call it before `attach`. Raises `BpfError`."""
-        self._map = bpf_object.map("targets")
-        if self._options.scope or self._options.cgroup:
-            for tgid in self.spared:
-                # Armed, a process counts from its next exec on; the agent has none.
-                self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ARMED, 0))
+    def follow(self, slot: Slot, *, detailed: bool) -> None:
+        """The programs begin to follow processes for the session in SLOT, which has its maps. With
+        DETAILED, each change becomes a record of the session. Raises `BpfError`."""
+        self._slot, self._map = slot, slot.map("members")
+        options, cgroup = self._options, self._cgroup
+        if options.scope or cgroup or options.comm:
+            self._add(self.spared, _SPARED)
+        if options.comm:
+            slot.own("wanted_comms", (_words(options.comm, COMM_BYTES + 1),))
+        if cgroup:
+            slot.own("cgroup_paths", (_words(_path_in_hierarchy(cgroup), _PATH_BYTES),))
+            self._add_cgroups(cgroup)
+        slot.activate(
+            hierarchy=hierarchy_number(cgroup) if cgroup else None,
+            host=bool(options.scope),
+            follow=options.follow_children and not cgroup,
+            comm=bool(options.comm),
+            cgroup=bool(cgroup),
+            detailed=detailed,
+        )
 
-    def fill(self, bpf_object: BpfObject) -> None:
-        """Writes the targets to the kernel's map. Call it after `attach`, so that no fork is
-        missed. Raises `BpfError`."""
-        if self._options.cgroup:
-            fd = os.open(cgroup_directory(self._options.cgroup), os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                bpf_object.write_fd("cgroups", 0, fd)
-            finally:
-                os.close(fd)
-        if self._options.comm:
+    def fill(self) -> None:
+        """Adds the processes that run already. Call it after `follow`, so that no fork is missed.
+        Raises `BpfError`."""
+        options = self._options
+        if cgroup := self._cgroup:
+            self._add_cgroups(cgroup)  # those that were made meanwhile
+            self._add(cgroup_tgids(cgroup) - self.spared, _ACTIVE)
+        elif options.comm:
             self._tgids = tuple(
                 tgid
                 for tgid in running_tgids()
-                if tgid not in self.spared and comm_of(tgid) == self._options.comm
+                if tgid not in self.spared and comm_of(tgid) == options.comm
             )
-        self._tgids = tuple(tgid for tgid in self._tgids if not self._was_replaced(tgid))
-        state = _STATE_ARMED if self._options.from_exec else _STATE_ACTIVE
-        bpf_object.write_elements("target_hints", [tgid % _HINTS for tgid in self._tgids], 1)
-        for tgid in self._tgids:
-            self._map.write(tgid, ((comm_of(tgid) or "").encode(), state, 0))
-        if self._options.until_exit:
+            self._add(self._tgids, _ACTIVE)
+        else:
+            self._tgids = tuple(tgid for tgid in self._tgids if not self._was_replaced(tgid))
+            self._add(self._tgids, _ARMED if options.from_exec else _ACTIVE)
+            if options.follow_children and not options.from_exec:
+                self._add_children()
+        self._slot.members_changed()
+        if options.until_exit:
             self._open_pidfds()
 
-    def fill_members(self) -> None:
-        """Writes the processes of a cgroup to the kernel's map, for programs that look up what a
-        process already had open; all other targets are there. Call it after `fill`."""
-        if not self._options.cgroup:
-            return
-        for tgid in cgroup_tgids(cgroup_directory(self._options.cgroup)) - self.spared:
-            self._map.write(tgid, ((comm_of(tgid) or "").encode(), _STATE_ACTIVE, 0))
+    def _add_children(self) -> None:
+        """Adds the children that were forked between the look-up of their parent and `follow`."""
+        found = set(self._tgids)
+        parents = list(found)
+        while parents:
+            young = {
+                child
+                for child in children_of(parents.pop())
+                if (start_time_of(child) or 0) >= self._resolved_at_ticks
+            } - found
+            found |= young
+            parents += young
+        self._add(found - set(self._tgids), _ACTIVE)
+
+    def _add_cgroups(self, directory: Path) -> None:
+        wanted = self._slot.map("cgroups")
+        for cgroup in cgroup_ids_below(directory):
+            wanted.write(cgroup, 1)
+
+    def _add(self, tgids: Iterable[int], state: int) -> None:
+        """Adds running processes in this state. Those for which there is no room are counted."""
+        added = []
+        for tgid in tgids:
+            comm = comm_of(tgid)
+            if comm is None and start_time_of(tgid) is None:
+                continue  # it has ended; a program has removed it, or it was never there
+            try:
+                self._map.write(tgid, ((comm or "").encode(errors="replace"), state, 0))
+            except BpfError as error:
+                if error.errno not in (errno.E2BIG, errno.ENOMEM, errno.EBUSY):
+                    raise
+                self._unfollowed += 1
+                continue
+            added.append(tgid)
+        self._slot.hint(added)
+        # One that ended before it was added would stay, and its id would become another's.
+        gone = [tgid for tgid in added if start_time_of(tgid) is None]
+        if gone:
+            self._map.delete(gone)
 
     def present(self) -> dict[int, str]:
         """Command names by tgid of the processes that are watched now, for callers that look up
-        what these processes already had open. Call it after `fill_members`."""
+        what these processes already had open. Call it after `fill`."""
         if self._options.scope:
             return {
                 tgid: comm_of(tgid) or "" for tgid in running_tgids() if tgid not in self.spared
@@ -232,8 +303,8 @@ class Targets:
             return {}
         members = self.read()
         names = map(comm_text, members.comms.tolist())
-        present = zip(members.tgids.tolist(), names, strict=True)
-        return {tgid: name for tgid, name in present if tgid not in self.spared}
+        present = zip(members.keys.tolist(), names, strict=True)
+        return {key: name for key, name in present if key < _ENDED and key not in self.spared}
 
     def _was_replaced(self, tgid: int) -> bool:
         """Whether the process that was asked for has ended and another one has its id."""
@@ -249,21 +320,29 @@ class Targets:
         if not self._pidfds:
             raise BpfError("every process to watch has ended before the programs were attached")
 
-    def unfollowed(self, bpf_object: BpfObject) -> int:
-        """How many processes should be watched and did not fit into the map."""
-        return int(bpf_object.read_variable("targets_full"))
+    @property
+    def unfollowed(self) -> int:
+        """How many processes that ran at the start did not fit into the map. What programs find
+        later is in the session's account."""
+        return self._unfollowed
 
     def read(self) -> Members:
         """The processes that are watched now, and those that have ended since they were last
         forgotten."""
-        tgids, targets = self._map.read()
-        tgids, at = np.unique(tgids, return_index=True)
-        return Members(tgids, targets["comm"][at], targets["state"][at] == _STATE_EXITED)
+        keys, members = self._map.read()
+        keys, at = np.unique(keys, return_index=True)
+        return Members(keys, members["comm"][at])
 
-    def forget(self, tgids: NDArray[Any]) -> None:
-        """Removes the processes of TGIDS, of shape (n,), which have ended, from the map."""
-        if len(tgids):
-            self._map.delete(tgids.astype(self._map.key_dtype))
+    def comm_of(self, tgid: int) -> bytes:
+        """The command name of one process that is watched, empty if it is not."""
+        member = self._map.read_one(tgid)
+        return b"" if member is None else bytes(member["comm"])
+
+    def forget(self, ended: NDArray[np.uint64]) -> None:
+        """Removes the names of processes that have ended: ENDED of `Members`."""
+        if len(ended):
+            self._map.delete(ended)
+            self._slot.note_ended(len(ended))
 
     def close(self) -> None:
         """Closes the process descriptors."""
@@ -284,8 +363,13 @@ def refused_options(features: Features) -> dict[str, str]:
     return refused
 
 
-def _comm_words(comm: str) -> Mapping[str, int]:
-    """A command name in the form that the programs compare: its bytes, padded with zeros, as two
-    words."""
-    low, high = np.frombuffer(comm.encode().ljust(COMM_BYTES + 1, b"\0"), np.uint64).tolist()
-    return {"wanted_comm_low": low, "wanted_comm_high": high}
+def _words(text: str, length: int) -> NDArray[np.uint64]:
+    """TEXT as programs compare it: padded with zeros to LENGTH bytes, in words."""
+    return np.frombuffer(text.encode()[:length].ljust(length, b"\0"), np.uint64)
+
+
+def _path_in_hierarchy(directory: Path) -> str:
+    """The path of a cgroup from the root of its hierarchy, if a program can compare it."""
+    mount = cgroup2_mount()
+    path = f"/{directory.relative_to(mount)}" if mount else ""
+    return path if len(path.encode()) < _PATH_BYTES else ""

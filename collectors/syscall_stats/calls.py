@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.collectors.clock import CLOCK
 from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
-from coral.collectors.kernel_collector import unix_offset_ns
 from coral.collectors.syscall_stats import table as syscall_table
-from coral.collectors.targets import Targets, comm_text
+from coral.collectors.targets import Targets, comm_text, process_keys
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_STRINGS: Final = 4096
-_TARGETS_READ_EVERY_S: Final = 1.0
 _NUMBERS: Final = syscall_table.NR_COMPAT + syscall_table.NR_UNKNOWN + 1
+_NAMED, _ENDED = 2, 3  # enum change of targets.bpf.h
 
 
 class CallRows:
-    """Makes the rows of one session; keeps the names that they point to."""
+    """Makes the rows of one session; keeps the names that they point to.
+
+    The session's records tell of each process before its first call. A process that ran at the
+    start, or whose record was lost, is looked up when it is first seen.
+    """
 
     def __init__(self, targets: Targets, sample_every: int) -> None:
         self._targets = targets
         self._sample_every = sample_every
-        self._targets_read_at = 0.0
-        self._ended = np.empty(0, np.uint32)
-        self._forget_names()
+        self._names: dict[int, bytes] = {}  # command names by process
+        self._forget_strings()
 
-    def _forget_names(self) -> None:
+    def _forget_strings(self) -> None:
         self._strings = Strings()
         self._of_number = np.full(_NUMBERS, -1, np.int32)
-        self._pids = np.empty(0, np.uint32)  # sorted
-        self._of_pid = np.empty(0, np.uint32)  # index of the command name, for each of `_pids`
+        self._keys = np.empty(0, np.uint64)  # processes, sorted
+        self._of_key = np.empty(0, np.uint32)  # index of the command name, for each of `_keys`
 
-    def rows(self, records: NDArray[Any]) -> EventRows:
+    def rows(self, records: NDArray[Any], changes: NDArray[Any]) -> EventRows:
         """The rows of RECORDS, struct syscall_call of shape (n,), which it changes: to Unix time,
-        and to indices of names."""
+        and to indices of names. CHANGES are the struct process_change of the same drain."""
         if len(self._strings) > _MOST_STRINGS:
-            self._forget_names()
+            self._forget_strings()
+        if len(changes):
+            self._learn(changes)
         if len(records):
-            records["ended_ns"] += np.uint64(unix_offset_ns())
+            records["ended_ns"] += np.uint64(CLOCK.offset_ns())
             records["syscall"] = self._syscall_indices(records["syscall_number"])
-            records["comm"] = self._comm_indices(records["pid"])
-        self._forget_ended()
+            records["comm"] = self._comm_indices(process_keys(records["pid"], records["born"]))
+        if len(changes):
+            self._forget(changes)
         return EventRows(pb.SyscallCall, records, self._strings.table, self._sample_every)
 
     def _syscall_indices(self, numbers: NDArray[Any]) -> NDArray[np.int32]:
@@ -56,39 +61,45 @@ class CallRows:
             indices = self._of_number[numbers]
         return indices
 
-    def _comm_indices(self, pids: NDArray[Any]) -> NDArray[np.uint32]:
-        found, known = self._look_up(pids)
+    def _comm_indices(self, keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
+        found, known = self._look_up(keys)
         if not known.all():
-            self._learn(np.unique(pids[~known]))
-            found, _ = self._look_up(pids)
-        return self._of_pid[found]
+            self._add(np.unique(keys[~known]))
+            found, _ = self._look_up(keys)
+        return self._of_key[found]
 
-    def _look_up(self, pids: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        if not len(self._pids):
-            return np.zeros(len(pids), np.intp), np.zeros(len(pids), bool)
-        found = np.searchsorted(self._pids, pids).clip(max=len(self._pids) - 1)
-        return found, self._pids[found] == pids
+    def _look_up(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        if not len(self._keys):
+            return np.zeros(len(keys), np.intp), np.zeros(len(keys), bool)
+        found = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return found, self._keys[found] == keys
 
-    def _learn(self, pids: NDArray[Any]) -> None:
-        indices = self._strings.indices(self._targets.read().comms_of(pids), comm_text)
-        order = np.argsort(merged := np.concatenate([self._pids, pids]))
-        self._pids = merged[order]
-        self._of_pid = np.concatenate([self._of_pid, indices])[order]
+    def _add(self, keys: NDArray[np.uint64]) -> None:
+        comms = [self._name_of(key) for key in keys.tolist()]
+        indices = np.array([self._strings.index(comm_text(comm)) for comm in comms], np.uint32)
+        order = np.argsort(merged := np.concatenate([self._keys, keys]))
+        self._keys = merged[order]
+        self._of_key = np.concatenate([self._of_key, indices])[order]
 
-    def _forget_ended(self) -> None:
-        """Now and then, forgets processes that have ended, and reads names again: an exec gives a
-        process another one."""
-        now = time.monotonic()
-        if now - self._targets_read_at < _TARGETS_READ_EVERY_S:
-            return
-        self._targets_read_at = now
-        members = self._targets.read()
-        # A process that just exited may still have calls in the ring; forget it the next time.
-        gone = np.intersect1d(members.ended, self._ended)
-        self._ended = members.ended
-        self._targets.forget(gone)
-        kept = ~np.isin(self._pids, gone)
-        self._pids, self._of_pid = self._pids[kept], self._of_pid[kept]
-        named = np.isin(self._pids, members.tgids)
-        comms = members.comms_of(self._pids[named])
-        self._of_pid[named] = self._strings.indices(comms, comm_text)
+    def _name_of(self, key: int) -> bytes:
+        if key not in self._names:
+            self._names[key] = self._targets.comm_of(key & 0xFFFFFFFF)
+        return self._names[key]
+
+    def _learn(self, changes: NDArray[Any]) -> None:
+        keys = process_keys(changes["tgid"], changes["born"])
+        self._names.update(zip(keys.tolist(), changes["comm"].tolist(), strict=True))
+        self._drop(keys[changes["change"] == _NAMED])
+
+    def _forget(self, changes: NDArray[Any]) -> None:
+        ended = changes[changes["change"] == _ENDED]
+        keys = process_keys(ended["tgid"], ended["born"])
+        for key in keys.tolist():
+            self._names.pop(key, None)
+        self._drop(keys)
+        self._targets.note_ended(len(ended))
+
+    def _drop(self, keys: NDArray[np.uint64]) -> None:
+        if len(keys):
+            kept = ~np.isin(self._keys, keys)
+            self._keys, self._of_key = self._keys[kept], self._of_key[kept]

@@ -12,8 +12,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject, Features, HashMap
+from coral.bpf import Features, HashMap
 from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries
+from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
     OptionError,
@@ -30,13 +31,16 @@ from coral.collectors.syscall_stats.calls import CallRows
 from coral.collectors.syscall_stats.counters import Counters
 from coral.collectors.syscall_stats.measures import SyscallMeasures
 from coral.collectors.syscall_stats.rows import summaries
+from coral.collectors.targets import process_keys
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_exit", "coral_enter")
+_OBJECT: Final = "syscall_stats"
+_PROGRAMS: Final = ("coral_leave", "coral_enter")
+_PROCESS_CHANGE, _CALL = 1, 2  # kinds of records, as in targets.bpf.h and syscall_stats.bpf.c
 
 
 def _syscall(name: str) -> str:
-    if name not in syscall_table.numbers():
+    if not syscall_table.is_name(name):
         raise ValueError(f"names of system calls, comma-separated; this kernel has no {name!r}")
     return name
 
@@ -85,28 +89,17 @@ class SyscallStatsOptions(KernelOptions):
                 raise OptionError(name, value, "it with mode=events only")
 
     @property
-    def event_filter(self) -> Mapping[str, object]:
-        """The read-only globals that select the single events to send."""
-        return {
-            "single_events": self.single_events,
-            "errors_only": self.errors_only,
-            "min_duration_ns": int(self.min_duration * 1e9),
-            "sample_every": self.sample,
-        }
-
-    @property
-    def syscall_filter(self) -> Mapping[str, object]:
-        """The read-only globals that select the calls to count."""
+    def wanted(self) -> NDArray[np.uint64]:
+        """The calls to count as bits by number, of native and of 32-bit calls: of shape (2, 16)."""
         names = self.include or self.exclude
-        mask = np.zeros(syscall_table.NR_UNKNOWN // 64, np.uint64)
+        bits = np.zeros((2, syscall_table.NR_UNKNOWN), np.uint8)
         for name in names:
-            number = syscall_table.numbers()[name]
-            mask[number // 64] |= np.uint64(1 << number % 64)
-        return {
-            "filter_syscalls": bool(names),
-            "filter_includes": bool(self.include),
-            "syscall_mask": mask,
-        }
+            for number in syscall_table.numbers_of(name):
+                compat, at = divmod(number, syscall_table.NR_COMPAT)
+                bits[compat, at] = 1
+        if not self.include:
+            bits ^= 1
+        return np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
 
 
 class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
@@ -116,24 +109,21 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
     options_type = SyscallStatsOptions
     thread_state = True
 
-    def _make_object(self, features: Features) -> BpfObject:  # noqa: ARG002  the rung says it all
-        options = self._options
-        self._counters = Counters()
-        self._calls = CallRows(self._targets, options.sample)
-        return self._rung.object(
-            "syscall_stats",
+    def _plan(self, features: Features) -> Plan:
+        rung = self._rung
+        typed = rung.hook.taken == "tp_btf"
+        return Plan(
+            _OBJECT,
+            features,
+            rung,
             programs=_PROGRAMS,
-            options={
-                **self._object_options,
-                "active_at_exec": False,  # the exec counts, when it returns
-                **options.syscall_filter,
-                **options.event_filter,
-                "error_class": errno_class.table(),
-            },
-            map_entries={"stats": options.entries},
-            preallocated=("stats", "targets"),
-            records=options.ring if options.single_events else 0,
+            options={"error_class": errno_class.table(), "typed_registers": typed},
+            preallocated=("stats",),
         )
+
+    @property
+    def _own_maps(self) -> Mapping[str, int]:
+        return {} if self._options.single_events else {"stats": self._options.entries}
 
     @classmethod
     def measures(cls, max_series: int) -> SyscallMeasures:
@@ -146,16 +136,41 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
         return min(super().coverage, Coverage.PART if part else Coverage.WHOLE)
 
     def _open_maps(self) -> None:
-        self._stats: HashMap = self._object.map("stats")
+        self._counters = Counters()
+        self._interval = 0
+        self._slot.own("intervals", 0)
+        self._write_options(since=self._slot.never)
         if self._options.single_events:
-            self._open_records("syscall_call", order_by="ended_ns")
+            self._open_records(
+                {_PROCESS_CHANGE: "process_change", _CALL: "syscall_call"}, order_by="ended_ns"
+            )
+            self._calls = CallRows(self._targets, self._options.sample)
+        else:
+            self._stats: HashMap = self._slot.map("stats")
+
+    def _on_followed(self) -> None:
+        self._write_options(since=self._slot.since)
+
+    def _write_options(self, since: int) -> None:
+        options = self._options
+        session = np.zeros((), self._slot.object.map("syscall_sessions").value_dtype)
+        session["min_duration_ns"] = int(options.min_duration * 1e9)
+        session["wanted"] = options.wanted
+        session["sample_every"] = options.sample
+        session["since"] = since
+        session["single_events"] = options.single_events
+        session["errors_only"] = options.errors_only
+        session["filters"] = bool(options.include or options.exclude)
+        session["wants_others"] = not options.include
+        self._slot.own("syscall_sessions", session)
 
     def _read_events(self) -> EventRows:
-        return self._calls.rows(self._drain_records())
+        records = self._drain_records()
+        return self._calls.rows(records[_CALL], records[_PROCESS_CHANGE])
 
     def _read_summaries(self) -> Summaries:
-        interval = int(self._object.read_variable("interval"))
-        self._object.write_variable("interval", (interval + 1) & 0xFFFFFFFF)
+        interval, self._interval = self._interval, (self._interval + 1) & 0xFFFFFFFF
+        self._slot.own("intervals", self._interval)
         # Read who has ended before the counters, which are then their last, and names after the
         # counters, so that every process in them has a name.
         ended = self._targets.read().ended
@@ -166,10 +181,11 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
             self._forget(ended, keys)
         return summaries(increase, members, self._options.top)
 
-    def _forget(self, tgids: NDArray[np.uint32], keys: NDArray[Any]) -> None:
-        self._stats.delete(keys[np.isin(keys["tgid"], tgids)])
-        self._counters.forget(tgids)
-        self._targets.forget(tgids)
+    def _forget(self, ended: NDArray[np.uint64], keys: NDArray[Any]) -> None:
+        gone = np.isin(process_keys(keys["tgid"], keys["born"]), ended)
+        self._stats.delete(keys[gone])
+        self._counters.forget(ended)
+        self._targets.forget(ended)
 
 
 COLLECTOR: Final = SyscallStatsCollector

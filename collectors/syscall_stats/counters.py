@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from coral.bpf.buffers.maps import sum_over_cpus
 from coral.collectors.syscall_stats import errno_class
+from coral.collectors.targets import process_keys
 
 LATENCY_FIRST: Final = 6  # as in syscall_stats.bpf.c
 LATENCY_SLOTS: Final = 32
@@ -23,6 +24,7 @@ class Increase:
     """What one interval added, for the n pairs of process and system call with a call in it."""
 
     tgids: NDArray[np.uint32]  # (n,)
+    born: NDArray[np.uint32]  # (n,): tells processes of one id apart
     numbers: NDArray[np.uint32]  # (n,)
     max_ns: NDArray[np.uint64]  # (n,)
     counters: NDArray[np.uint64]  # (n, 41): total ns, errors by class, latency slots
@@ -36,13 +38,18 @@ class Increase:
     def take(self, index: NDArray[Any]) -> Increase:
         """The rows at INDEX, of shape (m,)."""
         return Increase(
-            self.tgids[index], self.numbers[index], self.max_ns[index], self.counters[index]
+            self.tgids[index],
+            self.born[index],
+            self.numbers[index],
+            self.max_ns[index],
+            self.counters[index],
         )
 
     def with_sum_of(self, rest: Increase) -> Increase:
         """These rows, and one more that adds up REST, of process 0 and number 0."""
         return Increase(
             np.append(self.tgids, np.uint32(0)),
+            np.append(self.born, np.uint32(0)),
             np.append(self.numbers, np.uint32(0)),
             np.append(self.max_ns, rest.max_ns.max()),
             np.vstack([self.counters, rest.counters.sum(axis=0)]),
@@ -53,13 +60,13 @@ class Counters:
     """The figures of the last reading, by key."""
 
     def __init__(self) -> None:
-        self._keys = np.empty(0, np.uint64)  # sorted
+        self._keys = np.empty(0, _KEY)  # sorted
         self._values = np.empty((0, COLUMNS), np.uint64)
 
     def advance(self, keys: NDArray[Any], values: NDArray[Any], interval: int) -> Increase:
         """Takes in a reading, keys of shape (n,) and values of shape (n, CPUs); returns what it
         adds to the one before. INTERVAL is the programs' number of the interval that ended."""
-        packed = keys["tgid"].astype(np.uint64) << np.uint64(32) | keys["nr"]
+        packed = _packed(keys)
         order = np.argsort(packed)
         packed, keys, values = packed[order], keys[order], values[order]
         current = np.empty((len(keys), COLUMNS), np.uint64)
@@ -79,12 +86,25 @@ class Counters:
 
         increase = increase[active]
         max_ns = _bounded(_max_ns(values[active], interval), increase)
-        return Increase(keys["tgid"][active], keys["nr"][active], max_ns, increase)
+        keys = keys[active]
+        return Increase(keys["tgid"], keys["born"], keys["nr"], max_ns, increase)
 
-    def forget(self, tgids: NDArray[Any]) -> None:
-        """Drops the figures of the processes TGIDS, of shape (m,), which have ended."""
-        kept = ~np.isin(self._keys >> np.uint64(32), tgids)
+    def forget(self, processes: NDArray[np.uint64]) -> None:
+        """Drops the figures of PROCESSES, keys by `process_keys` of shape (m,), which have
+        ended."""
+        read = np.frombuffer(self._keys.tobytes(), ">u4").reshape(-1, 3)
+        kept = ~np.isin(process_keys(read[:, 0], read[:, 1]), processes)
         self._keys, self._values = self._keys[kept], self._values[kept]
+
+
+_KEY: Final = np.dtype("S12")  # numpy sorts byte strings, and not records
+
+
+def _packed(keys: NDArray[Any]) -> NDArray[Any]:
+    """KEYS, struct syscall_key of shape (n,), in a form that numpy sorts."""
+    parts = np.empty((len(keys), 3), ">u4")
+    parts[:, 0], parts[:, 1], parts[:, 2] = keys["tgid"], keys["born"], keys["nr"]
+    return parts.view(_KEY).reshape(-1)
 
 
 def _max_ns(values: NDArray[Any], interval: int) -> NDArray[np.uint64]:

@@ -34,7 +34,7 @@ def summaries(increase: Increase, members: Members, top: int = 0) -> Summaries:
     busiest, rest = split_top(increase.counters[:, TOTAL_NS], top)
     shown = increase.take(busiest)
     syscall = strings.indices(shown.numbers, syscall_table.name_of)
-    comm = strings.indices(members.comms_of(shown.tgids), comm_text)
+    comm = strings.indices(members.comms_of(shown.tgids, shown.born), comm_text)
     if len(rest):
         shown = shown.with_sum_of(increase.take(rest))
         syscall = np.append(syscall, np.uint32(strings.index(OTHER)))
