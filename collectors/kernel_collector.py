@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features, RecordReader, Rung, climb
-from coral.bpf.buffers.maps import sum_over_cpus
+from coral.bpf.buffers.account import Account
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -29,6 +30,7 @@ from coral.collectors.contract import (
     Support,
     Watched,
 )
+from coral.collectors.losses import by_stage
 from coral.collectors.options import (
     Option,
     OptionError,
@@ -92,7 +94,8 @@ class KernelCollector(Collector, Generic[OptionsT]):
                 raise OptionError(name, str(value).lower(), instead)
         self._object = self._make_object(features)
         self._records: RecordReader | None = None
-        self._lost: Mapping[int, int] = {}
+        self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
+        self._lost: Counter[int] = Counter()  # and with those that user space knows of
         self._drained_at_ns = 0
 
     @abstractmethod
@@ -230,7 +233,12 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def open(self) -> None:
         self._object.load()
-        self._account = self._object.map("account")
+        self._account = Account(
+            self._object.map("accounts"),
+            0,
+            self._object.btf.constants("loss"),
+            self._object.program_fds,
+        )
         self._open_maps()
         self._targets.prepare(self._object)
         self._object.attach()
@@ -253,18 +261,18 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def _losses(self) -> dict[int, int]:
         """What was lost since this was last called, by stage."""
-        _, account = self._account.read()
-        full = int(sum_over_cpus(account, "map_full")[0]) + self._uncounted()
-        lost = int(sum_over_cpus(account, "lost")[0])
-        totals = {
-            # Programs count what the buffer refuses, except for perf buffers before Linux 5.1:
-            # there the kernel alone knows.
-            int(pb.Loss.STAGE_KERNEL_BUFFER): max(lost, self._records.lost if self._records else 0),
-            int(pb.Loss.STAGE_MAP_FULL): full + self._targets.unfollowed(self._object),
-        }
+        counted = self._counted
+        counted.update(by_stage(self._account.read().lost))
+        totals = counted.copy()
+        # Programs count what the buffer refuses, except for perf buffers before Linux 5.1: there
+        # the kernel alone knows.
+        buffer = int(pb.Loss.STAGE_KERNEL_BUFFER)
+        totals[buffer] = max(totals[buffer], self._records.lost if self._records else 0)
+        totals[int(pb.Loss.STAGE_MAP_FULL)] += self._uncounted() + self._targets.unfollowed(
+            self._object
+        )
         before, self._lost = self._lost, totals
-        added = {stage: total - before.get(stage, 0) for stage, total in totals.items()}
-        return {stage: count for stage, count in added.items() if count > 0}
+        return dict(totals - before)
 
     def close(self) -> None:
         self._records = None

@@ -142,7 +142,7 @@ static __always_inline void count(__u32 tgid, __u32 nr, __u64 latency_ns, long r
 	struct syscall_stats *s = zeros ? map_lookup_or_init(map_of(stats), &key, zeros) : NULL;
 
 	if (!s) {
-		account_map_full();
+		account_loss(0, LOSS_MAP_FULL);
 		return;
 	}
 	count_max(s, latency_ns);
@@ -160,7 +160,7 @@ static __always_inline bool sampled_out(void)
 
 	if (option(sample_every) <= 1)
 		return false;
-	account = account_of_cpu();
+	account = account_of(0);
 	return !account || account->seen++ % option(sample_every);
 }
 
@@ -205,7 +205,7 @@ static __always_inline struct call *call_of_target(const struct thread *me)
 	fresh.armed = target->state == TARGET_ARMED;
 	call = thread_state_make(me, &fresh);
 	if (!call)
-		account_map_full();
+		account_loss(0, LOSS_MAP_FULL);
 	return call;
 }
 
