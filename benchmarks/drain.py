@@ -22,7 +22,7 @@ from benchmarks.peers import PeerError
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, times
 from build_hook import clang_command
 from coral import bpf
-from coral.bpf.buffers.maps import sum_over_cpus
+from coral.bpf.buffers.account import Account
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from tests.support import Calls
@@ -146,13 +146,13 @@ def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
             ) as it,
             _reader(it, perf=perf) as reader,
         ):
+            account = Account(it.map("accounts"), 0, it.btf.constants("loss"))
             it.attach()
             with _Draining(
                 lambda: (len(reader.drain()), 0), reader.wakeup, _INTERVAL_S
             ) as draining:
                 seconds, call_ns = _run(calls, count)
-            _, account = it.map("account").read()
-            refused = int(sum_over_cpus(account, "lost")[0])
+            refused = account.read().lost.get("BUFFER_FULL", 0)
             lost = reader.lost if isinstance(reader, bpf.PerfReader) else refused
         return Drained(count, draining.rows, lost, draining.cpu_s, seconds, call_ns)
 

@@ -95,6 +95,7 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "bpf_iter_create": (c_int, (c_int,)),
     "bpf_prog_test_run_opts": (c_int, (c_int, c_void_p)),
     "bpf_enable_stats": (c_int, (c_int,)),
+    "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, POINTER(c_uint32))),
     "libbpf_probe_bpf_map_type": (c_int, (c_int, c_void_p)),
 }
 

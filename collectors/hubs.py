@@ -18,7 +18,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import HOOKS, Account, BpfObject, Features, HashMap, ProgramStats, Rung, climb
+from coral.bpf import BpfObject, Features, HashMap, ProgramStats, Rung, climb
+from coral.bpf.buffers.account import Account
+from coral.bpf.rung import HOOKS
 
 _NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _PROCESSES: Final = "processes"
@@ -216,7 +218,7 @@ class Slot:
     def account(self) -> Account:
         """The session's account, from now on."""
         programs = [*self.processes.program_fds, *self.object.program_fds]
-        reasons = self.processes.btf.enum("loss")
+        reasons = self.processes.btf.constants("loss")
         return Account(self.processes.map("accounts"), self.number, reasons, programs)
 
     @property

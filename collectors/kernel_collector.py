@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject, Features, RecordReader, Rung, climb
-from coral.bpf.buffers.maps import sum_over_cpus
+from coral.bpf import Features, RecordReader, Rung, climb
 from coral.bpf.rung import HOOKS
 from coral.collectors.contract import (
     Batch,
@@ -30,6 +30,8 @@ from coral.collectors.contract import (
     Support,
     Watched,
 )
+from coral.collectors.hubs import HUBS, Plan, Slot
+from coral.collectors.losses import by_stage
 from coral.collectors.options import (
     Option,
     OptionError,
@@ -93,9 +95,9 @@ class KernelCollector(Collector, Generic[OptionsT]):
                 raise OptionError(name, str(value).lower(), instead)
         self._slot = HUBS.take(self._plan(features))
         self._records: RecordReader | None = None
+        self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
+        self._lost: Counter[int] = Counter()  # and with those that user space knows of
         self._drained_at_ns = 0
-        self._unfollowed = 0
-        self._events = 0
 
     @abstractmethod
     def _plan(self, features: Features) -> Plan:
@@ -254,15 +256,16 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def _losses(self) -> dict[int, int]:
         """What was lost since this was last called, by stage."""
-        losses = stages(self._account.read())
+        counted = self._counted
+        counted.update(by_stage(self._account.read().lost))
+        totals = counted.copy()
         # Programs count what the buffer refuses, except for perf buffers before Linux 5.1: there
         # the kernel alone knows.
-        unfollowed = self._targets.unfollowed + self._uncounted()
-        added, self._unfollowed = unfollowed - self._unfollowed, unfollowed
-        if added:
-            full = int(pb.Loss.STAGE_MAP_FULL)
-            losses[full] = losses.get(full, 0) + added
-        return losses
+        buffer = int(pb.Loss.STAGE_KERNEL_BUFFER)
+        totals[buffer] = max(totals[buffer], self._records.lost if self._records else 0)
+        totals[int(pb.Loss.STAGE_MAP_FULL)] += self._uncounted() + self._targets.unfollowed
+        before, self._lost = self._lost, totals
+        return dict(totals - before)
 
     def close(self) -> None:
         if self._records:

@@ -1,32 +1,66 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: the count of what a program wanted to report, and of what it could not. Every
- * collector has this map; nothing is dropped without being counted here.
+ * One idiom: a session's count of what programs wanted to report for it, and of what they could
+ * not. Nothing is dropped without being counted here. Counts are added atomically: on the same CPU,
+ * a program in an interrupt, or in a thread that preempts this one, may come between a plain read
+ * and write.
  */
 #pragma once
 
+#include <linux/errno.h>
 #include "kernel.bpf.h"
 
-struct account {
-	__u64 produced; /* records meant for the buffer, lost ones included */
-	__u64 lost;	/* the part of them that was refused because the buffer was full */
-	__u64 seen;	/* calls from which samples are drawn */
-	__u64 map_full; /* calls not counted, because a map had no room or the kernel no memory */
+#ifndef SESSIONS
+#define SESSIONS 64 /* slots in one object */
+#endif
+
+/* Why an event is in no row. User space finds the names in the BTF: collectors/losses.py. */
+enum loss {
+	LOSS_BUFFER_FULL, /* the buffer had no room for its record */
+	LOSS_MAP_FULL,	  /* a map had no room for its element */
+	LOSS_BUSY,	  /* a map was locked, or the kernel had no memory at that moment */
+	LOSS_TRUNCATED,	  /* its data did not fit into a record */
+	LOSSES,
 };
 
-MAP(PERCPU_ARRAY, account, __u32, struct account, 1, 0);
+/* 64-bit members only, which user space adds up over the CPUs. */
+struct account {
+	__u64 produced; /* records meant for the buffer, lost ones included */
+	__u64 seen;	/* calls from which samples are drawn */
+	__u64 lost[LOSSES];
+};
 
-static __always_inline struct account *account_of_cpu(void)
+MAP(PERCPU_ARRAY, accounts, __u32, struct account, SESSIONS, 0); /* by slot */
+IN_BTF(enum loss, loss);
+
+static __always_inline struct account *account_of(__u32 slot)
 {
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(map_of(account), &zero);
+	return bpf_map_lookup_elem(map_of(accounts), &slot);
 }
 
-static __always_inline void account_map_full(void)
+static __always_inline void account_add(__u64 *count)
 {
-	struct account *a = account_of_cpu();
+	__sync_fetch_and_add(count, 1);
+}
 
-	if (a)
-		a->map_full++;
+/* REASON is a constant. */
+static __always_inline void account_loss(__u32 slot, const enum loss reason)
+{
+	struct account *account = account_of(slot);
+
+	if (account)
+		account_add(&account->lost[reason]);
+}
+
+/* Counts what an element was for; ERROR is what the update of its map or buffer returned. */
+static __always_inline void account_error(__u32 slot, long error)
+{
+	struct account *account = account_of(slot);
+
+	if (!account)
+		return;
+	if (error == -E2BIG)
+		account_add(&account->lost[LOSS_MAP_FULL]);
+	else
+		account_add(&account->lost[LOSS_BUSY]);
 }

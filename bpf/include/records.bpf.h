@@ -21,12 +21,12 @@ MAP(PERF_EVENT_ARRAY, perf, int, int, 0, 0); /* user space opens a buffer per CP
 /* Sends a record of SIZE bytes, a constant. CTX is the program's own argument. */
 static __always_inline void record_send(void *ctx, void *record, const __u64 size)
 {
-	struct account *account = account_of_cpu();
+	struct account *account = account_of(0);
 	long refused;
 
 	if (!account)
 		return;
-	account->produced++;
+	account_add(&account->produced);
 	if (option(records_in_ring)) {
 		/* Within a window above the mark, not for every record of a ring that stays full.
 		 */
@@ -39,5 +39,5 @@ static __always_inline void record_send(void *ctx, void *record, const __u64 siz
 		refused = bpf_perf_event_output(ctx, map_of(perf), BPF_F_CURRENT_CPU, record, size);
 	}
 	if (refused)
-		account->lost++;
+		account_add(&account->lost[LOSS_BUFFER_FULL]);
 }

@@ -181,6 +181,14 @@ class Btf:
                 return self.dtype(type_id)
         raise KeyError(f"the object's BTF has no struct {name}")
 
+    def constants(self, enum: str) -> dict[str, int]:
+        """The constants of `enum ENUM`, by name. Raises KeyError if the object has no such enum."""
+        for btf_type in self._types:
+            if btf_type.kind == _ENUM and btf_type.name == enum:
+                values = struct.iter_unpack("=Ii", btf_type.tail)
+                return {self._name(name_off): value for name_off, value in values}
+        raise KeyError(f"the object's BTF has no enum {enum}")
+
     @cached_property
     def variables(self) -> dict[str, Variable]:
         """The global variables by name."""

@@ -365,6 +365,11 @@ class BpfObject:
         """The descriptor of a map of the loaded object; negative if it was not created."""
         return call("bpf_map__fd", self._maps[name])
 
+    @property
+    def program_fds(self) -> Sequence[int]:
+        """The descriptors of the loaded programs."""
+        return [self._program_fd(name) for name in self._chosen]
+
     def _program_fd(self, name: str) -> int:
         return call("bpf_program__fd", self._programs[name])
 

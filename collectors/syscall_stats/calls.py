@@ -46,7 +46,7 @@ class CallRows:
         if len(changes):
             self._learn(changes)
         if len(records):
-            records["ended_ns"] += np.uint64(CLOCK.offset_ns())
+            records["ended_ns"] = CLOCK.unix_ns(records["ended_ns"])
             records["syscall"] = self._syscall_indices(records["syscall_number"])
             records["comm"] = self._comm_indices(process_keys(records["pid"], records["born"]))
         if len(changes):

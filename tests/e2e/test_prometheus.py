@@ -36,7 +36,10 @@ from tests.support import (
 )
 
 ENDS: Final = {"expired", "stopped", "failed", "preempted", "agent_shutdown", "target_exited"}
-STAGES: Final = {"kernel_buffer", "map_full", "rate_limit", "subscriber_queue", "replay_evicted"}
+STAGES: Final = {
+    *("kernel_buffer", "map_full", "program_missed", "kernel_busy", "truncated"),
+    *("rate_limit", "subscriber_queue", "replay_evicted"),
+}
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -86,6 +86,7 @@ MAP(ARRAY, syscall_sessions, __u32, struct syscall_session, SESSIONS, 0);
  * read during the current one. */
 MAP(ARRAY, intervals, __u32, __u32, SESSIONS, 0);
 
+OPTION(bool, typed_registers, false); /* the verifier knows the type of struct pt_regs */
 OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
 
 struct syscall_key {
@@ -179,15 +180,12 @@ static __always_inline void count(__u32 slot, __u32 tgid, const struct done *don
 	struct syscall_key key = {.tgid = tgid, .nr = done->nr, .born = done->born};
 	void *zeros = (void *)element(no_stats, 0), *map = map_of_session(stats, slot);
 	struct syscall_stats *s;
-	long error = 0;
 
 	if (!map || !zeros)
 		return;
-	s = map_lookup_or_init(map, &key, zeros, &error);
-	if (!s) {
-		account_error(slot, error);
+	s = map_lookup_or_account(slot, map, &key, zeros);
+	if (!s)
 		return;
-	}
 	count_max(s, slot, done->duration_ns);
 	s->total_ns += done->duration_ns;
 	barrier();

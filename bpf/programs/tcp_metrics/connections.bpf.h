@@ -219,7 +219,7 @@ static __always_inline struct tcp_connection *connection_begin(struct sock *sk, 
 	if (c)
 		c->start_ns = c->found_ns;
 	else
-		account_map_full();
+		account_loss(0, LOSS_MAP_FULL);
 	return c;
 }
 
@@ -348,7 +348,7 @@ static __always_inline void port_take(const struct tcp_connection *listener)
 	}
 	__builtin_memcpy(fresh.comm, listener->comm, COMM_BYTES);
 	if (bpf_map_update_elem(map_of(ports), &key, &fresh, BPF_ANY))
-		account_map_full();
+		account_loss(0, LOSS_MAP_FULL);
 }
 
 static __always_inline void port_release(const struct tcp_connection *listener)

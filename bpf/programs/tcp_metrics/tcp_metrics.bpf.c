@@ -671,7 +671,7 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 		make_cookie(sk);
 		c = connection_find(sk, tgid, comm);
 		if (!c && *number == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
-			account_map_full();
+			account_loss(0, LOSS_MAP_FULL);
 	}
 	if (c)
 		had_by(c, tgid, comm, *number);

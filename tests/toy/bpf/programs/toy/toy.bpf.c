@@ -37,11 +37,9 @@ static __always_inline int on_toy(void *ctx, struct task_struct *child)
 		record_send(ctx, &fork, sizeof(fork));
 		return 0;
 	}
-	count = map_lookup_or_init(map_of(forks), &fork.pid, &none);
+	count = map_lookup_or_account(0, map_of(forks), &fork.pid, &none);
 	if (count)
 		__sync_fetch_and_add(count, 1);
-	else
-		account_map_full();
 	return 0;
 }
 

@@ -1,0 +1,79 @@
+"""A session's account in the kernel (account.bpf.h): what programs wanted to report for it, and
+what they could not, by reason."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from ctypes import byref, c_uint32
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf.buffers.maps import HashMap
+from coral.bpf.libbpf import BpfError, call
+
+# A reason that no program can count itself: the kernel skipped it.
+PROGRAM_MISSED: Final = "PROGRAM_MISSED"
+_PREFIX: Final = "LOSS_"
+# struct bpf_prog_info up to `recursion_misses` (Linux 5.12).
+_INFO_BYTES: Final = 216
+_RECURSION_MISSES_AT: Final = 208 // 8
+
+
+class Counts(NamedTuple):
+    """What one reading of an account adds to the one before. `lost` is by reason and has no zeros;
+    a reason is a constant of `enum loss` without its prefix, or `PROGRAM_MISSED`."""
+
+    produced: int
+    seen: int
+    lost: Mapping[str, int]
+
+
+class Account:
+    """The account of the session in one slot, which begins with the first event after this object
+    is made.
+
+    `accounts` is the map; `reasons` are the constants of `enum loss`, by name. `programs` are the
+    descriptors of the programs whose runs the session needs: those that the kernel skips are losses
+    of each session that uses the programs.
+    """
+
+    def __init__(
+        self, accounts: HashMap, slot: int, reasons: Mapping[str, int], programs: Sequence[int] = ()
+    ) -> None:
+        self._accounts, self._slot, self._programs = accounts, slot, tuple(programs)
+        self._reasons = {
+            name.removeprefix(_PREFIX): number
+            for name, number in reasons.items()
+            if name.startswith(_PREFIX)
+        }
+        self._before, self._missed_before = self._read()
+
+    def read(self) -> Counts:
+        """Everything since the last reading, of all CPUs. Raises `BpfError`."""
+        total, missed = self._read()
+        added = (total - self._before).tolist()
+        self._before, missed_before, self._missed_before = total, self._missed_before, missed
+        lost = {name: added[2 + number] for name, number in self._reasons.items()}
+        lost[PROGRAM_MISSED] = missed - missed_before
+        return Counts(added[0], added[1], {name: count for name, count in lost.items() if count})
+
+    def _read(self) -> tuple[NDArray[np.int64], int]:
+        values = self._accounts.read_one(self._slot)
+        if values is None:
+            raise BpfError(f"there is no slot {self._slot} in map {self._accounts.name}")
+        counts = np.ascontiguousarray(values).view(np.int64).reshape(len(values), -1)
+        return counts.sum(axis=0), sum(map(recursion_misses, self._programs))
+
+
+def recursion_misses(program: int) -> int:
+    """How often the kernel has skipped the program with the descriptor PROGRAM because it was
+    running on that CPU already; 0 before Linux 5.12, which does not count that. Raises
+    `BpfError`."""
+    info = (ctypes.c_uint64 * (_INFO_BYTES // 8))()
+    error = -call("bpf_obj_get_info_by_fd", program, info, byref(c_uint32(_INFO_BYTES)))
+    if error:
+        raise BpfError("reading the figures of a program", error)
+    return int(info[_RECURSION_MISSES_AT])
