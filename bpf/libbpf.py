@@ -72,6 +72,9 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "bpf_map__set_map_flags": (c_int, (c_void_p, c_uint32)),
     "bpf_map__btf_key_type_id": (c_uint32, (c_void_p,)),
     "bpf_map__btf_value_type_id": (c_uint32, (c_void_p,)),
+    "bpf_map__inner_map": (c_void_p, (c_void_p,)),
+    "bpf_map__set_inner_map_fd": (c_int, (c_void_p, c_int)),
+    "bpf_map__reuse_fd": (c_int, (c_void_p, c_int)),
     "bpf_map__set_autocreate": (c_int, (c_void_p, c_bool)),
     "bpf_map__initial_value": (c_void_p, (c_void_p, POINTER(c_size_t))),
     "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
@@ -95,7 +98,6 @@ _SIGNATURES: Final[dict[str, tuple[type | None, Sequence[type]]]] = {
     "bpf_iter_create": (c_int, (c_int,)),
     "bpf_prog_test_run_opts": (c_int, (c_int, c_void_p)),
     "bpf_enable_stats": (c_int, (c_int,)),
-    "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, POINTER(c_uint32))),
     "libbpf_probe_bpf_map_type": (c_int, (c_int, c_void_p)),
 }
 

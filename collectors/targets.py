@@ -24,6 +24,7 @@ from coral.collectors.cgroups import (
     cgroup_ids_below,
     cgroup_tgids,
     hierarchy_number,
+    path_in_hierarchy,
 )
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.hubs import Slot
@@ -42,7 +43,9 @@ _MOST_MEMBERS: Final = 10240
 _MOST_CGROUPS: Final = 4096
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
 _ENDED: Final = np.uint64(1 << 32)  # the least key of a process that has ended
-_PATH_BYTES: Final = 256  # as in processes.bpf.c
+_PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
+_HASH_OFFSET: Final = 0xCBF29CE484222325
+_HASH_PRIME: Final = 0x100000001B3
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class Targets:
         if options.comm:
             slot.own("wanted_comms", (_words(options.comm, COMM_BYTES + 1),))
         if cgroup:
-            slot.own("cgroup_paths", (_words(_path_in_hierarchy(cgroup), _PATH_BYTES),))
+            slot.own("cgroup_paths", _path_hash(cgroup))
             self._add_cgroups(cgroup)
         slot.activate(
             hierarchy=hierarchy_number(cgroup) if cgroup else None,
@@ -368,8 +371,13 @@ def _words(text: str, length: int) -> NDArray[np.uint64]:
     return np.frombuffer(text.encode()[:length].ljust(length, b"\0"), np.uint64)
 
 
-def _path_in_hierarchy(directory: Path) -> str:
-    """The path of a cgroup from the root of its hierarchy, if a program can compare it."""
-    mount = cgroup2_mount()
-    path = f"/{directory.relative_to(mount)}" if mount else ""
-    return path if len(path.encode()) < _PATH_BYTES else ""
+def _path_hash(directory: Path) -> int:
+    """The path of a cgroup from the root of its hierarchy, as programs compare it; 0 if it is too
+    long for them."""
+    path = path_in_hierarchy(directory)
+    if len(path.encode()) >= _PATH_BYTES:
+        return 0
+    found = _HASH_OFFSET
+    for word in _words(path, _PATH_BYTES).tolist():
+        found = (found ^ word) * _HASH_PRIME & (1 << 64) - 1
+    return found

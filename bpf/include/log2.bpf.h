@@ -2,18 +2,25 @@
 /* One idiom: the slot of a value in a histogram whose slots double in width. */
 #pragma once
 
-#include "kernel.bpf.h"
+#include "portable.bpf.h"
 
-/* floor(log2(v)), and 0 for 0: six halvings, without a loop and without a branch on the value. */
+/* 1 if V is greater than LIMIT, which is less than 2^63: without a branch, because the verifier goes
+ * through each branch of a loop's body in each turn. */
+static __always_inline __u64 above(__u64 v, __u64 limit)
+{
+	return (limit - v) >> 63;
+}
+
+/* floor(log2(v)), and 0 for 0: six halvings. */
 static __always_inline __u32 log2_u64(__u64 v)
 {
-	__u32 r = 0, shift;
+	__u64 r = 0, shift;
 
-	shift = (v > 0xFFFFFFFF) << 5, v >>= shift, r |= shift;
-	shift = (v > 0xFFFF) << 4, v >>= shift, r |= shift;
-	shift = (v > 0xFF) << 3, v >>= shift, r |= shift;
-	shift = (v > 0xF) << 2, v >>= shift, r |= shift;
-	shift = (v > 0x3) << 1, v >>= shift, r |= shift;
+	shift = above(v, 0xFFFFFFFF) << 5, v >>= shift, r |= shift;
+	shift = above(v, 0xFFFF) << 4, v >>= shift, r |= shift;
+	shift = above(v, 0xFF) << 3, v >>= shift, r |= shift;
+	shift = above(v, 0xF) << 2, v >>= shift, r |= shift;
+	shift = above(v, 0x3) << 1, v >>= shift, r |= shift;
 	return r | (v >> 1);
 }
 

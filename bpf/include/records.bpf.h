@@ -10,34 +10,43 @@
 #include "kernel.bpf.h"
 #include "account.bpf.h"
 
-#define WAKEUP_WINDOW_BYTES (16 << 10)
-
 OPTION(bool, records_in_ring, true);
-OPTION(__u64, ring_wakeup_bytes, 0); /* wake the reader when this much is waiting in the ring */
 
-BUFFER(RINGBUF, ring, 4096);		     /* at least a page; user space sets the real size */
-MAP(PERF_EVENT_ARRAY, perf, int, int, 0, 0); /* user space opens a buffer per CPU */
+struct record_head {
+	__u32 kind;
+	__u32 length;
+};
 
-/* Sends a record of SIZE bytes, a constant. CTX is the program's own argument. */
-static __always_inline void record_send(void *ctx, void *record, const __u64 size)
+SESSION_BUFFERS(RINGBUF, rings);
+SESSION_BUFFERS(PERF_EVENT_ARRAY, perfs);
+
+/* Sends a record of SIZE bytes, a constant. CTX is the program's own argument, which perf buffers
+ * need. */
+static __always_inline void record_send(void *ctx, __u32 slot, void *record, const __u64 size)
 {
-	struct account *account = account_of(0);
+	struct account *account = account_of(slot);
+	void *buffer;
 	long refused;
 
 	if (!account)
 		return;
 	account_add(&account->produced);
-	if (option(records_in_ring)) {
-		/* Within a window above the mark, not for every record of a ring that stays full.
-		 */
-		__u64 waiting = bpf_ringbuf_query(map_of(ring), BPF_RB_AVAIL_DATA);
-		bool wake = waiting - option(ring_wakeup_bytes) < WAKEUP_WINDOW_BYTES;
-
-		refused = bpf_ringbuf_output(map_of(ring), record, size,
-					     wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
-	} else {
-		refused = bpf_perf_event_output(ctx, map_of(perf), BPF_F_CURRENT_CPU, record, size);
-	}
+	buffer = option(records_in_ring) ? map_of_session(rings, slot) : map_of_session(perfs, slot);
+	if (!buffer)
+		return;
+	if (option(records_in_ring))
+		refused = bpf_ringbuf_output(buffer, record, size, 0);
+	else
+		refused = bpf_perf_event_output(ctx, buffer, BPF_F_CURRENT_CPU, record, size);
 	if (refused)
 		account_add(&account->lost[LOSS_BUFFER_FULL]);
+}
+
+/* Sends a record that is no event, through a ring. It is not counted. */
+static __always_inline void record_note(__u32 slot, void *record, const __u64 size)
+{
+	void *buffer = map_of_session(rings, slot);
+
+	if (buffer)
+		bpf_ringbuf_output(buffer, record, size, 0);
 }

@@ -9,17 +9,24 @@
 #include "portable.bpf.h"
 #include "log2.bpf.h"
 
-/* The number of slots: SESSIONS, of portable.bpf.h. */
+#define SESSIONS 64 /* as many as a mask has bits */
+
+/* How many slots there are in these programs: fewer where the verifier goes through each turn of a
+ * loop, and one where the kernel cannot share an object between sessions. */
+OPTION(__u32, slots, SESSIONS);
 
 static __always_inline __u32 lowest_slot(__u64 mask)
 {
 	return log2_u64(mask & -mask) & (SESSIONS - 1);
 }
 
-/* Runs its block once for each session in MASK, with its SLOT. */
+/*
+ * Runs its block once for each session in MASK, with its SLOT. What the block does should be a
+ * SUBPROGRAM, which the verifier only goes through once.
+ */
 #define for_each_session(slot, mask)                                                               \
 	for (__u64 left_ = (mask), turn_ = 0, slot = lowest_slot(left_);                           \
-	     left_ && turn_ < SESSIONS;                                                            \
+	     left_ && turn_ < option(slots);                                                       \
 	     left_ &= left_ - 1, turn_++, slot = lowest_slot(left_))
 
 #define session_bit(slot) (1ULL << (slot))

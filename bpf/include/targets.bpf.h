@@ -95,9 +95,9 @@ IN_BTF(struct process_change, process_change);
 
 #define RECORD_PROCESS_CHANGE 1
 
-static __always_inline void tell_change(void *ctx, const struct sessions *all, __u32 slot,
-					__u32 tgid, __u32 born, enum change change,
-					const char *comm)
+/* Only through a ring: where there is none, user space looks up each process that it meets. */
+static __always_inline void tell_change(const struct sessions *all, __u32 slot, __u32 tgid,
+					__u32 born, enum change change, const char *comm)
 {
 	struct process_change record = {
 	    .head = {.kind = RECORD_PROCESS_CHANGE, .length = sizeof(record)},
@@ -107,57 +107,60 @@ static __always_inline void tell_change(void *ctx, const struct sessions *all, _
 	    .change = change,
 	};
 
-	if (!(all->detailed & session_bit(slot)))
+	if (!option(records_in_ring) || !(all->detailed & session_bit(slot)))
 		return;
 	__builtin_memcpy(record.comm, comm, COMM_BYTES);
-	record_note(ctx, slot, &record, sizeof(record));
+	record_note(slot, &record, sizeof(record));
 }
 
-static __always_inline void member_add(void *ctx, const struct sessions *all, __u32 slot,
-				       __u32 tgid, __u32 born, const struct member *member)
+static __always_inline void member_add(const struct sessions *all, __u32 slot, __u32 tgid,
+				       __u32 born, const struct member *member)
 {
 	void *map = map_of_session(members, slot);
 	__u64 key = tgid;
-	long error = map ? bpf_map_update_elem(map, &key, member, BPF_ANY) : 0;
+	long error;
 
 	if (!map)
 		return;
+	error = bpf_map_update_elem(map, &key, member, BPF_ANY);
 	if (error) {
 		account_error(slot, error);
 		return;
 	}
 	hint_at(tgid);
-	tell_change(ctx, all, slot, tgid, born, CHANGE_FOUND, member->comm);
+	tell_change(all, slot, tgid, born, CHANGE_FOUND, member->comm);
 }
 
+#define NO_MEMBER -1
+
 /*
- * Whether session SLOT watches the process TGID, of the task of a program. A session that watches
- * every process learns of it here, so that user space can name it.
+ * In which state session SLOT watches the current process, TGID, or NO_MEMBER. A session that
+ * watches every process learns of it here, so that user space can name it.
  */
-static __always_inline struct member *member_met(void *ctx, const struct sessions *all, __u32 slot,
-						 __u32 tgid, struct task_struct *task)
+SUBPROGRAM int state_in_session(__u32 slot, __u32 tgid)
 {
 	struct member *member = member_of(slot, tgid), found = {.state = MEMBER_ACTIVE};
+	struct sessions *all = all_sessions();
 	struct task_struct *leader;
 
-	if (member || !(all->host & session_bit(slot)))
-		return member;
-	leader = kernel_read(task, group_leader);
+	if (member)
+		return member->state;
+	if (!all || !(all->host & session_bit(slot)))
+		return NO_MEMBER;
+	leader = kernel_read(this_task(), group_leader);
 	kernel_read_string(&found.comm, leader, comm);
-	member_add(ctx, all, slot, tgid, born_of(leader), &found);
-	return member_of(slot, tgid);
+	member_add(all, slot, tgid, born_of(leader), &found);
+	return MEMBER_ACTIVE;
 }
 
 /* The sessions of HUB that watch the current process now. */
-static __always_inline __u64 sessions_of_current(void *ctx, const struct sessions *all,
-						 enum hub hub, __u32 tgid)
+static __always_inline __u64 sessions_of_current(const struct sessions *all, enum hub hub,
+						 __u32 tgid)
 {
 	__u64 watching = 0;
 
 	for_each_session (slot, all->of_hub[hub]) {
-		struct member *member = member_met(ctx, all, slot, tgid, this_task());
-
-		if (member && member->state == MEMBER_ACTIVE)
+		if (state_in_session(slot, tgid) == MEMBER_ACTIVE)
 			watching |= session_bit(slot);
 	}
 	return watching;

@@ -19,13 +19,9 @@ MAP(ARRAY, wanted_comms, __u32, struct wanted_comm, SESSIONS, 0);
  * again at the path of the first, is added. */
 SESSION_MAPS(HASH, cgroups, __u64, __u8, 4096, BPF_F_NO_PREALLOC);
 
-#define PATH_BYTES 256
-
-struct cgroup_path {
-	__u64 words[PATH_BYTES / 8];
-};
-
-MAP(ARRAY, cgroup_paths, __u32, struct cgroup_path, SESSIONS, 0);
+/* By slot: the hash of the path of the cgroup that the session asked for, from the root of its
+ * hierarchy; 0 if there is none. */
+MAP(ARRAY, cgroup_paths, __u32, __u64, SESSIONS, 0);
 
 static __always_inline bool comm_is_wanted(__u32 slot, const char *comm)
 {
@@ -42,31 +38,40 @@ static __always_inline bool cgroup_is_wanted(__u32 slot, __u64 id)
 	return map && bpf_map_lookup_elem(map, &id);
 }
 
-/* The state in which session SLOT watches a child of the process PARENT, or -1 if it does not. */
-static __always_inline int state_of_child(const struct sessions *all, __u32 slot, __u32 parent,
-					  const char *comm, __u64 cgroup)
+/* A process, as one number. */
+static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 {
-	__u64 bit = session_bit(slot);
-	struct member *member = all->follow & bit ? member_of(slot, parent) : NULL;
-
-	if (member)
-		return member->state;
-	if (all->comm & bit && comm_is_wanted(slot, comm))
-		return MEMBER_ACTIVE;
-	if (all->cgroup & bit && cgroup_is_wanted(slot, cgroup))
-		return MEMBER_ACTIVE;
-	return -1;
+	return (__u64)born << 32 | tgid;
 }
 
-/* The child has its parent's name until it execs. */
+/* The current process forks CHILD, in the cgroup of this id. A child has its parent's name until it
+ * execs. */
+SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup)
+{
+	struct member member = {.state = MEMBER_ACTIVE}, *parent = NULL;
+	struct sessions *all = all_sessions();
+	__u64 bit = session_bit(slot);
+
+	if (!all)
+		return 0;
+	bpf_get_current_comm(member.comm, sizeof(member.comm));
+	if (all->follow & bit)
+		parent = member_of(slot, current_tgid());
+	if (parent)
+		member.state = parent->state;
+	else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
+		 !(all->cgroup & bit && cgroup_is_wanted(slot, cgroup)))
+		return 0;
+	member_add(all, slot, child, child >> 32, &member);
+	return 0;
+}
+
 SEC("raw_tp/sched_process_fork")
 int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *child)
 {
 	__u32 tgid = kernel_read(child, tgid), parent_tgid = current_tgid();
 	struct sessions *all = all_sessions();
-	struct member member = {};
-	__u64 mask, cgroup = 0;
-	int state;
+	__u64 mask, process, cgroup = 0;
 
 	if (!all || tgid == parent_tgid) /* a thread */
 		return 0;
@@ -75,44 +80,64 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 		mask |= all->follow & ~all->host;
 	if (!mask)
 		return 0;
-	bpf_get_current_comm(member.comm, sizeof(member.comm));
+	process = process_of(tgid, born_of(child));
 	if (all->cgroup)
 		cgroup = cgroup_of(child, all->hierarchy);
 	for_each_session (slot, mask) {
-		state = state_of_child(all, slot, parent_tgid, member.comm, cgroup);
-		if (state < 0)
-			continue;
-		member.state = state;
-		member_add(ctx, all, slot, tgid, born_of(child), &member);
+		fork_in_session(slot, process, cgroup);
 	}
 	return 0;
 }
 
-/* An exec counts as a change of name too. Both come before the new program's first instruction. */
+/* The name of PROCESS becomes COMM, in two words. */
+SUBPROGRAM int rename_in_session(__u32 slot, __u64 process, __u64 low, __u64 high)
+{
+	struct sessions *all = all_sessions();
+	struct member named = {.state = MEMBER_ACTIVE}, *member = member_of(slot, process);
+	__u64 *comm = (__u64 *)named.comm;
+
+	if (!all)
+		return 0;
+	comm[0] = low;
+	comm[1] = high;
+	if (member) {
+		__builtin_memcpy(member->comm, named.comm, COMM_BYTES);
+		tell_change(all, slot, process, process >> 32, CHANGE_NAMED, named.comm);
+	} else if (all->comm & session_bit(slot) && comm_is_wanted(slot, named.comm)) {
+		member_add(all, slot, process, process >> 32, &named);
+		generation_advance();
+	}
+	return 0;
+}
+
+/* An exec changes the name too, before the new program's first instruction. */
 SEC("raw_tp/task_rename")
 int RAW_PROGRAM(coral_rename, struct task_struct *task, const char *comm)
 {
-	struct member named = {.state = MEMBER_ACTIVE};
 	struct sessions *all = all_sessions();
 	__u32 tgid = kernel_read(task, tgid);
-	struct member *member;
-	__u64 mask;
+	__u64 mask, process, words[COMM_BYTES / 8] = {};
 
 	if (!all || kernel_read(task, pid) != tgid) /* the name of a thread */
 		return 0;
 	mask = surely_unwatched(all, tgid) ? all->comm : all->all;
 	if (!mask)
 		return 0;
-	read_kernel_string(&named.comm, comm);
+	read_kernel_string(&words, comm);
+	process = process_of(tgid, born_of(task));
 	for_each_session (slot, mask) {
-		member = member_of(slot, tgid);
-		if (member) {
-			__builtin_memcpy(member->comm, named.comm, COMM_BYTES);
-			tell_change(ctx, all, slot, tgid, born_of(task), CHANGE_NAMED, named.comm);
-		} else if (all->comm & session_bit(slot) && comm_is_wanted(slot, named.comm)) {
-			member_add(ctx, all, slot, tgid, born_of(task), &named);
-			generation_advance();
-		}
+		rename_in_session(slot, process, words[0], words[1]);
+	}
+	return 0;
+}
+
+SUBPROGRAM int exec_in_session(__u32 slot, __u32 tgid)
+{
+	struct member *member = member_of(slot, tgid);
+
+	if (member && member->state == MEMBER_ARMED) {
+		member->state = MEMBER_ACTIVE;
+		generation_advance();
 	}
 	return 0;
 }
@@ -122,38 +147,32 @@ int RAW_PROGRAM(coral_exec, struct task_struct *task)
 {
 	struct sessions *all = all_sessions();
 	__u32 tgid = current_tgid();
-	struct member *member;
 
 	if (!all || surely_unwatched(all, tgid))
 		return 0;
 	for_each_session (slot, all->all) {
-		member = member_of(slot, tgid);
-		if (member && member->state == MEMBER_ARMED) {
-			member->state = MEMBER_ACTIVE;
-			generation_advance();
-		}
+		exec_in_session(slot, tgid);
 	}
 	return 0;
 }
 
-static __always_inline void member_remove(void *ctx, const struct sessions *all, __u32 slot,
-					  __u32 tgid, __u32 born)
+SUBPROGRAM int member_remove(__u32 slot, __u64 process)
 {
+	struct sessions *all = all_sessions();
 	void *map = map_of_session(members, slot);
 	struct member *member, last;
-	__u64 key = tgid;
+	__u64 key = (__u32)process;
 
-	member = map ? bpf_map_lookup_elem(map, &key) : NULL;
+	member = all && map ? bpf_map_lookup_elem(map, &key) : NULL;
 	if (!member)
-		return;
+		return 0;
 	last = *member;
 	if (bpf_map_delete_elem(map, &key)) /* the other of two last threads has removed it */
-		return;
-	tell_change(ctx, all, slot, tgid, born, CHANGE_ENDED, last.comm);
-	if (all->detailed & session_bit(slot))
-		return;
-	key = key_of_ended(tgid, born);
-	bpf_map_update_elem(map, &key, &last, BPF_ANY);
+		return 0;
+	tell_change(all, slot, process, process >> 32, CHANGE_ENDED, last.comm);
+	if (!(all->detailed & session_bit(slot)))
+		bpf_map_update_elem(map, &process, &last, BPF_ANY);
+	return 0;
 }
 
 /* Runs once for each thread; the kernel has already subtracted the thread from signal->live. */
@@ -162,86 +181,104 @@ int RAW_PROGRAM(coral_exit, struct task_struct *task)
 {
 	struct sessions *all = all_sessions();
 	__u32 tgid = current_tgid();
-	__u32 born;
+	__u64 process;
 
 	if (!all || surely_unwatched(all, tgid) ||
 	    kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
 		return 0;
-	born = born_of(kernel_read(this_task(), group_leader));
+	process = process_of(tgid, born_of(kernel_read(this_task(), group_leader)));
 	for_each_session (slot, all->all) {
-		member_remove(ctx, all, slot, tgid, born);
+		member_remove(slot, process);
 	}
 	return 0;
 }
 
-/* A process, or one thread of it, has moved to the cgroup TO. */
-SEC("raw_tp/cgroup_attach_task")
-int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_struct *task,
-		bool whole)
+/* PROCESS, of a name in two words, or one thread of it, has moved to the cgroup of this id. */
+SUBPROGRAM int attach_in_session(__u32 slot, __u64 process, __u64 cgroup, __u64 low, __u64 high)
 {
-	struct member moved = {.state = MEMBER_ACTIVE};
+	struct member moved = {.state = MEMBER_ACTIVE}, *member = member_of(slot, process);
 	struct sessions *all = all_sessions();
-	__u32 tgid = kernel_read(task, tgid), born;
+	__u64 *comm = (__u64 *)moved.comm;
+
+	if (!all)
+		return 0;
+	comm[0] = low;
+	comm[1] = high;
+	if (cgroup_is_wanted(slot, cgroup)) {
+		if (member)
+			return 0;
+		member_add(all, slot, process, process >> 32, &moved);
+	} else {
+		if (!member || member->state != MEMBER_ACTIVE)
+			return 0;
+		member_remove(slot, process);
+	}
+	generation_advance();
+	return 0;
+}
+
+SEC("raw_tp/cgroup_attach_task")
+int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_struct *task)
+{
+	struct sessions *all = all_sessions();
+	__u64 process, cgroup, words[COMM_BYTES / 8] = {};
 	struct task_struct *leader;
-	struct member *member;
-	__u64 id;
 
 	if (!all || !all->cgroup || hierarchy_of(to) != all->hierarchy)
 		return 0;
-	id = id_of_cgroup(to);
 	leader = kernel_read(task, group_leader);
-	born = born_of(leader);
-	kernel_read_string(&moved.comm, leader, comm);
+	process = process_of(kernel_read(task, tgid), born_of(leader));
+	cgroup = id_of_cgroup(to);
+	kernel_read_string(&words, leader, comm);
 	for_each_session (slot, all->cgroup) {
-		member = member_of(slot, tgid);
-		if (cgroup_is_wanted(slot, id)) {
-			if (member)
-				continue;
-			member_add(ctx, all, slot, tgid, born, &moved);
-			generation_advance();
-		} else if (member && member->state == MEMBER_ACTIVE &&
-			   kernel_read(task, pid) == tgid) {
-			member_remove(ctx, all, slot, tgid, born);
-			generation_advance();
-		}
+		attach_in_session(slot, process, cgroup, words[0], words[1]);
 	}
 	return 0;
 }
 
-static __always_inline bool path_is_wanted(__u32 slot, const struct cgroup_path *path)
-{
-	struct cgroup_path *wanted = bpf_map_lookup_elem(map_of(cgroup_paths), &slot);
-	__u64 differ = 0;
+#define PATH_BYTES  256
+#define HASH_PRIME  0x100000001B3ULL
+#define HASH_OFFSET 0xCBF29CE484222325ULL
 
-	if (!wanted || !wanted->words[0])
-		return false;
+/* FNV-1a over the words of a path, padded with zeros. A longer one is cut off. */
+static __always_inline __u64 hash_of_path(const char *path)
+{
+	__u64 words[PATH_BYTES / 8] = {}, hash = HASH_OFFSET;
+
+	read_kernel_string(&words, path);
 	for (int at = 0; at < PATH_BYTES / 8; at++)
-		differ |= wanted->words[at] ^ path->words[at];
-	return !differ;
+		hash = (hash ^ words[at]) * HASH_PRIME;
+	return hash;
+}
+
+SUBPROGRAM int mkdir_in_session(__u32 slot, __u64 cgroup, __u64 parent, __u64 path)
+{
+	__u64 *wanted = bpf_map_lookup_elem(map_of(cgroup_paths), &slot);
+	void *map = map_of_session(cgroups, slot);
+	__u8 one = 1;
+	long error;
+
+	if (!map || (!cgroup_is_wanted(slot, parent) && (!wanted || *wanted != path)))
+		return 0;
+	error = bpf_map_update_elem(map, &cgroup, &one, BPF_ANY);
+	if (error)
+		account_error(slot, error);
+	return 0;
 }
 
 SEC("raw_tp/cgroup_mkdir")
 int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 {
 	struct sessions *all = all_sessions();
-	struct cgroup_path at = {};
-	__u64 id, parent;
-	__u8 wanted = 1;
-	void *map;
-	long error;
+	__u64 cgroup, parent, hash;
 
 	if (!all || !all->cgroup || hierarchy_of(made) != all->hierarchy)
 		return 0;
-	id = id_of_cgroup(made);
+	cgroup = id_of_cgroup(made);
 	parent = id_of_parent(made);
-	read_kernel_string(&at, path);
+	hash = hash_of_path(path);
 	for_each_session (slot, all->cgroup) {
-		if (!cgroup_is_wanted(slot, parent) && !path_is_wanted(slot, &at))
-			continue;
-		map = map_of_session(cgroups, slot);
-		error = map ? bpf_map_update_elem(map, &id, &wanted, BPF_ANY) : 0;
-		if (error)
-			account_error(slot, error);
+		mkdir_in_session(slot, cgroup, parent, hash);
 	}
 	return 0;
 }

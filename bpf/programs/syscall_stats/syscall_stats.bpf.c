@@ -128,15 +128,6 @@ IN_BTF(struct syscall_call, syscall_call);
 SESSION_MAPS(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240,
 	     BPF_F_NO_PREALLOC);
 
-/* A call that has returned, or will not return. */
-struct done {
-	__u32 nr;
-	__u32 born;
-	__u64 ended_ns;
-	__u64 duration_ns;
-	long ret;
-};
-
 static __always_inline bool is_wanted(const struct syscall_session *session, __u32 nr)
 {
 	__u32 word = nr % NR_COMPAT;
@@ -156,8 +147,11 @@ static __always_inline bool is_error(long ret)
 
 static __always_inline void count_error(struct syscall_stats *s, long ret)
 {
-	const volatile __u8 *class = element(error_class, -ret);
+	__u32 number = -ret;
+	const volatile __u8 *class;
 
+	barrier_var(number); /* or the compiler leaves out the mask, which the verifier needs */
+	class = element(error_class, number & MAX_ERRNO);
 	if (class)
 		s->errors[*class % ERROR_CLASSES]++;
 }
@@ -175,9 +169,9 @@ static __always_inline void count_max(struct syscall_stats *s, __u32 slot, __u64
 	}
 }
 
-static __always_inline void count(__u32 slot, __u32 tgid, const struct done *done)
+static __always_inline void count(__u32 slot, __u32 nr, __u32 born, __u64 duration_ns, long ret)
 {
-	struct syscall_key key = {.tgid = tgid, .nr = done->nr, .born = done->born};
+	struct syscall_key key = {.tgid = current_thread().tgid, .nr = nr, .born = born};
 	void *zeros = (void *)element(no_stats, 0), *map = map_of_session(stats, slot);
 	struct syscall_stats *s;
 
@@ -186,31 +180,31 @@ static __always_inline void count(__u32 slot, __u32 tgid, const struct done *don
 	s = map_lookup_or_account(slot, map, &key, zeros);
 	if (!s)
 		return;
-	count_max(s, slot, done->duration_ns);
-	s->total_ns += done->duration_ns;
+	count_max(s, slot, duration_ns);
+	s->total_ns += duration_ns;
 	barrier();
-	s->latency[log2_slot(done->duration_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
+	s->latency[log2_slot(duration_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
 	barrier();
-	if (is_error(done->ret))
-		count_error(s, done->ret);
+	if (is_error(ret))
+		count_error(s, ret);
 }
 
 static __always_inline void send(void *ctx, const struct syscall_session *session, __u32 slot,
-				 const struct thread *me, const struct done *done)
+				 __u32 nr, __u32 born, __u64 ended_ns, __u64 duration_ns, long ret)
 {
+	struct thread me = current_thread();
 	struct syscall_call record = {
 	    .head = {.kind = RECORD_SYSCALL_CALL, .length = sizeof(record)},
-	    .ended_ns = done->ended_ns,
-	    .duration_ns = done->duration_ns,
-	    .return_value = done->ret,
-	    .pid = me->tgid,
-	    .tid = me->tid,
-	    .syscall_number = done->nr,
-	    .born = done->born,
+	    .ended_ns = ended_ns,
+	    .duration_ns = duration_ns,
+	    .return_value = ret,
+	    .pid = me.tgid,
+	    .tid = me.tid,
+	    .syscall_number = nr,
+	    .born = born,
 	};
 
-	if (done->duration_ns < session->min_duration_ns ||
-	    (session->errors_only && !is_error(done->ret)))
+	if (duration_ns < session->min_duration_ns || (session->errors_only && !is_error(ret)))
 		return;
 	/* By chance, so that each call is as likely as any other, however few there are. */
 	if (session->sample_every > 1 && bpf_get_prandom_u32() % session->sample_every)
@@ -218,35 +212,54 @@ static __always_inline void send(void *ctx, const struct syscall_session *sessio
 	record_send(ctx, slot, &record, sizeof(record));
 }
 
-static __always_inline void see(void *ctx, __u64 sessions, const struct thread *me,
-				const struct done *done)
+static __always_inline void see_in_session(void *ctx, __u32 slot, __u32 nr, __u32 born,
+					   __u64 ended_ns, __u64 duration_ns, long ret)
+{
+	struct syscall_session *session = bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
+
+	if (!session || !is_wanted(session, nr))
+		return;
+	if (session->single_events)
+		send(ctx, session, slot, nr, born, ended_ns, duration_ns, ret);
+	else
+		count(slot, nr, born, duration_ns, ret);
+}
+
+/* A call of the current thread, for session SLOT. */
+SUBPROGRAM int see_by_ring(__u32 slot, __u64 nr_and_born, __u64 ended_ns, __u64 duration_ns,
+			   __s64 ret)
+{
+	see_in_session(NULL, slot, nr_and_born >> 32, nr_and_born, ended_ns, duration_ns, ret);
+	return 0;
+}
+
+static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born, __u64 ended_ns,
+				__u64 duration_ns, long ret)
 {
 	for_each_session (slot, sessions) {
-		struct syscall_session *session =
-		    bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
-
-		if (!session || !is_wanted(session, done->nr))
-			continue;
-		if (session->single_events)
-			send(ctx, session, slot, me, done);
+		if (option(records_in_ring))
+			see_by_ring(slot, (__u64)nr << 32 | born, ended_ns, duration_ns, ret);
 		else
-			count(slot, me->tgid, done);
+			see_in_session(ctx, slot, nr, born, ended_ns, duration_ns, ret);
 	}
 }
 
+SUBPROGRAM int lose_call(__u32 slot)
+{
+	account_loss(slot, LOSS_BUSY);
+	return 0;
+}
+
 /* Looks up which sessions watch the thread's process. */
-static __always_inline void watch(void *ctx, const struct sessions *all, struct call *call,
-				  const struct thread *me)
+static __always_inline void watch(const struct sessions *all, struct call *call, __u32 tgid)
 {
 	call->watching = call->armed = 0;
 	for_each_session (slot, all->of_hub[HUB_SYSCALLS]) {
-		struct member *member = member_met(ctx, all, slot, me->tgid, this_task());
+		int state = state_in_session(slot, tgid);
 
-		if (!member)
-			continue;
-		if (member->state == MEMBER_ACTIVE)
+		if (state == MEMBER_ACTIVE)
 			call->watching |= session_bit(slot);
-		else if (member->state == MEMBER_ARMED)
+		if (state == MEMBER_ARMED)
 			call->armed |= session_bit(slot);
 	}
 }
@@ -255,14 +268,14 @@ static __always_inline void watch(void *ctx, const struct sessions *all, struct 
  * The state of the current thread as of GENERATION, or NULL if no session watches it. A thread
  * keeps its state once it has one.
  */
-static __always_inline struct call *call_of(void *ctx, const struct sessions *all,
-					    const struct thread *me, __u32 generation)
+static __always_inline struct call *call_of(const struct sessions *all, const struct thread *me,
+					    __u32 generation)
 {
 	struct call *call = thread_state(me), fresh = {.generation = generation};
 
 	if (call && call->generation == generation)
 		return call;
-	watch(ctx, all, &fresh, me);
+	watch(all, &fresh, me->tgid);
 	if (call) {
 		call->watching = fresh.watching;
 		call->armed = fresh.armed;
@@ -275,7 +288,7 @@ static __always_inline struct call *call_of(void *ctx, const struct sessions *al
 	call = thread_state_make(me, &fresh);
 	if (!call) {
 		for_each_session (slot, fresh.watching) {
-			account_loss(slot, LOSS_BUSY);
+			lose_call(slot);
 		}
 	}
 	return call;
@@ -319,7 +332,7 @@ int RAW_PROGRAM(coral_enter, struct pt_regs *regs, long id)
 
 	if (!all || surely_unwatched(all, me.tgid))
 		return 0;
-	call = call_of(ctx, all, &me, generation_of(all));
+	call = call_of(all, &me, generation_of(all));
 	if (!call)
 		return 0;
 	call->start_ns = 0;
@@ -328,42 +341,37 @@ int RAW_PROGRAM(coral_enter, struct pt_regs *regs, long id)
 	if (!call->counting)
 		return 0;
 	call->nr = nr;
-	if (is_exit(nr)) {
-		struct done done = {
-		    .nr = nr, .born = call->born, .ended_ns = bpf_ktime_get_ns()};
-
-		see(ctx, call->counting, &me, &done);
-		return 0;
-	}
-	call->start_ns = bpf_ktime_get_ns();
+	if (is_exit(nr)) /* the number is read again: the verifier would look at each by itself */
+		see(ctx, call->counting, call->nr, call->born, bpf_ktime_get_ns(), 0, 0);
+	else
+		call->start_ns = bpf_ktime_get_ns();
 	return 0;
 }
 
-/* Those of SESSIONS that began before the thread's GENERATION. */
-static __always_inline __u64 older(__u64 sessions, __u32 generation)
+/* Whether session SLOT began before the GENERATION of a thread. */
+SUBPROGRAM int is_older(__u32 slot, __u32 generation)
 {
-	__u64 found = 0;
+	struct syscall_session *session = bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
 
-	for_each_session (slot, sessions) {
-		struct syscall_session *session =
-		    bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
-
-		if (session && (__s32)(session->since - generation) <= 0)
-			found |= session_bit(slot);
-	}
-	return found;
+	return session && (__s32)(session->since - generation) <= 0;
 }
 
 /*
  * A call that has returned and was not seen to begin: seccomp has answered it, before sys_enter. It
  * takes no time that could be measured. A call that began before its session did looks the same,
- * so it only counts for sessions that watched the thread when it last returned.
+ * so it only counts for sessions that watched the thread when it last returned, in GENERATION.
  */
-static __always_inline __u64 sessions_of_refused(const struct call *call, __u64 watched,
-						 __u32 generation, __u32 now)
+static __always_inline __u64 sessions_of_refused(__u64 watched, __u32 generation, __u32 now)
 {
-	watched &= call->watching;
-	return generation == now ? watched : older(watched, generation);
+	__u64 found = 0;
+
+	if (generation == now)
+		return watched;
+	for_each_session (slot, watched) {
+		if (is_older(slot, generation))
+			found |= session_bit(slot);
+	}
+	return found;
 }
 
 static __always_inline long number_in(struct pt_regs *regs)
@@ -380,10 +388,10 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 {
 	struct sessions *all = all_sessions();
 	struct thread me = current_thread();
+	__u64 ended_ns, duration_ns = 0, watched = 0;
 	__u32 now, generation = 0;
-	struct done done = {};
-	__u64 watched = 0;
 	struct call *call;
+	long id;
 
 	if (!all || surely_unwatched(all, me.tgid))
 		return 0;
@@ -393,27 +401,23 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 		watched = call->watching;
 		generation = call->generation;
 	}
-	if (!call || generation != now)
-		call = call_of(ctx, all, &me, now);
+	if (generation != now || !call)
+		call = call_of(all, &me, now);
 	if (!call)
 		return 0;
-	done.ended_ns = bpf_ktime_get_ns();
-	done.born = call->born;
-	done.ret = ret;
+	ended_ns = bpf_ktime_get_ns();
 	if (call->start_ns) {
-		watched = call->counting & call->watching;
-		done.nr = call->nr;
-		done.duration_ns = done.ended_ns - call->start_ns;
+		watched = call->counting;
+		duration_ns = ended_ns - call->start_ns;
 		call->start_ns = 0;
 	} else {
-		long id = number_in(regs);
-
+		id = number_in(regs);
 		if (id < 0 || !watched)
 			return 0;
-		watched = sessions_of_refused(call, watched, generation, now);
-		done.nr = number_of(&me, id);
+		watched = sessions_of_refused(watched, generation, now);
+		call->nr = number_of(&me, id);
 	}
-	see(ctx, watched, &me, &done);
+	see(ctx, watched & call->watching, call->nr, call->born, ended_ns, duration_ns, ret);
 	return 0;
 }
 
