@@ -14,7 +14,13 @@ from typing import Final
 
 from coral.agent.config import Policy
 from coral.agent.errors import DeniedError
-from coral.collectors.cgroups import cgroup2_mount, cgroup_directory, cgroup_tgids
+from coral.collectors.cgroups import (
+    above,
+    cgroup_directory,
+    cgroup_of,
+    cgroup_tgids,
+    hierarchy,
+)
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import OptionError
 from coral.collectors.procfs import PROC, comm_of, running_tgids
@@ -26,7 +32,6 @@ _FEW: Final = 8
 _MOST_SHARE: Final = 0.9
 _KERNEL_THREAD: Final = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
 _STAT_FLAGS: Final = re.compile(r".*\) \S \S+ \S+ \S+ \S+ \S+ (\d+)", re.DOTALL)
-_CGROUP2: Final = re.compile(r"^0::/(.*)$", re.MULTILINE)
 
 _Identity = tuple[int, int]
 
@@ -116,8 +121,9 @@ def _is_listed(watched: Watched, service: ServiceProcesses | None, policy: Polic
     if not policy.cgroups or watched.host or watched.comm:
         return False  # processes of a name may start in any cgroup
     roots = _identities(policy.cgroups)
-    directories = [watched.cgroup] if watched.cgroup else map(cgroup_of, watched.tgids)
-    return all(directory and not roots.isdisjoint(_above(directory)) for directory in directories)
+    if watched.cgroup:
+        return not roots.isdisjoint(_above(watched.cgroup))
+    return all(not roots.isdisjoint(_above_process(tgid)) for tgid in watched.tgids)
 
 
 def _not_listed(watched: Watched, service: ServiceProcesses | None, policy: Policy) -> str:
@@ -138,28 +144,21 @@ def _not_listed(watched: Watched, service: ServiceProcesses | None, policy: Poli
     return _not_allowed(name, value, keys, f"give {' or '.join(lists)}")
 
 
-def cgroup_of(tgid: int) -> Path | None:
-    """The cgroup (v2) of a process; None for one that has ended or is in none that is visible."""
-    mount = cgroup2_mount()
-    try:
-        match = _CGROUP2.search((PROC / str(tgid) / "cgroup").read_text(errors="surrogateescape"))
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    # A cgroup outside this agent's cgroup namespace begins with `/..`.
-    return mount / match[1] if mount and match and not match[1].startswith("..") else None
-
-
 def _holds(directory: Path, tgid: int) -> bool:
     """Whether a process is in a cgroup or below it."""
-    cgroup = cgroup_of(tgid)
+    cgroup = cgroup_of(tgid, hierarchy(directory))
     return cgroup is not None and _identity(directory) in _above(cgroup)
 
 
 def _above(directory: Path) -> frozenset[_Identity | None]:
     """A cgroup and those above it, by device and inode: a mount elsewhere has them too."""
-    mount = cgroup2_mount()
-    above = [path for path in (directory, *directory.parents) if mount in (path, *path.parents)]
-    return frozenset(map(_identity, above)) - {None}
+    return frozenset(map(_identity, above(directory))) - {None}
+
+
+def _above_process(tgid: int) -> frozenset[_Identity | None]:
+    """The cgroups that a process is in, of every hierarchy, and those above them."""
+    directories = (cgroup_of(tgid, "v2"), cgroup_of(tgid, "memory"))
+    return frozenset[_Identity | None]().union(*(_above(found) for found in directories if found))
 
 
 def _identities(paths: Iterable[str]) -> frozenset[_Identity]:

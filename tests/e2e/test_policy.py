@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from coral.collectors.cgroups import cgroup2_mount
+from coral.collectors.hierarchies import hierarchies
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import start, start_request, stop
 from tests.e2e.test_services import in_cgroup
@@ -83,6 +84,7 @@ def test_no_words_for_the_whole_machine_pass_without_host_scope(
         for path in (
             *("/", ".", "//", f"{group}/..", f"/{group}/inner/../.."),
             *(f"{mount}", f"{mount}/", f"{mount}/.", f"{mount}/{group}/..", f"/proc/../{mount}"),
+            *(f"{found.mount_point}" for found in hierarchies()),
         ):
             told = denied(agent, {"cgroup": path})
             assert "policy.host_scope: this cgroup holds " in told, path

@@ -29,7 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from build_hook import clang_command
-from coral.collectors.cgroups import cgroup2_mount
+from coral.collectors.hierarchies import hierarchies
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     INSECURE,
@@ -208,16 +208,13 @@ def test_a_malformed_value_is_refused_with_what_is_accepted(
 
 
 def test_a_cgroup_that_does_not_exist_is_refused(agent: RunningAgent) -> None:
-    mount = cgroup2_mount()
-    why = f" below {mount}; there is none at this path"
-    if mount is None:
-        why = ": no cgroup2 hierarchy is mounted here"
+    mounts = " or ".join(str(found.mount_point) for found in hierarchies())
+    why = f" below {mounts}; there is none at this path"
+    if not mounts:
+        why = ": no hierarchy of cgroups is mounted here"
     assert code_and_text(agent, "StartCollector", start_request({"cgroup": "/no/such"})) == (
         grpc.StatusCode.INVALID_ARGUMENT,
-        (
-            "config[\"cgroup\"]: '/no/such' is not accepted; give the path of a cgroup v2 "
-            f"directory{why}"
-        ),
+        f"config[\"cgroup\"]: '/no/such' is not accepted; give the path of a cgroup{why}",
     )
 
 
