@@ -21,7 +21,7 @@ from coral.collectors.hierarchies import (
     subdirectories,
 )
 from coral.collectors.options import OptionError
-from coral.collectors.procfs import thread_group_of
+from coral.collectors.procfs import PROC, thread_group_of
 
 _AT_FDCWD: Final = -100
 _ID_BYTES: Final = 8
@@ -66,6 +66,22 @@ def cgroup_directory(path: str) -> Path:
 def hierarchy(directory: Path) -> Kind:
     """The hierarchy that a cgroup's DIRECTORY, of `cgroup_directory`, is in."""
     return _hierarchy(directory).kind
+
+
+def path_in_hierarchy(directory: Path) -> str:
+    """The path of a cgroup's DIRECTORY from the root of its hierarchy; empty where that is out of
+    sight."""
+    found = _hierarchy(directory)
+    return f"/{directory.relative_to(found.directory)}" if found.is_whole else ""
+
+
+def memory_hierarchy() -> int:
+    """The kernel's number of the hierarchy of v1's memory controller; 0 if there is none."""
+    for line in (PROC / "self/cgroup").read_text().splitlines():
+        number, controllers, _ = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return int(number)
+    return 0
 
 
 def cgroup2_mount() -> Path | None:

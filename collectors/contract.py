@@ -14,14 +14,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 from prometheus_client import Metric
 
-from coral.bpf import BpfObject, Features, RecordReader, Rung, Step
+from coral.bpf import Features, ProgramStats, RecordReader, Rung, Step
 from coral.bpf.probing import capabilities
 from coral.collectors.options import Option, UnknownOptionError
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -165,6 +165,32 @@ class Watched:
     follows_children: bool = False
 
 
+class Programs(Protocol):
+    """The programs and maps that work for one session, alone or for others too."""
+
+    @property
+    def name(self) -> str:
+        """Their name, for messages."""
+
+    @property
+    def map_memory_bytes(self) -> int:
+        """What the kernel charges for maps on the session's account."""
+
+    def program_stats(self) -> Mapping[str, ProgramStats]:
+        """The kernel's figures of each program; empty once closed."""
+
+    @property
+    def share(self) -> float:
+        """Which part of these programs' run time the session causes."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether they work for the session."""
+
+    def detach(self) -> None:
+        """They stop working for the session; what they have counted stays readable."""
+
+
 class Collector(ABC):
     """One collector. Make it once, open it once, close it once."""
 
@@ -232,8 +258,8 @@ class Collector(ABC):
 
     @property
     @abstractmethod
-    def bpf_object(self) -> BpfObject:
-        """Its object, for the figures that the kernel keeps of it."""
+    def bpf_object(self) -> Programs:
+        """Its programs, for the figures that the kernel keeps of them."""
 
     @property
     @abstractmethod

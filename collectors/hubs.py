@@ -26,10 +26,11 @@ _NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.
 _PROCESSES: Final = "processes"
 _PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
 _CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
-_SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "detailed")
+_SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "detailed")
 # Maps of `processes` that the hubs use too.
 SHARED_MAPS: Final = ("sessions", "changes", "members", "hints", "accounts", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
+_IDLE_WORK: Final = 100.0  # events a second
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 
 
@@ -208,6 +209,7 @@ class Slot:
         self._installed: list[tuple[BpfObject, str]] = []
         self._active = False
         self._memory_bytes = 0
+        self._work = 0.0
         self.since = 0
 
     @property
@@ -359,6 +361,23 @@ class Slot:
         except OSError:
             pass
         return self._memory_bytes
+
+    def note_work(self, events: int, seconds: float) -> None:
+        """The programs have worked on so many EVENTS of the session in the last SECONDS."""
+        self._work = events / max(seconds, 1e-3)
+
+    @property
+    def share(self) -> float:
+        """Which part of the programs' run time the session causes, by what it was sent or counted.
+        What they cost processes that nobody watches is everybody's."""
+        with self._group.lock:
+            works = [self._group.slots[number].work for number in self.hub.slots]
+        return self.work / sum(works) if works else 1.0
+
+    @property
+    def work(self) -> float:
+        """Events a second, and what a session without any causes."""
+        return self._work + _IDLE_WORK
 
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""

@@ -82,7 +82,7 @@ def _open(collector: Collector) -> None:
         raise LoadError(what, error.errno or errno.EIO) from error
     except KeyError as error:
         raise LoadError(
-            f"{collector.bpf_object.path.name} has no {error}: it is of another version of this "
+            f"{collector.bpf_object.name} has no {error}: it is of another version of this "
             "agent, or damaged"
         ) from error
 

@@ -23,7 +23,8 @@ from coral.collectors.cgroups import (
     cgroup_directory,
     cgroup_ids_below,
     cgroup_tgids,
-    hierarchy_number,
+    hierarchy,
+    memory_hierarchy,
     path_in_hierarchy,
 )
 from coral.collectors.contract import ServiceProcesses, Watched
@@ -224,11 +225,12 @@ class Targets:
             slot.own("cgroup_paths", _path_hash(cgroup))
             self._add_cgroups(cgroup)
         slot.activate(
-            hierarchy=hierarchy_number(cgroup) if cgroup else None,
+            hierarchy=memory_hierarchy() if cgroup else None,
             host=bool(options.scope),
             follow=options.follow_children and not cgroup,
             comm=bool(options.comm),
             cgroup=bool(cgroup),
+            memory=bool(cgroup and _place(cgroup)),
             detailed=detailed,
         )
 
@@ -272,7 +274,7 @@ class Targets:
     def _add_cgroups(self, directory: Path) -> None:
         wanted = self._slot.map("cgroups")
         for cgroup in cgroup_ids_below(directory):
-            wanted.write(cgroup, 1)
+            wanted.write(cgroup | _place(directory), 1)
 
     def _add(self, tgids: Iterable[int], state: int) -> None:
         """Adds running processes in this state. Those for which there is no room are counted."""
@@ -336,7 +338,7 @@ class Targets:
         keys, at = np.unique(keys, return_index=True)
         return Members(keys, members["comm"][at])
 
-    def comm_of(self, tgid: int) -> bytes:
+    def name_of(self, tgid: int) -> bytes:
         """The command name of one process that is watched, empty if it is not."""
         member = self._map.read_one(tgid)
         return b"" if member is None else bytes(member["comm"])
@@ -345,7 +347,11 @@ class Targets:
         """Removes the names of processes that have ended: ENDED of `Members`."""
         if len(ended):
             self._map.delete(ended)
-            self._slot.note_ended(len(ended))
+            self.note_ended(len(ended))
+
+    def note_ended(self, count: int) -> None:
+        """COUNT watched processes have ended."""
+        self._slot.note_ended(count)
 
     def close(self) -> None:
         """Closes the process descriptors."""
@@ -375,9 +381,14 @@ def _path_hash(directory: Path) -> int:
     """The path of a cgroup from the root of its hierarchy, as programs compare it; 0 if it is too
     long for them."""
     path = path_in_hierarchy(directory)
-    if len(path.encode()) >= _PATH_BYTES:
+    if not path or len(path.encode()) >= _PATH_BYTES:
         return 0
     found = _HASH_OFFSET
     for word in _words(path, _PATH_BYTES).tolist():
         found = (found ^ word) * _HASH_PRIME & (1 << 64) - 1
-    return found
+    return found ^ _place(directory)
+
+
+def _place(directory: Path) -> int:
+    """What tells the memory controller's hierarchy from the unified one, in keys of cgroups."""
+    return 1 << 63 if hierarchy(directory) == "memory" else 0

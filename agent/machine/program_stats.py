@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from coral.bpf import BpfObject, ProgramStats
+from coral.bpf import ProgramStats
 from coral.bpf.libbpf import EXHAUSTED, BpfError
 from coral.bpf.loading.object import enable_run_time_stats
+from coral.collectors.contract import Programs
 
 WINDOW_S: Final = 0.02
 # A fixed period would always meet the same part of what a program does every second.
@@ -43,11 +44,15 @@ class ProgramUse:
     is_known: bool = False  # whether the kernel has counted any
 
     def count(
-        self, before: Mapping[str, ProgramStats], after: Mapping[str, ProgramStats], window: Window
+        self,
+        before: Mapping[str, ProgramStats],
+        after: Mapping[str, ProgramStats],
+        window: Window,
+        share: float = 1.0,
     ) -> dict[str, RunEstimate]:
-        """Counts one window: its programs' use of it, for the time since the window before. Returns
-        what that adds to each program."""
-        scale = max(window.end_s - self.counted_until_s, window.length_s) / window.length_s
+        """Counts one window: the session's SHARE of its programs' use of it, for the time since the
+        window before. Returns what that adds to each program."""
+        scale = max(window.end_s - self.counted_until_s, window.length_s) / window.length_s * share
         self.counted_until_s = window.end_s
         self.is_known = True
         added = {
@@ -78,7 +83,7 @@ class Sampled(NamedTuple):
     """The programs of one session."""
 
     kind: int
-    bpf_object: BpfObject
+    programs: Programs
     use: ProgramUse
 
 
@@ -105,13 +110,15 @@ class ProgramStatsSampler:
         fd = enable_run_time_stats()
         try:
             before = [
-                (sampled, sampled.bpf_object.program_stats(), time.monotonic())
+                (sampled, sampled.programs.program_stats(), time.monotonic())
                 for sampled in self._sessions()
             ]
             await asyncio.sleep(WINDOW_S)
             for sampled, stats, begin_s in before:
-                after = sampled.bpf_object.program_stats()
-                added = sampled.use.count(stats, after, Window(begin_s, time.monotonic()))
+                after = sampled.programs.program_stats()
+                added = sampled.use.count(
+                    stats, after, Window(begin_s, time.monotonic()), sampled.programs.share
+                )
                 for program, estimate in added.items():
                     total = self.estimates[sampled.kind, program]
                     total.seconds += estimate.seconds

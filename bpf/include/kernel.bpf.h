@@ -127,7 +127,7 @@ static __always_inline __u32 born_of(struct task_struct *leader)
 	return (kernel_read(leader, start_time) >> 10) | 1;
 }
 
-/* Cgroups. Ids are unique within a hierarchy: the unified one, or that of the memory controller. */
+/* Cgroups. */
 
 static __always_inline int hierarchy_of(struct cgroup *cgroup)
 {
@@ -147,7 +147,8 @@ static __always_inline __u64 id_of_parent(struct cgroup *cgroup)
 	return parent ? id_of_cgroup(kernel_read(parent, cgroup)) : 0;
 }
 
-/* The id of the cgroup of a task in the hierarchy of this number. */
+/* The id of the cgroup of a task in a hierarchy: in the unified one, whose number is 0, or in that
+ * of the memory controller. */
 static __always_inline __u64 cgroup_of(struct task_struct *task, int hierarchy)
 {
 	struct css_set *set = kernel_read(task, cgroups);

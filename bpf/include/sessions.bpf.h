@@ -47,10 +47,11 @@ struct sessions {
 	__u64 follow;	/* those that watch the children of what they watch */
 	__u64 comm;	/* those that watch processes by command name */
 	__u64 cgroup;	/* those that watch the processes of a cgroup */
+	__u64 memory;	/* of these, those of a cgroup of the memory controller (v1) */
 	__u64 detailed; /* those that are sent a record of each change of what they watch */
 	__u32 generation;
 	__u32 hints;	 /* which of the two sets of hints is in use */
-	__u32 hierarchy; /* the hierarchy of their cgroups */
+	__u32 hierarchy; /* of the memory controller (cgroups v1), 0 if there is none */
 	__u32 reserved;
 };
 

@@ -83,7 +83,7 @@ class CallRows:
 
     def _name_of(self, key: int) -> bytes:
         if key not in self._names:
-            self._names[key] = self._targets.comm_of(key & 0xFFFFFFFF)
+            self._names[key] = self._targets.name_of(key & 0xFFFFFFFF)
         return self._names[key]
 
     def _learn(self, changes: NDArray[Any]) -> None:

@@ -15,8 +15,8 @@ struct wanted_comm {
 
 MAP(ARRAY, wanted_comms, __u32, struct wanted_comm, SESSIONS, 0);
 
-/* By slot: the ids of the cgroups whose processes to watch. A cgroup made below one of them, or
- * again at the path of the first, is added. */
+/* By slot: the cgroups whose processes to watch, by key_of_cgroup. A cgroup made below one of them,
+ * or again at the path of the first, is added. */
 SESSION_MAPS(HASH, cgroups, __u64, __u8, 4096, BPF_F_NO_PREALLOC);
 
 /* By slot: the hash of the path of the cgroup that the session asked for, from the root of its
@@ -29,6 +29,23 @@ static __always_inline bool comm_is_wanted(__u32 slot, const char *comm)
 	const __u64 *words = (const __u64 *)comm;
 
 	return wanted && words[0] == wanted->words[0] && words[1] == wanted->words[1];
+}
+
+/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the memory
+ * controller. */
+#define IN_MEMORY_HIERARCHY (1ULL << 63)
+
+static __always_inline __u64 key_of_cgroup(__u64 id, int hierarchy)
+{
+	return hierarchy ? id | IN_MEMORY_HIERARCHY : id;
+}
+
+/* The sessions that watch cgroups of a hierarchy. */
+static __always_inline __u64 sessions_of_hierarchy(const struct sessions *all, int hierarchy)
+{
+	if (!hierarchy)
+		return all->cgroup & ~all->memory;
+	return hierarchy == all->hierarchy ? all->cgroup & all->memory : 0;
 }
 
 static __always_inline bool cgroup_is_wanted(__u32 slot, __u64 id)
@@ -44,9 +61,9 @@ static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 	return (__u64)born << 32 | tgid;
 }
 
-/* The current process forks CHILD, in the cgroup of this id. A child has its parent's name until it
- * execs. */
-SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup)
+/* The current process forks CHILD, in these cgroups of the two hierarchies. A child has its parent's
+ * name until it execs. */
+SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memory_cgroup)
 {
 	struct member member = {.state = MEMBER_ACTIVE}, *parent = NULL;
 	struct sessions *all = all_sessions();
@@ -60,7 +77,8 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup)
 	if (parent)
 		member.state = parent->state;
 	else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
-		 !(all->cgroup & bit && cgroup_is_wanted(slot, cgroup)))
+		 !(all->cgroup & bit && (cgroup_is_wanted(slot, cgroup) ||
+					 cgroup_is_wanted(slot, memory_cgroup))))
 		return 0;
 	member_add(all, slot, child, child >> 32, &member);
 	return 0;
@@ -71,7 +89,7 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 {
 	__u32 tgid = kernel_read(child, tgid), parent_tgid = current_tgid();
 	struct sessions *all = all_sessions();
-	__u64 mask, process, cgroup = 0;
+	__u64 mask, process, cgroup = 0, memory_cgroup = 0;
 
 	if (!all || tgid == parent_tgid) /* a thread */
 		return 0;
@@ -81,10 +99,14 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 	if (!mask)
 		return 0;
 	process = process_of(tgid, born_of(child));
-	if (all->cgroup)
-		cgroup = cgroup_of(child, all->hierarchy);
+	if (all->cgroup) {
+		cgroup = key_of_cgroup(cgroup_of(child, 0), 0);
+		if (all->hierarchy)
+			memory_cgroup =
+			    key_of_cgroup(cgroup_of(child, all->hierarchy), all->hierarchy);
+	}
 	for_each_session (slot, mask) {
-		fork_in_session(slot, process, cgroup);
+		fork_in_session(slot, process, cgroup, memory_cgroup);
 	}
 	return 0;
 }
@@ -223,14 +245,20 @@ int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_s
 	struct sessions *all = all_sessions();
 	__u64 process, cgroup, words[COMM_BYTES / 8] = {};
 	struct task_struct *leader;
+	int hierarchy;
+	__u64 mask;
 
-	if (!all || !all->cgroup || hierarchy_of(to) != all->hierarchy)
+	if (!all || !all->cgroup)
+		return 0;
+	hierarchy = hierarchy_of(to);
+	mask = sessions_of_hierarchy(all, hierarchy);
+	if (!mask)
 		return 0;
 	leader = kernel_read(task, group_leader);
 	process = process_of(kernel_read(task, tgid), born_of(leader));
-	cgroup = id_of_cgroup(to);
+	cgroup = key_of_cgroup(id_of_cgroup(to), hierarchy);
 	kernel_read_string(&words, leader, comm);
-	for_each_session (slot, all->cgroup) {
+	for_each_session (slot, mask) {
 		attach_in_session(slot, process, cgroup, words[0], words[1]);
 	}
 	return 0;
@@ -270,14 +298,19 @@ SEC("raw_tp/cgroup_mkdir")
 int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 {
 	struct sessions *all = all_sessions();
-	__u64 cgroup, parent, hash;
+	__u64 mask, cgroup, parent, hash;
+	int hierarchy;
 
-	if (!all || !all->cgroup || hierarchy_of(made) != all->hierarchy)
+	if (!all || !all->cgroup)
 		return 0;
-	cgroup = id_of_cgroup(made);
-	parent = id_of_parent(made);
-	hash = hash_of_path(path);
-	for_each_session (slot, all->cgroup) {
+	hierarchy = hierarchy_of(made);
+	mask = sessions_of_hierarchy(all, hierarchy);
+	if (!mask)
+		return 0;
+	cgroup = key_of_cgroup(id_of_cgroup(made), hierarchy);
+	parent = key_of_cgroup(id_of_parent(made), hierarchy);
+	hash = hash_of_path(path) ^ key_of_cgroup(0, hierarchy);
+	for_each_session (slot, mask) {
 		mkdir_in_session(slot, cgroup, parent, hash);
 	}
 	return 0;
