@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +21,7 @@ from coral.bpf.buffers.maps import HashMap
 from coral.bpf.libbpf import LoadError, call, capture_log
 from coral.bpf.loading import bcc
 from coral.bpf.loading.btf import NoLayoutError
+from coral.bpf.loading.map_definition import ARRAY, MapDefinition
 from coral.bpf.loading.object import VERIFIER_LOG_BYTES, BpfObject
 
 _LOAD_64: Final = 0x18  # a 64-bit constant, in two instructions
@@ -29,31 +30,12 @@ _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
 _NO_MAP: Final = -1
 _RAW_TP: Final = "raw_tp"
 _VARIABLES_FROM: Final = 1000  # numbers of variables that are maps, behind those of maps
-_ARRAY: Final = 2
-_PERF_EVENT_ARRAY: Final = 4
 _NAME_BYTES: Final = 15
 _READ_ONLY: Final = ".rodata"
 
 _INSTRUCTION: Final = np.dtype(
     [("code", "u1"), ("registers", "u1"), ("offset", "i2"), ("imm", "i4")]
 )
-
-
-class _MapOptions(ctypes.Structure):
-    """struct bpf_map_create_opts of libbpf."""
-
-    _fields_ = (
-        ("size", c_size_t),
-        ("btf_fd", c_uint32),
-        ("btf_key_type_id", c_uint32),
-        ("btf_value_type_id", c_uint32),
-        ("btf_vmlinux_value_type_id", c_uint32),
-        ("inner_map_fd", c_uint32),
-        ("map_flags", c_uint32),
-        ("map_extra", c_uint64),
-        ("numa_node", c_uint32),
-        ("map_ifindex", c_uint32),
-    )
 
 
 class _ProgramOptions(ctypes.Structure):
@@ -131,25 +113,24 @@ class BccObject(BpfObject):
         return options, variables
 
     def _make_map(self, name: str) -> None:
-        bpf_map = self._maps[name]
-        kind = call("bpf_map__type", bpf_map)
-        entries = call("bpf_map__max_entries", bpf_map)
-        if kind == _PERF_EVENT_ARRAY and not entries:
-            entries = call("libbpf_num_possible_cpus")
-        self._fds[name] = _create_map(
-            name,
-            kind,
-            (call("bpf_map__key_size", bpf_map), call("bpf_map__value_size", bpf_map)),
-            entries,
-            call("bpf_map__map_flags", bpf_map),
-        )
+        definition = self._definitions[name]
+        if name in self._shared:
+            self._fds[name] = os.dup(self._shared[name])
+        elif definition.inner:
+            prototype = definition.inner.create()
+            try:
+                self._fds[name] = definition.create(prototype)
+            finally:
+                os.close(prototype)
+        else:
+            self._fds[name] = definition.create()
 
     def _make_variable(self, name: str) -> None:
         """Creates an array map with the elements of the variable, and their initial values."""
         initial = np.atleast_1d(self._initial_value(name))
-        fd = _create_map(name, _ARRAY, (4, initial.dtype.itemsize), len(initial), 0)
+        fd = MapDefinition(name, ARRAY, 4, initial.dtype.itemsize, len(initial), 0).create()
         self._fds[name] = fd
-        variable = HashMap(name, fd, _ARRAY, np.dtype(np.uint32), initial.dtype)
+        variable = HashMap(name, fd, ARRAY, np.dtype(np.uint32), initial.dtype)
         self._variables[name] = variable
         for index in np.flatnonzero(initial != np.zeros(1, initial.dtype)).tolist():
             variable.write(index, initial[index])
@@ -181,7 +162,8 @@ class BccObject(BpfObject):
         return self._fds.get(name, -1)
 
     def _map_fds(self) -> Iterable[int]:
-        return [fd for name, fd in self._fds.items() if name not in self._programs]
+        others = {*self._programs, *self._shared}
+        return [fd for name, fd in self._fds.items() if name not in others]
 
     def _program_fd(self, name: str) -> int:
         return self._fds[name]
@@ -205,22 +187,6 @@ class BccObject(BpfObject):
         super().close()
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def _create_map(name: str, kind: int, sizes: tuple[int, int], entries: int, flags: int) -> int:
-    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags)
-    with capture_log() as said:
-        fd = call(
-            "bpf_map_create",
-            kind,
-            name[:_NAME_BYTES].encode(),
-            *sizes,
-            entries,
-            byref(options),
-        )
-    if fd < 0:
-        raise LoadError(f"making map {name}", -fd, said())
-    return fd
 
 
 def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarray[Any, Any]:
