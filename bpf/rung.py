@@ -19,6 +19,7 @@ from coral.bpf.probing.features import Feature, Features
 
 # The hooks of programs for raw tracepoints, best first.
 HOOKS: Final = ("tp_btf", "raw_tp")
+SESSIONS: Final = 64  # as in sessions.bpf.h
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
 _NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"
@@ -50,6 +51,12 @@ class Rung:
     buffer: Step
     reads: Step
     on_demand: Feature  # hash elements are allocated when they are needed
+    session_maps: Feature  # sessions of different sizes share one object
+
+    @property
+    def slots(self) -> int:
+        """How many sessions can share one object."""
+        return SESSIONS if self.session_maps.available else 1
 
     def __iter__(self) -> Iterator[Step]:
         steps = (self.loader, self.hook, self.state, self.buffer, self.reads)
@@ -151,6 +158,7 @@ def climb(features: Features, hooks: Sequence[str], *, thread_state: bool = True
         _first(features, "record buffer", ("ring_buffer", "perf_buffer"), {}),
         _first(features, "map reads", ("batch", _ALL), {}, free=_ALL),
         features["elements_on_demand"],
+        features["session_maps"],
     )
 
 

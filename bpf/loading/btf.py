@@ -157,7 +157,7 @@ class Btf:
                 return np.dtype(np.bool_)
             return np.dtype(f"{'i' if encoding & _INT_SIGNED else 'u'}{btf_type.size_or_type}")
         if kind in (_ENUM, _ENUM64):
-            return np.dtype(f"{'i' if btf_type.flag else 'u'}{btf_type.size_or_type}")
+            return np.dtype(f"{'i' if self._is_signed(btf_type) else 'u'}{btf_type.size_or_type}")
         if kind == _FLOAT:
             return np.dtype(f"f{btf_type.size_or_type}")
         if kind == _ARRAY:
@@ -197,12 +197,17 @@ class Btf:
         raise KeyError(f"the object's BTF has no enum {name}")
 
     def _enumerators(self, btf_type: _Type) -> Iterator[tuple[str, int]]:
-        if btf_type.kind == _ENUM64:
-            layout = "=Iq" if btf_type.flag else "=IQ"
-        else:
-            layout = "=Ii" if btf_type.flag else "=II"
-        for name_off, value in struct.iter_unpack(layout, btf_type.tail):
-            yield self._name(name_off), value
+        if btf_type.kind == _ENUM:  # a C enumerator is an int, whether or not the flag says so
+            for name_off, value in struct.iter_unpack("=Ii", btf_type.tail):
+                yield self._name(name_off), value
+            return
+        for name_off, low, high in struct.iter_unpack("=III", btf_type.tail):
+            value = high << 32 | low
+            yield self._name(name_off), value - (value >> 63 << 64 if btf_type.flag else 0)
+
+    def _is_signed(self, btf_type: _Type) -> bool:
+        """Whether an enum has negative values; clang before 15 does not set the flag."""
+        return btf_type.flag or any(value < 0 for _, value in self._enumerators(btf_type))
 
     @cached_property
     def variables(self) -> dict[str, Variable]:

@@ -17,16 +17,16 @@ import re
 import select
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from ctypes import byref, c_char_p, c_size_t, c_uint32
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.bpf.attaching.link import FdLink, Link
 from coral.bpf.buffers.element_reader import ElementReader, run_program
 from coral.bpf.buffers.maps import HashMap, fdinfo
 from coral.bpf.buffers.perf_buffer import PerfReader
@@ -66,6 +66,19 @@ class _OpenOptions(ctypes.Structure):
     """struct bpf_object_open_opts of libbpf, with the members used here."""
 
     _fields_ = (("size", c_size_t), ("object_name", c_char_p))
+
+
+class _LibbpfLink:
+    """An attachment that libbpf made."""
+
+    def __init__(self, link: int) -> None:
+        self._link = link
+
+    def detach(self) -> None:
+        """See `Link`."""
+        link, self._link = self._link, 0
+        if link:
+            call("bpf_link__destroy", link)
 
 
 class RecordReader(Protocol):
@@ -167,7 +180,7 @@ class BpfObject:
         self._programs: dict[str, int] = {}
         self._maps: dict[str, int] = {}
         self._definitions: dict[str, MapDefinition] = {}
-        self._links: list[Callable[[], object]] = []
+        self._links: list[Link] = []
         self._readers: list[RecordReader] = []
         self._walks: list[Walk | ElementReader] = []
         self._sections: dict[str, mmap.mmap] = {}
@@ -220,33 +233,42 @@ class BpfObject:
 
     def _load(self) -> None:
         """Creates the maps and loads the chosen programs."""
-        logs = []
-        for name, program in self._programs.items():
-            call("bpf_program__set_autoload", program, name in self._chosen)
-            if name in self._chosen:
-                # libbpf first loads without a log, and requests one only if that fails.
-                logs.append(ctypes.create_string_buffer(VERIFIER_LOG_BYTES))
-                call("bpf_program__set_log_buf", program, logs[-1], c_size_t(VERIFIER_LOG_BYTES))
-        for name in self._without_maps:
-            call("bpf_map__set_autocreate", self._maps[name], False)
-        for name, fd in self._shared.items():
-            if error := -call("bpf_map__reuse_fd", self._maps[name], fd):
-                raise LoadError(f"sharing map {name}", error)
-        for name in self._chosen if self._typed else ():
-            self._give_types(name)
+        logs = [self._choose(name) for name in self._chosen]
+        for name in self._programs.keys() - set(self._chosen):
+            call("bpf_program__set_autoload", self._programs[name], False)
         with capture_log() as said, ExitStack() as prototypes:
-            for name, definition in self._definitions.items():
-                if definition.inner and name not in self._without_maps | self._shared.keys():
-                    # By itself, libbpf cannot change the size of a prototype.
-                    fd = definition.inner.create()
-                    prototypes.callback(os.close, fd)
-                    call("bpf_map__set_inner_map_fd", self._maps[name], fd)
+            self._prepare_maps(prototypes)
             error = -call("bpf_object__load", self._object)
         if error:
             verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
             if retried := _RETRIED.search(said()):
                 error = int(retried[2])
             raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
+
+    def _choose(self, name: str) -> ctypes.Array[ctypes.c_char]:
+        """Has libbpf load a program; the buffer for what the verifier says about it."""
+        if self._typed:
+            self._give_types(name)
+        # libbpf first loads without a log, and requests one only if that fails.
+        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+        call("bpf_program__set_autoload", self._programs[name], True)
+        call("bpf_program__set_log_buf", self._programs[name], log, c_size_t(VERIFIER_LOG_BYTES))
+        return log
+
+    def _prepare_maps(self, prototypes: ExitStack) -> None:
+        """Tells libbpf which maps not to make, and makes the PROTOTYPES of the maps in others,
+        whose size libbpf cannot change."""
+        for name, definition in self._definitions.items():
+            bpf_map = self._maps[name]
+            if name in self._without_maps:
+                call("bpf_map__set_autocreate", bpf_map, False)
+            elif name in self._shared:
+                if error := -call("bpf_map__reuse_fd", bpf_map, self._shared[name]):
+                    raise LoadError(f"sharing map {name}", error)
+            elif definition.inner:
+                fd = definition.inner.create()
+                prototypes.callback(os.close, fd)
+                call("bpf_map__set_inner_map_fd", bpf_map, fd)
 
     def _give_types(self, name: str) -> None:
         """Loads the raw tracepoint program NAME as one with typed arguments."""
@@ -365,17 +387,22 @@ class BpfObject:
                 self._program_fd(name),
             )
             if fd >= 0:
-                self._links.append(partial(os.close, fd))
+                self._links.append(FdLink(fd))
             return max(0, -fd)
         link = call_pointer("bpf_program__attach", self._programs[name])
         if not link:
             return last_errno()
-        self._links.append(partial(call, "bpf_link__destroy", link))
+        self._links.append(_LibbpfLink(link))
         return 0
 
     def map_fd(self, name: str) -> int:
         """The descriptor of a map of the loaded object; negative if it was not created."""
         return call("bpf_map__fd", self._maps[name])
+
+    @property
+    def program_fds(self) -> Sequence[int]:
+        """The descriptors of the loaded programs."""
+        return [self._program_fd(name) for name in self._chosen]
 
     def _program_fd(self, name: str) -> int:
         return call("bpf_program__fd", self._programs[name])
@@ -518,7 +545,7 @@ class BpfObject:
     def detach(self) -> None:
         """Detaches every program; maps stay readable until `close`."""
         while self._links:
-            self._links.pop()()
+            self._links.pop().detach()
 
     def close(self) -> None:
         """Detaches the programs and frees everything. Safe to call twice, or before `load`."""

@@ -73,6 +73,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "perf_buffer": Takes("4.3", (_SYSCALL, "CONFIG_PERF_EVENTS")),
     "elements_on_demand": Takes("6.1"),
     "batch": Takes("5.6"),
+    "session_maps": Takes("5.10", capabilities=caps.TRACING),
     "run_time_stats": Takes("5.8", capabilities=caps.STATISTICS),
     "pidfd": Takes("5.3", (), {}),
     "sock_diag": Takes("3.3", ("CONFIG_INET_DIAG", "CONFIG_INET_TCP_DIAG"), {}),
