@@ -109,24 +109,21 @@ class Rung:
     def reader(
         self,
         bpf_object: BpfObject,
-        record: str,
+        order_by: Mapping[str, str | None],
         *,
         buffer_bytes: int,
-        wakeup_bytes: int,
-        order_by: str,
     ) -> RecordReader:
-        """The reader of a loaded object's records, each a `struct RECORD`; records of different
-        CPUs are sorted by the field ORDER_BY, a time."""
+        """The reader of a loaded object's records, of the structs that ORDER_BY names; records of
+        different CPUs are sorted by its fields, times."""
+        kinds = bpf_object.record_kinds(order_by)
         if self.buffer.taken == "ring_buffer":
-            return bpf_object.ring("ring", record)
+            return bpf_object.ring("ring", kinds)
         # The same total: a power of two of pages per CPU.
         cpus = os.cpu_count() or 1
         return bpf_object.perf(
             "perf",
-            record,
+            kinds,
             bytes_per_cpu=max(mmap.PAGESIZE, 1 << (buffer_bytes // cpus).bit_length() - 1),
-            wakeup_bytes=wakeup_bytes // cpus,
-            order_by=order_by,
         )
 
 

@@ -181,13 +181,13 @@ class Btf:
                 return self.dtype(type_id)
         raise KeyError(f"the object's BTF has no struct {name}")
 
-    def constants(self, enum: str) -> dict[str, int]:
-        """The constants of `enum ENUM`, by name. Raises KeyError if the object has no such enum."""
+    def enum(self, name: str) -> dict[str, int]:
+        """The constants of `enum NAME`, by name. Raises KeyError if the object has no such enum."""
         for btf_type in self._types:
-            if btf_type.kind == _ENUM and btf_type.name == enum:
+            if btf_type.kind == _ENUM and btf_type.name == name:
                 values = struct.iter_unpack("=Ii", btf_type.tail)
                 return {self._name(name_off): value for name_off, value in values}
-        raise KeyError(f"the object's BTF has no enum {enum}")
+        raise KeyError(f"the object's BTF has no enum {name}")
 
     @cached_property
     def variables(self) -> dict[str, Variable]:
