@@ -16,10 +16,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
-from numpy.typing import NDArray
-
 from coral.bpf import BpfObject, Features, RecordReader, Rung, climb
 from coral.bpf.buffers.account import Account
+from coral.bpf.buffers.records import Records, drain_whole
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -44,11 +43,8 @@ from coral.collectors.options import (
 from coral.collectors.targets import TargetOptions, Targets, refused_options
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-# Single events: the longest that one waits before it is sent, and the share of the buffer that may
-# fill up before a program asks for a drain. An event should reach its subscriber within 20 ms; a
-# drain that finds anything costs from half a millisecond to one, up to the write to a subscriber.
-_EVENTS_INTERVAL_S: Final = 0.018
-_WAKEUP_SHARE: Final = 4
+# How often a session of single events says what it has lost, if there are none.
+_EVENTS_INTERVAL_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -208,35 +204,25 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return {
             **self._targets.object_options,
             "active_at_exec": True,
-            "ring_wakeup_bytes": self._wakeup_bytes,
         }
 
-    @property
-    def _wakeup_bytes(self) -> int:
-        return self._options.ring // _WAKEUP_SHARE
+    def _open_records(self, order_by: Mapping[str, str | None]) -> None:
+        """Opens the buffer, whose records are of the structs that ORDER_BY names; see
+        `Rung.reader`."""
+        self._records = self._rung.reader(self._object, order_by, buffer_bytes=self._options.ring)
 
-    def _open_records(self, record: str, order_by: str) -> None:
-        """Opens the buffer, which holds `struct RECORD`; see `Rung.reader`."""
-        self._records = self._rung.reader(
-            self._object,
-            record,
-            buffer_bytes=self._options.ring,
-            wakeup_bytes=self._wakeup_bytes,
-            order_by=order_by,
-        )
-
-    def _drain_records(self) -> NDArray[Any]:
-        """Empties the buffer: its records, of shape (n,)."""
+    def _drain_records(self) -> Records:
+        """The records of the buffer: a part that does not hold the event loop for long, or all."""
         if self._records is None:
             raise RuntimeError("not open")
-        return self._records.drain()
+        return self._records.drain() if self.drains_on_loop else drain_whole(self._records)
 
     def open(self) -> None:
         self._object.load()
         self._account = Account(
             self._object.map("accounts"),
             0,
-            self._object.btf.constants("loss"),
+            self._object.btf.enum("loss"),
             self._object.program_fds,
         )
         self._open_maps()

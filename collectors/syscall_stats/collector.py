@@ -148,10 +148,10 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
     def _open_maps(self) -> None:
         self._stats: HashMap = self._object.map("stats")
         if self._options.single_events:
-            self._open_records("syscall_call", order_by="ended_ns")
+            self._open_records({"syscall_call": "ended_ns"})
 
     def _read_events(self) -> EventRows:
-        return self._calls.rows(self._drain_records())
+        return self._calls.rows(self._drain_records()["syscall_call"])
 
     def _read_summaries(self) -> Summaries:
         interval = int(self._object.read_variable("interval"))

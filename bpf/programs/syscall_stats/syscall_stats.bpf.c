@@ -82,7 +82,12 @@ struct syscall_stats {
 };
 
 /* The record of one call. */
+enum record_kind {
+	RECORD_SYSCALL_CALL = 1,
+};
+
 struct syscall_call {
+	struct record_head head;
 	__u64 ended_ns; /* CLOCK_MONOTONIC */
 	__u64 duration_ns;
 	__s64 return_value;
@@ -96,6 +101,7 @@ struct syscall_call {
 
 OPTIONS(struct syscall_stats, no_stats, 1); /* zeros, to create elements from */
 IN_BTF(struct syscall_call, syscall_call);
+IN_BTF(enum record_kind, record_kind);
 
 MAP(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240, BPF_F_NO_PREALLOC);
 
@@ -168,6 +174,7 @@ static __always_inline void send(void *ctx, const struct thread *me, __u32 nr, _
 				 __u64 duration_ns, long ret)
 {
 	struct syscall_call record = {
+	    .head.kind = RECORD_SYSCALL_CALL,
 	    .ended_ns = ended_ns,
 	    .duration_ns = duration_ns,
 	    .return_value = ret,
@@ -179,7 +186,7 @@ static __always_inline void send(void *ctx, const struct thread *me, __u32 nr, _
 	if (duration_ns < option(min_duration_ns) || (option(errors_only) && !is_error(ret)) ||
 	    sampled_out())
 		return;
-	record_send(ctx, &record, sizeof(record));
+	record_send(ctx, 0, &record, sizeof(record));
 }
 
 static __always_inline void see(void *ctx, const struct thread *me, __u32 nr, __u64 ended_ns,
