@@ -10,7 +10,12 @@
 OPTION(__u32, wanted_tgid, 0);
 OPTION(__u32, wanted_nr, 0);
 
+enum record_kind {
+	RECORD_CALL = 1,
+};
+
 struct call {
+	struct record_head head;
 	__u64 ended_ns; /* CLOCK_MONOTONIC */
 	__u64 duration_ns;
 	__s64 return_value;
@@ -21,12 +26,14 @@ struct call {
 };
 
 IN_BTF(struct call, call);
+IN_BTF(enum record_kind, record_kind);
 
 MAP(TASK_STORAGE, start_ns, int, __u64, 0, BPF_F_NO_PREALLOC);
 
 static __always_inline void send(void *ctx, struct task_struct *task, __u64 start, long ret)
 {
 	struct call call = {
+	    .head.kind = RECORD_CALL,
 	    .ended_ns = bpf_ktime_get_ns(),
 	    .return_value = ret,
 	    .pid = task->tgid,
@@ -35,7 +42,7 @@ static __always_inline void send(void *ctx, struct task_struct *task, __u64 star
 	};
 
 	call.duration_ns = call.ended_ns - start;
-	record_send(ctx, &call, sizeof(call));
+	record_send(ctx, 0, &call, sizeof(call));
 }
 
 SEC("tp_btf/sys_enter")

@@ -23,6 +23,7 @@ from benchmarks.report import NOT_HERE, Aim, Report, Samples, times
 from build_hook import clang_command
 from coral import bpf
 from coral.bpf.buffers.account import Account
+from coral.bpf.buffers.records import MOST_BYTES, drain_whole
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from tests.support import Calls
@@ -30,8 +31,7 @@ from tests.support import Calls
 ROUNDS: Final = 3
 _CALLS: Final = 2_000_000
 _RING_BYTES: Final = 4 << 20  # the option's default; the peers get as much
-_INTERVAL_S: Final = 0.018  # as the collector's, and so is the share of the buffer that wakes
-_WAKEUP_SHARE: Final = 4
+_INTERVAL_S: Final = 0.018  # as the longest of `collectors.pacing`
 _MOST_CPU_US: Final = 0.15
 _LEAST_RATE: Final = 1_000_000
 _SYSTEM_PYTHON: Final = "/usr/bin/python3"  # Debian's bcc is there, and nowhere else
@@ -114,10 +114,14 @@ def _ours(bench: Bench, count: int) -> Drained:
             assert ring
 
             def drain() -> tuple[int, int]:
-                batch = collector.drain()
-                return len(batch.rows), sum(batch.losses.values())
+                rows = lost = 0
+                while True:  # in parts, as the agent does
+                    batch = collector.drain()
+                    rows, lost = rows + len(batch.rows), lost + sum(batch.losses.values())
+                    if ring.pending_bytes < MOST_BYTES:
+                        return rows, lost
 
-            with _Draining(drain, ring.wakeup, collector.interval_s) as draining:
+            with _Draining(drain, ring.wakeup, _INTERVAL_S) as draining:
                 seconds, call_ns = _run(calls, count)
         finally:
             collector.close()
@@ -139,17 +143,16 @@ def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
                     "wanted_tgid": calls.pid,
                     "wanted_nr": _GETPPID,
                     "records_in_ring": not perf,
-                    "ring_wakeup_bytes": _RING_BYTES // _WAKEUP_SHARE,
                 },
                 map_entries={"ring": _RING_BYTES},
                 without_maps=("ring",) if perf else ("perf",),
             ) as it,
             _reader(it, perf=perf) as reader,
         ):
-            account = Account(it.map("accounts"), 0, it.btf.constants("loss"))
+            account = Account(it.map("accounts"), 0, it.btf.enum("loss"))
             it.attach()
             with _Draining(
-                lambda: (len(reader.drain()), 0), reader.wakeup, _INTERVAL_S
+                lambda: (len(drain_whole(reader)["call"]), 0), reader.wakeup, _INTERVAL_S
             ) as draining:
                 seconds, call_ns = _run(calls, count)
             refused = account.read().lost.get("BUFFER_FULL", 0)
@@ -160,15 +163,8 @@ def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
 
 
 def _reader(it: bpf.BpfObject, *, perf: bool) -> bpf.PerfReader | bpf.RingReader:
-    if not perf:
-        return it.ring("ring", "call")
-    return it.perf(
-        "perf",
-        "call",
-        bytes_per_cpu=_RING_BYTES,
-        wakeup_bytes=_RING_BYTES // _WAKEUP_SHARE,
-        order_by="ended_ns",
-    )
+    kinds = it.record_kinds({"call": "ended_ns"})
+    return it.perf("perf", kinds, bytes_per_cpu=_RING_BYTES) if perf else it.ring("ring", kinds)
 
 
 class _Draining(threading.Thread):

@@ -20,6 +20,7 @@ from coral.bpf.probing.features import Feature, Features
 # The hooks of programs for raw tracepoints, best first.
 HOOKS: Final = ("tp_btf", "raw_tp")
 SESSIONS: Final = 64  # as in sessions.bpf.h
+_BCC_SESSIONS: Final = 4
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
 _NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"
@@ -55,8 +56,16 @@ class Rung:
 
     @property
     def slots(self) -> int:
-        """How many sessions can share one object."""
-        return SESSIONS if self.session_maps.available else 1
+        """How many sessions can share one object. bcc has no functions that the verifier only goes
+        through once."""
+        if not self.session_maps.available:
+            return 1
+        return SESSIONS if self.loader.taken == "core" else _BCC_SESSIONS
+
+    @property
+    def record_map(self) -> str:
+        """The map of maps for the sessions' records; see records.bpf.h."""
+        return "rings" if self.buffer.taken == "ring_buffer" else "perfs"
 
     def __iter__(self) -> Iterator[Step]:
         steps = (self.loader, self.hook, self.state, self.buffer, self.reads)
@@ -72,30 +81,29 @@ class Rung:
         name: str,
         *,
         programs: Sequence[str],
-        options: Mapping[str, object],
-        map_entries: Mapping[str, int],
-        preallocated: Collection[str],
-        records: int = 0,
+        options: Mapping[str, object] | None = None,
+        map_entries: Mapping[str, int] | None = None,
+        preallocated: Collection[str] = (),
         walks: Sequence[str] = (),
         without_maps: Collection[str] = (),
+        shared: Mapping[str, int] | None = None,
     ) -> BpfObject:
         """The object NAME with PROGRAMS, as the rung has it.
 
-        `records` is the size of the record buffer in bytes, 0 if the collector sends none;
-        `preallocated` are the hash maps whose elements are allocated at load time on kernels that
-        cannot allocate them on demand; `walks` are programs that user space runs;
-        `without_maps` are not created, nor are those that the rung does not use. The object has to
-        include records.bpf.h, and thread.bpf.h if the rung has a thread state.
+        `preallocated` are the hash maps whose elements are allocated when they are made on kernels
+        that cannot allocate them on demand; `walks` are programs that user space runs;
+        `without_maps` are not created, nor are those that the rung does not use; `shared` are maps
+        of another object. The object has to include sessions.bpf.h and records.bpf.h, and
+        thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
-        without = [*without_maps] + ([] if records and ringed else ["ring"])
-        without += [] if records and not ringed else ["perf"]
-        wanted, hashes, settings = list(programs), list(preallocated), dict(options)
+        without = [*without_maps, "perfs" if ringed else "rings"]
+        wanted, hashes, settings = list(programs), list(preallocated), dict(options or {})
         if self.state.taken != _UNUSED:
             settings["state_in_task_storage"] = stored
             without += ["thread_hash"] if stored else ["thread_storage"]
-            if not stored:  # the kernel does not free the state with its thread: a program does
-                wanted.insert(0, "coral_forget")
+            if not stored:  # programs free the state with its thread, and move it with its id
+                wanted[:0] = ["coral_forget", "coral_renumber"]
                 hashes.append("thread_hash")
         cls = BpfObject if self.loader.taken == "core" else BccObject
         return cls(
@@ -106,36 +114,22 @@ class Rung:
                 **settings,
                 "current_by_btf": stored,  # both came with Linux 5.11
                 "records_in_ring": ringed,
+                "slots": self.slots,
             },
-            map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
+            map_entries=map_entries or {},
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
+            shared=shared or {},
             typed=self.hook.taken == "tp_btf",
             batches=self.reads.taken == "batch",
         )
 
-    def reader(
-        self,
-        bpf_object: BpfObject,
-        record: str,
-        *,
-        buffer_bytes: int,
-        wakeup_bytes: int,
-        order_by: str,
-    ) -> RecordReader:
-        """The reader of a loaded object's records, each a `struct RECORD`; records of different
-        CPUs are sorted by the field ORDER_BY, a time."""
-        if self.buffer.taken == "ring_buffer":
-            return bpf_object.ring("ring", record)
-        # The same total: a power of two of pages per CPU.
-        cpus = os.cpu_count() or 1
-        return bpf_object.perf(
-            "perf",
-            record,
-            bytes_per_cpu=max(mmap.PAGESIZE, 1 << (buffer_bytes // cpus).bit_length() - 1),
-            wakeup_bytes=wakeup_bytes // cpus,
-            order_by=order_by,
-        )
+
+def bytes_per_cpu(buffer_bytes: int) -> int:
+    """The size of each CPU's perf buffer where all have about BUFFER_BYTES: a power of two of
+    pages."""
+    cpus = os.cpu_count() or 1
+    return max(mmap.PAGESIZE, 1 << (buffer_bytes // cpus).bit_length() - 1)
 
 
 def climb(features: Features, hooks: Sequence[str], *, thread_state: bool = True) -> Rung:

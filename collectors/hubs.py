@@ -13,14 +13,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject, Features, HashMap, ProgramStats, Rung, climb
+from coral.bpf import (
+    BpfObject,
+    Features,
+    HashMap,
+    PerfReader,
+    ProgramStats,
+    RecordReader,
+    RingReader,
+    Rung,
+    climb,
+    kernel_names,
+)
 from coral.bpf.buffers.account import Account
-from coral.bpf.rung import HOOKS
+from coral.bpf.loading.map_definition import InnerMap
+from coral.bpf.rung import HOOKS, bytes_per_cpu
 
 _NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _PROCESSES: Final = "processes"
@@ -29,21 +43,27 @@ _CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "detailed")
 # Maps of `processes` that the hubs use too.
 SHARED_MAPS: Final = ("sessions", "changes", "members", "hints", "accounts", "rings", "perfs")
+_OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
+# Those that hold a map of each session.
+_MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
+_CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 _IDLE_WORK: Final = 100.0  # events a second
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The hub NAME, one of the kinds above, as RUNG has it: the arguments of `Rung.object`.
-    Sessions on the same features share `processes`, and those with equal plans a hub."""
+    """The hub NAME, one of the kinds above, as RUNG has it: the arguments of `Rung.object`. SIZES
+    are those of the session's own maps. Sessions on the same features share `processes`, and those
+    with equal plans a hub."""
 
     name: str
     features: Features
     rung: Rung
     programs: tuple[str, ...] = field(compare=False)
     options: Mapping[str, object] = field(compare=False)
+    sizes: Mapping[str, int] = field(compare=False)
     preallocated: tuple[str, ...] = field(default=(), compare=False)
     walks: tuple[str, ...] = field(default=(), compare=False)
     without_maps: tuple[str, ...] = field(default=(), compare=False)
@@ -54,6 +74,7 @@ class Plan:
             self.name,
             programs=self.programs,
             options=self.options,
+            map_entries=self._prototypes(of_processes=False),
             preallocated=self.preallocated,
             walks=self.walks,
             without_maps=self.without_maps,
@@ -65,10 +86,20 @@ class Plan:
         rung = climb(self.features, HOOKS, thread_state=False)
         return rung.object(
             _PROCESSES,
-            programs=_PROGRAMS,
-            options={},
+            programs=(*_PROGRAMS, *(_CGROUP_PROGRAMS if has_cgroups() else ())),
+            map_entries=self._prototypes(of_processes=True),
             preallocated=("members", "cgroups"),
         )
+
+    def _prototypes(self, *, of_processes: bool) -> Mapping[str, int]:
+        """Where sessions cannot share an object, their maps have to be like the prototypes."""
+        if self.rung.slots > 1:
+            return {}
+        return {
+            name: size
+            for name, size in self.sizes.items()
+            if (name in _MAPS_OF_PROCESSES) == of_processes and name != "perfs"
+        }
 
 
 class _Hub:
@@ -205,7 +236,7 @@ class Slot:
     def __init__(self, group: _Group, hub: _Hub, plan: Plan, number: int) -> None:
         self._group, self.hub, self._plan, self.number = group, hub, plan, number
         self._processes = group.processes
-        self._maps: dict[str, HashMap] = {}
+        self._maps: dict[str, InnerMap] = {}
         self._installed: list[tuple[BpfObject, str]] = []
         self._active = False
         self._memory_bytes = 0
@@ -220,8 +251,16 @@ class Slot:
     def account(self) -> Account:
         """The session's account, from now on."""
         programs = [*self.processes.program_fds, *self.object.program_fds]
-        reasons = self.processes.btf.constants("loss")
+        reasons = self.processes.btf.enum("loss")
         return Account(self.processes.map("accounts"), self.number, reasons, programs)
+
+    def reader(self, order_by: Mapping[str, str | None], size: int) -> RecordReader:
+        """The reader of the session's records, of the structs that ORDER_BY names; records of
+        different CPUs are sorted by its fields, times. SIZE is that of all buffers."""
+        kinds = self.object.record_kinds(order_by)
+        if ring := self._maps.get("rings"):
+            return RingReader(ring.fd, size, kinds)
+        return PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
 
     @property
     def bit(self) -> int:
@@ -241,11 +280,12 @@ class Slot:
         """Makes the session's own maps, by name, with so many entries or bytes, and puts them where
         programs find them. Raises `BpfError`."""
         owners = {
-            name: self.processes if name in self.processes.outer_maps else self.object
+            name: self.processes if name in _MAPS_OF_PROCESSES else self.object
             for name in sizes
         }
         for name, size in sizes.items():
-            self._maps[name] = owners[name].make_inner(name, entries=size)
+            entries = None if name == "perfs" else size  # as many as there are CPUs
+            self._maps[name] = owners[name].make_inner(name, entries)
         # The kernel waits for all running programs each time: at once for all of them.
         with ThreadPoolExecutor(len(sizes)) as pool:
             done = [
@@ -262,7 +302,7 @@ class Slot:
 
     def own(self, name: str, value: object) -> None:
         """Sets the session's element of an array with one for each slot."""
-        owner = self.object if name in self.object.map_names else self.processes
+        owner = self.processes if name in _OF_PROCESSES else self.object
         owner.map(name).write(self.number, value)
 
     def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
@@ -386,6 +426,14 @@ class Slot:
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
+
+
+@cache
+def has_cgroups() -> bool:
+    """Whether the kernel tells of cgroups: that they are made, and who enters them."""
+    names = {f"btf_trace_{name}" for name in ("cgroup_attach_task", "cgroup_mkdir")}
+    found = kernel_names(names)
+    return found == names if found or kernel_names({"task_struct"}) else _CGROUPS.exists()
 
 
 class Hubs:

@@ -16,9 +16,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
-from numpy.typing import NDArray
-
 from coral.bpf import Features, RecordReader, Rung, climb
+from coral.bpf.buffers.records import Records, drain_whole
 from coral.bpf.rung import HOOKS
 from coral.collectors.contract import (
     Batch,
@@ -45,11 +44,8 @@ from coral.collectors.options import (
 from coral.collectors.targets import TargetOptions, Targets, refused_options
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-# Single events: the longest that one waits before it is sent, and the share of the buffer that may
-# fill up before a program asks for a drain. An event should reach its subscriber within 20 ms; a
-# drain that finds anything costs from half a millisecond to one, up to the write to a subscriber.
-_EVENTS_INTERVAL_S: Final = 0.018
-_WAKEUP_SHARE: Final = 4
+# How often a session of single events says what it has lost, if there are none.
+_EVENTS_INTERVAL_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,23 +207,20 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def exit_fds(self) -> Sequence[int]:
         return self._targets.exit_fds
 
-    def _open_records(self, records: Mapping[int, str], order_by: str) -> None:
-        """Opens the session's buffer of RECORDS, the names of their structures by kind; see
-        `Rung.reader`."""
-        self._records = self._rung.reader(
-            self._slot, records, buffer_bytes=self._options.ring, order_by=order_by
-        )
+    def _open_records(self, order_by: Mapping[str, str | None]) -> None:
+        """Opens the session's buffer, whose records are of the structs that ORDER_BY names; see
+        `Slot.reader`."""
+        self._records = self._slot.reader(order_by, self._options.ring)
 
-    def _drain_records(self) -> Mapping[int, NDArray[Any]]:
-        """Empties the buffer: its records, each of shape (n,), by kind."""
+    def _drain_records(self) -> Records:
+        """The records of the buffer: a part that does not hold the event loop for long, or all."""
         if self._records is None:
             raise RuntimeError("not open")
-        return self._records.drain()
+        return self._records.drain() if self.drains_on_loop else drain_whole(self._records)
 
     def open(self) -> None:
         self._slot.load()
-        records = self._rung.record_maps(self._options.ring) if self._has_records else {}
-        self._slot.install({**self._targets.maps, **self._own_maps, **records})
+        self._slot.install(self._sizes)
         self._account = self._slot.account()
         self._open_maps()
         self._targets.follow(self._slot, detailed=self._options.single_events)
@@ -235,6 +228,16 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._targets.fill()
         self._on_filled()
         self._drained_at_ns = time.time_ns()
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """The sizes of all maps that the session has of its own, in entries or bytes."""
+        records = self._rung.record_map if self._has_records else None
+        return {
+            **self._targets.maps,
+            **self._own_maps,
+            **({records: self._options.ring} if records else {}),
+        }
 
     @property
     def _has_records(self) -> bool:

@@ -193,6 +193,27 @@ class HashMap:
         if error:
             raise BpfError(f"writing map {self.name}", error)
 
+    def write_many(self, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        """Sets elements of a map that is not per CPU: KEYS and VALUES of shape (n,). Raises
+        `BpfError`."""
+        packed_keys = np.ascontiguousarray(keys, self.key_dtype)
+        packed_values = np.ascontiguousarray(values, self.value_dtype)
+        if self.batches and len(packed_keys):
+            error = -call(
+                "bpf_map_update_batch",
+                self.fd,
+                packed_keys.ctypes.data,
+                packed_values.ctypes.data,
+                byref(c_uint32(len(packed_keys))),
+                None,
+            )
+            if not error:
+                return
+            if error not in _UNSUPPORTED:
+                raise BpfError(f"writing map {self.name}", error)
+        for key, value in zip(packed_keys, packed_values, strict=True):
+            self.write(key, value)
+
     def delete(self, keys: NDArray[Any] | Sequence[object]) -> None:
         """Removes elements; absent keys are ignored."""
         packed = np.ascontiguousarray(keys, self.key_dtype)

@@ -1,8 +1,9 @@
-"""A BPF perf buffer drained in bulk: a few slices of each CPU's ring, no Python per event.
+"""A BPF perf buffer drained in bulk: no Python per event.
 
 For kernels that have no ring buffer map (before 5.8). There is one ring per CPU, not mapped twice
-as a ring buffer is: a record may begin at the end of the memory and continue at its start. Layout:
-perf_event_open(2) and the kernel's include/uapi/linux/perf_event.h.
+as a ring buffer is: a record may begin at the end of the memory and continue at its start, so each
+drain copies what it takes into one piece. Layout: perf_event_open(2) and the kernel's
+include/uapi/linux/perf_event.h.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import mmap
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from ctypes import byref, c_uint32
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,15 @@ from numpy.typing import NDArray
 from coral.bpf.buffers.barrier import memory_barrier
 from coral.bpf.buffers.maps import fdinfo
 from coral.bpf.buffers.perf_event import open_perf_event
+from coral.bpf.buffers.records import (
+    FILLING_SHARE,
+    MOST_BYTES,
+    WORD,
+    Finder,
+    RecordKind,
+    Records,
+    merged,
+)
 from coral.bpf.libbpf import BpfError, call
 
 _BPF_MAP_TYPE_PERF_EVENT_ARRAY: Final = 4
@@ -45,9 +55,10 @@ _DATA_OFFSET_AT: Final = 1040
 
 # struct perf_event_header as one number: type in the low half, then misc, then size.
 _HEADER_BYTES: Final = 8
-_TYPE_MASK: Final = 0xFFFF_FFFF
-_SIZE_SHIFT: Final = 48
+_TYPE_MASK: Final = np.uint64(0xFFFF_FFFF)
+_SIZE_SHIFT: Final = np.uint64(48)
 _MOST_SIZE: Final = 0xFFFF
+_MOST_WAKEUP: Final = 0xFFFF_FFFF
 _TYPE_AND_SIZE: Final = np.uint64(0xFFFF_0000_FFFF_FFFF)
 _PERF_RECORD_LOST: Final = 2
 _PERF_RECORD_SAMPLE: Final = 9
@@ -56,75 +67,77 @@ _LOST_BYTES: Final = 24
 _LOST_AT: Final = _HEADER_BYTES + 8  # behind the u64 id
 
 
-class SampleLayout:
-    """The layout of records of one size in a ring: a header, the length of the data, the record,
-    padded to 8 bytes."""
+class _PerfFraming:
+    """A word of type, misc and size; for a sample, the length of the data, the record, padding to
+    8 bytes."""
 
-    def __init__(self, record_bytes: int) -> None:
-        self.record_bytes = record_bytes
-        self.stride = -(-(_RAW_AT + record_bytes) // 8) * 8
-        self.header = _PERF_RECORD_SAMPLE | self.stride << _SIZE_SHIFT  # with misc 0
-        # As plain bytes, which numpy copies whole in 4 ns; structures field by field, in 25 ns.
-        self.record = np.dtype(f"V{record_bytes}")
-        self.slot = np.dtype(
-            {
-                "names": ["header", "record"],
-                "formats": [np.uint64, self.record],
-                "offsets": [0, _RAW_AT],
-                "itemsize": self.stride,
-            }
-        )
+    record_at = _RAW_AT
+
+    def words(self, headers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        lengths = headers >> _SIZE_SHIFT >> np.uint64(3)
+        result: NDArray[np.int64] = np.maximum(lengths, np.uint64(1)).astype(np.int64)
+        return result
+
+    def frame_words(self, record_bytes: int) -> int:
+        return (_RAW_AT + record_bytes + WORD - 1) // WORD
+
+    def complete(self, headers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        return np.ones(headers.shape, bool)  # the kernel publishes no others
+
+    def filled(self, headers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        result: NDArray[np.bool_] = np.equal(headers & _TYPE_MASK, _PERF_RECORD_SAMPLE)
+        return result
+
+    def sized(self, headers: NDArray[np.uint64], record_bytes: int) -> NDArray[np.bool_]:
+        size = WORD * self.frame_words(record_bytes)
+        wanted = _PERF_RECORD_SAMPLE | size << int(_SIZE_SHIFT)
+        result: NDArray[np.bool_] = np.equal(headers & _TYPE_AND_SIZE, wanted)
+        return result
+
+
+FRAMING: Final = _PerfFraming()
 
 
 def records_between(
-    memory: NDArray[np.uint8], tail: int, head: int, layout: SampleLayout
-) -> tuple[list[NDArray[np.void]], int]:
-    """The records in [TAIL, HEAD) of one ring, in order, and the number of records that the kernel
-    reports lost among them.
+    memory: NDArray[np.uint8],
+    tail: int,
+    head: int,
+    kinds: Sequence[RecordKind],
+    most_bytes: int | None = None,
+) -> tuple[Sequence[tuple[RecordKind, NDArray[np.void]]], int, int]:
+    """The records of KINDS in [TAIL, HEAD) of one ring, in order, the number of records that the
+    kernel reports lost among them, and the position behind the last of them.
 
     MEMORY is the ring's data, of shape (2^n,). TAIL and HEAD are multiples of 8 and do not wrap, as
-    in the kernel: a byte lies at its position modulo 2^n. The arrays have shape (n,) and contain
-    plain bytes; except for a record that wraps they are views of MEMORY. Each step is a run of
-    records or one interruption: a record that wraps, a loss, or another kind of record, which is
-    skipped. Raises `BpfError` for a record of another size, and for data that no kernel writes.
+    in the kernel: a byte lies at its position modulo 2^n. It takes what fits into MOST_BYTES, and
+    at least one record; records of other types are skipped. Raises `BpfError` for a sample that is
+    of none of KINDS, and for data that no kernel writes.
     """
-    words = memory.view(np.uint64)
-    found: list[NDArray[np.void]] = []
-    lost, position = 0, tail
-    while position < head:
-        start = position % len(memory)
-        run = _run_of_samples(memory, start, min(head - position, len(memory) - start), layout)
-        if len(run):
-            found.append(run)
-            position += len(run) * layout.stride
-            continue
-        header = int(words[start // 8])  # never wraps, being aligned
-        kind, size = header & _TYPE_MASK, header >> _SIZE_SHIFT
-        if size < _HEADER_BYTES or size % 8 or size > head - position:
-            raise BpfError(f"a perf buffer is damaged: {size} bytes of {head - position} left")
-        if kind == _PERF_RECORD_SAMPLE:
-            if size != layout.stride:
-                raise BpfError(
-                    f"a record of {size - _RAW_AT} bytes, padding included, "
-                    f"in a perf buffer of records of {layout.record_bytes}"
-                )
-            whole = np.concatenate((memory[start:], memory[: start + size - len(memory)]))
-            found.append(np.ndarray((1,), layout.record, whole, _RAW_AT))
-        elif kind == _PERF_RECORD_LOST and size >= _LOST_BYTES:
-            lost += int(words[(position + _LOST_AT) % len(memory) // 8])
-        position += size
-    return found, lost
+    length = head - tail
+    if most_bytes is not None:
+        length = min(length, max(most_bytes, _MOST_SIZE + 1) // WORD * WORD)
+    start = tail % len(memory)
+    end = start + length
+    taken = memory[start:end]
+    if end > len(memory):
+        taken = np.concatenate((taken, memory[: end - len(memory)]))
+    words = taken.view(np.uint64)
+    found = Finder(FRAMING, kinds, lambda: None).find(words, 0, len(words))
+    headers = words[found.others]
+    sizes, types = headers >> _SIZE_SHIFT, headers & _TYPE_MASK
+    damaged = (sizes < _HEADER_BYTES) | (sizes % WORD != 0)
+    if damaged.any():
+        at = int(damaged.argmax())
+        raise _damage(int(sizes[at]), head - tail - WORD * int(found.others[at]))
+    if length == head - tail and found.words < len(words):
+        raise _damage(int(words[found.words] >> _SIZE_SHIFT), WORD * (len(words) - found.words))
+    losses = found.others[(types == _PERF_RECORD_LOST) & (sizes >= _LOST_BYTES)]
+    lost = int(words[losses + _LOST_AT // WORD].sum())
+    return found.records, lost, tail + WORD * found.words
 
 
-def _run_of_samples(
-    memory: NDArray[np.uint8], start: int, length: int, layout: SampleLayout
-) -> NDArray[np.void]:
-    """The records from START to the first interruption, within LENGTH bytes."""
-    slots = np.ndarray((length // layout.stride,), layout.slot, memory, start)
-    others = slots["header"] & _TYPE_AND_SIZE != layout.header
-    end = int(others.argmax()) if others.any() else len(slots)
-    run: NDArray[np.void] = slots["record"][:end]
-    return run
+def _damage(size: int, left: int) -> BpfError:
+    return BpfError(f"a perf buffer is damaged: {size} bytes of {left} left")
 
 
 def cpus_in(text: str) -> list[int]:
@@ -137,46 +150,42 @@ def cpus_in(text: str) -> list[int]:
 
 
 class PerfReader:
-    """The consumer of one perf event array whose records all have the layout `record_dtype`.
+    """The consumer of one perf event array, whose records are of KINDS.
 
     Every CPU that is online gets a ring of `bytes_per_cpu`, a power of two of pages; a CPU that
     comes online later has none, and what programs send there is refused them (ENOENT). A program is
-    refused a record (ENOSPC) while its CPU's ring is full. `order_by` names a field to sort the
-    records of a drain by, usually the time: without it they are ordered by CPU.
+    refused a record (ENOSPC) while its CPU's ring is full. Records of a kind without an order come
+    CPU after CPU.
 
     `wakeup` is readable (epoll) once for every `wakeup_bytes` that the programs on a CPU have
     written, as soon as the next record exceeds them, however much is drained by then; 0 stands for
-    half a ring. The kernel reports a wake-up only once: register `wakeup` with an event loop
-    (another epoll) before programs write.
+    a quarter of a ring. The kernel reports a wake-up only once: register `wakeup` with an event
+    loop (another epoll) before programs write.
 
-    Raises `BpfError` with the errno of the step that failed, and KeyError if there is no field
-    `order_by`; nothing is left open then. There may be one reader per map, and two threads must not
-    drain at once. The reader may outlive the map's object.
+    Raises `BpfError` with the errno of the step that failed; nothing is left open then. There may
+    be one reader per map, and two threads must not drain at once. The reader may outlive the map's
+    object.
     """
+
+    wakes_when_caught_up: Final = False
 
     def __init__(
         self,
         map_fd: int,
         bytes_per_cpu: int,
-        record_dtype: np.dtype[Any],
+        kinds: Sequence[RecordKind],
         wakeup_bytes: int = 0,
-        order_by: str | None = None,
         *,
         count_lost: bool = True,
     ) -> None:
         self._count_lost = count_lost
-        if order_by is not None:
-            record_dtype[order_by]  # raises a KeyError with its name
         pages, rest = divmod(bytes_per_cpu, mmap.PAGESIZE)
         if rest or pages.bit_count() != 1:
             raise BpfError(f"{bytes_per_cpu} bytes are no power of two of pages", errno.EINVAL)
-        self._record_dtype = record_dtype
-        self._layout = SampleLayout(record_dtype.itemsize)
-        if self._layout.stride > _MOST_SIZE:
-            raise BpfError(
-                f"records of {record_dtype.itemsize} bytes in a perf buffer", errno.E2BIG
-            )
-        self._order_by = order_by
+        self._kinds = kinds
+        for kind in kinds:
+            if WORD * FRAMING.frame_words(kind.size) > _MOST_SIZE:
+                raise BpfError(f"records of {kind.size} bytes in a perf buffer", errno.E2BIG)
         self._barrier = memory_barrier()
         self._rings: list[_CpuRing] = []
         self._lost = 0
@@ -192,6 +201,7 @@ class PerfReader:
                 raise BpfError("a perf buffer in a map that is no perf event array", errno.EINVAL)
             with _step("reading which CPUs are online"):
                 online = cpus_in(_ONLINE_CPUS.read_text())
+            wakeup_bytes = wakeup_bytes or min(bytes_per_cpu // FILLING_SHARE, _MOST_WAKEUP)
             for cpu in online:
                 self._open(cpu, bytes_per_cpu, wakeup_bytes, opened)
             if not self._rings:
@@ -226,14 +236,14 @@ class PerfReader:
         self.close()
 
     @property
-    def ring_bytes(self) -> int:
+    def capacity_bytes(self) -> int:
         """The size of the rings of all CPUs."""
         return sum(len(ring.memory) for ring in self._rings)
 
     @property
     def memory_bytes(self) -> int:
         """The memory of the rings and their first pages."""
-        return self.ring_bytes + mmap.PAGESIZE * len(self._rings)
+        return self.capacity_bytes + mmap.PAGESIZE * len(self._rings)
 
     @property
     def counts_lost(self) -> bool:
@@ -258,42 +268,35 @@ class PerfReader:
             self._lost = sum(ring.lost() for ring in self._rings)
         return self._lost
 
-    def drain(self) -> NDArray[Any]:
-        """All records, as a copy of shape (n,); frees their space.
+    @property
+    def filling(self) -> bool:
+        """Whether a drain should not wait any longer: a CPU's ring is a quarter full."""
+        return any(
+            (ring.head - ring.tail) * FILLING_SHARE >= len(ring.memory) for ring in self._rings
+        )
 
-        Sorted by the field `order_by`, equal ones in the order of CPUs, and on each CPU as written.
-        Only the records of one drain are sorted: a record written after a CPU's ring was looked at
-        is in the next drain. Raises `BpfError`, and frees nothing, for a record whose length is not
-        that of `record_dtype`; with padding of up to 7 bytes, a smaller difference may go
-        unnoticed.
+    def drain(self, most_bytes: int = MOST_BYTES) -> Records:
+        """The records, as copies; frees their space. It takes about MOST_BYTES, and at least one
+        record of each CPU that has any.
+
+        Sorted by the kind's field `order_by`, equal ones in the order of CPUs, and on each CPU as
+        written. Only the records of one drain are sorted: a record written after a CPU's ring was
+        looked at is in the next drain. Raises `BpfError`, and frees nothing, for a record that is
+        of none of the kinds, or of another length than its kind.
         """
         heads = [ring.head for ring in self._rings]
         self._barrier()
-        found: list[NDArray[np.void]] = []
-        losses = []
+        share = most_bytes // max(len(heads), 1)
+        found: list[tuple[RecordKind, NDArray[np.void]]] = []
+        freed = []
         for ring, head in zip(self._rings, heads, strict=True):
-            runs, lost = records_between(ring.memory, ring.tail, head, self._layout)
-            found += runs
-            losses.append(lost)
-        copied = np.empty(sum(map(len, found)), self._layout.record)
-        end = 0
-        for run in found:
-            copied[end : end + len(run)] = run
-            end += len(run)
+            records, lost, end = records_between(ring.memory, ring.tail, head, self._kinds, share)
+            found += records
+            freed.append((ring, end, lost))
         self._barrier()
-        for ring, head, lost in zip(self._rings, heads, losses, strict=True):
-            ring.give_back(head, lost)
-        return self._ordered(copied)
-
-    def _ordered(self, copied: NDArray[np.void]) -> NDArray[Any]:
-        records: NDArray[Any] = copied.view(self._record_dtype)
-        if self._order_by is None:
-            return records
-        keys = records[self._order_by]
-        if (keys[1:] >= keys[:-1]).all():
-            return records
-        # take: a fifth of what an index costs, 1.3 ns a record
-        return copied.take(keys.argsort(kind="stable")).view(self._record_dtype)
+        for ring, end, lost in freed:
+            ring.give_back(end, lost)
+        return merged(self._kinds, found)
 
     def close(self) -> None:
         """Removes the rings from the map and unmaps them. Safe to call twice; `lost` stays."""

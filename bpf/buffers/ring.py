@@ -1,54 +1,85 @@
-"""A BPF ring buffer drained in bulk: one slice, one copy, no Python per event.
+"""A BPF ring buffer drained in bulk: no Python per event.
 
-The kernel maps the data pages twice in a row, so that the readable data is always contiguous; with
-records of one size it is one structured array. Layout: the kernel's
-Documentation/bpf/ringbuf.rst and include/uapi/linux/bpf.h.
+The kernel maps the data pages twice in a row, so that the readable data is always contiguous.
+Layout: the kernel's Documentation/bpf/ringbuf.rst and include/uapi/linux/bpf.h.
 """
 
 from __future__ import annotations
 
 import mmap
 import select
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.buffers.barrier import memory_barrier
+from coral.bpf.buffers.records import (
+    FILLING_SHARE,
+    MOST_BYTES,
+    WORD,
+    Finder,
+    RecordKind,
+    Records,
+    merged,
+)
 
-_BUSY: Final = np.uint32(1 << 31)
-_DISCARDED: Final = np.uint32(1 << 30)
-_HEADER_BYTES: Final = 8
+_BUSY: Final = np.uint64(1 << 31)
+_DISCARDED: Final = np.uint64(1 << 30)
+_LENGTH: Final = np.uint64((1 << 30) - 1)
+_LENGTH_AND_FLAGS: Final = np.uint64((1 << 32) - 1)
+
+
+class _RingFraming:
+    """A word of length and flags, the record, padding to 8 bytes."""
+
+    record_at = WORD
+
+    def words(self, headers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        return ((headers & _LENGTH) + np.uint64(2 * WORD - 1) >> np.uint64(3)).view(np.int64)
+
+    def frame_words(self, record_bytes: int) -> int:
+        return (record_bytes + 2 * WORD - 1) // WORD
+
+    def complete(self, headers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        result: NDArray[np.bool_] = np.equal(headers & _BUSY, 0)
+        return result
+
+    def filled(self, headers: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        result: NDArray[np.bool_] = np.equal(headers & _DISCARDED, 0)
+        return result
+
+    def sized(self, headers: NDArray[np.uint64], record_bytes: int) -> NDArray[np.bool_]:
+        result: NDArray[np.bool_] = np.equal(headers & _LENGTH_AND_FLAGS, record_bytes)
+        return result
+
+
+FRAMING: Final = _RingFraming()
 
 
 class RingReader:
-    """The consumer of one ring buffer map whose records all have the layout `record_dtype`.
+    """The consumer of one ring buffer map, whose records are of KINDS.
 
-    `fd` is readable (epoll) when a program asked for a wake-up. One reader to a ring; it is not
-    safe to drain from two threads at once. Close it before the map's object. Raises OSError;
-    nothing is left open then.
+    The kernel wakes a reader that has caught up when the next record is written; programs also wake
+    it while a quarter of the ring is waiting (records.bpf.h). `fd` is readable (epoll) then. One
+    reader to a ring; it is not safe to drain from two threads at once. Close it before the map's
+    object. Raises OSError; nothing is left open then.
     """
 
-    def __init__(self, fd: int, ring_bytes: int, record_dtype: np.dtype[Any]) -> None:
+    wakes_when_caught_up: Final = True
+
+    def __init__(self, fd: int, ring_bytes: int, kinds: Sequence[RecordKind]) -> None:
         self.fd = fd
-        self.ring_bytes = ring_bytes
-        self._slot_bytes = _HEADER_BYTES + -(-record_dtype.itemsize // 8) * 8
-        # As plain bytes, which numpy copies whole in 4 ns; structures field by field, in 25 ns.
-        self._slot_dtype = np.dtype(
-            {
-                "names": ["length", "record"],
-                "formats": [np.uint32, f"V{record_dtype.itemsize}"],
-                "offsets": [0, _HEADER_BYTES],
-                "itemsize": self._slot_bytes,
-            }
-        )
-        self._record_dtype = record_dtype
+        self.capacity_bytes = ring_bytes
+        self._kinds = kinds
         self._barrier = memory_barrier()
+        self._finder = Finder(FRAMING, kinds, self._barrier)
         page = mmap.PAGESIZE
         with ExitStack() as opened:
-            # Readable once for each wake-up that a program asked for, not whenever there is data;
-            # polling it makes it unreadable again. Closed with the ring.
+            # Readable once for each wake-up, not whenever there is data; polling it makes it
+            # unreadable again. Closed with the ring.
             self.wakeup: select.epoll = opened.enter_context(select.epoll())
             self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)
             self._consumer_page = opened.enter_context(
@@ -69,8 +100,15 @@ class RingReader:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that programs have reserved and that have not been drained."""
+        """Bytes that programs have reserved and that have not been drained; 0 once closed."""
+        if not hasattr(self, "_consumer"):
+            return 0
         return int(self._producer[0]) - int(self._consumer[0])
+
+    @property
+    def filling(self) -> bool:
+        """Whether a drain should not wait any longer."""
+        return self.pending_bytes * FILLING_SHARE >= self.capacity_bytes
 
     @property
     def lost(self) -> int:
@@ -82,37 +120,26 @@ class RingReader:
         """0: the kernel charges a ring buffer to its map."""
         return 0
 
-    def drain(self) -> NDArray[Any]:
-        """All complete records, in order, as a copy; frees their space.
+    def drain(self, most_bytes: int = MOST_BYTES) -> Records:
+        """Complete records, in order, as copies; frees their space.
 
-        It stops at the first record that a program is still writing; records that a program
-        discarded are left out. Empty once the reader is closed.
+        It takes what fits into MOST_BYTES, and at least one record; stops at the first record that
+        a program is still writing; leaves out records that a program discarded. Empty once the
+        reader is closed. Raises `BpfError`, and frees nothing, for a record that is of none of the
+        kinds, or of another length than its kind.
         """
-        if not hasattr(self, "_consumer"):
-            return np.empty(0, self._record_dtype)
+        pending = self.pending_bytes
+        if not pending:
+            return merged(self._kinds, ())
+        self._barrier()
         consumed = int(self._consumer[0])
-        count = (int(self._producer[0]) - consumed) // self._slot_bytes
-        if not count:
-            return np.empty(0, self._record_dtype)
+        start = mmap.PAGESIZE + consumed % self.capacity_bytes
+        first = np.ndarray((1,), np.uint64, self._producer_pages, start)
+        words = min(pending, max(most_bytes, WORD * int(FRAMING.words(first)[0]))) // WORD
+        found = self._finder.find(self._producer_pages, start, words)
         self._barrier()
-        slots = np.ndarray(
-            (count,),
-            self._slot_dtype,
-            self._producer_pages,
-            mmap.PAGESIZE + consumed % self.ring_bytes,
-        )
-        lengths = slots["length"].copy()
-        busy = lengths & _BUSY != 0
-        if busy.any():
-            count = int(busy.argmax())
-            slots, lengths = slots[:count], lengths[:count]
-        self._barrier()  # the length marks its record as complete
-        discarded = lengths & _DISCARDED != 0
-        records = slots["record"][~discarded] if discarded.any() else slots["record"].copy()
-        del slots
-        self._barrier()
-        self._consumer[0] = consumed + count * self._slot_bytes
-        return records.view(self._record_dtype)
+        self._consumer[0] = consumed + WORD * found.words
+        return merged(self._kinds, found.records)
 
     def close(self) -> None:
         """Unmaps the ring. Safe to call twice."""

@@ -91,16 +91,20 @@ struct process_change {
 	char comm[COMM_BYTES];
 };
 
-IN_BTF(struct process_change, process_change);
+/* Unlike any of `enum record_kind`, which each object has of its own. */
+enum process_record_kind {
+	RECORD_PROCESS_CHANGE = 1000,
+};
 
-#define RECORD_PROCESS_CHANGE 1
+IN_BTF(struct process_change, process_change);
+IN_BTF(enum process_record_kind, process_record_kind);
 
 /* Only through a ring: where there is none, user space looks up each process that it meets. */
 static __always_inline void tell_change(const struct sessions *all, __u32 slot, __u32 tgid,
 					__u32 born, enum change change, const char *comm)
 {
 	struct process_change record = {
-	    .head = {.kind = RECORD_PROCESS_CHANGE, .length = sizeof(record)},
+	    .head.kind = RECORD_PROCESS_CHANGE,
 	    .time_ns = bpf_ktime_get_ns(),
 	    .tgid = tgid,
 	    .born = born,

@@ -30,6 +30,7 @@ from coral.bpf.attaching.link import FdLink, Link
 from coral.bpf.buffers.element_reader import ElementReader, run_program
 from coral.bpf.buffers.maps import HashMap, fdinfo
 from coral.bpf.buffers.perf_buffer import PerfReader
+from coral.bpf.buffers.records import MOST_BYTES, RecordKind, Records
 from coral.bpf.buffers.ring import RingReader
 from coral.bpf.buffers.walk import Walk
 from coral.bpf.libbpf import (
@@ -84,12 +85,30 @@ class _LibbpfLink:
 class RecordReader(Protocol):
     """Reads a program's records: from a ring buffer, or from perf buffers."""
 
-    def drain(self) -> NDArray[Any]:
-        """All complete records, as a copy of shape (n,); frees their space."""
+    def drain(self, most_bytes: int = MOST_BYTES) -> Records:
+        """Complete records of at most about MOST_BYTES, and at least one, as copies; frees their
+        space. The default is a few milliseconds of work for all that follows."""
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that programs have written, or are writing, and that have not been drained."""
+
+    @property
+    def filling(self) -> bool:
+        """Whether a drain should not wait any longer."""
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The size of the buffers."""
 
     @property
     def wakeup(self) -> select.epoll:
-        """Readable once for each wake-up that a program or the kernel asked for."""
+        """Readable once for each wake-up: when the buffer fills up and, with
+        `wakes_when_caught_up`, for the first record after a drain that left none."""
+
+    @property
+    def wakes_when_caught_up(self) -> bool:
+        """Whether the kernel wakes a reader that has drained everything, for the next record."""
 
     @property
     def lost(self) -> int:
@@ -450,13 +469,22 @@ class BpfObject:
         if error:
             raise BpfError(f"writing map {name}", error)
 
-    def ring(self, name: str, record: str) -> RingReader:
-        """The reader of a ring buffer whose records are `struct RECORD`; closed with the object."""
+    def record_kinds(self, order_by: Mapping[str, str | None]) -> Sequence[RecordKind]:
+        """The kinds of records whose structs ORDER_BY names, each with the field to sort it by: the
+        number of `struct call` is RECORD_CALL of `enum record_kind`."""
+        numbers = self.btf.enum("record_kind")
+        if "process_change" in order_by:
+            numbers = {**numbers, **self.btf.enum("process_record_kind")}
+        return [
+            RecordKind(name, numbers[f"RECORD_{name.upper()}"], self.btf.struct_dtype(name), field)
+            for name, field in order_by.items()
+        ]
+
+    def ring(self, name: str, kinds: Sequence[RecordKind]) -> RingReader:
+        """The reader of a ring buffer with records of KINDS; closed with the object."""
         try:
             reader = RingReader(
-                self.map_fd(name),
-                self._definitions[name].entries,
-                self.btf.struct_dtype(record),
+                self.map_fd(name), self._definitions[name].entries, kinds
             )
         except OSError as error:
             raise LoadError(f"opening the ring buffer {name}", error.errno or errno.EIO) from error
@@ -464,18 +492,11 @@ class BpfObject:
         return reader
 
     def perf(
-        self, name: str, record: str, *, bytes_per_cpu: int, wakeup_bytes: int, order_by: str
+        self, name: str, kinds: Sequence[RecordKind], *, bytes_per_cpu: int, wakeup_bytes: int = 0
     ) -> PerfReader:
-        """The reader of the perf buffers whose records are `struct RECORD`; closed with the object.
-        Drained records are sorted by the field ORDER_BY, a time."""
+        """The reader of the perf buffers with records of KINDS; closed with the object."""
         try:
-            reader = PerfReader(
-                self.map_fd(name),
-                bytes_per_cpu,
-                self.btf.struct_dtype(record),
-                wakeup_bytes,
-                order_by,
-            )
+            reader = PerfReader(self.map_fd(name), bytes_per_cpu, kinds, wakeup_bytes)
         except BpfError as error:
             raise LoadError(error.what, error.errno, error.log) from error
         self._readers.append(reader)

@@ -36,7 +36,6 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "syscall_stats"
 _PROGRAMS: Final = ("coral_leave", "coral_enter")
-_PROCESS_CHANGE, _CALL = 1, 2  # kinds of records, as in targets.bpf.h and syscall_stats.bpf.c
 
 
 def _syscall(name: str) -> str:
@@ -118,6 +117,7 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
             rung,
             programs=_PROGRAMS,
             options={"error_class": errno_class.table(), "typed_registers": typed},
+            sizes=self._sizes,
             preallocated=("stats",),
         )
 
@@ -141,9 +141,7 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
         self._slot.own("intervals", 0)
         self._write_options(since=self._slot.never)
         if self._options.single_events:
-            self._open_records(
-                {_PROCESS_CHANGE: "process_change", _CALL: "syscall_call"}, order_by="ended_ns"
-            )
+            self._open_records({"syscall_call": "ended_ns", "process_change": "time_ns"})
             self._calls = CallRows(self._targets, self._options.sample)
         else:
             self._stats: HashMap = self._slot.map("stats")
@@ -166,7 +164,7 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        return self._calls.rows(records[_CALL], records[_PROCESS_CHANGE])
+        return self._calls.rows(records["syscall_call"], records["process_change"])
 
     def _read_summaries(self) -> Summaries:
         interval, self._interval = self._interval, (self._interval + 1) & 0xFFFFFFFF

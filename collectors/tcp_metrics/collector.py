@@ -177,9 +177,9 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def _open_maps(self) -> None:
         self._connections_map: HashMap = self._object.map("connections")
         if self._options.single_events:
-            self._open_records("tcp_event", order_by="time_ns")
+            self._open_records({"tcp_event": "time_ns"})
         else:
-            self._open_records("tcp_connection", order_by="ended_ns")
+            self._open_records({"tcp_ended": None})
         self._connections = Connections()
         # Once for the session, so that a connection's start is the same in all its rows.
         self._offset_ns = unix_offset_ns()
@@ -207,7 +207,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         return self._object.element_reader(program, record, keys=of, records="live")
 
     def _read_events(self) -> EventRows:
-        rows = event_rows(self._drain_records())
+        rows = event_rows(self._drain_records()["tcp_event"])
         self._targets.forget(self._targets.read().ended)
         return rows
 
@@ -246,14 +246,18 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         # Read the map before the ring, so that what ends in between is in both.
         if self._live:
             self._look()
-            return self._live.read(), self._drain_records()
+            return self._live.read(), self._drain_ended()
         if self._diag:
             self._diag.read(now=not self._object.attached)
-        live, ended = self._connections_map.read()[1], self._drain_records()
+        live, ended = self._connections_map.read()[1], self._drain_ended()
         if self._diag:
             live, ended = self._diag.merged(live, ended)
         live["read_ns"] = time.monotonic_ns()  # they go on, even if no segment comes
         return live, ended
+
+    def _drain_ended(self) -> NDArray[Any]:
+        ended = self._drain_records()["tcp_ended"]["connection"]
+        return ended[ended["ended_ns"].argsort(kind="stable")]
 
     def close(self) -> None:
         self._live = self._find = self._diag = None

@@ -3,7 +3,7 @@
  * For the tests of the perf buffer's drain: one record for each getppid of a few processes,
  * numbered on each CPU. Records that the perf buffer refuses are counted.
  */
-#include "include/kernel.bpf.h"
+#include "include/records.bpf.h"
 
 #if defined(__TARGET_ARCH_x86)
 #define NR_GETPPID 110
@@ -14,7 +14,12 @@
 #define MAX_CPUS      256
 #define MAX_PROCESSES 4
 
+enum record_kind {
+	RECORD_RECORD = 1,
+};
+
 struct record {
+	struct record_head head;
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u64 seq;     /* counts on each CPU, refused records included */
 	__u32 tgid;
@@ -47,7 +52,8 @@ struct {
 	__type(value, __u32);
 } no_events SEC(".maps");
 
-const struct record *unused __attribute__((unused));
+IN_BTF(struct record, record);
+IN_BTF(enum record_kind, record_kind);
 
 static __always_inline bool is_wanted(__u32 tgid)
 {
@@ -61,7 +67,8 @@ SEC("raw_tp/sys_enter")
 int perf_enter(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u32 tgid = bpf_get_current_pid_tgid() >> 32, cpu = bpf_get_smp_processor_id();
-	struct longer_record it = {.record = {.name = "coral"}};
+	struct longer_record it = {
+	    .record = {.head = {RECORD_RECORD, sizeof(struct record)}, .name = "coral"}};
 
 	if (ctx->args[1] != NR_GETPPID || !is_wanted(tgid) || cpu >= MAX_CPUS)
 		return 0;

@@ -3,7 +3,7 @@
  * For the tests of the ring drain and of BTF layouts: one numbered record for each getppid of one
  * process. Every `discard_each`th is discarded; records that the ring refuses are counted.
  */
-#include "include/kernel.bpf.h"
+#include "include/records.bpf.h"
 
 #ifdef __TARGET_ARCH_arm64
 #define NR_GETPPID 173
@@ -21,7 +21,12 @@ struct point {
 	__s16 y;
 };
 
+enum record_kind {
+	RECORD_RECORD = 1,
+};
+
 struct record {
+	struct record_head head;
 	__u64 seq;
 	__u32 tgid;
 	__s32 negative;
@@ -39,11 +44,6 @@ __u64 seq = 0;
 __u64 lost = 0;
 
 struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 4096);
-} ring SEC(".maps");
-
-struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 20000);
 	__type(key, __u32);
@@ -57,7 +57,8 @@ struct {
 	__type(value, __u32);
 } counts SEC(".maps");
 
-const struct record *unused __attribute__((unused));
+IN_BTF(struct record, record);
+IN_BTF(enum record_kind, record_kind);
 
 SEC("raw_tp/sys_enter")
 int BPF_PROG(ring_enter, void *regs, long id)
@@ -73,6 +74,7 @@ int BPF_PROG(ring_enter, void *regs, long id)
 		__sync_fetch_and_add(&lost, 1);
 		return 0;
 	}
+	record->head = (struct record_head){RECORD_RECORD, sizeof(*record)};
 	record->seq = number;
 	record->tgid = wanted_tgid;
 	record->negative = -7;

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from build_hook import clang_command
-from coral.bpf import BpfError, BpfObject, LoadError, probe
+from coral.bpf import BpfError, BpfObject, LoadError, RingReader, probe
 from coral.bpf.buffers.maps import sum_over_cpus
 from tests.support import ROOT, built
 
@@ -42,6 +42,10 @@ def loaded_object(ring_object: Path) -> Iterator[BpfObject]:
         yield it
 
 
+def ring_of(it: BpfObject) -> RingReader:
+    return it.ring("ring", it.record_kinds({"record": None}))
+
+
 def call_getppid(times: int) -> None:
     for _ in range(times):
         os.getppid()
@@ -49,27 +53,28 @@ def call_getppid(times: int) -> None:
 
 def test_a_records_layout_is_the_c_structs(loaded_object: BpfObject) -> None:
     dtype = loaded_object.btf.struct_dtype("record")
-    assert dtype.itemsize == 40
+    assert dtype.itemsize == 48
     assert dtype.fields is not None
     layout = {name: (field[0], field[1]) for name, field in dtype.fields.items()}
     point = np.dtype([("x", "<i2"), ("y", "<i2")])
     assert layout == {
-        "seq": (np.dtype("u8"), 0),
-        "tgid": (np.dtype("u4"), 8),
-        "negative": (np.dtype("i4"), 12),
-        "name": (np.dtype("S8"), 16),
-        "points": (np.dtype((point, (2,))), 24),
-        "flag": (np.dtype("?"), 32),
-        "bytes": (np.dtype(("u1", (3,))), 33),
-        "colour": (np.dtype("u4"), 36),
+        "head": (np.dtype([("kind", "<u4"), ("length", "<u4")]), 0),
+        "seq": (np.dtype("u8"), 8),
+        "tgid": (np.dtype("u4"), 16),
+        "negative": (np.dtype("i4"), 20),
+        "name": (np.dtype("S8"), 24),
+        "points": (np.dtype((point, (2,))), 32),
+        "flag": (np.dtype("?"), 40),
+        "bytes": (np.dtype(("u1", (3,))), 41),
+        "colour": (np.dtype("u4"), 44),
     }
 
 
 def test_records_arrive_whole_and_in_order(loaded_object: BpfObject) -> None:
-    with loaded_object.ring("ring", "record") as ring:
+    with ring_of(loaded_object) as ring:
         loaded_object.attach()
         call_getppid(10)
-        records = ring.drain()
+        records = ring.drain()["record"]
         assert records["seq"].tolist() == list(range(10))
         assert set(records["tgid"].tolist()) == {os.getpid()}
         first = records[0]
@@ -78,28 +83,28 @@ def test_records_arrive_whole_and_in_order(loaded_object: BpfObject) -> None:
         assert first["points"].tolist() == [(1, -2), (3, -4)]
         assert first["flag"] == True  # noqa: E712  a numpy bool
         assert first["colour"] == 1
-        assert len(ring.drain()) == 0
+        assert len(ring.drain()["record"]) == 0
 
 
 def test_a_ring_that_wraps_loses_nothing_while_it_is_drained(loaded_object: BpfObject) -> None:
-    with loaded_object.ring("ring", "record") as ring:
+    with ring_of(loaded_object) as ring:
         loaded_object.attach()
         seen = []
         for _ in range(100):  # 4,800 bytes per round do not fit: it wraps every second round
             call_getppid(50)
-            seen += ring.drain()["seq"].tolist()
+            seen += ring.drain()["record"]["seq"].tolist()
         assert seen == list(range(5_000))
         assert loaded_object.read_variable("lost") == 0
 
 
 def test_what_a_full_ring_refuses_is_counted_to_the_record(loaded_object: BpfObject) -> None:
-    with loaded_object.ring("ring", "record") as ring:
+    with ring_of(loaded_object) as ring:
         loaded_object.attach()
-        made = 2 * ring.ring_bytes // 48
+        made = 2 * ring.capacity_bytes // 56
         call_getppid(made)
-        kept = ring.drain()["seq"].tolist()
+        kept = ring.drain()["record"]["seq"].tolist()
         lost = int(loaded_object.read_variable("lost"))
-        assert len(kept) == ring.ring_bytes // 48
+        assert len(kept) == ring.capacity_bytes // 56
         assert len(kept) + lost == made
         assert kept == list(range(len(kept)))
 
@@ -107,21 +112,21 @@ def test_what_a_full_ring_refuses_is_counted_to_the_record(loaded_object: BpfObj
 def test_discarded_records_are_left_out(ring_object: Path) -> None:
     options = {"wanted_tgid": os.getpid(), "discard_each": 3}
     with BpfObject(ring_object, programs=(PROGRAM,), options=options) as it:
-        ring = it.ring("ring", "record")
+        ring = ring_of(it)
         it.attach()
         call_getppid(30)
-        assert ring.drain()["seq"].tolist() == [n for n in range(30) if n % 3]
+        assert ring.drain()["record"]["seq"].tolist() == [n for n in range(30) if n % 3]
 
 
 def test_a_closed_ring_is_empty(loaded_object: BpfObject) -> None:
-    with loaded_object.ring("ring", "record") as ring:
+    with ring_of(loaded_object) as ring:
         loaded_object.attach()
         call_getppid(10)
-    assert ring.drain()["seq"].tolist() == []
+    assert ring.drain()["record"]["seq"].tolist() == []
 
 
 async def test_a_ring_wakes_the_event_loop(loaded_object: BpfObject) -> None:
-    ring = loaded_object.ring("ring", "record")
+    ring = ring_of(loaded_object)
     loaded_object.attach()
     readable = asyncio.Event()
     asyncio.get_running_loop().add_reader(ring.fd, readable.set)
@@ -131,7 +136,7 @@ async def test_a_ring_wakes_the_event_loop(loaded_object: BpfObject) -> None:
             await readable.wait()
     finally:
         asyncio.get_running_loop().remove_reader(ring.fd)
-    assert len(ring.drain()) == 1
+    assert len(ring.drain()["record"]) == 1
 
 
 @pytest.mark.parametrize("batches", [True, False])

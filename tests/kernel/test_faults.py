@@ -61,11 +61,12 @@ def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
 
 
 def test_a_ring_that_cannot_be_opened_leaves_no_mapping(watching: BpfObject) -> None:
+    kinds = watching.record_kinds({"syscall_call": None})
     with no_descriptors(), pytest.raises(LoadError, match="opening the ring buffer ring: EMFILE"):
-        watching.ring("ring", "syscall_call")
+        watching.ring("ring", kinds)
     # Two pages that cannot be mapped behind the first one that can.
     with pytest.raises(OSError, match="Invalid argument"):
-        RingReader(watching.map_fd("ring"), 1 << 30, np.dtype(np.uint64))
+        RingReader(watching.map_fd("ring"), 1 << 30, kinds)
     assert "bpf-map" not in Path("/proc/self/maps").read_text()
 
 

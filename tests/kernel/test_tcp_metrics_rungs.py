@@ -103,11 +103,11 @@ def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, .
             client.begin(f"exec({connect!r})")
         records = collector.records
         assert records
-        read, ended = [live.read()], [records.drain()]
+        read, ended = [live.read()], [records.drain()["tcp_ended"]["connection"]]
 
         def all_ended() -> bool:
             read.extend(live.read() for _ in range(50))
-            ended.append(records.drain())
+            ended.append(records.drain()["tcp_ended"]["connection"])
             return sum(map(len, ended)) >= 4 * CONNECTIONS
 
         wait_until(all_ended, 30)

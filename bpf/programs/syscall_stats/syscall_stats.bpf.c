@@ -120,10 +120,13 @@ struct syscall_call {
 	__u32 born;
 };
 
-#define RECORD_SYSCALL_CALL 2
+enum record_kind {
+	RECORD_SYSCALL_CALL = 1,
+};
 
 OPTIONS(struct syscall_stats, no_stats, 1); /* zeros, to create elements from */
 IN_BTF(struct syscall_call, syscall_call);
+IN_BTF(enum record_kind, record_kind);
 
 SESSION_MAPS(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240,
 	     BPF_F_NO_PREALLOC);
@@ -194,7 +197,7 @@ static __always_inline void send(void *ctx, const struct syscall_session *sessio
 {
 	struct thread me = current_thread();
 	struct syscall_call record = {
-	    .head = {.kind = RECORD_SYSCALL_CALL, .length = sizeof(record)},
+	    .head.kind = RECORD_SYSCALL_CALL,
 	    .ended_ns = ended_ns,
 	    .duration_ns = duration_ns,
 	    .return_value = ret,

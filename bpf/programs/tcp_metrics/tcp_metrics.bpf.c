@@ -33,8 +33,14 @@ OPTION(bool, make_cookies, false);	  /* programs may ask for one (5.12) */
 
 #define REFRESH_NS 10000000
 
+enum record_kind {
+	RECORD_TCP_EVENT = 1,
+	RECORD_TCP_ENDED,
+};
+
 /* The record of one event. */
 struct tcp_event {
+	struct record_head head;
 	__u64 time_ns;
 	__u64 connection_id;
 	__u8 local[ADDRESS_BYTES];
@@ -54,12 +60,21 @@ struct tcp_event {
 	__u32 end;
 };
 
+/* The record of a connection that has ended. */
+struct tcp_ended {
+	struct record_head head;
+	struct tcp_connection connection;
+};
+
 IN_BTF(struct tcp_event, tcp_event);
+IN_BTF(struct tcp_ended, tcp_ended);
+IN_BTF(enum record_kind, record_kind);
 
 static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, __u64 time_ns,
 					  __u32 what, __u32 old_state, __u32 new_state, __u32 count)
 {
 	struct tcp_event event = {
+	    .head.kind = RECORD_TCP_EVENT,
 	    .time_ns = time_ns,
 	    .connection_id = c->cookie,
 	    .pid = c->pid,
@@ -82,7 +97,7 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	__builtin_memcpy(event.local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(event.remote, c->remote, ADDRESS_BYTES);
 	__builtin_memcpy(event.name, c->comm, COMM_BYTES);
-	record_send(ctx, &event, sizeof(event));
+	record_send(ctx, 0, &event, sizeof(event));
 }
 
 static __always_inline void send_event(void *ctx, struct tcp_connection *c, __u32 what,
@@ -95,10 +110,17 @@ static __always_inline void send_event(void *ctx, struct tcp_connection *c, __u3
 
 static __always_inline void send_end(void *ctx, struct tcp_connection *c)
 {
+	struct tcp_ended *ended;
+
 	if (option(single_events))
 		return;
-	if (c->role != ROLE_LISTENER || c->syn_ack_retransmits || c->resets_sent)
-		record_send(ctx, c, sizeof(*c));
+	if (c->role == ROLE_LISTENER && !c->syn_ack_retransmits && !c->resets_sent)
+		return;
+	ended = record_reserve(0, RECORD_TCP_ENDED, sizeof(*ended));
+	if (!ended)
+		return;
+	__builtin_memcpy(&ended->connection, c, sizeof(*c));
+	record_submit(ctx, 0, ended, sizeof(*ended));
 }
 
 static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
@@ -352,6 +374,7 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 		return 0;
 	{
 		struct tcp_event event = {
+		    .head.kind = RECORD_TCP_EVENT,
 		    .time_ns = bpf_ktime_get_ns(),
 		    .connection_id = kernel_read(request, __req_common.skc_cookie.counter),
 		    .pid = c->pid,
@@ -368,7 +391,7 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 		addresses_of(&request->__req_common, event.local, event.remote,
 			     option(typed_sockets));
 		__builtin_memcpy(event.name, c->comm, COMM_BYTES);
-		record_send(ctx, &event, sizeof(event));
+		record_send(ctx, 0, &event, sizeof(event));
 	}
 	return 0;
 }

@@ -9,7 +9,12 @@
 #include "include/records.bpf.h"
 #include "include/targets.bpf.h"
 
+enum record_kind {
+	RECORD_TOY_FORK = 1,
+};
+
 struct toy_fork {
+	struct record_head head;
 	__u64 time_ns;
 	__u32 pid;
 	__u32 child_pid;
@@ -20,10 +25,15 @@ struct toy_fork {
 OPTION(bool, single_events, false);
 MAP(HASH, forks, __u32, __u64, 1024, BPF_F_NO_PREALLOC); /* by tgid */
 IN_BTF(struct toy_fork, toy_fork);
+IN_BTF(enum record_kind, record_kind);
 
 static __always_inline int on_toy(void *ctx, struct task_struct *child)
 {
-	struct toy_fork fork = {.pid = current_tgid(), .child_pid = kernel_read(child, tgid)};
+	struct toy_fork fork = {
+	    .head.kind = RECORD_TOY_FORK,
+	    .pid = current_tgid(),
+	    .child_pid = kernel_read(child, tgid),
+	};
 	__u64 none = 0, *count;
 	struct target *target;
 
@@ -34,7 +44,7 @@ static __always_inline int on_toy(void *ctx, struct task_struct *child)
 		return 0;
 	if (option(single_events)) {
 		fork.time_ns = bpf_ktime_get_ns();
-		record_send(ctx, &fork, sizeof(fork));
+		record_send(ctx, 0, &fork, sizeof(fork));
 		return 0;
 	}
 	count = map_lookup_or_account(0, map_of(forks), &fork.pid, &none);
