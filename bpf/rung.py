@@ -20,7 +20,7 @@ from coral.bpf.probing.features import Feature, Features
 # The hooks of programs for raw tracepoints, best first.
 HOOKS: Final = ("tp_btf", "raw_tp")
 SESSIONS: Final = 64  # as in sessions.bpf.h
-_BCC_SESSIONS: Final = 4
+_FEW_SESSIONS: Final = 4
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
 _NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"
@@ -56,11 +56,12 @@ class Rung:
 
     @property
     def slots(self) -> int:
-        """How many sessions can share one object. bcc has no functions that the verifier only goes
-        through once."""
+        """How many sessions can share one object. Only where functions take no more than numbers,
+        the verifier goes through them once: not for perf buffers, and not with bcc."""
         if not self.session_maps.available:
             return 1
-        return SESSIONS if self.loader.taken == "core" else _BCC_SESSIONS
+        once = self.loader.taken == "core" and self.buffer.taken == "ring_buffer"
+        return SESSIONS if once else _FEW_SESSIONS
 
     @property
     def record_map(self) -> str:

@@ -162,6 +162,7 @@ class Targets:
         self._resolved_at_ticks = clock_ticks()
         self._pidfds: list[int] = []
         self._unfollowed = 0
+        self.names: dict[int, bytes] = {}  # command names of the processes that `fill` added
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
 
     @property
@@ -291,6 +292,7 @@ class Targets:
                 self._unfollowed += 1
                 continue
             added.append(tgid)
+            self.names[tgid] = (comm or "").encode(errors="replace")
         self._slot.hint(added)
         # One that ended before it was added would stay, and its id would become another's.
         gone = [tgid for tgid in added if start_time_of(tgid) is None]

@@ -82,8 +82,9 @@ class CallRows:
         self._of_key = np.concatenate([self._of_key, indices])[order]
 
     def _name_of(self, key: int) -> bytes:
+        tgid = key & 0xFFFFFFFF
         if key not in self._names:
-            self._names[key] = self._targets.name_of(key & 0xFFFFFFFF)
+            self._names[key] = self._targets.names.get(tgid) or self._targets.name_of(tgid)
         return self._names[key]
 
     def _learn(self, changes: NDArray[Any]) -> None:
@@ -96,6 +97,7 @@ class CallRows:
         keys = process_keys(ended["tgid"], ended["born"])
         for key in keys.tolist():
             self._names.pop(key, None)
+            self._targets.names.pop(key & 0xFFFFFFFF, None)
         self._drop(keys)
         self._targets.note_ended(len(ended))
 
