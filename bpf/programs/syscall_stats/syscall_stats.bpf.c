@@ -66,25 +66,23 @@ struct call {
 #endif
 #define NR_COMPAT_EXIT 1
 
-/* The options of one session. */
+/* What user space says about one session. */
 struct syscall_session {
-	__u64 min_duration_ns;
-	__u64 wanted[2][NR_SYSCALLS / 64]; /* by number, of native and of 32-bit calls */
-	__u32 sample_every;		   /* single events: one call in how many is sent */
-	__u32 since;			   /* the generation in which it began */
 	__u8 single_events;
 	__u8 errors_only;
 	__u8 filters;
-	__u8 wants_others; /* numbers that are not in `wanted` */
-	__u8 reserved[4];
+	__u8 wants_others;  /* numbers that are not in `wanted` */
+	__u32 sample_every; /* single events: one call in how many is sent */
+	__u64 min_duration_ns;
+	__u32 since; /* the generation in which it began */
+	/* The number of the current interval. User space increments it before it reads, so that a
+	 * maximum belongs to one interval. There are two slots for maxima, because the previous
+	 * interval is read during the current one. */
+	__u32 interval;
+	__u64 wanted[2][NR_SYSCALLS / 64]; /* by number, of native and of 32-bit calls */
 };
 
 MAP(ARRAY, syscall_sessions, __u32, struct syscall_session, SESSIONS, 0);
-
-/* By slot: the number of the current interval. User space increments it before it reads, so that a
- * maximum belongs to one interval. There are two slots for maxima, because the previous interval is
- * read during the current one. */
-MAP(ARRAY, intervals, __u32, __u32, SESSIONS, 0);
 
 OPTION(bool, typed_registers, false); /* the verifier knows the type of struct pt_regs */
 OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
@@ -159,10 +157,9 @@ static __always_inline void count_error(struct syscall_stats *s, long ret)
 		s->errors[*class % ERROR_CLASSES]++;
 }
 
-static __always_inline void count_max(struct syscall_stats *s, __u32 slot, __u64 latency_ns)
+static __always_inline void count_max(struct syscall_stats *s, __u32 now, __u64 latency_ns)
 {
-	__u32 *running = bpf_map_lookup_elem(map_of(intervals), &slot);
-	__u32 now = running ? *running : 0, half = now & 1;
+	__u32 half = now & 1;
 
 	if (s->max_interval[half] != now) {
 		s->max_interval[half] = now;
@@ -172,7 +169,8 @@ static __always_inline void count_max(struct syscall_stats *s, __u32 slot, __u64
 	}
 }
 
-static __always_inline void count(__u32 slot, __u32 nr, __u32 born, __u64 duration_ns, long ret)
+static __always_inline void count(const struct syscall_session *session, __u32 slot, __u32 nr,
+				  __u32 born, __u64 duration_ns, long ret)
 {
 	struct syscall_key key = {.tgid = current_thread().tgid, .nr = nr, .born = born};
 	void *zeros = (void *)element(no_stats, 0), *map = map_of_session(stats, slot);
@@ -183,7 +181,7 @@ static __always_inline void count(__u32 slot, __u32 nr, __u32 born, __u64 durati
 	s = map_lookup_or_account(slot, map, &key, zeros);
 	if (!s)
 		return;
-	count_max(s, slot, duration_ns);
+	count_max(s, session->interval, duration_ns);
 	s->total_ns += duration_ns;
 	barrier();
 	s->latency[log2_slot(duration_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
@@ -225,7 +223,7 @@ static __always_inline void see_in_session(void *ctx, __u32 slot, __u32 nr, __u3
 	if (session->single_events)
 		send(ctx, session, slot, nr, born, ended_ns, duration_ns, ret);
 	else
-		count(slot, nr, born, duration_ns, ret);
+		count(session, slot, nr, born, duration_ns, ret);
 }
 
 /* A call of the current thread, for session SLOT. */
