@@ -143,7 +143,9 @@ class Admission:
     def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
         if not request.service_name or _TARGET_KEYS & request.config.keys():
             return None
-        return resolve(request.service_name, self._config.services)
+        # Whether it is well formed is checked with all other options.
+        alone = request.config.get("follow_children", "").lower() == "false"
+        return resolve(request.service_name, self._config.services, descendants=not alone)
 
 
 def _check_size(field: str, texts: Iterable[str], most_bytes: int) -> None:
