@@ -35,6 +35,7 @@ from coral.collectors.procfs import (
     children_of,
     clock_ticks,
     comm_of,
+    process_of,
     running_tgids,
     start_time_of,
 )
@@ -281,21 +282,21 @@ class Targets:
         """Adds running processes in this state. Those for which there is no room are counted."""
         added = []
         for tgid in tgids:
-            comm = comm_of(tgid)
-            if comm is None and start_time_of(tgid) is None:
-                continue  # it has ended; a program has removed it, or it was never there
+            if not _runs(tgid):
+                continue
+            comm = (comm_of(tgid) or "").encode(errors="replace")
             try:
-                self._map.write(tgid, ((comm or "").encode(errors="replace"), state, 0))
+                self._map.write(tgid, (comm, state, 0))
             except BpfError as error:
                 if error.errno not in (errno.E2BIG, errno.ENOMEM, errno.EBUSY):
                     raise
                 self._unfollowed += 1
                 continue
             added.append(tgid)
-            self.names[tgid] = (comm or "").encode(errors="replace")
+            self.names[tgid] = comm
         self._slot.hint(added)
         # One that ended before it was added would stay, and its id would become another's.
-        gone = [tgid for tgid in added if start_time_of(tgid) is None]
+        gone = [tgid for tgid in added if not _runs(tgid)]
         if gone:
             self._map.delete(gone)
 
@@ -372,6 +373,11 @@ def refused_options(features: Features) -> dict[str, str]:
             "no value: no cgroup2 hierarchy is mounted here; mount -t cgroup2 none /sys/fs/cgroup"
         )
     return refused
+
+
+def _runs(tgid: int) -> bool:
+    process = process_of(tgid)
+    return process is not None and process.can_be_watched
 
 
 def _words(text: str, length: int) -> NDArray[np.uint64]:
