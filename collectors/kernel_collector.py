@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 from coral.bpf import BpfObject, Features, RecordReader, Rung, climb
 from coral.bpf.buffers.account import Account
 from coral.bpf.buffers.records import Records, drain_whole
+from coral.bpf.rung import HOOKS
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -75,7 +76,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     options_type: ClassVar[type[KernelOptions]]
     # The kinds of hooks that the programs are written for, best first.
-    hooks: ClassVar[Sequence[str]] = ("tp_btf", "raw_tp", "tracepoint")
+    hooks: ClassVar[Sequence[str]] = HOOKS
     # Whether the programs keep a state for each thread (thread.bpf.h).
     thread_state: ClassVar[bool] = False
 

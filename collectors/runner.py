@@ -122,9 +122,7 @@ async def _drain_rest(collector: Collector, emit: Emit) -> None:
 async def _drain_events(
     collector: Collector, records: RecordReader, watch: _Watch, emit: Emit
 ) -> None:
-    pace = EventPace(
-        time.monotonic(), collector.interval_s, polls=not records.wakes_when_caught_up
-    )
+    pace = EventPace(time.monotonic(), collector.interval_s, polls=not records.wakes_when_caught_up)
     while not watch.over:
         now = time.monotonic()  # the loop's own clock may stand still for a millisecond
         pending = records.pending_bytes > 0

@@ -7,15 +7,17 @@ Layout: the kernel's Documentation/bpf/ringbuf.rst and include/uapi/linux/bpf.h.
 from __future__ import annotations
 
 import mmap
+import os
 import select
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.buffers.barrier import memory_barrier
+from coral.bpf.buffers.maps import fdinfo
 from coral.bpf.buffers.records import (
     FILLING_SHARE,
     MOST_BYTES,
@@ -60,33 +62,38 @@ FRAMING: Final = _RingFraming()
 
 
 class RingReader:
-    """The consumer of one ring buffer map, whose records are of KINDS.
+    """The consumer of one ring buffer map of RING_BYTES, whose records are of KINDS.
 
     The kernel wakes a reader that has caught up when the next record is written; programs also wake
     it while a quarter of the ring is waiting (records.bpf.h). `fd` is readable (epoll) then. One
-    reader to a ring; it is not safe to drain from two threads at once. Close it before the map's
-    object. Raises OSError; nothing is left open then.
+    reader to a ring; it is not safe to drain from two threads at once. The reader may outlive the
+    map's object. Raises OSError; nothing is left open then.
     """
 
     wakes_when_caught_up: Final = True
 
     def __init__(self, fd: int, ring_bytes: int, kinds: Sequence[RecordKind]) -> None:
-        self.fd = fd
         self.capacity_bytes = ring_bytes
+        self._memory_bytes = 0
         self._kinds = kinds
         self._barrier = memory_barrier()
         self._finder = Finder(FRAMING, kinds, self._barrier)
         page = mmap.PAGESIZE
         with ExitStack() as opened:
+            # A duplicate: callers close theirs once the map is where programs find it.
+            self.fd = os.dup(fd)
+            opened.callback(os.close, self.fd)
             # Readable once for each wake-up, not whenever there is data; polling it makes it
             # unreadable again. Closed with the ring.
             self.wakeup: select.epoll = opened.enter_context(select.epoll())
-            self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)
+            self.wakeup.register(self.fd, select.EPOLLIN | select.EPOLLET)
             self._consumer_page = opened.enter_context(
-                mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                mmap.mmap(self.fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             )
             self._producer_pages = opened.enter_context(
-                mmap.mmap(fd, page + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+                mmap.mmap(
+                    self.fd, page + 2 * ring_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page
+                )
             )
             self._opened = opened.pop_all()
         self._consumer = np.frombuffer(self._consumer_page, np.uint64, 1)
@@ -117,8 +124,12 @@ class RingReader:
 
     @property
     def memory_bytes(self) -> int:
-        """0: the kernel charges a ring buffer to its map."""
-        return 0
+        """What the kernel charges for the ring; the last known figure if there is no descriptor
+        left to read it, or once closed."""
+        if hasattr(self, "_consumer"):
+            with suppress(OSError):
+                self._memory_bytes = fdinfo(self.fd).get("memlock", 0)
+        return self._memory_bytes
 
     def drain(self, most_bytes: int = MOST_BYTES) -> Records:
         """Complete records, in order, as copies; frees their space.

@@ -9,10 +9,7 @@
 
 #include <linux/errno.h>
 #include "kernel.bpf.h"
-
-#ifndef SESSIONS
-#define SESSIONS 64 /* slots in one object */
-#endif
+#include "sessions.bpf.h"
 
 /* Why an event is in no row. User space finds the names in the BTF: collectors/losses.py. */
 enum loss {

@@ -38,8 +38,8 @@ struct record_draft {
 OPTION(bool, records_in_ring, true);
 MAP(PERCPU_ARRAY, record_drafts, __u32, struct record_draft, 1, 0);
 
-BUFFER(RINGBUF, ring, 4096);		     /* at least a page; user space sets the real size */
-MAP(PERF_EVENT_ARRAY, perf, int, int, 0, 0); /* user space opens a buffer per CPU */
+SESSION_BUFFERS(RINGBUF, rings);
+SESSION_BUFFERS(PERF_EVENT_ARRAY, perfs); /* user space opens a buffer per CPU in each */
 
 /* The flags for a new record. Not a wake-up for every record of a ring that stays full. */
 static __always_inline __u64 record_flags(void *ring)
@@ -76,12 +76,12 @@ static __always_inline void record_send(void *ctx, __u32 slot, void *record, con
 
 	((struct record_head *)record)->length = size;
 	if (option(records_in_ring)) {
-		buffer = map_of(ring);
+		buffer = map_of_session(rings, slot);
 		if (!buffer)
 			return;
 		error = bpf_ringbuf_output(buffer, record, size, record_flags(buffer));
 	} else {
-		buffer = map_of(perf);
+		buffer = map_of_session(perfs, slot);
 		if (!buffer)
 			return;
 		error = bpf_perf_event_output(ctx, buffer, BPF_F_CURRENT_CPU, record, size);
@@ -107,7 +107,7 @@ static __always_inline void *record_reserve(__u32 slot, __u32 kind, const __u64 
 	void *buffer;
 
 	if (option(records_in_ring)) {
-		buffer = map_of(ring);
+		buffer = map_of_session(rings, slot);
 		if (!buffer)
 			return NULL;
 		record = bpf_ringbuf_reserve(buffer, size, 0);
@@ -146,10 +146,10 @@ static __always_inline void record_submit(void *ctx, __u32 slot, void *record, c
 	long error = 0;
 
 	if (option(records_in_ring)) {
-		buffer = map_of(ring);
+		buffer = map_of_session(rings, slot);
 		bpf_ringbuf_submit(record, buffer ? record_flags(buffer) : 0);
 	} else {
-		buffer = map_of(perf);
+		buffer = map_of_session(perfs, slot);
 		if (buffer)
 			error = bpf_perf_event_output(ctx, buffer, BPF_F_CURRENT_CPU, record, size);
 		record_release_draft();
