@@ -133,7 +133,7 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
             for slot in range(4)
         ]
         call_getppid(1000)
-        fitting = 4096 // 32
+        fitting = 4095 // 32
         assert [account.read() for account in accounts] == [
             (0, 0, {}),
             (1000, 0, {"BUFFER_FULL": 1000 - fitting}),
