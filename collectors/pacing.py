@@ -44,8 +44,12 @@ class EventPace:
         gap = LONG_GAP_S if count >= MANY else SHORT_GAP_S
         self._gathered = now if more and count else now + gap
 
+    def rests(self, now: float) -> bool:
+        """Whether nothing is gathering: the next event should wake the reader."""
+        return now + EARLY_S >= self._gathered
+
     def due(self, now: float) -> float:
         """When to look again if nobody wakes the reader."""
-        if now + EARLY_S < self._gathered:
+        if not self.rests(now):
             return min(self._gathered, self._tick)
         return min(now + POLL_S, self._tick) if self._polls else self._tick

@@ -122,7 +122,7 @@ async def _drain_rest(collector: Collector, emit: Emit) -> None:
 async def _drain_events(
     collector: Collector, records: RecordReader, watch: _Watch, emit: Emit
 ) -> None:
-    pace = EventPace(time.monotonic(), collector.interval_s, polls=not records.wakes_when_caught_up)
+    pace = EventPace(time.monotonic(), collector.interval_s, polls=not records.wakes_at_rest)
     while not watch.over:
         now = time.monotonic()  # the loop's own clock may stand still for a millisecond
         pending = records.pending_bytes > 0
@@ -131,7 +131,7 @@ async def _drain_events(
             more = records.pending_bytes >= MOST_BYTES
             pace.drained(time.monotonic(), len(batch.rows), more=more)
             await asyncio.sleep(0)  # others come in between, however much there is to drain
-        else:
+        elif not pace.rests(now) or records.rest():
             await watch.wait(pace.due(now) - now)
 
 

@@ -64,13 +64,14 @@ FRAMING: Final = _RingFraming()
 class RingReader:
     """The consumer of one ring buffer map of RING_BYTES, whose records are of KINDS.
 
-    The kernel wakes a reader that has caught up when the next record is written; programs also wake
-    it while a quarter of the ring is waiting (records.bpf.h). `fd` is readable (epoll) then. One
+    A drain keeps the space of its last record: the kernel wakes a reader for the next record only
+    if that reader has freed everything, by `rest`. Programs also wake it once a quarter of the ring
+    is waiting (records.bpf.h). One
     reader to a ring; it is not safe to drain from two threads at once. The reader may outlive the
     map's object. Raises OSError; nothing is left open then.
     """
 
-    wakes_when_caught_up: Final = True
+    wakes_at_rest: Final = True
 
     def __init__(self, fd: int, ring_bytes: int, kinds: Sequence[RecordKind]) -> None:
         self.capacity_bytes = ring_bytes
@@ -97,6 +98,7 @@ class RingReader:
             )
             self._opened = opened.pop_all()
         self._consumer = np.frombuffer(self._consumer_page, np.uint64, 1)
+        self._read = int(self._consumer[0])
         self._producer = np.frombuffer(self._producer_pages, np.uint64, 1)
 
     def __enter__(self) -> Self:
@@ -110,7 +112,7 @@ class RingReader:
         """Bytes that programs have reserved and that have not been drained; 0 once closed."""
         if not hasattr(self, "_consumer"):
             return 0
-        return int(self._producer[0]) - int(self._consumer[0])
+        return int(self._producer[0]) - self._read
 
     @property
     def filling(self) -> bool:
@@ -132,7 +134,7 @@ class RingReader:
         return self._memory_bytes
 
     def drain(self, most_bytes: int = MOST_BYTES) -> Records:
-        """Complete records, in order, as copies; frees their space.
+        """Complete records, in order, as copies; frees the space of all but the last one.
 
         It takes what fits into MOST_BYTES, and at least one record; stops at the first record that
         a program is still writing; leaves out records that a program discarded. Empty once the
@@ -143,14 +145,27 @@ class RingReader:
         if not pending:
             return merged(self._kinds, ())
         self._barrier()
-        consumed = int(self._consumer[0])
-        start = mmap.PAGESIZE + consumed % self.capacity_bytes
+        start = mmap.PAGESIZE + self._read % self.capacity_bytes
         first = np.ndarray((1,), np.uint64, self._producer_pages, start)
         words = min(pending, max(most_bytes, WORD * int(FRAMING.words(first)[0]))) // WORD
         found = self._finder.find(self._producer_pages, start, words)
         self._barrier()
-        self._consumer[0] = consumed + WORD * found.words
+        if found.words:
+            self._consumer[0] = self._read + WORD * found.last
+            self._read += WORD * found.words
         return merged(self._kinds, found.records)
+
+    def rest(self) -> bool:
+        """Frees everything that was drained, so that the kernel wakes the reader for the next
+        record; whether there is none yet, so that waiting makes sense."""
+        if not hasattr(self, "_consumer"):
+            return True
+        self._consumer[0] = self._read
+        # Between the write and the read below there has to be a full barrier, as a program writes
+        # its record and then reads our position; a system call, and the interpreter's lock that is
+        # let go and taken for it, are one. Wake-ups from before are taken back.
+        self.wakeup.poll(0)
+        return self.pending_bytes == 0
 
     def close(self) -> None:
         """Unmaps the ring. Safe to call twice."""

@@ -89,6 +89,10 @@ class RecordReader(Protocol):
         """Complete records of at most about MOST_BYTES, and at least one, as copies; frees their
         space. The default is a few milliseconds of work for all that follows."""
 
+    def rest(self) -> bool:
+        """Lets the kernel wake the reader for the next record, if it does so at all; whether there
+        is no record yet."""
+
     @property
     def pending_bytes(self) -> int:
         """Bytes that programs have written, or are writing, and that have not been drained."""
@@ -103,12 +107,12 @@ class RecordReader(Protocol):
 
     @property
     def wakeup(self) -> select.epoll:
-        """Readable once for each wake-up: when the buffer fills up and, with
-        `wakes_when_caught_up`, for the first record after a drain that left none."""
+        """Readable once for each wake-up: when the buffer fills up and, with `wakes_at_rest`, for
+        the first record after `rest`."""
 
     @property
-    def wakes_when_caught_up(self) -> bool:
-        """Whether the kernel wakes a reader that has drained everything, for the next record."""
+    def wakes_at_rest(self) -> bool:
+        """Whether the kernel wakes the reader for the first record after `rest`."""
 
     @property
     def lost(self) -> int:
