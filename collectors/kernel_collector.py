@@ -16,10 +16,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
+import numpy as np
+
 from coral.bpf import BpfObject, Features, RecordReader, Rung, climb
 from coral.bpf.buffers.account import Account
 from coral.bpf.buffers.records import Records, drain_whole
 from coral.bpf.rung import HOOKS
+from coral.collectors.clock import CLOCK
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -231,15 +234,17 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._object.attach()
         self._targets.fill(self._object)
         self._on_attached()
-        self._drained_at_ns = time.time_ns()
+        self._drained_at_ns = time.monotonic_ns()
 
     def drain(self) -> Batch:
-        began_at_ns, self._drained_at_ns = self._drained_at_ns, time.time_ns()
+        interval_ns = np.array((self._drained_at_ns, time.monotonic_ns()))
+        self._drained_at_ns = int(interval_ns[1])
+        began_at_ns, ended_at_ns = CLOCK.unix_ns(interval_ns).tolist()
         # Before the rows: what is refused in between counts as lost in the next interval.
         losses = self._losses()
         rows: EventRows | Summaries
         rows = self._read_events() if self._options.single_events else self._read_summaries()
-        return Batch(rows, began_at_ns, self._drained_at_ns, losses, self._in_detail)
+        return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 
     @property
     def _in_detail(self) -> bool:
@@ -265,9 +270,3 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._records = None
         self._targets.close()
         self._object.close()
-
-
-def unix_offset_ns() -> int:
-    """What makes Unix time of the programs' times, in nanoseconds. The two clocks drift apart by
-    parts in a million, so callers ask again for each batch, or keep one offset for each thing."""
-    return time.time_ns() - time.monotonic_ns()

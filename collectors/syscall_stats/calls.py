@@ -8,9 +8,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.collectors.clock import CLOCK
 from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
-from coral.collectors.kernel_collector import unix_offset_ns
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.targets import Targets, comm_text
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -42,7 +42,7 @@ class CallRows:
         if len(self._strings) > _MOST_STRINGS:
             self._forget_names()
         if len(records):
-            records["ended_ns"] += np.uint64(unix_offset_ns())
+            records["ended_ns"] = CLOCK.unix_ns(records["ended_ns"])
             records["syscall"] = self._syscall_indices(records["syscall_number"])
             records["comm"] = self._comm_indices(records["pid"])
         self._forget_ended()
