@@ -98,7 +98,7 @@ class Rung:
         thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
-        without = [*without_maps, "perfs" if ringed else "rings"]
+        without = [*without_maps, *(("perfs", "record_drafts") if ringed else ("rings",))]
         wanted, hashes, settings = list(programs), list(preallocated), dict(options or {})
         if self.state.taken != _UNUSED:
             settings["state_in_task_storage"] = stored

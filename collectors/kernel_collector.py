@@ -16,9 +16,12 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
+import numpy as np
+
 from coral.bpf import Features, RecordReader, Rung, climb
 from coral.bpf.buffers.records import Records, drain_whole
 from coral.bpf.rung import HOOKS
+from coral.collectors.clock import CLOCK
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -227,7 +230,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._on_followed()
         self._targets.fill()
         self._on_filled()
-        self._drained_at_ns = time.time_ns()
+        self._drained_at_ns = time.monotonic_ns()
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -245,12 +248,14 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return self._options.single_events
 
     def drain(self) -> Batch:
-        began_at_ns, self._drained_at_ns = self._drained_at_ns, time.time_ns()
+        interval_ns = np.array((self._drained_at_ns, time.monotonic_ns()))
+        self._drained_at_ns = int(interval_ns[1])
+        began_at_ns, ended_at_ns = CLOCK.unix_ns(interval_ns).tolist()
         # Before the rows: what is refused in between counts as lost in the next interval.
         losses = self._losses()
         rows: EventRows | Summaries
         rows = self._read_events() if self._options.single_events else self._read_summaries()
-        return Batch(rows, began_at_ns, self._drained_at_ns, losses, self._in_detail)
+        return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 
     @property
     def _in_detail(self) -> bool:
@@ -276,9 +281,3 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._records = None
         self._targets.close()
         self._slot.close()
-
-
-def unix_offset_ns() -> int:
-    """What makes Unix time of the programs' times, in nanoseconds. The two clocks drift apart by
-    parts in a million, so callers ask again for each batch, or keep one offset for each thing."""
-    return time.time_ns() - time.monotonic_ns()

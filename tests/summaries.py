@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from coral.collectors.clock import Reading, UnixClock
 from coral.collectors.contract import Summaries
 from coral.collectors.syscall_stats import rows as syscall_rows
 from coral.collectors.syscall_stats.counters import COLUMNS as SYSCALL_COLUMNS
@@ -22,6 +23,7 @@ Make = Callable[[int, int, int], Summaries]
 MEMBERS = Members(
     np.array([7, 9], np.uint32), np.array([b"shop", b"db"], "S16"), np.array([False, True])
 )
+_CLOCK = UnixClock(lambda: Reading(0, 0, 10**18, 0))
 RECORD = np.dtype(
     [
         *((name, "u8") for name in ("start_ns", "established_ns", "ended_ns", "read_ns", "cookie")),
@@ -86,7 +88,7 @@ def syscalls(seed: int, count: int, top: int) -> Summaries:
 
 
 def connections(seed: int, count: int, top: int) -> Summaries:
-    return connection_rows.connection_summaries(changes(seed, count), MEMBERS, 10**18, top)
+    return connection_rows.connection_summaries(changes(seed, count), MEMBERS, _CLOCK, top)
 
 
 def peers(seed: int, count: int, top: int) -> Summaries:

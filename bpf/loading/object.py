@@ -89,6 +89,10 @@ class RecordReader(Protocol):
         """Complete records of at most about MOST_BYTES, and at least one, as copies; frees their
         space. The default is a few milliseconds of work for all that follows."""
 
+    def rest(self) -> bool:
+        """Lets the kernel wake the reader for the next record, if it does so at all; whether there
+        is no record yet."""
+
     @property
     def pending_bytes(self) -> int:
         """Bytes that programs have written, or are writing, and that have not been drained."""
@@ -103,12 +107,12 @@ class RecordReader(Protocol):
 
     @property
     def wakeup(self) -> select.epoll:
-        """Readable once for each wake-up: when the buffer fills up and, with
-        `wakes_when_caught_up`, for the first record after a drain that left none."""
+        """Readable once for each wake-up: when the buffer fills up and, with `wakes_at_rest`, for
+        the first record after `rest`."""
 
     @property
-    def wakes_when_caught_up(self) -> bool:
-        """Whether the kernel wakes a reader that has drained everything, for the next record."""
+    def wakes_at_rest(self) -> bool:
+        """Whether the kernel wakes the reader for the first record after `rest`."""
 
     @property
     def lost(self) -> int:
@@ -200,7 +204,7 @@ class BpfObject:
         self._maps: dict[str, int] = {}
         self._definitions: dict[str, MapDefinition] = {}
         self._links: list[Link] = []
-        self._readers: list[RecordReader] = []
+        self._readers: dict[tuple[str, int], RecordReader] = {}  # by map of maps, and slot
         self._walks: list[Walk | ElementReader] = []
         self._sections: dict[str, mmap.mmap] = {}
         self._map_memory_bytes = 0
@@ -480,27 +484,48 @@ class BpfObject:
             for name, field in order_by.items()
         ]
 
-    def ring(self, name: str, kinds: Sequence[RecordKind]) -> RingReader:
-        """The reader of a ring buffer with records of KINDS; closed with the object."""
-        try:
-            reader = RingReader(
-                self.map_fd(name), self._definitions[name].entries, kinds
-            )
-        except OSError as error:
-            raise LoadError(f"opening the ring buffer {name}", error.errno or errno.EIO) from error
-        self._readers.append(reader)
+    def ring(
+        self, name: str, kinds: Sequence[RecordKind], *, ring_bytes: int, slot: int = 0
+    ) -> RingReader:
+        """The reader of a new ring buffer with records of KINDS, in a slot of the map of maps NAME;
+        closed with the object, or by `close_reader`. Raises `BpfError`."""
+        with self.make_inner(name, ring_bytes) as ring:
+            try:
+                reader = RingReader(ring.fd, ring_bytes, kinds)
+            except OSError as error:
+                what = f"opening the ring buffer {name}"
+                raise LoadError(what, error.errno or errno.EIO) from error
+            self._install_reader(name, slot, ring.fd, reader)
         return reader
 
     def perf(
-        self, name: str, kinds: Sequence[RecordKind], *, bytes_per_cpu: int, wakeup_bytes: int = 0
+        self, name: str, kinds: Sequence[RecordKind], *, bytes_per_cpu: int, slot: int = 0
     ) -> PerfReader:
-        """The reader of the perf buffers with records of KINDS; closed with the object."""
-        try:
-            reader = PerfReader(self.map_fd(name), bytes_per_cpu, kinds, wakeup_bytes)
-        except BpfError as error:
-            raise LoadError(error.what, error.errno, error.log) from error
-        self._readers.append(reader)
+        """The reader of new perf buffers with records of KINDS; otherwise like `ring`."""
+        with self.make_inner(name) as perf:
+            try:
+                reader = PerfReader(perf.fd, bytes_per_cpu, kinds)
+            except BpfError as error:
+                raise LoadError(error.what, error.errno, error.log) from error
+            self._install_reader(name, slot, perf.fd, reader)
         return reader
+
+    def _install_reader(self, name: str, slot: int, fd: int, reader: RecordReader) -> None:
+        try:
+            self.install(name, slot, fd)
+        except BpfError:
+            reader.close()
+            raise
+        self._readers[name, slot] = reader
+
+    def close_reader(self, name: str, slot: int = 0) -> None:
+        """Empties a slot of the map of maps NAME, and closes its reader. Waits until no program
+        uses its buffer (some milliseconds). Safe to call twice. Raises `BpfError`."""
+        if reader := self._readers.pop((name, slot), None):
+            try:
+                self.uninstall(name, slot)
+            finally:
+                reader.close()
 
     def walk(self, name: str, record: str, *, map_name: str | None = None) -> Walk:
         """The iterator of the program NAME, which writes `struct RECORD`s. It is closed with the
@@ -539,7 +564,7 @@ class BpfObject:
         descriptor left to read it."""
         with self._lock, suppress(OSError):
             charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
-            self._map_memory_bytes = charged + sum(r.memory_bytes for r in self._readers)
+            self._map_memory_bytes = charged + sum(r.memory_bytes for r in self._readers.values())
         return self._map_memory_bytes
 
     def _map_fds(self) -> Iterable[int]:
@@ -574,7 +599,7 @@ class BpfObject:
         while self._walks:
             self._walks.pop().close()
         while self._readers:
-            self._readers.pop().close()
+            self._readers.popitem()[1].close()
         while self._sections:
             self._sections.popitem()[1].close()
         with self._lock:

@@ -27,8 +27,9 @@ from coral.bpf import (
     kernel_names,
 )
 from coral.bpf.probing import capabilities as caps
+from coral.collectors.clock import CLOCK
 from coral.collectors.contract import Coverage, EventRows, Summaries, Support
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions, unix_offset_ns
+from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import choice, integer, option, size
 from coral.collectors.tcp_metrics.connections import Connections
 from coral.collectors.tcp_metrics.diag import DiagConnections
@@ -181,8 +182,6 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         else:
             self._open_records({"tcp_ended": None})
         self._connections = Connections()
-        # Once for the session, so that a connection's start is the same in all its rows.
-        self._offset_ns = unix_offset_ns()
 
     def _on_attached(self) -> None:
         self._find_earlier()
@@ -221,7 +220,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         top = self._options.top
         if self._options.by == "peer":
             return peer_summaries(changes, top or _MOST_PEERS)
-        return connection_summaries(changes, members, self._offset_ns, top)
+        return connection_summaries(changes, members, CLOCK, top)
 
     @property
     def _in_detail(self) -> bool:
