@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from coral.bpf.loading.bcc_object import BccObject
 from coral.bpf.loading.object import BpfObject, RecordReader
 from coral.bpf.probing.features import Feature, Features
 
@@ -97,8 +96,7 @@ class Rung:
             if not stored:  # the kernel does not free the state with its thread: a program does
                 wanted.insert(0, "coral_forget")
                 hashes.append("thread_hash")
-        cls = BpfObject if self.loader.taken == "core" else BccObject
-        return cls(
+        return BpfObject(
             name,
             programs=wanted,
             walks=walks,
@@ -111,6 +109,7 @@ class Rung:
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
             typed=self.hook.taken == "tp_btf",
+            loader=self.loader.taken,
             batches=self.reads.taken == "batch",
         )
 

@@ -128,10 +128,7 @@ class Btf:
 
     def dtype(self, type_id: int) -> np.dtype[np.generic]:
         """The numpy layout of a type: integers, enums, floats, bools, structs, and arrays of them;
-        an array of `char` is a byte string, and no type (0) has no bytes. Raises `NoLayoutError`
-        for other types."""
-        if not type_id:
-            return np.dtype("V0")
+        an array of `char` is a byte string. Raises `NoLayoutError` for other types."""
         if type_id not in self._dtypes:
             self._dtypes[type_id] = None
             try:

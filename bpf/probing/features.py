@@ -26,7 +26,8 @@ from coral.bpf.libbpf import (
     version,
 )
 from coral.bpf.loading import bcc
-from coral.bpf.loading.object import BpfObject, enable_run_time_stats, not_built, object_path
+from coral.bpf.loading.object import BpfObject, enable_run_time_stats
+from coral.bpf.loading.object_file import not_built, object_path
 from coral.bpf.probing import capabilities as caps
 from coral.bpf.probing import reasons, sock_diag
 
