@@ -102,7 +102,7 @@ class Rung:
             walks=walks,
             options={
                 **settings,
-                "current_by_btf": stored,  # both came with Linux 5.11
+                "current_by_btf": stored,  # which comes with Linux 5.11
                 "records_in_ring": ringed,
             },
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
