@@ -130,8 +130,9 @@ class _Group:
             if len(self.slots) == self.plan.rung.slots:
                 return None
             # In turn, so that a slot that was just freed is the last to be used again.
-            free = (n % self.plan.rung.slots for n in range(self._next, self._next + self.plan.rung.slots))
-            number = next(n for n in free if n not in self.slots)
+            slots = plan.rung.slots
+            turns = (n % slots for n in range(self._next, self._next + slots))
+            number = next(n for n in turns if n not in self.slots)
             self._next = number + 1
             hub = self.hubs.setdefault(plan.name, _Hub())
             slot = self.slots[number] = Slot(self, hub, plan, number)

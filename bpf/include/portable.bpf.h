@@ -2,7 +2,7 @@
 /*
  * One idiom: the differences between the two compilers of these programs. clang builds an object at
  * build time, which libbpf relocates for the running kernel (CO-RE). bcc compiles on the target,
- * with the headers of its kernel, for kernels without BTF; bpf/loading/bcc_object.py is the other
+ * with the headers of its kernel, for kernels without BTF; bpf/loading/by_bcc.py is the other
  * half: it creates the maps, and writes their descriptors and the options' values into the
  * instructions.
  *

@@ -15,7 +15,6 @@ from build_hook import clang_command
 from coral.bpf import BpfError, BpfObject, HashMap, LoadError, PerfReader, RingReader, probe
 from coral.bpf.buffers.account import Account
 from coral.bpf.buffers.maps import sum_over_cpus
-from coral.bpf.loading.bcc_object import BccObject
 from coral.bpf.rung import HOOKS, SESSIONS, climb
 from tests.support import ROOT, built
 
@@ -27,7 +26,6 @@ pytestmark = [
 ]
 
 PROGRAM = "sessions_enter"
-LOADERS = {"core": BpfObject, "bcc": BccObject}
 FEATURES = {"core": "btf", "bcc": "bcc"}
 HERE = [name for name, feature in FEATURES.items() if probe()[feature].available]
 
@@ -50,7 +48,9 @@ def load(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
 
     def loaded(**arguments: Any) -> BpfObject:
         options = {"wanted_tgid": os.getpid(), **arguments.pop("options", {})}
-        it = LOADERS[request.param](path, programs=(PROGRAM,), options=options, **arguments)
+        it = BpfObject(
+            path, programs=(PROGRAM,), options=options, loader=request.param, **arguments
+        )
         objects.append(it)
         it.load()
         return it
