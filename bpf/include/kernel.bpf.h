@@ -30,6 +30,7 @@ struct task_struct {
 	struct thread_info thread_info;
 	int pid;
 	int tgid;
+	unsigned int flags;
 	struct task_struct *group_leader;
 	struct signal_struct *signal;
 	char comm[COMM_BYTES];
@@ -41,6 +42,13 @@ struct task_struct {
 static __always_inline struct task_struct *this_task(void)
 {
 	return (struct task_struct *)bpf_get_current_task();
+}
+
+#define PF_KTHREAD 0x00200000
+
+static __always_inline bool in_kernel_thread(void)
+{
+	return kernel_read(this_task(), flags) & PF_KTHREAD;
 }
 
 /*

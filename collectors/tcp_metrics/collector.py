@@ -30,7 +30,7 @@ from coral.bpf.probing import capabilities as caps
 from coral.collectors.contract import Coverage, EventRows, Summaries, Support
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions, unix_offset_ns
 from coral.collectors.options import choice, integer, option, size
-from coral.collectors.tcp_metrics.connections import Connections
+from coral.collectors.tcp_metrics.connections import LISTENER, Connections
 from coral.collectors.tcp_metrics.diag import DiagConnections
 from coral.collectors.tcp_metrics.events import event_rows
 from coral.collectors.tcp_metrics.measures import TcpMeasures
@@ -142,7 +142,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
                 "typed_sockets": self._rung.hook.taken == "tp_btf" and _kernel_has() >= _TYPED,
             },
             map_entries={"connections": options.entries, "found": options.entries},
-            preallocated=("connections", "ports", "targets", "found"),
+            preallocated=("connections", "targets", "found"),
             records=options.ring,
             walks=self._walks,
             without_maps=[name for name, unused in without_maps.items() if unused],
@@ -198,10 +198,10 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             self._find = self._object.walk(_FIND, "tcp_connection")
             self._live = self._live_reader(*self._walks[1:])
             self._look()
+            if (self._live.read()["role"] == LISTENER).any():
+                self._look(now=True)  # the first walk may have met those that share one too early
         if self._asks:
-            self._diag = DiagConnections(
-                self._connections_map, self._object.map("found"), self._object.map("ports")
-            )
+            self._diag = DiagConnections(self._connections_map, self._object.map("found"))
             self._diag.find(self._targets.present())
 
     def _live_reader(self, program: str) -> Walk | ElementReader:
@@ -234,10 +234,11 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def _uncounted(self) -> int:
         return self._diag.unfollowed if self._diag else 0
 
-    def _look(self) -> None:
-        """Scans which process has which socket open, unless that would take too much time."""
+    def _look(self, *, now: bool = False) -> None:
+        """Scans which process has which socket open, unless that would take too much time; always
+        if NOW."""
         began_ns = time.monotonic_ns()
-        if self._find is None or began_ns < self._look_after_ns:
+        if self._find is None or (began_ns < self._look_after_ns and not now):
             return
         self._looks += 1
         self._object.write_variable("walk", self._looks & 0xFFFFFFFF)

@@ -101,6 +101,22 @@ static __always_inline void send_end(void *ctx, struct tcp_connection *c)
 		record_send(ctx, c, sizeof(*c));
 }
 
+/* A watched process makes a connection, or a listener. */
+static __always_inline void begin_by_process(void *ctx, struct sock *sk, struct target *target,
+					     __u8 role, int old, int state)
+{
+	struct tcp_connection *c;
+
+	c = is_tcp(sk, option(typed_sockets)) ? connection_begin(sk, role) : NULL;
+	if (!c)
+		return;
+	own(c, current_tgid(), target->comm);
+	c->state = state;
+	name_ends(c, sk, option(typed_sockets));
+	connection_show(c, number_of(c, sk, option(typed_sockets)));
+	send_event(ctx, c, WHAT_STATE, old, 0);
+}
+
 static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 {
 	struct target *target = watched_process();
@@ -111,29 +127,17 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 		send_end(ctx, c);
 		bpf_map_delete_elem(map_of(connections), &key);
 	}
-	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_CLIENT) : NULL;
-	if (!c)
-		return 0;
-	own(c, current_tgid(), target->comm);
-	c->state = TCP_SYN_SENT;
-	name_ends(c, sk, option(typed_sockets));
-	send_event(ctx, c, WHAT_STATE, old, 0);
+	if (target)
+		begin_by_process(ctx, sk, target, ROLE_CLIENT, old, TCP_SYN_SENT);
 	return 0;
 }
 
 static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
 {
 	struct target *target = watched_process();
-	struct tcp_connection *c;
 
-	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_LISTENER) : NULL;
-	if (!c)
-		return 0;
-	own(c, current_tgid(), target->comm);
-	c->state = TCP_LISTEN;
-	name_ends(c, sk, option(typed_sockets));
-	port_take(c);
-	send_event(ctx, c, WHAT_STATE, old, 0);
+	if (target)
+		begin_by_process(ctx, sk, target, ROLE_LISTENER, old, TCP_LISTEN);
 	return 0;
 }
 
@@ -141,18 +145,19 @@ static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
  * sent together with the next one. */
 static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 {
-	struct port_key key = {.network = network_of(sk), .port = local_port_of(sk)};
-	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
+	struct found_owner owner = {};
 	struct tcp_connection *c;
 
-	c = owner && is_tcp(sk) ? connection_begin(sk, ROLE_SERVER) : NULL;
+	if (!owner_by_listener(listener_of_child(sk), &owner))
+		return 0;
+	c = connection_begin(sk, ROLE_SERVER);
 	if (!c)
 		return 0;
-	own(c, owner->pid, owner->comm);
+	own(c, owner.pid, owner.comm);
 	c->presumed = true;
-	c->cookie = our_number(c); /* the socket's may still be the listener's */
 	c->state = TCP_SYN_RECV;
-	c->local_port = key.port;
+	c->local_port = local_port_of(sk);
+	connection_show(c, our_number(c)); /* the socket's may still be the listener's */
 	return 0;
 }
 
@@ -166,7 +171,7 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 	if (!tp)
 		return;
 	if (c->role == ROLE_SERVER)
-		c->cookie = number_of(c, sk);
+		c->cookie = number_of(c, sk, option(typed_sockets));
 	c->delivered = socket_read(tp, delivered);
 	srtt_us = socket_read(tp, srtt_us);
 	if (srtt_us)
@@ -183,6 +188,8 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 
 static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 {
+	if (c->error == ECONNABORTED)
+		return END_ABORTED;
 	if (c->resets_received)
 		return old == TCP_SYN_SENT ? END_REFUSED : END_RESET_REMOTE;
 	if (c->error == 110) /* ETIMEDOUT */
@@ -218,16 +225,15 @@ static __always_inline void note_fin(struct tcp_connection *c, int old, int stat
 
 static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
 {
-	struct tcp_connection *c;
+	bool by_process = held_by_process(sk) && old != TCP_LISTEN && !is_destroyed_by_other(sk);
+	struct tcp_connection *c = connection_met(sk, by_process);
 
-	c = connection_met(sk, held_by_process(sk) && old != TCP_LISTEN);
 	if (!c || c->ended_ns)
 		return 0;
 	c->state = state;
 	if (c->role == ROLE_LISTENER) {
 		if (state != TCP_CLOSE)
 			return 0;
-		port_release(c);
 		c->ended_ns = bpf_ktime_get_ns();
 	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
 		on_established(c, sk);
@@ -256,10 +262,14 @@ static __always_inline int on_state(void *ctx, struct sock *sk, int old, int sta
 
 static __always_inline int on_destroy(void *ctx, struct sock *sk)
 {
-	bool held = surely_no_target(current_tgid()) ? false : held_by_process(sk);
-	struct tcp_connection *c = held ? connection_met(sk, true) : connection_of(sk);
+	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
+	/* A process that nobody watches only matters where the owner is presumed. */
+	if ((c && c->presumed) || !surely_no_target(current_tgid())) {
+		if (held_by_process(sk) && !(c && is_destroyed_by_other(sk)))
+			c = connection_met(sk, true);
+	}
 	if (!c)
 		return 0;
 	if (!c->ended_ns)
@@ -382,7 +392,7 @@ static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reaso
 		return 0;
 	c->resets_sent++;
 	c->reset_reason = reason;
-	if (c->ended_ns && c->role != ROLE_LISTENER) {
+	if (c->ended_ns && c->role != ROLE_LISTENER && c->end != END_ABORTED) {
 		c->end = END_RESET_LOCAL;
 		c->segments_sent = kernel_read((struct tcp_sock *)sk, segs_out);
 	}
@@ -735,12 +745,30 @@ static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const c
 }
 
 /* A process that is not watched has it open: drop it if it was only presumed to be ours. */
-static __always_inline void had_by_other(struct tcp_connection *c, struct sock *sk)
+static __always_inline void had_by_other(struct sock *sk)
 {
+	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
 	if (c && c->presumed)
 		bpf_map_delete_elem(map_of(connections), &key);
+	else if (c && c->role == ROLE_LISTENER)
+		c->shared = true;
+}
+
+/* A watched process has it open, which is found now if it was not known. */
+static __noinline int had_by_target(struct sock *sk, __u32 tgid, const char *comm, __u32 now)
+{
+	struct tcp_connection *c = connection_of(sk);
+
+	if (!c && is_tcp(sk, false)) {
+		c = connection_find(sk, tgid, comm, false);
+		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
+			account_map_full();
+	}
+	if (c)
+		had_by(c, tgid, comm, now);
+	return 0;
 }
 
 static __always_inline struct sock *socket_in(struct file *file)
@@ -753,6 +781,30 @@ static __always_inline struct sock *socket_in(struct file *file)
 	return socket ? socket->sk : NULL;
 }
 
+#define MOST_SUBFLOWS 8 /* as in the kernel (MPTCP_SUBFLOWS_MAX) */
+
+/* The connection behind NODE in the list of an MPTCP socket that begins and ends at LIST, or NULL;
+ * sets NODE to its place in the list. */
+static __always_inline struct sock *next_subflow(__u64 *node, __u64 list)
+{
+	*node = (__u64)kernel_read((struct list_head *)*node, next);
+	if (!*node || *node == list)
+		return NULL;
+	return kernel_read(
+	    (struct mptcp_subflow_context *)(*node -
+					     member_offset(struct mptcp_subflow_context, node)),
+	    tcp_sock);
+}
+
+static __always_inline void had_open(struct sock *sk, bool watched, __u32 tgid, const char *comm,
+				     __u32 now)
+{
+	if (watched)
+		had_by_target(sk, tgid, comm, now);
+	else
+		had_by_other(sk);
+}
+
 /* Walks the open files of all processes, for sockets that existed before or were passed on from
  * another process, and for the present owners of known ones. */
 SEC("iter/task_file")
@@ -762,9 +814,10 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 	char comm[COMM_BYTES] = {};
-	struct tcp_connection *c;
 	struct target *target;
+	__u64 list, node;
 	struct sock *sk;
+	bool watched;
 	__u32 tgid;
 
 	if (!task || !file || !number)
@@ -772,22 +825,20 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	sk = socket_in(file);
 	if (!sk)
 		return 0;
-	c = connection_of(sk);
 	tgid = task->tgid;
 	target = bpf_map_lookup_elem(map_of(targets), &tgid);
-	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST) {
-		had_by_other(c, sk);
+	watched = target ? target->state != TARGET_ARMED : option(selection) == SELECT_HOST;
+	if (watched)
+		kernel_read_string(&comm, kernel_read(task, group_leader), comm);
+	if (!is_of_protocol(sk, IPPROTO_MPTCP, false)) {
+		if (watched && is_tcp(sk, false) && !connection_of(sk))
+			make_cookie(sk);
+		had_open(sk, watched, tgid, comm, *number);
 		return 0;
 	}
-	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
-	if (!c && is_tcp(sk)) {
-		make_cookie(sk);
-		c = connection_find(sk, tgid, comm);
-		if (!c && *number == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
-			account_map_full();
-	}
-	if (c)
-		had_by(c, tgid, comm, *number);
+	list = node = (__u64)sk + member_offset(struct mptcp_sock, conn_list);
+	for (int i = 0; i < MOST_SUBFLOWS && (sk = next_subflow(&node, list)); i++)
+		had_open(sk, watched, tgid, comm, *number);
 	return 0;
 }
 
