@@ -15,6 +15,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
     Seen,
     Side,
+    connected,
     following,
     listen,
     looks_up_owners,
@@ -243,3 +244,27 @@ def test_segments_that_never_left_do_not_hide_the_role(
             assert row.role == (CLIENT if watched == "client" else SERVER)
             assert row.total.bytes_sent == 51_000
             assert sum(r.delta.bytes_sent for r in seen.rows) == 1000
+
+
+@pytest.mark.long
+def test_a_million_open_files_are_walked_through() -> None:
+    if not looks_up_owners():
+        pytest.skip("no program walks through open files")
+    with puppets(3) as (client, server, holder):
+        connected(client, server, "127.0.0.1")
+        send(client, "c", server, "s", 10)
+        holder.do("import resource; most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]")
+        holder.do("resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))")
+        holder.do("n = 1_000_100 // (most - 100) + 1; r, w = os.pipe()")
+        holder.do("files = [os.dup(0) for _ in range(min(most - 100, 1_000_100))]")
+        # The children end with their parent's end of the pipe.
+        holder.do(
+            "exec('for _ in range(n):\\n if not os.fork(): os.close(w); os.read(r, 1); os._exit(0)')"
+        )
+        with following(client, server) as seen:
+            seen.drain()
+            assert {row.role: row.pid for row in seen.rows} == {
+                CLIENT: client.pid,
+                SERVER: server.pid,
+            }
+        holder.do("os.close(w); [os.wait() for _ in range(n)]")
