@@ -17,8 +17,9 @@ from coral.bpf.loading.bcc_object import BccObject
 from coral.bpf.loading.object import BpfObject, RecordReader
 from coral.bpf.probing.features import Feature, Features
 
-# The suffix of the programs for each hook.
-SUFFIXES: Final = {"tp_btf": "btf", "raw_tp": "raw", "tracepoint": "tp"}
+# The hooks of programs for raw tracepoints, best first.
+HOOKS: Final = ("tp_btf", "raw_tp")
+SESSIONS: Final = 64  # as in sessions.bpf.h
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
 _NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"
@@ -50,6 +51,12 @@ class Rung:
     buffer: Step
     reads: Step
     on_demand: Feature  # hash elements are allocated when they are needed
+    session_maps: Feature  # sessions of different sizes share one object
+
+    @property
+    def slots(self) -> int:
+        """How many sessions can share one object."""
+        return SESSIONS if self.session_maps.available else 1
 
     def __iter__(self) -> Iterator[Step]:
         steps = (self.loader, self.hook, self.state, self.buffer, self.reads)
@@ -72,13 +79,13 @@ class Rung:
         walks: Sequence[str] = (),
         without_maps: Collection[str] = (),
     ) -> BpfObject:
-        """The object NAME with PROGRAMS, named without the hook's suffix, as the rung has it.
+        """The object NAME with PROGRAMS, as the rung has it.
 
         `records` is the size of the record buffer in bytes, 0 if the collector sends none;
         `preallocated` are the hash maps whose elements are allocated at load time on kernels that
-        cannot allocate them on demand; `walks` are programs by their full names; `without_maps` are
-        not created, nor are those that the rung does not use. The object has to include
-        records.bpf.h, and thread.bpf.h if the rung has a thread state.
+        cannot allocate them on demand; `walks` are programs that user space runs;
+        `without_maps` are not created, nor are those that the rung does not use. The object has to
+        include records.bpf.h, and thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
         without = [*without_maps] + ([] if records and ringed else ["ring"])
@@ -93,7 +100,7 @@ class Rung:
         cls = BpfObject if self.loader.taken == "core" else BccObject
         return cls(
             name,
-            programs=[f"{program}_{SUFFIXES[self.hook.taken]}" for program in wanted],
+            programs=wanted,
             walks=walks,
             options={
                 **settings,
@@ -103,6 +110,7 @@ class Rung:
             map_entries={**map_entries, **({"ring": records} if records and ringed else {})},
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
+            typed=self.hook.taken == "tp_btf",
             batches=self.reads.taken == "batch",
         )
 
@@ -150,6 +158,7 @@ def climb(features: Features, hooks: Sequence[str], *, thread_state: bool = True
         _first(features, "record buffer", ("ring_buffer", "perf_buffer"), {}),
         _first(features, "map reads", ("batch", _ALL), {}, free=_ALL),
         features["elements_on_demand"],
+        features["session_maps"],
     )
 
 

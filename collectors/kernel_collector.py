@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from coral.bpf import BpfObject, Features, RecordReader, Rung, climb
 from coral.bpf.buffers.maps import sum_over_cpus
+from coral.bpf.rung import HOOKS
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -77,7 +78,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     options_type: ClassVar[type[KernelOptions]]
     # The kinds of hooks that the programs are written for, best first.
-    hooks: ClassVar[Sequence[str]] = ("tp_btf", "raw_tp", "tracepoint")
+    hooks: ClassVar[Sequence[str]] = HOOKS
     # Whether the programs keep a state for each thread (thread.bpf.h).
     thread_state: ClassVar[bool] = False
 

@@ -43,12 +43,11 @@ PATIENCE = float(os.environ.get("CORAL_TEST_PATIENCE", "1"))
 RUNGS: dict[str, tuple[str, ...]] = {
     "best": (),
     "raw_tp": ("tp_btf",),
-    "tracepoint": ("tp_btf", "raw_tp"),
     "hash": ("task_storage",),
     "perf_buffer": ("ring_buffer",),
     "key by key": ("batch",),
     "preallocated": ("elements_on_demand", "task_storage"),
-    "oldest": ("tp_btf", "raw_tp", "task_storage", "ring_buffer", "batch", "elements_on_demand"),
+    "oldest": ("tp_btf", "task_storage", "ring_buffer", "batch", "elements_on_demand"),
 }
 
 T = TypeVar("T")

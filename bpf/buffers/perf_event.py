@@ -1,4 +1,4 @@
-"""perf_event_open(2), on which perf buffers and tracepoints are built."""
+"""perf_event_open(2), on which perf buffers are built."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ import os
 import platform
 import struct
 from ctypes import c_long
-from pathlib import Path
 from typing import Final
-
-# Where the ids of tracepoints are found, in order of preference.
-TRACEFS: Final = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 
 _SYS_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241}
 # struct perf_event_attr in its first version, which every kernel accepts.

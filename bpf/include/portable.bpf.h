@@ -8,12 +8,14 @@
  *
  *	MAP(HASH, name, key type, value type, entries, flags)	map_of(name)
  *	BUFFER(RINGBUF, name, bytes)				map_of(name)
+ *	SESSION_MAPS(HASH, name, ...)	a map for each session	map_of_session(name, slot), or NULL
+ *	SESSION_BUFFERS(RINGBUF, name)	likewise, or PERF_EVENT_ARRAY
  *	OPTION(type, name, value)	option(name), a constant of the loaded program
  *	OPTIONS(type, name, count)	element(name, index), a pointer, or NULL
  *	GLOBAL(type, name)		global(name), likewise; user space reads and writes it too
  *	GLOBALS(type, name, count)	element(name, index), likewise
- *	int RAW_PROGRAM(name, ...)	a program of tp_btf/ or raw_tp/, with the hook's arguments
- *	int BTF_PROGRAM(name, ...)	likewise, one that is only for tp_btf/
+ *	int RAW_PROGRAM(name, ...)	a program of raw_tp/, with the hook's arguments; the loader
+ *					makes it one of tp_btf/ where the kernel knows their types
  *	int PROGRAM(name, argument)	a program of any other kind
  *	IN_BTF(struct record, record)	puts a type into the BTF, for user space
  *	kernel_read(task, tgid)		a member of a kernel structure
@@ -31,8 +33,10 @@
 #define LOAD_MAP    14
 #define LOAD_OPTION 15
 
-#define MAP(kind, name, key_type, value_type, entries, flags) _Static_assert(1, "")
-#define BUFFER(kind, name, bytes)			      _Static_assert(1, "")
+#define MAP(kind, name, key_type, value_type, entries, flags)	       _Static_assert(1, "")
+#define BUFFER(kind, name, bytes)				       _Static_assert(1, "")
+#define SESSION_MAPS(kind, name, key_type, value_type, entries, flags) _Static_assert(1, "")
+#define SESSION_BUFFERS(kind, name)				       _Static_assert(1, "")
 #define map_of(name) ((void *)bpf_pseudo_fd(LOAD_MAP, MAP_##name))
 
 /* Declared for their types only: an option becomes an instruction, anything else an array map. */
@@ -62,9 +66,6 @@ static __always_inline void *element_at(void *map, __u32 index)
 		return name##_(___bpf_ctx_cast(args));                                             \
 	}                                                                                          \
 	static __always_inline int name##_(unsigned long long *ctx, ##args)
-/* Cannot be loaded, so it is not compiled: that saves a third of the compiler's work. */
-#define BTF_PROGRAM(name, args...)                                                                 \
-	static inline __attribute__((unused)) name(unsigned long long *ctx, ##args)
 #define LICENSED_AS(license) _Static_assert(1, license)
 #define IN_BTF(type, name)   _Static_assert(1, "")
 
@@ -100,6 +101,42 @@ static __always_inline void *element_at(void *map, __u32 index)
 	} name SEC(".maps")
 #define map_of(name) (&(name))
 
+/*
+ * Maps of sessions (sessions.bpf.h), by slot. User space makes and installs each; the one here is
+ * their prototype. Kernels before 5.10 want them to have its size.
+ */
+#define MAPS_OF_SESSIONS(name, prototype)                                                          \
+	struct {                                                                                   \
+		__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);                                          \
+		__uint(max_entries, SESSIONS);                                                     \
+		__type(key, __u32);                                                                \
+		__array(values, prototype);                                                        \
+	} name SEC(".maps")
+#define SESSION_MAPS(kind, name, key_type, value_type, entries, flags)                             \
+	struct name##_of_session {                                                                 \
+		__uint(type, BPF_MAP_TYPE_##kind);                                                 \
+		__uint(max_entries, entries);                                                      \
+		__uint(map_flags, flags);                                                          \
+		__type(key, key_type);                                                             \
+		__type(value, value_type);                                                         \
+	};                                                                                         \
+	struct name##_element { /* clang only declares types that are met in a prototype alone */  \
+		key_type key;                                                                      \
+		value_type value;                                                                  \
+	};                                                                                         \
+	IN_BTF(struct name##_element, name##_element);                                             \
+	MAPS_OF_SESSIONS(name, struct name##_of_session)
+#define SESSION_BUFFERS(kind, name)                                                                \
+	struct name##_of_session {                                                                 \
+		__uint(type, BPF_MAP_TYPE_##kind);                                                 \
+		PROTOTYPE_##kind                                                                   \
+	};                                                                                         \
+	MAPS_OF_SESSIONS(name, struct name##_of_session)
+#define PROTOTYPE_RINGBUF __uint(max_entries, 4096);
+#define PROTOTYPE_PERF_EVENT_ARRAY                                                                 \
+	__type(key, __u32);                                                                        \
+	__type(value, __u32);
+
 #define OPTION(type, name, value)  const volatile type name = value
 #define OPTIONS(type, name, count) const volatile type name[count] = {0}
 #define GLOBAL(type, name)	   volatile type name = 0
@@ -110,7 +147,6 @@ static __always_inline void *element_at(void *map, __u32 index)
 
 #define PROGRAM(name, argument) name(argument)
 #define RAW_PROGRAM		BPF_PROG
-#define BTF_PROGRAM		BPF_PROG
 #define LICENSED_AS(license)	char LICENSE[] SEC("license") = license
 
 #define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))
@@ -128,3 +164,10 @@ static __always_inline void *element_at(void *map, __u32 index)
 	})
 
 #endif
+
+#define map_of_session(name, slot) inner_map_at(map_of(name), slot)
+
+static __always_inline void *inner_map_at(void *maps, __u32 slot)
+{
+	return bpf_map_lookup_elem(maps, &slot);
+}

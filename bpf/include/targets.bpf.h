@@ -156,66 +156,20 @@ static __always_inline int on_task_fork(struct task_struct *child)
 	return tgid == current_tgid() ? 0 : on_fork(tgid);
 }
 
-SEC("tp_btf/sched_process_fork")
-int RAW_PROGRAM(coral_fork_btf, struct task_struct *parent, struct task_struct *child)
-{
-	return on_task_fork(child);
-}
-
 SEC("raw_tp/sched_process_fork")
-int RAW_PROGRAM(coral_fork_raw, struct task_struct *parent, struct task_struct *child)
+int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *child)
 {
 	return on_task_fork(child);
-}
-
-#define CLONE_THREAD_FLAG 0x10000
-
-/* As in events/task/task_newtask/format; sched_process_fork does not distinguish threads. */
-struct newtask_arguments {
-	__u64 common;
-	int pid;
-	char comm[COMM_BYTES];
-	unsigned long clone_flags;
-};
-
-SEC("tracepoint/task/task_newtask")
-int PROGRAM(coral_fork_tp, struct newtask_arguments *ctx)
-{
-	return ctx->clone_flags & CLONE_THREAD_FLAG ? 0 : on_fork(ctx->pid);
-}
-
-SEC("tp_btf/sched_process_exec")
-int RAW_PROGRAM(coral_exec_btf, void *task)
-{
-	return on_exec();
 }
 
 SEC("raw_tp/sched_process_exec")
-int RAW_PROGRAM(coral_exec_raw, void *task)
+int RAW_PROGRAM(coral_exec, void *task)
 {
 	return on_exec();
-}
-
-SEC("tracepoint/sched/sched_process_exec")
-int PROGRAM(coral_exec_tp, void *ctx)
-{
-	return on_exec();
-}
-
-SEC("tp_btf/sched_process_exit")
-int RAW_PROGRAM(coral_gone_btf, void *task)
-{
-	return on_exit();
 }
 
 SEC("raw_tp/sched_process_exit")
-int RAW_PROGRAM(coral_gone_raw, void *task)
-{
-	return on_exit();
-}
-
-SEC("tracepoint/sched/sched_process_exit")
-int PROGRAM(coral_gone_tp, void *ctx)
+int RAW_PROGRAM(coral_gone, void *task)
 {
 	return on_exit();
 }

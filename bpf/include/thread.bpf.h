@@ -46,20 +46,8 @@ static __always_inline int thread_forget(void)
 	return 0;
 }
 
-SEC("tp_btf/sched_process_exit")
-int RAW_PROGRAM(coral_forget_btf, void *task)
-{
-	return thread_forget();
-}
-
 SEC("raw_tp/sched_process_exit")
-int RAW_PROGRAM(coral_forget_raw, void *task)
-{
-	return thread_forget();
-}
-
-SEC("tracepoint/sched/sched_process_exit")
-int PROGRAM(coral_forget_tp, void *ctx)
+int RAW_PROGRAM(coral_forget, void *task)
 {
 	return thread_forget();
 }

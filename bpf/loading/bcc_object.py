@@ -10,56 +10,32 @@ kernels have no other kind.
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import os
 from collections.abc import Iterable, Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
-from functools import partial
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_void_p
 from typing import Any, Final
 
 import numpy as np
 
 from coral.bpf.buffers.maps import HashMap
-from coral.bpf.buffers.perf_event import TRACEFS, open_perf_event
-from coral.bpf.libbpf import LoadError, call, call_string, capture_log
+from coral.bpf.libbpf import LoadError, call, capture_log
 from coral.bpf.loading import bcc
 from coral.bpf.loading.btf import NoLayoutError
+from coral.bpf.loading.map_definition import ARRAY, MapDefinition
 from coral.bpf.loading.object import VERIFIER_LOG_BYTES, BpfObject
 
 _LOAD_64: Final = 0x18  # a 64-bit constant, in two instructions
 _PSEUDO_MAP_FD: Final = 1
 _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
 _NO_MAP: Final = -1
-_RAW, _PLAIN = _KINDS = ("raw_tp", "tracepoint")
+_RAW_TP: Final = "raw_tp"
 _VARIABLES_FROM: Final = 1000  # numbers of variables that are maps, behind those of maps
-_ARRAY: Final = 2
-_PERF_EVENT_ARRAY: Final = 4
-_PERF_TYPE_TRACEPOINT: Final = 2
-_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _NAME_BYTES: Final = 15
 _READ_ONLY: Final = ".rodata"
 
 _INSTRUCTION: Final = np.dtype(
     [("code", "u1"), ("registers", "u1"), ("offset", "i2"), ("imm", "i4")]
 )
-
-
-class _MapOptions(ctypes.Structure):
-    """struct bpf_map_create_opts of libbpf."""
-
-    _fields_ = (
-        ("size", c_size_t),
-        ("btf_fd", c_uint32),
-        ("btf_key_type_id", c_uint32),
-        ("btf_value_type_id", c_uint32),
-        ("btf_vmlinux_value_type_id", c_uint32),
-        ("inner_map_fd", c_uint32),
-        ("map_flags", c_uint32),
-        ("map_extra", c_uint64),
-        ("numa_node", c_uint32),
-        ("map_ifindex", c_uint32),
-    )
 
 
 class _ProgramOptions(ctypes.Structure):
@@ -121,15 +97,7 @@ class BccObject(BpfObject):
             self._load_program(name, _linked(compiled[name], fds, values))
 
     def _attachable(self) -> tuple[str, ...]:
-        hooks = {name: self._hook_of(name)[0] for name in self._programs}
-        return tuple(name for name, kind in hooks.items() if kind in _KINDS)
-
-    def _hook_of(self, name: str) -> tuple[str, str]:
-        """The kind and the name of a program's hook."""
-        kind, _, hook = call_string("bpf_program__section_name", self._programs[name]).partition(
-            "/"
-        )
-        return kind, hook
+        return tuple(name for name in self._programs if self._hook_of(name)[0] == _RAW_TP)
 
     def _split_variables(self) -> tuple[list[str], list[str]]:
         """The names of the variables that are constants of programs, and of those that are maps."""
@@ -145,25 +113,24 @@ class BccObject(BpfObject):
         return options, variables
 
     def _make_map(self, name: str) -> None:
-        bpf_map = self._maps[name]
-        kind = call("bpf_map__type", bpf_map)
-        entries = call("bpf_map__max_entries", bpf_map)
-        if kind == _PERF_EVENT_ARRAY and not entries:
-            entries = call("libbpf_num_possible_cpus")
-        self._fds[name] = _create_map(
-            name,
-            kind,
-            (call("bpf_map__key_size", bpf_map), call("bpf_map__value_size", bpf_map)),
-            entries,
-            call("bpf_map__map_flags", bpf_map),
-        )
+        definition = self._definitions[name]
+        if name in self._shared:
+            self._fds[name] = os.dup(self._shared[name])
+        elif definition.inner:
+            prototype = definition.inner.create()
+            try:
+                self._fds[name] = definition.create(prototype)
+            finally:
+                os.close(prototype)
+        else:
+            self._fds[name] = definition.create()
 
     def _make_variable(self, name: str) -> None:
         """Creates an array map with the elements of the variable, and their initial values."""
         initial = np.atleast_1d(self._initial_value(name))
-        fd = _create_map(name, _ARRAY, (4, initial.dtype.itemsize), len(initial), 0)
+        fd = MapDefinition(name, ARRAY, 4, initial.dtype.itemsize, len(initial), 0).create()
         self._fds[name] = fd
-        variable = HashMap(name, fd, _ARRAY, np.dtype(np.uint32), initial.dtype)
+        variable = HashMap(name, fd, ARRAY, np.dtype(np.uint32), initial.dtype)
         self._variables[name] = variable
         for index in np.flatnonzero(initial != np.zeros(1, initial.dtype)).tolist():
             variable.write(index, initial[index])
@@ -190,28 +157,13 @@ class BccObject(BpfObject):
             raise LoadError(f"loading {name}, compiled by bcc", -fd, verifier_log or said())
         self._fds[name] = fd
 
-    def _attach_once(self, name: str) -> int:
-        kind, hook = self._hook_of(name)
-        if kind == _RAW:
-            fd = call("bpf_raw_tracepoint_open", hook.encode(), self._fds[name])
-            if fd < 0:
-                return -fd
-        elif kind == _PLAIN:
-            try:
-                fd = _open_tracepoint(hook, self._fds[name])
-            except OSError as error:
-                return error.errno or errno.EIO
-        else:
-            return errno.EOPNOTSUPP
-        self._links.append(partial(os.close, fd))
-        return 0
-
     def map_fd(self, name: str) -> int:
         """See `BpfObject`."""
         return self._fds.get(name, -1)
 
     def _map_fds(self) -> Iterable[int]:
-        return [fd for name, fd in self._fds.items() if name not in self._programs]
+        others = {*self._programs, *self._shared}
+        return [fd for name, fd in self._fds.items() if name not in others]
 
     def _program_fd(self, name: str) -> int:
         return self._fds[name]
@@ -237,22 +189,6 @@ class BccObject(BpfObject):
             os.close(self._fds.popitem()[1])
 
 
-def _create_map(name: str, kind: int, sizes: tuple[int, int], entries: int, flags: int) -> int:
-    options = _MapOptions(size=ctypes.sizeof(_MapOptions), map_flags=flags)
-    with capture_log() as said:
-        fd = call(
-            "bpf_map_create",
-            kind,
-            name[:_NAME_BYTES].encode(),
-            *sizes,
-            entries,
-            byref(options),
-        )
-    if fd < 0:
-        raise LoadError(f"making map {name}", -fd, said())
-    return fd
-
-
 def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarray[Any, Any]:
     """Instructions with numbers replaced by the descriptors of maps and the values of options."""
     instructions = np.frombuffer(bytearray(code), _INSTRUCTION)
@@ -268,18 +204,3 @@ def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarr
     halves = np.array(values, np.uint64)[constants[at]].view(np.int32).reshape(-1, 2)
     constants[at], constants[at + 1] = halves.T
     return instructions
-
-
-def _open_tracepoint(hook: str, program_fd: int) -> int:
-    """A perf event of the tracepoint `category/name` that runs the program. Raises OSError."""
-    numbers = [path for root in TRACEFS if (path := root / "events" / hook / "id").exists()]
-    if not numbers:
-        raise FileNotFoundError(errno.ENOENT, f"tracefs is not mounted, or has no {hook}")
-    fd = open_perf_event(_PERF_TYPE_TRACEPOINT, config=int(numbers[0].read_text()), cpu=0)
-    try:
-        fcntl.ioctl(fd, _PERF_SET_BPF, program_fd)
-        fcntl.ioctl(fd, _PERF_ENABLE, 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd

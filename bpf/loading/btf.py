@@ -7,8 +7,10 @@ so the two cannot drift. Format: the kernel's Documentation/bpf/btf.rst.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -42,6 +44,7 @@ class _Type:
     kind: int
     size_or_type: int
     tail: bytes
+    flag: bool = False  # of an enum: its values are signed; of a struct: it has bit fields
 
     def members(self) -> list[tuple[int, int, int]]:
         """Three words for each member: name offset, type and bit offset for a struct; type, offset
@@ -102,7 +105,8 @@ class Btf:
         if tail_end > end:
             raise DamagedBtfError
         tail = raw[position + 12 : tail_end]
-        self._types.append(_Type(self._name(name_off), kind, size_or_type, tail))
+        flag = bool(info >> 31)
+        self._types.append(_Type(self._name(name_off), kind, size_or_type, tail, flag))
         return tail_end
 
     def _name(self, offset: int) -> str:
@@ -124,7 +128,10 @@ class Btf:
 
     def dtype(self, type_id: int) -> np.dtype[np.generic]:
         """The numpy layout of a type: integers, enums, floats, bools, structs, and arrays of them;
-        an array of `char` is a byte string. Raises `NoLayoutError` for other types."""
+        an array of `char` is a byte string, and no type (0) has no bytes. Raises `NoLayoutError`
+        for other types."""
+        if not type_id:
+            return np.dtype("V0")
         if type_id not in self._dtypes:
             self._dtypes[type_id] = None
             try:
@@ -150,7 +157,7 @@ class Btf:
                 return np.dtype(np.bool_)
             return np.dtype(f"{'i' if encoding & _INT_SIGNED else 'u'}{btf_type.size_or_type}")
         if kind in (_ENUM, _ENUM64):
-            return np.dtype(f"u{btf_type.size_or_type}")
+            return np.dtype(f"{'i' if self._is_signed(btf_type) else 'u'}{btf_type.size_or_type}")
         if kind == _FLOAT:
             return np.dtype(f"f{btf_type.size_or_type}")
         if kind == _ARRAY:
@@ -180,6 +187,27 @@ class Btf:
             if btf_type.kind == _STRUCT and btf_type.name == name:
                 return self.dtype(type_id)
         raise KeyError(f"the object's BTF has no struct {name}")
+
+    def enum(self, name: str) -> Mapping[str, int]:
+        """The names and values of `enum NAME`, in the order of the source. KeyError if the object
+        has no such enum."""
+        for btf_type in self._types:
+            if btf_type.kind in (_ENUM, _ENUM64) and btf_type.name == name:
+                return MappingProxyType(dict(self._enumerators(btf_type)))
+        raise KeyError(f"the object's BTF has no enum {name}")
+
+    def _enumerators(self, btf_type: _Type) -> Iterator[tuple[str, int]]:
+        if btf_type.kind == _ENUM:  # a C enumerator is an int, whether or not the flag says so
+            for name_off, value in struct.iter_unpack("=Ii", btf_type.tail):
+                yield self._name(name_off), value
+            return
+        for name_off, low, high in struct.iter_unpack("=III", btf_type.tail):
+            value = high << 32 | low
+            yield self._name(name_off), value - (value >> 63 << 64 if btf_type.flag else 0)
+
+    def _is_signed(self, btf_type: _Type) -> bool:
+        """Whether an enum has negative values; clang before 15 does not set the flag."""
+        return btf_type.flag or any(value < 0 for _, value in self._enumerators(btf_type))
 
     @cached_property
     def variables(self) -> dict[str, Variable]:

@@ -1,6 +1,6 @@
 """A compiled eBPF object: chosen programs, set options, loaded, attached, closed.
 
-    with BpfObject("syscall_stats", programs=("coral_enter_btf", "coral_exit_btf")) as o:
+    with BpfObject("syscall_stats", programs=("coral_enter", "coral_exit")) as o:
         o.attach()
         keys, values = o.map("stats").read()
 
@@ -17,16 +17,16 @@ import re
 import select
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from ctypes import byref, c_char_p, c_size_t, c_uint32
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.bpf.attaching.link import FdLink, Link
 from coral.bpf.buffers.element_reader import ElementReader, run_program
 from coral.bpf.buffers.maps import HashMap, fdinfo
 from coral.bpf.buffers.perf_buffer import PerfReader
@@ -44,12 +44,16 @@ from coral.bpf.libbpf import (
 )
 from coral.bpf.loading import seal
 from coral.bpf.loading.btf import Btf, Variable
+from coral.bpf.loading.map_definition import InnerMap, MapDefinition
 
 # The most instructions that the verifier processes: BPF_COMPLEXITY_LIMIT_INSNS.
 VERIFIER_LIMIT: Final = 1_000_000
 VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
 _STATS_RUN_TIME: Final = 0
+_TRACING: Final = 26  # BPF_PROG_TYPE_TRACING
+_TRACE_RAW_TP: Final = 23
+_RAW_TP: Final = "raw_tp"
 # libbpf retries a map that the kernel refuses without its types; if the map must have them, the
 # second errno is meaningless.
 _RETRIED: Final = re.compile(
@@ -62,6 +66,19 @@ class _OpenOptions(ctypes.Structure):
     """struct bpf_object_open_opts of libbpf, with the members used here."""
 
     _fields_ = (("size", c_size_t), ("object_name", c_char_p))
+
+
+class _LibbpfLink:
+    """An attachment that libbpf made."""
+
+    def __init__(self, link: int) -> None:
+        self._link = link
+
+    def detach(self) -> None:
+        """See `Link`."""
+        link, self._link = self._link, 0
+        if link:
+            call("bpf_link__destroy", link)
 
 
 class RecordReader(Protocol):
@@ -125,10 +142,12 @@ class BpfObject:
 
     `programs` are loaded and attached; `walks` are loaded, for `walk`, `element_reader` or `run`;
     others are not. `options` set the C program's `const volatile` globals; `map_entries` and
-    `map_flags` change maps before they are made; `without_maps` are not made at all: no chosen
-    program may use them. A name that the object does not have is a KeyError. Maps are read in
-    batches where the kernel has them, unless BATCHES is off. Nothing touches the kernel before
-    `load`.
+    `map_flags` change maps before they are made, or the prototype of the maps in a map of maps;
+    `without_maps` are not made at all: no chosen program may use them. `shared` are maps of another
+    object, by their descriptors, which are used instead of new ones of those names. With TYPED,
+    programs of `raw_tp/` are loaded as those of `tp_btf/`: the verifier knows the types of their
+    arguments. A name that the object does not have is a KeyError. Maps are read in batches where
+    the kernel has them, unless BATCHES is off. Nothing touches the kernel before `load`.
     """
 
     def __init__(
@@ -141,6 +160,8 @@ class BpfObject:
         map_entries: Mapping[str, int] | None = None,
         map_flags: Mapping[str, int] | None = None,
         without_maps: Collection[str] = (),
+        shared: Mapping[str, int] | None = None,
+        typed: bool = False,
         batches: bool = True,
     ) -> None:
         self.path = name if isinstance(name, Path) else object_path(name)
@@ -150,13 +171,16 @@ class BpfObject:
         self._map_entries = dict(map_entries or {})
         self._map_flags = dict(map_flags or {})
         self._without_maps = frozenset(without_maps)
+        self._shared = dict(shared or {})
+        self._typed = typed
         self._batches = batches
         self._object = 0
         # Figures are read by another thread than the one that closes.
         self._lock = threading.Lock()
         self._programs: dict[str, int] = {}
         self._maps: dict[str, int] = {}
-        self._links: list[Callable[[], object]] = []
+        self._definitions: dict[str, MapDefinition] = {}
+        self._links: list[Link] = []
         self._readers: list[RecordReader] = []
         self._walks: list[Walk | ElementReader] = []
         self._sections: dict[str, mmap.mmap] = {}
@@ -196,13 +220,9 @@ class BpfObject:
                 self.btf = self._read_btf()
                 self._programs = dict(self._children("program"))
                 self._maps = dict(self._children("map"))
-                # libbpf forgets them if the kernel only accepts the map without its types.
-                self._map_types = {
-                    name: (
-                        call("bpf_map__btf_key_type_id", bpf_map),
-                        call("bpf_map__btf_value_type_id", bpf_map),
-                    )
-                    for name, bpf_map in self._maps.items()
+                # libbpf forgets prototypes, and types if the kernel only accepts the map without.
+                self._definitions = {
+                    name: MapDefinition.of(name, bpf_map) for name, bpf_map in self._maps.items()
                 }
                 self._configure()
             except (TypeError, ValueError, OverflowError) as error:
@@ -213,22 +233,61 @@ class BpfObject:
 
     def _load(self) -> None:
         """Creates the maps and loads the chosen programs."""
-        logs = []
-        for name, program in self._programs.items():
-            call("bpf_program__set_autoload", program, name in self._chosen)
-            if name in self._chosen:
-                # libbpf first loads without a log, and requests one only if that fails.
-                logs.append(ctypes.create_string_buffer(VERIFIER_LOG_BYTES))
-                call("bpf_program__set_log_buf", program, logs[-1], c_size_t(VERIFIER_LOG_BYTES))
-        for name in self._without_maps:
-            call("bpf_map__set_autocreate", self._maps[name], False)
-        with capture_log() as said:
+        logs = [self._choose(name) for name in self._chosen]
+        for name in self._programs.keys() - set(self._chosen):
+            call("bpf_program__set_autoload", self._programs[name], False)
+        with capture_log() as said, ExitStack() as prototypes:
+            self._prepare_maps(prototypes)
             error = -call("bpf_object__load", self._object)
         if error:
             verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
             if retried := _RETRIED.search(said()):
                 error = int(retried[2])
             raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
+
+    def _choose(self, name: str) -> ctypes.Array[ctypes.c_char]:
+        """Has libbpf load a program; the buffer for what the verifier says about it."""
+        if self._typed:
+            self._give_types(name)
+        # libbpf first loads without a log, and requests one only if that fails.
+        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+        call("bpf_program__set_autoload", self._programs[name], True)
+        call("bpf_program__set_log_buf", self._programs[name], log, c_size_t(VERIFIER_LOG_BYTES))
+        return log
+
+    def _prepare_maps(self, prototypes: ExitStack) -> None:
+        """Tells libbpf which maps not to make, and makes the PROTOTYPES of the maps in others,
+        whose size libbpf cannot change."""
+        for name, definition in self._definitions.items():
+            bpf_map = self._maps[name]
+            if name in self._without_maps:
+                call("bpf_map__set_autocreate", bpf_map, False)
+            elif name in self._shared:
+                if error := -call("bpf_map__reuse_fd", bpf_map, self._shared[name]):
+                    raise LoadError(f"sharing map {name}", error)
+            elif definition.inner:
+                fd = definition.inner.create()
+                prototypes.callback(os.close, fd)
+                call("bpf_map__set_inner_map_fd", bpf_map, fd)
+
+    def _give_types(self, name: str) -> None:
+        """Loads the raw tracepoint program NAME as one with typed arguments."""
+        kind, hook = self._hook_of(name)
+        if kind != _RAW_TP:
+            return
+        program = self._programs[name]
+        call("bpf_program__set_type", program, _TRACING)
+        call("bpf_program__set_expected_attach_type", program, _TRACE_RAW_TP)
+        with capture_log() as said:
+            error = -call("bpf_program__set_attach_target", program, 0, hook.encode())
+        if error:
+            raise LoadError(f"loading {name} for the tracepoint {hook}", error, said())
+
+    def _hook_of(self, name: str) -> tuple[str, str]:
+        """The kind and the name of a program's hook, as in its section."""
+        section = call_string("bpf_program__section_name", self._programs[name])
+        kind, _, hook = section.partition("/")
+        return kind, hook
 
     def _read_btf(self) -> Btf:
         size = c_uint32()
@@ -246,10 +305,12 @@ class BpfObject:
     def _configure(self) -> None:
         for name in self._chosen:
             self._programs[name]  # raises a KeyError with its name
-        for name, entries in self._map_entries.items():
-            call("bpf_map__set_max_entries", self._maps[name], entries)
-        for name, flags in self._map_flags.items():
-            call("bpf_map__set_map_flags", self._maps[name], flags)
+        for name in {*self._map_entries, *self._map_flags, *self._without_maps, *self._shared}:
+            self._definitions[name] = definition = self._definitions[name].changed(
+                self._map_entries.get(name), self._map_flags.get(name)
+            )
+            call("bpf_map__set_max_entries", self._maps[name], definition.entries)
+            call("bpf_map__set_map_flags", self._maps[name], definition.flags)
         for name, value in self._options.items():
             self._initial_value(name)[...] = value
 
@@ -312,14 +373,26 @@ class BpfObject:
                 if not error:
                     return
                 log = said()
-        raise AttachError(f"attaching {name} ({tries} tries)", error, log)
+        hook = self._hook_of(name)[1]
+        raise AttachError(f"attaching {name} to {hook} ({tries} tries)", error, log)
 
     def _attach_once(self, name: str) -> int:
         """0, or the errno."""
+        kind, hook = self._hook_of(name)
+        if kind == _RAW_TP:
+            # A typed program is bound to its tracepoint when it is loaded.
+            fd = call(
+                "bpf_raw_tracepoint_open",
+                None if self._typed else hook.encode(),
+                self._program_fd(name),
+            )
+            if fd >= 0:
+                self._links.append(FdLink(fd))
+            return max(0, -fd)
         link = call_pointer("bpf_program__attach", self._programs[name])
         if not link:
             return last_errno()
-        self._links.append(partial(call, "bpf_link__destroy", link))
+        self._links.append(_LibbpfLink(link))
         return 0
 
     def map_fd(self, name: str) -> int:
@@ -331,18 +404,42 @@ class BpfObject:
 
     def map(self, name: str) -> HashMap:
         """A map of the loaded object, with dtypes from its BTF. KeyError if there is none."""
-        key_type, value_type = self._map_types[name]
+        definition = self._definitions[name]
         return HashMap(
             name,
             self.map_fd(name),
-            call("bpf_map__type", self._maps[name]),
-            self.btf.dtype(key_type),
-            self.btf.dtype(value_type),
+            definition.kind,
+            self.btf.dtype(definition.key_type),
+            self.btf.dtype(definition.value_type),
             batches=self._batches,
         )
 
+    def make_inner(self, name: str, entries: int | None = None) -> InnerMap:
+        """A new map for the map of maps NAME, with dtypes from the object's BTF, and with ENTRIES
+        (of a ring buffer: bytes) unless it is to be as large as the prototype. The caller closes
+        it. KeyError if there is no such map; raises `LoadError`."""
+        inner = self._definitions[name].inner
+        if inner is None:
+            raise KeyError(f"{name} is no map of maps")
+        if entries is not None:
+            inner = inner.changed(entries)
+        return InnerMap(inner, self.btf.dtype, batches=self._batches)
+
+    def install(self, name: str, slot: int, fd: int) -> None:
+        """Puts a map into a slot of the map of maps NAME, for the programs to find. Waits until no
+        program uses an earlier map of that slot (some milliseconds). Raises `BpfError`: EINVAL for
+        a map that is not like the prototype."""
+        self.write_fd(name, slot, fd)
+
+    def uninstall(self, name: str, slot: int) -> None:
+        """Empties a slot of the map of maps NAME, and waits until no program uses its map (some
+        milliseconds). Safe to call twice. Raises `BpfError`."""
+        error = -call("bpf_map_delete_elem", self.map_fd(name), byref(c_uint32(slot)))
+        if error not in (0, errno.ENOENT):
+            raise BpfError(f"emptying slot {slot} of map {name}", error)
+
     def write_fd(self, name: str, index: int, fd: int) -> None:
-        """Puts a descriptor (of a cgroup) into an array map of descriptors."""
+        """Puts a descriptor (of a cgroup, of a map) into an array map of descriptors."""
         key, value = c_uint32(index), c_uint32(fd)
         error = -call("bpf_map_update_elem", self.map_fd(name), byref(key), byref(value), 0)
         if error:
@@ -353,7 +450,7 @@ class BpfObject:
         try:
             reader = RingReader(
                 self.map_fd(name),
-                call("bpf_map__max_entries", self._maps[name]),
+                self._definitions[name].entries,
                 self.btf.struct_dtype(record),
             )
         except OSError as error:
@@ -394,7 +491,7 @@ class BpfObject:
             self._program_fd(name),
             self.map(keys),
             self.map_fd(records),
-            call("bpf_map__max_entries", self._maps[records]),
+            self._definitions[records].entries,
             self.btf.struct_dtype(record),
         )
         self._walks.append(reader)
@@ -411,7 +508,8 @@ class BpfObject:
 
     @property
     def map_memory_bytes(self) -> int:
-        """What the kernel charges for all maps of the object; the last known figure if there is no
+        """What the kernel charges for all maps that the object made, apart from those of
+        `make_inner`, which have a figure of their own; the last known figure if there is no
         descriptor left to read it."""
         with self._lock, suppress(OSError):
             charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
@@ -419,7 +517,7 @@ class BpfObject:
         return self._map_memory_bytes
 
     def _map_fds(self) -> Iterable[int]:
-        return [self.map_fd(name) for name in self._maps]
+        return [self.map_fd(name) for name in self._maps if name not in self._shared]
 
     def program_stats(self) -> dict[str, ProgramStats]:
         """The kernel's figures of each loaded program; empty once closed. A program is left out if
@@ -442,7 +540,7 @@ class BpfObject:
     def detach(self) -> None:
         """Detaches every program; maps stay readable until `close`."""
         while self._links:
-            self._links.pop()()
+            self._links.pop().detach()
 
     def close(self) -> None:
         """Detaches the programs and frees everything. Safe to call twice, or before `load`."""

@@ -34,12 +34,12 @@ VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
 _PROBE_RECORD: Final = "coral_p_record"
 _PROBE_RUN: Final = "coral_p_syscall"
+_PROBE_SESSIONS: Final = "coral_p_sessions"
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
-    "tp_btf": "coral_p_tp_btf",
+    "tp_btf": "coral_p_raw_tp",
     "raw_tp": "coral_p_raw_tp",
-    "tracepoint": "coral_p_tp",
     "fentry": "coral_p_fentry",
     "kprobe": "coral_p_kprobe",
 }
@@ -110,12 +110,13 @@ def probe() -> Features:
     if not obstacle:
         found = (
             _btf(),
-            *(_try(name, _attach_probe(program)) for name, program in HOOKS.items()),
+            *(_try(name, _attach_probe(name, program)) for name, program in HOOKS.items()),
             *(_try(name, _attach_iterator(*way)) for name, way in ITERATORS.items()),
             _try("syscall_program", _run_program),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _elements_on_demand(),
             _try("batch", _read_a_batch),
+            _try("session_maps", _install_a_map),
             _try("run_time_stats", _enable_stats),
             _pidfd(),
             _sock_diag(),
@@ -166,9 +167,10 @@ def _refused(name: str, error: int, said: str = "") -> Feature:
     return Feature(name, False, reasons.explain(name, error, said, reasons.facts()))
 
 
-def _attach_probe(program: str) -> Callable[[], None]:
+def _attach_probe(hook: str, program: str) -> Callable[[], None]:
     def attempt() -> None:
-        with BpfObject(_PROBE_OBJECT, programs=(program,)) as probe_object:
+        typed = hook == "tp_btf"
+        with BpfObject(_PROBE_OBJECT, programs=(program,), typed=typed) as probe_object:
             probe_object.attach(tries=1)
 
     return attempt
@@ -208,6 +210,16 @@ def _read_a_batch() -> None:
         points.read()
         if not points.batches:
             raise BpfError("reading a map in batches", errno.EOPNOTSUPP)
+
+
+def _install_a_map() -> None:
+    """Loads a program with a loop over the maps in a map (Linux 5.3), and installs one whose size
+    is not that of the prototype (Linux 5.10)."""
+    with (
+        BpfObject(_PROBE_OBJECT, programs=(_PROBE_SESSIONS,)) as probe_object,
+        probe_object.make_inner("coral_p_maps", entries=16) as inner,
+    ):
+        probe_object.install("coral_p_maps", 0, inner.fd)
 
 
 def _pidfd() -> Feature:

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from coral.bpf.buffers.perf_event import TRACEFS
 from coral.bpf.probing import capabilities as caps
 
 _ENOTSUPP: Final = 524  # kernel-internal, not in errno
@@ -28,10 +27,6 @@ _CONFIDENTIALITY: Final = "confidentiality"
 _SECCOMP_FILTER: Final = "2"
 
 _BPF: Final = {"CAP_BPF": caps.TRACING["CAP_BPF"]}
-_EVENT: Final = {
-    **caps.TRACING,
-    "CAP_DAC_READ_SEARCH": "to read an event's number in tracefs, which is root's",
-}
 _BPF_SYSCTL: Final = "kernel.unprivileged_bpf_disabled"
 _PERF_SYSCTL: Final = "kernel.perf_event_paranoid"
 _BTF: Final = "CONFIG_DEBUG_INFO_BTF"
@@ -55,9 +50,6 @@ TAKES: Final[Mapping[str, Takes]] = {
     "btf": Takes("5.4", (_BTF,), {}),
     "tp_btf": Takes("5.5", (_BTF, _EVENTS), caps.TRACING),
     "raw_tp": Takes("4.17", (_EVENTS,), caps.TRACING),
-    "tracepoint": Takes(
-        "4.7", (_EVENTS, "CONFIG_EVENT_TRACING"), _EVENT, _PERF_SYSCTL, locked_down=True
-    ),
     # For kernel functions; on arm64 this came two years after the trampoline of 6.0.
     "fentry": Takes(
         "5.5",
@@ -66,9 +58,9 @@ TAKES: Final[Mapping[str, Takes]] = {
         since_arm64="6.4",
     ),
     "kprobe": Takes(
-        "4.1",
+        "4.17",
         ("CONFIG_KPROBES", "CONFIG_KPROBE_EVENTS", _EVENTS),
-        _EVENT,
+        caps.TRACING,
         _PERF_SYSCTL,
         locked_down=True,
     ),
@@ -81,6 +73,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "perf_buffer": Takes("4.3", (_SYSCALL, "CONFIG_PERF_EVENTS")),
     "elements_on_demand": Takes("6.1"),
     "batch": Takes("5.6"),
+    "session_maps": Takes("5.10", capabilities=caps.TRACING),
     "run_time_stats": Takes("5.8", capabilities=caps.STATISTICS),
     "pidfd": Takes("5.3", (), {}),
     "sock_diag": Takes("3.3", ("CONFIG_INET_DIAG", "CONFIG_INET_TCP_DIAG"), {}),
@@ -99,7 +92,6 @@ class Facts:
     lockdown: str | None  # none, integrity or confidentiality
     seccomp: bool  # a filter applies to this process
     sysctls: Mapping[str, str]
-    tracefs: bool  # mounted
 
 
 def explain(name: str, error: int, said: str, facts: Facts) -> str:
@@ -108,8 +100,6 @@ def explain(name: str, error: int, said: str, facts: Facts) -> str:
     code = errno.errorcode.get(error, str(error))
     if error in _FORBIDDEN:
         return f"{code}: {_forbidden(takes, facts)}"
-    if "create tracepoint" in said and not facts.tracefs:
-        return "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
     if error in (*_ABSENT, _ENOTSUPP) and (why := _absent(takes, facts)):
         return f"{code}: {why}"
     return f"{code}: {said or os.strerror(error)}"
@@ -174,7 +164,6 @@ def facts() -> Facts:
             for name in (_BPF_SYSCTL, _PERF_SYSCTL)
             if (value := _text(Path("/proc/sys", name.replace(".", "/"))).strip())
         },
-        tracefs=any(map(os.path.ismount, TRACEFS)),  # true even if this process may not look inside
     )
 
 

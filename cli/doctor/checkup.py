@@ -124,9 +124,6 @@ def _process(process: AgentProcess, release: str) -> Iterator[Check]:
     checks: tuple[Callable[[], Check], ...] = (
         lambda: _capabilities(process),
         lambda: _locked_memory(process, release),
-        lambda: _mounted(
-            process, "tracefs", "/sys/kernel/tracing", "the hook `tracepoint` needs it"
-        ),
         lambda: _mounted(process, "cgroup2", "/sys/fs/cgroup", "the option `cgroup` needs it"),
     )
     for check in checks:

@@ -57,8 +57,6 @@ _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
 _FIND: Final = "coral_find_iter"
 # Programs that read the figures of open connections, by the feature that each needs, best first.
 _LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
-# Programs for tracepoints whose format names no socket before Linux 6.10.
-_NOT_PLAIN: Final = {"coral_segment"}
 # After a scan of open sockets, wait 50 times as long as it took, so that scanning uses at most 2 %
 # of a CPU.
 _LOOK_REST: Final = 50
@@ -149,10 +147,8 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         )
 
     def _programs(self) -> tuple[str, ...]:
-        """The programs to attach here, named without the hook's suffix."""
+        """The programs to attach here."""
         wanted = {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
-        if self._rung.hook.taken == "tracepoint":
-            wanted -= _NOT_PLAIN
         if self._walks and self._options.single_events:
             wanted.discard("coral_segment")  # it sends no events
         elif self._walks and not self._options.cgroup:

@@ -68,7 +68,7 @@ def test_a_healthy_machine_has_a_line_for_each_check_and_status_0() -> None:
     assert {line.split()[0] for line in lines} <= {"ok", "warn"}
     assert {
         *("agent", "kernel", "libbpf", "BTF", "loaders", "capabilities", "locked memory"),
-        *("tracefs", "cgroup2", "agent stops", *COLLECTORS),
+        *("cgroup2", "agent stops", *COLLECTORS),
     } <= checks.keys()
     for name, mode in product(COLLECTORS, MODES):
         assert checks[f"{name}, {mode}"].startswith(f"{COLLECTORS[name]}, the first after ")
@@ -122,11 +122,11 @@ def test_an_option_that_cannot_be_had_is_told_and_its_mode_is_not_tried() -> Non
 
 
 def test_a_machine_on_which_no_collector_can_run_is_a_failure_with_each_reason() -> None:
-    returncode, checks = examined(**without("tp_btf", "raw_tp", "tracepoint"))
+    returncode, checks = examined(**without("tp_btf", "raw_tp"))
     assert returncode == 1
     how, found = checks["syscall_stats"]
     assert how == "warn"
-    assert re.match(r"cannot run here: no hook \(tp_btf: .*; raw_tp: .*; tracepoint: .*\)", found)
+    assert re.match(r"cannot run here: no hook \(tp_btf: .*; raw_tp: .*\)", found)
     assert checks["collectors"] == ("fail", "none can run here")
     assert checks["agent stops"][0] == "ok"
 

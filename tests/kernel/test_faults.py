@@ -15,6 +15,7 @@ import pytest
 from coral import bpf
 from coral.bpf import BpfError, BpfObject, HashMap, LoadError, RingReader, climb
 from coral.bpf.libbpf import call
+from coral.bpf.rung import HOOKS
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -23,7 +24,7 @@ HASH = 1
 
 @pytest.fixture
 def watching() -> Iterator[BpfObject]:
-    rung = climb(bpf.probe(), ("tp_btf", "raw_tp", "tracepoint"))
+    rung = climb(bpf.probe(), HOOKS)
     with rung.object(
         "syscall_stats",
         programs=("coral_enter",),

@@ -33,7 +33,6 @@ CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
 RUNGS = {
     "best": ("iterator",),
     "raw_tp": ("iterator", "tp_btf"),
-    "tracepoint": ("iterator", "tp_btf", "raw_tp"),
     "oldest": ("iterator", "tp_btf", "ring_buffer", "batch", "elements_on_demand"),
 }
 every_rung = pytest.mark.parametrize("without", RUNGS.values(), ids=RUNGS.keys())

@@ -3,16 +3,13 @@ and never makes a figure wrong."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coral import bpf
-from coral.bpf.buffers.perf_event import TRACEFS
 from coral.collectors.contract import EventRows
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -23,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 # `tcp_metrics` has no thread state, and several ways to read open connections.
 TCP_RUNGS = {
-    **{name: RUNGS[name] for name in ("best", "raw_tp", "tracepoint", "perf_buffer")},
+    **{name: RUNGS[name] for name in ("best", "raw_tp", "perf_buffer")},
     "run": ("map_iterator",),
     "no walks": ("iterator",),
     "oldest": (*RUNGS["oldest"], "iterator"),
@@ -194,33 +191,3 @@ def test_every_change_of_state_is_an_event(without: tuple[str, ...]) -> None:
             CLIENT: ["SYN_SENT", "ESTABLISHED", "FIN_WAIT1", "FIN_WAIT2", "CLOSE"],
             SERVER: ["SYN_RECV", "ESTABLISHED", "CLOSE_WAIT", "LAST_ACK", "CLOSE"],
         }
-
-
-# As in the structs of tcp_metrics.bpf.c and targets.bpf.h.
-ARGUMENTS = {
-    "sock/inet_sock_set_state": {"skaddr": (8, 8), "oldstate": (16, 4), "newstate": (20, 4)},
-    "tcp/tcp_destroy_sock": {"skaddr": (8, 8)},
-    "tcp/tcp_rcv_space_adjust": {"skaddr": (8, 8)},
-    "tcp/tcp_receive_reset": {"skaddr": (8, 8)},
-    "tcp/tcp_retransmit_skb": {"skbaddr": (8, 8), "skaddr": (16, 8)},
-    "tcp/tcp_send_reset": {"skbaddr": (8, 8), "skaddr": (16, 8)},
-    "tcp/tcp_retransmit_synack": {"skaddr": (8, 8), "req": (16, 8)},
-    "task/task_newtask": {"pid": (8, 4), "comm": (12, 16), "clone_flags": (32, 8)},
-}
-
-
-def test_plain_tracepoints_have_their_arguments_where_programs_look() -> None:
-    formats = {name: (_events() / name / "format").read_text() for name in ARGUMENTS}
-    for name, text in formats.items():
-        fields = {
-            found["name"]: (int(found["offset"]), int(found["size"]))
-            for found in re.finditer(
-                r"field:.*?(?P<name>\w+)(\[.*\])?;\s+offset:(?P<offset>\d+);\s+size:(?P<size>\d+);",
-                text,
-            )
-        }
-        assert ARGUMENTS[name].items() <= fields.items(), name
-
-
-def _events() -> Path:
-    return next(path / "events" for path in TRACEFS if (path / "events").is_dir())

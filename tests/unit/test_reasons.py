@@ -20,7 +20,6 @@ MODERN = Facts(
     lockdown="none",
     seccomp=False,
     sysctls={"kernel.unprivileged_bpf_disabled": "2", "kernel.perf_event_paranoid": "3"},
-    tracefs=True,
 )
 
 
@@ -28,7 +27,7 @@ MODERN = Facts(
     ("lacks", "name", "rules"),
     [
         ({"CAP_PERFMON"}, "tp_btf", ""),
-        ({"CAP_PERFMON"}, "tracepoint", " (kernel.perf_event_paranoid is 3)"),
+        ({"CAP_PERFMON"}, "kprobe", " (kernel.perf_event_paranoid is 3)"),
         ({"CAP_BPF"}, "ring_buffer", " (kernel.unprivileged_bpf_disabled is 2)"),
         ({"CAP_BPF", "CAP_PERFMON"}, "raw_tp", " (kernel.unprivileged_bpf_disabled is 2)"),
         (set(), "run_time_stats", ""),
@@ -124,12 +123,6 @@ def test_a_configuration_that_cannot_be_read_is_said_to_be_so() -> None:
         "ENOENT: this kernel, whose configuration cannot be read, may be without one of "
         "CONFIG_DEBUG_INFO_BTF"
     )
-
-
-def test_tracefs_that_is_not_mounted_comes_with_the_command_that_mounts_it() -> None:
-    said = "libbpf: failed to create tracepoint 'sched/sched_process_exec' perf event"
-    text = explain("tracepoint", errno.ENOENT, said, replace(MODERN, tracefs=False))
-    assert text == "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing"
 
 
 def test_what_nothing_explains_is_told_in_the_kernels_words() -> None:

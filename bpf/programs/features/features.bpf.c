@@ -4,6 +4,7 @@
  * bpf_fentry_test1 is a kernel function that exists for trying fentry; nothing else calls it.
  */
 #include "include/kernel.bpf.h"
+#include "include/sessions.bpf.h"
 
 struct bpf_map;
 
@@ -20,22 +21,33 @@ IN_BTF(struct coral_p_record, coral_p_record);
  * That is to be now: of a question that fails for want of memory it never asks again. */
 OPTION(__u32, coral_p_option, 1);
 GLOBAL(__u32, coral_p_global);
+GLOBAL(__u64, coral_p_mask);
 
-SEC("tp_btf/sched_process_exec")
-int RAW_PROGRAM(coral_p_tp_btf, void *task)
-{
-	return 0;
-}
-
-SEC("raw_tp/sched_process_exec")
+SEC("raw_tp/sched_process_exec") /* loaded as tp_btf, too */
 int RAW_PROGRAM(coral_p_raw_tp, void *task)
 {
 	return 0;
 }
 
-SEC("tracepoint/sched/sched_process_exec")
-int PROGRAM(coral_p_tp, void *ctx)
+/* A map for each session, and a loop over the sessions of a mask (5.3). */
+SESSION_MAPS(HASH, coral_p_maps, __u32, __u32, 8, 0);
+
+SEC("raw_tp/sched_process_exec")
+int RAW_PROGRAM(coral_p_sessions, void *task)
 {
+	volatile __u64 *mask = global(coral_p_mask);
+	__u32 zero = 0, slot;
+	void *map;
+
+	if (!mask)
+		return 0;
+	for (slot = 0; slot < SESSIONS; slot++) {
+		if (!(*mask >> slot & 1))
+			continue;
+		map = map_of_session(coral_p_maps, slot);
+		if (map)
+			bpf_map_lookup_elem(map, &zero);
+	}
 	return 0;
 }
 

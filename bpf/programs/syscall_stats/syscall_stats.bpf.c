@@ -273,52 +273,16 @@ static __always_inline int on_sys_exit(void *ctx, long ret)
 	return 0;
 }
 
-SEC("tp_btf/sys_enter")
-int RAW_PROGRAM(coral_enter_btf, void *regs, long id)
-{
-	return on_sys_enter(ctx, id);
-}
-
 SEC("raw_tp/sys_enter")
-int RAW_PROGRAM(coral_enter_raw, void *regs, long id)
+int RAW_PROGRAM(coral_enter, void *regs, long id)
 {
 	return on_sys_enter(ctx, id);
-}
-
-/* As in events/raw_syscalls/sys_enter/format and sys_exit/format. */
-struct sys_enter_arguments {
-	__u64 common;
-	long id;
-};
-
-struct sys_exit_arguments {
-	__u64 common;
-	long id;
-	long ret;
-};
-
-SEC("tracepoint/raw_syscalls/sys_enter")
-int PROGRAM(coral_enter_tp, struct sys_enter_arguments *ctx)
-{
-	return on_sys_enter(ctx, ctx->id);
-}
-
-SEC("tp_btf/sys_exit")
-int RAW_PROGRAM(coral_exit_btf, void *regs, long ret)
-{
-	return on_sys_exit(ctx, ret);
 }
 
 SEC("raw_tp/sys_exit")
-int RAW_PROGRAM(coral_exit_raw, void *regs, long ret)
+int RAW_PROGRAM(coral_exit, void *regs, long ret)
 {
 	return on_sys_exit(ctx, ret);
-}
-
-SEC("tracepoint/raw_syscalls/sys_exit")
-int PROGRAM(coral_exit_tp, struct sys_exit_arguments *ctx)
-{
-	return on_sys_exit(ctx, ctx->ret);
 }
 
 LICENSED_AS("GPL");

@@ -449,10 +449,6 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 #define KERNEL_TELLS_REASON bpf_core_type_exists(enum sk_rst_reason)
 #endif
 
-/*
- * Each hook comes three times: with BTF, without, and as a plain tracepoint, whose arguments are
- * laid out as its format says. ctx[2] is a third argument only on kernels that have one.
- */
 #ifdef CORAL_BCC
 #define make_cookie(sk) ((void)0)
 #else
@@ -464,164 +460,55 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 	} while (0)
 #endif
 
-SEC("tp_btf/inet_sock_set_state")
-int BTF_PROGRAM(coral_state_btf, struct sock *sk, int old, int state)
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
 	return on_state(ctx, sk, old, state);
 }
 
-SEC("raw_tp/inet_sock_set_state")
-int RAW_PROGRAM(coral_state_raw, struct sock *sk, int old, int state)
-{
-	return on_state(ctx, sk, old, state);
-}
-
-SEC("tp_btf/tcp_destroy_sock")
-int BTF_PROGRAM(coral_destroy_btf, struct sock *sk)
-{
-	return on_destroy(ctx, sk);
-}
-
 SEC("raw_tp/tcp_destroy_sock")
-int RAW_PROGRAM(coral_destroy_raw, struct sock *sk)
+int RAW_PROGRAM(coral_destroy, struct sock *sk)
 {
 	return on_destroy(ctx, sk);
-}
-
-SEC("tp_btf/tcp_probe")
-int BTF_PROGRAM(coral_segment_btf, struct sock *sk)
-{
-	return on_segment(sk);
 }
 
 SEC("raw_tp/tcp_probe")
-int RAW_PROGRAM(coral_segment_raw, struct sock *sk)
+int RAW_PROGRAM(coral_segment, struct sock *sk)
 {
 	return on_segment(sk);
 }
 
-SEC("tp_btf/tcp_rcv_space_adjust")
-int BTF_PROGRAM(coral_received_btf, struct sock *sk)
-{
-	return on_received(sk);
-}
-
 SEC("raw_tp/tcp_rcv_space_adjust")
-int RAW_PROGRAM(coral_received_raw, struct sock *sk)
+int RAW_PROGRAM(coral_received, struct sock *sk)
 {
 	return on_received(sk);
-}
-
-SEC("tp_btf/tcp_retransmit_skb")
-int BTF_PROGRAM(coral_retransmit_btf, struct sock *sk)
-{
-	return on_retransmit(ctx, sk);
 }
 
 SEC("raw_tp/tcp_retransmit_skb")
-int RAW_PROGRAM(coral_retransmit_raw, struct sock *sk)
+int RAW_PROGRAM(coral_retransmit, struct sock *sk)
 {
 	return on_retransmit(ctx, sk);
 }
 
-SEC("tp_btf/tcp_retransmit_synack")
-int BTF_PROGRAM(coral_synack_btf, struct sock *sk, struct request_sock *request)
-{
-	return on_synack_retransmit(ctx, sk, request);
-}
-
 SEC("raw_tp/tcp_retransmit_synack")
-int RAW_PROGRAM(coral_synack_raw, struct sock *sk, struct request_sock *request)
+int RAW_PROGRAM(coral_synack, struct sock *sk, struct request_sock *request)
 {
 	return on_synack_retransmit(ctx, sk, request);
-}
-
-SEC("tp_btf/tcp_send_reset")
-int BTF_PROGRAM(coral_reset_out_btf, struct sock *sk, void *skb)
-{
-	return on_reset_sent(ctx, sk, KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
 }
 
 SEC("raw_tp/tcp_send_reset")
-int RAW_PROGRAM(coral_reset_out_raw, struct sock *sk, void *skb)
+int RAW_PROGRAM(coral_reset_out, struct sock *sk, void *skb)
 {
+	/* Only kernels that tell the reason have a third argument. */
 	return on_reset_sent(ctx, sk, KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
 }
 
-SEC("tp_btf/tcp_receive_reset")
-int BTF_PROGRAM(coral_reset_in_btf, struct sock *sk)
-{
-	return on_reset_received(ctx, sk);
-}
-
 SEC("raw_tp/tcp_receive_reset")
-int RAW_PROGRAM(coral_reset_in_raw, struct sock *sk)
+int RAW_PROGRAM(coral_reset_in, struct sock *sk)
 {
 	return on_reset_received(ctx, sk);
-}
-
-/* As in the formats of these tracepoints. */
-struct sock_arguments {
-	__u64 common;
-	struct sock *sk;
-	int old;
-	int state;
-};
-
-struct skb_arguments {
-	__u64 common;
-	void *skb;
-	struct sock *sk;
-};
-
-struct request_arguments {
-	__u64 common;
-	struct sock *sk;
-	struct request_sock *request;
-};
-
-SEC("tracepoint/sock/inet_sock_set_state")
-int PROGRAM(coral_state_tp, struct sock_arguments *ctx)
-{
-	return on_state(ctx, ctx->sk, ctx->old, ctx->state);
-}
-
-SEC("tracepoint/tcp/tcp_destroy_sock")
-int PROGRAM(coral_destroy_tp, struct sock_arguments *ctx)
-{
-	return on_destroy(ctx, ctx->sk);
-}
-
-SEC("tracepoint/tcp/tcp_rcv_space_adjust")
-int PROGRAM(coral_received_tp, struct sock_arguments *ctx)
-{
-	return on_received(ctx->sk);
-}
-
-SEC("tracepoint/tcp/tcp_retransmit_skb")
-int PROGRAM(coral_retransmit_tp, struct skb_arguments *ctx)
-{
-	return on_retransmit(ctx, ctx->sk);
-}
-
-SEC("tracepoint/tcp/tcp_retransmit_synack")
-int PROGRAM(coral_synack_tp, struct request_arguments *ctx)
-{
-	return on_synack_retransmit(ctx, ctx->sk, ctx->request);
-}
-
-SEC("tracepoint/tcp/tcp_send_reset")
-int PROGRAM(coral_reset_out_tp, struct skb_arguments *ctx)
-{
-	return on_reset_sent(ctx, ctx->sk, 0);
-}
-
-SEC("tracepoint/tcp/tcp_receive_reset")
-int PROGRAM(coral_reset_in_tp, struct sock_arguments *ctx)
-{
-	return on_reset_received(ctx, ctx->sk);
 }
 
 #ifndef CORAL_BCC /* iterators need BTF */

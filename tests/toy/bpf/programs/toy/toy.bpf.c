@@ -45,14 +45,8 @@ static __always_inline int on_toy(void *ctx, struct task_struct *child)
 	return 0;
 }
 
-SEC("tp_btf/sched_process_fork")
-int RAW_PROGRAM(coral_toy_btf, struct task_struct *parent, struct task_struct *child)
-{
-	return on_toy(ctx, child);
-}
-
 SEC("raw_tp/sched_process_fork")
-int RAW_PROGRAM(coral_toy_raw, struct task_struct *parent, struct task_struct *child)
+int RAW_PROGRAM(coral_toy, struct task_struct *parent, struct task_struct *child)
 {
 	return on_toy(ctx, child);
 }

@@ -1,0 +1,1 @@
+"""Attaches loaded programs to their hooks."""
