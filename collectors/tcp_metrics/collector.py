@@ -39,7 +39,10 @@ from coral.collectors.tcp_metrics.rows import connection_summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_PEERS: Final = 1000
-_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_state", "coral_destroy")
+# Two programs for one hook, where the kernel skips the same event for both only very rarely: at most
+# as often as it skips either.
+_TWINS: Final = ("coral_state", "coral_state_twin")
+_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", *_TWINS, "coral_destroy")
 # Programs that a kernel may have no tracepoint for, and their tracepoints.
 _OPTIONAL: Final = {
     "coral_segment": "tcp_probe",
@@ -54,6 +57,8 @@ _OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
 # Linux 5.9, and 5.11.
 _TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
+_PROGRAM_MISSED: Final = 6  # pb.Loss.STAGE_PROGRAM_MISSED
+_MISSED_REST_NS: Final = 500_000_000  # between readings of the programs' figures
 _FIND: Final = "coral_find_iter"
 # Programs that read the figures of open connections, by the feature that each needs, best first.
 _LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
@@ -122,6 +127,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         self._live: Walk | ElementReader | None = None
         self._find: Walk | None = None
         self._looks, self._look_after_ns = 0, 0
+        self._missed, self._missed_after_ns = 0, 0
         self._diag: DiagConnections | None = None
         self._reads_by = _connections(features, self._rung).taken
         live = _LIVE.get(self._reads_by, "")
@@ -226,6 +232,25 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     @property
     def _in_detail(self) -> bool:
         return self._options.prometheus == "peer"
+
+    def _losses(self) -> dict[int, int]:
+        losses = super()._losses()
+        now_ns = time.monotonic_ns()
+        if self._object.attached and now_ns < self._missed_after_ns:
+            return losses
+        self._missed_after_ns = now_ns + _MISSED_REST_NS
+        missed = self._missed_so_far()
+        if missed > self._missed:
+            losses[_PROGRAM_MISSED] = missed - self._missed
+            self._missed = missed
+        return losses
+
+    def _missed_so_far(self) -> int:
+        """Runs of programs that the kernel skipped."""
+        stats = self._object.program_stats()
+        misses = {name: program.recursion_misses for name, program in stats.items()}
+        twins = [misses.pop(name, 0) for name in _TWINS]
+        return min(twins) + sum(misses.values())
 
     def _uncounted(self) -> int:
         return self._diag.unfollowed if self._diag else 0

@@ -443,6 +443,38 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 #endif
 }
 
+/*
+ * The kernel skips a program that is running on the CPU already: packets that interrupt it while it
+ * works for a process are not seen. Where nothing should be missed, two programs are attached. The
+ * first that runs handles an event and leaves a mark for its twin. Packets and timers do not
+ * interrupt each other, so that one of the two is free; they have a mark of their own, as they may
+ * come between the two runs for a process.
+ */
+struct done {
+	__u64 by_packets;
+	__u64 by_process;
+};
+
+MAP(PERCPU_ARRAY, done, __u32, struct done, 1, 0);
+
+/* Whether a program's twin has handled this EVENT of SK; if not, the twin will find it done. */
+static __always_inline bool done_by_twin(struct sock *sk, __u64 event)
+{
+	__u32 zero = 0;
+	struct done *marks = bpf_map_lookup_elem(map_of(done), &zero);
+	__u64 *mark;
+
+	if (!marks)
+		return false;
+	mark = held_by_process(sk) ? &marks->by_process : &marks->by_packets;
+	if (*mark == event) {
+		*mark = 0;
+		return true;
+	}
+	*mark = event;
+	return false;
+}
+
 #ifdef CORAL_BCC
 #define KERNEL_TELLS_REASON 0
 #else
@@ -460,12 +492,25 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 	} while (0)
 #endif
 
-SEC("raw_tp/inet_sock_set_state")
-int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
+static __always_inline int on_any_state(void *ctx, struct sock *sk, int old, int state)
 {
+	if (done_by_twin(sk, (__u64)half_of(sk) << 32 | old << 8 | state))
+		return 0;
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
 	return on_state(ctx, sk, old, state);
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
+{
+	return on_any_state(ctx, sk, old, state);
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state_twin, struct sock *sk, int old, int state)
+{
+	return on_any_state(ctx, sk, old, state);
 }
 
 SEC("raw_tp/tcp_destroy_sock")
