@@ -67,14 +67,16 @@ class Plan:
     preallocated: tuple[str, ...] = field(default=(), compare=False)
     walks: tuple[str, ...] = field(default=(), compare=False)
     without_maps: tuple[str, ...] = field(default=(), compare=False)
+    map_entries: Mapping[str, int] = field(default_factory=dict, compare=False)
+    is_shared: bool = True  # or each session has an object of its own, beside `processes`
 
-    def hub(self, shared: Mapping[str, int]) -> BpfObject:
-        """The hub's object, which uses the maps SHARED."""
+    def hub(self, shared: Mapping[str, int], slot: int) -> BpfObject:
+        """The hub's object, which uses the maps SHARED; the first session is in SLOT."""
         return self.rung.object(
             self.name,
             programs=self.programs,
-            options=self.options,
-            map_entries=self._prototypes(of_processes=False),
+            options={**self.options, **({} if self.is_shared else {"own_slot": slot})},
+            map_entries={**self.map_entries, **self._prototypes(of_processes=False)},
             preallocated=self.preallocated,
             walks=self.walks,
             without_maps=self.without_maps,
@@ -119,7 +121,7 @@ class _Group:
         self.plan = plan
         self.lock = threading.RLock()
         self.processes = _Hub()
-        self.hubs: dict[str, _Hub] = {}
+        self.hubs: dict[tuple[str, int], _Hub] = {}
         self.slots: dict[int, Slot] = {}
         self._next = 0
         self._ended = 0
@@ -134,7 +136,7 @@ class _Group:
             turns = (n % slots for n in range(self._next, self._next + slots))
             number = next(n for n in turns if n not in self.slots)
             self._next = number + 1
-            hub = self.hubs.setdefault(plan.name, _Hub())
+            hub = self.hubs.setdefault((plan.name, 0 if plan.is_shared else number), _Hub())
             slot = self.slots[number] = Slot(self, hub, plan, number)
             hub.slots.add(number)
             self.processes.slots.add(number)
@@ -249,11 +251,20 @@ class Slot:
         """A generation that lies ahead."""
         return (self._group.say(lambda _: None) + (1 << 30)) & 0xFFFFFFFF
 
-    def account(self) -> Account:
-        """The session's account, from now on."""
-        programs = [*self.processes.program_fds, *self.object.program_fds]
+    def account(self, twins: Sequence[str] = ()) -> Account:
+        """The session's account, from now on. TWINS are programs of which one has to run."""
+        objects = (self.processes, self.object)
+        programs = [
+            each.program_fd(name) for each in objects for name in each.programs if name not in twins
+        ]
         reasons = self.processes.btf.enum("loss")
-        return Account(self.processes.map("accounts"), self.number, reasons, programs)
+        return Account(
+            self.processes.map("accounts"),
+            self.number,
+            reasons,
+            programs,
+            [self.object.program_fd(name) for name in twins],
+        )
 
     def reader(self, order_by: Mapping[str, str | None], size: int) -> RecordReader:
         """The reader of the session's records, of the structs that ORDER_BY names; records of
@@ -274,15 +285,14 @@ class Slot:
         processes = group.loaded(self._processes, plan.processes)
         shared = {name: processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        self.object = group.loaded(self.hub, lambda: plan.hub(shared))
+        self.object = group.loaded(self.hub, lambda: plan.hub(shared, self.number))
         self.processes = processes
 
     def install(self, sizes: Mapping[str, int]) -> None:
         """Makes the session's own maps, by name, with so many entries or bytes, and puts them where
         programs find them. Raises `BpfError`."""
         owners = {
-            name: self.processes if name in _MAPS_OF_PROCESSES else self.object
-            for name in sizes
+            name: self.processes if name in _MAPS_OF_PROCESSES else self.object for name in sizes
         }
         for name, size in sizes.items():
             entries = None if name == "perfs" else size  # as many as there are CPUs
@@ -362,6 +372,8 @@ class Slot:
                 said[name] &= clear
 
         self._group.say(clear_bits)
+        if not self._plan.is_shared:
+            self.object.detach()
         self._uninstall()
 
     def _uninstall(self) -> None:

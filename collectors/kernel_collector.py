@@ -80,6 +80,8 @@ class KernelCollector(Collector, Generic[OptionsT]):
     options_type: ClassVar[type[KernelOptions]]
     # The kinds of hooks that the programs are written for, best first.
     hooks: ClassVar[Sequence[str]] = HOOKS
+    # Programs on the same hook, of which one that runs is sufficient.
+    twins: ClassVar[Sequence[str]] = ()
     # Whether the programs keep a state for each thread (thread.bpf.h).
     thread_state: ClassVar[bool] = False
 
@@ -224,7 +226,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def open(self) -> None:
         self._slot.load()
         self._slot.install(self._sizes)
-        self._account = self._slot.account()
+        self._account = self._slot.account(self.twins)
         self._open_maps()
         self._targets.follow(self._slot, detailed=self._options.single_events)
         self._on_followed()

@@ -44,6 +44,7 @@ COMM_BYTES: Final = 15  # and a terminating zero
 _MOST_MEMBERS: Final = 10240
 _MOST_CGROUPS: Final = 4096
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
+_CHANGE_ENDED: Final = 3  # enum change of targets.bpf.h
 _ENDED: Final = np.uint64(1 << 32)  # the least key of a process that has ended
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
 _HASH_OFFSET: Final = 0xCBF29CE484222325
@@ -118,9 +119,7 @@ class Members:
         """Those that have ended, as `process_keys` gives them."""
         return self.keys[self.keys >= _ENDED]
 
-    def comms_of(
-        self, tgids: NDArray[Any], born: NDArray[Any] | int = 0
-    ) -> NDArray[np.bytes_]:
+    def comms_of(self, tgids: NDArray[Any], born: NDArray[Any] | int = 0) -> NDArray[np.bytes_]:
         """The command names of TGIDS that were BORN then, all of shape (m,); empty for a process
         that is not here."""
         if not len(self.keys):
@@ -350,11 +349,15 @@ class Targets:
         """Removes the names of processes that have ended: ENDED of `Members`."""
         if len(ended):
             self._map.delete(ended)
-            self.note_ended(len(ended))
+            self._slot.note_ended(len(ended))
 
-    def note_ended(self, count: int) -> None:
-        """COUNT watched processes have ended."""
-        self._slot.note_ended(count)
+    def note_changes(self, changes: NDArray[Any]) -> None:
+        """Takes note of struct process_change records."""
+        ended = changes["change"] == _CHANGE_ENDED
+        if ended.any():
+            for tgid in changes["tgid"][ended].tolist():
+                self.names.pop(tgid, None)
+            self._slot.note_ended(int(ended.sum()))
 
     def close(self) -> None:
         """Closes the process descriptors."""

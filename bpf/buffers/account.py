@@ -37,13 +37,19 @@ class Account:
 
     `accounts` is the map; `reasons` are the constants of `enum loss`, by name. `programs` are the
     descriptors of the programs whose runs the session needs: those that the kernel skips are losses
-    of each session that uses the programs.
+    of each session that uses the programs. Of `twins`, one that runs is sufficient: what each of
+    them has missed is an upper bound.
     """
 
     def __init__(
-        self, accounts: HashMap, slot: int, reasons: Mapping[str, int], programs: Sequence[int] = ()
+        self,
+        accounts: HashMap,
+        slot: int,
+        reasons: Mapping[str, int],
+        programs: Sequence[int] = (),
+        twins: Sequence[int] = (),
     ) -> None:
-        self._fd, self._programs = accounts.fd, tuple(programs)
+        self._fd, self._programs, self._twins = accounts.fd, tuple(programs), tuple(twins)
         self._key = np.array(slot, np.uint32)
         words = accounts.value_dtype.itemsize // 8
         self._values = np.zeros((possible_cpus(), words), np.int64)
@@ -69,7 +75,9 @@ class Account:
         )
         if error:
             raise BpfError("reading an account", error)
-        return self._values.sum(axis=0), sum(map(recursion_misses, self._programs))
+        missed = sum(map(recursion_misses, self._programs))
+        missed += min(map(recursion_misses, self._twins), default=0)
+        return self._values.sum(axis=0), missed
 
 
 def recursion_misses(program: int) -> int:

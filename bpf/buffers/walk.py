@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from ctypes import byref, c_size_t, c_uint32
 from typing import Any, Final
 
@@ -61,17 +62,25 @@ class Walk:
         if fd < 0:
             raise BpfError("beginning a walk", -fd)
         try:
-            parts = []
-            while part := os.read(fd, _READ_BYTES):
-                parts.append(part)
+            return np.frombuffer(bytearray(b"".join(_parts(fd))), self._record)
         except OSError as error:
             raise BpfError("walking", error.errno or 0) from error
         finally:
             os.close(fd)
-        return np.frombuffer(bytearray(b"".join(parts)), self._record)
 
     def close(self) -> None:
         """Detaches the program. Safe to call twice."""
         link, self._link = self._link, -1
         if link >= 0:
             os.close(link)
+
+
+def _parts(fd: int) -> Iterator[bytes]:
+    while True:
+        try:
+            part = os.read(fd, _READ_BYTES)
+        except BlockingIOError:  # a million objects without a record: the walk goes on from there
+            continue
+        if not part:
+            return
+        yield part

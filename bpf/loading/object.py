@@ -251,10 +251,9 @@ class BpfObject:
         return self._in_kernel.program_fd(name)
 
     @property
-    def program_fds(self) -> Sequence[int]:
-        """The descriptors of the loaded programs."""
-        chosen = self._description
-        return [self.program_fd(name) for name in (*chosen.programs, *chosen.walks)]
+    def programs(self) -> Sequence[str]:
+        """The programs that are attached, by name."""
+        return self._description.programs
 
     def map(self, name: str) -> HashMap:
         """A map of the loaded object, with dtypes from its BTF. KeyError if there is none."""

@@ -97,9 +97,8 @@ class CallRows:
         keys = process_keys(ended["tgid"], ended["born"])
         for key in keys.tolist():
             self._names.pop(key, None)
-            self._targets.names.pop(key & 0xFFFFFFFF, None)
         self._drop(keys)
-        self._targets.note_ended(len(ended))
+        self._targets.note_changes(changes)
 
     def _drop(self, keys: NDArray[np.uint64]) -> None:
         if len(keys):

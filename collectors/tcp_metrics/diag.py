@@ -44,8 +44,8 @@ _COUNTED: Final = NAMES[: NAMES.index("retransmits_fast")]
 class DiagConnections:
     """The connections of one session that sock_diag reports, beside those of the programs."""
 
-    def __init__(self, connections: HashMap, found: HashMap, ports: HashMap) -> None:
-        self._connections, self._found_map, self._ports = connections, found, ports
+    def __init__(self, connections: HashMap, found: HashMap) -> None:
+        self._connections, self._found_map = connections, found
         self._networks: dict[int, set[int]] = {}  # each with processes seen in it
         self._found = np.empty(0, connections.value_dtype)  # as of the start, by cookie
         self._idle = self._found  # those that only sock_diag reports
@@ -67,7 +67,7 @@ class DiagConnections:
             records = _identified(sockets, self._found.dtype, network)
             records["pid"] = [owners[inode] for inode in sockets["socket"]["inode"].tolist()]
             records["comm"] = [processes[tgid].encode() for tgid in records["pid"].tolist()]
-            self._name_roles(records, sockets)
+            _name_roles(records, sockets)
             _count(records, sockets)
             parts.append(records)
         found = np.concatenate(parts)
@@ -75,7 +75,6 @@ class DiagConnections:
         found = found[~np.isin(_ends_of(found), _ends_of(self._connections.read()[1]))]
         for name in _COUNTED:
             found[f"found_{name}"] = found[name]
-        self._tell_ports(found[found["role"] == LISTENER])
         found = found[np.array(self._tell(found), bool)]
         self._found = found[np.argsort(found["cookie"])]
         self._idle = self._found[self._found["role"] != LISTENER]
@@ -154,25 +153,6 @@ class DiagConnections:
                 return sock_diag.tcp_sockets(inodes, way)
         return np.empty(0, sock_diag.SOCKET)
 
-    def _name_roles(self, records: NDArray[Any], sockets: NDArray[Any]) -> None:
-        """As in connection_find: servers by their port, others by sequence numbers."""
-        listens = records["state"] == _LISTEN
-        ports = records[["network", "local_port"]].tolist()
-        taken = {port for port, there in zip(ports, listens.tolist(), strict=True) if there}
-        taken.update(map(tuple, self._ports.read()[0].tolist()))
-        served = np.array([port in taken for port in ports], bool)
-        roles = np.where(served, _SERVER, _role_by_numbering(sockets))
-        records["role"] = np.where(listens, LISTENER, roles)
-
-    def _tell_ports(self, listeners: NDArray[Any]) -> None:
-        """Adds listeners to `ports`, from which the programs subtract those that close."""
-        for network, port, pid, comm in listeners[
-            ["network", "local_port", "pid", "comm"]
-        ].tolist():
-            before = self._ports.read_one((network, port))
-            count = 1 if before is None else int(before["listeners"]) + 1
-            self._write(self._ports, (network, port), (pid, count, comm))
-
     def _tell(self, found: NDArray[Any]) -> list[bool]:
         """Whether the map had room, for each connection."""
         return [
@@ -241,14 +221,20 @@ def _under_way(sockets: NDArray[Any]) -> NDArray[np.int64]:
     return unacked - unsent
 
 
-def _role_by_numbering(sockets: NDArray[Any]) -> NDArray[np.int64]:
-    """See role_by_numbering in connections.bpf.h."""
-    info, state = sockets["info"], sockets["socket"]["state"]
+def _name_roles(records: NDArray[Any], sockets: NDArray[Any]) -> None:
+    """Servers by the port of a listener among RECORDS, others by sequence numbers: see
+    role_by_numbering in connections.bpf.h. The payload counts what was dropped before it left the
+    machine twice. Where it exceeds what can be on its way, there is no listener: it is a client."""
+    info, state = sockets["info"], records["state"]
+    listens = state == _LISTEN
+    ports = records[["network", "local_port"]]
+    served = np.isin(ports, ports[listens])
     payload = info["bytes_sent"].astype(np.int64) - info["bytes_retransmitted"].astype(np.int64)
-    fin_sent = ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
+    payload += ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
     numbered = info["bytes_acked"].astype(np.int64) + _under_way(sockets)
-    began = (numbered > payload + fin_sent) | (state == _SYN_SENT)
-    return np.where(began, _CLIENT, _SERVER)
+    began = (numbered != payload) | (state == _SYN_SENT)
+    roles = np.where(~served & began, _CLIENT, _SERVER)
+    records["role"] = np.where(listens, LISTENER, roles)
 
 
 def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
