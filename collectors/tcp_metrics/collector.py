@@ -43,7 +43,7 @@ _MOST_PEERS: Final = 1000
 # Two programs on one hook: the kernel skips the same event for both only very rarely, and at most
 # as often as it skips either.
 _TWINS: Final = ("coral_state", "coral_state_twin")
-_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", *_TWINS, "coral_destroy")
+_PROGRAMS: Final = (*_TWINS, "coral_destroy")
 # Programs that a kernel may have no tracepoint for, and their tracepoints.
 _OPTIONAL: Final = {
     "coral_segment": "tcp_probe",
