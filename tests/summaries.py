@@ -21,7 +21,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 Make = Callable[[int, int, int], Summaries]
 
 MEMBERS = Members(
-    np.array([7, 9], np.uint32), np.array([b"shop", b"db"], "S16"), np.array([False, True])
+    np.array([7, 5 << 32 | 9], np.uint64), np.array([b"shop", b"db"], "S16")
 )
 _CLOCK = UnixClock(lambda: Reading(0, 0, 10**18, 0))
 RECORD = np.dtype(
@@ -50,7 +50,9 @@ def increase(seed: int, count: int) -> Increase:
     counters[:, LATENCY + int(random.integers(1, 32)) :] = 0
     counters[:, LATENCY] += np.uint64(1)
     counters[:, TOTAL_NS] = random.integers(0, 10**12, count)
-    return Increase(pairs // 12 + 6, pairs % 12, counters[:, TOTAL_NS] // 2, counters)
+    tgids = pairs // 12 + 6
+    born = np.where(tgids == 9, np.uint32(5), np.uint32(3))
+    return Increase(tgids, born, pairs % 12, counters[:, TOTAL_NS] // 2, counters)
 
 
 def changes(seed: int, count: int) -> Changes:

@@ -28,10 +28,7 @@ def watching() -> Iterator[BpfObject]:
     with rung.object(
         "syscall_stats",
         programs=("coral_enter",),
-        options={},
-        map_entries={},
-        preallocated=("stats", "targets"),
-        records=4096,
+        preallocated=("stats", "members"),
     ) as it:
         yield it
 

@@ -62,7 +62,7 @@ def sending(
             reader = it.ring("rings", kinds, ring_bytes=most, slot=SLOT)
         else:
             reader = it.perf("perfs", kinds, bytes_per_cpu=most, slot=SLOT)
-        account = Account(it.map("accounts"), SLOT, it.btf.enum("loss"), it.program_fds)
+        account = Account(it.map("accounts"), SLOT, it.btf.enum("loss"), [it.program_fd(name) for name in it.programs])
         it.attach()
         yield it, reader, account
 
@@ -190,7 +190,7 @@ def test_a_program_in_an_interrupt_takes_nothing_from_the_account(records_object
         ticks = open_perf_event(SOFTWARE, CPU_CLOCK, cpu, period=50_000, flags=DISABLED)
         os.sched_setaffinity(0, {cpu})
         try:
-            fcntl.ioctl(ticks, SET_BPF, it.program_fds[1])
+            fcntl.ioctl(ticks, SET_BPF, it.program_fd("records_tick"))
             fcntl.ioctl(ticks, ENABLE, 0)
             it.attach()
             calls = 0
