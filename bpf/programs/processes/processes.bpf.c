@@ -31,8 +31,8 @@ static __always_inline bool comm_is_wanted(__u32 slot, const char *comm)
 	return wanted && words[0] == wanted->words[0] && words[1] == wanted->words[1];
 }
 
-/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the memory
- * controller. */
+/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the
+ * memory controller. */
 #define IN_MEMORY_HIERARCHY (1ULL << 63)
 
 static __always_inline __u64 key_of_cgroup(__u64 id, int hierarchy)
@@ -61,8 +61,8 @@ static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 	return (__u64)born << 32 | tgid;
 }
 
-/* The current process forks CHILD, in these cgroups of the two hierarchies. A child has its parent's
- * name until it execs. */
+/* The current process forks CHILD, in these cgroups of the two hierarchies. A child has its
+ * parent's name until it execs. */
 SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memory_cgroup)
 {
 	struct member member = {.state = MEMBER_ACTIVE}, *parent = NULL;
@@ -77,8 +77,8 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memo
 	if (parent)
 		member.state = parent->state;
 	else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
-		 !(all->cgroup & bit && (cgroup_is_wanted(slot, cgroup) ||
-					 cgroup_is_wanted(slot, memory_cgroup))))
+		 !(all->cgroup & bit &&
+		   (cgroup_is_wanted(slot, cgroup) || cgroup_is_wanted(slot, memory_cgroup))))
 		return 0;
 	member_add(all, slot, child, child >> 32, &member);
 	return 0;
@@ -105,7 +105,8 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 			memory_cgroup =
 			    key_of_cgroup(cgroup_of(child, all->hierarchy), all->hierarchy);
 	}
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		fork_in_session(slot, process, cgroup, memory_cgroup);
 	}
 	return 0;
@@ -147,7 +148,8 @@ int RAW_PROGRAM(coral_rename, struct task_struct *task, const char *comm)
 		return 0;
 	read_kernel_string(&words, comm);
 	process = process_of(tgid, born_of(task));
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		rename_in_session(slot, process, words[0], words[1]);
 	}
 	return 0;
@@ -172,7 +174,8 @@ int RAW_PROGRAM(coral_exec, struct task_struct *task)
 
 	if (!all || surely_unwatched(all, tgid))
 		return 0;
-	for_each_session (slot, all->all) {
+	for_each_session(slot, all->all)
+	{
 		exec_in_session(slot, tgid);
 	}
 	return 0;
@@ -209,7 +212,8 @@ int RAW_PROGRAM(coral_exit, struct task_struct *task)
 	    kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
 		return 0;
 	process = process_of(tgid, born_of(kernel_read(this_task(), group_leader)));
-	for_each_session (slot, all->all) {
+	for_each_session(slot, all->all)
+	{
 		member_remove(slot, process);
 	}
 	return 0;
@@ -258,7 +262,8 @@ int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_s
 	process = process_of(kernel_read(task, tgid), born_of(leader));
 	cgroup = key_of_cgroup(id_of_cgroup(to), hierarchy);
 	kernel_read_string(&words, leader, comm);
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		attach_in_session(slot, process, cgroup, words[0], words[1]);
 	}
 	return 0;
@@ -310,7 +315,8 @@ int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 	cgroup = key_of_cgroup(id_of_cgroup(made), hierarchy);
 	parent = key_of_cgroup(id_of_parent(made), hierarchy);
 	hash = hash_of_path(path) ^ key_of_cgroup(0, hierarchy);
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		mkdir_in_session(slot, cgroup, parent, hash);
 	}
 	return 0;

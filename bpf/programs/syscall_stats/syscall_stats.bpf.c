@@ -19,10 +19,10 @@
 
 /* What is known of the calls of one thread. */
 struct call {
-	__u64 start_ns; /* 0: no call to count is in progress */
-	__u64 counting; /* the sessions that the call in progress counts for */
-	__u64 watching; /* the sessions that watch the thread's process ... */
-	__u64 armed;	/* ... and those that begin with its next exec */
+	__u64 start_ns;	  /* 0: no call to count is in progress */
+	__u64 counting;	  /* the sessions that the call in progress counts for */
+	__u64 watching;	  /* the sessions that watch the thread's process ... */
+	__u64 armed;	  /* ... and those that begin with its next exec */
 	__u32 generation; /* as of which they do */
 	__u32 nr;
 	__u32 born;
@@ -84,7 +84,7 @@ struct syscall_session {
 
 MAP(ARRAY, syscall_sessions, __u32, struct syscall_session, SESSIONS, 0);
 
-OPTION(bool, typed_registers, false); /* the verifier knows the type of struct pt_regs */
+OPTION(bool, typed_registers, false);	   /* the verifier knows the type of struct pt_regs */
 OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
 
 struct syscall_key {
@@ -234,35 +234,38 @@ SUBPROGRAM int see_by_ring(__u32 slot, __u64 nr_and_born, __u64 ended_ns, __u64 
 	return 0;
 }
 
-static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born, __u64 ended_ns,
-				__u64 duration_ns, long ret)
+/* Likewise, for all of SESSIONS. */
+SUBPROGRAM int see_all_by_ring(__u64 sessions, __u64 nr_and_born, __u64 ended_ns, __u64 duration_ns,
+			       __s64 ret)
 {
-	for_each_session (slot, sessions) {
-		if (option(records_in_ring))
-			see_by_ring(slot, (__u64)nr << 32 | born, ended_ns, duration_ns, ret);
-		else
-			see_in_session(ctx, slot, nr, born, ended_ns, duration_ns, ret);
+	for_each_session(slot, sessions)
+	{
+		see_by_ring(slot, nr_and_born, ended_ns, duration_ns, ret);
 	}
-}
-
-SUBPROGRAM int lose_call(__u32 slot)
-{
-	account_loss(slot, LOSS_BUSY);
 	return 0;
 }
 
-/* Looks up which sessions watch the thread's process. */
-static __always_inline void watch(const struct sessions *all, struct call *call, __u32 tgid)
+static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born, __u64 ended_ns,
+				__u64 duration_ns, long ret)
 {
-	call->watching = call->armed = 0;
-	for_each_session (slot, all->of_hub[HUB_SYSCALLS]) {
-		int state = state_in_session(slot, tgid);
-
-		if (state == MEMBER_ACTIVE)
-			call->watching |= session_bit(slot);
-		if (state == MEMBER_ARMED)
-			call->armed |= session_bit(slot);
+	if (option(records_in_ring)) {
+		see_all_by_ring(sessions, (__u64)nr << 32 | born, ended_ns, duration_ns, ret);
+		return;
 	}
+	for_each_session(slot, sessions)
+	{
+		see_in_session(ctx, slot, nr, born, ended_ns, duration_ns, ret);
+	}
+}
+
+/* There was no room for a thread's state. */
+SUBPROGRAM int lose_calls(__u64 sessions)
+{
+	for_each_session(slot, sessions)
+	{
+		account_loss(slot, LOSS_BUSY);
+	}
+	return 0;
 }
 
 /*
@@ -276,7 +279,8 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 
 	if (call && call->generation == generation)
 		return call;
-	watch(all, &fresh, me->tgid);
+	fresh.watching = sessions_in_state(all->of_hub[HUB_SYSCALLS], me->tgid, MEMBER_ACTIVE);
+	fresh.armed = sessions_in_state(all->of_hub[HUB_SYSCALLS], me->tgid, MEMBER_ARMED);
 	if (call) {
 		call->watching = fresh.watching;
 		call->armed = fresh.armed;
@@ -287,11 +291,8 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 		return NULL;
 	fresh.born = born_of(kernel_read(this_task(), group_leader));
 	call = thread_state_make(me, &fresh);
-	if (!call) {
-		for_each_session (slot, fresh.watching) {
-			lose_call(slot);
-		}
-	}
+	if (!call)
+		lose_calls(fresh.watching);
 	return call;
 }
 
@@ -349,12 +350,21 @@ int RAW_PROGRAM(coral_enter, struct pt_regs *regs, long id)
 	return 0;
 }
 
-/* Whether session SLOT began before the GENERATION of a thread. */
-SUBPROGRAM int is_older(__u32 slot, __u32 generation)
+/* Those of SESSIONS that began before the GENERATION of a thread. */
+SUBPROGRAM __u64 older_sessions(__u64 sessions, __u32 generation)
 {
-	struct syscall_session *session = bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
+	__u64 found = 0;
 
-	return session && (__s32)(session->since - generation) <= 0;
+	for_each_session(slot, sessions)
+	{
+		__u32 key = slot;
+		struct syscall_session *session =
+		    bpf_map_lookup_elem(map_of(syscall_sessions), &key);
+
+		if (session && (__s32)(session->since - generation) <= 0)
+			found |= session_bit(slot);
+	}
+	return found;
 }
 
 /*
@@ -364,15 +374,7 @@ SUBPROGRAM int is_older(__u32 slot, __u32 generation)
  */
 static __always_inline __u64 sessions_of_refused(__u64 watched, __u32 generation, __u32 now)
 {
-	__u64 found = 0;
-
-	if (generation == now)
-		return watched;
-	for_each_session (slot, watched) {
-		if (is_older(slot, generation))
-			found |= session_bit(slot);
-	}
-	return found;
+	return generation == now ? watched : older_sessions(watched, generation);
 }
 
 static __always_inline long number_in(struct pt_regs *regs)
