@@ -9,11 +9,12 @@ The C side is bpf/include/sessions.bpf.h.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from coral.bpf import (
     kernel_names,
 )
 from coral.bpf.buffers.account import Account
+from coral.bpf.libbpf import BpfError
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
 
@@ -123,24 +125,56 @@ class _Group:
         self.processes = _Hub()
         self.hubs: dict[tuple[str, int], _Hub] = {}
         self.slots: dict[int, Slot] = {}
+        self.kits: list[_Kit] = []
         self._next = 0
         self._ended = 0
 
-    def take(self, plan: Plan) -> Slot | None:
-        """A slot for a session by PLAN; None where all are taken."""
+    def take(self, slot: Slot) -> _Place | None:
+        """A place for SLOT by its plan; None where all are taken."""
+        plan = slot.plan
         with self.lock:
-            if len(self.slots) == self.plan.rung.slots:
+            kit = next((kit for kit in self.kits if kit.fits(plan)), None)
+            number = kit.number if kit else self._free_number()
+            if number is None:
                 return None
-            # In turn, so that a slot that was just freed is the last to be used again.
-            slots = plan.rung.slots
-            turns = (n % slots for n in range(self._next, self._next + slots))
-            number = next(n for n in turns if n not in self.slots)
-            self._next = number + 1
+            if kit:
+                self.kits.remove(kit)
             hub = self.hubs.setdefault((plan.name, 0 if plan.is_shared else number), _Hub())
-            slot = self.slots[number] = Slot(self, hub, plan, number)
+            self.slots[number] = slot
             hub.slots.add(number)
             self.processes.slots.add(number)
-            return slot
+            return _Place(self, number, self.processes, hub, kit)
+
+    def _free_number(self) -> int | None:
+        slots = self.plan.rung.slots
+        taken = {*self.slots, *(kit.number for kit in self.kits)}
+        # In turn, so that a slot that was just freed is the last to be used again.
+        turns = (n % slots for n in range(self._next, self._next + slots))
+        number = next((n for n in turns if n not in taken), None)
+        self._next = 0 if number is None else number + 1
+        return number
+
+    def prepare(self, plan: Plan) -> None:
+        """Makes and installs the maps of a next session like the one of PLAN: most of the time that
+        a start takes is the kernel's wait for running programs when a map is installed. Blocks;
+        does nothing where it cannot."""
+        with self.lock:
+            hub = self.hubs.get((plan.name, 0))
+            if hub is None or any(kit.fits(plan) for kit in self.kits):
+                return
+            number, processes = self._free_number(), self.processes
+            if number is None:
+                return
+            # The number is taken, and `hub` is not closed under it.
+            kit = _Kit(plan, number)
+            self.kits.append(kit)
+        with processes.lock, hub.lock, suppress(BpfError, OSError):
+            if processes.object is not None and hub.object is not None:
+                kit.install(processes.object, hub.object)
+        with self.lock:
+            if kit in self.kits and (self.processes is not processes or not hub.slots):
+                self.kits.remove(kit)
+                kit.close()
 
     def loaded(self, hub: _Hub, make: Callable[[], BpfObject]) -> BpfObject:
         """The object of HUB, which the first caller makes and loads; others wait for it."""
@@ -167,6 +201,8 @@ class _Group:
                 hub.slots.discard(slot.number)
                 if not hub.slots:
                     unused.append(hub)
+            kits = [kit for kit in self.kits if slot.hub in unused and kit.name == slot.name]
+            self.kits = [kit for kit in self.kits if kit not in kits]
             self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}
             # A session that comes meanwhile makes new ones; `processes` is replaced with them.
             if self.processes in unused:
@@ -175,6 +211,8 @@ class _Group:
         with ExitStack() as closing:
             for hub in reversed(unused):
                 closing.callback(_close, hub)
+            for kit in kits:
+                closing.callback(kit.close)
 
     # What user space says to the programs.
 
@@ -209,9 +247,15 @@ class _Group:
             if self._ended < _REBUILT_AFTER or self.processes.object is None:
                 return
             self._ended = 0
-            self._rebuild(self.processes.object)
+        _keeper.submit(self._rebuild)
 
-    def _rebuild(self, processes: BpfObject) -> None:
+    def _rebuild(self) -> None:
+        with self.lock:
+            processes = self.processes.object
+            if processes is not None:
+                self._build_hints(processes)
+
+    def _build_hints(self, processes: BpfObject) -> None:
         unused = 1 - int(processes.map("sessions").read_one(0)["hints"] & 1)  # type: ignore[index]
         hints, first = processes.map("hints"), np.uint32(unused * HINTS)
         hints.write_many(np.arange(HINTS, dtype=np.uint32) + first, np.zeros(HINTS, np.uint8))
@@ -233,14 +277,78 @@ def _close(hub: _Hub) -> None:
             hub.object = None
 
 
-class Slot:
-    """The place of one session. It is also what the agent asks about the session's programs."""
+class _Kit:
+    """The maps of one session, by its plan, for the slot NUMBER."""
 
-    def __init__(self, group: _Group, hub: _Hub, plan: Plan, number: int) -> None:
-        self._group, self.hub, self._plan, self.number = group, hub, plan, number
-        self._processes = group.processes
-        self._maps: dict[str, InnerMap] = {}
+    def __init__(self, plan: Plan, number: int) -> None:
+        self.name, self.sizes, self.number = plan.name, dict(plan.sizes), number
+        self.maps: dict[str, InnerMap] = {}
+        self.is_ready = False
         self._installed: list[tuple[BpfObject, str]] = []
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a session by PLAN can use it."""
+        return (
+            self.is_ready and plan.is_shared and (plan.name, plan.sizes) == (self.name, self.sizes)
+        )
+
+    def install(self, processes: BpfObject, hub: BpfObject) -> None:
+        """Makes the maps, and puts them where programs find them. Raises `BpfError`."""
+        owners = {name: processes if name in _MAPS_OF_PROCESSES else hub for name in self.sizes}
+        for name, size in self.sizes.items():
+            entries = None if name == "perfs" else size  # as many as there are CPUs
+            self.maps[name] = owners[name].make_inner(name, entries)
+        self._installed = [(owner, name) for name, owner in owners.items()]
+        self._each(lambda owner, name: owner.install(name, self.number, self.maps[name].fd))
+        self.is_ready = True
+
+    def uninstall(self) -> None:
+        """Takes the maps away from the programs; when this returns, none is still at work with
+        them. They stay readable. Safe to call twice. Raises `BpfError`."""
+        installed, self._installed = self._installed, []
+        self._each(lambda owner, name: owner.uninstall(name, self.number), installed)
+
+    def _each(
+        self,
+        work: Callable[[BpfObject, str], None],
+        maps: Sequence[tuple[BpfObject, str]] | None = None,
+    ) -> None:
+        # The kernel waits for all running programs each time: at once for all maps.
+        maps = self._installed if maps is None else maps
+        if maps:
+            with ThreadPoolExecutor(len(maps)) as pool:
+                for each in [pool.submit(work, *of) for of in maps]:
+                    each.result()
+
+    def close(self) -> None:
+        """Frees the maps. Safe to call twice."""
+        with ExitStack() as closing:
+            for own in self.maps.values():
+                closing.callback(own.close)
+            closing.callback(self.uninstall)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a session is: a number in a group, the objects that work for it, and its maps if they
+    were prepared."""
+
+    group: _Group
+    number: int
+    processes: _Hub
+    hub: _Hub
+    kit: _Kit | None
+
+
+class Slot:
+    """The place of one session. It is also what the agent asks about the session's programs. It is
+    nowhere until it is loaded."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._place: _Place | None = None
+        self._kit: _Kit | None = None
+        self._arrays: dict[str, HashMap] = {}
         self._active = False
         self._memory_bytes = 0
         self._work = 0.0
@@ -280,32 +388,48 @@ class Slot:
         return 1 << self.number
 
     def load(self) -> None:
-        """Loads the objects, unless other sessions use them already. Raises `BpfError`."""
-        group, plan = self._group, self._plan
-        processes = group.loaded(self._processes, plan.processes)
-        shared = {name: processes.map_fd(name) for name in SHARED_MAPS}
+        """Takes a slot, and loads the objects, unless other sessions use them already. Raises
+        `BpfError`."""
+        place = self._place = HUBS.place(self)
+        group, plan = place.group, self.plan
+        self.processes = group.loaded(place.processes, plan.processes)
+        shared = {name: self.processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        self.object = group.loaded(self.hub, lambda: plan.hub(shared, self.number))
-        self.processes = processes
+        self.object = group.loaded(place.hub, lambda: plan.hub(shared, place.number))
 
-    def install(self, sizes: Mapping[str, int]) -> None:
-        """Makes the session's own maps, by name, with so many entries or bytes, and puts them where
-        programs find them. Raises `BpfError`."""
-        owners = {
-            name: self.processes if name in _MAPS_OF_PROCESSES else self.object for name in sizes
-        }
-        for name, size in sizes.items():
-            entries = None if name == "perfs" else size  # as many as there are CPUs
-            self._maps[name] = owners[name].make_inner(name, entries)
-        # The kernel waits for all running programs each time: at once for all of them.
-        with ThreadPoolExecutor(len(sizes)) as pool:
-            done = [
-                pool.submit(owner.install, name, self.number, self._maps[name].fd)
-                for name, owner in owners.items()
-            ]
-        self._installed = [(owner, name) for name, owner in owners.items()]
-        for each in done:
-            each.result()
+    def install(self) -> None:
+        """Makes the session's own maps, by its plan, and puts them where programs find them, unless
+        that is done already. Raises `BpfError`."""
+        self._kit = self._at.kit
+        if self._kit is None:
+            self._kit = _Kit(self.plan, self.number)
+            self._kit.install(self.processes, self.object)
+        if self.plan.is_shared and self.plan.rung.slots > 1:
+            _keeper.submit(self._group.prepare, self.plan)
+
+    @property
+    def _at(self) -> _Place:
+        if self._place is None:
+            raise RuntimeError("not loaded")
+        return self._place
+
+    @property
+    def _group(self) -> _Group:
+        return self._at.group
+
+    @property
+    def hub(self) -> _Hub:
+        """The hub that works for the session."""
+        return self._at.hub
+
+    @property
+    def number(self) -> int:
+        """The number of the slot."""
+        return self._at.number
+
+    @property
+    def _maps(self) -> Mapping[str, InnerMap]:
+        return self._kit.maps if self._kit else {}
 
     def map(self, name: str) -> HashMap:
         """The session's own map NAME, or one of the hub."""
@@ -313,13 +437,15 @@ class Slot:
 
     def own(self, name: str, value: object) -> None:
         """Sets the session's element of an array with one for each slot."""
-        owner = self.processes if name in _OF_PROCESSES else self.object
-        owner.map(name).write(self.number, value)
+        if name not in self._arrays:
+            owner = self.processes if name in _OF_PROCESSES else self.object
+            self._arrays[name] = owner.map(name)
+        self._arrays[name].write(self.number, value)
 
     def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
         """From now on the programs work for the session, which is in the masks of SELECTIONS.
         HIERARCHY is that of its cgroups, the same for all sessions."""
-        hub = _NAMES.index(self._plan.name)
+        hub = _NAMES.index(self.plan.name)
         bit = np.uint64(self.bit)
 
         def set_bits(said: NDArray[Any]) -> None:
@@ -372,45 +498,40 @@ class Slot:
                 said[name] &= clear
 
         self._group.say(clear_bits)
-        if not self._plan.is_shared:
+        if not self.plan.is_shared:
             self.object.detach()
-        self._uninstall()
-
-    def _uninstall(self) -> None:
-        installed, self._installed = self._installed, []
-        if not installed:
-            return
-        with ThreadPoolExecutor(len(installed)) as pool:
-            for owner, name in installed:
-                pool.submit(owner.uninstall, name, self.number)
+        if self._kit:
+            self._kit.uninstall()
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
+        if self._place is None:
+            return
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
-            for own in self._maps.values():
-                closing.callback(own.close)
-            closing.callback(self._uninstall)
+            if self._kit:
+                closing.callback(self._kit.close)
             closing.callback(self.detach)
-        self._maps = {}
+        self._kit = None
 
     # What the agent asks.
 
     @property
     def name(self) -> str:
         """The name of the hub."""
-        return self._plan.name
+        return self.plan.name
 
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for the session's own maps, and its share of those of the hub;
         the last known figure if there is no descriptor left to read it."""
         try:
-            own = sum(each.memory_bytes for each in self._maps.values())
-            for hub in (self.hub, self._processes):
-                if hub.object is not None and hub.slots:
-                    own += hub.object.map_memory_bytes // len(hub.slots)
-            self._memory_bytes = own
+            if self._place:
+                own = sum(each.memory_bytes for each in self._maps.values())
+                for hub in (self._place.hub, self._place.processes):
+                    if hub.object is not None and hub.slots:
+                        own += hub.object.map_memory_bytes // len(hub.slots)
+                self._memory_bytes = own
         except OSError:
             pass
         return self._memory_bytes
@@ -423,6 +544,8 @@ class Slot:
     def share(self) -> float:
         """Which part of the programs' run time the session causes, by what it was sent or counted.
         What they cost processes that nobody watches is everybody's."""
+        if self._place is None:
+            return 1.0
         with self._group.lock:
             works = [self._group.slots[number].work for number in self.hub.slots]
         return self.work / sum(works) if works else 1.0
@@ -435,7 +558,7 @@ class Slot:
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
         found: dict[str, ProgramStats] = {}
-        for hub in (self._processes, self.hub):
+        for hub in (self._place.processes, self._place.hub) if self._place else ():
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
@@ -449,6 +572,37 @@ def has_cgroups() -> bool:
     return found == names if found or kernel_names({"task_struct"}) else _CGROUPS.exists()
 
 
+class _Keeper:
+    """Runs what need not be waited for, one after another, in a thread that ends when there is
+    nothing left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._is_running = False
+
+    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
+        """Runs JOB soon."""
+        with self._lock:
+            self._jobs.append(partial(job, *arguments))
+            if self._is_running:
+                return
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+                self._is_running = True
+            except RuntimeError:  # no thread can be started: it was not needed
+                self._jobs.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._is_running = False
+                    return
+                job = self._jobs.popleft()
+            job()
+
+
 class Hubs:
     """All hubs of this process."""
 
@@ -456,21 +610,22 @@ class Hubs:
         self._lock = threading.Lock()
         self._groups: list[_Group] = []
 
-    def take(self, plan: Plan) -> Slot:
-        """A slot for a session by PLAN, of a hub that is loaded with it."""
+    def place(self, slot: Slot) -> _Place:
+        """A place for SLOT, by its plan, in a hub that is loaded with it."""
         with self._lock:
-            for group in self._fitting(plan):
-                if slot := group.take(plan):
-                    return slot
-            group = _Group(plan)
+            for group in self._fitting(slot.plan):
+                if place := group.take(slot):
+                    return place
+            group = _Group(slot.plan)
             self._groups = [each for each in self._groups if each.slots] + [group]
-            slot = group.take(plan)
-        if slot is None:
+            place = group.take(slot)
+        if place is None:
             raise RuntimeError("a new hub has no room")
-        return slot
+        return place
 
     def _fitting(self, plan: Plan) -> Iterator[_Group]:
         return (group for group in self._groups if group.plan.features == plan.features)
 
 
 HUBS: Final = Hubs()
+_keeper: Final = _Keeper()

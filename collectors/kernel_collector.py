@@ -32,7 +32,7 @@ from coral.collectors.contract import (
     Support,
     Watched,
 )
-from coral.collectors.hubs import HUBS, Plan, Slot
+from coral.collectors.hubs import Plan, Slot
 from coral.collectors.losses import by_stage
 from coral.collectors.options import (
     Option,
@@ -94,7 +94,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         for name, instead in self.refused_options(features, self._rung).items():
             if (value := getattr(options, name)) != getattr(type(options), name):
                 raise OptionError(name, str(value).lower(), instead)
-        self._slot = HUBS.take(self._plan(features))
+        self._slot = Slot(self._plan(features))
         self._records: RecordReader | None = None
         self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
         self._lost: Counter[int] = Counter()  # and with those that user space knows of
@@ -225,7 +225,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def open(self) -> None:
         self._slot.load()
-        self._slot.install(self._sizes)
+        self._slot.install()
         self._account = self._slot.account(self.twins)
         self._open_maps()
         self._targets.follow(self._slot, detailed=self._options.single_events)
