@@ -8,8 +8,9 @@ The C side is bpf/include/sessions.bpf.h.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,7 +37,6 @@ from coral.bpf.buffers.account import Account
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
 
-_NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _PROCESSES: Final = "processes"
 _PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
 _CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
@@ -49,6 +49,7 @@ _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 _IDLE_WORK: Final = 100.0  # events a second
+_WORK_WINDOW_S: Final = 1.0
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 
 
@@ -70,12 +71,17 @@ class Plan:
     map_entries: Mapping[str, int] = field(default_factory=dict, compare=False)
     is_shared: bool = True  # or each session has an object of its own, beside `processes`
 
-    def hub(self, shared: Mapping[str, int], slot: int) -> BpfObject:
-        """The hub's object, which uses the maps SHARED; the first session is in SLOT."""
+    def hub(self, number: int, shared: Mapping[str, int], slot: int) -> BpfObject:
+        """The object of the hub of this NUMBER, which uses the maps SHARED; the first session is in
+        SLOT."""
         return self.rung.object(
             self.name,
             programs=self.programs,
-            options={**self.options, **({} if self.is_shared else {"own_slot": slot})},
+            options={
+                **self.options,
+                "hub": number,
+                **({} if self.is_shared else {"own_slot": slot}),
+            },
             map_entries={**self.map_entries, **self._prototypes(of_processes=False)},
             preallocated=self.preallocated,
             walks=self.walks,
@@ -122,25 +128,33 @@ class _Group:
         self.lock = threading.RLock()
         self.processes = _Hub()
         self.hubs: dict[tuple[str, int], _Hub] = {}
+        self._numbers: dict[str, int] = {}
         self.slots: dict[int, Slot] = {}
         self._next = 0
         self._ended = 0
 
-    def take(self, plan: Plan) -> Slot | None:
-        """A slot for a session by PLAN; None where all are taken."""
+    def take(self, slot: Slot) -> bool:
+        """Gives a session its slot, unless all are taken."""
+        plan = slot.plan
         with self.lock:
             if len(self.slots) == self.plan.rung.slots:
-                return None
+                return False
             # In turn, so that a slot that was just freed is the last to be used again.
             slots = plan.rung.slots
             turns = (n % slots for n in range(self._next, self._next + slots))
             number = next(n for n in turns if n not in self.slots)
             self._next = number + 1
             hub = self.hubs.setdefault((plan.name, 0 if plan.is_shared else number), _Hub())
-            slot = self.slots[number] = Slot(self, hub, plan, number)
+            self.slots[number] = slot
             hub.slots.add(number)
             self.processes.slots.add(number)
-            return slot
+            slot.placed(self, hub, number)
+            return True
+
+    def number_of(self, name: str) -> int:
+        """The number of the hubs NAME in `struct sessions`."""
+        with self.lock:
+            return self._numbers.setdefault(name, len(self._numbers))
 
     def loaded(self, hub: _Hub, make: Callable[[], BpfObject]) -> BpfObject:
         """The object of HUB, which the first caller makes and loads; others wait for it."""
@@ -234,17 +248,29 @@ def _close(hub: _Hub) -> None:
 
 
 class Slot:
-    """The place of one session. It is also what the agent asks about the session's programs."""
+    """The place of one session, from `load` to `close`. It is also what the agent asks about the
+    session's programs, before and after that too."""
 
-    def __init__(self, group: _Group, hub: _Hub, plan: Plan, number: int) -> None:
-        self._group, self.hub, self._plan, self.number = group, hub, plan, number
-        self._processes = group.processes
+    number: int
+    hub: _Hub
+    _processes: _Hub
+    _group: _Group
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._placed = False
         self._maps: dict[str, InnerMap] = {}
         self._installed: list[tuple[BpfObject, str]] = []
         self._active = False
         self._memory_bytes = 0
         self._work = 0.0
         self.since = 0
+
+    def placed(self, group: _Group, hub: _Hub, number: int) -> None:
+        """GROUP has given it a place."""
+        self._group, self.hub, self.number = group, hub, number
+        self._processes = group.processes
+        self._placed = True
 
     @property
     def never(self) -> int:
@@ -280,12 +306,15 @@ class Slot:
         return 1 << self.number
 
     def load(self) -> None:
-        """Loads the objects, unless other sessions use them already. Raises `BpfError`."""
-        group, plan = self._group, self._plan
+        """Takes a place, and loads the objects unless other sessions use them already. Raises
+        `BpfError`."""
+        HUBS.take(self)
+        group, plan = self._group, self.plan
         processes = group.loaded(self._processes, plan.processes)
         shared = {name: processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        self.object = group.loaded(self.hub, lambda: plan.hub(shared, self.number))
+        hub = group.number_of(plan.name)
+        self.object = group.loaded(self.hub, lambda: plan.hub(hub, shared, self.number))
         self.processes = processes
 
     def install(self, sizes: Mapping[str, int]) -> None:
@@ -319,7 +348,7 @@ class Slot:
     def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
         """From now on the programs work for the session, which is in the masks of SELECTIONS.
         HIERARCHY is that of its cgroups, the same for all sessions."""
-        hub = _NAMES.index(self._plan.name)
+        hub = self._group.number_of(self.plan.name)
         bit = np.uint64(self.bit)
 
         def set_bits(said: NDArray[Any]) -> None:
@@ -372,7 +401,7 @@ class Slot:
                 said[name] &= clear
 
         self._group.say(clear_bits)
-        if not self._plan.is_shared:
+        if not self.plan.is_shared:
             self.object.detach()
         self._uninstall()
 
@@ -386,6 +415,9 @@ class Slot:
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
+        if not self._placed:
+            return
+        self._placed = False
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
             for own in self._maps.values():
@@ -399,12 +431,14 @@ class Slot:
     @property
     def name(self) -> str:
         """The name of the hub."""
-        return self._plan.name
+        return self.plan.name
 
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for the session's own maps, and its share of those of the hub;
         the last known figure if there is no descriptor left to read it."""
+        if not self._placed:
+            return 0
         try:
             own = sum(each.memory_bytes for each in self._maps.values())
             for hub in (self.hub, self._processes):
@@ -416,21 +450,33 @@ class Slot:
         return self._memory_bytes
 
     def note_work(self, events: int, seconds: float) -> None:
-        """The programs have worked on so many EVENTS of the session in the last SECONDS."""
-        self._work = events / max(seconds, 1e-3)
+        """The programs have counted or sent EVENTS for the session in the last SECONDS."""
+        kept = math.exp(-seconds / _WORK_WINDOW_S)
+        self._work = self._work * kept + events / max(seconds, 1e-9) * (1 - kept)
 
     @property
-    def share(self) -> float:
-        """Which part of the programs' run time the session causes, by what it was sent or counted.
-        What they cost processes that nobody watches is everybody's."""
+    def shares(self) -> Mapping[str, float]:
+        """Which part of each program's run time the session causes. The programs of the hub work
+        for it as much as they counted or sent for it lately; those of `processes`, and any that
+        meet processes that nobody watches, for all sessions alike."""
+        if not self._placed:
+            return {}
         with self._group.lock:
-            works = [self._group.slots[number].work for number in self.hub.slots]
-        return self.work / sum(works) if works else 1.0
+            slots = [self._group.slots[number] for number in self.hub.slots]
+            ours = self.work / sum(slot.work for slot in slots)
+            alike = 1 / len(self._processes.slots)
+        return self._for_each_program(self._processes, alike) | self._for_each_program(
+            self.hub, ours
+        )
 
     @property
     def work(self) -> float:
         """Events a second, and what a session without any causes."""
         return self._work + _IDLE_WORK
+
+    @staticmethod
+    def _for_each_program(hub: _Hub, share: float) -> dict[str, float]:
+        return dict.fromkeys(hub.object.loaded_programs, share) if hub.object else {}
 
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
@@ -456,21 +502,15 @@ class Hubs:
         self._lock = threading.Lock()
         self._groups: list[_Group] = []
 
-    def take(self, plan: Plan) -> Slot:
-        """A slot for a session by PLAN, of a hub that is loaded with it."""
+    def take(self, slot: Slot) -> None:
+        """Finds a place for SLOT, where others have the same features or in a new group."""
+        plan = slot.plan
         with self._lock:
-            for group in self._fitting(plan):
-                if slot := group.take(plan):
-                    return slot
-            group = _Group(plan)
-            self._groups = [each for each in self._groups if each.slots] + [group]
-            slot = group.take(plan)
-        if slot is None:
-            raise RuntimeError("a new hub has no room")
-        return slot
-
-    def _fitting(self, plan: Plan) -> Iterator[_Group]:
-        return (group for group in self._groups if group.plan.features == plan.features)
+            fitting = (group for group in self._groups if group.plan.features == plan.features)
+            if not any(group.take(slot) for group in fitting):
+                group = _Group(plan)
+                self._groups = [each for each in self._groups if each.slots] + [group]
+                group.take(slot)
 
 
 HUBS: Final = Hubs()

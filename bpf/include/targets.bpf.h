@@ -157,13 +157,12 @@ SUBPROGRAM int state_in_session(__u32 slot, __u32 tgid)
 	return MEMBER_ACTIVE;
 }
 
-/* The sessions of HUB that watch the current process now. */
-static __always_inline __u64 sessions_of_current(const struct sessions *all, enum hub hub,
-						 __u32 tgid)
+/* The sessions of this hub that watch the current process now. */
+static __always_inline __u64 sessions_of_current(const struct sessions *all, __u32 tgid)
 {
 	__u64 watching = 0;
 
-	for_each_session (slot, all->of_hub[hub]) {
+	for_each_session (slot, sessions_of_hub(all)) {
 		if (state_in_session(slot, tgid) == MEMBER_ACTIVE)
 			watching |= session_bit(slot);
 	}

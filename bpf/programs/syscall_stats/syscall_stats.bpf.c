@@ -255,7 +255,7 @@ SUBPROGRAM int lose_call(__u32 slot)
 static __always_inline void watch(const struct sessions *all, struct call *call, __u32 tgid)
 {
 	call->watching = call->armed = 0;
-	for_each_session (slot, all->of_hub[HUB_SYSCALLS]) {
+	for_each_session (slot, sessions_of_hub(all)) {
 		int state = state_in_session(slot, tgid);
 
 		if (state == MEMBER_ACTIVE)
