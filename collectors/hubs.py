@@ -8,9 +8,10 @@ The C side is bpf/include/sessions.bpf.h.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -38,7 +39,6 @@ from coral.bpf.libbpf import BpfError
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
 
-_NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _PROCESSES: Final = "processes"
 _PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
 _CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
@@ -51,6 +51,7 @@ _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 _IDLE_WORK: Final = 100.0  # events a second
+_WORK_WINDOW_S: Final = 1.0
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 
 
@@ -72,12 +73,17 @@ class Plan:
     map_entries: Mapping[str, int] = field(default_factory=dict, compare=False)
     is_shared: bool = True  # or each session has an object of its own, beside `processes`
 
-    def hub(self, shared: Mapping[str, int], slot: int) -> BpfObject:
-        """The hub's object, which uses the maps SHARED; the first session is in SLOT."""
+    def hub(self, number: int, shared: Mapping[str, int], slot: int) -> BpfObject:
+        """The object of the hub of this NUMBER, which uses the maps SHARED; the first session is in
+        SLOT."""
         return self.rung.object(
             self.name,
             programs=self.programs,
-            options={**self.options, **({} if self.is_shared else {"own_slot": slot})},
+            options={
+                **self.options,
+                "hub": number,
+                **({} if self.is_shared else {"own_slot": slot}),
+            },
             map_entries={**self.map_entries, **self._prototypes(of_processes=False)},
             preallocated=self.preallocated,
             walks=self.walks,
@@ -124,6 +130,7 @@ class _Group:
         self.lock = threading.RLock()
         self.processes = _Hub()
         self.hubs: dict[tuple[str, int], _Hub] = {}
+        self._numbers: dict[str, int] = {}
         self.slots: dict[int, Slot] = {}
         self.kits: list[_Kit] = []
         self._next = 0
@@ -160,21 +167,28 @@ class _Group:
         does nothing where it cannot."""
         with self.lock:
             hub = self.hubs.get((plan.name, 0))
-            if hub is None or any(kit.fits(plan) for kit in self.kits):
+            kit = _Kit(plan, 0)
+            if hub is None or any(kit.is_like(other) for other in self.kits):
                 return
             number, processes = self._free_number(), self.processes
             if number is None:
                 return
-            # The number is taken, and `hub` is not closed under it.
-            kit = _Kit(plan, number)
+            kit.number = number  # which is taken from now on
             self.kits.append(kit)
-        with processes.lock, hub.lock, suppress(BpfError, OSError):
+        with processes.lock, hub.lock, suppress(BpfError, OSError, RuntimeError):
             if processes.object is not None and hub.object is not None:
                 kit.install(processes.object, hub.object)
         with self.lock:
-            if kit in self.kits and (self.processes is not processes or not hub.slots):
+            if kit in self.kits and kit.is_ready and hub.slots:
+                return
+            if kit in self.kits:
                 self.kits.remove(kit)
-                kit.close()
+        kit.close()
+
+    def number_of(self, name: str) -> int:
+        """The number of the hubs NAME in `struct sessions`."""
+        with self.lock:
+            return self._numbers.setdefault(name, len(self._numbers))
 
     def loaded(self, hub: _Hub, make: Callable[[], BpfObject]) -> BpfObject:
         """The object of HUB, which the first caller makes and loads; others wait for it."""
@@ -286,6 +300,10 @@ class _Kit:
         self.is_ready = False
         self._installed: list[tuple[BpfObject, str]] = []
 
+    def is_like(self, other: _Kit) -> bool:
+        """Whether both have the same maps, of any size."""
+        return (self.name, self.sizes.keys()) == (other.name, other.sizes.keys())
+
     def fits(self, plan: Plan) -> bool:
         """Whether a session by PLAN can use it."""
         return (
@@ -349,7 +367,7 @@ class Slot:
         self._place: _Place | None = None
         self._kit: _Kit | None = None
         self._arrays: dict[str, HashMap] = {}
-        self._active = False
+        self._active = self._closed = False
         self._memory_bytes = 0
         self._work = 0.0
         self.since = 0
@@ -395,7 +413,8 @@ class Slot:
         self.processes = group.loaded(place.processes, plan.processes)
         shared = {name: self.processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        self.object = group.loaded(place.hub, lambda: plan.hub(shared, place.number))
+        number = group.number_of(plan.name)
+        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared, place.number))
 
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless
@@ -445,7 +464,7 @@ class Slot:
     def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
         """From now on the programs work for the session, which is in the masks of SELECTIONS.
         HIERARCHY is that of its cgroups, the same for all sessions."""
-        hub = _NAMES.index(self.plan.name)
+        hub = self._group.number_of(self.plan.name)
         bit = np.uint64(self.bit)
 
         def set_bits(said: NDArray[Any]) -> None:
@@ -505,8 +524,9 @@ class Slot:
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
-        if self._place is None:
+        if self._place is None or self._closed:
             return
+        self._closed = True
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
             if self._kit:
@@ -537,23 +557,33 @@ class Slot:
         return self._memory_bytes
 
     def note_work(self, events: int, seconds: float) -> None:
-        """The programs have worked on so many EVENTS of the session in the last SECONDS."""
-        self._work = events / max(seconds, 1e-3)
+        """The programs have counted or sent EVENTS for the session in the last SECONDS."""
+        kept = math.exp(-seconds / _WORK_WINDOW_S)
+        self._work = self._work * kept + events / max(seconds, 1e-9) * (1 - kept)
 
     @property
-    def share(self) -> float:
-        """Which part of the programs' run time the session causes, by what it was sent or counted.
-        What they cost processes that nobody watches is everybody's."""
-        if self._place is None:
-            return 1.0
+    def shares(self) -> Mapping[str, float]:
+        """Which part of each program's run time the session causes. The programs of the hub work
+        for it as much as they counted or sent for it lately; those of `processes`, and any that
+        meet processes that nobody watches, for all sessions alike."""
+        if self._place is None or self._closed:
+            return {}
         with self._group.lock:
-            works = [self._group.slots[number].work for number in self.hub.slots]
-        return self.work / sum(works) if works else 1.0
+            slots = [self._group.slots[number] for number in self.hub.slots]
+            ours = self.work / sum(slot.work for slot in slots)
+            alike = 1 / len(self._at.processes.slots)
+        return self._for_each_program(self._at.processes, alike) | self._for_each_program(
+            self.hub, ours
+        )
 
     @property
     def work(self) -> float:
         """Events a second, and what a session without any causes."""
         return self._work + _IDLE_WORK
+
+    @staticmethod
+    def _for_each_program(hub: _Hub, share: float) -> dict[str, float]:
+        return dict.fromkeys(hub.object.loaded_programs, share) if hub.object else {}
 
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
@@ -611,10 +641,11 @@ class Hubs:
         self._groups: list[_Group] = []
 
     def place(self, slot: Slot) -> _Place:
-        """A place for SLOT, by its plan, in a hub that is loaded with it."""
+        """A place for SLOT, where others have the same features or in a new group."""
+        features = slot.plan.features
         with self._lock:
-            for group in self._fitting(slot.plan):
-                if place := group.take(slot):
+            for group in self._groups:
+                if group.plan.features == features and (place := group.take(slot)):
                     return place
             group = _Group(slot.plan)
             self._groups = [each for each in self._groups if each.slots] + [group]
@@ -622,9 +653,6 @@ class Hubs:
         if place is None:
             raise RuntimeError("a new hub has no room")
         return place
-
-    def _fitting(self, plan: Plan) -> Iterator[_Group]:
-        return (group for group in self._groups if group.plan.features == plan.features)
 
 
 HUBS: Final = Hubs()

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 import numpy as np
 
 from coral.bpf import Features, RecordReader, Rung, climb
+from coral.bpf.buffers.account import Counts
 from coral.bpf.buffers.records import Records, drain_whole
 from coral.bpf.rung import HOOKS
 from coral.collectors.clock import CLOCK
@@ -128,6 +129,11 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def _on_filled(self) -> None:
         """Called by `open` once the programs know the session's targets."""
+
+    def _events_in(self, rows: Summaries) -> int:
+        """How many events the programs counted for ROWS, more or less: their share of the programs'
+        run time is by these."""
+        return len(rows)
 
     def _uncounted(self) -> int:
         """How many events the subclass itself could not count so far, for want of room in a map."""
@@ -254,9 +260,15 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._drained_at_ns = int(interval_ns[1])
         began_at_ns, ended_at_ns = CLOCK.unix_ns(interval_ns).tolist()
         # Before the rows: what is refused in between counts as lost in the next interval.
-        losses = self._losses()
+        counts = self._account.read()
+        losses = self._losses(counts)
         rows: EventRows | Summaries
-        rows = self._read_events() if self._options.single_events else self._read_summaries()
+        if self._options.single_events:
+            rows, events = self._read_events(), counts.produced
+        else:
+            rows = self._read_summaries()
+            events = self._events_in(rows)
+        self._slot.note_work(events, np.diff(interval_ns).item() / 1e9)
         return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 
     @property
@@ -264,10 +276,10 @@ class KernelCollector(Collector, Generic[OptionsT]):
         """`Batch.in_detail`."""
         return False
 
-    def _losses(self) -> dict[int, int]:
-        """What was lost since this was last called, by stage."""
+    def _losses(self, counts: Counts) -> dict[int, int]:
+        """What was lost since this was last called, by stage; COUNTS is the account since then."""
         counted = self._counted
-        counted.update(by_stage(self._account.read().lost))
+        counted.update(by_stage(counts.lost))
         totals = counted.copy()
         # Programs count what the buffer refuses, except for perf buffers before Linux 5.1: there
         # the kernel alone knows.

@@ -20,9 +20,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 # Makes summaries by a seed, a number of rows at most, and `top`.
 Make = Callable[[int, int, int], Summaries]
 
-MEMBERS = Members(
-    np.array([7, 5 << 32 | 9], np.uint64), np.array([b"shop", b"db"], "S16")
-)
+MEMBERS = Members(np.array([7, 5 << 32 | 9], np.uint64), np.array([b"shop", b"db"], "S16"))
 _CLOCK = UnixClock(lambda: Reading(0, 0, 10**18, 0))
 RECORD = np.dtype(
     [

@@ -47,17 +47,14 @@ static __always_inline __u32 lowest_slot(__u64 mask)
 
 #define session_bit(slot) (1ULL << (slot))
 
-/* The programs of a hub, which only see the sessions that use them. */
-enum hub {
-	HUB_SYSCALLS,
-	HUB_SOCKETS,
-	HUBS,
-};
+/* The programs of a hub only see the sessions that use them. User space numbers the kinds of hubs. */
+#define MOST_HUBS 8
+OPTION(__u32, hub, 0);
 
 /* What user space says about all sessions. It changes them one at a time, and never a bit of a
  * session that runs. */
 struct sessions {
-	__u64 of_hub[HUBS];
+	__u64 of_hub[MOST_HUBS];
 	__u64 all;
 	__u64 host;	/* those that watch every process */
 	__u64 follow;	/* those that watch the children of what they watch */
@@ -78,6 +75,11 @@ static __always_inline struct sessions *all_sessions(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(map_of(sessions), &zero);
+}
+
+static __always_inline __u64 sessions_of_hub(const struct sessions *all)
+{
+	return all->of_hub[option(hub) % MOST_HUBS];
 }
 
 /*

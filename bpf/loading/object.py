@@ -255,6 +255,11 @@ class BpfObject:
         """The programs that are attached, by name."""
         return self._description.programs
 
+    @property
+    def loaded_programs(self) -> Sequence[str]:
+        """These, and those that user space runs."""
+        return self._description.chosen
+
     def map(self, name: str) -> HashMap:
         """A map of the loaded object, with dtypes from its BTF. KeyError if there is none."""
         definition = self._opened.definitions[name]

@@ -184,6 +184,9 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
             self._forget(ended, keys)
         return summaries(increase, members, self._options.top)
 
+    def _events_in(self, rows: Summaries) -> int:
+        return int(rows.columns["call_count"].sum())
+
     def _forget(self, ended: NDArray[np.uint64], keys: NDArray[Any]) -> None:
         gone = np.isin(process_keys(keys["tgid"], keys["born"]), ended)
         self._stats.delete(keys[gone])

@@ -62,7 +62,12 @@ def sending(
             reader = it.ring("rings", kinds, ring_bytes=most, slot=SLOT)
         else:
             reader = it.perf("perfs", kinds, bytes_per_cpu=most, slot=SLOT)
-        account = Account(it.map("accounts"), SLOT, it.btf.enum("loss"), [it.program_fd(name) for name in it.programs])
+        account = Account(
+            it.map("accounts"),
+            SLOT,
+            it.btf.enum("loss"),
+            [it.program_fd(name) for name in it.programs],
+        )
         it.attach()
         yield it, reader, account
 

@@ -259,7 +259,8 @@ def test_a_million_open_files_are_walked_through() -> None:
         holder.do("files = [os.dup(0) for _ in range(min(most - 100, 1_000_100))]")
         # The children end with their parent's end of the pipe.
         holder.do(
-            "exec('for _ in range(n):\\n if not os.fork(): os.close(w); os.read(r, 1); os._exit(0)')"
+            "exec('for _ in range(n):\\n"
+            " if not os.fork(): os.close(w); os.read(r, 1); os._exit(0)')"
         )
         with following(client, server) as seen:
             seen.drain()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 
-import numpy as np
 import pytest
 
 from coral.collectors.contract import ServiceProcesses

@@ -279,8 +279,8 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 
 	if (call && call->generation == generation)
 		return call;
-	fresh.watching = sessions_in_state(all->of_hub[HUB_SYSCALLS], me->tgid, MEMBER_ACTIVE);
-	fresh.armed = sessions_in_state(all->of_hub[HUB_SYSCALLS], me->tgid, MEMBER_ARMED);
+	fresh.watching = sessions_in_state(sessions_of_hub(all), me->tgid, MEMBER_ACTIVE);
+	fresh.armed = sessions_in_state(sessions_of_hub(all), me->tgid, MEMBER_ARMED);
 	if (call) {
 		call->watching = fresh.watching;
 		call->armed = fresh.armed;
