@@ -39,7 +39,7 @@ from coral.collectors.tcp_metrics.rows import connection_summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_PEERS: Final = 1000
-# Two programs for one hook, where the kernel skips the same event for both only very rarely: at most
+# Two programs for one hook: the kernel skips the same event for both only very rarely, and at most
 # as often as it skips either.
 _TWINS: Final = ("coral_state", "coral_state_twin")
 _PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", *_TWINS, "coral_destroy")

@@ -94,7 +94,7 @@ def _columns(
 # Fields that the program's record has by the same name.
 _SAME: Final = (
     "local_port", "remote_port", "role", "state", "pid", "congestion_window",
-    "segment_bytes",
+    "segment_bytes", "backlog", "backlog_limit",
 )  # fmt: skip
 
 

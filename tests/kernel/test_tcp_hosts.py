@@ -29,6 +29,7 @@ from tests.support import Puppet, at_work
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
+LISTENER = pb.TCP_ROLE_LISTENER
 RESET = (
     "import struct; {s}.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))"
 )
@@ -212,6 +213,51 @@ def test_a_connection_that_an_administrator_destroys_is_aborted(role: int, way: 
             assert row.total.bytes_sent + row.total.bytes_received == 30
 
 
+@each_way
+@pytest.mark.parametrize("before", [True, False], ids=["listens before", "listens later"])
+def test_what_a_full_backlog_drops_is_the_listeners(
+    before: bool, way: Following, sides: tuple[Side, Side]
+) -> None:
+    left, right = sides
+    backlog, attempts = 1, 20
+    code = f"{{}}; l.bind(({right.v4!r}, 0)); l.listen({backlog})"
+    with left.puppet() as client, right.puppet() as server:
+        if before:
+            server.do(code.format("import socket; l = socket.socket()"))
+            fill(client, server, attempts)  # these are not counted
+            before_it = right.counter("TcpExtListenDrops")
+        with way(server) as seen:
+            if not before:
+                before_it = right.counter("TcpExtListenDrops")
+                server.do(code.format("import socket; l = socket.socket()"))
+            fill(client, server, attempts)
+
+            def agrees() -> bool:
+                dropped = sum(row.delta.listen_drops for row in seen.rows)
+                return 0 < dropped == right.counter("TcpExtListenDrops") - before_it
+
+            seen.until(agrees)
+            row = seen.last(role=LISTENER)
+            assert row
+            assert (row.pid, row.local_port) == (server.pid, number(server, "l.getsockname()[1]"))
+            assert (row.backlog, row.backlog_limit) == (backlog + 1, backlog)
+            assert not row.total.bytes_sent
+            assert right.counter("TcpExtListenOverflows") == right.counter("TcpExtListenDrops")
+            client.do("[c.close() for c in cs]")
+            server.do("l.close()")
+            seen.drain()
+            assert agrees()
+            assert not seen.lost
+
+
+def fill(client: Puppet, server: Puppet, attempts: int) -> None:
+    """Begins to connect so many times, without waiting for an answer."""
+    at = server.ask("l.getsockname()")
+    client.do(f"import socket; cs = [socket.socket() for _ in range({attempts})]")
+    client.do("[c.setblocking(False) for c in cs]")
+    client.do(f"[c.connect_ex({at}) for c in cs]")
+
+
 LEAVES = "table inet leaves {{ chain out {{ type filter hook output priority 0; {rule}; }}; }}"
 
 
@@ -259,7 +305,8 @@ def test_a_million_open_files_are_walked_through() -> None:
         holder.do("files = [os.dup(0) for _ in range(min(most - 100, 1_000_100))]")
         # The children end with their parent's end of the pipe.
         holder.do(
-            "exec('for _ in range(n):\\n if not os.fork(): os.close(w); os.read(r, 1); os._exit(0)')"
+            "exec('for _ in range(n):\\n"
+            " if not os.fork(): os.close(w); os.read(r, 1); os._exit(0)')"
         )
         with following(client, server) as seen:
             seen.drain()

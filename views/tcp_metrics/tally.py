@@ -172,7 +172,11 @@ class Tally:
             open_at = Counter(_peer_of(of_connection(row)) for row, _ in self._open.values())
         for key, flow in self._peers.items():
             flow.open = open_at[key]
-        return [flow for flow in self._peers.values() if flow.role != LISTENER or flow.retransmits]
+        return [
+            flow
+            for flow in self._peers.values()
+            if flow.role != LISTENER or flow.retransmits or flow.dropped
+        ]
 
     @property
     def all(self) -> Flow:

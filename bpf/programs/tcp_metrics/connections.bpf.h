@@ -70,9 +70,14 @@ struct tcp_connection {
 	__u32 segments_received;
 	__u32 retransmits;
 	__u32 retransmits_of[KINDS];
-	__u32 syn_ack_retransmits; /* of listeners */
-	__u32 srtt_us;		   /* times eight, as in the kernel */
-	__u32 rtt_deviation_us;	   /* times four */
+	/* Of listeners: */
+	__u32 syn_ack_retransmits;
+	__u32 listen_drops; /* attempts to connect that it dropped */
+	__u32 found_listen_drops;
+	__u32 backlog; /* connections that wait to be accepted, and how many may */
+	__u32 backlog_limit;
+	__u32 srtt_us;		/* times eight, as in the kernel */
+	__u32 rtt_deviation_us; /* times four */
 	__u32 rtt_min_us;
 	__u32 congestion_window;
 	__u32 slow_start_threshold;
@@ -276,7 +281,13 @@ static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, i
 	struct tcp_sock *tp = tcp_of(sk, typed);
 
 	c->read_ns = bpf_ktime_get_ns();
-	if (c->role == ROLE_LISTENER || !tp)
+	if (c->role == ROLE_LISTENER) {
+		c->listen_drops = kernel_read(sk, sk_drops.counter);
+		c->backlog = kernel_read(sk, sk_ack_backlog);
+		c->backlog_limit = kernel_read(sk, sk_max_ack_backlog);
+		return;
+	}
+	if (!tp)
 		return;
 	read_counters(c, tp, typed);
 	take_flags_out(c, sk, tp, old, typed);
@@ -362,6 +373,7 @@ static __always_inline void keep_as_found(struct tcp_connection *c)
 	c->found_segments_sent = c->segments_sent;
 	c->found_segments_received = c->segments_received;
 	c->found_retransmits = c->retransmits;
+	c->found_listen_drops = c->listen_drops;
 }
 
 static __always_inline struct tcp_connection *connection_find(struct sock *sk, __u32 pid,
@@ -378,11 +390,9 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 		return NULL;
 	own(c, pid, comm);
 	name_ends(c, sk, typed);
-	if (state != TCP_LISTEN) {
-		c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
-		refresh(c, sk, state, false);
-		keep_as_found(c);
-	}
+	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
+	refresh(c, sk, state, false);
+	keep_as_found(c);
 	connection_show(c, number_of(c, sk, typed));
 	return c;
 }

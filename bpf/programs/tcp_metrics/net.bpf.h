@@ -109,6 +109,9 @@ struct sock {
 	struct sock_common __sk_common;
 	int sk_err;
 	socket_lock_t sk_lock;
+	atomic_t sk_drops;
+	__u32 sk_ack_backlog;
+	__u32 sk_max_ack_backlog;
 	__u16 sk_protocol;
 };
 

@@ -97,7 +97,8 @@ static __always_inline void send_end(void *ctx, struct tcp_connection *c)
 {
 	if (option(single_events))
 		return;
-	if (c->role != ROLE_LISTENER || c->syn_ack_retransmits || c->resets_sent)
+	if (c->role != ROLE_LISTENER || c->syn_ack_retransmits || c->resets_sent ||
+	    c->listen_drops != c->found_listen_drops)
 		record_send(ctx, c, sizeof(*c));
 }
 
@@ -234,7 +235,8 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 	if (c->role == ROLE_LISTENER) {
 		if (state != TCP_CLOSE)
 			return 0;
-		c->ended_ns = bpf_ktime_get_ns();
+		refresh(c, sk, old, false);
+		c->ended_ns = c->read_ns;
 	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
 		on_established(c, sk);
 		if (c->role == ROLE_SERVER && c->start_ns)
