@@ -209,6 +209,7 @@ def _identified(sockets: NDArray[Any], dtype: np.dtype[Any], network: int) -> ND
     for name in ("cookie", "state", "local_port", "remote_port"):
         records[name] = message[name]
     records["found_ns"], records["network"] = message["cookie"], network
+    records["scope_id"] = message["interface"]
     v4 = message["family"] == _AF_INET
     for name in ("local", "remote"):
         address = np.ascontiguousarray(message[name]).view(np.uint8).reshape(-1, 16)

@@ -3,6 +3,7 @@ administrator destroys, segments that are dropped before they leave."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from coral import bpf
+from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
@@ -256,6 +258,26 @@ def fill(client: Puppet, server: Puppet, attempts: int) -> None:
     client.do(f"import socket; cs = [socket.socket() for _ in range({attempts})]")
     client.do("[c.setblocking(False) for c in cs]")
     client.do(f"[c.connect_ex({at}) for c in cs]")
+
+
+@pytest.mark.parametrize("by", ["connection", "peer"])
+def test_a_link_local_address_has_its_interface(by: str, sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    with left.puppet() as client, right.puppet() as server:
+        there = re.search(r"inet6 (fe80::\S+)/", right.run("ip", "-6", "addr", "show", "cable"))
+        assert there
+        index = number(client, "__import__('socket').if_nametoindex('cable')")
+        with following(client, by=by) as seen:
+            server.do("import socket; l = socket.socket(socket.AF_INET6)")
+            server.do("l.bind(('::', 0)); l.listen()")
+            port = number(server, "l.getsockname()[1]")
+            client.do("import socket; c = socket.socket(socket.AF_INET6)")
+            client.do(f"c.connect(({there[1]!r}, {port}, 0, {index}))")
+            batch = seen.collector.drain()
+            assert isinstance(batch.rows, Summaries)
+            (row,) = batch.rows.as_messages()
+            assert isinstance(row, pb.TcpMetrics | pb.TcpPeerMetrics)
+            assert row.remote_address == f"{there[1]}%{index}"
 
 
 LEAVES = "table inet leaves {{ chain out {{ type filter hook output priority 0; {rule}; }}; }}"

@@ -92,8 +92,9 @@ struct tcp_connection {
 	__u32 found_segments_sent;
 	__u32 found_segments_received;
 	__u32 found_retransmits;
-	__u32 walk;   /* the last walk in which the owner had it open */
-	__u32 shared; /* of a listener: a process that is not watched has it open, too */
+	__u32 walk;	/* the last walk in which the owner had it open */
+	__u32 scope_id; /* the interface that link-local addresses belong to */
+	__u32 shared;	/* of a listener: a process that is not watched has it open, too */
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
 	__u64 found_bytes_received;
@@ -152,6 +153,7 @@ static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk,
 	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
 	c->local_port = local_port_of(sk);
 	c->remote_port = remote_port_of(sk, typed);
+	c->scope_id = socket_read_if(typed, sk, __sk_common.skc_bound_dev_if);
 }
 
 /* A client gets its port after its first state change. */

@@ -52,6 +52,8 @@ struct tcp_event {
 	__u32 reason;
 	__u32 error;
 	__u32 end;
+	__u32 scope_id;
+	__u32 reserved;
 };
 
 IN_BTF(struct tcp_event, tcp_event);
@@ -73,6 +75,7 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	    .count = count,
 	    .error = c->error,
 	    .end = new_state == TCP_CLOSE ? c->end : END_OPEN,
+	    .scope_id = c->scope_id,
 	};
 
 	if (!option(single_events))
