@@ -280,6 +280,45 @@ def test_a_link_local_address_has_its_interface(by: str, sides: tuple[Side, Side
             assert row.remote_address == f"{there[1]}%{index}"
 
 
+def test_a_worker_that_is_passed_a_new_connection_has_all_that_it_moved(tmp_path: object) -> None:
+    if not looks_up_owners():
+        pytest.skip("no program walks through open files")
+    with puppets(3) as (client, acceptor, worker):
+        connected(client, acceptor, "127.0.0.1")
+        at = acceptor.ask("l.getsockname()")
+        pass_sockets(acceptor, worker, f"{tmp_path}/pass")
+        send(client, "c", acceptor, "s", 1000)
+        with following(worker) as seen:
+            for looked in (False, True):  # ends before a walk finds it, and after
+                client.do(f"d = socket.create_connection({at})")
+                acceptor.do("t, _ = l.accept(); socket.send_fds(v, [b'x'], [t.fileno()])")
+                acceptor.do("t.close()")
+                worker.do("t = socket.socket(fileno=socket.recv_fds(u, 1, 1)[1][0])")
+                send(client, "d", worker, "t", 100)
+                send(worker, "t", client, "d", 50)
+                if looked:
+                    seen.until(lambda: seen.last(pid=worker.pid, end=0))
+                worker.do("t.close()")
+                client.do("d.recv(1); d.close()")
+            seen.until(lambda: sum(row.end != 0 for row in seen.rows) == 2)
+            assert sum(row.delta.bytes_received for row in seen.rows) == 200
+            assert sum(row.delta.bytes_sent for row in seen.rows) == 100
+            # What an older connection carried before is of no interval.
+            acceptor.do("socket.send_fds(v, [b'x'], [s.fileno()]); s.close()")
+            worker.do("s = socket.socket(fileno=socket.recv_fds(u, 1, 1)[1][0])")
+            peer = number(worker, "s.getpeername()[1]")
+            seen.until(lambda: seen.last(remote_port=peer))
+            row = seen.rows[-1]
+            assert (row.total.bytes_received, row.delta.bytes_received) == (1000, 0)
+
+
+def pass_sockets(giver: Puppet, taker: Puppet, path: str) -> None:
+    """Connects two puppets, as `v` and `u`, for descriptors."""
+    taker.do(f"import socket; w = socket.socket(socket.AF_UNIX); w.bind({path!r}); w.listen()")
+    giver.do(f"v = socket.socket(socket.AF_UNIX); v.connect({path!r})")
+    taker.do("u, _ = w.accept()")
+
+
 LEAVES = "table inet leaves {{ chain out {{ type filter hook output priority 0; {rule}; }}; }}"
 
 

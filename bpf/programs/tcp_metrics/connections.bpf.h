@@ -378,8 +378,59 @@ static __always_inline void keep_as_found(struct tcp_connection *c)
 	c->found_listen_drops = c->listen_drops;
 }
 
-static __always_inline struct tcp_connection *connection_find(struct sock *sk, __u32 pid,
-							      const char *comm, bool typed)
+/* User space increments it before each walk through the open files. */
+GLOBAL(__u32, walk);
+
+/*
+ * Sockets that walks met, by a hash of their addresses: the number of the last walk that did, times
+ * two, and one if the walk before had met it, too. Like a hint, a byte may be of another socket:
+ * then a new connection is taken for one that was there before.
+ */
+GLOBALS(__u8, met_in_walk, SOCKET_HINTS);
+
+static __always_inline volatile __u8 *walk_mark_of(struct sock *sk)
+{
+	return element(met_in_walk, (half_of(sk) * 0x9E3779B1) >> 16);
+}
+
+#define WALKS 0x7F
+
+static __always_inline void meet_in_walk(struct sock *sk, __u32 now)
+{
+	volatile __u8 *mark = walk_mark_of(sk);
+	bool before;
+
+	if (!mark || *mark >> 1 == (now & WALKS))
+		return;
+	before = now == 1 || *mark >> 1 == (now - 1 & WALKS);
+	*mark = (now & WALKS) << 1 | before;
+}
+
+/* Another socket may get the address. */
+static __always_inline void forget_in_walk(struct sock *sk)
+{
+	volatile __u8 *mark = walk_mark_of(sk);
+
+	if (mark && *mark)
+		*mark = 0;
+}
+
+/*
+ * Whether the connection of SK, which is found now, is younger than the previous walk: then all
+ * that it has carried is of this interval. IN_WALK, the present walk has met it already.
+ */
+static __always_inline bool is_younger_than_walk(struct sock *sk, bool in_walk)
+{
+	volatile __u32 *now = global(walk);
+	volatile __u8 *mark = walk_mark_of(sk);
+
+	if (!now || !mark || !*now)
+		return false;
+	return in_walk ? !(*mark & 1) : *mark >> 1 != (*now & WALKS);
+}
+
+static __always_inline struct tcp_connection *
+connection_find(struct sock *sk, __u32 pid, const char *comm, bool in_walk, bool typed)
 {
 	__u8 state = state_of(sk);
 	struct tcp_connection *c;
@@ -394,7 +445,8 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 	name_ends(c, sk, typed);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
 	refresh(c, sk, state, false);
-	keep_as_found(c);
+	if (!is_younger_than_walk(sk, in_walk))
+		keep_as_found(c);
 	connection_show(c, number_of(c, sk, typed));
 	return c;
 }
@@ -419,7 +471,8 @@ static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
 	if ((!target && !found_owner) || !is_tcp(sk, option(typed_sockets)))
 		return NULL;
 	c = connection_find(sk, target ? current_tgid() : found_owner->pid,
-			    target ? target->comm : found_owner->comm, option(typed_sockets));
+			    target ? target->comm : found_owner->comm, false,
+			    option(typed_sockets));
 	if (c && found_owner)
 		bpf_map_delete_elem(map_of(found), &cookie);
 	return c;

@@ -270,6 +270,7 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk)
 	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
+	forget_in_walk(sk);
 	/* A process that nobody watches only matters where the owner is presumed. */
 	if ((c && c->presumed) || !surely_no_target(current_tgid())) {
 		if (held_by_process(sk) && !(c && is_destroyed_by_other(sk)))
@@ -667,9 +668,6 @@ int coral_live_run(void *ctx)
 	return 0;
 }
 
-/* User space increments it before each walk through the open files. */
-GLOBAL(__u32, walk);
-
 /* A process has it open. It becomes the owner if the present owner did not have it open in the
  * previous walk; in the current one, the owner may still follow. */
 static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
@@ -699,7 +697,7 @@ static __noinline int had_by_target(struct sock *sk, __u32 tgid, const char *com
 	struct tcp_connection *c = connection_of(sk);
 
 	if (!c && is_tcp(sk, false)) {
-		c = connection_find(sk, tgid, comm, false);
+		c = connection_find(sk, tgid, comm, true, false);
 		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
 			account_map_full();
 	}
@@ -736,6 +734,7 @@ static __always_inline struct sock *next_subflow(__u64 *node, __u64 list)
 static __always_inline void had_open(struct sock *sk, bool watched, __u32 tgid, const char *comm,
 				     __u32 now)
 {
+	meet_in_walk(sk, now);
 	if (watched)
 		had_by_target(sk, tgid, comm, now);
 	else
