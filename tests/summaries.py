@@ -30,7 +30,7 @@ RECORD = np.dtype(
             for name in (
                 "pid", "network", "local_port", "remote_port", "srtt_us", "rtt_deviation_us",
                 "rtt_min_us", "congestion_window", "slow_start_threshold", "segment_bytes",
-                "error", "reset_reason",
+                "error", "reset_reason", "backlog", "backlog_limit", "scope_id",
             )
         ),
         *((name, "u1") for name in ("role", "state", "end")),

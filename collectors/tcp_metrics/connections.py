@@ -26,7 +26,7 @@ NAMES: Final = (
     "bytes_sent", "bytes_acked", "bytes_received", "bytes_retransmitted", "segments_sent",
     "segments_received", "retransmits", "retransmits_fast", "retransmits_timeout",
     "retransmits_tail_probe", "retransmits_handshake", "resets_sent", "resets_received",
-    "syn_ack_retransmits",
+    "syn_ack_retransmits", "listen_drops",
 )  # fmt: skip
 _KINDS: Final = NAMES.index("retransmits_fast")
 RTT: Final = len(NAMES)
@@ -111,7 +111,7 @@ class Connections:
         moved = delta.any(axis=1)
         changed = moved | (told != told_before).any(axis=1) | (everything & is_open)
         listens = read["role"] == LISTENER
-        changed &= ~listens | moved
+        changed &= ~listens | moved | (read["backlog"] > read["backlog_limit"])
         established = (told[:, 2] > 0) & (~known | (told_before[:, 2] == 0))
         self._keep(keys[in_map], current[in_map], told[in_map], now_ns)
         return Changes(
@@ -169,8 +169,9 @@ def _told_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
 def _found_with(connections: NDArray[Any]) -> NDArray[np.uint64]:
     """The counters of connections when they were found, of shape (n, COLUMNS)."""
     counters = np.zeros((len(connections), COLUMNS), np.uint64)
-    for column, name in enumerate(NAMES[:_KINDS]):
-        counters[:, column] = connections[f"found_{name}"]
+    for column, name in enumerate(NAMES):
+        if f"found_{name}" in (connections.dtype.names or ()):
+            counters[:, column] = connections[f"found_{name}"]
     return counters
 
 

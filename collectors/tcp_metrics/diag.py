@@ -38,7 +38,8 @@ _ESTABLISHED, _SYN_SENT, _FIN_WAIT1, _FIN_WAIT2 = 1, 2, 4, 5
 _CLOSE_WAIT, _LAST_ACK, _LISTEN, _CLOSING = 8, 9, 10, 11
 _MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 _ENDS: Final = ("network", "local_port", "remote_port", "local", "remote")
-_COUNTED: Final = NAMES[: NAMES.index("retransmits_fast")]
+_COUNTED: Final = (*NAMES[: NAMES.index("retransmits_fast")], "listen_drops")
+_FOUND: Final = tuple(f"found_{name}" for name in _COUNTED)
 
 
 class DiagConnections:
@@ -77,7 +78,7 @@ class DiagConnections:
             found[f"found_{name}"] = found[name]
         found = found[np.array(self._tell(found), bool)]
         self._found = found[np.argsort(found["cookie"])]
-        self._idle = self._found[self._found["role"] != LISTENER]
+        self._idle = self._found
 
     def read(self, *, now: bool) -> None:
         """Dumps the sockets again, unless that would cost too much time; always if NOW. Call it
@@ -98,6 +99,7 @@ class DiagConnections:
         records = self._idle[idle]
         _count(records, self._sockets[at])
         gone = np.delete(self._idle, idle)
+        gone = gone[gone["role"] != LISTENER]
         self._missing = Counter({c: self._missing[c] + 1 for c in gone["cookie"].tolist()})
         still = [self._missing[c] < _MOST_MISSING for c in gone["cookie"].tolist()]
         self.unfollowed += still.count(False)  # ended without the programs having room for it
@@ -123,7 +125,7 @@ class DiagConnections:
         records, sockets = live[known], self._sockets[at]
         # For a connection that is changing, the programs' figures stand.
         same = (records["state"] == sockets["socket"]["state"]) & (records["ended_ns"] == 0)
-        same &= (records["read_ns"] < self._asked_ns) & (records["role"] != LISTENER)
+        same &= records["read_ns"] < self._asked_ns
         records = records[same]
         _count(records, sockets[same])
         live = live.copy()
@@ -136,7 +138,7 @@ class DiagConnections:
         ours = (self._found["cookie"][at] == records["cookie"]) & (records["start_ns"] == 0)
         if ours.any():
             records = records.copy()
-            for name in ("sk", "found_ns", *(f"found_{name}" for name in _COUNTED)):
+            for name in ("sk", "found_ns", *_FOUND):
                 records[name][ours] = self._found[name][at[ours]]
         return records
 
@@ -207,6 +209,7 @@ def _identified(sockets: NDArray[Any], dtype: np.dtype[Any], network: int) -> ND
     for name in ("cookie", "state", "local_port", "remote_port"):
         records[name] = message[name]
     records["found_ns"], records["network"] = message["cookie"], network
+    records["scope_id"] = message["interface"]
     v4 = message["family"] == _AF_INET
     for name in ("local", "remote"):
         address = np.ascontiguousarray(message[name]).view(np.uint8).reshape(-1, 16)
@@ -240,6 +243,11 @@ def _name_roles(records: NDArray[Any], sockets: NDArray[Any]) -> None:
 def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     """Sets the kernel's counters in RECORDS, whose role is known, as `refresh` does."""
     info, state = sockets["info"], sockets["socket"]["state"]
+    listens = records["role"] == LISTENER
+    records["listen_drops"] = sockets["drops"] * listens
+    # In a listener's message, these are about its backlog.
+    records["backlog"] = sockets["socket"]["unread"] * listens
+    records["backlog_limit"] = sockets["socket"]["unacked"] * listens
     for name in (
         "bytes_retransmitted", "segments_sent", "segments_received", "retransmits", "rtt_min_us",
         "congestion_window", "slow_start_threshold",
@@ -258,7 +266,8 @@ def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     acked -= (records["role"] == _CLIENT).astype(np.int64) + (state == _FIN_WAIT2)
     records["bytes_received"] = (info["bytes_received"].astype(np.int64) - fin_came).clip(min=0)
     records["bytes_acked"] = acked = acked.clip(min=0)
-    under_way = np.where(state == _SYN_SENT, 0, under_way - (fin_under_way & (under_way > 0)))
+    under_way -= fin_under_way & (under_way > 0)
+    under_way[listens | (state == _SYN_SENT)] = 0
     records["bytes_sent"] = acked + under_way
 
 

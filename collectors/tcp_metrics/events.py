@@ -16,7 +16,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _COPIED: Final = (
     "pid", "local_port", "remote_port", "role", "what", "old_state", "new_state", "count", "error",
-    "end",
+    "end", "scope_id",
 )  # fmt: skip
 _ROW: Final = np.dtype(
     [

@@ -21,6 +21,7 @@ from coral.collectors.tcp_metrics.names import (
     error_name,
     histogram_message,
     reset_reason,
+    scoped,
 )
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -66,8 +67,8 @@ def _columns(
     comms = members.comms_of(c["pid"])
     return {
         "connection_id": c["cookie"],
-        "local_address": address_indices(strings, c["local"]),
-        "remote_address": address_indices(strings, c["remote"]),
+        "local_address": address_indices(strings, scoped(c["local"], c["scope_id"])),
+        "remote_address": address_indices(strings, scoped(c["remote"], c["scope_id"])),
         "comm": strings.indices(np.where(comms == b"", c["comm"], comms), comm_text),
         "network_namespace": c["network"],
         "start_ns": np.where(known, clock.unix_ns(start_ns), 0),
@@ -97,7 +98,7 @@ def _columns(
 # Fields that the program's record has by the same name.
 _SAME: Final = (
     "local_port", "remote_port", "role", "state", "pid", "congestion_window",
-    "segment_bytes",
+    "segment_bytes", "backlog", "backlog_limit",
 )  # fmt: skip
 
 

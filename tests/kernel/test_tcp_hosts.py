@@ -3,6 +3,7 @@ administrator destroys, segments that are dropped before they leave."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from coral import bpf
+from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
@@ -29,6 +31,7 @@ from tests.support import Puppet, at_work
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
+LISTENER = pb.TCP_ROLE_LISTENER
 RESET = (
     "import struct; {s}.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))"
 )
@@ -210,6 +213,110 @@ def test_a_connection_that_an_administrator_destroys_is_aborted(role: int, way: 
             reset = (pb.TCP_END_RESET_REMOTE, "ECONNRESET")
             assert (row.end, row.error) == (destroyed if row.role == role else reset)
             assert row.total.bytes_sent + row.total.bytes_received == 30
+
+
+@each_way
+@pytest.mark.parametrize("before", [True, False], ids=["listens before", "listens later"])
+def test_what_a_full_backlog_drops_is_the_listeners(
+    before: bool, way: Following, sides: tuple[Side, Side]
+) -> None:
+    left, right = sides
+    backlog, attempts = 1, 20
+    code = f"{{}}; l.bind(({right.v4!r}, 0)); l.listen({backlog})"
+    with left.puppet() as client, right.puppet() as server:
+        if before:
+            server.do(code.format("import socket; l = socket.socket()"))
+            fill(client, server, attempts)  # these are not counted
+            before_it = right.counter("TcpExtListenDrops")
+        with way(server) as seen:
+            if not before:
+                before_it = right.counter("TcpExtListenDrops")
+                server.do(code.format("import socket; l = socket.socket()"))
+            fill(client, server, attempts)
+
+            def agrees() -> bool:
+                dropped = sum(row.delta.listen_drops for row in seen.rows)
+                return 0 < dropped == right.counter("TcpExtListenDrops") - before_it
+
+            seen.until(agrees)
+            row = seen.last(role=LISTENER)
+            assert row
+            assert (row.pid, row.local_port) == (server.pid, number(server, "l.getsockname()[1]"))
+            assert (row.backlog, row.backlog_limit) == (backlog + 1, backlog)
+            assert not row.total.bytes_sent
+            assert right.counter("TcpExtListenOverflows") == right.counter("TcpExtListenDrops")
+            client.do("[c.close() for c in cs]")
+            server.do("l.close()")
+            seen.drain()
+            assert agrees()
+            assert not seen.lost
+
+
+def fill(client: Puppet, server: Puppet, attempts: int) -> None:
+    """Begins to connect so many times, without waiting for an answer."""
+    at = server.ask("l.getsockname()")
+    client.do(f"import socket; cs = [socket.socket() for _ in range({attempts})]")
+    client.do("[c.setblocking(False) for c in cs]")
+    client.do(f"[c.connect_ex({at}) for c in cs]")
+
+
+@pytest.mark.parametrize("by", ["connection", "peer"])
+def test_a_link_local_address_has_its_interface(by: str, sides: tuple[Side, Side]) -> None:
+    left, right = sides
+    with left.puppet() as client, right.puppet() as server:
+        there = re.search(r"inet6 (fe80::\S+)/", right.run("ip", "-6", "addr", "show", "cable"))
+        assert there
+        index = number(client, "__import__('socket').if_nametoindex('cable')")
+        with following(client, by=by) as seen:
+            server.do("import socket; l = socket.socket(socket.AF_INET6)")
+            server.do("l.bind(('::', 0)); l.listen()")
+            port = number(server, "l.getsockname()[1]")
+            client.do("import socket; c = socket.socket(socket.AF_INET6)")
+            client.do(f"c.connect(({there[1]!r}, {port}, 0, {index}))")
+            batch = seen.collector.drain()
+            assert isinstance(batch.rows, Summaries)
+            (row,) = batch.rows.as_messages()
+            assert isinstance(row, pb.TcpMetrics | pb.TcpPeerMetrics)
+            assert row.remote_address == f"{there[1]}%{index}"
+
+
+def test_a_worker_that_is_passed_a_new_connection_has_all_that_it_moved(tmp_path: object) -> None:
+    if not looks_up_owners():
+        pytest.skip("no program walks through open files")
+    with puppets(3) as (client, acceptor, worker):
+        connected(client, acceptor, "127.0.0.1")
+        at = acceptor.ask("l.getsockname()")
+        pass_sockets(acceptor, worker, f"{tmp_path}/pass")
+        send(client, "c", acceptor, "s", 1000)
+        with following(worker) as seen:
+            for looked in (False, True):  # ends before a walk finds it, and after
+                client.do(f"d = socket.create_connection({at})")
+                acceptor.do("t, _ = l.accept(); socket.send_fds(v, [b'x'], [t.fileno()])")
+                acceptor.do("t.close()")
+                worker.do("t = socket.socket(fileno=socket.recv_fds(u, 1, 1)[1][0])")
+                send(client, "d", worker, "t", 100)
+                send(worker, "t", client, "d", 50)
+                if looked:
+                    seen.until(lambda: seen.last(pid=worker.pid, end=0))
+                worker.do("t.close()")
+                client.do("d.recv(1); d.close()")
+            seen.until(lambda: sum(row.end != 0 for row in seen.rows) == 2)
+            assert sum(row.delta.bytes_received for row in seen.rows) == 200
+            assert sum(row.delta.bytes_sent for row in seen.rows) == 100
+            # What an older connection carried before is of no interval.
+            acceptor.do("socket.send_fds(v, [b'x'], [s.fileno()]); s.close()")
+            worker.do("s = socket.socket(fileno=socket.recv_fds(u, 1, 1)[1][0])")
+            peer = number(worker, "s.getpeername()[1]")
+            seen.until(lambda: seen.last(remote_port=peer))
+            row = seen.rows[-1]
+            assert (row.total.bytes_received, row.delta.bytes_received) == (1000, 0)
+
+
+def pass_sockets(giver: Puppet, taker: Puppet, path: str) -> None:
+    """Connects two puppets, as `v` and `u`, for descriptors."""
+    taker.do(f"import socket; w = socket.socket(socket.AF_UNIX); w.bind({path!r}); w.listen()")
+    giver.do(f"v = socket.socket(socket.AF_UNIX); v.connect({path!r})")
+    taker.do("u, _ = w.accept()")
 
 
 LEAVES = "table inet leaves {{ chain out {{ type filter hook output priority 0; {rule}; }}; }}"

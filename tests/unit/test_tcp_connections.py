@@ -17,7 +17,7 @@ _FOUND = [f"found_{name}" for name in NAMES[: NAMES.index("retransmits") + 1]]
 RECORD = np.dtype(
     [
         *((name, "u8") for name in (*_WIDE, *_COUNTED, *_FOUND)),
-        *((name, "u4") for name in ("pid",)),
+        *((name, "u4") for name in ("pid", "backlog", "backlog_limit")),
         *((name, "u1") for name in ("role", "state", "end")),
         ("retransmits_of", "u4", (4,)),
         ("rtt", "u4", (SLOTS,)),

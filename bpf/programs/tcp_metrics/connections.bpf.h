@@ -70,9 +70,14 @@ struct tcp_connection {
 	__u32 segments_received;
 	__u32 retransmits;
 	__u32 retransmits_of[KINDS];
-	__u32 syn_ack_retransmits; /* of listeners */
-	__u32 srtt_us;		   /* times eight, as in the kernel */
-	__u32 rtt_deviation_us;	   /* times four */
+	/* Of listeners: */
+	__u32 syn_ack_retransmits;
+	__u32 listen_drops; /* attempts to connect that it dropped */
+	__u32 found_listen_drops;
+	__u32 backlog; /* connections that wait to be accepted, and how many may */
+	__u32 backlog_limit;
+	__u32 srtt_us;		/* times eight, as in the kernel */
+	__u32 rtt_deviation_us; /* times four */
 	__u32 rtt_min_us;
 	__u32 congestion_window;
 	__u32 slow_start_threshold;
@@ -87,8 +92,9 @@ struct tcp_connection {
 	__u32 found_segments_sent;
 	__u32 found_segments_received;
 	__u32 found_retransmits;
-	__u32 walk;   /* the last walk in which the owner had it open */
-	__u32 shared; /* of a listener: a process that is not watched has it open, too */
+	__u32 walk;	/* the last walk in which the owner had it open */
+	__u32 scope_id; /* the interface that link-local addresses belong to */
+	__u32 shared;	/* of a listener: a process that is not watched has it open, too */
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
 	__u64 found_bytes_received;
@@ -159,6 +165,7 @@ static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk,
 	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
 	c->local_port = local_port_of(sk);
 	c->remote_port = remote_port_of(sk, typed);
+	c->scope_id = socket_read_if(typed, sk, __sk_common.skc_bound_dev_if);
 }
 
 /* A client gets its port after its first state change. */
@@ -288,7 +295,13 @@ static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, i
 	struct tcp_sock *tp = tcp_of(sk, typed);
 
 	c->read_ns = bpf_ktime_get_ns();
-	if (c->role == ROLE_LISTENER || !tp)
+	if (c->role == ROLE_LISTENER) {
+		c->listen_drops = kernel_read(sk, sk_drops.counter);
+		c->backlog = kernel_read(sk, sk_ack_backlog);
+		c->backlog_limit = kernel_read(sk, sk_max_ack_backlog);
+		return;
+	}
+	if (!tp)
 		return;
 	read_counters(c, tp, typed);
 	take_flags_out(c, sk, tp, old, typed);
@@ -374,10 +387,62 @@ static __always_inline void keep_as_found(struct tcp_connection *c)
 	c->found_segments_sent = c->segments_sent;
 	c->found_segments_received = c->segments_received;
 	c->found_retransmits = c->retransmits;
+	c->found_listen_drops = c->listen_drops;
 }
 
-static __always_inline struct tcp_connection *connection_find(struct sock *sk, __u32 pid,
-							      const char *comm, bool typed)
+/* User space increments it before each walk through the open files. */
+GLOBAL(__u32, walk);
+
+/*
+ * Sockets that walks met, by a hash of their addresses: the number of the last walk that did, times
+ * two, and one if the walk before had met it, too. Like a hint, a byte may be of another socket:
+ * then a new connection is taken for one that was there before.
+ */
+GLOBALS(__u8, met_in_walk, SOCKET_HINTS);
+
+static __always_inline volatile __u8 *walk_mark_of(struct sock *sk)
+{
+	return element(met_in_walk, (half_of(sk) * 0x9E3779B1) >> 16);
+}
+
+#define WALKS 0x7F
+
+static __always_inline void meet_in_walk(struct sock *sk, __u32 now)
+{
+	volatile __u8 *mark = walk_mark_of(sk);
+	bool before;
+
+	if (!mark || *mark >> 1 == (now & WALKS))
+		return;
+	before = now == 1 || *mark >> 1 == (now - 1 & WALKS);
+	*mark = (now & WALKS) << 1 | before;
+}
+
+/* Another socket may get the address. */
+static __always_inline void forget_in_walk(struct sock *sk)
+{
+	volatile __u8 *mark = walk_mark_of(sk);
+
+	if (mark && *mark)
+		*mark = 0;
+}
+
+/*
+ * Whether the connection of SK, which is found now, is younger than the previous walk: then all
+ * that it has carried is of this interval. IN_WALK, the present walk has met it already.
+ */
+static __always_inline bool is_younger_than_walk(struct sock *sk, bool in_walk)
+{
+	volatile __u32 *now = global(walk);
+	volatile __u8 *mark = walk_mark_of(sk);
+
+	if (!now || !mark || !*now)
+		return false;
+	return in_walk ? !(*mark & 1) : *mark >> 1 != (*now & WALKS);
+}
+
+static __always_inline struct tcp_connection *
+connection_find(struct sock *sk, __u32 pid, const char *comm, bool in_walk, bool typed)
 {
 	__u8 state = state_of(sk);
 	struct tcp_connection *c;
@@ -390,11 +455,10 @@ static __always_inline struct tcp_connection *connection_find(struct sock *sk, _
 		return NULL;
 	own(c, pid, comm);
 	name_ends(c, sk, typed);
-	if (state != TCP_LISTEN) {
-		c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
-		refresh(c, sk, state, false);
+	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
+	refresh(c, sk, state, false);
+	if (!is_younger_than_walk(sk, in_walk))
 		keep_as_found(c);
-	}
 	connection_show(c, number_of(c, sk, typed));
 	return c;
 }
@@ -419,7 +483,8 @@ static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
 	if ((!member && !found_owner) || !is_tcp(sk, option(typed_sockets)))
 		return NULL;
 	c = connection_find(sk, member ? current_tgid() : found_owner->pid,
-			    member ? member->comm : found_owner->comm, option(typed_sockets));
+			    member ? member->comm : found_owner->comm, false,
+			    option(typed_sockets));
 	if (c && found_owner)
 		bpf_map_delete_elem(map_of(found), &cookie);
 	return c;

@@ -59,6 +59,8 @@ struct tcp_event {
 	__u32 reason;
 	__u32 error;
 	__u32 end;
+	__u32 scope_id;
+	__u32 reserved;
 };
 
 /* The record of a connection that has ended. */
@@ -89,6 +91,7 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	    .count = count,
 	    .error = c->error,
 	    .end = new_state == TCP_CLOSE ? c->end : END_OPEN,
+	    .scope_id = c->scope_id,
 	};
 
 	if (!option(single_events))
@@ -115,7 +118,8 @@ static __always_inline void send_end(void *ctx, struct tcp_connection *c)
 
 	if (option(single_events))
 		return;
-	if (c->role == ROLE_LISTENER && !c->syn_ack_retransmits && !c->resets_sent)
+	if (c->role == ROLE_LISTENER && !c->syn_ack_retransmits && !c->resets_sent &&
+	    c->listen_drops == c->found_listen_drops)
 		return;
 	ended = record_reserve(option(own_slot), RECORD_TCP_ENDED, sizeof(*ended));
 	if (!ended)
@@ -257,7 +261,8 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 	if (c->role == ROLE_LISTENER) {
 		if (state != TCP_CLOSE)
 			return 0;
-		c->ended_ns = bpf_ktime_get_ns();
+		refresh(c, sk, old, false);
+		c->ended_ns = c->read_ns;
 	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
 		on_established(c, sk);
 		if (c->role == ROLE_SERVER && c->start_ns)
@@ -288,6 +293,7 @@ static __always_inline int on_destroy(void *ctx, struct sock *sk)
 	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
+	forget_in_walk(sk);
 	/* A process that nobody watches only matters where the owner is presumed. */
 	if ((c && c->presumed) || !surely_nobodys(current_tgid())) {
 		if (held_by_process(sk) && !(c && is_destroyed_by_other(sk)))
@@ -686,9 +692,6 @@ int coral_live_run(void *ctx)
 	return 0;
 }
 
-/* User space increments it before each walk through the open files. */
-GLOBAL(__u32, walk);
-
 /* A process has it open. It becomes the owner if the present owner did not have it open in the
  * previous walk; in the current one, the owner may still follow. */
 static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
@@ -718,7 +721,7 @@ static __noinline int had_by_target(struct sock *sk, __u32 tgid, const char *com
 	struct tcp_connection *c = connection_of(sk);
 
 	if (!c && is_tcp(sk, false)) {
-		c = connection_find(sk, tgid, comm, false);
+		c = connection_find(sk, tgid, comm, true, false);
 		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
 			account_loss(option(own_slot), LOSS_MAP_FULL);
 	}
@@ -755,6 +758,7 @@ static __always_inline struct sock *next_subflow(__u64 *node, __u64 list)
 static __always_inline void had_open(struct sock *sk, bool watched, __u32 tgid, const char *comm,
 				     __u32 now)
 {
+	meet_in_walk(sk, now);
 	if (watched)
 		had_by_target(sk, tgid, comm, now);
 	else
