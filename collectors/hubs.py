@@ -175,15 +175,16 @@ class _Group:
                 return
             kit.number = number  # which is taken from now on
             self.kits.append(kit)
-        with processes.lock, hub.lock, suppress(BpfError, OSError, RuntimeError):
+        with processes.lock, hub.lock:  # which nobody closes meanwhile
             if processes.object is not None and hub.object is not None:
-                kit.install(processes.object, hub.object)
-        with self.lock:
-            if kit in self.kits and kit.is_ready and hub.slots:
-                return
-            if kit in self.kits:
-                self.kits.remove(kit)
-        kit.close()
+                with suppress(BpfError, OSError, RuntimeError):
+                    kit.install(processes.object, hub.object)
+            with self.lock:
+                is_wanted = kit in self.kits and kit.is_ready and bool(hub.slots)
+                if kit in self.kits and not is_wanted:
+                    self.kits.remove(kit)
+            if not is_wanted:
+                kit.close()
 
     def number_of(self, name: str) -> int:
         """The number of the hubs NAME in `struct sessions`."""
