@@ -14,35 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from build_hook import clang_command
 from coral.bpf import AttachError, BpfObject
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
 from coral.bpf.attaching.sampling import cpu_clock, sample_with
-from tests.support import ROOT, built
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
 PROGRAM = "count_samples"
 FREQ_HZ = 499
 IOC_DISABLE = 0x2401
-
-
-@pytest.fixture(scope="module")
-def attaching_object() -> Path:
-    source = ROOT / "tests/bpf/attaching.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built("attaching.bpf.o", sources, partial(clang_command, source))
-
-
-@pytest.fixture
-def no_descriptors_left() -> Iterator[None]:
-    before = descriptors()
-    yield
-    assert descriptors() == before
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @contextmanager
