@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf.buffers.barrier import memory_barrier
 from coral.bpf.buffers.perf_buffer import CpuRing, cpus_in
 from coral.bpf.buffers.perf_event import (
     FLAG_DISABLED,
@@ -49,7 +53,8 @@ class CpuEvent:
         **attributes: int,
     ) -> None:
         self.cpu = cpu
-        self.ring: CpuRing | None = None
+        self._ring: CpuRing | None = None
+        self._barrier = memory_barrier()
         self._enabled_ns = 0
         self.fd = open_perf_event(
             type_,
@@ -61,7 +66,7 @@ class CpuEvent:
         )
         try:
             if ring_bytes:
-                self.ring = CpuRing(self.fd, ring_bytes, counts_lost=False)
+                self._ring = CpuRing(self.fd, ring_bytes, counts_lost=False)
             if program_fd is not None:
                 fcntl.ioctl(self.fd, IOC_SET_BPF, program_fd)
             fcntl.ioctl(self.fd, IOC_ENABLE, 0)
@@ -75,11 +80,25 @@ class CpuEvent:
         before_ns, self._enabled_ns = self._enabled_ns, enabled_ns
         return bool(enabled_ns == before_ns)
 
+    def take(self) -> NDArray[np.uint8]:
+        """The records in its ring, whole and in order, as a copy; frees their space. They begin
+        with a struct perf_event_header each. Empty without a ring."""
+        if self._ring is None:
+            return np.empty(0, np.uint8)
+        ring, tail, head = self._ring, self._ring.tail, self._ring.head
+        self._barrier()
+        begin, size = tail % len(ring.memory), head - tail
+        first = ring.memory[begin : begin + size]
+        data = np.concatenate((first, ring.memory[: size - len(first)]))
+        self._barrier()
+        ring.give_back(head, 0)
+        return data
+
     def close(self) -> None:
         """Disables the event, which detaches its program. Safe to call twice."""
-        if self.ring is not None:
-            self.ring.close()
-            self.ring = None
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -13,6 +13,7 @@ import fcntl
 import os
 import stat
 import struct
+import sys
 from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ _PMU: Final = Path("/sys/bus/event_source/devices/uprobe")
 _SYS_OPENAT2: Final = 437  # on every processor
 _RESOLVE_IN_ROOT: Final = 0x10
 _OPEN_HOW: Final = struct.Struct("=QQQ")
+_STATFS_BYTES: Final = 256  # more than any has; the first member is the type
+_OVERLAYFS: Final = 0x794C7630
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
@@ -33,7 +37,9 @@ class ProcessFile:
     """A regular file, opened as the process PID sees it: through its root directory, with its
     mounts. PATH is absolute; links on it stay inside that root.
 
-    Whatever happens to the path or the process later, `fd` is this file. Raises OSError.
+    Whatever happens to the path or the process later, `fd` is this file. Files with the same
+    `identity` are one to the kernel: containers of one image have mounts (overlayfs) with device
+    numbers of their own, but share the files below. Raises OSError.
     """
 
     def __init__(self, pid: int, path: str) -> None:
@@ -43,6 +49,12 @@ class ProcessFile:
             self.close()
             raise OSError(errno.EINVAL, "not a regular file", path)
         self.device, self.inode = status.st_dev, status.st_ino
+        self.identity: tuple[int, ...] = (self.device, self.inode)
+        if _is_on_overlayfs(self.fd):
+            # Its number is that of the file below, or of the one that it was copied from; only its
+            # times tell these apart.
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            self.identity = (_OVERLAYFS, self.inode, status.st_size, *times)
 
     def __enter__(self) -> Self:
         return self
@@ -57,11 +69,18 @@ class ProcessFile:
             self.fd = -1
 
 
+def _is_on_overlayfs(fd: int) -> bool:
+    filesystem = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _LIBC.fstatfs(ctypes.c_int(fd), filesystem):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int.from_bytes(filesystem[:8], sys.byteorder) == _OVERLAYFS
+
+
 def _open_in_root(root: str, path: str) -> int:
     directory = os.open(root, os.O_PATH | os.O_CLOEXEC)
     try:
         how = _OPEN_HOW.pack(_OPEN_FLAGS, 0, _RESOLVE_IN_ROOT)
-        fd: int = ctypes.CDLL(None, use_errno=True).syscall(
+        fd: int = _LIBC.syscall(
             ctypes.c_long(_SYS_OPENAT2),
             ctypes.c_int(directory),
             os.fsencode(path),
@@ -83,8 +102,7 @@ class _Place(NamedTuple):
     """What is attached at most once."""
 
     program_fd: int
-    device: int
-    inode: int
+    file: tuple[int, ...]
     offset: int
     at_return: bool
 
@@ -125,14 +143,14 @@ class Uprobes:
 
         Raises `AttachError`.
         """
-        place = _Place(program_fd, file.device, file.inode, offset, at_return)
+        place = _Place(program_fd, file.identity, offset, at_return)
         if place not in self._events:
             self._events[place] = _open_uprobe(place, file.fd)
         self._users.setdefault(place, set()).add(user)
 
     def release(self, user: Hashable) -> None:
-        """USER needs nothing any more: what nobody else needs is detached. No error if it had
-        nothing."""
+        """USER needs nothing any more: what nobody else needs is detached, which waits for the
+        kernel for 20 to 100 ms each. No error if it had nothing."""
         for place, users in list(self._users.items()):
             users.discard(user)
             if not users:

@@ -141,3 +141,58 @@ static __always_inline bool user_registers_read(struct user_registers *to)
 		regs = kernel_read(user_task(task), stack) + KERNEL_STACK_BYTES - KERNEL_REGS_BYTES;
 	return !bpf_probe_read_kernel(to, sizeof(*to), regs);
 }
+
+/* Where the current thread keeps its own variables; glibc and musl put it behind the stack. */
+static __always_inline __u64 user_thread_pointer(struct task_struct *task)
+{
+#if defined(__TARGET_ARCH_x86)
+	return kernel_read(user_task(task), thread.fsbase);
+#else
+	return kernel_read(user_task(task), thread.uw.tp_value);
+#endif
+}
+
+/*
+ * How much of the current thread's stack there can be from SP on, in bytes, at most MOST: nothing
+ * of it lies behind the place where a process's first stack began, or a thread's own variables.
+ */
+static __always_inline __u32 user_stack_bytes(__u64 sp, __u32 most)
+{
+	struct task_struct *task = this_task();
+	__u64 thread_pointer = user_thread_pointer(task);
+	__u64 first = kernel_read(user_task(task), mm->start_stack);
+
+	if (sp < thread_pointer && thread_pointer - sp < most)
+		most = thread_pointer - sp;
+	if (sp < first && first - sp < most)
+		most = first - sp;
+	return most;
+}
+
+#define USER_READ_STEP 4096 /* pages are no smaller */
+
+/*
+ * Copies up to BYTES of the stack from SP on to TO, page by page, because a read that meets an
+ * absent page copies nothing. TO must have room for STEPS * 4096 bytes; STEPS is a constant.
+ * Returns the number of bytes copied.
+ */
+static __always_inline __u32 user_stack_read(void *to, __u64 sp, __u32 bytes, const __u32 steps)
+{
+	__u32 done = 0;
+
+#pragma unroll
+	for (__u32 i = 0; i < steps; i++) {
+		__u32 step = USER_READ_STEP - ((sp + done) & (USER_READ_STEP - 1));
+
+		if (done >= bytes || done > (steps - 1) * USER_READ_STEP)
+			break;
+		if (step > bytes - done)
+			step = bytes - done;
+		if (step > USER_READ_STEP) /* never: for the verifier */
+			break;
+		if (bpf_probe_read_user(to + done, step, (const void *)(sp + done)))
+			break;
+		done += step;
+	}
+	return done;
+}

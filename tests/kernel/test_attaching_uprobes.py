@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_file_in_a_mount_namespace_is_found_through_the_processs_root(
     )
     process = Called("unshare", "--mount", "sh", "-ec", script)
     try:
-        wait_until(lambda: executable(process.pid).endswith("/prog"))
+        wait_until(partial(runs_prog, process.pid))
         assert not (inside / "bin/prog").exists()
         with watching(attaching_object, process.pid) as bpf_object, Uprobes() as uprobes:
             file = attach_both(uprobes, 1, bpf_object, process.pid, "/bin/prog")
@@ -155,10 +156,50 @@ def test_a_file_in_a_mount_namespace_is_found_through_the_processs_root(
         process.kill()
 
 
-def executable(pid: int) -> str:
+def test_containers_of_one_image_share_what_is_attached(
+    attaching_object: Path, static_program: Path, tmp_path: Path
+) -> None:
+    """Each has a mount of its own over the same files, with a device number of its own; the third
+    one has changed its copy."""
+    image, mounted = tmp_path / "image", tmp_path / "mounted"
+    image.mkdir()
+    mounted.mkdir()
+    (image / "prog").write_bytes(static_program.read_bytes())
+    (image / "prog").chmod(0o755)
+    script = (
+        f"mount -t tmpfs coral-test {mounted}; cd {mounted}; mkdir upper work root; "
+        f"mount -t overlay coral-test -o lowerdir={image},upperdir=upper,workdir=work root; "
+        "cd root; {change}; exec chroot . /prog 100"
+    )
+    with ExitStack() as stack:
+        processes = [
+            Called("unshare", "--mount", "sh", "-ec", script.replace("{change}", change))
+            for change in (":", ":", "chmod 0555 prog")
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        for process in processes:
+            wait_until(partial(runs_prog, process.pid))
+        watchers = [
+            stack.enter_context(watching(attaching_object, process.pid)) for process in processes
+        ]
+        uprobes = stack.enter_context(Uprobes())
+        files = [
+            attach_both(uprobes, process.pid, watcher, process.pid, "/prog")
+            for process in processes
+            for watcher in watchers
+        ]
+        assert len({file.device for file in files}) == 3
+        assert len(uprobes) == 2 * len(watchers) * 2  # two files, entered and left
+        for process, watcher in zip(processes, watchers, strict=True):
+            process.finish()
+            assert counted(watcher)["entered"] == counted(watcher)["left"] == 100
+
+
+def runs_prog(pid: int) -> bool:
     with suppress(OSError):
-        return str(Path(f"/proc/{pid}/exe").readlink())
-    return ""
+        return Path(f"/proc/{pid}/exe").readlink().name == "prog"
+    return False
 
 
 def test_a_deleted_or_replaced_file_is_still_the_one_that_was_opened(
