@@ -27,15 +27,56 @@ struct sample_with_stack {
 
 IN_BTF(struct sample, sample);
 
-GLOBALS(__u64, lost, 256);
+#define MAX_CPUS 256
+
+GLOBALS(__u64, lost, MAX_CPUS);
+
+/* By CPU: when the timer's interrupt began, whether a sample was taken in it, and what those took.
+ */
+GLOBALS(__u64, began_ns, MAX_CPUS);
+GLOBALS(__u64, sampled, MAX_CPUS);
+GLOBALS(__u64, interrupts, MAX_CPUS);
+GLOBALS(__u64, interrupt_ns, MAX_CPUS);
 
 BUFFER(RINGBUF, ring, 4096);
 MAP(PERCPU_ARRAY, scratch, __u32, struct sample_with_stack, 1, 0);
+
+static __always_inline __u32 this_cpu(void)
+{
+	return bpf_get_smp_processor_id() & (MAX_CPUS - 1);
+}
+
+SEC("raw_tp/local_timer_entry")
+int PROGRAM(timer_entry, void *ctx)
+{
+	*element(sampled, this_cpu()) = 0;
+	*element(began_ns, this_cpu()) = bpf_ktime_get_ns();
+	return 0;
+}
+
+SEC("raw_tp/local_timer_exit")
+int PROGRAM(timer_exit, void *ctx)
+{
+	if (!*element(sampled, this_cpu()))
+		return 0;
+	*element(interrupt_ns, this_cpu()) += bpf_ktime_get_ns() - *element(began_ns, this_cpu());
+	*element(interrupts, this_cpu()) += 1;
+	return 0;
+}
+
+static __always_inline bool wanted(void)
+{
+	if (current_tgid() != option(wanted_tgid))
+		return false;
+	*element(sampled, this_cpu()) = 1;
+	return true;
+}
 
 /* Does nothing: what a sample costs anyhow. */
 SEC("perf_event")
 int PROGRAM(sample_nothing, struct sampled *ctx)
 {
+	wanted();
 	return 0;
 }
 
@@ -43,7 +84,7 @@ int PROGRAM(sample_nothing, struct sampled *ctx)
 SEC("perf_event")
 int PROGRAM(sample_by_kernel, struct sampled *ctx)
 {
-	return current_tgid() == option(wanted_tgid);
+	return wanted();
 }
 
 static __always_inline bool begin(struct sample *sample)
@@ -61,10 +102,7 @@ static __always_inline bool begin(struct sample *sample)
 
 static __always_inline int count_lost(void)
 {
-	volatile __u64 *count = element(lost, bpf_get_smp_processor_id() & 255);
-
-	if (count)
-		*count += 1;
+	*element(lost, this_cpu()) += 1;
 	return 0;
 }
 
@@ -76,7 +114,7 @@ int PROGRAM(sample_to_scratch, struct sampled *ctx)
 	__u32 zero = 0, bytes;
 	__u64 sp;
 
-	if (current_tgid() != option(wanted_tgid))
+	if (!wanted())
 		return 0;
 	it = bpf_map_lookup_elem(map_of(scratch), &zero);
 	if (!it || !begin(&it->sample))
@@ -120,7 +158,7 @@ int PROGRAM(sample_in_place, struct sampled *ctx)
 	__u32 bytes;
 	__u64 sp;
 
-	if (current_tgid() != option(wanted_tgid) || !user_registers_read(&registers))
+	if (!wanted() || !user_registers_read(&registers))
 		return 0;
 	sp = user_sp(&registers);
 	bytes = user_stack_bytes(sp, MOST_BYTES);

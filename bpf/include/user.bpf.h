@@ -160,7 +160,7 @@ static __always_inline __u32 user_stack_bytes(__u64 sp, __u32 most)
 {
 	struct task_struct *task = this_task();
 	__u64 thread_pointer = user_thread_pointer(task);
-	__u64 first = kernel_read(user_task(task), mm->start_stack);
+	__u64 first = kernel_read(kernel_read(user_task(task), mm), start_stack);
 
 	if (sp < thread_pointer && thread_pointer - sp < most)
 		most = thread_pointer - sp;
@@ -172,27 +172,28 @@ static __always_inline __u32 user_stack_bytes(__u64 sp, __u32 most)
 #define USER_READ_STEP 4096 /* pages are no smaller */
 
 /*
- * Copies up to BYTES of the stack from SP on to TO, page by page, because a read that meets an
- * absent page copies nothing. TO must have room for STEPS * 4096 bytes; STEPS is a constant.
- * Returns the number of bytes copied.
+ * Copies up to BYTES of the stack from SP on to TO, which has room for STEPS * 4096 bytes; STEPS is
+ * a constant. Returns the number of bytes copied. A read that meets an absent page copies nothing:
+ * then it is done page by page up to there.
  */
 static __always_inline __u32 user_stack_read(void *to, __u64 sp, __u32 bytes, const __u32 steps)
 {
 	__u32 done = 0;
 
+	if (bytes > steps * USER_READ_STEP)
+		bytes = steps * USER_READ_STEP;
+	if (!bpf_probe_read_user(to, bytes, (const void *)sp))
+		return bytes;
 #pragma unroll
 	for (__u32 i = 0; i < steps; i++) {
 		__u32 step = USER_READ_STEP - ((sp + done) & (USER_READ_STEP - 1));
 
+		/* The second condition is never true: for the verifier. */
 		if (done >= bytes || done > (steps - 1) * USER_READ_STEP)
-			break;
-		if (step > bytes - done)
-			step = bytes - done;
-		if (step > USER_READ_STEP) /* never: for the verifier */
 			break;
 		if (bpf_probe_read_user(to + done, step, (const void *)(sp + done)))
 			break;
 		done += step;
 	}
-	return done;
+	return done < bytes ? done : bytes;
 }

@@ -326,6 +326,10 @@ class BpfObject:
         """The descriptor of a map of the loaded object; negative if it was not created."""
         return call("bpf_map__fd", self._maps[name])
 
+    def program_fd(self, name: str) -> int:
+        """The descriptor of a loaded program, for `attaching` and maps of programs."""
+        return self._program_fd(name)
+
     def _program_fd(self, name: str) -> int:
         return call("bpf_program__fd", self._programs[name])
 
@@ -342,7 +346,7 @@ class BpfObject:
         )
 
     def write_fd(self, name: str, index: int, fd: int) -> None:
-        """Puts a descriptor (of a cgroup) into an array map of descriptors."""
+        """Puts a descriptor (of a cgroup, of a program) into an array map of descriptors."""
         key, value = c_uint32(index), c_uint32(fd)
         error = -call("bpf_map_update_elem", self.map_fd(name), byref(key), byref(value), 0)
         if error:

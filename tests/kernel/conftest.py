@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from build_hook import clang_command
+from tests.called import Called
 from tests.network import Side, two_sides
 from tests.support import ROOT, Puppet, built
 
@@ -30,9 +31,27 @@ def pair(sides: tuple[Side, Side]) -> Iterator[tuple[Puppet, Puppet]]:
 @pytest.fixture(scope="session")
 def attaching_object() -> Path:
     """tests/bpf/attaching.bpf.c, compiled."""
-    source = ROOT / "tests/bpf/attaching.bpf.c"
+    return _compiled("attaching")
+
+
+@pytest.fixture(scope="session")
+def stages_object() -> Path:
+    """tests/bpf/stages.bpf.c, compiled."""
+    return _compiled("stages")
+
+
+def _compiled(name: str) -> Path:
+    source = ROOT / f"tests/bpf/{name}.bpf.c"
     sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built("attaching.bpf.o", sources, partial(clang_command, source))
+    return built(f"{name}.bpf.o", sources, partial(clang_command, source))
+
+
+@pytest.fixture
+def called(programs: Path) -> Iterator[Called]:
+    """A process that will call its function 1,000 times."""
+    process = Called(programs / "called", "1000")
+    yield process
+    process.kill()
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_samples_are_the_cpu_time_times_the_frequency(
     with (
         process,
         watching(attaching_object, process.pid) as bpf_object,
-        sample_with(bpf_object._program_fd(PROGRAM), FREQ_HZ) as events,
+        sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ) as events,
     ):
         assert events.cpus == online_cpus()
         stolen_before_s = stolen_s()
@@ -76,7 +76,7 @@ def stolen_s() -> float:
 def test_nothing_is_sampled_once_closed(attaching_object: Path, programs: Path) -> None:
     process = burn(programs, 50)
     with process, watching(attaching_object, process.pid) as bpf_object:
-        events = sample_with(bpf_object._program_fd(PROGRAM), FREQ_HZ)
+        events = sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ)
         events.close()
         events.close()
         process.communicate("x")
@@ -92,7 +92,7 @@ def test_events_follow_the_cpus_that_are_online(attaching_object: Path, programs
     with (
         process,
         watching(attaching_object, process.pid) as bpf_object,
-        sample_with(bpf_object._program_fd(PROGRAM), FREQ_HZ, online=lambda: online) as events,
+        sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ, online=lambda: online) as events,
     ):
         assert events.cpus == cpus[:1]
         online = set(cpus)

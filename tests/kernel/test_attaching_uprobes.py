@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -14,39 +13,12 @@ import pytest
 from coral.bpf import AttachError, BpfObject
 from coral.bpf.attaching.elf import function_offsets
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
+from tests.called import FUNCTION, Called
 from tests.support import ROOT, built, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
-FUNCTION = "called_function"
 ENTERED, LEFT = "function_entered", "function_left"
-
-
-class Called:
-    """tests/programs/called.c, waiting to be let go."""
-
-    def __init__(self, *command: str | Path) -> None:
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self._process.pid
-
-    def finish(self) -> int:
-        """Lets it call its function; the sum of the results, as it prints it."""
-        out, _ = self._process.communicate("x")
-        assert self._process.returncode == 0
-        return int(out)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@pytest.fixture
-def called(programs: Path) -> Iterator[Called]:
-    process = Called(programs / "called", "1000")
-    yield process
-    process.kill()
 
 
 @contextmanager
@@ -66,8 +38,8 @@ def attach_both(
 ) -> ProcessFile:
     with ProcessFile(pid, path) as file:
         (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-        uprobes.attach(user, bpf_object._program_fd(ENTERED), file, offset)
-        uprobes.attach(user, bpf_object._program_fd(LEFT), file, offset, at_return=True)
+        uprobes.attach(user, bpf_object.program_fd(ENTERED), file, offset)
+        uprobes.attach(user, bpf_object.program_fd(LEFT), file, offset, at_return=True)
     return file
 
 
@@ -218,7 +190,7 @@ def test_a_deleted_or_replaced_file_is_still_the_one_that_was_opened(
             copy.unlink()
             copy.write_bytes(b"something else")
             (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-            uprobes.attach(1, bpf_object._program_fd(ENTERED), file, offset)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, offset)
             process.finish()
             assert counted(bpf_object)["entered"] == 200
     finally:
@@ -234,7 +206,7 @@ def test_what_cannot_be_attached_is_told_and_leaves_nothing(
         ProcessFile(os.getpid(), str(programs / "called")) as file,
     ):
         with pytest.raises(AttachError, match="a uprobe at offset 0xfffffff: EINVAL"):
-            uprobes.attach(1, bpf_object._program_fd(ENTERED), file, 0xFFFFFFF)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, 0xFFFFFFF)
         with pytest.raises(AttachError, match="a uprobe at offset 0x1000: EINVAL"):
             uprobes.attach(1, file.fd, file, 0x1000)
         assert len(uprobes) == 0
