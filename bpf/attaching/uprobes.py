@@ -73,7 +73,7 @@ def _is_on_overlayfs(fd: int) -> bool:
     filesystem = ctypes.create_string_buffer(_STATFS_BYTES)
     if _LIBC.fstatfs(ctypes.c_int(fd), filesystem):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int.from_bytes(filesystem[:8], sys.byteorder) == _OVERLAYFS
+    return int.from_bytes(filesystem.raw[:8], sys.byteorder) == _OVERLAYFS
 
 
 def _open_in_root(root: str, path: str) -> int:
