@@ -86,6 +86,8 @@ struct sampled {
 #define PF_KTHREAD_FLAG 0x00200000
 
 #ifdef CORAL_BCC
+#include <linux/mm_types.h>
+
 #define KERNEL_STACK_BYTES THREAD_SIZE
 #define KERNEL_REGS_BYTES  sizeof(struct pt_regs)
 #define user_task(task)	   (task)
@@ -160,7 +162,8 @@ static __always_inline __u32 user_stack_bytes(__u64 sp, __u32 most)
 {
 	struct task_struct *task = this_task();
 	__u64 thread_pointer = user_thread_pointer(task);
-	__u64 first = kernel_read(kernel_read(user_task(task), mm), start_stack);
+	typeof(user_task(task)->mm) mm = kernel_read(user_task(task), mm);
+	__u64 first = kernel_read(mm, start_stack);
 
 	if (sp < thread_pointer && thread_pointer - sp < most)
 		most = thread_pointer - sp;

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from build_hook import clang_command
-from tests.called import Called
+from tests.attaching import Called
 from tests.network import Side, two_sides
 from tests.support import ROOT, Puppet, built
 
@@ -43,7 +44,10 @@ def stages_object() -> Path:
 def _compiled(name: str) -> Path:
     source = ROOT / f"tests/bpf/{name}.bpf.c"
     sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built(f"{name}.bpf.o", sources, partial(clang_command, source))
+    output = built(f"{name}.bpf.o", sources, partial(clang_command, source))
+    with suppress(FileExistsError):  # bcc looks for the source beside the object
+        output.with_suffix(".c").symlink_to(source)
+    return output
 
 
 @pytest.fixture

@@ -7,30 +7,23 @@ import fcntl
 import math
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from coral.bpf import AttachError, BpfObject
+from coral.bpf import AttachError
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
 from coral.bpf.attaching.sampling import cpu_clock, sample_with
+from tests.attaching import toy
+from tests.support import OWN_MACHINE
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
 PROGRAM = "count_samples"
 FREQ_HZ = 499
 IOC_DISABLE = 0x2401
-
-
-@contextmanager
-def watching(path: Path, tgid: int) -> Iterator[BpfObject]:
-    with BpfObject(
-        path, programs=(), walks=(PROGRAM,), options={"wanted_tgid": tgid}
-    ) as bpf_object:
-        yield bpf_object
 
 
 def burn(program: Path, milliseconds: int) -> subprocess.Popen[str]:
@@ -52,7 +45,7 @@ def test_samples_are_the_cpu_time_times_the_frequency(
     process = burn(programs, 1500)
     with (
         process,
-        watching(attaching_object, process.pid) as bpf_object,
+        toy(attaching_object, PROGRAM, wanted_tgid=process.pid) as bpf_object,
         sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ) as events,
     ):
         assert events.cpus == online_cpus()
@@ -75,7 +68,7 @@ def stolen_s() -> float:
 
 def test_nothing_is_sampled_once_closed(attaching_object: Path, programs: Path) -> None:
     process = burn(programs, 50)
-    with process, watching(attaching_object, process.pid) as bpf_object:
+    with process, toy(attaching_object, PROGRAM, wanted_tgid=process.pid) as bpf_object:
         events = sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ)
         events.close()
         events.close()
@@ -91,7 +84,7 @@ def test_events_follow_the_cpus_that_are_online(attaching_object: Path, programs
     os.sched_setaffinity(process.pid, {cpus[-1]})
     with (
         process,
-        watching(attaching_object, process.pid) as bpf_object,
+        toy(attaching_object, PROGRAM, wanted_tgid=process.pid) as bpf_object,
         sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ, online=lambda: online) as events,
     ):
         assert events.cpus == cpus[:1]
@@ -104,6 +97,54 @@ def test_events_follow_the_cpus_that_are_online(attaching_object: Path, programs
         online = set(cpus[1:])
         events.follow()
         assert events.cpus == cpus[1:] or len(cpus) == 1
+
+
+@pytest.mark.skipif(not OWN_MACHINE, reason="takes a CPU offline: others use this machine")
+def test_a_cpu_that_was_away_is_sampled_again(attaching_object: Path, programs: Path) -> None:
+    """Whether or not `follow` saw it away; the kernel alone does not sample it again."""
+    cpus = online_cpus()
+
+    def samples_there_after(meanwhile: Callable[[EachCpu], None]) -> int:
+        process = burn(programs, 500)
+        with (
+            process,
+            toy(attaching_object, PROGRAM, wanted_tgid=process.pid) as bpf_object,
+            sample_with(bpf_object.program_fd(PROGRAM), FREQ_HZ) as events,
+        ):
+            meanwhile(events)
+            os.sched_setaffinity(process.pid, {cpus[-1]})
+            process.communicate("x")
+            return int(bpf_object.read_variable("samples")[cpus[-1]])
+
+    def away_unseen(_: EachCpu) -> None:
+        set_online(cpus[-1], online=False)
+        set_online(cpus[-1], online=True)
+
+    def away_and_seen(events: EachCpu) -> None:
+        events.follow()
+        set_online(cpus[-1], online=False)
+        events.follow()
+        assert events.cpus == cpus[:-1]
+        set_online(cpus[-1], online=True)
+        events.follow()
+        assert events.cpus == cpus
+
+    def away_and_not_seen(events: EachCpu) -> None:
+        events.follow()
+        away_unseen(events)
+        events.follow()  # the time that it was there
+        events.follow()
+        assert events.cpus == cpus
+
+    assert samples_there_after(away_unseen) == 0
+    assert samples_there_after(away_and_seen) > 0.5 * 0.5 * FREQ_HZ
+    assert samples_there_after(away_and_not_seen) > 0.5 * 0.5 * FREQ_HZ
+
+
+def set_online(cpu: int, *, online: bool) -> None:
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/online")
+    path.write_text(str(int(online)))
+    assert (cpu in online_cpus()) == online
 
 
 def test_an_event_that_stopped_while_its_cpu_was_away_is_opened_again() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject
 from coral.bpf.attaching.sampling import sample_with
+from tests.attaching import toy
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
@@ -40,10 +40,7 @@ class Sampled:
             env={"SECRET": "coral" * 100},
         )
         options = {"wanted_tgid": process.pid, "most_bytes": most_bytes}
-        with (
-            process,
-            BpfObject(path, programs=(), walks=(PROGRAM,), options=options) as bpf_object,
-        ):
+        with process, toy(path, PROGRAM, **options) as bpf_object:
             # Still reading its input, when nothing samples it: what /proc says stays true.
             self.pid = process.pid
             self.maps = Path(f"/proc/{process.pid}/maps").read_text()

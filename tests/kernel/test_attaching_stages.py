@@ -13,7 +13,7 @@ import pytest
 from coral.bpf import BpfObject
 from coral.bpf.attaching.elf import function_offsets
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
-from tests.called import FUNCTION, Called
+from tests.attaching import FUNCTION, Called, toy
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
@@ -27,9 +27,8 @@ TAIL_CALLS = 33
 
 @contextmanager
 def attached(path: Path, process: Called, program: Path) -> Iterator[BpfObject]:
-    options = {"wanted_tgid": process.pid}
     with (
-        BpfObject(path, programs=(), walks=STAGES, options=options) as bpf_object,
+        toy(path, *STAGES, wanted_tgid=process.pid) as bpf_object,
         ProcessFile(process.pid, str(program)) as file,
         Uprobes() as uprobes,
     ):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from coral.bpf import AttachError, BpfObject
 from coral.bpf.attaching.elf import function_offsets
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
-from tests.called import FUNCTION, Called
+from tests.attaching import FUNCTION, Called, toy
 from tests.support import ROOT, built, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
@@ -21,11 +20,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 ENTERED, LEFT = "function_entered", "function_left"
 
 
-@contextmanager
-def watching(path: Path, tgid: int) -> Iterator[BpfObject]:
-    options = {"wanted_tgid": tgid}
-    with BpfObject(path, programs=(), walks=(ENTERED, LEFT), options=options) as bpf_object:
-        yield bpf_object
+def watching(path: Path, tgid: int) -> BpfObject:
+    return toy(path, ENTERED, LEFT, wanted_tgid=tgid)
 
 
 def counted(bpf_object: BpfObject) -> dict[str, object]:
