@@ -65,7 +65,7 @@ def function_offsets(fd: int, names: Collection[str]) -> dict[str, list[int]]:
             for address in named["address"][functions]:
                 inside = code[address - code["address"] < code["bytes"]]  # unsigned: from 0 on
                 for segment in inside[:1]:
-                    offset = int(address - segment["address"] + segment["offset"])
+                    offset = int(address) - int(segment["address"]) + int(segment["offset"])
                     found.setdefault(name, set()).add(offset)
     return {name: sorted(offsets) for name, offsets in found.items()}
 

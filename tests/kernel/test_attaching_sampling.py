@@ -181,3 +181,10 @@ def test_a_program_of_another_kind_is_refused_and_nothing_is_left() -> None:
         pytest.raises(AttachError, match="on CPU 0: EINVAL"),
     ):
         sample_with(no_program.fileno(), FREQ_HZ)
+
+
+def test_a_frequency_that_the_kernel_does_not_allow_is_told_with_the_limit() -> None:
+    limit = int(Path("/proc/sys/kernel/perf_event_max_sample_rate").read_text())
+    for freq_hz in (0, limit + 1):
+        with pytest.raises(AttachError, match=f"at {freq_hz} Hz: .* allows 1 to {limit}: EINVAL"):
+            sample_with(-1, freq_hz)
