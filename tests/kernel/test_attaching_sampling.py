@@ -17,7 +17,7 @@ from coral.bpf import AttachError
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
 from coral.bpf.attaching.sampling import cpu_clock, sample_with
 from tests.attaching import toy
-from tests.support import OWN_MACHINE
+from tests.support import OWN_MACHINE, PATIENCE
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
@@ -41,7 +41,8 @@ def test_samples_are_the_cpu_time_times_the_frequency(
     """Each stretch that the process runs without a switch has at most one sample more or less than
     its length says, evenly spread: a standard deviation of 0.41 (the difference of two uniform
     phases). Four of them make a chance of 1 in 16,000. While a virtual machine is not run, time may
-    be charged without samples, or the reverse: at most its steal time."""
+    be charged without samples, or the reverse: at most its steal time, which an emulator does not
+    tell."""
     process = burn(programs, 1500)
     with (
         process,
@@ -55,6 +56,8 @@ def test_samples_are_the_cpu_time_times_the_frequency(
         samples = int(bpf_object.read_variable("samples").sum())
     cpu_ns, switches = map(int, out.split())
     expected = cpu_ns * FREQ_HZ / 1e9
+    if PATIENCE > 1:
+        missed = 0.5 * expected
     spread = 4 * 0.41 * math.sqrt(switches + 1) + 1  # 1: starting and ending are not in its figure
     print(f"{samples} samples of {expected:.1f}, {switches} switches, {missed:.1f} stolen")
     assert expected - spread - missed <= samples <= expected + spread + missed

@@ -53,9 +53,9 @@ class Sampled:
         assert process.returncode == 0
 
     def below(self, depth: int) -> NDArray[Any]:
-        """The stacks that were sampled when all calls were made, which are nearly all."""
+        """The stacks that were sampled when all calls were made: not those of its start."""
         whole = np.array([marks_of(stack)[:1] == [MARK] for stack in self.stacks])
-        assert whole.sum() > 0.9 * len(self.stacks) > 15
+        assert whole.sum() > 0.5 * len(self.stacks) > 7
         for stack in self.stacks[whole]:
             expected = [MARK + left for left in range(depth) for _ in range(FRAME_MARKS)]
             assert marks_of(stack) == expected[: len(marks_of(stack))]
@@ -85,7 +85,7 @@ def ip_of(stack: Any) -> int:
 def test_the_whole_stack_of_the_first_thread_is_copied_and_no_more(
     attaching_object: Path, programs: Path
 ) -> None:
-    sampled = Sampled(attaching_object, programs, "20", "60000000")
+    sampled = Sampled(attaching_object, programs, "20", "40000000")
     (code,) = sampled.code("deep")
     for stack in sampled.below(20):
         assert len(marks_of(stack)) == 20 * FRAME_MARKS
@@ -98,7 +98,7 @@ def test_the_whole_stack_of_the_first_thread_is_copied_and_no_more(
 def test_the_whole_stack_of_another_thread_is_copied(
     attaching_object: Path, programs: Path
 ) -> None:
-    sampled = Sampled(attaching_object, programs, "20", "60000000", "thread")
+    sampled = Sampled(attaching_object, programs, "20", "40000000", "thread")
     for stack in sampled.below(20):
         assert len(marks_of(stack)) == 20 * FRAME_MARKS
         assert stack["tid"] != sampled.pid
@@ -109,7 +109,7 @@ def test_a_stack_with_nothing_behind_it_is_copied_up_to_its_end(
     attaching_object: Path, programs: Path
 ) -> None:
     """As coroutines have them: nothing tells where it ends but that reading fails."""
-    sampled = Sampled(attaching_object, programs, "20", "60000000", "context")
+    sampled = Sampled(attaching_object, programs, "20", "40000000", "context")
     for stack in sampled.below(20):
         assert len(marks_of(stack)) == 20 * FRAME_MARKS
         assert (sp_of(stack) + int(stack["bytes"])) % PAGE == 0
@@ -119,14 +119,14 @@ def test_a_stack_with_nothing_behind_it_is_copied_up_to_its_end(
 def test_a_stack_deeper_than_the_room_is_copied_as_far_as_that(
     attaching_object: Path, programs: Path
 ) -> None:
-    sampled = Sampled(attaching_object, programs, "200", "60000000")
+    sampled = Sampled(attaching_object, programs, "200", "40000000")
     for stack in sampled.below(200):
         assert stack["bytes"] == MOST_BYTES
         assert len(marks_of(stack)) > MOST_BYTES // 8 * 0.8
 
 
 def test_a_limit_is_held(attaching_object: Path, programs: Path) -> None:
-    sampled = Sampled(attaching_object, programs, "200", "60000000", most_bytes=5000)
+    sampled = Sampled(attaching_object, programs, "200", "40000000", most_bytes=5000)
     assert {int(stack["bytes"]) for stack in sampled.below(200)} == {5000}
 
 
