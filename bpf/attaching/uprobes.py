@@ -44,17 +44,20 @@ class ProcessFile:
 
     def __init__(self, pid: int, path: str) -> None:
         self.fd = _open_in_root(f"/proc/{pid}/root", path)
-        status = os.fstat(self.fd)
-        if not stat.S_ISREG(status.st_mode):
+        try:
+            status = os.fstat(self.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            self.device, self.inode = status.st_dev, status.st_ino
+            self.identity: tuple[int, ...] = (self.device, self.inode)
+            if _is_on_overlayfs(self.fd):
+                # Its number is that of the file below, or of the one that it was copied from; only
+                # its times tell these apart.
+                times = (status.st_mtime_ns, status.st_ctime_ns)
+                self.identity = (_OVERLAYFS, self.inode, status.st_size, *times)
+        except OSError:
             self.close()
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        self.device, self.inode = status.st_dev, status.st_ino
-        self.identity: tuple[int, ...] = (self.device, self.inode)
-        if _is_on_overlayfs(self.fd):
-            # Its number is that of the file below, or of the one that it was copied from; only its
-            # times tell these apart.
-            times = (status.st_mtime_ns, status.st_ctime_ns)
-            self.identity = (_OVERLAYFS, self.inode, status.st_size, *times)
+            raise
 
     def __enter__(self) -> Self:
         return self

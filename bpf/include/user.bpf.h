@@ -9,9 +9,11 @@
  *	user_return_value(regs)		of a function at its return
  *	syscall_number(regs), syscall_argument(regs, 1)
  *	user_registers_read(&regs)	those of the current thread, wherever it was interrupted
+ *	user_stack_bytes(sp, most)	how much stack there can be from SP on
+ *	user_stack_read(to, sp, bytes, steps)	copies it
  *
  * REGS is the context of a uprobe, `&ctx->regs` of a perf event (`struct sampled *ctx`), or a copy
- * by `user_registers_read`.
+ * by `user_registers_read`. Arguments are those of 64-bit code.
  *
  * Before 5.5 there is one helper for all memory, bpf_probe_read; libbpf and bcc replace the others
  * by it there.
