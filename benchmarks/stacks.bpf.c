@@ -5,6 +5,7 @@
  * of its CPU.
  */
 #include "include/user.bpf.h"
+#include "include/stages.bpf.h"
 
 #define STEPS	   4
 #define MOST_BYTES (STEPS * USER_READ_STEP)
@@ -131,7 +132,7 @@ int PROGRAM(sample_to_scratch, struct sampled *ctx)
 
 /* One copy, and a record of 4, 8 or 16 KiB and a header. */
 #define SAMPLE_IN_PLACE(steps)                                                                     \
-	static __noinline int sample_in_place_##steps(__u64 sp, __u32 bytes)                       \
+	SUBPROGRAM int sample_in_place_##steps(__u64 sp, __u32 bytes)                              \
 	{                                                                                          \
 		struct sample_with_stack *it = bpf_ringbuf_reserve(                                \
 		    map_of(ring), sizeof(struct sample) + steps * USER_READ_STEP, 0);              \

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /* For the tests of tail calls and of subprograms: a call of a function is worked on in stages. */
 #include "include/user.bpf.h"
-#include "include/tail_call.bpf.h"
+#include "include/stages.bpf.h"
 
 OPTION(__u32, wanted_tgid, 0);
 
@@ -22,8 +22,7 @@ static __always_inline struct work *work(void)
 						     : NULL;
 }
 
-/* A subprogram: called twice, compiled and verified once. */
-static __noinline int add_weighted(struct work *to, __u64 value, __u32 weight)
+SUBPROGRAM int add_weighted(struct work *to, __u64 value, __u32 weight)
 {
 	if (!to)
 		return 0;
