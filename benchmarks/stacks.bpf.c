@@ -112,8 +112,8 @@ SEC("perf_event")
 int PROGRAM(sample_to_scratch, struct sampled *ctx)
 {
 	struct sample_with_stack *it;
-	__u32 zero = 0, bytes;
-	__u64 sp;
+	__u64 sp, bytes;
+	__u32 zero = 0;
 
 	if (!wanted())
 		return 0;
@@ -132,7 +132,7 @@ int PROGRAM(sample_to_scratch, struct sampled *ctx)
 
 /* One copy, and a record of 4, 8 or 16 KiB and a header. */
 #define SAMPLE_IN_PLACE(steps)                                                                     \
-	SUBPROGRAM int sample_in_place_##steps(__u64 sp, __u32 bytes)                              \
+	SUBPROGRAM int sample_in_place_##steps(__u64 sp, __u64 bytes)                              \
 	{                                                                                          \
 		struct sample_with_stack *it = bpf_ringbuf_reserve(                                \
 		    map_of(ring), sizeof(struct sample) + steps * USER_READ_STEP, 0);              \
@@ -156,8 +156,7 @@ SEC("perf_event")
 int PROGRAM(sample_in_place, struct sampled *ctx)
 {
 	struct user_registers registers;
-	__u32 bytes;
-	__u64 sp;
+	__u64 sp, bytes;
 
 	if (!wanted() || !user_registers_read(&registers))
 		return 0;

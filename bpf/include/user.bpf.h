@@ -160,7 +160,7 @@ static __always_inline __u64 user_thread_pointer(struct task_struct *task)
  * How much of the current thread's stack there can be from SP on, in bytes, at most MOST: nothing
  * of it lies behind the place where a process's first stack began, or a thread's own variables.
  */
-static __always_inline __u32 user_stack_bytes(__u64 sp, __u32 most)
+static __always_inline __u64 user_stack_bytes(__u64 sp, __u64 most)
 {
 	struct task_struct *task = this_task();
 	__u64 thread_pointer = user_thread_pointer(task);
@@ -181,17 +181,17 @@ static __always_inline __u32 user_stack_bytes(__u64 sp, __u32 most)
  * a constant. Returns the number of bytes copied. A read that meets an absent page copies nothing:
  * then it is done page by page up to there.
  */
-static __always_inline __u32 user_stack_read(void *to, __u64 sp, __u32 bytes, const __u32 steps)
+static __always_inline __u64 user_stack_read(void *to, __u64 sp, __u64 bytes, const __u64 steps)
 {
-	__u32 done = 0;
+	__u64 done = 0;
 
 	if (bytes > steps * USER_READ_STEP)
 		bytes = steps * USER_READ_STEP;
 	if (!bpf_probe_read_user(to, bytes, (const void *)sp))
 		return bytes;
 #pragma unroll
-	for (__u32 i = 0; i < steps; i++) {
-		__u32 step = USER_READ_STEP - ((sp + done) & (USER_READ_STEP - 1));
+	for (int i = 0; i < steps; i++) {
+		__u64 step = USER_READ_STEP - ((sp + done) & (USER_READ_STEP - 1));
 
 		/* The second condition is never true: for the verifier. */
 		if (done >= bytes || done > (steps - 1) * USER_READ_STEP)
