@@ -18,7 +18,7 @@
 
 #ifdef CORAL_BCC
 #define SUBPROGRAM		    static __always_inline
-#define tail_call(ctx, name, index) bpf_tail_call_(ctx, map_of(name), index)
+#define tail_call(ctx, name, index) bpf_tail_call_(map_of(name), ctx, index)
 #else
 #define SUBPROGRAM		    static __noinline
 #define tail_call(ctx, name, index) bpf_tail_call(ctx, map_of(name), index)
