@@ -187,7 +187,7 @@ class PerfReader:
             if WORD * FRAMING.frame_words(kind.size) > _MOST_SIZE:
                 raise BpfError(f"records of {kind.size} bytes in a perf buffer", errno.E2BIG)
         self._barrier = memory_barrier()
-        self._rings: list[_CpuRing] = []
+        self._rings: list[CpuRing] = []
         self._lost = 0
         with ExitStack() as opened:
             with _step("opening an epoll for the perf buffer"):
@@ -217,7 +217,7 @@ class PerfReader:
             raise BpfError(f"opening a perf event on CPU {cpu}", error.errno or 0) from error
         opened.callback(os.close, fd)
         with _step(f"mapping the perf buffer of CPU {cpu}"):
-            ring = _CpuRing(fd, bytes_, counts_lost=counts_lost)
+            ring = CpuRing(fd, bytes_, counts_lost=counts_lost)
         opened.callback(ring.close)
         with _step(f"enabling the perf event of CPU {cpu}"):
             self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)
@@ -310,7 +310,7 @@ class PerfReader:
         self._opened.close()
 
 
-class _CpuRing:
+class CpuRing:
     """The mapped ring of one CPU's perf event."""
 
     def __init__(self, fd: int, bytes_: int, *, counts_lost: bool) -> None:
