@@ -161,6 +161,17 @@ def test_ids_that_come_by_tcp_from_inside_a_container_are_refused(
                 )
 
 
+def test_an_agent_that_may_not_look_at_the_caller_says_so(tmp_path: Path, programs: Path) -> None:
+    prefix = ("setpriv", "--bounding-set=-sys_ptrace")
+    with running_agent(tmp_path / "agent", prefix=prefix) as agent:
+        done = subprocess.run(
+            [*OWN_PIDS, *tap(agent, "--", programs / "calls", "getppid", 5)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "it has ended, or CAP_SYS_PTRACE is missing" in done.stderr
+
+
 def test_a_namespace_that_is_not_the_callers_is_refused(agent: RunningAgent) -> None:
     request = start_request({"pid": os.getpid()})
     request.pid_namespace = 7
