@@ -43,10 +43,6 @@ def cgroup_directory(path: str) -> Path:
     them there are no symbolic links, so `..` can be resolved in the text.
     """
     reached = hierarchies()
-    if not reached:
-        raise OptionError(
-            "cgroup", path, "the path of a cgroup: no hierarchy of cgroups is mounted here"
-        )
     if directory := _resolved(path, reached):
         return directory
     partial = next((hierarchy for hierarchy in reached if not hierarchy.is_whole), None)
@@ -60,7 +56,7 @@ def directory_seen_by(tgid: int, path: str) -> Path:
     seen = hierarchies(tgid)
     directory = _resolved(path, seen)
     if not directory:
-        raise OptionError("cgroup", path, f"{_accepted(seen)} in the caller's container")
+        raise OptionError("cgroup", path, f"{_accepted(seen)}, in the caller's container")
     wanted = directory.stat()
     for hierarchy in hierarchies():
         for candidate in _walk(hierarchy.directory):
@@ -155,6 +151,8 @@ def _resolved(path: str, reached: Sequence[Hierarchy]) -> Path | None:
 
 
 def _accepted(reached: Sequence[Hierarchy]) -> str:
+    if not reached:
+        return "the path of a cgroup: no hierarchy of cgroups is mounted here"
     mounts = " or ".join(str(hierarchy.mount_point) for hierarchy in reached)
     return f"the path of a cgroup below {mounts}; there is none at this path"
 

@@ -268,4 +268,4 @@ def test_a_cgroup_is_what_it_is_where_the_tap_runs(
     )  # fmt: skip
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "there is no" in refused.stderr
-    assert "in the caller's container" in refused.stderr
+    assert ", in the caller's container" in refused.stderr
