@@ -154,11 +154,10 @@ static __always_inline void *element_at(void *map, __u32 index)
 #define SUBPROGRAM		__noinline
 #define LICENSED_AS(license)	char LICENSE[] SEC("license") = license
 
-#define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))
+#define IN_BTF(type, name)	  const type *in_btf_##name __attribute__((unused))
 
 /* The address of a member. */
-#define field_of(pointer, member)                                                                  \
-	((void **)__builtin_preserve_access_index(&(pointer)->member))
+#define field_of(pointer, member) ((void **)__builtin_preserve_access_index(&(pointer)->member))
 
 /* The pointer goes into a variable, because these macros cannot be nested. */
 #define kernel_read(pointer, member)                                                               \

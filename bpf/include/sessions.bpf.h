@@ -25,9 +25,9 @@ static __always_inline __u32 lowest_slot(__u64 mask)
  * has a number of its own in the highest six bits (a de Bruijn sequence). */
 #define DE_BRUIJN 0x03F79D71B4CB0A89ULL
 static const __u8 slot_of_product[SESSIONS] = {
-    0,  1,  48, 2,  57, 49, 28, 3,  61, 58, 50, 42, 38, 29, 17, 4,  62, 55, 59, 36, 53, 51,
+    0,	1,  48, 2,  57, 49, 28, 3,  61, 58, 50, 42, 38, 29, 17, 4,  62, 55, 59, 36, 53, 51,
     43, 22, 45, 39, 33, 30, 24, 18, 12, 5,  63, 47, 56, 27, 60, 41, 37, 16, 54, 35, 52, 21,
-    44, 32, 23, 11, 46, 26, 40, 15, 34, 20, 31, 10, 25, 14, 19, 9,  13, 8,  7,  6,
+    44, 32, 23, 11, 46, 26, 40, 15, 34, 20, 31, 10, 25, 14, 19, 9,  13, 8,  7,	6,
 };
 
 static __always_inline __u32 lowest_slot(__u64 mask)
@@ -47,7 +47,7 @@ static __always_inline __u32 lowest_slot(__u64 mask)
 
 #define session_bit(slot) (1ULL << (slot))
 
-/* The programs of a hub only see the sessions that use them. User space numbers the kinds of hubs. */
+/* The programs of a hub only see the sessions that use it. User space numbers the kinds of hubs. */
 #define MOST_HUBS 8
 OPTION(__u32, hub, 0);
 

@@ -13,7 +13,7 @@
 
 enum {
 	MEMBER_ACTIVE,
-	MEMBER_ARMED, /* is watched from its next successful exec on, which counts */
+	MEMBER_ARMED,  /* is watched from its next successful exec on, which counts */
 	MEMBER_SPARED, /* is not watched, although it would be */
 };
 

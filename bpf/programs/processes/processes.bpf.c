@@ -31,8 +31,8 @@ static __always_inline bool comm_is_wanted(__u32 slot, const char *comm)
 	return wanted && words[0] == wanted->words[0] && words[1] == wanted->words[1];
 }
 
-/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the memory
- * controller. */
+/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the
+ * memory controller. */
 #define IN_MEMORY_HIERARCHY (1ULL << 63)
 
 static __always_inline __u64 key_of_cgroup(__u64 id, int hierarchy)
@@ -61,8 +61,8 @@ static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 	return (__u64)born << 32 | tgid;
 }
 
-/* The current process forks CHILD, in these cgroups of the two hierarchies. A child has its parent's
- * name until it execs. */
+/* The current process forks CHILD, in these cgroups of the two hierarchies. A child has its
+ * parent's name until it execs. */
 SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memory_cgroup)
 {
 	struct member member = {.state = MEMBER_ACTIVE}, *parent = NULL;
@@ -77,8 +77,8 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memo
 	if (parent)
 		member.state = parent->state;
 	else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
-		 !(all->cgroup & bit && (cgroup_is_wanted(slot, cgroup) ||
-					 cgroup_is_wanted(slot, memory_cgroup))))
+		 !(all->cgroup & bit &&
+		   (cgroup_is_wanted(slot, cgroup) || cgroup_is_wanted(slot, memory_cgroup))))
 		return 0;
 	member_add(all, slot, child, child >> 32, &member);
 	return 0;

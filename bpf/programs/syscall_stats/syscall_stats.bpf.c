@@ -19,10 +19,10 @@
 
 /* What is known of the calls of one thread. */
 struct call {
-	__u64 start_ns; /* 0: no call to count is in progress */
-	__u64 counting; /* the sessions that the call in progress counts for */
-	__u64 watching; /* the sessions that watch the thread's process ... */
-	__u64 armed;	/* ... and those that begin with its next exec */
+	__u64 start_ns;	  /* 0: no call to count is in progress */
+	__u64 counting;	  /* the sessions that the call in progress counts for */
+	__u64 watching;	  /* the sessions that watch the thread's process ... */
+	__u64 armed;	  /* ... and those that begin with its next exec */
 	__u32 generation; /* as of which they do */
 	__u32 nr;
 	__u32 born;
@@ -84,7 +84,7 @@ struct syscall_session {
 
 MAP(ARRAY, syscall_sessions, __u32, struct syscall_session, SESSIONS, 0);
 
-OPTION(bool, typed_registers, false); /* the verifier knows the type of struct pt_regs */
+OPTION(bool, typed_registers, false);	   /* the verifier knows the type of struct pt_regs */
 OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
 
 struct syscall_key {
