@@ -17,16 +17,23 @@ from coral.bpf.buffers.maps import sum_over_cpus
 from coral.bpf.rung import HOOKS, SESSIONS, climb
 from tests.support import ROOT, built
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_left"),
-    pytest.mark.skipif(
-        not probe()["session_maps"].available, reason=probe()["session_maps"].reason
-    ),
-]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 PROGRAM = "sessions_enter"
-FEATURES = {"core": "btf", "bcc": "bcc"}
-HERE = [name for name, feature in FEATURES.items() if probe()[feature].available]
+LOADERS = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test that loads the object does so by each loader of this machine."""
+    if "load" in metafunc.fixturenames:
+        here = [name for name, feature in LOADERS.items() if probe()[feature].available]
+        metafunc.parametrize("load", here, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _needs_session_maps() -> None:
+    if reason := probe()["session_maps"].reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "sessions.bpf.o"
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture
 def load(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
     """Loads the object, by each loader."""
     objects: list[BpfObject] = []
