@@ -204,6 +204,20 @@ def test_two_objects_share_a_map(load: Any) -> None:
         assert sum_over_cpus(values, "weighted").tolist() == [15 * 11]
 
 
+def test_figures_are_known_whichever_loader_it_was(load: Any) -> None:
+    it = load(map_entries={"weights": SESSIONS})
+    bare = it.map_memory_bytes
+    assert bare > SESSIONS * 8
+    assert set(it.program_stats()) == {PROGRAM}
+    with it.make_inner("stats", entries=4096) as inner:
+        it.install("stats", 0, inner.fd)
+        assert inner.memory_bytes > 4096
+        assert it.map_memory_bytes == bare  # each map is counted once, by its owner
+    it.close()
+    assert it.map_memory_bytes == bare
+    assert it.program_stats() == {}
+
+
 def test_the_rung_has_a_slot_for_each_session() -> None:
     features = probe()
     assert climb(features, HOOKS).slots == SESSIONS
