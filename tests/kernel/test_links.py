@@ -84,7 +84,7 @@ def test_an_error_on_the_way_does_not_stop_closing(path: Path) -> None:
     it.load()
     it.attach()
     for error, hook in zip(errors, ("sched_process_exec", "sched_process_exit"), strict=True):
-        it.attach_to(PROGRAM, partial(_Unwilling, error, hook))  # each hook once, before 5.18
+        it.attach_to(PROGRAM, partial(_Unwilling, error, hook))  # a hook takes a program once
     with pytest.raises(BpfError, match=r"one|two") as raised:
         it.close()
     assert isinstance(raised.value.__cause__, ExceptionGroup)
