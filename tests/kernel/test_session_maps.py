@@ -18,16 +18,23 @@ from coral.bpf.buffers.maps import sum_over_cpus
 from coral.bpf.rung import HOOKS, SESSIONS, climb
 from tests.support import ROOT, built
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_left"),
-    pytest.mark.skipif(
-        not probe()["session_maps"].available, reason=probe()["session_maps"].reason
-    ),
-]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 PROGRAM = "sessions_enter"
-FEATURES = {"core": "btf", "bcc": "bcc"}
-HERE = [name for name, feature in FEATURES.items() if probe()[feature].available]
+LOADERS = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test that loads the object does so by each loader of this machine."""
+    if "load" in metafunc.fixturenames:
+        here = [name for name, feature in LOADERS.items() if probe()[feature].available]
+        metafunc.parametrize("load", here, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _needs_session_maps() -> None:
+    if reason := probe()["session_maps"].reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "sessions.bpf.o"
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture
 def load(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
     """Loads the object, by each loader."""
     objects: list[BpfObject] = []
@@ -211,6 +218,20 @@ def test_two_objects_share_a_map(load: Any) -> None:
         call_getppid(5)
         _, values = inner.read()
         assert sum_over_cpus(values, "weighted").tolist() == [15 * 11]
+
+
+def test_figures_are_known_whichever_loader_it_was(load: Any) -> None:
+    it = load(map_entries={"weights": SESSIONS})
+    bare = it.map_memory_bytes
+    assert bare > SESSIONS * 8
+    assert set(it.program_stats()) == {PROGRAM}
+    with it.make_inner("stats", entries=4096) as inner:
+        it.install("stats", 0, inner.fd)
+        assert inner.memory_bytes > 4096
+        assert it.map_memory_bytes == bare  # each map is counted once, by its owner
+    it.close()
+    assert it.map_memory_bytes == bare
+    assert it.program_stats() == {}
 
 
 def test_the_rung_has_a_slot_for_each_session() -> None:
