@@ -7,24 +7,16 @@ from pathlib import Path
 from typing import Final
 
 from coral.bpf import BpfObject
-from coral.bpf.loading.bcc_object import BccObject
 
 _BTF: Final = Path("/sys/kernel/btf/vmlinux")
 
 FUNCTION: Final = "called_function"
 
 
-class _AllByBcc(BccObject):
-    """Compiles the programs of every kind."""
-
-    def _attachable(self) -> tuple[str, ...]:
-        return self._chosen
-
-
 def toy(path: Path, *programs: str, **options: object) -> BpfObject:
     """An object with PROGRAMS to be loaded; by bcc where the kernel has no BTF."""
-    loader = BpfObject if _BTF.exists() else _AllByBcc
-    return loader(path, programs=(), walks=programs, options=options)
+    loader = "core" if _BTF.exists() else "bcc"
+    return BpfObject(path, programs=(), walks=programs, options=options, loader=loader)
 
 
 class Called:

@@ -105,8 +105,7 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 			memory_cgroup =
 			    key_of_cgroup(cgroup_of(child, all->hierarchy), all->hierarchy);
 	}
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		fork_in_session(slot, process, cgroup, memory_cgroup);
 	}
 	return 0;
@@ -148,8 +147,7 @@ int RAW_PROGRAM(coral_rename, struct task_struct *task, const char *comm)
 		return 0;
 	read_kernel_string(&words, comm);
 	process = process_of(tgid, born_of(task));
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		rename_in_session(slot, process, words[0], words[1]);
 	}
 	return 0;
@@ -174,8 +172,7 @@ int RAW_PROGRAM(coral_exec, struct task_struct *task)
 
 	if (!all || surely_unwatched(all, tgid))
 		return 0;
-	for_each_session(slot, all->all)
-	{
+	for_each_session (slot, all->all) {
 		exec_in_session(slot, tgid);
 	}
 	return 0;
@@ -212,8 +209,7 @@ int RAW_PROGRAM(coral_exit, struct task_struct *task)
 	    kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
 		return 0;
 	process = process_of(tgid, born_of(kernel_read(this_task(), group_leader)));
-	for_each_session(slot, all->all)
-	{
+	for_each_session (slot, all->all) {
 		member_remove(slot, process);
 	}
 	return 0;
@@ -262,8 +258,7 @@ int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_s
 	process = process_of(kernel_read(task, tgid), born_of(leader));
 	cgroup = key_of_cgroup(id_of_cgroup(to), hierarchy);
 	kernel_read_string(&words, leader, comm);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		attach_in_session(slot, process, cgroup, words[0], words[1]);
 	}
 	return 0;
@@ -315,8 +310,7 @@ int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 	cgroup = key_of_cgroup(id_of_cgroup(made), hierarchy);
 	parent = key_of_cgroup(id_of_parent(made), hierarchy);
 	hash = hash_of_path(path) ^ key_of_cgroup(0, hierarchy);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		mkdir_in_session(slot, cgroup, parent, hash);
 	}
 	return 0;
