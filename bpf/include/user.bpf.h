@@ -118,10 +118,6 @@ struct task_struct___user {
 	struct thread_struct___user thread;
 };
 
-struct pt_regs {
-	__u64 first; /* only its size is of interest */
-};
-
 #pragma clang attribute pop
 #define KERNEL_STACK_BYTES 16384
 #define KERNEL_REGS_BYTES  bpf_core_type_size(struct pt_regs)

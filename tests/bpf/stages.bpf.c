@@ -22,7 +22,7 @@ static __always_inline struct work *work(void)
 						     : NULL;
 }
 
-SUBPROGRAM int add_weighted(struct work *to, __u64 value, __u32 weight)
+LOCAL_SUBPROGRAM int add_weighted(struct work *to, __u64 value, __u32 weight)
 {
 	if (!to)
 		return 0;

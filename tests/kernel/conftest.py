@@ -12,7 +12,13 @@ import pytest
 from build_hook import clang_command
 from tests.attaching import Called
 from tests.network import Side, two_sides
-from tests.support import ROOT, Puppet, built
+from tests.support import OWN_MACHINE, ROOT, Puppet, built
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [] if OWN_MACHINE else [it for it in items if it.get_closest_marker("own_machine")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [it for it in items if it not in left_out]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from coral.bpf import AttachError
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
 from coral.bpf.attaching.sampling import cpu_clock, sample_with
 from tests.attaching import toy
-from tests.support import OWN_MACHINE, PATIENCE
+from tests.support import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
@@ -102,7 +102,7 @@ def test_events_follow_the_cpus_that_are_online(attaching_object: Path, programs
         assert events.cpus == cpus[1:] or len(cpus) == 1
 
 
-@pytest.mark.skipif(not OWN_MACHINE, reason="takes a CPU offline: others use this machine")
+@pytest.mark.own_machine
 def test_a_cpu_that_was_away_is_sampled_again(attaching_object: Path, programs: Path) -> None:
     """Whether or not `follow` saw it away; the kernel alone does not sample it again."""
     cpus = online_cpus()
