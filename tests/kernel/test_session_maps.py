@@ -136,7 +136,12 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
         it.write_variable("watching", 0b110)
         it.attach()
         accounts = [
-            Account(it.map("accounts"), slot, it.btf.enum("loss"), [it.program_fd(name) for name in it.programs])
+            Account(
+                it.map("accounts"),
+                slot,
+                it.btf.enum("loss"),
+                [it.program_fd(name) for name in it.programs],
+            )
             for slot in range(4)
         ]
         call_getppid(1000)
