@@ -263,6 +263,7 @@ class Slot:
         self._installed: list[tuple[BpfObject, str]] = []
         self._active = False
         self._memory_bytes = 0
+        self._buffers_bytes = 0  # what is in no map
         self._work = 0.0
         self.since = 0
 
@@ -298,7 +299,9 @@ class Slot:
         kinds = self.object.record_kinds(order_by)
         if ring := self._maps.get("rings"):
             return RingReader(ring.fd, size, kinds)
-        return PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        self._buffers_bytes = reader.memory_bytes
+        return reader
 
     @property
     def bit(self) -> int:
@@ -435,12 +438,12 @@ class Slot:
 
     @property
     def map_memory_bytes(self) -> int:
-        """What the kernel charges for the session's own maps, and its share of those of the hub;
-        the last known figure if there is no descriptor left to read it."""
+        """What the kernel charges for the session's own maps and buffers, and its share of the
+        maps of the hub; the last known figure if there is no descriptor left to read it."""
         if not self._placed:
             return 0
         try:
-            own = sum(each.memory_bytes for each in self._maps.values())
+            own = sum(each.memory_bytes for each in self._maps.values()) + self._buffers_bytes
             for hub in (self.hub, self._processes):
                 if hub.object is not None and hub.slots:
                     own += hub.object.map_memory_bytes // len(hub.slots)
@@ -481,7 +484,7 @@ class Slot:
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
         found: dict[str, ProgramStats] = {}
-        for hub in (self._processes, self.hub):
+        for hub in (self._processes, self.hub) if self._placed else ():
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
