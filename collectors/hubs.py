@@ -370,6 +370,7 @@ class Slot:
         self._arrays: dict[str, HashMap] = {}
         self._active = self._closed = False
         self._memory_bytes = 0
+        self._buffers_bytes = 0  # what is in no map
         self._work = 0.0
         self.since = 0
 
@@ -399,7 +400,9 @@ class Slot:
         kinds = self.object.record_kinds(order_by)
         if ring := self._maps.get("rings"):
             return RingReader(ring.fd, size, kinds)
-        return PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        self._buffers_bytes = reader.memory_bytes
+        return reader
 
     @property
     def bit(self) -> int:
@@ -544,11 +547,12 @@ class Slot:
 
     @property
     def map_memory_bytes(self) -> int:
-        """What the kernel charges for the session's own maps, and its share of those of the hub;
-        the last known figure if there is no descriptor left to read it."""
+        """What the kernel charges for the session's own maps and buffers, and its share of the
+        maps of the hub; the last known figure if there is no descriptor left to read it."""
         try:
             if self._place:
                 own = sum(each.memory_bytes for each in self._maps.values())
+                own += self._buffers_bytes
                 for hub in (self._place.hub, self._place.processes):
                     if hub.object is not None and hub.slots:
                         own += hub.object.map_memory_bytes // len(hub.slots)

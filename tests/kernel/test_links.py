@@ -33,7 +33,7 @@ def path() -> Path:
 def it(path: Path) -> Iterator[BpfObject]:
     options = {"wanted_tgid": os.getpid()}
     with BpfObject(path, programs=(PROGRAM,), options=options) as it:
-        it.write_variable("sessions", 1)
+        it.write_variable("wanted_sessions", 1)
         yield it
 
 
@@ -95,8 +95,8 @@ def test_an_error_on_the_way_does_not_stop_closing(path: Path) -> None:
 
 
 def test_a_variable_that_is_kept_does_not_keep_the_object(it: BpfObject) -> None:
-    kept = it.read_variable("sessions")
-    it.write_variable("sessions", 5)
+    kept = it.read_variable("wanted_sessions")
+    it.write_variable("wanted_sessions", 5)
     it.close()
     assert kept == 1
 

@@ -18,23 +18,16 @@ from coral.bpf.buffers.maps import sum_over_cpus
 from coral.bpf.rung import HOOKS, SESSIONS, climb
 from tests.support import ROOT, built
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_left"),
+    pytest.mark.skipif(
+        not probe()["session_maps"].available, reason=probe()["session_maps"].reason
+    ),
+]
 
 PROGRAM = "sessions_enter"
-LOADERS = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test that loads the object does so by each loader of this machine."""
-    if "load" in metafunc.fixturenames:
-        here = [name for name, feature in LOADERS.items() if probe()[feature].available]
-        metafunc.parametrize("load", here, indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def _needs_session_maps() -> None:
-    if reason := probe()["session_maps"].reason:
-        pytest.skip(reason)
+FEATURES = {"core": "btf", "bcc": "bcc"}
+HERE = [name for name, feature in FEATURES.items() if probe()[feature].available]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +41,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "sessions.bpf.o"
 
 
-@pytest.fixture
+@pytest.fixture(params=HERE)
 def load(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
     """Loads the object, by each loader."""
     objects: list[BpfObject] = []
@@ -93,14 +86,14 @@ def test_each_session_counts_exactly_in_its_own_map(load: Any, *, batches: bool)
         assert first.memory_bytes < second.memory_bytes
         it.attach()
         for sessions, times in (({0}, 100), ({0, 5}, 20), ({0, 5, SESSIONS - 1}, 3), ({9}, 7)):
-            it.write_variable("watching", sum(1 << slot for slot in sessions))
+            it.write_variable("wanted_sessions", sum(1 << slot for slot in sessions))
             call_getppid(times)
         assert [calls_in(inner) for inner in slots.values()] == [[123], [23], [3]]
         _, values = second.read()
         assert values.dtype.names == ("calls", "weighted")
         assert sum_over_cpus(values, "weighted").tolist() == [23 * 6]
 
-        it.write_variable("watching", 1 << 5)
+        it.write_variable("wanted_sessions", 1 << 5)
         it.uninstall("stats", 5)
         it.uninstall("stats", 5)
         call_getppid(50)
@@ -110,7 +103,7 @@ def test_each_session_counts_exactly_in_its_own_map(load: Any, *, batches: bool)
 
 def test_a_slot_is_used_again_with_a_map_of_another_size(load: Any) -> None:
     it = load()
-    it.write_variable("watching", 1)
+    it.write_variable("wanted_sessions", 1)
     it.attach()
     for times in range(1, 20):
         with it.make_inner("stats", entries=times) as inner:
@@ -133,15 +126,10 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
     ):
         it.install("rings", 1, small.fd)
         it.install("rings", 2, large.fd)
-        it.write_variable("watching", 0b110)
+        it.write_variable("wanted_sessions", 0b110)
         it.attach()
         accounts = [
-            Account(
-                it.map("accounts"),
-                slot,
-                it.btf.enum("loss"),
-                [it.program_fd(name) for name in it.programs],
-            )
+            Account(it.map("accounts"), slot, it.btf.enum("loss"), [it.program_fd(PROGRAM)])
             for slot in range(4)
         ]
         call_getppid(1000)
@@ -155,7 +143,7 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
         assert accounts[1].read() == (0, 0, {})
         assert len(first.drain()["record"]) == fitting
         assert second.drain()["record"]["slot"].tolist() == [2] * 1000
-        it.write_variable("watching", 0b010)
+        it.write_variable("wanted_sessions", 0b010)
         call_getppid(5)
         assert first.drain()["record"]["slot"].tolist() == [1] * 5
         assert len(second.drain()["record"]) == 0
@@ -170,9 +158,9 @@ def test_each_session_has_perf_buffers_of_its_own(load: Any) -> None:
             it.install("perfs", 3, one.fd)
             it.install("perfs", 4, two.fd)
             it.attach()
-            it.write_variable("watching", 0b01000)
+            it.write_variable("wanted_sessions", 0b01000)
             call_getppid(100)
-            it.write_variable("watching", 0b11000)
+            it.write_variable("wanted_sessions", 0b11000)
             call_getppid(10)
             assert [reader.drain()["record"]["slot"].tolist() for reader in readers] == [
                 [3] * 110,
@@ -201,7 +189,7 @@ def test_sizes_and_flags_of_an_object_are_those_of_the_prototype(load: Any) -> N
     with it.make_inner("stats") as inner:
         assert inner.entries == 3
         it.install("stats", 0, inner.fd)
-        it.write_variable("watching", 1)
+        it.write_variable("wanted_sessions", 1)
         it.attach()
         call_getppid(9)
         assert calls_in(inner) == [9]
@@ -214,8 +202,8 @@ def test_two_objects_share_a_map(load: Any) -> None:
     with one.make_inner("stats") as inner:
         other.install("stats", 7, inner.fd)
         other.map("weights").write(7, 11)
-        one.write_variable("watching", 1 << 7)
-        other.write_variable("watching", 1 << 7)
+        one.write_variable("wanted_sessions", 1 << 7)
+        other.write_variable("wanted_sessions", 1 << 7)
         one.attach()
         call_getppid(10)
         one.close()
@@ -223,20 +211,6 @@ def test_two_objects_share_a_map(load: Any) -> None:
         call_getppid(5)
         _, values = inner.read()
         assert sum_over_cpus(values, "weighted").tolist() == [15 * 11]
-
-
-def test_figures_are_known_whichever_loader_it_was(load: Any) -> None:
-    it = load(map_entries={"weights": SESSIONS})
-    bare = it.map_memory_bytes
-    assert bare > SESSIONS * 8
-    assert set(it.program_stats()) == {PROGRAM}
-    with it.make_inner("stats", entries=4096) as inner:
-        it.install("stats", 0, inner.fd)
-        assert inner.memory_bytes > 4096
-        assert it.map_memory_bytes == bare  # each map is counted once, by its owner
-    it.close()
-    assert it.map_memory_bytes == bare
-    assert it.program_stats() == {}
 
 
 def test_the_rung_has_a_slot_for_each_session() -> None:
