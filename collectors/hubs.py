@@ -542,8 +542,8 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The name of the hub."""
-        return self.plan.name
+        """The file of the hub's object."""
+        return f"{self.plan.name}.bpf.o"
 
     @property
     def map_memory_bytes(self) -> int:

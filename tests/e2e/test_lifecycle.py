@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from coral.client import AgentClient
+from coral.collectors.hubs import has_cgroups
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     Puppet,
@@ -38,7 +39,8 @@ from tests.support import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 SLACK_S: Final = 0.1
-HOOKS: Final = 5  # sys_enter, sys_exit, and fork, exec, exit of processes
+# sys_enter, sys_exit; fork, rename, exec, exit of processes; and attach, mkdir of cgroups.
+HOOKS: Final = 2 + 4 + 2 * has_cgroups()
 STREAMS: Final = ("StreamEvents", "StreamEventBatches")
 
 
@@ -68,7 +70,7 @@ def test_a_collector_of_2_s_ends_within_100_ms_of_its_deadline(
 ) -> None:
     before, asked_at = loaded(), time.time()
     with watching(agent, 2.0, pid=str(puppet.pid)) as watch:
-        assert watch.expires_at_s == pytest.approx(asked_at + 2, abs=0.5)
+        assert asked_at + 2 < watch.expires_at_s < time.time() + 2
         assert len(held_by(agent.process.pid)["link"]) == HOOKS
         end = watch.read_to_end()
         assert 0 <= time.time() - watch.expires_at_s < SLACK_S
@@ -185,7 +187,7 @@ def test_an_agent_that_is_killed_leaves_nothing_attached(tmp_path: Path, puppet:
     with running_agent(tmp_path / "agent") as agent:
         for _ in range(3):
             start_collector(agent, pid=str(puppet.pid))
-        assert len(held_by(agent.process.pid)["link"]) == 3 * HOOKS
+        assert len(held_by(agent.process.pid)["link"]) == HOOKS  # they share them
         agent.process.kill()
         agent.process.wait()
         wait_until(lambda: nothing_new_since(before))

@@ -438,12 +438,12 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
     )
 
 
-BODY_OF_EXIT: Final = "int on_sys_exit(void *ctx, long ret)\n{\n"
+IN_LEAVE: Final = "\tnow = generation_of(all);\n"
 UNCHECKED_POINTER: Final = """\
 	__u32 key = ret;
-	struct target *found = bpf_map_lookup_elem(&targets, &key);
+	struct syscall_session *found = bpf_map_lookup_elem(map_of(syscall_sessions), &key);
 
-	found->state = TARGET_EXITED;
+	found->since = 0;
 """
 ENDLESS_LOOP: Final = """\
 	for (volatile int i = 1; i; i++)
@@ -458,8 +458,14 @@ def objects(directory: Path, edit: Callable[[str], str]) -> Path:
     source.write_text(edit(original))
     assert source.read_text() != original
     subprocess.run(clang_command(source, source.with_suffix(".o")), check=True)
-    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", directory)
+    copy_others(directory)
     return directory
+
+
+def copy_others(directory: Path) -> None:
+    """Copies the agent's objects, but for those of collectors."""
+    for name in ("features", "processes"):
+        shutil.copy(ROOT / f"bpf/programs/{name}/{name}.bpf.o", directory)
 
 
 @contextmanager
@@ -474,7 +480,7 @@ def refusing_agent(directory: Path, objects_: Path, **environment: str) -> Itera
 
 def test_what_the_verifier_rejects_is_told_with_its_last_lines(tmp_path: Path) -> None:
     edited = objects(
-        tmp_path, lambda source: source.replace(BODY_OF_EXIT, BODY_OF_EXIT + UNCHECKED_POINTER)
+        tmp_path, lambda source: source.replace(IN_LEAVE, IN_LEAVE + UNCHECKED_POINTER)
     )
     with refusing_agent(tmp_path, edited) as agent:
         request = start_request({"pid": os.getpid()})
@@ -542,7 +548,7 @@ def test_a_hook_that_cannot_be_taken_is_tried_three_times_and_detaches_the_other
 def test_a_damaged_object_is_refused_with_its_name(
     damage: Callable[[bytes], bytes], said: str, tmp_path: Path
 ) -> None:
-    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", tmp_path)
+    copy_others(tmp_path)
     data = (ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.o").read_bytes()
     (tmp_path / "syscall_stats.bpf.o").write_bytes(damage(data))
     with refusing_agent(tmp_path, tmp_path) as agent:
@@ -556,7 +562,7 @@ def test_a_damaged_object_is_refused_with_its_name(
     ("name", "renamed", "lacking"),
     [
         (r"\bcoral_enter\b", "coral_begin", r"\bcoral_enter\b"),
-        (r"(PERCPU_HASH, |map_of\()stats\b", r"\1figures", r"\bstats\b"),
+        (r"(PERCPU_HASH, |map_of_session\()stats\b", r"\1figures", r"\bstats\b"),
     ],
     ids=["program", "map"],
 )
@@ -598,9 +604,7 @@ def test_more_collectors_than_the_limit_are_refused_with_the_limit_and_the_reque
 
 def test_a_collector_that_is_just_starting_counts_once(tmp_path: Path) -> None:
     """The verifier takes its time with an endless loop; meanwhile one of two places is free."""
-    edited = objects(
-        tmp_path, lambda source: source.replace(BODY_OF_EXIT, BODY_OF_EXIT + ENDLESS_LOOP)
-    )
+    edited = objects(tmp_path, lambda source: source.replace(IN_LEAVE, IN_LEAVE + ENDLESS_LOOP))
     request = start_request({"pid": os.getpid()})
     with (
         running_agent(
