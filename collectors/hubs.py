@@ -9,6 +9,7 @@ The C side is bpf/include/sessions.bpf.h.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -39,10 +40,12 @@ from coral.bpf.rung import HOOKS, bytes_per_cpu
 _NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _PROCESSES: Final = "processes"
 _PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
-_CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
+_CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir", "coral_rmdir")
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "detailed")
 # Maps of `processes` that the hubs use too.
-SHARED_MAPS: Final = ("sessions", "changes", "members", "hints", "accounts", "rings", "perfs")
+SHARED_MAPS: Final = (
+    "sessions", "counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
+)
 _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
 # Those that hold a map of each session.
 _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
@@ -50,6 +53,9 @@ HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 _IDLE_WORK: Final = 100.0  # events a second
 _REBUILT_AFTER: Final = 256  # processes that have ended since
+_REBUILT_EVERY_S: Final = 0.5
+_COUNT_GENERATION, _COUNT_ENDED = 0, 1  # as in sessions.bpf.h
+_ENDED: Final = np.uint64(1 << 32)  # the least key of a member that has ended
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,9 @@ class _Group:
         self.hubs: dict[str, _Hub] = {}
         self.slots: dict[int, Slot] = {}
         self._next = 0
-        self._ended = 0
+        self._ended = 0  # processes, when the hints were last built
+        self._looked_at_s = 0.0
+        self._rebuilding = False
 
     def take(self, plan: Plan) -> Slot | None:
         """A slot for a session by PLAN; None where all are taken."""
@@ -169,6 +177,8 @@ class _Group:
             if self.processes in unused:
                 self.processes = _Hub()
                 self._ended = 0
+            else:
+                self._ended -= _REBUILT_AFTER  # its members' hints are still set
         with ExitStack() as closing:
             for hub in reversed(unused):
                 closing.callback(_close, hub)
@@ -185,8 +195,8 @@ class _Group:
             value[0] = said.read_one(0)
             change(value)
             value["generation"] += np.uint32(1)
+            changed = self.processes.object.map("counts").read_one(_COUNT_GENERATION)
             said.write(0, value[0])
-            changed = self.processes.object.map("changes").read_one(0)
             return (int(value["generation"][0]) + int(changed or 0)) & 0xFFFFFFFF
 
     def hint(self, tgids: Sequence[int]) -> None:
@@ -198,23 +208,41 @@ class _Group:
                 np.concatenate([at, at + np.uint32(HINTS)]), np.ones(2 * len(at), np.uint8)
             )
 
-    def note_ended(self, count: int) -> None:
-        """COUNT members have ended: builds the hints again where it is worth it. Otherwise ended
-        processes would make all others look like members in time."""
+    def tidy(self) -> None:
+        """Has the hints built again once enough members have ended. Otherwise ended processes would
+        make all others look like members in time. Takes microseconds: a thread does the work."""
         with self.lock:
-            self._ended += count
-            if self._ended < _REBUILT_AFTER or self.processes.object is None:
+            hub, now_s = self.processes, time.monotonic()
+            if self._rebuilding or not hub.object or now_s < self._looked_at_s + _REBUILT_EVERY_S:
                 return
-            self._ended = 0
-            self._rebuild(self.processes.object)
+            self._looked_at_s = now_s
+            ended = int(hub.object.map("counts").read_one(_COUNT_ENDED) or 0)
+            if (ended - self._ended) % (1 << 32) < _REBUILT_AFTER:
+                return
+            thread = threading.Thread(target=self._rebuild, args=(hub, ended), name="hints")
+            self._rebuilding = True
+            try:
+                thread.start()
+            except RuntimeError:  # none can be started: the next time
+                self._rebuilding = False
 
-    def _rebuild(self, processes: BpfObject) -> None:
-        unused = 1 - int(processes.map("sessions").read_one(0)["hints"] & 1)  # type: ignore[index]
+    def _rebuild(self, hub: _Hub, ended: int) -> None:
+        try:
+            with hub.lock:
+                if hub.object:
+                    self._build_hints(hub.object)
+            self._ended = ended
+        finally:
+            self._rebuilding = False
+
+    def _build_hints(self, processes: BpfObject) -> None:
+        said = processes.map("sessions").read_one(0)
+        unused = 0 if said is not None and said["hints"] & 1 else 1
         hints, first = processes.map("hints"), np.uint32(unused * HINTS)
         hints.write_many(np.arange(HINTS, dtype=np.uint32) + first, np.zeros(HINTS, np.uint8))
-        for slot in self.slots.values():
-            keys = slot.member_keys()
-            at = np.unique(keys[keys < 1 << 32] % np.uint64(HINTS)).astype(np.uint32)
+        for slot in list(self.slots.values()):
+            running = slot.tidied_members()
+            at = np.unique(running % np.uint64(HINTS)).astype(np.uint32)
             hints.write_many(at + first, np.ones(len(at), np.uint8))
 
         def change_over(said: NDArray[Any]) -> None:
@@ -239,6 +267,9 @@ class Slot:
         self._maps: dict[str, InnerMap] = {}
         self._installed: list[tuple[BpfObject, str]] = []
         self._active = False
+        self._detailed = False
+        self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
+        self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
         self._memory_bytes = 0
         self._work = 0.0
         self.since = 0
@@ -322,7 +353,7 @@ class Slot:
 
         # Once before, so that no thread can have looked at the slot's last session and not know it.
         self._group.say(lambda _: None)
-        self._active = True
+        self._active, self._detailed = True, bool(selections.get("detailed"))
         self.since = self._group.say(set_bits)
 
     def members_changed(self) -> None:
@@ -333,14 +364,28 @@ class Slot:
         """See `_Group.hint`."""
         self._group.hint(tgids)
 
-    def note_ended(self, count: int) -> None:
-        """See `_Group.note_ended`."""
-        self._group.note_ended(count)
+    def tidy(self) -> None:
+        """See `_Group.tidy`; to be called at each drain."""
+        self._group.tidy()
 
-    def member_keys(self) -> NDArray[Any]:
-        """The keys of the session's members; none before there are any."""
-        members = self._maps.get("members")
-        return members.read_keys() if members else np.empty(0, np.uint64)
+    def tidied_members(self) -> NDArray[np.uint64]:
+        """The ids of the session's members that run. Also removes those that have ended, if user
+        space has been sent a record of each, after it has had the time to look up their names."""
+        with self._lock:
+            members = self._maps.get("members")
+            if members is None:
+                return np.empty(0, np.uint64)
+            keys = members.read_keys()
+            if self._detailed:
+                ended = keys[keys >= _ENDED]
+                members.delete(np.intersect1d(ended, self._ended))
+                self._ended = ended
+            return keys[keys < _ENDED]
+
+    @property
+    def untold_changes(self) -> int:
+        """How many changes of what the session watches had no room in its buffer so far."""
+        return int(self.processes.map("untold_changes").read_one(self.number) or 0)
 
     @property
     def attached(self) -> bool:
@@ -375,11 +420,15 @@ class Slot:
         """Frees the session's maps and its slot. Safe to call twice."""
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
-            for own in self._maps.values():
-                closing.callback(own.close)
+            closing.callback(self._close_maps)
             closing.callback(self._uninstall)
             closing.callback(self.detach)
-        self._maps = {}
+
+    def _close_maps(self) -> None:
+        with self._lock, ExitStack() as closing:
+            for own in self._maps.values():
+                closing.callback(own.close)
+            self._maps = {}
 
     # What the agent asks.
 
@@ -431,7 +480,7 @@ class Slot:
 @cache
 def has_cgroups() -> bool:
     """Whether the kernel tells of cgroups: that they are made, and who enters them."""
-    names = {f"btf_trace_{name}" for name in ("cgroup_attach_task", "cgroup_mkdir")}
+    names = {f"btf_trace_{name}" for name in ("cgroup_attach_task", "cgroup_mkdir", "cgroup_rmdir")}
     found = kernel_names(names)
     return found == names if found or kernel_names({"task_struct"}) else _CGROUPS.exists()
 

@@ -250,6 +250,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         losses = self._losses()
         rows: EventRows | Summaries
         rows = self._read_events() if self._options.single_events else self._read_summaries()
+        self._slot.tidy()
         return Batch(rows, began_at_ns, self._drained_at_ns, losses, self._in_detail)
 
     @property

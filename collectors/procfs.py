@@ -5,16 +5,43 @@ from __future__ import annotations
 import os
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 PROC: Final = Path("/proc")
-_STAT_STARTTIME: Final = 19  # of the fields after the command name in /proc/PID/stat, from 0
+# Of the fields after the command name in /proc/PID/stat, from 0.
+_STAT_THREADS: Final = 17
+_STAT_STARTTIME: Final = 19
+_COMM_BYTES: Final = 15  # those of kernel threads may be followed by more
 
 
 def running_tgids() -> list[int]:
     """The ids of all processes on this machine."""
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """A process as /proc/PID/stat has it."""
+
+    comm: bytes
+    start_ticks: int  # since boot
+    has_ended: bool  # and nobody has waited for it yet
+
+
+def stat_of(tgid: int) -> Stat | None:
+    """A process; None for one that nobody has to wait for any more, or that is hidden."""
+    try:
+        text = (PROC / str(tgid) / "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    before, _, after = text.rpartition(b")")
+    fields = after.split()
+    # The first thread of several may end before the others.
+    has_ended = fields[0] in b"ZX" and int(fields[_STAT_THREADS]) <= 1
+    comm = before.partition(b"(")[2][:_COMM_BYTES]
+    return Stat(comm, int(fields[_STAT_STARTTIME]), has_ended)
 
 
 def comm_of(tgid: int) -> str | None:
@@ -28,11 +55,8 @@ def comm_of(tgid: int) -> str | None:
 def start_time_of(tgid: int) -> int | None:
     """When a process started, in clock ticks since boot; None for one that has ended or is
     hidden."""
-    try:
-        text = (PROC / str(tgid) / "stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    return int(text.rpartition(")")[2].split()[_STAT_STARTTIME])
+    found = stat_of(tgid)
+    return found.start_ticks if found else None
 
 
 def children_of(tgid: int) -> list[int]:

@@ -360,11 +360,10 @@ SUBPROGRAM int is_older(__u32 slot, __u32 generation)
 }
 
 /*
- * A call that has returned and was not seen to begin: seccomp has answered it, before sys_enter. It
- * takes no time that could be measured. A call that began before its session did looks the same,
- * so it only counts for sessions that watched the thread when it last returned, in GENERATION.
+ * Those of the sessions WATCHED, as of GENERATION, that have not begun since: their slots may have
+ * been other sessions' then.
  */
-static __always_inline __u64 sessions_of_refused(__u64 watched, __u32 generation, __u32 now)
+static __always_inline __u64 sessions_since(__u64 watched, __u32 generation, __u32 now)
 {
 	__u64 found = 0;
 
@@ -394,7 +393,6 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 	__u64 ended_ns, duration_ns = 0, watched = 0;
 	__u32 now, generation = 0;
 	struct call *call;
-	long id;
 
 	if (!all || surely_unwatched(all, me.tgid))
 		return 0;
@@ -414,12 +412,16 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 		duration_ns = ended_ns - call->start_ns;
 		call->start_ns = 0;
 	} else {
-		id = number_in(regs);
-		if (id < 0 || !watched)
+		/*
+		 * It was not seen to begin: seccomp has answered it, before sys_enter. It takes no
+		 * time that could be measured. A call that began before its session did looks the
+		 * same, but then the session did not watch the thread when it last returned.
+		 */
+		if (!watched)
 			return 0;
-		watched = sessions_of_refused(watched, generation, now);
-		call->nr = number_of(&me, id);
+		call->nr = number_of(&me, number_in(regs));
 	}
+	watched = sessions_since(watched, generation, now);
 	see(ctx, watched & call->watching, call->nr, call->born, ended_ns, duration_ns, ret);
 	return 0;
 }
