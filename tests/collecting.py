@@ -3,9 +3,12 @@ sent so far, the same for summaries and for single events."""
 
 from __future__ import annotations
 
+import select
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,7 @@ from coral import bpf
 from coral.collectors.contract import Batch, EventRows
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
-from tests.support import RUNGS, summaries
+from tests.support import RUNGS, summaries, wait_until
 
 every_rung = pytest.mark.parametrize("without", RUNGS.values(), ids=RUNGS.keys())
 both_modes = pytest.mark.parametrize("mode", ["summaries", "events"])
@@ -96,6 +99,56 @@ def collecting(without: tuple[str, ...] = (), **config: str) -> Iterator[Collect
         collected.drain()
     finally:
         collector.close()
+
+
+class Waiting:
+    """A program that reads a byte from standard input first."""
+
+    def __init__(self, *command: object) -> None:
+        self._process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.pid = self._process.pid
+        wait_until(self._reads)
+
+    def _reads(self) -> bool:
+        call = Path(f"/proc/{self.pid}/syscall").read_text()
+        return call.startswith(f"{number_of('read')} 0x0 ")
+
+    def go(self) -> None:
+        """Lets it begin."""
+        assert self._process.stdin
+        self._process.stdin.write(b"x")
+        self._process.stdin.flush()
+
+    def has_written(self) -> bool:
+        """Whether it has written to standard output, or has ended."""
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
+    def finish(self) -> None:
+        """Waits for its end."""
+        assert self._process.wait(20) == 0
+
+    def run(self) -> None:
+        """Lets it begin, and waits for its end."""
+        self.go()
+        self.finish()
+
+    def kill(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        with self._process:
+            pass
+
+
+@contextmanager
+def waiting(*command: object) -> Iterator[Waiting]:
+    """A program that reads a byte from standard input first; it ends with the block."""
+    program = Waiting(*command)
+    try:
+        yield program
+    finally:
+        program.kill()
 
 
 def number_of(name: str) -> int:

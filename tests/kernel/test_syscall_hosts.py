@@ -6,61 +6,17 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from coral.collectors.syscall_stats import table as syscall_table
-from tests.collecting import both_modes, collecting, every_rung, number_of
+from tests.collecting import both_modes, collecting, every_rung, number_of, waiting
 from tests.support import Family, Puppet, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 REFUSED = "mkdir" if "mkdir" in syscall_table.numbers() else "mkdirat"
-
-
-class Waiting:
-    """A program that reads a byte from standard input first."""
-
-    def __init__(self, *command: object) -> None:
-        self._process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE)
-        self.pid = self._process.pid
-        wait_until(lambda: self._reads())
-
-    def _reads(self) -> bool:
-        call = Path(f"/proc/{self.pid}/syscall").read_text()
-        return call.startswith(f"{number_of('read')} 0x0 ")
-
-    def go(self) -> None:
-        """Lets it begin."""
-        assert self._process.stdin
-        self._process.stdin.write(b"x")
-        self._process.stdin.close()
-
-    def finish(self) -> None:
-        """Waits for its end."""
-        assert self._process.wait(20) == 0
-
-    def run(self) -> None:
-        """Lets it begin, and waits for its end."""
-        self.go()
-        self.finish()
-
-    def kill(self) -> None:
-        """Ends it."""
-        self._process.kill()
-        self._process.wait()
-
-
-@contextmanager
-def waiting(*command: object) -> Iterator[Waiting]:
-    program = Waiting(*command)
-    try:
-        yield program
-    finally:
-        program.kill()
 
 
 def counted_by_strace(*command: object) -> dict[str, tuple[int, int]]:

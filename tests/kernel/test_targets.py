@@ -8,7 +8,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from coral.collectors.hierarchies import hierarchies
 from coral.collectors.hubs import HINTS
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.collecting import both_modes, collecting, every_rung, session
+from tests.collecting import both_modes, collecting, every_rung, session, waiting
 from tests.support import Family, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -70,36 +69,20 @@ def test_a_zombie_is_no_target(programs: Path) -> None:
             puppet.do("os.wait()")
 
 
-@contextmanager
-def forking_server(forks: int) -> Iterator[Puppet]:
-    """A process that forks so many children, one after another, once it is told to."""
-    with Puppet() as puppet:
-        puppet.do(
-            f"def serve():\n for _ in range({forks}):\n  "
-            "os.waitpid(os.fork() or os._exit(0), 0)".replace("\n", "\\n")
-            if False
-            else "serve = lambda n: [os.waitpid(os.fork() or os._exit(0), 0) for _ in range(n)] and 0"
-        )
-        yield puppet
-
-
 @pytest.mark.parametrize("mode", ["summaries", "events"])
 @pytest.mark.parametrize("scope", ["host", "cgroup", "pid"])
 def test_a_server_that_forks_for_each_connection_leaves_nothing_behind(
-    scope: str, mode: str, unified: Path
+    scope: str, mode: str, unified: Path, programs: Path
 ) -> None:
-    with forking_server(FORKS) as server:
+    with waiting(programs / "forking", FORKS) as server:
         (unified / "cgroup.procs").write_text(str(server.pid))
         target = {"host": "host", "cgroup": str(unified), "pid": str(server.pid)}[scope]
-        config = {"host": {"scope": target}}.get(scope, {scope: target})
-        with collecting(**config, include="exit_group", mode=mode, ring="16MiB") as counted:
-            done = threading.Thread(target=server.do, args=(f"serve({FORKS})",))
-            done.start()
-            while done.is_alive():
-                done.join(0.2)
+        config = {"scope" if scope == "host" else scope: target, "include": "exit_group"}
+        with collecting(**config, mode=mode) as counted:
+            server.go()
+            while not server.has_written():
                 counted.drain()
-            server.getppid(1)
-            # Dead ones are drained and tidied away, and every hint that is set is a member's.
+            # Dead ones are drained and tidied away, and hardly more hints than theirs are set.
             wait_until(lambda: counted.drain() and _tidy(counted.collector))
             running = members(counted.collector)
             if scope == "host":
