@@ -121,9 +121,9 @@ class Waiting:
         self._process.stdin.write(b"x")
         self._process.stdin.flush()
 
-    def has_written(self) -> bool:
-        """Whether it has written to standard output, or has ended."""
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+    def has_written(self, timeout_s: float) -> bool:
+        """Whether it has written to standard output, or has ended; waits for that."""
+        return bool(select.select([self._process.stdout], [], [], timeout_s)[0])
 
     def finish(self) -> None:
         """Waits for its end."""

@@ -264,13 +264,16 @@ def test_a_sample_of_few_calls_has_no_bias(without: tuple[str, ...]) -> None:
 def test_interrupted_and_restarted_calls_are_counted_as_strace_counts_them(
     programs: Path,
 ) -> None:
-    """Its last call, in which it is killed, returns for nobody."""
     command = (programs / "restarted",)
     by_strace = counted_by_strace(*command)
     with waiting(*command) as program, collecting(pid=str(program.pid)) as counted:
         program.run()
-    names = {"read", "nanosleep", "clock_nanosleep", "restart_syscall", "rt_sigreturn", "kill"}
+    names = {"nanosleep", "clock_nanosleep", "restart_syscall", "rt_sigreturn", "kill"}
     by_us = {name: (counted.of(name), counted.errors[name]) for name in names & by_strace.keys()}
     assert by_us == {name: by_strace[name] for name in by_us}
     assert by_us["rt_sigreturn"][0] == 10
+    # It waited in its first read when the session began. It is killed in its last one, which is an
+    # error to the kernel, and to strace a call that never returned.
+    assert by_strace["read"] == (12, 10)
+    assert (counted.of("read"), counted.errors["read"]) == (11, 11)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_a_server_that_forks_for_each_connection_leaves_nothing_behind(
         config = {"scope" if scope == "host" else scope: target, "include": "exit_group"}
         with collecting(**config, mode=mode) as counted:
             server.go()
-            while not server.has_written():
+            while not server.has_written(0.1):
                 counted.drain()
             # Dead ones are drained and tidied away, and hardly more hints than theirs are set.
             wait_until(lambda: counted.drain() and _tidy(counted.collector))
@@ -174,8 +175,8 @@ def _made(kind: str) -> Iterator[Path]:
 
 def _remove(directory: Path) -> None:
     for below in sorted(directory.rglob("*/"), reverse=True):
-        wait_until(lambda below=below: _has_gone(below))
-    wait_until(lambda: _has_gone(directory))
+        wait_until(partial(_has_gone, below))
+    wait_until(partial(_has_gone, directory))
 
 
 def _has_gone(directory: Path) -> bool:
