@@ -74,12 +74,15 @@ def test_a_call_in_progress_at_the_start_is_no_refused_one(
         puppet.do("pass")
         puppet.do("pass")
     reads = counted.of("read")
-    with Puppet() as puppet, collecting(without, pid=str(puppet.pid), mode=mode) as counted:
-        with collecting(without, pid=str(puppet.pid)) as first:
+    with (
+        Puppet() as puppet,
+        collecting(without, pid=str(puppet.pid), mode=mode) as counted,
+        collecting(without, pid=str(puppet.pid)) as first,
+    ):
+        puppet.do("pass")
+        with collecting(without, pid=str(puppet.pid), mode=mode) as second:
             puppet.do("pass")
-            with collecting(without, pid=str(puppet.pid), mode=mode) as second:
-                puppet.do("pass")
-                puppet.do("pass")
+            puppet.do("pass")
     # The call that it waits in at the start is in neither.
     assert second.of("read") == reads == 1
     assert first.of("read") == counted.of("read") == 2
@@ -276,4 +279,3 @@ def test_interrupted_and_restarted_calls_are_counted_as_strace_counts_them(
     # error to the kernel, and to strace a call that never returned.
     assert by_strace["read"] == (12, 10)
     assert (counted.of("read"), counted.errors["read"]) == (11, 11)
-

@@ -59,9 +59,8 @@ def test_processes_of_one_id_have_names_of_their_own(mode: str, programs: Path) 
     assert counted.by_comm("getuid") == {"first": 1, "stranger": 20}
 
 
-def test_a_zombie_is_no_target(programs: Path) -> None:
+def test_a_zombie_is_no_target() -> None:
     with Puppet() as puppet:
-        puppet.do("import ctypes")
         collector = session(pid=str(puppet.pid))
         zombie = int(puppet.ask("os.fork() or os._exit(0)"))
         wait_until(lambda: Path(f"/proc/{zombie}/stat").read_text().split()[2] == "Z")
@@ -125,7 +124,7 @@ def test_children_forked_while_a_session_begins_are_watched(without: tuple[str, 
     assert sum(row.call_count for row in rows.as_messages()) == 8
 
 
-def test_chains_of_forks_are_watched_by_their_name(tmp_path: Path, programs: Path) -> None:
+def test_chains_of_forks_are_watched_by_their_name(tmp_path: Path) -> None:
     """Each process of a chain forks the next one and ends, while sessions begin: each session finds
     the one that runs, and then follows."""
     comm = f"chain{os.getpid() % 100_000}"
