@@ -28,7 +28,8 @@ class Caller:
 
     `peer` is what logs and lists show, such as `unix: uid 0, pid 123` or `ipv4:127.0.0.1:40000`;
     empty for a program that uses the supervisor as a library. `principal` is what limits for one
-    peer count by, such as `uid 0` or `10.0.0.7`. `interactive` says that a person waits for what
+    peer count by, such as `uid 0` or `10.0.0.7`. `pid` is the id of the process that connected by a
+    unix socket, by the kernel's word, else 0. `interactive` says that a person waits for what
     the call returns: the session that it reads is then the last to be preempted. `hang_up` closes
     the caller's connection at once, whatever is being written to it.
     """
@@ -37,6 +38,7 @@ class Caller:
     interactive: bool = False
     principal: str = ""
     trust: Trust = Trust.OWNER
+    pid: int = 0
     hang_up: Callable[[], None] = field(default=_nothing, compare=False)
 
     @property

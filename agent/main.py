@@ -26,6 +26,7 @@ from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
+from coral.bpf.loading import bcc
 from coral.collectors.cgroups import cgroup_directory
 from coral.collectors.options import OptionError
 from coral.collectors.registry import COLLECTORS
@@ -131,6 +132,7 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         )
         await _report_capabilities(supervisor)
         await stopping
+        bcc.stop()
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
     stopped.set()

@@ -144,8 +144,8 @@ def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
                     "wanted_nr": _GETPPID,
                     "records_in_ring": not perf,
                 },
-                map_entries={"ring": _RING_BYTES},
-                without_maps=("ring",) if perf else ("perf",),
+                map_entries={} if perf else {"rings": _RING_BYTES},
+                without_maps=("rings",) if perf else ("perfs", "record_drafts"),
             ) as it,
             _reader(it, perf=perf) as reader,
         ):
@@ -164,7 +164,9 @@ def _alone(*, perf: bool) -> Callable[[Bench, int], Drained]:
 
 def _reader(it: bpf.BpfObject, *, perf: bool) -> bpf.PerfReader | bpf.RingReader:
     kinds = it.record_kinds({"call": "ended_ns"})
-    return it.perf("perf", kinds, bytes_per_cpu=_RING_BYTES) if perf else it.ring("ring", kinds)
+    if perf:
+        return it.perf("perfs", kinds, bytes_per_cpu=_RING_BYTES)
+    return it.ring("rings", kinds, ring_bytes=_RING_BYTES)
 
 
 class _Draining(threading.Thread):

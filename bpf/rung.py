@@ -13,8 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from coral.bpf.loading.bcc_object import BccObject
-from coral.bpf.loading.object import BpfObject, RecordReader
+from coral.bpf.loading.object import BpfObject
 from coral.bpf.probing.features import Feature, Features
 
 # The hooks of programs for raw tracepoints, best first.
@@ -98,7 +97,7 @@ class Rung:
         thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
-        without = [*without_maps, "perfs" if ringed else "rings"]
+        without = [*without_maps, *(("perfs", "record_drafts") if ringed else ("rings",))]
         wanted, hashes, settings = list(programs), list(preallocated), dict(options or {})
         if self.state.taken != _UNUSED:
             settings["state_in_task_storage"] = stored
@@ -106,14 +105,13 @@ class Rung:
             if not stored:  # programs free the state with its thread, and move it with its id
                 wanted[:0] = ["coral_forget", "coral_renumber"]
                 hashes.append("thread_hash")
-        cls = BpfObject if self.loader.taken == "core" else BccObject
-        return cls(
+        return BpfObject(
             name,
             programs=wanted,
             walks=walks,
             options={
                 **settings,
-                "current_by_btf": stored,  # both came with Linux 5.11
+                "current_by_btf": stored,  # which comes with Linux 5.11
                 "records_in_ring": ringed,
                 "slots": self.slots,
             },
@@ -122,6 +120,7 @@ class Rung:
             without_maps=without,
             shared=shared or {},
             typed=self.hook.taken == "tp_btf",
+            loader=self.loader.taken,
             batches=self.reads.taken == "batch",
         )
 

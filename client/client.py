@@ -122,10 +122,13 @@ class AgentClient:
         service_name: str = "",
         config: Mapping[str, str | int] | None = None,
         duration_s: float | None = None,
+        pid_namespace: int = 0,
     ) -> Started:
         """Starts a collector of KIND, such as `syscall_stats`, for DURATION_S seconds, by default
         for the agent's limits.default_duration. Values in CONFIG may be numbers and bools. Look at
-        `supported`: a machine that cannot run the collector is not an error.
+        `supported`: a machine that cannot run the collector is not an error. Process ids count in
+        the agent's pid namespace, or in that with the inode PID_NAMESPACE, which must be the
+        caller's own.
 
         The collector outlives this client; `collector` stops it when its block is left.
         """
@@ -134,6 +137,7 @@ class AgentClient:
                 service_name=service_name,
                 kind=Kind.of(kind),  # type: ignore[arg-type]
                 config={name: _option_text(value) for name, value in (config or {}).items()},
+                pid_namespace=pid_namespace,
             )
             if duration_s is not None:
                 _set_duration(request.duration, duration_s)

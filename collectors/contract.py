@@ -180,8 +180,9 @@ class Programs(Protocol):
         """The kernel's figures of each program; empty once closed."""
 
     @property
-    def share(self) -> float:
-        """Which part of these programs' run time the session causes."""
+    def shares(self) -> Mapping[str, float]:
+        """Which part of each program's run time the session causes, by name: for all sessions that
+        use the program, these add up to 1."""
 
     @property
     def attached(self) -> bool:

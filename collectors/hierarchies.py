@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
-from coral.collectors.procfs import PROC
+from coral.collectors.procfs import PROC, read
 
 Kind = Literal["v2", "memory"]
 
@@ -71,9 +71,8 @@ def hierarchies() -> list[Hierarchy]:
 def cgroup_path_of(tgid: int, kind: Kind) -> str | None:
     """The path of a process's cgroup in one hierarchy, relative to this process's cgroup namespace;
     None for a process that has ended or is hidden."""
-    try:
-        text = (PROC / str(tgid) / "cgroup").read_text(errors="surrogateescape")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    text = read(tgid, "cgroup", "surrogateescape")
+    if text is None:
         return None
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)

@@ -8,13 +8,15 @@ The C side is bpf/include/sessions.bpf.h.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,10 +36,10 @@ from coral.bpf import (
     kernel_names,
 )
 from coral.bpf.buffers.account import Account
+from coral.bpf.libbpf import BpfError
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
 
-_NAMES: Final = ("syscall_stats", "tcp_metrics")  # as enum hub of sessions.bpf.h
 _PROCESSES: Final = "processes"
 _PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
 _CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir", "coral_rmdir")
@@ -45,13 +47,14 @@ _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "detailed")
 # Maps of `processes` that the hubs use too.
 SHARED_MAPS: Final = (
     "sessions", "counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
-)
+)  # fmt: skip
 _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
 # Those that hold a map of each session.
 _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 _IDLE_WORK: Final = 100.0  # events a second
+_WORK_WINDOW_S: Final = 1.0
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 _REBUILT_EVERY_S: Final = 0.5
 _COUNT_GENERATION, _COUNT_ENDED = 0, 1  # as in sessions.bpf.h
@@ -73,14 +76,21 @@ class Plan:
     preallocated: tuple[str, ...] = field(default=(), compare=False)
     walks: tuple[str, ...] = field(default=(), compare=False)
     without_maps: tuple[str, ...] = field(default=(), compare=False)
+    map_entries: Mapping[str, int] = field(default_factory=dict, compare=False)
+    is_shared: bool = True  # or each session has an object of its own, beside `processes`
 
-    def hub(self, shared: Mapping[str, int]) -> BpfObject:
-        """The hub's object, which uses the maps SHARED."""
+    def hub(self, number: int, shared: Mapping[str, int], slot: int) -> BpfObject:
+        """The object of the hub of this NUMBER, which uses the maps SHARED; the first session is in
+        SLOT."""
         return self.rung.object(
             self.name,
             programs=self.programs,
-            options=self.options,
-            map_entries=self._prototypes(of_processes=False),
+            options={
+                **self.options,
+                "hub": number,
+                **({} if self.is_shared else {"own_slot": slot}),
+            },
+            map_entries={**self.map_entries, **self._prototypes(of_processes=False)},
             preallocated=self.preallocated,
             walks=self.walks,
             without_maps=self.without_maps,
@@ -125,27 +135,69 @@ class _Group:
         self.plan = plan
         self.lock = threading.RLock()
         self.processes = _Hub()
-        self.hubs: dict[str, _Hub] = {}
+        self.hubs: dict[tuple[str, int], _Hub] = {}
+        self._numbers: dict[str, int] = {}
         self.slots: dict[int, Slot] = {}
+        self.kits: list[_Kit] = []
         self._next = 0
         self._ended = 0  # processes, when the hints were last built
         self._looked_at_s = 0.0
         self._rebuilding = False
 
-    def take(self, plan: Plan) -> Slot | None:
-        """A slot for a session by PLAN; None where all are taken."""
+    def take(self, slot: Slot) -> _Place | None:
+        """A place for SLOT by its plan; None where all are taken."""
+        plan = slot.plan
         with self.lock:
-            if len(self.slots) == self.plan.rung.slots:
+            kit = next((kit for kit in self.kits if kit.fits(plan)), None)
+            number = kit.number if kit else self._free_number()
+            if number is None:
                 return None
-            # In turn, so that a slot that was just freed is the last to be used again.
-            free = (n % self.plan.rung.slots for n in range(self._next, self._next + self.plan.rung.slots))
-            number = next(n for n in free if n not in self.slots)
-            self._next = number + 1
-            hub = self.hubs.setdefault(plan.name, _Hub())
-            slot = self.slots[number] = Slot(self, hub, plan, number)
+            if kit:
+                self.kits.remove(kit)
+            hub = self.hubs.setdefault((plan.name, 0 if plan.is_shared else number), _Hub())
+            self.slots[number] = slot
             hub.slots.add(number)
             self.processes.slots.add(number)
-            return slot
+            return _Place(self, number, self.processes, hub, kit)
+
+    def _free_number(self) -> int | None:
+        slots = self.plan.rung.slots
+        taken = {*self.slots, *(kit.number for kit in self.kits)}
+        # In turn, so that a slot that was just freed is the last to be used again.
+        turns = (n % slots for n in range(self._next, self._next + slots))
+        number = next((n for n in turns if n not in taken), None)
+        self._next = 0 if number is None else number + 1
+        return number
+
+    def prepare(self, plan: Plan) -> None:
+        """Makes and installs the maps of a next session like the one of PLAN: most of the time that
+        a start takes is the kernel's wait for running programs when a map is installed. Blocks;
+        does nothing where it cannot."""
+        with self.lock:
+            hub = self.hubs.get((plan.name, 0))
+            kit = _Kit(plan, 0)
+            if hub is None or any(kit.is_like(other) for other in self.kits):
+                return
+            number, processes = self._free_number(), self.processes
+            if number is None:
+                return
+            kit.number = number  # which is taken from now on
+            self.kits.append(kit)
+        with processes.lock, hub.lock, suppress(BpfError, OSError, RuntimeError):
+            if processes.object is not None and hub.object is not None:
+                kit.install(processes.object, hub.object)
+        with self.lock:
+            if kit in self.kits and kit.is_ready and hub.slots:
+                return
+            if kit in self.kits:
+                self.kits.remove(kit)
+        with suppress(BpfError, RuntimeError):  # the objects may be unloaded meanwhile
+            kit.close()
+
+    def number_of(self, name: str) -> int:
+        """The number of the hubs NAME in `struct sessions`."""
+        with self.lock:
+            return self._numbers.setdefault(name, len(self._numbers))
 
     def loaded(self, hub: _Hub, make: Callable[[], BpfObject]) -> BpfObject:
         """The object of HUB, which the first caller makes and loads; others wait for it."""
@@ -172,16 +224,20 @@ class _Group:
                 hub.slots.discard(slot.number)
                 if not hub.slots:
                     unused.append(hub)
+            kits = [kit for kit in self.kits if slot.hub in unused and kit.name == slot.name]
+            self.kits = [kit for kit in self.kits if kit not in kits]
             self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}
             # A session that comes meanwhile makes new ones; `processes` is replaced with them.
             if self.processes in unused:
                 self.processes = _Hub()
                 self._ended = 0
             else:
-                self._ended -= _REBUILT_AFTER  # its members' hints are still set
+                self._ended -= _REBUILT_AFTER  # the hints of its members are still set
         with ExitStack() as closing:
             for hub in reversed(unused):
                 closing.callback(_close, hub)
+            for kit in kits:
+                closing.callback(kit.close)
 
     # What user space says to the programs.
 
@@ -219,30 +275,24 @@ class _Group:
             ended = int(hub.object.map("counts").read_one(_COUNT_ENDED) or 0)
             if (ended - self._ended) % (1 << 32) < _REBUILT_AFTER:
                 return
-            thread = threading.Thread(target=self._rebuild, args=(hub, ended), name="hints")
-            self._rebuilding = True
-            try:
-                thread.start()
-            except RuntimeError:  # none can be started: the next time
-                self._rebuilding = False
+            self._rebuilding = _keeper.submit(self._rebuild, hub, ended)
 
     def _rebuild(self, hub: _Hub, ended: int) -> None:
-        try:
-            with hub.lock:
-                if hub.object:
-                    self._build_hints(hub.object)
+        with suppress(BpfError), hub.lock:  # if it fails, again the next time
+            if hub.object:
+                self._build_hints(hub.object)
             self._ended = ended
-        finally:
-            self._rebuilding = False
+        self._rebuilding = False
 
     def _build_hints(self, processes: BpfObject) -> None:
         said = processes.map("sessions").read_one(0)
         unused = 0 if said is not None and said["hints"] & 1 else 1
         hints, first = processes.map("hints"), np.uint32(unused * HINTS)
         hints.write_many(np.arange(HINTS, dtype=np.uint32) + first, np.zeros(HINTS, np.uint8))
-        for slot in list(self.slots.values()):
-            running = slot.tidied_members()
-            at = np.unique(running % np.uint64(HINTS)).astype(np.uint32)
+        with self.lock:
+            slots = list(self.slots.values())
+        for slot in slots:
+            at = np.unique(slot.tidied_members() % np.uint64(HINTS)).astype(np.uint32)
             hints.write_many(at + first, np.ones(len(at), np.uint8))
 
         def change_over(said: NDArray[Any]) -> None:
@@ -258,16 +308,83 @@ def _close(hub: _Hub) -> None:
             hub.object = None
 
 
-class Slot:
-    """The place of one session. It is also what the agent asks about the session's programs."""
+class _Kit:
+    """The maps of one session, by its plan, for the slot NUMBER."""
 
-    def __init__(self, group: _Group, hub: _Hub, plan: Plan, number: int) -> None:
-        self._group, self.hub, self._plan, self.number = group, hub, plan, number
-        self._processes = group.processes
-        self._maps: dict[str, InnerMap] = {}
+    def __init__(self, plan: Plan, number: int) -> None:
+        self.name, self.sizes, self.number = plan.name, dict(plan.sizes), number
+        self.maps: dict[str, InnerMap] = {}
+        self.is_ready = False
         self._installed: list[tuple[BpfObject, str]] = []
-        self._active = False
-        self._detailed = False
+
+    def is_like(self, other: _Kit) -> bool:
+        """Whether both have the same maps, of any size."""
+        return (self.name, self.sizes.keys()) == (other.name, other.sizes.keys())
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a session by PLAN can use it."""
+        return (
+            self.is_ready and plan.is_shared and (plan.name, plan.sizes) == (self.name, self.sizes)
+        )
+
+    def install(self, processes: BpfObject, hub: BpfObject) -> None:
+        """Makes the maps, and puts them where programs find them. Raises `BpfError`."""
+        owners = {name: processes if name in _MAPS_OF_PROCESSES else hub for name in self.sizes}
+        for name, size in self.sizes.items():
+            entries = None if name == "perfs" else size  # as many as there are CPUs
+            self.maps[name] = owners[name].make_inner(name, entries)
+        self._installed = [(owner, name) for name, owner in owners.items()]
+        self._each(lambda owner, name: owner.install(name, self.number, self.maps[name].fd))
+        self.is_ready = True
+
+    def uninstall(self) -> None:
+        """Takes the maps away from the programs; when this returns, none is still at work with
+        them. They stay readable. Safe to call twice. Raises `BpfError`."""
+        installed, self._installed = self._installed, []
+        self._each(lambda owner, name: owner.uninstall(name, self.number), installed)
+
+    def _each(
+        self,
+        work: Callable[[BpfObject, str], None],
+        maps: Sequence[tuple[BpfObject, str]] | None = None,
+    ) -> None:
+        # The kernel waits for all running programs each time: at once for all maps.
+        maps = self._installed if maps is None else maps
+        if maps:
+            with ThreadPoolExecutor(len(maps)) as pool:
+                for each in [pool.submit(work, *of) for of in maps]:
+                    each.result()
+
+    def close(self) -> None:
+        """Frees the maps. Safe to call twice."""
+        with ExitStack() as closing:
+            for own in self.maps.values():
+                closing.callback(own.close)
+            closing.callback(self.uninstall)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a session is: a number in a group, the objects that work for it, and its maps if they
+    were prepared."""
+
+    group: _Group
+    number: int
+    processes: _Hub
+    hub: _Hub
+    kit: _Kit | None
+
+
+class Slot:
+    """The place of one session. It is also what the agent asks about the session's programs. It is
+    nowhere until it is loaded."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._place: _Place | None = None
+        self._kit: _Kit | None = None
+        self._arrays: dict[str, HashMap] = {}
+        self._active = self._closed = self._detailed = False
         self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
         self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
         self._memory_bytes = 0
@@ -279,11 +396,20 @@ class Slot:
         """A generation that lies ahead."""
         return (self._group.say(lambda _: None) + (1 << 30)) & 0xFFFFFFFF
 
-    def account(self) -> Account:
-        """The session's account, from now on."""
-        programs = [*self.processes.program_fds, *self.object.program_fds]
+    def account(self, twins: Sequence[str] = ()) -> Account:
+        """The session's account, from now on. TWINS are programs of which one has to run."""
+        objects = (self.processes, self.object)
+        programs = [
+            each.program_fd(name) for each in objects for name in each.programs if name not in twins
+        ]
         reasons = self.processes.btf.enum("loss")
-        return Account(self.processes.map("accounts"), self.number, reasons, programs)
+        return Account(
+            self.processes.map("accounts"),
+            self.number,
+            reasons,
+            programs,
+            [self.object.program_fd(name) for name in twins],
+        )
 
     def reader(self, order_by: Mapping[str, str | None], size: int) -> RecordReader:
         """The reader of the session's records, of the structs that ORDER_BY names; records of
@@ -299,33 +425,49 @@ class Slot:
         return 1 << self.number
 
     def load(self) -> None:
-        """Loads the objects, unless other sessions use them already. Raises `BpfError`."""
-        group, plan = self._group, self._plan
-        processes = group.loaded(self._processes, plan.processes)
-        shared = {name: processes.map_fd(name) for name in SHARED_MAPS}
+        """Takes a slot, and loads the objects, unless other sessions use them already. Raises
+        `BpfError`."""
+        place = self._place = HUBS.place(self)
+        group, plan = place.group, self.plan
+        self.processes = group.loaded(place.processes, plan.processes)
+        shared = {name: self.processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        self.object = group.loaded(self.hub, lambda: plan.hub(shared))
-        self.processes = processes
+        number = group.number_of(plan.name)
+        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared, place.number))
 
-    def install(self, sizes: Mapping[str, int]) -> None:
-        """Makes the session's own maps, by name, with so many entries or bytes, and puts them where
-        programs find them. Raises `BpfError`."""
-        owners = {
-            name: self.processes if name in _MAPS_OF_PROCESSES else self.object
-            for name in sizes
-        }
-        for name, size in sizes.items():
-            entries = None if name == "perfs" else size  # as many as there are CPUs
-            self._maps[name] = owners[name].make_inner(name, entries)
-        # The kernel waits for all running programs each time: at once for all of them.
-        with ThreadPoolExecutor(len(sizes)) as pool:
-            done = [
-                pool.submit(owner.install, name, self.number, self._maps[name].fd)
-                for name, owner in owners.items()
-            ]
-        self._installed = [(owner, name) for name, owner in owners.items()]
-        for each in done:
-            each.result()
+    def install(self) -> None:
+        """Makes the session's own maps, by its plan, and puts them where programs find them, unless
+        that is done already. Raises `BpfError`."""
+        self._kit = self._at.kit
+        if self._kit is None:
+            self._kit = _Kit(self.plan, self.number)
+            self._kit.install(self.processes, self.object)
+        if self.plan.is_shared and self.plan.rung.slots > 1:
+            _keeper.submit(self._group.prepare, self.plan)
+
+    @property
+    def _at(self) -> _Place:
+        if self._place is None:
+            raise RuntimeError("not loaded")
+        return self._place
+
+    @property
+    def _group(self) -> _Group:
+        return self._at.group
+
+    @property
+    def hub(self) -> _Hub:
+        """The hub that works for the session."""
+        return self._at.hub
+
+    @property
+    def number(self) -> int:
+        """The number of the slot."""
+        return self._at.number
+
+    @property
+    def _maps(self) -> Mapping[str, InnerMap]:
+        return self._kit.maps if self._kit else {}
 
     def map(self, name: str) -> HashMap:
         """The session's own map NAME, or one of the hub."""
@@ -333,13 +475,15 @@ class Slot:
 
     def own(self, name: str, value: object) -> None:
         """Sets the session's element of an array with one for each slot."""
-        owner = self.processes if name in _OF_PROCESSES else self.object
-        owner.map(name).write(self.number, value)
+        if name not in self._arrays:
+            owner = self.processes if name in _OF_PROCESSES else self.object
+            self._arrays[name] = owner.map(name)
+        self._arrays[name].write(self.number, value)
 
     def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
         """From now on the programs work for the session, which is in the masks of SELECTIONS.
         HIERARCHY is that of its cgroups, the same for all sessions."""
-        hub = _NAMES.index(self._plan.name)
+        hub = self._group.number_of(self.plan.name)
         bit = np.uint64(self.bit)
 
         def set_bits(said: NDArray[Any]) -> None:
@@ -369,8 +513,8 @@ class Slot:
         self._group.tidy()
 
     def tidied_members(self) -> NDArray[np.uint64]:
-        """The ids of the session's members that run. Also removes those that have ended, if user
-        space has been sent a record of each, after it has had the time to look up their names."""
+        """The ids of the session's members that run; none before there are any. Where each end is
+        sent as a record, removes those that have ended, after some time to look up their names."""
         with self._lock:
             members = self._maps.get("members")
             if members is None:
@@ -406,72 +550,82 @@ class Slot:
                 said[name] &= clear
 
         self._group.say(clear_bits)
-        self._uninstall()
-
-    def _uninstall(self) -> None:
-        installed, self._installed = self._installed, []
-        if not installed:
-            return
-        with ThreadPoolExecutor(len(installed)) as pool:
-            for owner, name in installed:
-                pool.submit(owner.uninstall, name, self.number)
+        if not self.plan.is_shared:
+            self.object.detach()
+        if self._kit:
+            self._kit.uninstall()
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
+        if self._place is None or self._closed:
+            return
+        self._closed = True
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
             closing.callback(self._close_maps)
-            closing.callback(self._uninstall)
             closing.callback(self.detach)
 
     def _close_maps(self) -> None:
-        with self._lock, ExitStack() as closing:
-            for own in self._maps.values():
-                closing.callback(own.close)
-            self._maps = {}
+        with self._lock:
+            kit, self._kit = self._kit, None
+            if kit:
+                kit.close()
 
     # What the agent asks.
 
     @property
     def name(self) -> str:
         """The name of the hub."""
-        return self._plan.name
+        return self.plan.name
 
     @property
     def map_memory_bytes(self) -> int:
         """What the kernel charges for the session's own maps, and its share of those of the hub;
         the last known figure if there is no descriptor left to read it."""
         try:
-            own = sum(each.memory_bytes for each in self._maps.values())
-            for hub in (self.hub, self._processes):
-                if hub.object is not None and hub.slots:
-                    own += hub.object.map_memory_bytes // len(hub.slots)
-            self._memory_bytes = own
+            if self._place:
+                own = sum(each.memory_bytes for each in self._maps.values())
+                for hub in (self._place.hub, self._place.processes):
+                    if hub.object is not None and hub.slots:
+                        own += hub.object.map_memory_bytes // len(hub.slots)
+                self._memory_bytes = own
         except OSError:
             pass
         return self._memory_bytes
 
     def note_work(self, events: int, seconds: float) -> None:
-        """The programs have worked on so many EVENTS of the session in the last SECONDS."""
-        self._work = events / max(seconds, 1e-3)
+        """The programs have counted or sent EVENTS for the session in the last SECONDS."""
+        kept = math.exp(-seconds / _WORK_WINDOW_S)
+        self._work = self._work * kept + events / max(seconds, 1e-9) * (1 - kept)
 
     @property
-    def share(self) -> float:
-        """Which part of the programs' run time the session causes, by what it was sent or counted.
-        What they cost processes that nobody watches is everybody's."""
+    def shares(self) -> Mapping[str, float]:
+        """Which part of each program's run time the session causes. The programs of the hub work
+        for it as much as they counted or sent for it lately; those of `processes`, and any that
+        meet processes that nobody watches, for all sessions alike."""
+        if self._place is None or self._closed:
+            return {}
         with self._group.lock:
-            works = [self._group.slots[number].work for number in self.hub.slots]
-        return self.work / sum(works) if works else 1.0
+            slots = [self._group.slots[number] for number in self.hub.slots]
+            ours = self.work / sum(slot.work for slot in slots)
+            alike = 1 / len(self._at.processes.slots)
+        return self._for_each_program(self._at.processes, alike) | self._for_each_program(
+            self.hub, ours
+        )
 
     @property
     def work(self) -> float:
         """Events a second, and what a session without any causes."""
         return self._work + _IDLE_WORK
 
+    @staticmethod
+    def _for_each_program(hub: _Hub, share: float) -> dict[str, float]:
+        return dict.fromkeys(hub.object.loaded_programs, share) if hub.object else {}
+
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
         found: dict[str, ProgramStats] = {}
-        for hub in (self._processes, self.hub):
+        for hub in (self._place.processes, self._place.hub) if self._place else ():
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
@@ -480,9 +634,42 @@ class Slot:
 @cache
 def has_cgroups() -> bool:
     """Whether the kernel tells of cgroups: that they are made, and who enters them."""
-    names = {f"btf_trace_{name}" for name in ("cgroup_attach_task", "cgroup_mkdir", "cgroup_rmdir")}
+    hooks = ("cgroup_attach_task", "cgroup_mkdir", "cgroup_rmdir")
+    names = {f"btf_trace_{name}" for name in hooks}
     found = kernel_names(names)
     return found == names if found or kernel_names({"task_struct"}) else _CGROUPS.exists()
+
+
+class _Keeper:
+    """Runs what need not be waited for, one after another, in a thread that ends when there is
+    nothing left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._is_running = False
+
+    def submit(self, job: Callable[..., None], *arguments: Any) -> bool:
+        """Runs JOB soon; whether there is a thread for it."""
+        with self._lock:
+            self._jobs.append(partial(job, *arguments))
+            if self._is_running:
+                return True
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+                self._is_running = True
+            except RuntimeError:  # no thread can be started: it was not needed
+                self._jobs.clear()
+            return self._is_running
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._is_running = False
+                    return
+                job = self._jobs.popleft()
+            job()
 
 
 class Hubs:
@@ -492,21 +679,20 @@ class Hubs:
         self._lock = threading.Lock()
         self._groups: list[_Group] = []
 
-    def take(self, plan: Plan) -> Slot:
-        """A slot for a session by PLAN, of a hub that is loaded with it."""
+    def place(self, slot: Slot) -> _Place:
+        """A place for SLOT, where others have the same features or in a new group."""
+        features = slot.plan.features
         with self._lock:
-            for group in self._fitting(plan):
-                if slot := group.take(plan):
-                    return slot
-            group = _Group(plan)
+            for group in self._groups:
+                if group.plan.features == features and (place := group.take(slot)):
+                    return place
+            group = _Group(slot.plan)
             self._groups = [each for each in self._groups if each.slots] + [group]
-            slot = group.take(plan)
-        if slot is None:
+            place = group.take(slot)
+        if place is None:
             raise RuntimeError("a new hub has no room")
-        return slot
-
-    def _fitting(self, plan: Plan) -> Iterator[_Group]:
-        return (group for group in self._groups if group.plan.features == plan.features)
+        return place
 
 
 HUBS: Final = Hubs()
+_keeper: Final = _Keeper()

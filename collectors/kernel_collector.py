@@ -16,9 +16,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
+import numpy as np
+
 from coral.bpf import Features, RecordReader, Rung, climb
+from coral.bpf.buffers.account import Counts
 from coral.bpf.buffers.records import Records, drain_whole
 from coral.bpf.rung import HOOKS
+from coral.collectors.clock import CLOCK
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -29,7 +33,7 @@ from coral.collectors.contract import (
     Support,
     Watched,
 )
-from coral.collectors.hubs import HUBS, Plan, Slot
+from coral.collectors.hubs import Plan, Slot
 from coral.collectors.losses import by_stage
 from coral.collectors.options import (
     Option,
@@ -77,6 +81,8 @@ class KernelCollector(Collector, Generic[OptionsT]):
     options_type: ClassVar[type[KernelOptions]]
     # The kinds of hooks that the programs are written for, best first.
     hooks: ClassVar[Sequence[str]] = HOOKS
+    # Programs on the same hook, of which one that runs is sufficient.
+    twins: ClassVar[Sequence[str]] = ()
     # Whether the programs keep a state for each thread (thread.bpf.h).
     thread_state: ClassVar[bool] = False
 
@@ -89,7 +95,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         for name, instead in self.refused_options(features, self._rung).items():
             if (value := getattr(options, name)) != getattr(type(options), name):
                 raise OptionError(name, str(value).lower(), instead)
-        self._slot = HUBS.take(self._plan(features))
+        self._slot = Slot(self._plan(features))
         self._records: RecordReader | None = None
         self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
         self._lost: Counter[int] = Counter()  # and with those that user space knows of
@@ -123,6 +129,11 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def _on_filled(self) -> None:
         """Called by `open` once the programs know the session's targets."""
+
+    def _events_in(self, rows: Summaries) -> int:
+        """How many events the programs counted for ROWS, more or less: their share of the programs'
+        run time is by these."""
+        return len(rows)
 
     def _uncounted(self) -> int:
         """How many events the subclass itself could not count so far, for want of room in a map."""
@@ -220,14 +231,14 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def open(self) -> None:
         self._slot.load()
-        self._slot.install(self._sizes)
-        self._account = self._slot.account()
+        self._slot.install()
+        self._account = self._slot.account(self.twins)
         self._open_maps()
         self._targets.follow(self._slot, detailed=self._options.single_events)
         self._on_followed()
         self._targets.fill()
         self._on_filled()
-        self._drained_at_ns = time.time_ns()
+        self._drained_at_ns = time.monotonic_ns()
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -245,23 +256,31 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return self._options.single_events
 
     def drain(self) -> Batch:
-        began_at_ns, self._drained_at_ns = self._drained_at_ns, time.time_ns()
+        interval_ns = np.array((self._drained_at_ns, time.monotonic_ns()))
+        self._drained_at_ns = int(interval_ns[1])
+        began_at_ns, ended_at_ns = CLOCK.unix_ns(interval_ns).tolist()
         # Before the rows: what is refused in between counts as lost in the next interval.
-        losses = self._losses()
+        counts = self._account.read()
+        losses = self._losses(counts)
         rows: EventRows | Summaries
-        rows = self._read_events() if self._options.single_events else self._read_summaries()
+        if self._options.single_events:
+            rows, events = self._read_events(), counts.produced
+        else:
+            rows = self._read_summaries()
+            events = self._events_in(rows)
         self._slot.tidy()
-        return Batch(rows, began_at_ns, self._drained_at_ns, losses, self._in_detail)
+        self._slot.note_work(events, np.diff(interval_ns).item() / 1e9)
+        return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 
     @property
     def _in_detail(self) -> bool:
         """`Batch.in_detail`."""
         return False
 
-    def _losses(self) -> dict[int, int]:
-        """What was lost since this was last called, by stage."""
+    def _losses(self, counts: Counts) -> dict[int, int]:
+        """What was lost since this was last called, by stage; COUNTS is the account since then."""
         counted = self._counted
-        counted.update(by_stage(self._account.read().lost))
+        counted.update(by_stage(counts.lost))
         totals = counted.copy()
         # Programs count what the buffer refuses, except for perf buffers before Linux 5.1: there
         # the kernel alone knows.
@@ -277,9 +296,3 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._records = None
         self._targets.close()
         self._slot.close()
-
-
-def unix_offset_ns() -> int:
-    """What makes Unix time of the programs' times, in nanoseconds. The two clocks drift apart by
-    parts in a million, so callers ask again for each batch, or keep one offset for each thing."""
-    return time.time_ns() - time.monotonic_ns()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from coral.collectors.procfs import is_hidden, thread_group_of
+from coral.collectors.procfs import is_hidden, process_of, thread_group_of
 
 PIDS: Final = "process ids, such as 1234 or 1234,5678"
 _PID: Final = re.compile(r"[0-9]{1,7}")
@@ -26,8 +26,18 @@ def running_pid(value: str) -> int:
             f"the ids of processes that the agent may see: /proc hides {value} from it "
             "(hidepid), and CAP_SYS_PTRACE is missing"
         )
-    if tgid is None:
+    process = process_of(tgid) if tgid else None
+    if tgid is None or process is None:
         raise ValueError(f"the ids of processes that run now: {value} does not")
     if tgid != int(value):
         raise ValueError(f"the ids of processes: {value} is a thread of process {tgid}")
+    if process.is_zombie:
+        raise ValueError(
+            f"the ids of processes that run now: {value} has ended, and is a zombie until its "
+            f"parent, process {process.parent}, collects its exit status"
+        )
+    if process.is_kernel_thread:
+        raise ValueError(
+            f"the ids of processes: {value} is a thread of the kernel ({process.comm})"
+        )
     return tgid

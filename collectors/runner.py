@@ -9,14 +9,17 @@ import asyncio
 import errno
 import select
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, Self, TypeVar
 
-from coral.bpf import LoadError
+from coral.bpf import LoadError, RecordReader
+from coral.bpf.buffers.records import MOST_BYTES
 from coral.bpf.libbpf import release_memory
 from coral.collectors.contract import Batch, Collector, Emit
 from coral.collectors.metering import measured
+from coral.collectors.pacing import EventPace
 
 # In its first interval a collector is drained after pauses that double between these, until it has
 # rows, so that users see within a blink that it works; from then on at its interval.
@@ -58,7 +61,10 @@ async def run(
         attached()
         await in_thread(release_memory)
         with _Watch(collector, stop) as watch:
-            await _drain_until_exit(collector, watch, emit)
+            if collector.records and collector.drains_on_loop:
+                await _drain_events(collector, collector.records, watch, emit)
+            else:
+                await _drain_summaries(collector, watch, emit)
     finally:
         await completed(asyncio.ensure_future(_wind_up(collector, emit, opened=opened)))
 
@@ -69,7 +75,7 @@ async def _wind_up(collector: Collector, emit: Emit, *, opened: bool) -> None:
             try:
                 await in_thread(collector.bpf_object.detach)
             finally:  # what it had counted until then is not lost with a failure to detach
-                await _drain(collector, emit)
+                await _drain_rest(collector, emit)
     finally:
         await in_thread(collector.close)
 
@@ -87,9 +93,9 @@ def _open(collector: Collector) -> None:
         ) from error
 
 
-async def _drain(collector: Collector, emit: Emit) -> bool:
-    """Drains and emits; whether there was anything. A cancellation is deferred until the batch is
-    emitted: its rows are in no map any more, and would be lost without a number."""
+async def _drain(collector: Collector, emit: Emit) -> Batch:
+    """Drains and emits a batch. A cancellation is deferred until it is emitted: its rows are in no
+    map any more, and would be lost without a number."""
     drained: list[Batch] = []
     try:
         if collector.drains_on_loop:
@@ -99,10 +105,37 @@ async def _drain(collector: Collector, emit: Emit) -> bool:
     finally:
         for batch in drained:
             emit(batch)
-    return bool(drained[0])
+    return drained[0]
 
 
-async def _drain_until_exit(collector: Collector, watch: _Watch, emit: Emit) -> None:
+async def _drain_rest(collector: Collector, emit: Emit) -> None:
+    """Drains everything that there is, in as many parts as it takes."""
+    await _drain(collector, emit)
+    records = collector.records if collector.drains_on_loop else None
+    for _ in range(records.capacity_bytes // MOST_BYTES if records else 0):
+        if not records or not records.pending_bytes:
+            break
+        await asyncio.sleep(0)
+        await _drain(collector, emit)
+
+
+async def _drain_events(
+    collector: Collector, records: RecordReader, watch: _Watch, emit: Emit
+) -> None:
+    pace = EventPace(time.monotonic(), collector.interval_s, polls=not records.wakes_at_rest)
+    while not watch.over:
+        now = time.monotonic()  # the loop's own clock may stand still for a millisecond
+        pending = records.pending_bytes > 0
+        if pace.should_drain(now, pending=pending, filling=records.filling):
+            batch = await _drain(collector, emit)
+            more = records.pending_bytes >= MOST_BYTES
+            pace.drained(time.monotonic(), len(batch.rows), more=more)
+            await asyncio.sleep(0)  # others come in between, however much there is to drain
+        elif not pace.rests(now) or records.rest():
+            await watch.wait(pace.due(now) - now)
+
+
+async def _drain_summaries(collector: Collector, watch: _Watch, emit: Emit) -> None:
     loop, interval_s = asyncio.get_running_loop(), collector.interval_s
     started = tick = loop.time()
     seen, pause_s = False, _FIRST_DRAIN_S
@@ -114,7 +147,9 @@ async def _drain_until_exit(collector: Collector, watch: _Watch, emit: Emit) -> 
             tick = min(loop.time() + pause_s, started + interval_s)
             pause_s = min(2 * pause_s, _FIRST_DRAINS_MOST_S)
             seen = tick == started + interval_s
-        if await watch.wait_until(tick):
+        while loop.time() < tick and not watch.over and not watch.filling:
+            await watch.wait(tick - loop.time())
+        if watch.over:
             continue
         if await _drain(collector, emit) and not seen:
             seen, tick = True, loop.time()
@@ -150,6 +185,11 @@ class _Watch:
         """Whether the run has to end: it was requested, or all targets have ended."""
         return self._exited or self._stop.requested
 
+    @property
+    def filling(self) -> bool:
+        """Whether a buffer of records should not wait for the interval's end."""
+        return self._records is not None and self._records.filling
+
     def _on_exit(self, fd: int) -> None:
         self._loop.remove_reader(fd)
         self._running.discard(fd)
@@ -161,15 +201,14 @@ class _Watch:
         wakeup.poll(0)
         self._woken.set()
 
-    async def wait_until(self, tick: float) -> bool:
-        """Waits until TICK, by the loop's clock, or a wake-up; whether the run is over."""
+    async def wait(self, seconds: float) -> None:
+        """Waits for SECONDS, or a wake-up."""
+        timer = self._loop.call_later(seconds, self._woken.set)
         try:
-            async with asyncio.timeout_at(tick):
-                await self._woken.wait()
-        except TimeoutError:
-            pass
+            await self._woken.wait()
+        finally:
+            timer.cancel()
         self._woken.clear()
-        return self.over
 
 
 async def in_thread(function: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,13 +32,13 @@ from coral.collectors.hubs import Slot
 from coral.collectors.options import OptionError, boolean, choice, items, option, text
 from coral.collectors.pids import PIDS, pid_anywhere, running_pid
 from coral.collectors.procfs import (
-    Stat,
+    Process,
     children_of,
     clock_ticks,
     comm_of,
+    process_of,
     running_tgids,
     start_time_of,
-    stat_of,
 )
 
 COMM_BYTES: Final = 15  # and a terminating zero
@@ -119,9 +119,7 @@ class Members:
         """Those that have ended, as `process_keys` gives them."""
         return self.keys[self.keys >= _ENDED]
 
-    def comms_of(
-        self, tgids: NDArray[Any], born: NDArray[Any] | int = 0
-    ) -> NDArray[np.bytes_]:
+    def comms_of(self, tgids: NDArray[Any], born: NDArray[Any] | int = 0) -> NDArray[np.bytes_]:
         """The command names of TGIDS that were BORN then, all of shape (m,); empty for a process
         that is not here."""
         if not len(self.keys):
@@ -270,7 +268,7 @@ class Targets:
             young = {
                 child
                 for child in children
-                if (found := stat_of(child)) and found.start_ticks >= self._resolved_at_ticks
+                if (found := process_of(child)) and found.started >= self._resolved_at_ticks
             }
             self._add(young, _ACTIVE)
             seen |= young
@@ -283,13 +281,13 @@ class Targets:
 
     def _add(self, tgids: Iterable[int], state: int) -> None:
         """Adds running processes in this state. Those for which there is no room are counted."""
-        added: dict[int, Stat] = {}
+        added: dict[int, Process] = {}
         for tgid in tgids:
-            found = stat_of(tgid)
-            if found is None or found.has_ended:
+            found = process_of(tgid)
+            if found is None or not found.can_be_watched:
                 continue  # a program has removed it, or it was never there
             try:
-                self._map.write(tgid, (found.comm, state, 0))
+                self._write(found, state)
             except BpfError as error:
                 if error.errno not in (errno.E2BIG, errno.ENOMEM, errno.EBUSY):
                     raise
@@ -300,11 +298,15 @@ class Targets:
         # What programs did between the look and the write, the write has undone: one that ended
         # meanwhile would stay, and its id would become another's.
         for tgid, before in added.items():
-            now = stat_of(tgid)
-            if now is None or now.has_ended or now.start_ticks != before.start_ticks:
+            now = process_of(tgid)
+            if now is None or now.is_zombie or now.started != before.started:
                 self._map.delete([tgid])
             elif now.comm != before.comm:
-                self._map.write(tgid, (now.comm, state, 0))
+                self._write(now, state)
+
+    def _write(self, process: Process, state: int) -> None:
+        comm = process.comm.encode(errors="replace")[:COMM_BYTES]
+        self._map.write(process.tgid, (comm, state, 0))
 
     def present(self) -> dict[int, str]:
         """Command names by tgid of the processes that are watched now, for callers that look up

@@ -123,6 +123,7 @@ class Waiting:
 
     def has_written(self, timeout_s: float) -> bool:
         """Whether it has written to standard output, or has ended; waits for that."""
+        assert self._process.stdout
         return bool(select.select([self._process.stdout], [], [], timeout_s)[0])
 
     def finish(self) -> None:

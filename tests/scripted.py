@@ -56,7 +56,7 @@ class Scripted(Collector):
         self._failure = failure
         self._exited = os.eventfd(1) if exits else None
         self._bpf_object = SimpleNamespace(
-            map_memory_bytes=map_bytes, program_stats=dict, detach=self._detach
+            map_memory_bytes=map_bytes, program_stats=dict, shares={}, detach=self._detach
         )
 
     async def emit(self, batch: Batch) -> None:

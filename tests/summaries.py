@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from coral.collectors.clock import Reading, UnixClock
 from coral.collectors.contract import Summaries
 from coral.collectors.syscall_stats import rows as syscall_rows
 from coral.collectors.syscall_stats.counters import COLUMNS as SYSCALL_COLUMNS
@@ -19,9 +20,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 # Makes summaries by a seed, a number of rows at most, and `top`.
 Make = Callable[[int, int, int], Summaries]
 
-MEMBERS = Members(
-    np.array([7, 9], np.uint32), np.array([b"shop", b"db"], "S16"), np.array([False, True])
-)
+MEMBERS = Members(np.array([7, 5 << 32 | 9], np.uint64), np.array([b"shop", b"db"], "S16"))
+_CLOCK = UnixClock(lambda: Reading(0, 0, 10**18, 0))
 RECORD = np.dtype(
     [
         *((name, "u8") for name in ("start_ns", "established_ns", "ended_ns", "read_ns", "cookie")),
@@ -30,7 +30,7 @@ RECORD = np.dtype(
             for name in (
                 "pid", "network", "local_port", "remote_port", "srtt_us", "rtt_deviation_us",
                 "rtt_min_us", "congestion_window", "slow_start_threshold", "segment_bytes",
-                "error", "reset_reason",
+                "error", "reset_reason", "backlog", "backlog_limit", "scope_id",
             )
         ),
         *((name, "u1") for name in ("role", "state", "end")),
@@ -48,7 +48,9 @@ def increase(seed: int, count: int) -> Increase:
     counters[:, LATENCY + int(random.integers(1, 32)) :] = 0
     counters[:, LATENCY] += np.uint64(1)
     counters[:, TOTAL_NS] = random.integers(0, 10**12, count)
-    return Increase(pairs // 12 + 6, pairs % 12, counters[:, TOTAL_NS] // 2, counters)
+    tgids = pairs // 12 + 6
+    born = np.where(tgids == 9, np.uint32(5), np.uint32(3))
+    return Increase(tgids, born, pairs % 12, counters[:, TOTAL_NS] // 2, counters)
 
 
 def changes(seed: int, count: int) -> Changes:
@@ -86,7 +88,7 @@ def syscalls(seed: int, count: int, top: int) -> Summaries:
 
 
 def connections(seed: int, count: int, top: int) -> Summaries:
-    return connection_rows.connection_summaries(changes(seed, count), MEMBERS, 10**18, top)
+    return connection_rows.connection_summaries(changes(seed, count), MEMBERS, _CLOCK, top)
 
 
 def peers(seed: int, count: int, top: int) -> Summaries:

@@ -48,20 +48,20 @@ class ProgramUse:
         before: Mapping[str, ProgramStats],
         after: Mapping[str, ProgramStats],
         window: Window,
-        share: float = 1.0,
+        shares: Mapping[str, float],
     ) -> dict[str, RunEstimate]:
-        """Counts one window: the session's SHARE of its programs' use of it, for the time since the
-        window before. Returns what that adds to each program."""
-        scale = max(window.end_s - self.counted_until_s, window.length_s) / window.length_s * share
+        """Counts one window: the session's SHARES of its programs' use of it, for the time since
+        the window before. Returns what that adds to each program."""
+        scale = max(window.end_s - self.counted_until_s, window.length_s) / window.length_s
         self.counted_until_s = window.end_s
         self.is_known = True
         added = {
             name: RunEstimate(
-                (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale,
-                (stats.run_count - before[name].run_count) * scale,
+                (stats.run_time_ns - before[name].run_time_ns) / 1e9 * scale * shares[name],
+                (stats.run_count - before[name].run_count) * scale * shares[name],
             )
             for name, stats in after.items()
-            if name in before
+            if name in before and name in shares
         }
         self.seconds += sum(estimate.seconds for estimate in added.values())
         return added
@@ -117,7 +117,7 @@ class ProgramStatsSampler:
             for sampled, stats, begin_s in before:
                 after = sampled.programs.program_stats()
                 added = sampled.use.count(
-                    stats, after, Window(begin_s, time.monotonic()), sampled.programs.share
+                    stats, after, Window(begin_s, time.monotonic()), sampled.programs.shares
                 )
                 for program, estimate in added.items():
                     total = self.estimates[sampled.kind, program]

@@ -1,8 +1,9 @@
 """From a service's name to its processes.
 
 The steps, in order: the agent's configuration, a systemd unit, a container or pod in the cgroup
-path, the command name of a process that listens on a TCP port. The first step that finds any
-process decides, with all its matches.
+path, the command name of processes that listen on a TCP port. The first step that finds any
+process decides, with all its matches. A service found by its processes' name, sockets or pid file
+is these processes and their descendants; one found by a cgroup is all processes in the cgroup.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import difflib
 import errno
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Final
 
 from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
 from coral.agent.files import read_regular
+from coral.agent.machine.listeners import listening
 from coral.bpf.probing import capabilities
 from coral.collectors.cgroups import cgroup_directory, cgroup_tgids
 from coral.collectors.contract import ServiceProcesses
 from coral.collectors.options import OptionError
-from coral.collectors.procfs import PROC, comm_of, running_tgids, thread_group_of
+from coral.collectors.procfs import Process, read, watchable, with_descendants
 
 _UNIT: Final = re.compile(r"(.+)\.(?:service|scope)")
 # Container runtimes put a prefix before the id in a cgroup's name, and systemd a suffix after it.
@@ -33,45 +36,66 @@ _POD: Final = re.compile(r"(?:kubepods-(?:besteffort-|burstable-)?)?pod([0-9a-f_
 _CONTAINER_ID: Final = re.compile(r"[0-9a-f]{64}")
 _SHORT_ID_LENGTH: Final = 12
 _NEAR_NAMES: Final = 3
+_LIKELY_NAMES: Final = 12  # of which some are commands that do not listen
+_LIKENESS: Final = 0.4
+_INIT: Final = 1  # every process descends from it
 _PID_FILE_BYTES: Final = 32
 _PID: Final = re.compile(r"[1-9][0-9]{0,6}")
 
 
-def resolve(name: str, rules: Mapping[str, ServiceRule]) -> ServiceProcesses:
-    """The processes of the service NAME. Blocks. Raises `NotFoundError` with the nearest names."""
+def resolve(
+    name: str, rules: Mapping[str, ServiceRule], *, descendants: bool = True
+) -> ServiceProcesses:
+    """The processes of the service NAME. Without DESCENDANTS, only those that themselves have its
+    command name, sockets or pid file. Blocks. Raises `NotFoundError` with the nearest names."""
+    processes = watchable()
     if rule := rules.get(name):
-        tgids = _by_rule(name, rule)
-        if not tgids:
+        found = _by_rule(name, rule, processes)
+        if not found:
             raise NotFoundError(
                 f"service_name: {name!r} is configured, and no process matches its rule now"
             )
-        return ServiceProcesses(name, tuple(tgids))
-    units, containers = _by_cgroup()
-    for found in (units, containers, _by_listening_comm):
-        names = found() if callable(found) else found
-        if name in names:
-            return ServiceProcesses(name, tuple(sorted(names[name])))
-    known = {*rules, *units, *containers, *_by_listening_comm()}
-    near = difflib.get_close_matches(name, known, _NEAR_NAMES, cutoff=0.4)
-    hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        is_complete = bool(rule.cgroup)
+    else:
+        units, containers = _by_cgroup(processes)
+        found = units.get(name) or containers.get(name) or set()
+        is_complete = bool(found)
+        found = found or listening(_having(name, processes))
+        if not found:
+            raise NotFoundError(_not_found(name, {*rules, *units, *containers}, processes))
+    if descendants and not is_complete:
+        found |= with_descendants(found - {_INIT}, processes)
+    return ServiceProcesses(name, tuple(sorted(found)))
+
+
+def _not_found(name: str, known: AbstractSet[str], processes: Mapping[int, Process]) -> str:
+    """Why nothing is found, with the nearest names: those KNOWN, and listening commands."""
+    commands = {process.comm for process in processes.values()}
+    likely = difflib.get_close_matches(name, known | commands, _LIKELY_NAMES, _LIKENESS)
+    near = [other for other in likely if other in known or listening(_having(other, processes))]
+    hint = f"; the nearest names are {', '.join(near[:_NEAR_NAMES])}" if near else ""
     if lacking := capabilities.lacking(capabilities.LISTENERS, capabilities.held()):
         hint += f". Other users' listening commands were not seen: {capabilities.missing(lacking)}"
-    raise NotFoundError(
+    return (
         f"service_name: no process belongs to {name!r}, as a configured service, systemd unit, "
         f"container, pod or listening command{hint}"
     )
 
 
-def _by_rule(name: str, rule: ServiceRule) -> list[int]:
+def _having(comm: str, processes: Mapping[int, Process]) -> set[int]:
+    """The processes with a command name."""
+    return {process.tgid for process in processes.values() if process.comm == comm}
+
+
+def _by_rule(name: str, rule: ServiceRule, processes: Mapping[int, Process]) -> set[int]:
     if rule.comm:
-        return [tgid for tgid in running_tgids() if comm_of(tgid) == rule.comm]
-    if rule.cgroup:
-        try:
-            return sorted(cgroup_tgids(cgroup_directory(rule.cgroup)))
-        except OptionError as error:
-            raise NotFoundError(f"services.{name}.cgroup: {error}") from error
-    tgid = _in_pid_file(name, rule.pid_file)
-    return [tgid] if thread_group_of(tgid) == tgid else []
+        return _having(rule.comm, processes)
+    if not rule.cgroup:
+        return {_in_pid_file(name, rule.pid_file)} & processes.keys()
+    try:
+        return cgroup_tgids(cgroup_directory(rule.cgroup)) & processes.keys()
+    except OptionError as error:
+        raise NotFoundError(f"services.{name}.cgroup: {error}") from error
 
 
 def _in_pid_file(name: str, path: str) -> int:
@@ -87,25 +111,33 @@ def _in_pid_file(name: str, path: str) -> int:
     return int(text)
 
 
-def _by_cgroup() -> tuple[Mapping[str, set[int]], Mapping[str, set[int]]]:
+def _by_cgroup(
+    tgids: Iterable[int],
+) -> tuple[Mapping[str, set[int]], Mapping[str, set[int]]]:
     """Processes by systemd unit, and by container's or pod's name or id."""
     units: dict[str, set[int]] = defaultdict(set)
     containers: dict[str, set[int]] = defaultdict(set)
-    for tgid in running_tgids():
-        for component in _cgroup_components(tgid):
+    for text, members in _by_cgroup_file(tgids).items():
+        for component in _components(text):
             if match := _UNIT.fullmatch(component):
-                units[match[1]].add(tgid)
-                units[component].add(tgid)
+                units[match[1]] |= members
+                units[component] |= members
             for container in container_names(component):
-                containers[container].add(tgid)
+                containers[container] |= members
     return units, containers
 
 
-def _cgroup_components(tgid: int) -> set[str]:
-    try:
-        lines = (PROC / str(tgid) / "cgroup").read_text(errors="replace").splitlines()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return set()  # the process has ended, or /proc hides it (hidepid)
+def _by_cgroup_file(tgids: Iterable[int]) -> Mapping[str, set[int]]:
+    """Processes by the text of their /proc/PID/cgroup, which most share with others."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for tgid in tgids:
+        if text := read(tgid, "cgroup"):
+            found[text].add(tgid)
+    return found
+
+
+def _components(text: str) -> set[str]:
+    lines = text.splitlines()
     return {part for line in lines for part in line.split(":", 2)[2].split("/") if part}
 
 
@@ -120,15 +152,3 @@ def container_names(component: str) -> Iterator[str]:
         yield match[1]
         if _CONTAINER_ID.fullmatch(match[1]):
             yield match[1][:_SHORT_ID_LENGTH]
-
-
-def _by_listening_comm() -> Mapping[str, set[int]]:
-    import psutil  # noqa: PLC0415  a megabyte that most agents never need
-
-    found: dict[str, set[int]] = defaultdict(set)
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.pid:
-            comm = comm_of(connection.pid)
-            if comm:
-                found[comm].add(connection.pid)
-    return found

@@ -83,6 +83,7 @@ class Callers:
             peer=origin.address,
             principal=f"{origin.principal}, {name}" if trust is Trust.OWNER else origin.principal,
             trust=trust,
+            pid=origin.pid,
             hang_up=partial(connection.close, STALLED),
         )
 

@@ -39,6 +39,8 @@ class Origin:
     address: str
     principal: str
     trust: Trust
+    pid: int = 0
+    """The process that connected by a unix socket; 0 for others, and for one that is hidden."""
 
 
 class Listener(Protocol):
@@ -192,7 +194,7 @@ class UnixListener:
         raw = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         pid, uid, _ = _UCRED.unpack(raw)
         trust = Trust.OWNER if uid in (0, os.geteuid()) else Trust.ANYONE
-        return Origin(f"unix: uid {uid}, pid {pid}", f"uid {uid}", trust)
+        return Origin(f"unix: uid {uid}, pid {pid}", f"uid {uid}", trust, pid)
 
     def close(self) -> None:
         """Removes the path too, if it is still that of our socket."""

@@ -48,6 +48,7 @@ class EbpfService:
             request.service_name,
             dict(request.config),
             _seconds(request.duration) if request.HasField("duration") else None,
+            pid_namespace=request.pid_namespace,
         )
         try:
             session = await self._supervisor.start(wanted, caller)

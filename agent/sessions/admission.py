@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
+from coral.agent.caller import Caller
 from coral.agent.config import Config
 from coral.agent.errors import (
     DeniedError,
@@ -16,12 +17,14 @@ from coral.agent.errors import (
     UnsupportedError,
 )
 from coral.agent.jobs import Jobs
+from coral.agent.machine.caller_pids import translated
 from coral.agent.machine.privileges import refusal
 from coral.agent.machine.resolve import resolve
 from coral.agent.sessions import policy
 from coral.agent.sessions.session import StartRequest, lease_s
 from coral.bpf import BpfError, Features, probe
 from coral.bpf.probing import capabilities
+from coral.collectors import namespaces
 from coral.collectors.contract import Collector, ServiceProcesses, Support
 from coral.collectors.options import OptionError, UnknownOptionError
 from coral.collectors.registry import COLLECTORS
@@ -47,6 +50,8 @@ class Admission:
         """What this kernel can do, with the loader that the configuration wants; found at the first
         call, in a thread."""
         found, wanted = await in_thread(probe), self._config.loader
+        if not found.obstacle:
+            found = replace(found, obstacle=namespaces.obstacle())
         return found if wanted == "auto" else replace(found, loader=wanted)
 
     async def capabilities(self) -> Mapping[str, Support]:
@@ -109,10 +114,24 @@ class Admission:
         finally:
             self._on_demand -= 1
 
+    async def translate(self, request: StartRequest, caller: Caller) -> StartRequest:
+        """REQUEST with process ids of this agent's pid namespace. Raises as `create` does."""
+        if not request.pid_namespace or "pid" not in request.config:
+            return request
+        if (await self.features()).obstacle:
+            return request  # `create` says why it cannot be started, whatever its target
+        with _refusing():
+            # In a thread: it looks at every process.
+            config = await self._jobs.run(
+                lambda: translated(request.config, request.pid_namespace, caller.pid),
+                'config["pid"]',
+            )
+        return replace(request, config=config, pid_namespace=0)
+
     async def create(self, collector: type[Collector], request: StartRequest) -> Collector:
         """The collector that REQUEST asks for, if this machine can run it; nothing of it is in the
         kernel yet. Raises a `RefusedError`, or a `BpfError` where /proc cannot be read."""
-        try:
+        with _refusing():
             features = await self.features()
             support = self._support(collector, features)
             if not support.supported:
@@ -121,10 +140,6 @@ class Admission:
             return await self._jobs.run(
                 lambda: self._create(collector, request, features), kind_name(collector.kind)
             )
-        except (OptionError, UnknownOptionError) as error:
-            raise InvalidRequestError(str(error)) from error
-        except OSError as error:  # /proc cannot be read: there are no descriptors left
-            raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
 
     def _create(
         self, collector: type[Collector], request: StartRequest, features: Features
@@ -143,7 +158,20 @@ class Admission:
     def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
         if not request.service_name or _TARGET_KEYS & request.config.keys():
             return None
-        return resolve(request.service_name, self._config.services)
+        # Whether it is well formed is checked with all other options.
+        alone = request.config.get("follow_children", "").lower() == "false"
+        return resolve(request.service_name, self._config.services, descendants=not alone)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Makes refusals of what looking at a request's options raises."""
+    try:
+        yield
+    except (OptionError, UnknownOptionError) as error:
+        raise InvalidRequestError(str(error)) from error
+    except OSError as error:  # /proc cannot be read: there are no descriptors left
+        raise BpfError(f"reading {error.filename}", error.errno or errno.EIO) from error
 
 
 def _check_size(field: str, texts: Iterable[str], most_bytes: int) -> None:

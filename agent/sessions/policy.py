@@ -6,7 +6,6 @@ SECURITY.md has these rules for users. The operator's own continuous collectors 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,15 +22,13 @@ from coral.collectors.cgroups import (
 )
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import OptionError
-from coral.collectors.procfs import PROC, comm_of, running_tgids
+from coral.collectors.procfs import comm_of, running_tgids, watchable
 
 INIT: Final = 1
 # A target of more processes than this that holds at least this share of the machine's user
 # processes is the machine.
 _FEW: Final = 8
 _MOST_SHARE: Final = 0.9
-_KERNEL_THREAD: Final = 0x0020_0000  # PF_KTHREAD of include/linux/sched.h
-_STAT_FLAGS: Final = re.compile(r".*\) \S \S+ \S+ \S+ \S+ \S+ (\d+)", re.DOTALL)
 
 _Identity = tuple[int, int]
 
@@ -186,15 +183,5 @@ def _share(tgids: frozenset[int]) -> float:
     """The share of this machine's user processes that TGIDS are; 0 for a few."""
     if len(tgids) <= _FEW:
         return 0
-    users = frozenset(filter(is_user_process, running_tgids())) - {INIT, os.getpid()}
+    users = watchable().keys() - {INIT, os.getpid()}
     return len(tgids & users) / max(len(users), 1)
-
-
-def is_user_process(tgid: int) -> bool:
-    """Whether a process runs and is not a thread of the kernel."""
-    try:
-        text = (PROC / str(tgid) / "stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return False
-    match = _STAT_FLAGS.match(text)
-    return match is not None and not int(match[1]) & _KERNEL_THREAD

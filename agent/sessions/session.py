@@ -24,13 +24,16 @@ from coral.wire.text import safe
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
-    """What to start. KIND is a kind's name or number; DURATION_S None is the agent's default."""
+    """What to start. KIND is a kind's name or number; DURATION_S None is the agent's default. The
+    ids in config["pid"] count in the pid namespace with the inode PID_NAMESPACE; 0 is the
+    agent's."""
 
     kind: str | int
     service_name: str = ""
     config: Mapping[str, str] = field(default_factory=dict)
     duration_s: float | None = None
     continuous: bool = False  # no lease: it ends with the agent
+    pid_namespace: int = 0
 
 
 @dataclass(frozen=True, slots=True)

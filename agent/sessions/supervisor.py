@@ -142,6 +142,7 @@ class Supervisor:
         with ExitStack() as undo:
             self._check_open()
             undo.enter_context(self._admission.slot(request))
+            request = await self._admission.translate(request, caller)
             collector = await self._admission.create(collector_type, request)
             self._check_open()
             session = Session(collector, request, self.config)

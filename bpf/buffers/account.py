@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.buffers.maps import HashMap
-from coral.bpf.libbpf import BpfError, call
+from coral.bpf.libbpf import BpfError, call, possible_cpus
 
 # A reason that no program can count itself: the kernel skipped it.
 PROGRAM_MISSED: Final = "PROGRAM_MISSED"
@@ -37,13 +37,22 @@ class Account:
 
     `accounts` is the map; `reasons` are the constants of `enum loss`, by name. `programs` are the
     descriptors of the programs whose runs the session needs: those that the kernel skips are losses
-    of each session that uses the programs.
+    of each session that uses the programs. Of `twins`, one that runs is sufficient: what each of
+    them has missed is an upper bound.
     """
 
     def __init__(
-        self, accounts: HashMap, slot: int, reasons: Mapping[str, int], programs: Sequence[int] = ()
+        self,
+        accounts: HashMap,
+        slot: int,
+        reasons: Mapping[str, int],
+        programs: Sequence[int] = (),
+        twins: Sequence[int] = (),
     ) -> None:
-        self._accounts, self._slot, self._programs = accounts, slot, tuple(programs)
+        self._fd, self._programs, self._twins = accounts.fd, tuple(programs), tuple(twins)
+        self._key = np.array(slot, np.uint32)
+        words = accounts.value_dtype.itemsize // 8
+        self._values = np.zeros((possible_cpus(), words), np.int64)
         self._reasons = {
             name.removeprefix(_PREFIX): number
             for name, number in reasons.items()
@@ -61,11 +70,14 @@ class Account:
         return Counts(added[0], added[1], {name: count for name, count in lost.items() if count})
 
     def _read(self) -> tuple[NDArray[np.int64], int]:
-        values = self._accounts.read_one(self._slot)
-        if values is None:
-            raise BpfError(f"there is no slot {self._slot} in map {self._accounts.name}")
-        counts = np.ascontiguousarray(values).view(np.int64).reshape(len(values), -1)
-        return counts.sum(axis=0), sum(map(recursion_misses, self._programs))
+        error = -call(
+            "bpf_map_lookup_elem", self._fd, self._key.ctypes.data, self._values.ctypes.data
+        )
+        if error:
+            raise BpfError("reading an account", error)
+        missed = sum(map(recursion_misses, self._programs))
+        missed += min(map(recursion_misses, self._twins), default=0)
+        return self._values.sum(axis=0), missed
 
 
 def recursion_misses(program: int) -> int:

@@ -167,7 +167,7 @@ class PerfReader:
     object.
     """
 
-    wakes_when_caught_up: Final = False
+    wakes_at_rest: Final = False
 
     def __init__(
         self,
@@ -274,6 +274,10 @@ class PerfReader:
         return any(
             (ring.head - ring.tail) * FILLING_SHARE >= len(ring.memory) for ring in self._rings
         )
+
+    def rest(self) -> bool:
+        """Whether there is no record yet. The kernel wakes nobody for the next one."""
+        return self.pending_bytes == 0
 
     def drain(self, most_bytes: int = MOST_BYTES) -> Records:
         """The records, as copies; frees their space. It takes about MOST_BYTES, and at least one

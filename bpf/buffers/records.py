@@ -81,10 +81,12 @@ class Framing(Protocol):
 @dataclass(frozen=True)
 class Found:
     """What was found: copies of records, by kind and in order; how many words they and the frames
-    without a record take; and where the latter begin, in words."""
+    without a record take; where the last of all frames begins; and where those without a record
+    do, in words."""
 
     records: Sequence[tuple[RecordKind, NDArray[np.void]]]
     words: int
+    last: int
     others: NDArray[np.intp]
 
 
@@ -102,13 +104,15 @@ class Finder:
         that is of none of the kinds, or of another length than its kind."""
         framing = self._framing
         records = []
-        done = 0
+        done = last = 0
         if row := self._row(memory, start, words):
             records.append(row)
-            done = len(row[1]) * framing.frame_words(row[0].size)
+            step = framing.frame_words(row[0].size)
+            done = len(row[1]) * step
+            last = done - step
         headers = np.ndarray((words - done,), np.uint64, memory, start + WORD * done)
         if not len(headers) or not framing.complete(headers[:1])[0]:
-            return Found(records, done, np.empty(0, np.intp))
+            return Found(records, done, last, np.empty(0, np.intp))
         headers = headers.copy()
         starts = _frames(headers, framing)
         found = headers[starts]
@@ -119,8 +123,11 @@ class Finder:
         filled, lengths = framing.filled(found), framing.words(found)
         rest = _Rest(memory, start + WORD * done + framing.record_at, words - done)
         records += rest.sorted(starts[filled], lengths[filled], framing, self._kinds)
-        end = int(starts[-1] + lengths[-1]) if len(starts) else 0
-        return Found(records, done + end, starts[~filled] + done)
+        others = starts[~filled] + done
+        if len(starts):
+            last = done + int(starts[-1])
+            done = last + int(lengths[-1])
+        return Found(records, done, last, others)
 
     def _row(
         self, memory: Memory, start: int, words: int

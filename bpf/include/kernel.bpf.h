@@ -60,6 +60,7 @@ struct task_struct {
 	struct thread_info thread_info;
 	int pid;
 	int tgid;
+	unsigned int flags;
 	struct task_struct *group_leader;
 	struct signal_struct *signal;
 	struct css_set *cgroups;
@@ -81,6 +82,13 @@ struct pt_regs {
 static __always_inline struct task_struct *this_task(void)
 {
 	return (struct task_struct *)bpf_get_current_task();
+}
+
+#define PF_KTHREAD 0x00200000
+
+static __always_inline bool in_kernel_thread(void)
+{
+	return kernel_read(this_task(), flags) & PF_KTHREAD;
 }
 
 /*

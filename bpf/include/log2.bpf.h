@@ -4,8 +4,8 @@
 
 #include "portable.bpf.h"
 
-/* 1 if V is greater than LIMIT, which is less than 2^63: without a branch, because the verifier goes
- * through each branch of a loop's body in each turn. */
+/* 1 if V is greater than LIMIT, which is less than 2^63: without a branch, because the verifier
+ * goes through each branch of a loop's body in each turn. */
 static __always_inline __u64 above(__u64 v, __u64 limit)
 {
 	return (limit - v) >> 63;

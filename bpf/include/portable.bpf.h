@@ -2,7 +2,7 @@
 /*
  * One idiom: the differences between the two compilers of these programs. clang builds an object at
  * build time, which libbpf relocates for the running kernel (CO-RE). bcc compiles on the target,
- * with the headers of its kernel, for kernels without BTF; bpf/loading/bcc_object.py is the other
+ * with the headers of its kernel, for kernels without BTF; bpf/loading/by_bcc.py is the other
  * half: it creates the maps, and writes their descriptors and the options' values into the
  * instructions.
  *
@@ -154,11 +154,10 @@ static __always_inline void *element_at(void *map, __u32 index)
 #define SUBPROGRAM		__noinline
 #define LICENSED_AS(license)	char LICENSE[] SEC("license") = license
 
-#define IN_BTF(type, name) const type *in_btf_##name __attribute__((unused))
+#define IN_BTF(type, name)	  const type *in_btf_##name __attribute__((unused))
 
 /* The address of a member. */
-#define field_of(pointer, member)                                                                  \
-	((void **)__builtin_preserve_access_index(&(pointer)->member))
+#define field_of(pointer, member) ((void **)__builtin_preserve_access_index(&(pointer)->member))
 
 /* The pointer goes into a variable, because these macros cannot be nested. */
 #define kernel_read(pointer, member)                                                               \

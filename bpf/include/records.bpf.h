@@ -39,7 +39,7 @@ OPTION(bool, records_in_ring, true);
 MAP(PERCPU_ARRAY, record_drafts, __u32, struct record_draft, 1, 0);
 
 SESSION_BUFFERS(RINGBUF, rings);
-SESSION_BUFFERS(PERF_EVENT_ARRAY, perfs);
+SESSION_BUFFERS(PERF_EVENT_ARRAY, perfs); /* user space opens a buffer per CPU in each */
 
 /* The flags for a new record. Not a wake-up for every record of a ring that stays full. */
 static __always_inline __u64 record_flags(void *ring)

@@ -15,10 +15,26 @@
  * loop, and one where the kernel cannot share an object between sessions. */
 OPTION(__u32, slots, SESSIONS);
 
+#ifdef CORAL_BCC
 static __always_inline __u32 lowest_slot(__u64 mask)
 {
 	return log2_u64(mask & -mask) & (SESSIONS - 1);
 }
+#else
+/* Each six bits in a row of the factor are a different number, so a power of two times the factor
+ * has a number of its own in the highest six bits (a de Bruijn sequence). */
+#define DE_BRUIJN 0x03F79D71B4CB0A89ULL
+static const __u8 slot_of_product[SESSIONS] = {
+    0,	1,  48, 2,  57, 49, 28, 3,  61, 58, 50, 42, 38, 29, 17, 4,  62, 55, 59, 36, 53, 51,
+    43, 22, 45, 39, 33, 30, 24, 18, 12, 5,  63, 47, 56, 27, 60, 41, 37, 16, 54, 35, 52, 21,
+    44, 32, 23, 11, 46, 26, 40, 15, 34, 20, 31, 10, 25, 14, 19, 9,  13, 8,  7,	6,
+};
+
+static __always_inline __u32 lowest_slot(__u64 mask)
+{
+	return slot_of_product[((mask & -mask) * DE_BRUIJN) >> 58];
+}
+#endif
 
 /*
  * Runs its block once for each session in MASK, with its SLOT. What the block does should be a
@@ -31,17 +47,15 @@ static __always_inline __u32 lowest_slot(__u64 mask)
 
 #define session_bit(slot) (1ULL << (slot))
 
-/* The programs of a hub, which only see the sessions that use them. */
-enum hub {
-	HUB_SYSCALLS,
-	HUB_SOCKETS,
-	HUBS,
-};
+/* The programs of a hub only see the sessions that use them. User space numbers the kinds of hubs.
+ */
+#define MOST_HUBS 8
+OPTION(__u32, hub, 0);
 
 /* What user space says about all sessions. It changes them one at a time, and never a bit of a
  * session that runs. */
 struct sessions {
-	__u64 of_hub[HUBS];
+	__u64 of_hub[MOST_HUBS];
 	__u64 all;
 	__u64 host;	/* those that watch every process */
 	__u64 follow;	/* those that watch the children of what they watch */
@@ -62,6 +76,11 @@ static __always_inline struct sessions *all_sessions(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(map_of(sessions), &zero);
+}
+
+static __always_inline __u64 sessions_of_hub(const struct sessions *all)
+{
+	return all->of_hub[option(hub) % MOST_HUBS];
 }
 
 enum {

@@ -13,7 +13,7 @@
 
 enum {
 	MEMBER_ACTIVE,
-	MEMBER_ARMED, /* is watched from its next successful exec on, which counts */
+	MEMBER_ARMED,  /* is watched from its next successful exec on, which counts */
 	MEMBER_SPARED, /* is not watched, although it would be */
 	MEMBER_LEFT,   /* is not watched, because it has left the cgroup */
 };
@@ -180,15 +180,15 @@ SUBPROGRAM int state_in_session(__u32 slot, __u32 tgid)
 	return MEMBER_ACTIVE;
 }
 
-/* The sessions of HUB that watch the current process now. */
-static __always_inline __u64 sessions_of_current(const struct sessions *all, enum hub hub,
-						 __u32 tgid)
+/* Those of SESSIONS that watch the current process, TGID, in this STATE. */
+SUBPROGRAM __u64 sessions_in_state(__u64 sessions, __u32 tgid, int state)
 {
-	__u64 watching = 0;
+	__u64 found = 0;
 
-	for_each_session (slot, all->of_hub[hub]) {
-		if (state_in_session(slot, tgid) == MEMBER_ACTIVE)
-			watching |= session_bit(slot);
+	for_each_session(slot, sessions)
+	{
+		if (state_in_session(slot, tgid) == state)
+			found |= session_bit(slot);
 	}
-	return watching;
+	return found;
 }

@@ -2,7 +2,7 @@
 /*
  * One idiom: a little state for each watched thread, from one hook to the next. It is kept in the
  * kernel's task storage, which frees it with the thread, or, on kernels that have none
- * for such programs (before 5.13), in a hash map by thread id, from which a program removes it.
+ * (before 5.13), in a hash map by thread id, from which a program removes it.
  *
  * Define THREAD_STATE, the type of the state, before including this.
  */

@@ -14,6 +14,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -91,12 +92,78 @@ def _bcc_paths() -> tuple[str, ...]:
     return tuple(place for place in places if Path(place, "bcc", "libbcc.py").is_file())
 
 
-@cache
+_Key = tuple[Path, tuple[str, ...], tuple[tuple[str, int], ...]]
+
+
+class _Compiler:
+    """The process of the compiler, of which there is one at a time: it takes 150 MB."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()  # of the caller whose process it is
+        self.compiled: dict[_Key, Mapping[str, bytes]] = {}
+        self._process: subprocess.Popen[str] | None = None
+        self._is_stopped = False
+        self._lock = threading.Lock()  # of the two above
+
+    def run(
+        self, job: str, environment: Mapping[str, str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs it to its end. Raises OSError, and TimeoutExpired when it was killed for that."""
+        with self._lock:
+            if self._is_stopped:
+                raise InterruptedError(errno.EINTR, "the agent ends")
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-I", _COMPILER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+        with process:
+            try:
+                output, errors = process.communicate(job, timeout_s)
+            except BaseException:
+                process.kill()
+                raise
+        if self._is_stopped:
+            raise InterruptedError(errno.EINTR, "the agent ends")
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def stop(self) -> None:
+        """Kills it, and lets no other begin."""
+        with self._lock:
+            self._is_stopped = True
+            if self._process:
+                self._process.kill()  # does nothing where it has ended
+
+
+_compiler: Final = _Compiler()
+
+
+def stop() -> None:
+    """Ends the compiler if it runs, so that its caller gets a `LoadError`, and lets no other begin:
+    for an agent that is told to end."""
+    _compiler.stop()
+
+
 def compiled(
     source: Path, functions: tuple[str, ...], numbers: tuple[tuple[str, int], ...]
 ) -> Mapping[str, bytes]:
     """The instructions of FUNCTIONS of one `.bpf.c`, by name, compiled once in the life of the
-    process; NUMBERS are macros. Blocks for about a second. Raises `LoadError`."""
+    process; NUMBERS are macros. Blocks for about a second, and while others compile. Raises
+    `LoadError`."""
+    key, known = (source, functions, numbers), _compiler.compiled
+    if key not in known:
+        with _compiler.turn:
+            if key not in known:
+                known[key] = _compile(*key)
+    return known[key]
+
+
+def _compile(
+    source: Path, functions: tuple[str, ...], numbers: tuple[tuple[str, int], ...]
+) -> Mapping[str, bytes]:
     what = f"compiling {source.name} with bcc"
     if why := obstacle():
         raise LoadError(f"{what}: {why}")
@@ -115,10 +182,12 @@ def compiled(
         "functions": functions,
         "paths": _bcc_paths(),
     }
-    return {name: bytes.fromhex(code) for name, code in _run(json.dumps(job), what).items()}
+    return {name: bytes.fromhex(code) for name, code in _run(job, what).items()}
 
 
-def _run(job: str, what: str, timeout_s: float = _COMPILE_TIMEOUT_S) -> Mapping[str, str]:
+def _run(
+    job: Mapping[str, object], what: str, timeout_s: float = _COMPILE_TIMEOUT_S
+) -> Mapping[str, str]:
     release = platform.release()
     environment = dict(os.environ)
     found = headers(release)
@@ -126,15 +195,9 @@ def _run(job: str, what: str, timeout_s: float = _COMPILE_TIMEOUT_S) -> Mapping[
     if found and not found.is_relative_to(f"/lib/modules/{release}"):
         environment[_ENV_KERNEL_SOURCE] = str(found)
     try:
-        ran = subprocess.run(
-            [sys.executable, "-I", _COMPILER],
-            input=job,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        ran = _compiler.run(json.dumps({**job, "parent": os.getpid()}), environment, timeout_s)
+    except InterruptedError as error:
+        raise LoadError(f"{what}: {error.strerror}") from error
     except OSError as error:
         raise LoadError(f"{what}: starting the compiler", error.errno or errno.EIO) from error
     except subprocess.TimeoutExpired as error:

@@ -2,20 +2,29 @@
 
 `bpf.loading.bcc` runs it in a process of its own: the compiler needs 150 MB, which it never frees,
 and a second. It is started by its path and imports nothing from the project. It reads JSON from the
-standard input: `text` (C), `flags`, `functions` and `paths` (where else to look for bcc). It writes
-a JSON object with the instructions of each function in hexadecimal; messages of the compiler go to
-the standard error.
+standard input: `text` (C), `flags`, `functions`, `paths` (where else to look for bcc) and `parent`
+(the process that has started it, with which it ends). It writes a JSON object with the instructions
+of each function in hexadecimal; messages of the compiler go to the standard error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
     """The exit status: 0, or 1 if there is no bcc or it refuses the program."""
     job = json.load(sys.stdin)
+    # However that process ends, and even if it has already.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job["parent"]:
+        return 1
     sys.path.extend(job["paths"])
     try:
         from bcc import BPF  # noqa: PLC0415  the distribution's

@@ -62,7 +62,7 @@ class Variable:
 
 
 class NoLayoutError(ValueError):
-    """A type that a record cannot contain: a pointer, a function, a union."""
+    """A type that a record cannot contain: a pointer, a function, a union, a bit field."""
 
 
 class DamagedBtfError(ValueError):
@@ -128,10 +128,7 @@ class Btf:
 
     def dtype(self, type_id: int) -> np.dtype[np.generic]:
         """The numpy layout of a type: integers, enums, floats, bools, structs, and arrays of them;
-        an array of `char` is a byte string, and no type (0) has no bytes. Raises `NoLayoutError`
-        for other types."""
-        if not type_id:
-            return np.dtype("V0")
+        an array of `char` is a byte string. Raises `NoLayoutError` for other types."""
         if type_id not in self._dtypes:
             self._dtypes[type_id] = None
             try:
@@ -152,7 +149,10 @@ class Btf:
     ) -> np.dtype[np.generic]:
         kind = btf_type.kind
         if kind == _INT:
-            encoding = struct.unpack("=I", btf_type.tail)[0] >> 24 & 0xF
+            (described,) = struct.unpack("=I", btf_type.tail)
+            encoding, bits = described >> 24 & 0xF, described & 0xFF
+            if bits != 8 * btf_type.size_or_type:
+                raise NoLayoutError(f"{btf_type.name!r} of {bits} bits: records have whole bytes")
             if encoding & _INT_BOOL:
                 return np.dtype(np.bool_)
             return np.dtype(f"{'i' if encoding & _INT_SIGNED else 'u'}{btf_type.size_or_type}")
@@ -166,16 +166,28 @@ class Btf:
                 return np.dtype(f"S{length}")
             return np.dtype((self.dtype(element), (length,)))
         if kind == _STRUCT:
-            members = btf_type.members()
-            return np.dtype(
-                {
-                    "names": [self._name(name_off) for name_off, _, _ in members],
-                    "formats": [self.dtype(member) for _, member, _ in members],
-                    "offsets": [(bits & 0xFFFFFF) // 8 for _, _, bits in members],
-                    "itemsize": btf_type.size_or_type,
-                }
-            )
+            return self._struct(btf_type)
         raise NoLayoutError(f"BTF type {btf_type.name!r} (kind {kind}) has no record layout")
+
+    def _struct(self, btf_type: _Type) -> np.dtype[np.generic]:
+        members = btf_type.members()
+        names = [self._name(name_off) for name_off, _, _ in members]
+        offsets = [bits for _, _, bits in members]
+        if btf_type.flag:  # each has its size in bits in the highest byte, 0 for no bit field
+            for name, bits in zip(names, offsets, strict=True):
+                if bits >> 24:
+                    raise NoLayoutError(
+                        f"{name!r} of struct {btf_type.name!r} is a bit field: records have whole "
+                        "bytes"
+                    )
+        return np.dtype(
+            {
+                "names": names,
+                "formats": [self.dtype(member) for _, member, _ in members],
+                "offsets": [bits // 8 for bits in offsets],
+                "itemsize": btf_type.size_or_type,
+            }
+        )
 
     def _is_char(self, type_id: int) -> bool:
         btf_type = self._type(type_id)

@@ -123,8 +123,10 @@ class InnerMap(HashMap):
             definition.name,
             definition.create(),
             definition.kind,
-            dtype(definition.key_type),
-            dtype(definition.value_type),
+            *(
+                dtype(type_) if type_ else np.dtype("V0")  # a ring buffer has no keys
+                for type_ in (definition.key_type, definition.value_type)
+            ),
             batches=batches,
         )
 

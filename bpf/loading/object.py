@@ -9,77 +9,38 @@ When the block ends, nothing of it is left in the kernel, whatever happened insi
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
-import os
-import re
 import select
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from ctypes import byref, c_char_p, c_size_t, c_uint32
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from ctypes import byref, c_uint32
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from coral.bpf.attaching.link import FdLink, Link
+from coral.bpf.attaching.link import Link, Links
 from coral.bpf.buffers.element_reader import ElementReader, run_program
 from coral.bpf.buffers.maps import HashMap, fdinfo
 from coral.bpf.buffers.perf_buffer import PerfReader
 from coral.bpf.buffers.records import MOST_BYTES, RecordKind, Records
 from coral.bpf.buffers.ring import RingReader
 from coral.bpf.buffers.walk import Walk
-from coral.bpf.libbpf import (
-    AttachError,
-    BpfError,
-    LoadError,
-    call,
-    call_pointer,
-    call_string,
-    capture_log,
-    last_errno,
-)
-from coral.bpf.loading import seal
-from coral.bpf.loading.btf import Btf, Variable
-from coral.bpf.loading.map_definition import InnerMap, MapDefinition
+from coral.bpf.closing import close_all
+from coral.bpf.libbpf import AttachError, BpfError, LoadError, call
+from coral.bpf.loading.btf import Btf
+from coral.bpf.loading.by_bcc import LoadedByBcc
+from coral.bpf.loading.by_libbpf import LoadedByLibbpf
+from coral.bpf.loading.description import Description, Loaded, Loader
+from coral.bpf.loading.map_definition import InnerMap
+from coral.bpf.loading.object_file import ObjectFile, object_path
 
 # The most instructions that the verifier processes: BPF_COMPLEXITY_LIMIT_INSNS.
 VERIFIER_LIMIT: Final = 1_000_000
-VERIFIER_LOG_BYTES: Final = 1 << 20
 _ATTACH_BACKOFF_S: Final = 0.02
 _STATS_RUN_TIME: Final = 0
-_TRACING: Final = 26  # BPF_PROG_TYPE_TRACING
-_TRACE_RAW_TP: Final = 23
-_RAW_TP: Final = "raw_tp"
-# libbpf retries a map that the kernel refuses without its types; if the map must have them, the
-# second errno is meaningless.
-_RETRIED: Final = re.compile(
-    r"\((\w+)\):[^\n]*\(-(\d+)\)\. Retrying without BTF\.\n[^\n]*map '\1': failed to create"
-)
-_ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
-
-
-class _OpenOptions(ctypes.Structure):
-    """struct bpf_object_open_opts of libbpf, with the members used here."""
-
-    _fields_ = (("size", c_size_t), ("object_name", c_char_p))
-
-
-class _LibbpfLink:
-    """An attachment that libbpf made."""
-
-    def __init__(self, link: int) -> None:
-        self._link = link
-
-    def detach(self) -> None:
-        """See `Link`."""
-        link, self._link = self._link, 0
-        if link:
-            call("bpf_link__destroy", link)
+# The loaders, by their names in the ladder.
+LOADERS: Final[Mapping[str, Loader]] = {"core": LoadedByLibbpf, "bcc": LoadedByBcc}
 
 
 class RecordReader(Protocol):
@@ -88,6 +49,10 @@ class RecordReader(Protocol):
     def drain(self, most_bytes: int = MOST_BYTES) -> Records:
         """Complete records of at most about MOST_BYTES, and at least one, as copies; frees their
         space. The default is a few milliseconds of work for all that follows."""
+
+    def rest(self) -> bool:
+        """Lets the kernel wake the reader for the next record, if it does so at all; whether there
+        is no record yet."""
 
     @property
     def pending_bytes(self) -> int:
@@ -103,12 +68,12 @@ class RecordReader(Protocol):
 
     @property
     def wakeup(self) -> select.epoll:
-        """Readable once for each wake-up: when the buffer fills up and, with
-        `wakes_when_caught_up`, for the first record after a drain that left none."""
+        """Readable once for each wake-up: when the buffer fills up and, with `wakes_at_rest`, for
+        the first record after `rest`."""
 
     @property
-    def wakes_when_caught_up(self) -> bool:
-        """Whether the kernel wakes a reader that has drained everything, for the next record."""
+    def wakes_at_rest(self) -> bool:
+        """Whether the kernel wakes the reader for the first record after `rest`."""
 
     @property
     def lost(self) -> int:
@@ -131,22 +96,6 @@ class ProgramStats(NamedTuple):
     verified_instructions: int
 
 
-PROGRAMS: Final = Path(__file__).resolve().parent.parent / "programs"
-
-
-def object_path(name: str) -> Path:
-    """The path of the object NAME: beside its source, or in the directory CORAL_BPF_OBJECTS."""
-    directory = os.environ.get(_ENV_OBJECT_DIR)
-    return (Path(directory) if directory else PROGRAMS / name) / f"{name}.bpf.o"
-
-
-def not_built(path: Path) -> str:
-    """The message for a missing object."""
-    if _ENV_OBJECT_DIR in os.environ:
-        return f"{path} is missing: let {_ENV_OBJECT_DIR} name a directory of built programs"
-    return f"{path.name} is not built: run `make setup`"
-
-
 def enable_run_time_stats() -> int:
     """Turns on the kernel's run-time statistics, for all programs of the machine, until the
     returned descriptor is closed. Raises `BpfError`."""
@@ -166,7 +115,8 @@ class BpfObject:
     object, by their descriptors, which are used instead of new ones of those names. With TYPED,
     programs of `raw_tp/` are loaded as those of `tp_btf/`: the verifier knows the types of their
     arguments. A name that the object does not have is a KeyError. Maps are read in batches where
-    the kernel has them, unless BATCHES is off. Nothing touches the kernel before `load`.
+    the kernel has them, unless BATCHES is off. LOADER is one of `LOADERS`. Nothing touches the
+    kernel before `load`.
     """
 
     def __init__(
@@ -182,27 +132,28 @@ class BpfObject:
         shared: Mapping[str, int] | None = None,
         typed: bool = False,
         batches: bool = True,
+        loader: str = "core",
     ) -> None:
         self.path = name if isinstance(name, Path) else object_path(name)
-        self._hooked = tuple(programs)
-        self._chosen = (*programs, *walks)
-        self._options = dict(options or {})
-        self._map_entries = dict(map_entries or {})
-        self._map_flags = dict(map_flags or {})
-        self._without_maps = frozenset(without_maps)
-        self._shared = dict(shared or {})
-        self._typed = typed
+        self._description = Description(
+            programs=tuple(programs),
+            walks=tuple(walks),
+            options=dict(options or {}),
+            map_entries=dict(map_entries or {}),
+            map_flags=dict(map_flags or {}),
+            without_maps=frozenset(without_maps),
+            shared=dict(shared or {}),
+            typed=typed,
+        )
         self._batches = batches
-        self._object = 0
+        self._loader = LOADERS[loader]
+        self._file: ObjectFile | None = None
+        self._loaded: Loaded | None = None
         # Figures are read by another thread than the one that closes.
         self._lock = threading.Lock()
-        self._programs: dict[str, int] = {}
-        self._maps: dict[str, int] = {}
-        self._definitions: dict[str, MapDefinition] = {}
-        self._links: list[Link] = []
-        self._readers: list[RecordReader] = []
+        self._links = Links()
+        self._readers: dict[tuple[str, int], RecordReader] = {}  # by map of maps, and slot
         self._walks: list[Walk | ElementReader] = []
-        self._sections: dict[str, mmap.mmap] = {}
         self._map_memory_bytes = 0
 
     def __enter__(self) -> Self:
@@ -218,217 +169,100 @@ class BpfObject:
 
     def load(self) -> None:
         """Opens the object, sets its options, loads its programs and maps. Raises `LoadError`."""
-        what = f"opening {self.path.name}"
         try:
-            elf = seal.opened(self.path.read_bytes())
-        except OSError as error:
-            why = "" if self.path.exists() else not_built(self.path)
-            raise LoadError(what, error.errno or errno.EIO, why) from error
-        except seal.DamagedError as error:
-            raise LoadError(f"{what}: {error}; install the agent anew") from error
-        # libbpf names the maps of sections after it, as it does with the name of a file.
-        name = self.path.name.partition(".")[0].encode()
-        options = _OpenOptions(ctypes.sizeof(_OpenOptions), name)
-        with capture_log() as said:
-            self._object = call_pointer(
-                "bpf_object__open_mem", elf, c_size_t(len(elf)), byref(options)
-            )
-            if not self._object:
-                raise LoadError(what, last_errno(), said())
-            try:
-                self.btf = self._read_btf()
-                self._programs = dict(self._children("program"))
-                self._maps = dict(self._children("map"))
-                # libbpf forgets prototypes, and types if the kernel only accepts the map without.
-                self._definitions = {
-                    name: MapDefinition.of(name, bpf_map) for name, bpf_map in self._maps.items()
-                }
-                self._configure()
-            except (TypeError, ValueError, OverflowError) as error:
-                raise LoadError(
-                    f"{self.path.name} is damaged, or of another version of this agent: {error}"
-                ) from error
-        self._load()
+            self._file = ObjectFile(self.path)
+            self._configure(self._file)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise LoadError(
+                f"{self.path.name} is damaged, or of another version of this agent: {error}"
+            ) from error
+        self._loaded = self._loader(self._file, self._description)
 
-    def _load(self) -> None:
-        """Creates the maps and loads the chosen programs."""
-        logs = [self._choose(name) for name in self._chosen]
-        for name in self._programs.keys() - set(self._chosen):
-            call("bpf_program__set_autoload", self._programs[name], False)
-        with capture_log() as said, ExitStack() as prototypes:
-            self._prepare_maps(prototypes)
-            error = -call("bpf_object__load", self._object)
-        if error:
-            verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
-            if retried := _RETRIED.search(said()):
-                error = int(retried[2])
-            raise LoadError(f"loading {self.path.name}", error, verifier_log or said())
+    def _configure(self, file: ObjectFile) -> None:
+        wanted = self._description
+        for name in wanted.chosen:
+            file.programs[name]  # raises a KeyError with its name
+        for name in (*wanted.without_maps, *wanted.shared):
+            file.maps[name]
+        for name in {**wanted.map_entries, **wanted.map_flags}:
+            file.change_map(name, wanted.map_entries.get(name), wanted.map_flags.get(name))
+        for name, value in wanted.options.items():
+            file.initial_value(name)[...] = value
 
-    def _choose(self, name: str) -> ctypes.Array[ctypes.c_char]:
-        """Has libbpf load a program; the buffer for what the verifier says about it."""
-        if self._typed:
-            self._give_types(name)
-        # libbpf first loads without a log, and requests one only if that fails.
-        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
-        call("bpf_program__set_autoload", self._programs[name], True)
-        call("bpf_program__set_log_buf", self._programs[name], log, c_size_t(VERIFIER_LOG_BYTES))
-        return log
+    @property
+    def btf(self) -> Btf:
+        """The types of the object."""
+        return self._opened.btf
 
-    def _prepare_maps(self, prototypes: ExitStack) -> None:
-        """Tells libbpf which maps not to make, and makes the PROTOTYPES of the maps in others,
-        whose size libbpf cannot change."""
-        for name, definition in self._definitions.items():
-            bpf_map = self._maps[name]
-            if name in self._without_maps:
-                call("bpf_map__set_autocreate", bpf_map, False)
-            elif name in self._shared:
-                if error := -call("bpf_map__reuse_fd", bpf_map, self._shared[name]):
-                    raise LoadError(f"sharing map {name}", error)
-            elif definition.inner:
-                fd = definition.inner.create()
-                prototypes.callback(os.close, fd)
-                call("bpf_map__set_inner_map_fd", bpf_map, fd)
+    @property
+    def _opened(self) -> ObjectFile:
+        if self._file is None:
+            raise RuntimeError(f"{self.path.name} is not open")
+        return self._file
 
-    def _give_types(self, name: str) -> None:
-        """Loads the raw tracepoint program NAME as one with typed arguments."""
-        kind, hook = self._hook_of(name)
-        if kind != _RAW_TP:
-            return
-        program = self._programs[name]
-        call("bpf_program__set_type", program, _TRACING)
-        call("bpf_program__set_expected_attach_type", program, _TRACE_RAW_TP)
-        with capture_log() as said:
-            error = -call("bpf_program__set_attach_target", program, 0, hook.encode())
-        if error:
-            raise LoadError(f"loading {name} for the tracepoint {hook}", error, said())
-
-    def _hook_of(self, name: str) -> tuple[str, str]:
-        """The kind and the name of a program's hook, as in its section."""
-        section = call_string("bpf_program__section_name", self._programs[name])
-        kind, _, hook = section.partition("/")
-        return kind, hook
-
-    def _read_btf(self) -> Btf:
-        size = c_uint32()
-        btf = call_pointer("bpf_object__btf", self._object)
-        raw = call_pointer("btf__raw_data", btf, byref(size)) if btf else 0
-        if not raw:
-            raise LoadError(f"{self.path.name} has no BTF: compile it with -g")
-        return Btf(ctypes.string_at(raw, size.value))
-
-    def _children(self, kind: str) -> Iterator[tuple[str, int]]:
-        child = 0
-        while child := call_pointer(f"bpf_object__next_{kind}", self._object, child or None):
-            yield call_string(f"bpf_{kind}__name", child), child
-
-    def _configure(self) -> None:
-        for name in self._chosen:
-            self._programs[name]  # raises a KeyError with its name
-        for name in {*self._map_entries, *self._map_flags, *self._without_maps, *self._shared}:
-            self._definitions[name] = definition = self._definitions[name].changed(
-                self._map_entries.get(name), self._map_flags.get(name)
-            )
-            call("bpf_map__set_max_entries", self._maps[name], definition.entries)
-            call("bpf_map__set_map_flags", self._maps[name], definition.flags)
-        for name, value in self._options.items():
-            self._initial_value(name)[...] = value
-
-    def _section_map(self, section: str) -> int:
-        return next((m for name, m in self._maps.items() if name.endswith(section)), 0)
-
-    def _described(self, name: str) -> tuple[Variable, np.dtype[np.generic]]:
-        variable = self.btf.variables[name]
-        return variable, self.btf.dtype(variable.type_id)
-
-    def _initial_value(self, name: str) -> NDArray[Any]:
-        """The initial value of the global NAME, in its section."""
-        variable, dtype = self._described(name)
-        size = c_size_t()
-        address = call_pointer(
-            "bpf_map__initial_value", self._section_map(variable.section), byref(size)
-        )
-        if not address:
-            raise ValueError(f"it has no section {variable.section}")
-        memory = memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
-        return np.ndarray((), dtype, memory, variable.offset)
-
-    def _variable(self, name: str) -> NDArray[Any]:
-        variable, dtype = self._described(name)
-        if variable.section not in self._sections:
-            bpf_map = self._section_map(variable.section)
-            try:
-                self._sections[variable.section] = mmap.mmap(
-                    call("bpf_map__fd", bpf_map), call("bpf_map__value_size", bpf_map)
-                )
-            except OSError as error:
-                what = f"mapping {variable.section} of {self.path.name}"
-                raise LoadError(what, error.errno or errno.EIO) from error
-        return np.ndarray((), dtype, self._sections[variable.section], variable.offset)
+    @property
+    def _in_kernel(self) -> Loaded:
+        if self._loaded is None:
+            raise RuntimeError(f"{self.path.name} is not loaded")
+        return self._loaded
 
     def read_variable(self, name: str) -> Any:  # noqa: ANN401  its type is the C type's
         """The present value of a global variable of the loaded programs."""
-        return self._variable(name)[()]
+        return self._in_kernel.read_variable(name)
 
     def write_variable(self, name: str, value: object) -> None:
         """Sets a global variable of the loaded programs, which see it at their next read."""
-        self._variable(name)[...] = value
+        self._in_kernel.write_variable(name, value)
 
     def write_elements(self, name: str, indices: Sequence[int], value: object) -> None:
         """Sets elements of a global array of the loaded programs, and no other bytes."""
-        self._variable(name)[list(indices)] = value
+        self._in_kernel.write_elements(name, indices, value)
 
     def attach(self, tries: int = 3) -> None:
         """Attaches all of `programs`, trying each up to TRIES times with growing pauses. Raises
         `AttachError`; programs attached earlier stay so until `close`."""
-        for name in self._hooked:
-            self._attach(name, tries)
+        for name in self._description.programs:
+            self._links.keep(self._attached(name, tries))
 
-    def _attach(self, name: str, tries: int) -> None:
-        for attempt in range(tries):
-            if attempt:
-                time.sleep(_ATTACH_BACKOFF_S * 2**attempt)
-            with capture_log() as said:
-                error = self._attach_once(name)
-                if not error:
-                    return
-                log = said()
-        hook = self._hook_of(name)[1]
-        raise AttachError(f"attaching {name} to {hook} ({tries} tries)", error, log)
+    def _attached(self, name: str, tries: int) -> Link:
+        attempt = 1
+        while True:
+            try:
+                return self._in_kernel.attach(name)
+            except AttachError as error:
+                if attempt >= tries:
+                    hook = self._opened.hook_of(name)[1]
+                    what = f"attaching {name} to {hook} ({tries} tries)"
+                    raise AttachError(what, error.errno, error.log) from error
+            time.sleep(_ATTACH_BACKOFF_S * 2**attempt)
+            attempt += 1
 
-    def _attach_once(self, name: str) -> int:
-        """0, or the errno."""
-        kind, hook = self._hook_of(name)
-        if kind == _RAW_TP:
-            # A typed program is bound to its tracepoint when it is loaded.
-            fd = call(
-                "bpf_raw_tracepoint_open",
-                None if self._typed else hook.encode(),
-                self._program_fd(name),
-            )
-            if fd >= 0:
-                self._links.append(FdLink(fd))
-            return max(0, -fd)
-        link = call_pointer("bpf_program__attach", self._programs[name])
-        if not link:
-            return last_errno()
-        self._links.append(_LibbpfLink(link))
-        return 0
+    def attach_to(self, program: str, target: Callable[[int], Link]) -> Link:
+        """Attaches one of the loaded programs to TARGET, a function that attaches the program of a
+        descriptor. It is detached with the object, or earlier by itself. Raises `AttachError`."""
+        return self._links.keep(target(self.program_fd(program)))
 
     def map_fd(self, name: str) -> int:
         """The descriptor of a map of the loaded object; negative if it was not created."""
-        return call("bpf_map__fd", self._maps[name])
+        return self._in_kernel.map_fd(name)
+
+    def program_fd(self, name: str) -> int:
+        """The descriptor of a loaded program, for `attaching` and maps of programs."""
+        return self._in_kernel.program_fd(name)
 
     @property
-    def program_fds(self) -> Sequence[int]:
-        """The descriptors of the loaded programs."""
-        return [self._program_fd(name) for name in self._chosen]
+    def programs(self) -> Sequence[str]:
+        """The programs that are attached, by name."""
+        return self._description.programs
 
-    def _program_fd(self, name: str) -> int:
-        return call("bpf_program__fd", self._programs[name])
+    @property
+    def loaded_programs(self) -> Sequence[str]:
+        """These, and those that user space runs."""
+        return self._description.chosen
 
     def map(self, name: str) -> HashMap:
         """A map of the loaded object, with dtypes from its BTF. KeyError if there is none."""
-        definition = self._definitions[name]
+        definition = self._opened.definitions[name]
         return HashMap(
             name,
             self.map_fd(name),
@@ -442,7 +276,7 @@ class BpfObject:
         """A new map for the map of maps NAME, with dtypes from the object's BTF, and with ENTRIES
         (of a ring buffer: bytes) unless it is to be as large as the prototype. The caller closes
         it. KeyError if there is no such map; raises `LoadError`."""
-        inner = self._definitions[name].inner
+        inner = self._opened.definitions[name].inner
         if inner is None:
             raise KeyError(f"{name} is no map of maps")
         if entries is not None:
@@ -480,33 +314,54 @@ class BpfObject:
             for name, field in order_by.items()
         ]
 
-    def ring(self, name: str, kinds: Sequence[RecordKind]) -> RingReader:
-        """The reader of a ring buffer with records of KINDS; closed with the object."""
-        try:
-            reader = RingReader(
-                self.map_fd(name), self._definitions[name].entries, kinds
-            )
-        except OSError as error:
-            raise LoadError(f"opening the ring buffer {name}", error.errno or errno.EIO) from error
-        self._readers.append(reader)
+    def ring(
+        self, name: str, kinds: Sequence[RecordKind], *, ring_bytes: int, slot: int = 0
+    ) -> RingReader:
+        """The reader of a new ring buffer with records of KINDS, in a slot of the map of maps NAME;
+        closed with the object, or by `close_reader`. Raises `BpfError`."""
+        with self.make_inner(name, ring_bytes) as ring:
+            try:
+                reader = RingReader(ring.fd, ring_bytes, kinds)
+            except OSError as error:
+                what = f"opening the ring buffer {name}"
+                raise LoadError(what, error.errno or errno.EIO) from error
+            self._install_reader(name, slot, ring.fd, reader)
         return reader
 
     def perf(
-        self, name: str, kinds: Sequence[RecordKind], *, bytes_per_cpu: int, wakeup_bytes: int = 0
+        self, name: str, kinds: Sequence[RecordKind], *, bytes_per_cpu: int, slot: int = 0
     ) -> PerfReader:
-        """The reader of the perf buffers with records of KINDS; closed with the object."""
-        try:
-            reader = PerfReader(self.map_fd(name), bytes_per_cpu, kinds, wakeup_bytes)
-        except BpfError as error:
-            raise LoadError(error.what, error.errno, error.log) from error
-        self._readers.append(reader)
+        """The reader of new perf buffers with records of KINDS; otherwise like `ring`."""
+        with self.make_inner(name) as perf:
+            try:
+                reader = PerfReader(perf.fd, bytes_per_cpu, kinds)
+            except BpfError as error:
+                raise LoadError(error.what, error.errno, error.log) from error
+            self._install_reader(name, slot, perf.fd, reader)
         return reader
+
+    def _install_reader(self, name: str, slot: int, fd: int, reader: RecordReader) -> None:
+        try:
+            self.install(name, slot, fd)
+        except BpfError:
+            reader.close()
+            raise
+        self._readers[name, slot] = reader
+
+    def close_reader(self, name: str, slot: int = 0) -> None:
+        """Empties a slot of the map of maps NAME, and closes its reader. Waits until no program
+        uses its buffer (some milliseconds). Safe to call twice. Raises `BpfError`."""
+        if reader := self._readers.pop((name, slot), None):
+            try:
+                self.uninstall(name, slot)
+            finally:
+                reader.close()
 
     def walk(self, name: str, record: str, *, map_name: str | None = None) -> Walk:
         """The iterator of the program NAME, which writes `struct RECORD`s. It is closed with the
         object, and works after the programs were detached. Raises `BpfError`."""
         map_fd = None if map_name is None else self.map_fd(map_name)
-        walk = Walk(self._programs[name], map_fd, self.btf.struct_dtype(record))
+        walk = Walk(self.program_fd(name), map_fd, self.btf.struct_dtype(record))
         self._walks.append(walk)
         return walk
 
@@ -514,10 +369,10 @@ class BpfObject:
         """The reader of the elements of the map KEYS through the program NAME, which makes `struct
         RECORD`s of them in the array map RECORDS; otherwise like `walk`."""
         reader = ElementReader(
-            self._program_fd(name),
+            self.program_fd(name),
             self.map(keys),
             self.map_fd(records),
-            self._definitions[records].entries,
+            self._opened.definitions[records].entries,
             self.btf.struct_dtype(record),
         )
         self._walks.append(reader)
@@ -525,7 +380,7 @@ class BpfObject:
 
     def run(self, name: str) -> None:
         """Runs the `syscall` program NAME once. Raises `BpfError`."""
-        run_program(self._program_fd(name))
+        run_program(self.program_fd(name))
 
     @property
     def attached(self) -> bool:
@@ -538,21 +393,20 @@ class BpfObject:
         `make_inner`, which have a figure of their own; the last known figure if there is no
         descriptor left to read it."""
         with self._lock, suppress(OSError):
-            charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._map_fds() if fd >= 0)
-            self._map_memory_bytes = charged + sum(r.memory_bytes for r in self._readers)
+            if self._loaded:
+                charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._loaded.made_maps())
+                readers = sum(reader.memory_bytes for reader in self._readers.values())
+                self._map_memory_bytes = charged + readers
         return self._map_memory_bytes
-
-    def _map_fds(self) -> Iterable[int]:
-        return [self.map_fd(name) for name in self._maps if name not in self._shared]
 
     def program_stats(self) -> dict[str, ProgramStats]:
         """The kernel's figures of each loaded program; empty once closed. A program is left out if
         there is no descriptor left to read its figures."""
         found = {}
         with self._lock:
-            for name in self._chosen if self._programs else ():
+            for name in self._description.chosen if self._loaded else ():
                 try:
-                    info = fdinfo(self._program_fd(name))
+                    info = fdinfo(self.program_fd(name))
                 except OSError:
                     continue
                 found[name] = ProgramStats(
@@ -565,20 +419,17 @@ class BpfObject:
 
     def detach(self) -> None:
         """Detaches every program; maps stay readable until `close`."""
-        while self._links:
-            self._links.pop().detach()
+        self._links.detach()
 
     def close(self) -> None:
-        """Detaches the programs and frees everything. Safe to call twice, or before `load`."""
-        self.detach()
-        while self._walks:
-            self._walks.pop().close()
-        while self._readers:
-            self._readers.pop().close()
-        while self._sections:
-            self._sections.popitem()[1].close()
+        """Detaches the programs and frees everything, whatever fails; see `close_all`. Safe to call
+        twice, or before `load`."""
+        readers = [*self._walks, *self._readers.values()]
+        self._readers, self._walks = {}, []
+        close_all([self.detach, *(reader.close for reader in readers), self._free])
+
+    def _free(self) -> None:
         with self._lock:
-            self._programs, self._maps = {}, {}
-            if self._object:
-                call_pointer("bpf_object__close", self._object)
-                self._object = 0
+            owner, self._loaded, self._file = self._loaded or self._file, None, None
+            if owner:
+                owner.close()

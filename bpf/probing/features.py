@@ -10,7 +10,7 @@ import errno
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,8 @@ from coral.bpf.libbpf import (
     version,
 )
 from coral.bpf.loading import bcc
-from coral.bpf.loading.object import BpfObject, enable_run_time_stats, not_built, object_path
+from coral.bpf.loading.object import BpfObject, enable_run_time_stats
+from coral.bpf.loading.object_file import not_built, object_path
 from coral.bpf.probing import capabilities as caps
 from coral.bpf.probing import reasons, sock_diag
 
@@ -35,6 +36,7 @@ _PROBE_OBJECT: Final = "features"
 _PROBE_RECORD: Final = "coral_p_record"
 _PROBE_RUN: Final = "coral_p_syscall"
 _PROBE_SESSIONS: Final = "coral_p_sessions"
+_PROBE_STORAGE: Final = ("coral_p_task_storage", "coral_p_storage")  # a program and its map
 
 # Hook kinds, best first, with the program that tries each.
 HOOKS: Final = {
@@ -49,7 +51,7 @@ ITERATORS: Final = {
     "map_iterator": ("coral_p_map_iter", "coral_p_map"),
 }
 # Map kinds, by their number in enum bpf_map_type.
-MAPS: Final = {"ring_buffer": 27, "task_storage": 29, "percpu_hash": 5, "perf_buffer": 4}
+MAPS: Final = {"ring_buffer": 27, "percpu_hash": 5, "perf_buffer": 4}
 LOADERS: Final = ("auto", "core", "bcc")
 
 # To do without something that the kernel has, and to test the rungs below.
@@ -114,6 +116,7 @@ def probe() -> Features:
             *(_try(name, _attach_iterator(*way)) for name, way in ITERATORS.items()),
             _try("syscall_program", _run_program),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
+            _try("task_storage", _use_task_storage),
             _elements_on_demand(),
             _try("batch", _read_a_batch),
             _try("session_maps", _install_a_map),
@@ -167,10 +170,18 @@ def _refused(name: str, error: int, said: str = "") -> Feature:
     return Feature(name, False, reasons.explain(name, error, said, reasons.facts()))
 
 
+def _probe_object(
+    *programs: str, walks: Sequence[str] = (), typed: bool = False, storage: bool = False
+) -> BpfObject:
+    without = () if storage else _PROBE_STORAGE[1:]
+    return BpfObject(
+        _PROBE_OBJECT, programs=programs, walks=walks, typed=typed, without_maps=without
+    )
+
+
 def _attach_probe(hook: str, program: str) -> Callable[[], None]:
     def attempt() -> None:
-        typed = hook == "tp_btf"
-        with BpfObject(_PROBE_OBJECT, programs=(program,), typed=typed) as probe_object:
+        with _probe_object(program, typed=hook == "tp_btf") as probe_object:
             probe_object.attach(tries=1)
 
     return attempt
@@ -178,7 +189,7 @@ def _attach_probe(hook: str, program: str) -> Callable[[], None]:
 
 def _attach_iterator(program: str, map_name: str | None) -> Callable[[], None]:
     def attempt() -> None:
-        with BpfObject(_PROBE_OBJECT, programs=(), walks=(program,)) as probe_object:
+        with _probe_object(walks=(program,)) as probe_object:
             probe_object.walk(program, _PROBE_RECORD, map_name=map_name)
 
     return attempt
@@ -186,7 +197,7 @@ def _attach_iterator(program: str, map_name: str | None) -> Callable[[], None]:
 
 def _run_program() -> None:
     """Runs a program that calls a function for each element of a map (Linux 5.14)."""
-    with BpfObject(_PROBE_OBJECT, programs=(), walks=(_PROBE_RUN,)) as probe_object:
+    with _probe_object(walks=(_PROBE_RUN,)) as probe_object:
         probe_object.run(_PROBE_RUN)
 
 
@@ -199,13 +210,19 @@ def _make_map(number: int) -> Callable[[], None]:
     return attempt
 
 
+def _use_task_storage() -> None:
+    """Loads a program that keeps something for each task (Linux 5.13)."""
+    with _probe_object(_PROBE_STORAGE[0], storage=True):
+        pass
+
+
 def _enable_stats() -> None:
     os.close(enable_run_time_stats())
 
 
 def _read_a_batch() -> None:
     """Reads the map of a loaded object in a batch (Linux 5.6)."""
-    with BpfObject(_PROBE_OBJECT, programs=()) as probe_object:
+    with _probe_object() as probe_object:
         points = probe_object.map("coral_p_map")
         points.read()
         if not points.batches:
@@ -216,7 +233,7 @@ def _install_a_map() -> None:
     """Loads a program with a loop over the maps in a map (Linux 5.3), and installs one whose size
     is not that of the prototype (Linux 5.10)."""
     with (
-        BpfObject(_PROBE_OBJECT, programs=(_PROBE_SESSIONS,)) as probe_object,
+        _probe_object(_PROBE_SESSIONS) as probe_object,
         probe_object.make_inner("coral_p_maps", entries=16) as inner,
     ):
         probe_object.install("coral_p_maps", 0, inner.fd)

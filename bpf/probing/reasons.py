@@ -68,7 +68,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "map_iterator": Takes("5.9", (_BTF,), caps.TRACING),
     "syscall_program": Takes("5.14", capabilities=caps.TRACING),
     "ring_buffer": Takes("5.8"),
-    "task_storage": Takes("5.11"),
+    "task_storage": Takes("5.13", (_SYSCALL, _BTF, _EVENTS), caps.TRACING),
     "percpu_hash": Takes("4.6"),
     "perf_buffer": Takes("4.3", (_SYSCALL, "CONFIG_PERF_EVENTS")),
     "elements_on_demand": Takes("6.1"),

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +25,7 @@ _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST_DUMP: Final = 0x301
-_INET_DIAG_INFO: Final = 2
+_INET_DIAG_INFO, _INET_DIAG_SKMEMINFO = 2, 7
 _ALL_STATES: Final = 0xFFF
 _CLONE_NEWNET: Final = 0x40000000
 _READ_BYTES: Final = 1 << 16
@@ -61,7 +62,8 @@ _INFO: Final = np.dtype(
         "itemsize": _INFO_BYTES,
     }
 )
-SOCKET: Final = np.dtype([("socket", _MESSAGE), ("info", _INFO)])
+_DROPS: Final = struct.Struct("=32xI")  # of INET_DIAG_SKMEMINFO (Linux 4.7): SK_MEMINFO_DROPS
+SOCKET: Final = np.dtype([("socket", _MESSAGE), ("info", _INFO), ("drops", "u4")])
 
 
 def tcp_sockets(
@@ -98,7 +100,8 @@ def try_it() -> None:
 
 def _dump(family: int, inodes: Container[int] | None, states: int = _ALL_STATES) -> Iterator[bytes]:
     """The wanted sockets, each as the bytes of a `SOCKET`."""
-    request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << _INET_DIAG_INFO - 1, states)
+    wanted_parts = 1 << _INET_DIAG_INFO - 1 | 1 << _INET_DIAG_SKMEMINFO - 1
+    request = _REQUEST.pack(family, socket.IPPROTO_TCP, wanted_parts, states)
     header = _HEADER.pack(
         _HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0
     )
@@ -125,7 +128,7 @@ def _dump(family: int, inodes: Container[int] | None, states: int = _ALL_STATES)
 def _one(answer: bytes, at: int, end: int) -> bytes:
     """The `SOCKET` of the message in ANSWER; figures that an older kernel does not report are zero.
     Empty for requests and TIME_WAIT entries, which are no full sockets."""
-    message = answer[at : at + _MESSAGE.itemsize]
+    message, info, drops = answer[at : at + _MESSAGE.itemsize], b"", 0
     at += _MESSAGE.itemsize
     while at + _ATTRIBUTE.size <= end:
         size, kind = _ATTRIBUTE.unpack_from(answer, at)
@@ -133,6 +136,9 @@ def _one(answer: bytes, at: int, end: int) -> bytes:
             raise OSError(errno.EBADMSG, "sock_diag: an attribute of no length")
         if kind == _INET_DIAG_INFO:
             info = answer[at + _ATTRIBUTE.size : at + size][:_INFO_BYTES]
-            return message + info.ljust(_INFO_BYTES, b"\0")
+        elif kind == _INET_DIAG_SKMEMINFO and size >= _ATTRIBUTE.size + _DROPS.size:
+            (drops,) = _DROPS.unpack_from(answer, at + _ATTRIBUTE.size)
         at += size + 3 & ~3
-    return b""
+    if not info:
+        return b""
+    return message + info.ljust(_INFO_BYTES, b"\0") + drops.to_bytes(4, sys.byteorder)

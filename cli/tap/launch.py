@@ -118,6 +118,14 @@ class HeldCommand:
         return status if status >= 0 else 128 - status
 
 
+def own_pid_namespace() -> int:
+    """The inode of the pid namespace in which process ids count here; 0 where there is none."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
 def _found(name: str) -> str:
     """The path of a command. Exits as a shell does where there is none."""
     if path := shutil.which(name):

@@ -137,9 +137,9 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
 
     def _open_maps(self) -> None:
         self._counters = Counters()
-        self._interval = 0
-        self._slot.own("intervals", 0)
-        self._write_options(since=self._slot.never)
+        self._session = self._options_of_session()
+        self._session["since"] = self._slot.never
+        self._write_session()
         if self._options.single_events:
             self._open_records({"syscall_call": "ended_ns", "process_change": "time_ns"})
             self._calls = CallRows(self._targets, self._options.sample)
@@ -147,28 +147,33 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
             self._stats: HashMap = self._slot.map("stats")
 
     def _on_followed(self) -> None:
-        self._write_options(since=self._slot.since)
+        self._session["since"] = self._slot.since
+        self._write_session()
 
-    def _write_options(self, since: int) -> None:
+    def _write_session(self) -> None:
+        self._slot.own("syscall_sessions", self._session)
+
+    def _options_of_session(self) -> NDArray[Any]:
+        """The session's struct syscall_session."""
         options = self._options
         session = np.zeros((), self._slot.object.map("syscall_sessions").value_dtype)
         session["min_duration_ns"] = int(options.min_duration * 1e9)
         session["wanted"] = options.wanted
         session["sample_every"] = options.sample
-        session["since"] = since
         session["single_events"] = options.single_events
         session["errors_only"] = options.errors_only
         session["filters"] = bool(options.include or options.exclude)
         session["wants_others"] = not options.include
-        self._slot.own("syscall_sessions", session)
+        return session
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
         return self._calls.rows(records["syscall_call"], records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        interval, self._interval = self._interval, (self._interval + 1) & 0xFFFFFFFF
-        self._slot.own("intervals", self._interval)
+        interval = int(self._session["interval"])
+        self._session["interval"] = (interval + 1) & 0xFFFFFFFF
+        self._write_session()
         # Read who has ended before the counters, which are then their last, and names after the
         # counters, so that every process in them has a name.
         ended = self._targets.read().ended
@@ -178,6 +183,9 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
         if len(ended):
             self._forget(ended, keys)
         return summaries(increase, members, self._options.top)
+
+    def _events_in(self, rows: Summaries) -> int:
+        return int(rows.columns["call_count"].sum())
 
     def _forget(self, ended: NDArray[np.uint64], keys: NDArray[Any]) -> None:
         gone = np.isin(process_keys(keys["tgid"], keys["born"]), ended)

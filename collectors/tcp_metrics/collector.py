@@ -8,7 +8,7 @@ the kernel keeps of it; connections that have ended come through the ring, each 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
@@ -16,7 +16,6 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from coral.bpf import (
-    BpfObject,
     ElementReader,
     Feature,
     Features,
@@ -27,10 +26,12 @@ from coral.bpf import (
     kernel_names,
 )
 from coral.bpf.probing import capabilities as caps
+from coral.collectors.clock import CLOCK
 from coral.collectors.contract import Coverage, EventRows, Summaries, Support
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions, unix_offset_ns
+from coral.collectors.hubs import Plan
+from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import choice, integer, option, size
-from coral.collectors.tcp_metrics.connections import Connections
+from coral.collectors.tcp_metrics.connections import LISTENER, Connections
 from coral.collectors.tcp_metrics.diag import DiagConnections
 from coral.collectors.tcp_metrics.events import event_rows
 from coral.collectors.tcp_metrics.measures import TcpMeasures
@@ -39,7 +40,10 @@ from coral.collectors.tcp_metrics.rows import connection_summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_PEERS: Final = 1000
-_PROGRAMS: Final = ("coral_fork", "coral_exec", "coral_gone", "coral_state", "coral_destroy")
+# Two programs on one hook: the kernel skips the same event for both only very rarely, and at most
+# as often as it skips either.
+_TWINS: Final = ("coral_state", "coral_state_twin")
+_PROGRAMS: Final = (*_TWINS, "coral_destroy")
 # Programs that a kernel may have no tracepoint for, and their tracepoints.
 _OPTIONAL: Final = {
     "coral_segment": "tcp_probe",
@@ -116,8 +120,9 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
     options_type = TcpMetricsOptions
+    twins = _TWINS
 
-    def _make_object(self, features: Features) -> BpfObject:
+    def _plan(self, features: Features) -> Plan:
         options = self._options
         self._live: Walk | ElementReader | None = None
         self._find: Walk | None = None
@@ -128,23 +133,34 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         self._walks = (_FIND, live) if live else ()
         self._asks = self._reads_by == "sock_diag"
         without_maps = {"found": not self._asks, "live": self._reads_by != "syscall_program"}
-        return self._rung.object(
+        return Plan(
             "tcp_metrics",
+            features,
+            self._rung,
             programs=self._programs(),
             options={
-                **self._object_options,
+                "selects_host": bool(options.scope),
                 "single_events": options.single_events,
                 "refresh_at_segments": not self._walks and not options.single_events,
                 "take_over_found": self._asks,
                 "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
                 "typed_sockets": self._rung.hook.taken == "tp_btf" and _kernel_has() >= _TYPED,
             },
+            sizes=self._sizes,
             map_entries={"connections": options.entries, "found": options.entries},
-            preallocated=("connections", "ports", "targets", "found"),
-            records=options.ring,
+            preallocated=("connections", "found"),
             walks=self._walks,
-            without_maps=[name for name, unused in without_maps.items() if unused],
+            without_maps=tuple(name for name, unused in without_maps.items() if unused),
+            is_shared=False,
         )
+
+    @property
+    def _own_maps(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def _has_records(self) -> bool:
+        return True
 
     def _programs(self) -> tuple[str, ...]:
         """The programs to attach here."""
@@ -175,29 +191,23 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         return min(super().coverage, Coverage.PART if part else Coverage.WHOLE)
 
     def _open_maps(self) -> None:
+        self._object = self._slot.object
         self._connections_map: HashMap = self._object.map("connections")
         if self._options.single_events:
-            self._open_records({"tcp_event": "time_ns"})
+            self._open_records({"tcp_event": "time_ns", "process_change": "time_ns"})
         else:
             self._open_records({"tcp_ended": None})
         self._connections = Connections()
-        # Once for the session, so that a connection's start is the same in all its rows.
-        self._offset_ns = unix_offset_ns()
 
-    def _on_attached(self) -> None:
-        self._find_earlier()
-
-    def _find_earlier(self) -> None:
-        if self._walks or self._asks:
-            self._targets.fill_members()
+    def _on_filled(self) -> None:
         if self._walks:
             self._find = self._object.walk(_FIND, "tcp_connection")
             self._live = self._live_reader(*self._walks[1:])
             self._look()
+            if (self._live.read()["role"] == LISTENER).any():
+                self._look(now=True)  # the first walk may have met those that share one too early
         if self._asks:
-            self._diag = DiagConnections(
-                self._connections_map, self._object.map("found"), self._object.map("ports")
-            )
+            self._diag = DiagConnections(self._connections_map, self._object.map("found"))
             self._diag.find(self._targets.present())
 
     def _live_reader(self, program: str) -> Walk | ElementReader:
@@ -207,21 +217,19 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         return self._object.element_reader(program, record, keys=of, records="live")
 
     def _read_events(self) -> EventRows:
-        rows = event_rows(self._drain_records()["tcp_event"])
-        self._targets.forget(self._targets.read().ended)
-        return rows
+        return event_rows(self._drain_records()["tcp_event"])
 
     def _read_summaries(self) -> Summaries:
         live, ended = self._read()
         changes = self._connections.advance(
-            live, ended, time.monotonic_ns(), everything=not self._object.attached
+            live, ended, time.monotonic_ns(), everything=not self._slot.attached
         )
         members = self._targets.read()
         self._targets.forget(members.ended)
         top = self._options.top
         if self._options.by == "peer":
             return peer_summaries(changes, top or _MOST_PEERS)
-        return connection_summaries(changes, members, self._offset_ns, top)
+        return connection_summaries(changes, members, CLOCK, top)
 
     @property
     def _in_detail(self) -> bool:
@@ -230,10 +238,11 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def _uncounted(self) -> int:
         return self._diag.unfollowed if self._diag else 0
 
-    def _look(self) -> None:
-        """Scans which process has which socket open, unless that would take too much time."""
+    def _look(self, *, now: bool = False) -> None:
+        """Scans which process has which socket open, unless that would take too much time; always
+        if NOW."""
         began_ns = time.monotonic_ns()
-        if self._find is None or began_ns < self._look_after_ns:
+        if self._find is None or (began_ns < self._look_after_ns and not now):
             return
         self._looks += 1
         self._object.write_variable("walk", self._looks & 0xFFFFFFFF)
@@ -248,7 +257,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             self._look()
             return self._live.read(), self._drain_ended()
         if self._diag:
-            self._diag.read(now=not self._object.attached)
+            self._diag.read(now=not self._slot.attached)
         live, ended = self._connections_map.read()[1], self._drain_ended()
         if self._diag:
             live, ended = self._diag.merged(live, ended)

@@ -26,7 +26,7 @@ NAMES: Final = (
     "bytes_sent", "bytes_acked", "bytes_received", "bytes_retransmitted", "segments_sent",
     "segments_received", "retransmits", "retransmits_fast", "retransmits_timeout",
     "retransmits_tail_probe", "retransmits_handshake", "resets_sent", "resets_received",
-    "syn_ack_retransmits",
+    "syn_ack_retransmits", "listen_drops",
 )  # fmt: skip
 _KINDS: Final = NAMES.index("retransmits_fast")
 RTT: Final = len(NAMES)
@@ -102,6 +102,7 @@ class Connections:
         told_before = np.full_like(told, _NEVER)
         at, known = self._find(keys)
         before[known], told_before[known] = self._totals[at[known]], self._told[at[known]]
+        current = _widened(current, before, known, _is_narrow(read.dtype))
         is_open = read["ended_ns"] == 0
         # A figure that moves while it is read may seem to fall. Those of ended ones are final.
         np.maximum(current, before, out=current, where=is_open[:, np.newaxis])
@@ -110,7 +111,7 @@ class Connections:
         moved = delta.any(axis=1)
         changed = moved | (told != told_before).any(axis=1) | (everything & is_open)
         listens = read["role"] == LISTENER
-        changed &= ~listens | moved
+        changed &= ~listens | moved | (read["backlog"] > read["backlog_limit"])
         established = (told[:, 2] > 0) & (~known | (told_before[:, 2] == 0))
         self._keep(keys[in_map], current[in_map], told[in_map], now_ns)
         return Changes(
@@ -168,9 +169,33 @@ def _told_of(connections: NDArray[Any]) -> NDArray[np.uint64]:
 def _found_with(connections: NDArray[Any]) -> NDArray[np.uint64]:
     """The counters of connections when they were found, of shape (n, COLUMNS)."""
     counters = np.zeros((len(connections), COLUMNS), np.uint64)
-    for column, name in enumerate(NAMES[:_KINDS]):
-        counters[:, column] = connections[f"found_{name}"]
+    for column, name in enumerate(NAMES):
+        if f"found_{name}" in (connections.dtype.names or ()):
+            counters[:, column] = connections[f"found_{name}"]
     return counters
+
+
+def _is_narrow(record: np.dtype[Any]) -> NDArray[np.bool_]:
+    """Which counters have 32 bits in struct tcp_connection, of shape (COLUMNS,)."""
+    narrow = np.zeros(COLUMNS, bool)
+    for column, name in enumerate(NAMES):
+        narrow[column] = name in (record.names or ()) and record[name] == np.uint32
+    narrow[_KINDS : _KINDS + 4] = narrow[RTT:RTT_SUM] = True
+    return narrow
+
+
+def _widened(
+    current: NDArray[np.uint64],
+    before: NDArray[np.uint64],
+    known: NDArray[np.bool_],
+    narrow: NDArray[np.bool_],
+) -> NDArray[np.uint64]:
+    """CURRENT, of shape (n, COLUMNS), with NARROW columns as 64-bit numbers: what was added to
+    BEFORE, modulo 2^32. Of KNOWN connections, a figure that seems to fall a little is no
+    wrap-around."""
+    added = (current - before).astype(np.uint32)
+    signed = np.where(known[:, np.newaxis], added.view(np.int32), added.astype(np.int64))
+    return np.where(narrow, before + signed.astype(np.uint64), current)
 
 
 def counters_of(connections: NDArray[Any]) -> NDArray[np.uint64]:

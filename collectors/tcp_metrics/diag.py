@@ -38,14 +38,15 @@ _ESTABLISHED, _SYN_SENT, _FIN_WAIT1, _FIN_WAIT2 = 1, 2, 4, 5
 _CLOSE_WAIT, _LAST_ACK, _LISTEN, _CLOSING = 8, 9, 10, 11
 _MAPPED: Final = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
 _ENDS: Final = ("network", "local_port", "remote_port", "local", "remote")
-_COUNTED: Final = NAMES[: NAMES.index("retransmits_fast")]
+_COUNTED: Final = (*NAMES[: NAMES.index("retransmits_fast")], "listen_drops")
+_FOUND: Final = tuple(f"found_{name}" for name in _COUNTED)
 
 
 class DiagConnections:
     """The connections of one session that sock_diag reports, beside those of the programs."""
 
-    def __init__(self, connections: HashMap, found: HashMap, ports: HashMap) -> None:
-        self._connections, self._found_map, self._ports = connections, found, ports
+    def __init__(self, connections: HashMap, found: HashMap) -> None:
+        self._connections, self._found_map = connections, found
         self._networks: dict[int, set[int]] = {}  # each with processes seen in it
         self._found = np.empty(0, connections.value_dtype)  # as of the start, by cookie
         self._idle = self._found  # those that only sock_diag reports
@@ -67,7 +68,7 @@ class DiagConnections:
             records = _identified(sockets, self._found.dtype, network)
             records["pid"] = [owners[inode] for inode in sockets["socket"]["inode"].tolist()]
             records["comm"] = [processes[tgid].encode() for tgid in records["pid"].tolist()]
-            self._name_roles(records, sockets)
+            _name_roles(records, sockets)
             _count(records, sockets)
             parts.append(records)
         found = np.concatenate(parts)
@@ -75,10 +76,9 @@ class DiagConnections:
         found = found[~np.isin(_ends_of(found), _ends_of(self._connections.read()[1]))]
         for name in _COUNTED:
             found[f"found_{name}"] = found[name]
-        self._tell_ports(found[found["role"] == LISTENER])
         found = found[np.array(self._tell(found), bool)]
         self._found = found[np.argsort(found["cookie"])]
-        self._idle = self._found[self._found["role"] != LISTENER]
+        self._idle = self._found
 
     def read(self, *, now: bool) -> None:
         """Dumps the sockets again, unless that would cost too much time; always if NOW. Call it
@@ -99,6 +99,7 @@ class DiagConnections:
         records = self._idle[idle]
         _count(records, self._sockets[at])
         gone = np.delete(self._idle, idle)
+        gone = gone[gone["role"] != LISTENER]
         self._missing = Counter({c: self._missing[c] + 1 for c in gone["cookie"].tolist()})
         still = [self._missing[c] < _MOST_MISSING for c in gone["cookie"].tolist()]
         self.unfollowed += still.count(False)  # ended without the programs having room for it
@@ -124,7 +125,7 @@ class DiagConnections:
         records, sockets = live[known], self._sockets[at]
         # For a connection that is changing, the programs' figures stand.
         same = (records["state"] == sockets["socket"]["state"]) & (records["ended_ns"] == 0)
-        same &= (records["read_ns"] < self._asked_ns) & (records["role"] != LISTENER)
+        same &= records["read_ns"] < self._asked_ns
         records = records[same]
         _count(records, sockets[same])
         live = live.copy()
@@ -137,7 +138,7 @@ class DiagConnections:
         ours = (self._found["cookie"][at] == records["cookie"]) & (records["start_ns"] == 0)
         if ours.any():
             records = records.copy()
-            for name in ("sk", "found_ns", *(f"found_{name}" for name in _COUNTED)):
+            for name in ("sk", "found_ns", *_FOUND):
                 records[name][ours] = self._found[name][at[ours]]
         return records
 
@@ -153,25 +154,6 @@ class DiagConnections:
             with suppress(OSError):
                 return sock_diag.tcp_sockets(inodes, way)
         return np.empty(0, sock_diag.SOCKET)
-
-    def _name_roles(self, records: NDArray[Any], sockets: NDArray[Any]) -> None:
-        """As in connection_find: servers by their port, others by sequence numbers."""
-        listens = records["state"] == _LISTEN
-        ports = records[["network", "local_port"]].tolist()
-        taken = {port for port, there in zip(ports, listens.tolist(), strict=True) if there}
-        taken.update(map(tuple, self._ports.read()[0].tolist()))
-        served = np.array([port in taken for port in ports], bool)
-        roles = np.where(served, _SERVER, _role_by_numbering(sockets))
-        records["role"] = np.where(listens, LISTENER, roles)
-
-    def _tell_ports(self, listeners: NDArray[Any]) -> None:
-        """Adds listeners to `ports`, from which the programs subtract those that close."""
-        for network, port, pid, comm in listeners[
-            ["network", "local_port", "pid", "comm"]
-        ].tolist():
-            before = self._ports.read_one((network, port))
-            count = 1 if before is None else int(before["listeners"]) + 1
-            self._write(self._ports, (network, port), (pid, count, comm))
 
     def _tell(self, found: NDArray[Any]) -> list[bool]:
         """Whether the map had room, for each connection."""
@@ -227,6 +209,7 @@ def _identified(sockets: NDArray[Any], dtype: np.dtype[Any], network: int) -> ND
     for name in ("cookie", "state", "local_port", "remote_port"):
         records[name] = message[name]
     records["found_ns"], records["network"] = message["cookie"], network
+    records["scope_id"] = message["interface"]
     v4 = message["family"] == _AF_INET
     for name in ("local", "remote"):
         address = np.ascontiguousarray(message[name]).view(np.uint8).reshape(-1, 16)
@@ -241,19 +224,30 @@ def _under_way(sockets: NDArray[Any]) -> NDArray[np.int64]:
     return unacked - unsent
 
 
-def _role_by_numbering(sockets: NDArray[Any]) -> NDArray[np.int64]:
-    """See role_by_numbering in connections.bpf.h."""
-    info, state = sockets["info"], sockets["socket"]["state"]
+def _name_roles(records: NDArray[Any], sockets: NDArray[Any]) -> None:
+    """Servers by the port of a listener among RECORDS, others by sequence numbers: see
+    role_by_numbering in connections.bpf.h. The payload counts what was dropped before it left the
+    machine twice. Where it exceeds what can be on its way, there is no listener: it is a client."""
+    info, state = sockets["info"], records["state"]
+    listens = state == _LISTEN
+    ports = records[["network", "local_port"]]
+    served = np.isin(ports, ports[listens])
     payload = info["bytes_sent"].astype(np.int64) - info["bytes_retransmitted"].astype(np.int64)
-    fin_sent = ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
+    payload += ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
     numbered = info["bytes_acked"].astype(np.int64) + _under_way(sockets)
-    began = (numbered > payload + fin_sent) | (state == _SYN_SENT)
-    return np.where(began, _CLIENT, _SERVER)
+    began = (numbered != payload) | (state == _SYN_SENT)
+    roles = np.where(~served & began, _CLIENT, _SERVER)
+    records["role"] = np.where(listens, LISTENER, roles)
 
 
 def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     """Sets the kernel's counters in RECORDS, whose role is known, as `refresh` does."""
     info, state = sockets["info"], sockets["socket"]["state"]
+    listens = records["role"] == LISTENER
+    records["listen_drops"] = sockets["drops"] * listens
+    # In a listener's message, these are about its backlog.
+    records["backlog"] = sockets["socket"]["unread"] * listens
+    records["backlog_limit"] = sockets["socket"]["unacked"] * listens
     for name in (
         "bytes_retransmitted", "segments_sent", "segments_received", "retransmits", "rtt_min_us",
         "congestion_window", "slow_start_threshold",
@@ -272,7 +266,8 @@ def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     acked -= (records["role"] == _CLIENT).astype(np.int64) + (state == _FIN_WAIT2)
     records["bytes_received"] = (info["bytes_received"].astype(np.int64) - fin_came).clip(min=0)
     records["bytes_acked"] = acked = acked.clip(min=0)
-    under_way = np.where(state == _SYN_SENT, 0, under_way - (fin_under_way & (under_way > 0)))
+    under_way -= fin_under_way & (under_way > 0)
+    under_way[listens | (state == _SYN_SENT)] = 0
     records["bytes_sent"] = acked + under_way
 
 

@@ -7,16 +7,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.collectors.clock import CLOCK
 from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
-from coral.collectors.kernel_collector import unix_offset_ns
 from coral.collectors.targets import comm_text
 from coral.collectors.tcp_metrics.names import reset_reason
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _COPIED: Final = (
     "pid", "local_port", "remote_port", "role", "what", "old_state", "new_state", "count", "error",
-    "end",
+    "end", "scope_id",
 )  # fmt: skip
 _ROW: Final = np.dtype(
     [
@@ -32,7 +32,7 @@ def event_rows(read: NDArray[Any]) -> EventRows:
     """The rows of READ, struct tcp_event of shape (n,): with Unix time, addresses as numbers, and
     names."""
     rows = np.empty(len(read), _ROW)
-    rows["time_ns"] = read["time_ns"] + np.uint64(unix_offset_ns())
+    rows["time_ns"] = CLOCK.unix_ns(read["time_ns"])
     rows["connection_id"] = read["connection_id"]
     rows["network_namespace"] = read["network"]
     for name in _COPIED:

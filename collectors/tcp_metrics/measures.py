@@ -65,6 +65,7 @@ _BUCKET_OF_SLOT: Final = np.searchsorted(_BUCKETS_US, (*BOUNDS_US, np.inf))
 _RESETS: Final = [NAMES.index("resets_sent"), NAMES.index("resets_received")]
 _HANDSHAKE_RETRANSMITS: Final = NAMES.index("retransmits_handshake")
 _SYN_ACK_RETRANSMITS: Final = NAMES.index("syn_ack_retransmits")
+_LISTEN_DROPS: Final = NAMES.index("listen_drops")
 
 
 class _Key(NamedTuple):
@@ -129,12 +130,13 @@ def _families(
     labels: Sequence[str],
 ) -> tuple[dict[str, CounterMetricFamily], dict[str, HistogramMetricFamily]]:
     counters = {
-        name: CounterMetricFamily(_PREFIX + name, text, labels=(*labels, label))
-        for name, text, label in (
+        name: CounterMetricFamily(_PREFIX + name, text, labels=(*labels, *of))
+        for name, text, *of in (
             ("connections", "Attempts to connect that ended, by what failed.", "error_type"),
             ("io_bytes", "Payload, each byte once.", "direction"),
             ("retransmits", "Segments sent again, by what made the kernel do it.", "type"),
             ("resets", "Resets sent and received.", "direction"),
+            ("listen_drops", "Attempts to connect that a listener dropped: its backlog is full."),
         )
     }
     histograms = {
@@ -169,6 +171,7 @@ def _counted(columns: Columns, of_row: NDArray[np.intp], roles: NDArray[Any]) ->
     added[:, _COUNTERS] = sum_by_group(columns["delta"], of_row, len(roles))
     # Listeners count what is sent again for their connections.
     added[roles == pb.TCP_ROLE_SERVER, _HANDSHAKE_RETRANSMITS] = 0
+    added[roles != pb.TCP_ROLE_LISTENER, _LISTEN_DROPS] = 0
     _add_histograms(added[:, _RTT], columns, "rtt_us_delta", of_row)
     return added
 
@@ -203,10 +206,11 @@ def _add_peers(
 
 def _of_listeners(added: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """What listeners, of shape (groups, _WIDTH), add to the series of servers: SYN-ACKs that were
-    sent again for all clients, also for those that never came, and resets."""
+    sent again for all clients, also for those that never came, resets, and attempts dropped."""
     kept = np.zeros_like(added)
     kept[:, _HANDSHAKE_RETRANSMITS] = added[:, _SYN_ACK_RETRANSMITS]
     kept[:, _RESETS] = added[:, _RESETS]
+    kept[:, _LISTEN_DROPS] = added[:, _LISTEN_DROPS]
     return kept
 
 
@@ -272,6 +276,8 @@ def _expose(
     ):
         for value, count in values.items():
             counters[name].add_metric((*labels, value), count)
+    if labels[_LABELS.index("role")] == _ROLES[pb.TCP_ROLE_LISTENER]:
+        counters["listen_drops"].add_metric(labels, totals["listen_drops"])
     for name, where, bounds_us in (
         ("rtt", _RTT, _BUCKETS_US),
         ("handshake", _HANDSHAKE, _BUCKETS_US),

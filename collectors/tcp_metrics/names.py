@@ -16,6 +16,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 OTHER: Final = "other"
 _ADDRESS_BYTES: Final = 16
+_SCOPED_BYTES: Final = 20  # an address, and the index of an interface
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 
 # Why the kernel sent a reset, by the numbers of tcp_metrics.bpf.c: enum sk_rst_reason of Linux
@@ -30,17 +31,28 @@ RESET_REASONS: Final = (
 
 @lru_cache(4096)
 def address_text(address: bytes) -> str:
-    """The 16 bytes of an address as text; an IPv4 address mapped into IPv6 as IPv4."""
+    """The 16 bytes of an address as text, and the 4 bytes behind it, if any, as its scope; an IPv4
+    address mapped into IPv6 as IPv4."""
+    address, scope = address[:_ADDRESS_BYTES], int.from_bytes(address[_ADDRESS_BYTES:], "little")
     if address.startswith(_MAPPED):
         return socket.inet_ntop(socket.AF_INET, address[-4:])
-    return socket.inet_ntop(socket.AF_INET6, address)
+    text = socket.inet_ntop(socket.AF_INET6, address)
+    return f"{text}%{scope}" if scope else text
+
+
+def scoped(addresses: NDArray[np.uint8], scope_ids: NDArray[Any]) -> NDArray[np.uint8]:
+    """ADDRESSES, of shape (n, 16), each followed by the 4 bytes of its scope, which is 0 for all
+    but link-local ones: of shape (n, 20)."""
+    link_local = (addresses[:, 0] == 0xFE) & (addresses[:, 1] & 0xC0 == 0x80)  # noqa: PLR2004
+    scopes = np.where(link_local, scope_ids, 0).astype("<u4").reshape(-1, 1)
+    return np.hstack([addresses, scopes.view(np.uint8)])
 
 
 def address_indices(strings: Strings, addresses: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """The indices in STRINGS of ADDRESSES, of shape (n, 16), as texts."""
-    packed = np.ascontiguousarray(addresses).view(f"S{_ADDRESS_BYTES}").reshape(-1)
+    """The indices in STRINGS of scoped ADDRESSES, of shape (n, 20), as texts."""
+    packed = np.ascontiguousarray(addresses).view(f"S{_SCOPED_BYTES}").reshape(-1)
     # numpy takes zeros off the end of a byte string.
-    return strings.indices(packed, lambda text: address_text(text.ljust(_ADDRESS_BYTES, b"\0")))
+    return strings.indices(packed, lambda text: address_text(text.ljust(_SCOPED_BYTES, b"\0")))
 
 
 def end_name(end: int) -> str:

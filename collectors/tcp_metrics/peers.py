@@ -26,10 +26,11 @@ from coral.collectors.tcp_metrics.names import (
     end_name,
     error_name,
     histogram_message,
+    scoped,
 )
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_KEY_BYTES: Final = 20
+_KEY_BYTES: Final = 24
 _ENDS: Final = len(pb.TcpEnd.values())
 
 
@@ -52,9 +53,9 @@ def peer_summaries(changes: Changes, top: int) -> Summaries:
     busiest, rest = split_top(counters[:, 0] + counters[:, 2], top)
     raw = keys.view(np.uint8).reshape(-1, _KEY_BYTES)[busiest]
     columns = {
-        "remote_address": address_indices(strings, raw[:, :16]),
-        "port": raw[:, 16].astype(np.uint32) << 8 | raw[:, 17],
-        "role": raw[:, 18].astype(np.uint32),
+        "remote_address": address_indices(strings, raw[:, :20]),
+        "port": raw[:, 20].astype(np.uint32) << 8 | raw[:, 21],
+        "role": raw[:, 22].astype(np.uint32),
         **{name: values[busiest] for name, values in figures.items()},
     }
     if len(rest):
@@ -67,14 +68,14 @@ def peer_summaries(changes: Changes, top: int) -> Summaries:
 
 
 def _peers_of(connections: NDArray[Any]) -> NDArray[Any]:
-    """A key for each connection: address, port, role, and a last byte that is not 0, because
+    """A key for each connection: address, scope, port, role, and a last byte that is not 0, because
     numpy's byte strings end where zeros do."""
     keys = np.ones((len(connections), _KEY_BYTES), np.uint8)
     client = connections["role"] == pb.TCP_ROLE_CLIENT
     port = np.where(client, connections["remote_port"], connections["local_port"])
-    keys[:, :16] = connections["remote"]
-    keys[:, 16], keys[:, 17] = port >> 8, port & 0xFF
-    keys[:, 18] = connections["role"]
+    keys[:, :20] = scoped(connections["remote"], connections["scope_id"])
+    keys[:, 20], keys[:, 21] = port >> 8, port & 0xFF
+    keys[:, 22] = connections["role"]
     return keys.view(f"S{_KEY_BYTES}").reshape(-1)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.collectors.clock import UnixClock
 from coral.collectors.columns import Strings, split_top, with_row
 from coral.collectors.contract import Summaries
 from coral.collectors.targets import Members, comm_text
@@ -20,19 +21,22 @@ from coral.collectors.tcp_metrics.names import (
     error_name,
     histogram_message,
     reset_reason,
+    scoped,
 )
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _NO_THRESHOLD: Final = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH: no loss yet
 
 
-def connection_summaries(changes: Changes, members: Members, offset_ns: int, top: int) -> Summaries:
+def connection_summaries(
+    changes: Changes, members: Members, clock: UnixClock, top: int
+) -> Summaries:
     """A row for each connection, those that carried most bytes first. With TOP > 0 only the first
     TOP, then the row `other`, which adds up the rest. OFFSET_NS makes Unix time of the programs'
     times."""
     strings = Strings()
     busiest, rest = split_top(changes.delta[:, 0] + changes.delta[:, 2], top)
-    columns = _columns(changes.take(busiest), members, offset_ns, strings)
+    columns = _columns(changes.take(busiest), members, clock, strings)
     if len(rest):
         others = changes.take(rest)
         added = others.delta.sum(axis=0)
@@ -52,7 +56,7 @@ def connection_summaries(changes: Changes, members: Members, offset_ns: int, top
 
 
 def _columns(
-    changes: Changes, members: Members, offset_ns: int, strings: Strings
+    changes: Changes, members: Members, clock: UnixClock, strings: Strings
 ) -> dict[str, NDArray[Any]]:
     """The columns of pb.TcpMetricsColumns that are by row."""
     c = changes.connections
@@ -63,11 +67,11 @@ def _columns(
     comms = members.comms_of(c["pid"])
     return {
         "connection_id": c["cookie"],
-        "local_address": address_indices(strings, c["local"]),
-        "remote_address": address_indices(strings, c["remote"]),
+        "local_address": address_indices(strings, scoped(c["local"], c["scope_id"])),
+        "remote_address": address_indices(strings, scoped(c["remote"], c["scope_id"])),
         "comm": strings.indices(np.where(comms == b"", c["comm"], comms), comm_text),
         "network_namespace": c["network"],
-        "start_ns": np.where(known, start_ns + offset_ns, 0),
+        "start_ns": np.where(known, clock.unix_ns(start_ns), 0),
         "duration_ns": np.where(known, until_ns - start_ns, 0).clip(min=0).astype(np.uint64),
         "connect_ns": np.where(timed, c["established_ns"].astype(np.int64) - start_ns, 0).astype(
             np.uint64
@@ -94,7 +98,7 @@ def _columns(
 # Fields that the program's record has by the same name.
 _SAME: Final = (
     "local_port", "remote_port", "role", "state", "pid", "congestion_window",
-    "segment_bytes",
+    "segment_bytes", "backlog", "backlog_limit",
 )  # fmt: skip
 
 

@@ -69,12 +69,11 @@ int BPF_PROG(ring_enter, void *regs, long id)
 	if (id != NR_GETPPID || bpf_get_current_pid_tgid() >> 32 != wanted_tgid)
 		return 0;
 	number = seq++; /* one thread makes the calls; a fetching add is new in Linux 5.12 */
-	record = bpf_ringbuf_reserve(&ring, sizeof(*record), 0);
+	record = record_reserve(0, RECORD_RECORD, sizeof(*record));
 	if (!record) {
 		__sync_fetch_and_add(&lost, 1);
 		return 0;
 	}
-	record->head = (struct record_head){RECORD_RECORD, sizeof(*record)};
 	record->seq = number;
 	record->tgid = wanted_tgid;
 	record->negative = -7;
@@ -84,9 +83,9 @@ int BPF_PROG(ring_enter, void *regs, long id)
 	record->flag = true;
 	record->colour = GREEN;
 	if (discard_each && number % discard_each == 0)
-		bpf_ringbuf_discard(record, 0);
+		record_discard(record);
 	else
-		bpf_ringbuf_submit(record, 0);
+		record_submit(ctx, 0, record, sizeof(*record));
 	return 0;
 }
 

@@ -4,6 +4,7 @@
  * bit is set in `sessions`, and sent to its buffer.
  */
 #include "include/kernel.bpf.h"
+#include "include/records.bpf.h"
 #include "include/sessions.bpf.h"
 
 #ifdef __TARGET_ARCH_arm64
@@ -22,22 +23,25 @@ struct figures {
 	__u64 weighted;
 };
 
+enum record_kind {
+	RECORD_RECORD = 1,
+};
+
 struct record {
+	struct record_head head;
 	__u64 seq;
 	__u32 slot;
 	__u32 tgid;
 };
 
 OPTION(__u32, wanted_tgid, 0);
-OPTION(bool, in_ring, true);
 GLOBAL(__u64, sessions);
 OPTIONS(struct figures, no_figures, 1);
 IN_BTF(struct record, record);
+IN_BTF(enum record_kind, record_kind);
 
 MAP(ARRAY, weights, __u32, __u64, SESSIONS, 0);
 SESSION_MAPS(PERCPU_HASH, stats, struct call_key, struct figures, 8, BPF_F_NO_PREALLOC);
-SESSION_BUFFERS(RINGBUF, rings);
-SESSION_BUFFERS(PERF_EVENT_ARRAY, perfs);
 
 static __always_inline void count(struct call_key *key, __u32 slot, __u64 *seq)
 {
@@ -58,27 +62,12 @@ static __always_inline void count(struct call_key *key, __u32 slot, __u64 *seq)
 	figures->weighted += *weight;
 }
 
-static __always_inline void send(void *ctx, struct record *record)
-{
-	void *map;
-
-	if (option(in_ring)) {
-		map = map_of_session(rings, record->slot);
-		if (map)
-			bpf_ringbuf_output(map, record, sizeof(*record), 0);
-	} else {
-		map = map_of_session(perfs, record->slot);
-		if (map)
-			bpf_perf_event_output(ctx, map, BPF_F_CURRENT_CPU, record, sizeof(*record));
-	}
-}
-
 SEC("raw_tp/sys_enter")
 int RAW_PROGRAM(sessions_enter, void *regs, long id)
 {
 	struct call_key key = {.tgid = current_tgid(), .nr = id};
 	volatile __u64 *mask = global(sessions);
-	struct record record = {.tgid = key.tgid};
+	struct record record = {.head.kind = RECORD_RECORD, .tgid = key.tgid};
 	__u32 slot;
 
 	if (id != NR_GETPPID || key.tgid != option(wanted_tgid) || !mask)
@@ -88,7 +77,7 @@ int RAW_PROGRAM(sessions_enter, void *regs, long id)
 			continue;
 		count(&key, slot, &record.seq);
 		record.slot = slot;
-		send(ctx, &record);
+		record_send(ctx, slot, &record, sizeof(record));
 	}
 	return 0;
 }

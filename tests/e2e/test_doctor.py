@@ -14,7 +14,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from coral.bpf.loading.object import object_path
+from coral.bpf.loading.object_file import object_path
 from tests.support import Puppet, RunningAgent, coral, running_agent, start_collector, wait_until
 
 COLUMNS: Final = 80

@@ -71,11 +71,10 @@ UNPRIVILEGED: Final = textwrap.dedent("""
 
 # Runs the compiler's process. bcc is not on its path, so it imports the hostile module or none.
 COMPILER: Final = textwrap.dedent("""
-    import json
     from coral.bpf import LoadError
     from coral.bpf.loading import bcc
     try:
-        bcc._run(json.dumps({"text": "", "flags": [], "functions": [], "paths": []}), "compiling")
+        bcc._run({"text": "", "flags": [], "functions": [], "paths": []}, "compiling")
     except LoadError as error:
         print(error.log)
 """)

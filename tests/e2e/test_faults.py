@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import psutil
 import pytest
 
 from coral.bpf.loading import seal
-from coral.bpf.loading.object import object_path
+from coral.bpf.loading.object_file import object_path
 from coral.bpf.rung import HOOKS
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import (
@@ -592,9 +593,8 @@ def test_without_the_kernels_btf_bcc_is_the_way(
 # bcc's compiler
 
 
-@contextmanager
-def agent_with_bcc(directory: Path, body: str) -> Iterator[RunningAgent]:
-    """An agent that imports a package `bcc` whose constructor of BPF runs BODY."""
+def environment_with_bcc(directory: Path, body: str) -> dict[str, str]:
+    """What makes an agent import a package `bcc` whose constructor of BPF runs BODY."""
     package = directory / "bcc"
     package.mkdir()
     (package / "libbcc.py").touch()
@@ -602,11 +602,17 @@ def agent_with_bcc(directory: Path, body: str) -> Iterator[RunningAgent]:
         "import os, signal\nclass BPF:\n    def __init__(self, text, cflags):\n"
         + textwrap.indent(body, " " * 8)
     )
-    environment = {
+    return {
         "CORAL_LOADER": "bcc",
         "PYTHONPATH": str(directory),
         "BCC_KERNEL_SOURCE": str(directory),
     }
+
+
+@contextmanager
+def agent_with_bcc(directory: Path, body: str) -> Iterator[RunningAgent]:
+    """An agent with such a package."""
+    environment = environment_with_bcc(directory, body)
     with (
         running_agent(directory / "agent", environment=environment) as agent,
         leaving_nothing(agent),
@@ -655,3 +661,22 @@ def test_while_a_compiler_hangs_the_agent_serves_others(tmp_path: Path) -> None:
         code, text = told.result()
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert "the compiler was killed by SIGKILL" in text
+
+
+@pytest.mark.parametrize("orderly", [True, False], ids=["SIGTERM", "SIGKILL"])
+def test_a_compiler_that_hangs_ends_with_its_agent(orderly: bool, tmp_path: Path) -> None:
+    environment = environment_with_bcc(tmp_path, "signal.pause()")
+    with (
+        running_agent(tmp_path / "agent", environment=environment) as agent,
+        ThreadPoolExecutor() as pool,
+    ):
+        request = start_request({"pid": os.getpid()})
+        told = pool.submit(agent.call, "StartCollector", request)
+        (compiler,) = wait_until(lambda: psutil.Process(agent.process.pid).children())
+        agent.process.send_signal(signal.SIGTERM if orderly else signal.SIGKILL)
+        agent.process.wait(10)
+        compiler.wait(10)
+        assert told.exception(10)
+        if orderly:  # and not because the time for that was over
+            last = agent.log()[-1]
+            assert (last["event"], last.get("reason")) == ("stopped", None)

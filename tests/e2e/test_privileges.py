@@ -19,7 +19,7 @@ from typing import Final
 import grpc
 import pytest
 
-from coral.bpf.loading.object import object_path
+from coral.bpf.loading.object_file import object_path
 from coral.bpf.probing.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name

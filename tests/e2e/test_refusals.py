@@ -30,6 +30,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from build_hook import clang_command
 from coral.collectors.hierarchies import hierarchies
+from coral.collectors.procfs import comm_of
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     INSECURE,
@@ -292,6 +293,32 @@ def test_a_thread_is_refused_with_its_process(agent: RunningAgent) -> None:
         (
             f"config[\"pid\"]: '{thread.native_id}' is not accepted; give the ids of processes: "
             f"{thread.native_id} is a thread of process {os.getpid()}"
+        ),
+    )
+
+
+def test_a_zombie_is_refused_with_its_parent(agent: RunningAgent) -> None:
+    with subprocess.Popen(["true"]) as process:
+        stat = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: ") Z " in stat.read_text())
+        assert code_and_text(agent, "StartCollector", start_request({"pid": process.pid})) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            (
+                f"config[\"pid\"]: '{process.pid}' is not accepted; give the ids of processes that "
+                f"run now: {process.pid} has ended, and is a zombie until its parent, process "
+                f"{os.getpid()}, collects its exit status"
+            ),
+        )
+
+
+def test_a_thread_of_the_kernel_is_refused(agent: RunningAgent) -> None:
+    if comm_of(2) != "kthreadd":
+        pytest.skip("this machine shows no threads of the kernel: it is a container")
+    assert code_and_text(agent, "StartCollector", start_request({"pid": 2})) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            "config[\"pid\"]: '2' is not accepted; give the ids of processes: 2 is a thread of the "
+            "kernel (kthreadd)"
         ),
     )
 

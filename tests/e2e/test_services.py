@@ -4,11 +4,14 @@ that has any."""
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from coral.agent.errors import NotFoundError
 from coral.agent.machine.resolve import resolve
 from coral.collectors.cgroups import cgroup2_mount
 from coral.collectors.procfs import comm_of
-from tests.support import wait_until
+from tests.support import running_agent, wait_until, watching
 
 LISTENER = (
     "import socket,sys\n"
@@ -51,6 +54,76 @@ def listening(directory: Path, comm: str) -> Iterator[int]:
         process.stdout.readline()
         assert comm_of(process.pid) == comm
         yield process.pid
+
+
+# Listens, and forks workers that share the socket; all print their ids, the master its port too.
+# With `worker`, the master closes it: the workers alone listen. Each worker has a child of its own,
+# with another command name, and calls getppid 10 times for each connection.
+PREFORK = """
+import os, select, socket, subprocess, sys
+_, host, count, who = sys.argv
+sock = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+sock.setblocking(False)
+print(os.getpid(), sock.getsockname()[1], flush=True)
+for _ in range(int(count)):
+    if not os.fork():
+        break
+else:
+    if who == "worker":
+        sock.close()
+    sys.stdin.read()
+    os._exit(0)
+print(os.getpid(), subprocess.Popen(["cat"]).pid, flush=True)
+while select.select([sock, 0], [], [])[0][0] is sock:
+    try:
+        connection, _ = sock.accept()
+    except BlockingIOError:
+        continue  # another one has it
+    for _ in range(10):
+        os.getppid()
+    connection.sendall(b"%d" % os.getpid())
+    connection.close()
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that has forked its workers: the ids of all of its processes, and its port."""
+
+    pids: set[int]
+    master: int
+    port: int
+
+    def visit(self) -> int:
+        """Connects once; the id of the worker that served it."""
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            return int(connection.recv(16))
+
+
+@contextmanager
+def prefork(
+    directory: Path,
+    comm: str,
+    *,
+    host: str = "127.0.0.1",
+    workers: int = 3,
+    who: str = "all",
+    prefix: Sequence[str] = (),
+) -> Iterator[Server]:
+    """A server with the command name COMM. Its processes hold their input open, and end with it."""
+    program = directory / comm
+    if not program.exists():
+        program.symlink_to(os.path.realpath(sys.executable))
+    with subprocess.Popen(
+        [*prefix, program, "-I", "-S", "-c", PREFORK, host, str(workers), who],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        master, port = map(int, process.stdout.readline().split())
+        lines = [process.stdout.readline().split() for _ in range(workers)]
+        cats = [int(child) for _, child in lines]
+        wait_until(lambda: all(comm_of(cat) == "cat" for cat in cats))  # their exec is over
+        yield Server({master, *(int(pid) for line in lines for pid in line)}, master, port)
 
 
 @contextmanager
@@ -133,3 +206,67 @@ def test_a_name_that_nothing_has_is_answered_with_the_nearest(
     stack.enter_context(listening(tmp_path, name))
     with pytest.raises(NotFoundError, match=f"the nearest names are {name}"):
         resolve(f"{name}x", {})
+
+
+@pytest.mark.parametrize("who", ["all", "worker"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_service_is_its_master_its_workers_and_their_children(
+    tmp_path: Path, name: str, who: str, host: str
+) -> None:
+    with prefork(tmp_path, name, host=host, who=who) as server:
+        named = {pid for pid in server.pids if comm_of(pid) == name}
+        assert len(named) == 4
+        beside = {server.master} if who == "worker" else set()
+        assert set(resolve(name, {}).tgids) == server.pids - beside
+        assert set(resolve(name, {}, descendants=False).tgids) == named - beside
+
+
+def test_a_listener_in_another_network_namespace_is_found(tmp_path: Path, name: str) -> None:
+    inside = ("unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh")
+    with prefork(tmp_path, name) as here, prefork(tmp_path, name, prefix=inside) as there:
+        assert set(resolve(name, {}).tgids) == here.pids | there.pids
+        with pytest.raises(NotFoundError, match=f"the nearest names are {name}"):
+            resolve(f"{name}x", {})
+
+
+@pytest.mark.parametrize("rule", ["comm", "pid_file"])
+def test_a_configured_service_has_the_children_of_its_processes(
+    tmp_path: Path, name: str, rule: str
+) -> None:
+    with prefork(tmp_path, name) as server:
+        (tmp_path / "pid").write_text(f"{server.master}\n")
+        rules = {
+            "comm": ServiceRule(comm=name),
+            "pid_file": ServiceRule(pid_file=str(tmp_path / "pid")),
+        }
+        assert set(resolve("shop", {"shop": rules[rule]}).tgids) == server.pids
+
+
+def test_a_command_that_does_not_listen_is_no_service_and_near_none(
+    tmp_path: Path, name: str
+) -> None:
+    program = tmp_path / name
+    program.symlink_to(os.path.realpath(sys.executable))
+    with subprocess.Popen(
+        [program, "-I", "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as process:
+        wait_until(lambda: comm_of(process.pid) == name)
+        with pytest.raises(NotFoundError) as refused:
+            resolve(name, {})
+        assert f"names are {name}" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_every_call_of_every_worker_of_a_service_is_counted(tmp_path: Path, name: str) -> None:
+    with (
+        prefork(tmp_path, name, workers=4) as server,
+        running_agent(tmp_path / "agent") as agent,
+        watching(agent, 60.0, name, include="getppid") as watch,
+    ):
+        visits = Counter(server.visit() for _ in range(200))
+        watch.read_until_calls("getppid", 2000)
+        assert len(visits) > 1
+        counted = Counter[int]()
+        for row in watch.rows:
+            counted[row.pid] += row.call_count
+        assert counted == {pid: 10 * count for pid, count in visits.items()}

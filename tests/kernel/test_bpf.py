@@ -43,7 +43,7 @@ def loaded_object(ring_object: Path) -> Iterator[BpfObject]:
 
 
 def ring_of(it: BpfObject) -> RingReader:
-    return it.ring("ring", it.record_kinds({"record": None}))
+    return it.ring("rings", it.record_kinds({"record": None}), ring_bytes=4096)
 
 
 def call_getppid(times: int) -> None:

@@ -28,10 +28,7 @@ def watching() -> Iterator[BpfObject]:
     with rung.object(
         "syscall_stats",
         programs=("coral_enter",),
-        options={},
-        map_entries={},
-        preallocated=("stats", "targets"),
-        records=4096,
+        preallocated=("stats", "members"),
     ) as it:
         yield it
 
@@ -62,11 +59,14 @@ def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
 
 def test_a_ring_that_cannot_be_opened_leaves_no_mapping(watching: BpfObject) -> None:
     kinds = watching.record_kinds({"syscall_call": None})
-    with no_descriptors(), pytest.raises(LoadError, match="opening the ring buffer ring: EMFILE"):
-        watching.ring("ring", kinds)
+    with no_descriptors(), pytest.raises(LoadError, match="making map rings: EMFILE"):
+        watching.ring("rings", kinds, ring_bytes=4096)
     # Two pages that cannot be mapped behind the first one that can.
-    with pytest.raises(OSError, match="Invalid argument"):
-        RingReader(watching.map_fd("ring"), 1 << 30, kinds)
+    with (
+        watching.make_inner("rings", 4096) as ring,
+        pytest.raises(OSError, match="Invalid argument"),
+    ):
+        RingReader(ring.fd, 1 << 30, kinds)
     assert "bpf-map" not in Path("/proc/self/maps").read_text()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -82,10 +82,21 @@ def test_ten_sessions_show_what_each_would_alone(
 def test_sessions_of_one_slot_after_the_other_do_not_mix() -> None:
     with Puppet() as puppet, Puppet() as other, at_work(session(pid=str(other.pid))):
         for times in range(SLOTS + 6):
-            config = {"mode": "events"} if times % 2 else {}
-            with collecting(pid=str(puppet.pid), include="getppid", **config) as counted:
+            mode = "events" if times % 2 else "summaries"
+            with collecting(pid=str(puppet.pid), include="getppid", mode=mode) as counted:
                 puppet.getppid(times)
             assert counted.of("getppid") == times
+
+
+@contextmanager
+def next_in_slot(number: int, **config: str) -> Iterator[Collected]:
+    """The next session that gets this slot. Slots are given in turn."""
+    for _ in range(2 * SLOTS):
+        with collecting((), **config) as counted:
+            if counted.collector.bpf_object.number == number:
+                yield counted
+                return
+    raise AssertionError(f"no session got slot {number}")
 
 
 def test_a_call_of_a_session_before_is_not_one_of_the_next_in_its_slot() -> None:
@@ -94,18 +105,9 @@ def test_a_call_of_a_session_before_is_not_one_of_the_next_in_its_slot() -> None
             puppet.do("pass")
             number = before.collector.bpf_object.number
         # It waits in a read that began in that slot's session, until the slot is used again.
-        for _ in range(SLOTS):
-            following = session(pid=str(puppet.pid))
-            if following.bpf_object.number == number:
-                break
-            following.close()
-        with at_work(following):
-            assert following.bpf_object.number == number
+        with next_in_slot(number, pid=str(puppet.pid)) as counted:
             puppet.do("pass")
             puppet.do("pass")
-            counted = Collected(following)
-            following.bpf_object.detach()
-            counted.drain()
     assert before.of("read") == 0
     assert counted.of("read") == 1
 
@@ -115,14 +117,7 @@ def test_a_slot_keeps_nothing_of_the_session_before() -> None:
     with Puppet() as puppet, Puppet() as other, at_work(session(pid=str(other.pid))):
         with at_work(session(scope="host", include="getppid")) as host:
             number = host.bpf_object.number
-        following = session(pid=str(other.pid))
-        while following.bpf_object.number != number:
-            following.close()
-            following = session(pid=str(other.pid), include="getppid")
-        with at_work(following):
+        with next_in_slot(number, pid=str(other.pid), include="getppid") as counted:
             puppet.getppid(10)
             other.getppid(3)
-            counted = Collected(following)
-            following.bpf_object.detach()
-            counted.drain()
     assert counted.by_pid("getppid") == {other.pid: 3}

@@ -13,8 +13,8 @@ import pytest
 
 from build_hook import clang_command
 from coral.bpf import BpfError, BpfObject, HashMap, LoadError, PerfReader, RingReader, probe
+from coral.bpf.buffers.account import Account
 from coral.bpf.buffers.maps import sum_over_cpus
-from coral.bpf.loading.bcc_object import BccObject
 from coral.bpf.rung import HOOKS, SESSIONS, climb
 from tests.support import ROOT, built
 
@@ -26,7 +26,6 @@ pytestmark = [
 ]
 
 PROGRAM = "sessions_enter"
-LOADERS = {"core": BpfObject, "bcc": BccObject}
 FEATURES = {"core": "btf", "bcc": "bcc"}
 HERE = [name for name, feature in FEATURES.items() if probe()[feature].available]
 
@@ -49,7 +48,9 @@ def load(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
 
     def loaded(**arguments: Any) -> BpfObject:
         options = {"wanted_tgid": os.getpid(), **arguments.pop("options", {})}
-        it = LOADERS[request.param](path, programs=(PROGRAM,), options=options, **arguments)
+        it = BpfObject(
+            path, programs=(PROGRAM,), options=options, loader=request.param, **arguments
+        )
         objects.append(it)
         it.load()
         return it
@@ -116,31 +117,43 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
     if reason := probe()["ring_buffer"].reason:
         pytest.skip(reason)
     it = load()
-    record = it.btf.struct_dtype("record")
+    kinds = it.record_kinds({"record": "seq"})
     with (
         it.make_inner("rings", 4096) as small,
         it.make_inner("rings", 65536) as large,
-        RingReader(small.fd, small.entries, record) as first,
-        RingReader(large.fd, large.entries, record) as second,
+        RingReader(small.fd, small.entries, kinds) as first,
+        RingReader(large.fd, large.entries, kinds) as second,
     ):
         it.install("rings", 1, small.fd)
         it.install("rings", 2, large.fd)
         it.write_variable("sessions", 0b110)
         it.attach()
+        accounts = [
+            Account(it.map("accounts"), slot, it.btf.enum("loss"), it.program_fds)
+            for slot in range(4)
+        ]
         call_getppid(1000)
-        assert len(first.drain()) == 4096 // 24
-        assert second.drain()["slot"].tolist() == [2] * 1000
+        fitting = 4095 // 32
+        assert [account.read() for account in accounts] == [
+            (0, 0, {}),
+            (1000, 0, {"BUFFER_FULL": 1000 - fitting}),
+            (1000, 0, {}),
+            (0, 0, {}),
+        ]
+        assert accounts[1].read() == (0, 0, {})
+        assert len(first.drain()["record"]) == fitting
+        assert second.drain()["record"]["slot"].tolist() == [2] * 1000
         it.write_variable("sessions", 0b010)
         call_getppid(5)
-        assert first.drain()["slot"].tolist() == [1] * 5
-        assert len(second.drain()) == 0
+        assert first.drain()["record"]["slot"].tolist() == [1] * 5
+        assert len(second.drain()["record"]) == 0
 
 
 def test_each_session_has_perf_buffers_of_its_own(load: Any) -> None:
-    it = load(options={"in_ring": False})
-    record = it.btf.struct_dtype("record")
+    it = load(options={"records_in_ring": False})
+    kinds = it.record_kinds({"record": "seq"})
     with it.make_inner("perfs") as one, it.make_inner("perfs") as two:
-        readers = [PerfReader(inner.fd, 65536, record, 0, "seq") for inner in (one, two)]
+        readers = [PerfReader(inner.fd, 65536, kinds) for inner in (one, two)]
         try:
             it.install("perfs", 3, one.fd)
             it.install("perfs", 4, two.fd)
@@ -149,7 +162,10 @@ def test_each_session_has_perf_buffers_of_its_own(load: Any) -> None:
             call_getppid(100)
             it.write_variable("sessions", 0b11000)
             call_getppid(10)
-            assert [reader.drain()["slot"].tolist() for reader in readers] == [[3] * 110, [4] * 10]
+            assert [reader.drain()["record"]["slot"].tolist() for reader in readers] == [
+                [3] * 110,
+                [4] * 10,
+            ]
         finally:
             for reader in readers:
                 reader.close()

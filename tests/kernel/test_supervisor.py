@@ -7,12 +7,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
 
 import pytest
 
 from coral.agent.sessions.session import Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
+from coral.collectors.hubs import Slot
+from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.scripted import STOPPED
 from tests.support import Puppet, Vitals, held_by, totals
@@ -76,7 +77,14 @@ async def test_what_a_drain_has_read_is_told_though_the_session_is_stopped_meanw
 ) -> None:
     for _ in range(5):
         session = await supervisor.start(request(puppet))
-        interval = partial(session.collector.bpf_object.read_variable, "interval")
+        collector = session.collector
+        assert isinstance(collector, SyscallStatsCollector)
+        slot = collector.bpf_object
+
+        def interval(slot: Slot = slot) -> int:
+            mine = slot.object.map("syscall_sessions").read_one(slot.number)
+            return int(mine["interval"])  # type: ignore[index]
+
         before = interval()
         puppet.getppid(1000)
         while interval() == before:  # noqa: ASYNC110  a drain counts it up, and then reads

@@ -19,7 +19,7 @@ from coral.collectors.hierarchies import hierarchies
 from coral.collectors.hubs import HINTS
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.collecting import both_modes, collecting, every_rung, session, waiting
+from tests.collecting import Collected, both_modes, collecting, every_rung, session, waiting
 from tests.support import Family, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -78,7 +78,7 @@ def test_a_server_that_forks_for_each_connection_leaves_nothing_behind(
         (unified / "cgroup.procs").write_text(str(server.pid))
         target = {"host": "host", "cgroup": str(unified), "pid": str(server.pid)}[scope]
         config = {"scope" if scope == "host" else scope: target, "include": "exit_group"}
-        with collecting(**config, mode=mode) as counted:
+        with collecting((), **config, mode=mode) as counted:
             server.go()
             while not server.has_written(0.1):
                 counted.drain()
@@ -100,7 +100,9 @@ def _tidy(collector: SyscallStatsCollector) -> bool:
     slot = collector.bpf_object
     keys = slot.map("members").read_keys()
     hints = slot.processes.map("hints")
-    first = int(slot.processes.map("sessions").read_one(0)["hints"] & 1) * HINTS
+    said = slot.processes.map("sessions").read_one(0)
+    assert said is not None
+    first = int(said["hints"] & 1) * HINTS
     marks, values = hints.read()
     marked = np.count_nonzero(values[(marks >= first) & (marks < first + HINTS)])
     return bool(marked <= len(members(collector)) + 256 and (keys >= 1 << 32).sum() <= 256)
@@ -119,9 +121,10 @@ def test_children_forked_while_a_session_begins_are_watched(without: tuple[str, 
             puppet.do("os.write(theirs, b'xxxx')")
             puppet.do("os.wait()")
             wait_until(lambda: members(collector) == {puppet.pid})
-            rows = collector.drain().rows
+            counted = Collected(collector)
+            counted.drain()
     assert len(watched) == 5
-    assert sum(row.call_count for row in rows.as_messages()) == 8
+    assert counted.of("getppid") == 8
 
 
 def test_chains_of_forks_are_watched_by_their_name(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_chains_of_forks_are_watched_by_their_name(tmp_path: Path) -> None:
     with at_work(session(pid=str(os.getpid()))):
         for number in range(10):
             stop = tmp_path / str(number)
-            command = [sys.executable, "-I", "-S", "-c", script, stop]
+            command = [sys.executable, "-I", "-S", "-c", script, str(stop)]
             with subprocess.Popen(command, stdout=subprocess.PIPE) as chain:
                 assert chain.stdout
                 chain.stdout.readline()

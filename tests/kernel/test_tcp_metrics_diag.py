@@ -239,8 +239,7 @@ def test_a_listener_has_its_connections_at_once(
     for _ in range(listeners - 1):
         server.do(f"m = socket.create_server(('127.0.0.1', {port}), reuse_port=True)")
     with asking(server, without=without) as seen:
-        ports = seen.collector.bpf_object.map("ports")
-        # Nothing accepts it: by its port it belongs to the listener.
+        # Nothing accepts it: it belongs to the listener.
         client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
         seen.until(lambda: seen.last(role=SERVER))
         row = seen.last(role=SERVER)
@@ -252,14 +251,9 @@ def test_a_listener_has_its_connections_at_once(
             port,
         )
         assert row.start_ns
-        ((_, count, _),) = ports.read()[1].tolist()
-        assert count == listeners
-        if listeners > 1:  # one of two that closes leaves the port to the other
+        if listeners > 1:
             server.do("m.close()")
-            ((_, count, _),) = ports.read()[1].tolist()
-            assert count == 1
         server.do("l.close()")
-        assert len(ports.read()[0]) == 0
         assert untold(seen) == 0
         assert seen.ended(role=SERVER).pid == server.pid
 

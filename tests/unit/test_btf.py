@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coral.bpf.loading.btf import Btf
+from coral.bpf.loading.btf import Btf, NoLayoutError
 
 SOURCE = """\
 enum loss { LOSS_BUFFER_FULL, LOSS_MAP_FULL, LOSS_BUSY = 7, LOSSES };
@@ -19,6 +19,20 @@ struct record {
     enum balance balance;
 };
 struct record record;
+struct packed {
+    int whole;
+    unsigned int low : 5, high : 27;
+};
+struct packed packed;
+struct around {
+    struct packed packed[2];
+};
+struct around around;
+struct large {
+    char room[1 << 22];
+    int last;
+};
+struct large *large;
 """
 
 
@@ -54,6 +68,18 @@ def test_an_enum_has_its_names_and_values(btf: Btf) -> None:
     assert list(btf.enum("balance").items()) == [("BELOW", -3), ("ABOVE", 2)]
     with pytest.raises(KeyError, match="no enum record"):
         btf.enum("record")
+
+
+@pytest.mark.parametrize("name", ["packed", "around"])
+def test_a_bit_field_has_no_layout_instead_of_a_wrong_one(btf: Btf, name: str) -> None:
+    with pytest.raises(NoLayoutError, match="'low' of struct 'packed' is a bit field"):
+        btf.struct_dtype(name)
+
+
+def test_a_member_far_behind_is_where_it_is(btf: Btf) -> None:
+    large = btf.struct_dtype("large")
+    assert large.fields is not None
+    assert large.fields["last"][1] == 1 << 22
 
 
 def test_a_field_of_an_enum_with_negative_values_is_signed(btf: Btf) -> None:

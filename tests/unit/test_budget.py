@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from dataclasses import astuple
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -165,21 +166,38 @@ def test_what_a_session_used_before_it_was_attached_is_not_charged() -> None:
     assert costs.programs.counted_until_s == 50
 
 
+ALONE: Final = {"enter": 1.0}
+
+
 def stats(seconds: float, runs: int) -> dict[str, ProgramStats]:
     return {"enter": ProgramStats(round(seconds * 1e9), runs, 0, 0)}
 
 
 def test_a_window_stands_for_the_time_since_the_session_began_then_since_the_last_window() -> None:
     use = ProgramUse(counted_until_s=100.0)
-    added = use.count(stats(7, 1000), stats(7.001, 1500), Window(100.98, 101.0))
+    added = use.count(stats(7, 1000), stats(7.001, 1500), Window(100.98, 101.0), ALONE)
     assert use.seconds == added["enter"].seconds == pytest.approx(0.05)
     assert added["enter"].runs == pytest.approx(25_000)
-    use.count(stats(8, 2000), stats(8.001, 2500), Window(101.48, 101.5))
+    use.count(stats(8, 2000), stats(8.001, 2500), Window(101.48, 101.5), ALONE)
     assert use.seconds == pytest.approx(0.075)
     # One that began within the window is not charged for longer than it.
     young = ProgramUse(counted_until_s=101.49)
-    young.count(stats(0, 0), stats(0.001, 1), Window(101.48, 101.5))
+    young.count(stats(0, 0), stats(0.001, 1), Window(101.48, 101.5), ALONE)
     assert young.seconds == pytest.approx(0.001)
+
+
+def test_what_a_shared_program_uses_is_charged_once() -> None:
+    window, before, after = Window(100.98, 101.0), stats(7, 1000), stats(7.001, 1500)
+    uses = {share: ProgramUse(counted_until_s=100.0) for share in (0.75, 0.25)}
+    added = {
+        share: use.count(before, after, window, {"enter": share})["enter"]
+        for share, use in uses.items()
+    }
+    assert uses[0.75].seconds == pytest.approx(0.0375)
+    assert uses[0.25].seconds == pytest.approx(0.0125)
+    assert sum(each.runs for each in added.values()) == pytest.approx(25_000)
+    # A program of a hub that was left meanwhile is nobody's.
+    assert ProgramUse(100.0).count(before, after, window, {}) == {}
 
 
 def burn(seconds: float) -> int:
@@ -204,7 +222,7 @@ def test_the_causes_are_named_and_programs_that_are_not_counted_are_not_said_to_
     assert costs.recent_by_cause() == (
         "its programs are not counted, 8.0 by reading, 11.0 by its subscribers"
     )
-    costs.programs.count(stats(7, 0), stats(7.01, 0), Window(1.0, 1.02))
+    costs.programs.count(stats(7, 0), stats(7.01, 0), Window(1.0, 1.02), ALONE)
     costs.sample(2)
     assert costs.recent_by_cause() == (
         "5.1 by its programs, 8.0 by reading, 11.0 by its subscribers"

@@ -116,6 +116,7 @@ class Row:
         self.add("resets", delta.resets_received, direction="receive")
         if self.listens:
             self.add("retransmits", delta.syn_ack_retransmits, type="handshake")
+            self.add("listen_drops", delta.listen_drops)
             return
         self.add("io_bytes", delta.bytes_sent, direction="transmit")
         self.add("io_bytes", delta.bytes_received, direction="receive")

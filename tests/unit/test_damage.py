@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +151,7 @@ def run_bcc(directory: Path, body: str, timeout_s: float) -> object:
     (directory / "bcc").mkdir()
     (directory / "bcc/__init__.py").write_text(f"import signal\ndef BPF(text, cflags):\n {body}\n")
     job = {"text": "", "flags": [], "functions": [], "paths": [str(directory)]}
-    return bcc._run(json.dumps(job), "compiling", timeout_s)
+    return bcc._run(job, "compiling", timeout_s)
 
 
 def test_a_compiler_that_hangs_is_killed(tmp_path: Path) -> None:

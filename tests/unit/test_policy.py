@@ -13,7 +13,7 @@ from coral.agent.errors import DeniedError
 from coral.agent.sessions import policy as rules
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import parse_options
-from coral.collectors.procfs import running_tgids, start_time_of
+from coral.collectors.procfs import start_time_of, watchable
 from coral.collectors.syscall_stats.collector import SyscallStatsOptions
 from coral.collectors.targets import Targets
 
@@ -22,11 +22,7 @@ NO_HOST = Policy(host_scope=False)
 
 def users() -> list[int]:
     """Every user process of this machine but process 1 and this one."""
-    return [
-        tgid
-        for tgid in running_tgids()
-        if tgid not in (1, os.getpid()) and rules.is_user_process(tgid)
-    ]
+    return [tgid for tgid in watchable() if tgid not in (1, os.getpid())]
 
 
 @pytest.fixture
@@ -56,17 +52,6 @@ def test_a_service_that_is_the_machine_is_refused_unless_it_is_listed() -> None:
     with pytest.raises(DeniedError, match="service_name: 'shop' is not allowed by this agent's"):
         rules.check(Watched(most), shop, NO_HOST)
     rules.check(Watched(most), shop, Policy(host_scope=False, services=("sh*",)))
-
-
-def test_kernel_threads_are_no_user_processes() -> None:
-    assert rules.is_user_process(os.getpid())
-    # [kthreadd] and its children, where the machine shows them.
-    assert not any(map(rules.is_user_process, children_of_kthreadd()))
-
-
-def children_of_kthreadd() -> list[int]:
-    lines = subprocess.run(["ps", "--ppid", "2", "-o", "pid="], capture_output=True, check=False)
-    return list(map(int, lines.stdout.split()))
 
 
 def test_a_service_is_watched_without_the_agent_and_process_1() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from dataclasses import replace
 
 import pytest
@@ -93,7 +94,7 @@ def test_what_is_forbidden_with_every_capability_has_its_suspects_named(
     ("name", "release", "machine", "since"),
     [
         ("ring_buffer", "5.4.0-187-generic", "x86_64", "5.8"),
-        ("task_storage", "5.10.0-30-amd64", "x86_64", "5.11"),
+        ("task_storage", "5.10.0-30-amd64", "x86_64", "5.13"),
         ("elements_on_demand", "5.15.0", "x86_64", "6.1"),
         ("fentry", "6.1.0-18-arm64", "aarch64", "6.4"),
         ("raw_tp", "4.9", "x86_64", "4.17"),
@@ -122,6 +123,30 @@ def test_a_configuration_that_cannot_be_read_is_said_to_be_so() -> None:
     assert explain("btf", errno.ENOENT, "", replace(MODERN, config=None)) == (
         "ENOENT: this kernel, whose configuration cannot be read, may be without one of "
         "CONFIG_DEBUG_INFO_BTF"
+    )
+
+
+def test_what_a_feature_takes_has_the_names_of_the_kernel() -> None:
+    for name, takes in TAKES.items():
+        assert all(re.fullmatch(r"CONFIG_[A-Z0-9_]+", option) for option in takes.config), name
+        assert takes.capabilities.keys() <= caps.ALL, name
+        for facts in (
+            replace(MODERN, config=frozenset()),
+            replace(MODERN, config=None),
+            replace(MODERN, capabilities=frozenset()),
+            replace(MODERN, release="2.6.32"),
+        ):
+            for error in (errno.EPERM, errno.EOPNOTSUPP):
+                said = explain(name, error, "", facts)
+                names = re.findall(r"\b(?:CONFIG|CAP)_\w+(?:\.\w+)*", said)
+                assert {*names} <= {*EVERY_OPTION, *caps.ALL}, said
+
+
+def test_task_storage_is_that_of_tracing_programs() -> None:
+    """Linux 5.11 has the map, but only for programs of security modules."""
+    facts = replace(MODERN, release="5.12.0")
+    assert explain("task_storage", errno.EINVAL, "", facts) == (
+        "EINVAL: Linux 5.13 has it, and this is 5.12.0: run a newer kernel"
     )
 
 

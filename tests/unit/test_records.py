@@ -91,6 +91,7 @@ def test_every_record_comes_once_in_order_by_kind(
         patched.setattr(records, "_BLOCK_WORDS", block_words)
         found = Finder(FRAMING, it.kinds, lambda: None).find(in_memory(written), 8, most)
     assert found.words == ends[whole]
+    assert found.last == ends[max(whole - 1, 0)]
     read = merged(it.kinds, found.records)
     for kind in it.kinds:
         wanted = [r[1] for r in it.records[:whole] if r and r[0] == kind.name]

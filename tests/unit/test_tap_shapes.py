@@ -268,6 +268,9 @@ def test_half_of_the_lines_are_for_what_is_in_trouble() -> None:
         ({"state": pb.TCP_STATE_SYN_SENT, "delta": {"retransmits": 1}}, "UNANSWERED", Health.LOSSY),
         ({"role": LISTENER, "delta": {"resets_sent": 3}}, "RESETS", Health.LOSSY),
         ({"role": LISTENER, "delta": {"syn_ack_retransmits": 3}}, "SYN RESENT", Health.LOSSY),
+        ({"role": LISTENER, "delta": {"listen_drops": 7}, "backlog": 3, "backlog_limit": 2},
+         "DROPPED 7, 3 of 2 wait", Health.BAD),
+        ({"role": LISTENER, "backlog": 3, "backlog_limit": 2}, "FULL, 3 of 2 wait", Health.LOSSY),
     ],
 )  # fmt: skip
 def test_trouble_is_a_word(fields: dict[str, object], word: str, health: Health) -> None:

@@ -17,7 +17,7 @@ _FOUND = [f"found_{name}" for name in NAMES[: NAMES.index("retransmits") + 1]]
 RECORD = np.dtype(
     [
         *((name, "u8") for name in (*_WIDE, *_COUNTED, *_FOUND)),
-        *((name, "u4") for name in ("pid",)),
+        *((name, "u4") for name in ("pid", "backlog", "backlog_limit")),
         *((name, "u1") for name in ("role", "state", "end")),
         ("retransmits_of", "u4", (4,)),
         ("rtt", "u4", (SLOTS,)),
@@ -140,3 +140,37 @@ def test_figures_that_fall_while_they_are_read_are_no_negative_change() -> None:
 def test_addresses_are_shown_as_people_write_them() -> None:
     assert address_text(bytes(10) + b"\xff\xff\x7f\0\0\1") == "127.0.0.1"
     assert address_text(bytes(15) + b"\1") == "::1"
+
+
+@pytest.mark.parametrize("name", ["segments_sent", "segments_received", "retransmits"])
+def test_counters_of_32_bits_go_on_after_they_wrap_around(name: str) -> None:
+    narrow = np.dtype(
+        [(n, "u4" if n == name else RECORD[n].base, RECORD[n].shape) for n in RECORD.names or ()]
+    )
+    known, column = Connections(), NAMES.index(name)
+    found = np.zeros(1, narrow)
+    found["sk"], found["found_ns"], found["pid"], found["role"] = 1, 7, 1, 1
+    found[name] = found[f"found_{name}"] = 2**32 - 10
+    known.advance(found, NOTHING.astype(narrow), NOW)
+    for figure, added, total in (
+        (2**32 - 1, 9, 2**32 - 1),
+        (5, 6, 2**32 + 5),
+        (4, 0, 2**32 + 5),  # it was read while it moved
+        (2**31, 2**31 - 5, 2**32 + 2**31),
+    ):
+        found[name] = figure
+        changes = known.advance(found, NOTHING.astype(narrow), NOW, everything=True)
+        assert changes.delta[:, column].tolist() == [added]
+        assert changes.total[:, column].tolist() == [total]
+    ended = found.copy()
+    ended["ended_ns"], ended[name] = NOW, 2**32 - 1
+    changes = known.advance(NOTHING.astype(narrow), ended, NOW)
+    assert changes.delta[:, column].tolist() == [2**31 - 1]
+    assert changes.total[:, column].tolist() == [2**33 - 1]
+
+
+def test_a_first_reading_beyond_half_of_32_bits_is_whole() -> None:
+    busy = np.zeros(1, np.dtype([*RECORD.descr[:-1], ("rtt", "u4", (SLOTS,))]))
+    busy["sk"], busy["pid"], busy["role"], busy["rtt"] = 1, 1, 1, 2**32 - 1
+    changes = Connections().advance(busy, busy[:0], NOW)
+    assert changes.delta[0, -2] == changes.total[0, -2] == 2**32 - 1

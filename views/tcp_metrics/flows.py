@@ -73,6 +73,7 @@ class Flow:
     segments: int = 0
     retransmits: int = 0
     resets: int = 0
+    dropped: int = 0  # attempts to connect, by a listener
     rtt_us: float = 0.0
     rtt: Buckets = field(default_factory=Buckets)
     window: int = 0
@@ -105,6 +106,7 @@ class Flow:
         self.segments += more.segments
         self.retransmits += more.retransmits
         self.resets += more.resets
+        self.dropped += more.dropped
         self.health = max(self.health, more.health)
         self.age_ns = max(self.age_ns, more.age_ns)
         self.window = max(self.window, more.window)
@@ -138,6 +140,7 @@ def of_connection(row: pb.TcpMetrics) -> Flow:
         segments=delta.segments_sent,
         retransmits=resent,
         resets=delta.resets_sent + delta.resets_received,
+        dropped=delta.listen_drops,
         rtt_us=row.rtt_us,
         window=row.congestion_window,
         age_ns=row.duration_ns,
@@ -148,14 +151,23 @@ def of_connection(row: pb.TcpMetrics) -> Flow:
         flow.ends[flow.word] += 1
         flow.health = Health.WELL if row.end in _WELL else Health.BAD
     elif row.role == LISTENER:
-        flow.word = "RESETS" if flow.resets else "SYN RESENT"
+        flow.word = _listener_word(row)
     elif resent:
         flow.word = "LOSSY" if row.was_established or row.connections else "UNANSWERED"
     else:
         flow.word = "" if row.connections else _STATE_WORDS.get(row.state, "closing")
     if resent or row.role == LISTENER:
-        flow.health = max(flow.health, Health.LOSSY)
+        flow.health = max(flow.health, Health.BAD if flow.dropped else Health.LOSSY)
     return flow
+
+
+def _listener_word(row: pb.TcpMetrics) -> str:
+    backlog = f"{row.backlog:,} of {row.backlog_limit:,} wait"
+    if row.delta.listen_drops:
+        return f"DROPPED {row.delta.listen_drops:,}, {backlog}"
+    if row.delta.resets_sent or row.delta.resets_received:
+        return "RESETS"
+    return "SYN RESENT" if row.delta.syn_ack_retransmits else f"FULL, {backlog}"
 
 
 def has_ended(row: pb.TcpMetrics) -> bool:
@@ -179,10 +191,11 @@ def of_peer(row: pb.TcpPeerMetrics) -> Flow:
         segments=row.delta.segments_sent,
         retransmits=row.delta.retransmits or row.delta.syn_ack_retransmits,
         resets=row.delta.resets_sent + row.delta.resets_received,
+        dropped=row.delta.listen_drops,
     )
     flow.rtt.add(row.rtt_us_delta)
     if flow.retransmits or flow.role == LISTENER:
-        flow.health = Health.LOSSY
+        flow.health = Health.BAD if flow.dropped else Health.LOSSY
     # The errors of those that failed say more than ERROR does.
     errors = [name for name in row.failures if name not in ("", "ECONNREFUSED", "ETIMEDOUT")]
     for name, count in row.ends.items():

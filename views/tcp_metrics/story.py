@@ -182,6 +182,8 @@ class TcpStory:
         yield f"{latest.failed:,} FAILED" if latest.failed else "0 failed", _bad(latest.failed)
         if resets:
             yield f"{resets:,} RESET", _bad(resets)
+        if latest.dropped:
+            yield f"{latest.dropped:,} DROPPED by a full backlog", _bad(latest.dropped)
         yield f"{format_amount(latest.bytes_out / seconds)}B{per_s} out", ""
         yield f"{format_amount(latest.bytes_in / seconds)}B{per_s} in", ""
         style = _STYLES[Health.LOSSY] if latest.retransmits else ""
@@ -252,6 +254,8 @@ class TcpStory:
                 f"{format_amount(everything.bytes_in)}B in; "
                 f"{share} of {everything.segments:,} segments resent"
             )
+        if everything.dropped:
+            yield f"attempts to connect that a full backlog dropped: {everything.dropped:,}"
         if everything.ends:
             ends = sorted(everything.ends.items(), key=lambda item: (-item[1], item[0]))
             yield "ended: " + ", ".join(f"{count:,} {word}" for word, count in ends)

@@ -172,7 +172,11 @@ class Tally:
             open_at = Counter(_peer_of(of_connection(row)) for row, _ in self._open.values())
         for key, flow in self._peers.items():
             flow.open = open_at[key]
-        return [flow for flow in self._peers.values() if flow.role != LISTENER or flow.retransmits]
+        return [
+            flow
+            for flow in self._peers.values()
+            if flow.role != LISTENER or flow.retransmits or flow.dropped
+        ]
 
     @property
     def all(self) -> Flow:
@@ -197,17 +201,20 @@ def event_rows(batch: Batch) -> Iterable[dict[str, Any]]:
         for name, value in row.items():
             end, _, part = name.partition("_")
             if part == "high":
-                event[f"{end}_address"] = address_text(value, row[f"{end}_low"])
+                low, scope = row[f"{end}_low"], row["scope_id"]
+                event[f"{end}_address"] = address_text(value, low, scope)
             elif part != "low":
                 event[name] = value
         yield event
 
 
 @lru_cache(4096)
-def address_text(high: int, low: int) -> str:
-    """An address of 128 bits as text; that of IPv4 in IPv6 as IPv4."""
+def address_text(high: int, low: int, scope: int = 0) -> str:
+    """An address of 128 bits as text; that of IPv4 in IPv6 as IPv4, a link-local one with its
+    scope."""
     address = IPv6Address(high << 64 | low)
-    return str(address.ipv4_mapped or address)
+    text = str(address.ipv4_mapped or address)
+    return f"{text}%{scope}" if scope and address.is_link_local else text
 
 
 def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:

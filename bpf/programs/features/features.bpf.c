@@ -51,6 +51,18 @@ int RAW_PROGRAM(coral_p_sessions, void *task)
 	return 0;
 }
 
+/* The kernel had the map for security modules alone before it had it for tracing (5.13). Only the
+ * probe that loads this program makes it. */
+MAP(TASK_STORAGE, coral_p_storage, int, __u32, 0, BPF_F_NO_PREALLOC);
+
+SEC("raw_tp/sched_process_exec")
+int RAW_PROGRAM(coral_p_task_storage, void *task)
+{
+	bpf_task_storage_get(map_of(coral_p_storage), bpf_get_current_task_btf(), 0,
+			     BPF_LOCAL_STORAGE_GET_F_CREATE);
+	return 0;
+}
+
 SEC("kprobe/bpf_fentry_test1")
 int PROGRAM(coral_p_kprobe, void *ctx)
 {

@@ -31,8 +31,8 @@ static __always_inline bool comm_is_wanted(__u32 slot, const char *comm)
 	return wanted && words[0] == wanted->words[0] && words[1] == wanted->words[1];
 }
 
-/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the memory
- * controller. */
+/* Ids are unique within a hierarchy, of which there are two: the unified one, and that of the
+ * memory controller. */
 #define IN_MEMORY_HIERARCHY (1ULL << 63)
 
 static __always_inline __u64 key_of_cgroup(__u64 id, int hierarchy)
@@ -62,9 +62,9 @@ static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 }
 
 /*
- * The current process forks CHILD, in these cgroups of the two hierarchies. A child has its parent's
- * name until it execs. A member of its id is another process, which ended just when user space
- * added it.
+ * The current process forks CHILD, in these cgroups of the two hierarchies. A child has its
+ * parent's name until it execs. A member of its id is another process, which ended just when user
+ * space added it.
  */
 SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memory_cgroup)
 {
@@ -80,8 +80,8 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memo
 	if (parent) {
 		member.state = parent->state;
 	} else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
-		   !(all->cgroup & bit && (cgroup_is_wanted(slot, cgroup) ||
-					   cgroup_is_wanted(slot, memory_cgroup)))) {
+		   !(all->cgroup & bit &&
+		     (cgroup_is_wanted(slot, cgroup) || cgroup_is_wanted(slot, memory_cgroup)))) {
 		member_forget(slot, child);
 		return 0;
 	}
@@ -112,7 +112,8 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 			memory_cgroup =
 			    key_of_cgroup(cgroup_of(child, all->hierarchy), all->hierarchy);
 	}
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		fork_in_session(slot, process, cgroup, memory_cgroup);
 	}
 	return 0;
@@ -154,7 +155,8 @@ int RAW_PROGRAM(coral_rename, struct task_struct *task, const char *comm)
 		return 0;
 	read_kernel_string(&words, comm);
 	process = process_of(tgid, born_of(task));
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		rename_in_session(slot, process, words[0], words[1]);
 	}
 	return 0;
@@ -179,7 +181,8 @@ int RAW_PROGRAM(coral_exec, struct task_struct *task)
 
 	if (!all || surely_unwatched(all, tgid))
 		return 0;
-	for_each_session (slot, all->all) {
+	for_each_session(slot, all->all)
+	{
 		exec_in_session(slot, tgid);
 	}
 	return 0;
@@ -216,7 +219,8 @@ int RAW_PROGRAM(coral_exit, struct task_struct *task)
 	    kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
 		return 0;
 	process = process_of(tgid, born_of(kernel_read(this_task(), group_leader)));
-	for_each_session (slot, all->all) {
+	for_each_session(slot, all->all)
+	{
 		member_remove(slot, process);
 	}
 	return 0;
@@ -266,7 +270,8 @@ int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_s
 	process = process_of(kernel_read(task, tgid), born_of(leader));
 	cgroup = key_of_cgroup(id_of_cgroup(to), hierarchy);
 	leaders_cgroup = key_of_cgroup(cgroup_of(leader, hierarchy), hierarchy);
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		attach_in_session(slot, process, cgroup, leaders_cgroup, (__u64)leader);
 	}
 	return 0;
@@ -318,7 +323,8 @@ int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 	cgroup = key_of_cgroup(id_of_cgroup(made), hierarchy);
 	parent = key_of_cgroup(id_of_parent(made), hierarchy);
 	hash = hash_of_path(path) ^ key_of_cgroup(0, hierarchy);
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		mkdir_in_session(slot, cgroup, parent, hash);
 	}
 	return 0;
@@ -348,7 +354,8 @@ int RAW_PROGRAM(coral_rmdir, struct cgroup *removed)
 	if (!mask)
 		return 0;
 	cgroup = key_of_cgroup(id_of_cgroup(removed), hierarchy);
-	for_each_session (slot, mask) {
+	for_each_session(slot, mask)
+	{
 		rmdir_in_session(slot, cgroup);
 	}
 	return 0;

@@ -19,10 +19,10 @@
 
 /* What is known of the calls of one thread. */
 struct call {
-	__u64 start_ns; /* 0: no call to count is in progress */
-	__u64 counting; /* the sessions that the call in progress counts for */
-	__u64 watching; /* the sessions that watch the thread's process ... */
-	__u64 armed;	/* ... and those that begin with its next exec */
+	__u64 start_ns;	  /* 0: no call to count is in progress */
+	__u64 counting;	  /* the sessions that the call in progress counts for */
+	__u64 watching;	  /* the sessions that watch the thread's process ... */
+	__u64 armed;	  /* ... and those that begin with its next exec */
 	__u32 generation; /* as of which they do */
 	__u32 nr;
 	__u32 born;
@@ -66,27 +66,25 @@ struct call {
 #endif
 #define NR_COMPAT_EXIT 1
 
-/* The options of one session. */
+/* What user space says about one session. */
 struct syscall_session {
-	__u64 min_duration_ns;
-	__u64 wanted[2][NR_SYSCALLS / 64]; /* by number, of native and of 32-bit calls */
-	__u32 sample_every;		   /* single events: one call in how many is sent */
-	__u32 since;			   /* the generation in which it began */
 	__u8 single_events;
 	__u8 errors_only;
 	__u8 filters;
-	__u8 wants_others; /* numbers that are not in `wanted` */
-	__u8 reserved[4];
+	__u8 wants_others;  /* numbers that are not in `wanted` */
+	__u32 sample_every; /* single events: one call in how many is sent */
+	__u64 min_duration_ns;
+	__u32 since; /* the generation in which it began */
+	/* The number of the current interval. User space increments it before it reads, so that a
+	 * maximum belongs to one interval. There are two slots for maxima, because the previous
+	 * interval is read during the current one. */
+	__u32 interval;
+	__u64 wanted[2][NR_SYSCALLS / 64]; /* by number, of native and of 32-bit calls */
 };
 
 MAP(ARRAY, syscall_sessions, __u32, struct syscall_session, SESSIONS, 0);
 
-/* By slot: the number of the current interval. User space increments it before it reads, so that a
- * maximum belongs to one interval. There are two slots for maxima, because the previous interval is
- * read during the current one. */
-MAP(ARRAY, intervals, __u32, __u32, SESSIONS, 0);
-
-OPTION(bool, typed_registers, false); /* the verifier knows the type of struct pt_regs */
+OPTION(bool, typed_registers, false);	   /* the verifier knows the type of struct pt_regs */
 OPTIONS(__u8, error_class, MAX_ERRNO + 1); /* by errno, kernel-internal ones included */
 
 struct syscall_key {
@@ -159,10 +157,9 @@ static __always_inline void count_error(struct syscall_stats *s, long ret)
 		s->errors[*class % ERROR_CLASSES]++;
 }
 
-static __always_inline void count_max(struct syscall_stats *s, __u32 slot, __u64 latency_ns)
+static __always_inline void count_max(struct syscall_stats *s, __u32 now, __u64 latency_ns)
 {
-	__u32 *running = bpf_map_lookup_elem(map_of(intervals), &slot);
-	__u32 now = running ? *running : 0, half = now & 1;
+	__u32 half = now & 1;
 
 	if (s->max_interval[half] != now) {
 		s->max_interval[half] = now;
@@ -172,7 +169,8 @@ static __always_inline void count_max(struct syscall_stats *s, __u32 slot, __u64
 	}
 }
 
-static __always_inline void count(__u32 slot, __u32 nr, __u32 born, __u64 duration_ns, long ret)
+static __always_inline void count(const struct syscall_session *session, __u32 slot, __u32 nr,
+				  __u32 born, __u64 duration_ns, long ret)
 {
 	struct syscall_key key = {.tgid = current_thread().tgid, .nr = nr, .born = born};
 	void *zeros = (void *)element(no_stats, 0), *map = map_of_session(stats, slot);
@@ -183,7 +181,7 @@ static __always_inline void count(__u32 slot, __u32 nr, __u32 born, __u64 durati
 	s = map_lookup_or_account(slot, map, &key, zeros);
 	if (!s)
 		return;
-	count_max(s, slot, duration_ns);
+	count_max(s, session->interval, duration_ns);
 	s->total_ns += duration_ns;
 	barrier();
 	s->latency[log2_slot(duration_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
@@ -225,7 +223,7 @@ static __always_inline void see_in_session(void *ctx, __u32 slot, __u32 nr, __u3
 	if (session->single_events)
 		send(ctx, session, slot, nr, born, ended_ns, duration_ns, ret);
 	else
-		count(slot, nr, born, duration_ns, ret);
+		count(session, slot, nr, born, duration_ns, ret);
 }
 
 /* A call of the current thread, for session SLOT. */
@@ -236,35 +234,38 @@ SUBPROGRAM int see_by_ring(__u32 slot, __u64 nr_and_born, __u64 ended_ns, __u64 
 	return 0;
 }
 
-static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born, __u64 ended_ns,
-				__u64 duration_ns, long ret)
+/* Likewise, for all of SESSIONS. */
+SUBPROGRAM int see_all_by_ring(__u64 sessions, __u64 nr_and_born, __u64 ended_ns, __u64 duration_ns,
+			       __s64 ret)
 {
-	for_each_session (slot, sessions) {
-		if (option(records_in_ring))
-			see_by_ring(slot, (__u64)nr << 32 | born, ended_ns, duration_ns, ret);
-		else
-			see_in_session(ctx, slot, nr, born, ended_ns, duration_ns, ret);
+	for_each_session(slot, sessions)
+	{
+		see_by_ring(slot, nr_and_born, ended_ns, duration_ns, ret);
 	}
-}
-
-SUBPROGRAM int lose_call(__u32 slot)
-{
-	account_loss(slot, LOSS_BUSY);
 	return 0;
 }
 
-/* Looks up which sessions watch the thread's process. */
-static __always_inline void watch(const struct sessions *all, struct call *call, __u32 tgid)
+static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born, __u64 ended_ns,
+				__u64 duration_ns, long ret)
 {
-	call->watching = call->armed = 0;
-	for_each_session (slot, all->of_hub[HUB_SYSCALLS]) {
-		int state = state_in_session(slot, tgid);
-
-		if (state == MEMBER_ACTIVE)
-			call->watching |= session_bit(slot);
-		if (state == MEMBER_ARMED)
-			call->armed |= session_bit(slot);
+	if (option(records_in_ring)) {
+		see_all_by_ring(sessions, (__u64)nr << 32 | born, ended_ns, duration_ns, ret);
+		return;
 	}
+	for_each_session(slot, sessions)
+	{
+		see_in_session(ctx, slot, nr, born, ended_ns, duration_ns, ret);
+	}
+}
+
+/* There was no room for a thread's state. */
+SUBPROGRAM int lose_calls(__u64 sessions)
+{
+	for_each_session(slot, sessions)
+	{
+		account_loss(slot, LOSS_BUSY);
+	}
+	return 0;
 }
 
 /*
@@ -278,7 +279,8 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 
 	if (call && call->generation == generation)
 		return call;
-	watch(all, &fresh, me->tgid);
+	fresh.watching = sessions_in_state(sessions_of_hub(all), me->tgid, MEMBER_ACTIVE);
+	fresh.armed = sessions_in_state(sessions_of_hub(all), me->tgid, MEMBER_ARMED);
 	if (call) {
 		call->watching = fresh.watching;
 		call->armed = fresh.armed;
@@ -289,11 +291,8 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 		return NULL;
 	fresh.born = born_of(kernel_read(this_task(), group_leader));
 	call = thread_state_make(me, &fresh);
-	if (!call) {
-		for_each_session (slot, fresh.watching) {
-			lose_call(slot);
-		}
-	}
+	if (!call)
+		lose_calls(fresh.watching);
 	return call;
 }
 
@@ -351,12 +350,21 @@ int RAW_PROGRAM(coral_enter, struct pt_regs *regs, long id)
 	return 0;
 }
 
-/* Whether session SLOT began before the GENERATION of a thread. */
-SUBPROGRAM int is_older(__u32 slot, __u32 generation)
+/* Those of SESSIONS that began before the GENERATION of a thread. */
+SUBPROGRAM __u64 older_sessions(__u64 sessions, __u32 generation)
 {
-	struct syscall_session *session = bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
+	__u64 found = 0;
 
-	return session && (__s32)(session->since - generation) <= 0;
+	for_each_session(slot, sessions)
+	{
+		__u32 key = slot;
+		struct syscall_session *session =
+		    bpf_map_lookup_elem(map_of(syscall_sessions), &key);
+
+		if (session && (__s32)(session->since - generation) <= 0)
+			found |= session_bit(slot);
+	}
+	return found;
 }
 
 /*
@@ -365,15 +373,7 @@ SUBPROGRAM int is_older(__u32 slot, __u32 generation)
  */
 static __always_inline __u64 sessions_since(__u64 watched, __u32 generation, __u32 now)
 {
-	__u64 found = 0;
-
-	if (generation == now)
-		return watched;
-	for_each_session (slot, watched) {
-		if (is_older(slot, generation))
-			found |= session_bit(slot);
-	}
-	return found;
+	return generation == now ? watched : older_sessions(watched, generation);
 }
 
 static __always_inline long number_in(struct pt_regs *regs)

@@ -70,9 +70,14 @@ struct tcp_connection {
 	__u32 segments_received;
 	__u32 retransmits;
 	__u32 retransmits_of[KINDS];
-	__u32 syn_ack_retransmits; /* of listeners */
-	__u32 srtt_us;		   /* times eight, as in the kernel */
-	__u32 rtt_deviation_us;	   /* times four */
+	/* Of listeners: */
+	__u32 syn_ack_retransmits;
+	__u32 listen_drops; /* attempts to connect that it dropped */
+	__u32 found_listen_drops;
+	__u32 backlog; /* connections that wait to be accepted, and how many may */
+	__u32 backlog_limit;
+	__u32 srtt_us;		/* times eight, as in the kernel */
+	__u32 rtt_deviation_us; /* times four */
 	__u32 rtt_min_us;
 	__u32 congestion_window;
 	__u32 slow_start_threshold;
@@ -87,8 +92,9 @@ struct tcp_connection {
 	__u32 found_segments_sent;
 	__u32 found_segments_received;
 	__u32 found_retransmits;
-	__u32 walk; /* the last walk in which the owner had it open */
-	__u32 reserved;
+	__u32 walk;	/* the last walk in which the owner had it open */
+	__u32 scope_id; /* the interface that link-local addresses belong to */
+	__u32 shared;	/* of a listener: a process that is not watched has it open, too */
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
 	__u64 found_bytes_received;
@@ -96,36 +102,24 @@ struct tcp_connection {
 	__u64 rtt_sum_us; /* of the samples */
 };
 
-/* A port that a watched process listens on: new connections belong to that process. */
-struct port_key {
-	__u32 network;
-	__u32 port;
-};
-
-struct port_owner {
-	__u32 pid;
-	__u32 listeners;
-	char comm[COMM_BYTES];
-};
-
 OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to create elements from */
 MAP(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
-MAP(HASH, ports, struct port_key, struct port_owner, 4096, BPF_F_NO_PREALLOC);
 
 /*
  * Where there is no iterator over files, user space finds earlier connections by sock_diag, which
  * reports the cookie of a socket and not its address. A connection is taken over at the next hook
- * that sees it, whichever process runs; so are listeners, which are in `ports` from the start.
+ * that sees it, whichever process runs; so are listeners.
  */
 struct found_owner {
 	__u32 pid;
 	char comm[COMM_BYTES];
 };
 
+OPTION(__u32, own_slot, 0); /* of the session that these programs work for */
 OPTION(bool, take_over_found, false);
 MAP(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
 
-/* As target_hints: a byte that is clear belongs to no socket that is followed. */
+/* As `hints`: a byte that is clear belongs to no socket that is followed. */
 #define SOCKET_HINTS 65536
 GLOBALS(__u8, socket_hints, SOCKET_HINTS);
 
@@ -145,14 +139,25 @@ static __always_inline struct tcp_connection *connection_of(struct sock *sk)
 }
 
 /* The process of the current task if it is watched, or NULL. */
-static __always_inline struct target *watched_process(void)
+static __always_inline struct member *watched_process(void)
 {
-	struct target *target;
+	struct sessions *all = all_sessions();
+	__u32 tgid = current_tgid();
+	struct member *member;
 
-	if (surely_no_target(current_tgid()) || cgroup_excludes_current())
+	if (!all || surely_unwatched(all, tgid))
 		return NULL;
-	target = target_of_current(current_tgid());
-	return target && target->state != TARGET_ARMED ? target : NULL;
+	if (all->host && state_in_session(option(own_slot), tgid) != MEMBER_ACTIVE)
+		return NULL;
+	member = member_of(option(own_slot), tgid);
+	return member && member->state == MEMBER_ACTIVE ? member : NULL;
+}
+
+static __always_inline bool surely_nobodys(__u32 tgid)
+{
+	struct sessions *all = all_sessions();
+
+	return !all || surely_unwatched(all, tgid);
 }
 
 static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk, bool typed)
@@ -160,6 +165,7 @@ static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk,
 	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
 	c->local_port = local_port_of(sk);
 	c->remote_port = remote_port_of(sk, typed);
+	c->scope_id = socket_read_if(typed, sk, __sk_common.skc_bound_dev_if);
 }
 
 /* A client gets its port after its first state change. */
@@ -176,19 +182,19 @@ static __always_inline __u64 our_number(const struct tcp_connection *c)
 	return 1ULL << 63 | (c->found_ns * 0x9E3779B97F4A7C15ULL + c->sk) >> 1;
 }
 
-static __always_inline __u64 number_of(const struct tcp_connection *c, struct sock *sk)
+static __always_inline __u64 number_of(const struct tcp_connection *c, struct sock *sk, bool typed)
 {
-	__u64 cookie = socket_read(sk, __sk_common.skc_cookie.counter);
+	__u64 cookie = socket_read_if(typed, sk, __sk_common.skc_cookie.counter);
 
 	return cookie ? cookie : our_number(c);
 }
 
 /*
- * NULL if there is no room. That is a loss where a connection begins; one that is only found is
- * tried again when it is next used.
+ * Readers leave the connection out until `connection_show`. NULL if there is no room: that is a
+ * loss where a connection begins; one that is only found is tried again when it is next used.
  */
 static __always_inline struct tcp_connection *connection_make(struct sock *sk, __u8 role,
-							      __u64 flags)
+							      __u64 flags, bool typed)
 {
 	volatile __u8 *hint = hint_of(sk);
 	void *zeros = (void *)element(no_connection, 0);
@@ -204,22 +210,27 @@ static __always_inline struct tcp_connection *connection_make(struct sock *sk, _
 		return NULL;
 	c->sk = key;
 	c->role = role;
-	c->network = network_of(sk);
+	c->network = network_of(sk, typed);
 	c->state = state_of(sk);
 	c->found_ns = bpf_ktime_get_ns();
-	barrier();
-	c->cookie = number_of(c, sk); /* the last one: without it the element is not read */
 	return c;
+}
+
+/* Lets readers have the connection, which is complete. */
+static __always_inline void connection_show(struct tcp_connection *c, __u64 number)
+{
+	barrier();
+	c->cookie = number;
 }
 
 static __always_inline struct tcp_connection *connection_begin(struct sock *sk, __u8 role)
 {
-	struct tcp_connection *c = connection_make(sk, role, BPF_ANY);
+	struct tcp_connection *c = connection_make(sk, role, BPF_ANY, option(typed_sockets));
 
 	if (c)
 		c->start_ns = c->found_ns;
 	else
-		account_loss(0, LOSS_MAP_FULL);
+		account_loss(option(own_slot), LOSS_MAP_FULL);
 	return c;
 }
 
@@ -284,7 +295,13 @@ static __always_inline void refresh(struct tcp_connection *c, struct sock *sk, i
 	struct tcp_sock *tp = tcp_of(sk, typed);
 
 	c->read_ns = bpf_ktime_get_ns();
-	if (c->role == ROLE_LISTENER || !tp)
+	if (c->role == ROLE_LISTENER) {
+		c->listen_drops = kernel_read(sk, sk_drops.counter);
+		c->backlog = kernel_read(sk, sk_ack_backlog);
+		c->backlog_limit = kernel_read(sk, sk_max_ack_backlog);
+		return;
+	}
+	if (!tp)
 		return;
 	read_counters(c, tp, typed);
 	take_flags_out(c, sk, tp, old, typed);
@@ -327,48 +344,12 @@ static __always_inline void sample_rtt(struct tcp_connection *c, struct sock *sk
 	count_rtt(c, socket_read(tp, rack.rtt_us));
 }
 
-/* Ports. */
-
-static __always_inline struct port_key port_of(const struct tcp_connection *c)
-{
-	struct port_key key = {.network = c->network, .port = c->local_port};
-
-	return key;
-}
-
-static __always_inline void port_take(const struct tcp_connection *listener)
-{
-	struct port_key key = port_of(listener);
-	struct port_owner fresh = {.pid = listener->pid, .listeners = 1};
-	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
-
-	if (owner) {
-		__sync_fetch_and_add(&owner->listeners, 1);
-		return;
-	}
-	__builtin_memcpy(fresh.comm, listener->comm, COMM_BYTES);
-	if (bpf_map_update_elem(map_of(ports), &key, &fresh, BPF_ANY))
-		account_loss(0, LOSS_MAP_FULL);
-}
-
-static __always_inline void port_release(const struct tcp_connection *listener)
-{
-	struct port_key key = port_of(listener);
-	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
-
-	if (!owner)
-		return;
-	if (owner->listeners <= 1)
-		bpf_map_delete_elem(map_of(ports), &key);
-	else
-		__sync_fetch_and_add(&owner->listeners, -1);
-}
-
 /* Connections that existed before they were found. */
 
 /*
  * bytes_acked includes a client's SYN, but not a server's SYN-ACK: for a client, the bytes
- * acknowledged and in flight exceed the payload sent by one.
+ * acknowledged and in flight exceed the payload sent by one. A segment that was dropped before it
+ * left the machine counts twice in bytes_sent, and hides that.
  */
 static __always_inline __u8 role_by_numbering(struct sock *sk)
 {
@@ -385,11 +366,15 @@ static __always_inline __u8 role_by_numbering(struct sock *sk)
 	return acked + under_way > payload + fin_sent ? ROLE_CLIENT : ROLE_SERVER;
 }
 
-static __always_inline bool is_listened_to(const struct tcp_connection *c)
+/* Where `connect` chose the local port, the kernel marks the port as not bound by anybody. */
+static __always_inline __u8 role_of(struct sock *sk)
 {
-	struct port_key key = port_of(c);
+	struct inet_bind_bucket *bound;
 
-	return bpf_map_lookup_elem(map_of(ports), &key);
+	bound = kernel_read((struct inet_connection_sock *)sk, icsk_bind_hash);
+	if (bound && kernel_read(bound, fastreuse) < 0)
+		return ROLE_CLIENT;
+	return role_by_numbering(sk);
 }
 
 /* What a connection carried earlier does not count in the interval in which it is found. */
@@ -402,30 +387,79 @@ static __always_inline void keep_as_found(struct tcp_connection *c)
 	c->found_segments_sent = c->segments_sent;
 	c->found_segments_received = c->segments_received;
 	c->found_retransmits = c->retransmits;
+	c->found_listen_drops = c->listen_drops;
 }
 
-static __always_inline struct tcp_connection *connection_find(struct sock *sk, __u32 pid,
-							      const char *comm)
+/* User space increments it before each walk through the open files. */
+GLOBAL(__u32, walk);
+
+/*
+ * Sockets that walks met, by a hash of their addresses: the number of the last walk that did, times
+ * two, and one if the walk before had met it, too. Like a hint, a byte may be of another socket:
+ * then a new connection is taken for one that was there before.
+ */
+GLOBALS(__u8, met_in_walk, SOCKET_HINTS);
+
+static __always_inline volatile __u8 *walk_mark_of(struct sock *sk)
+{
+	return element(met_in_walk, (half_of(sk) * 0x9E3779B1) >> 16);
+}
+
+#define WALKS 0x7F
+
+static __always_inline void meet_in_walk(struct sock *sk, __u32 now)
+{
+	volatile __u8 *mark = walk_mark_of(sk);
+	bool before;
+
+	if (!mark || *mark >> 1 == (now & WALKS))
+		return;
+	before = now == 1 || *mark >> 1 == (now - 1 & WALKS);
+	*mark = (now & WALKS) << 1 | before;
+}
+
+/* Another socket may get the address. */
+static __always_inline void forget_in_walk(struct sock *sk)
+{
+	volatile __u8 *mark = walk_mark_of(sk);
+
+	if (mark && *mark)
+		*mark = 0;
+}
+
+/*
+ * Whether the connection of SK, which is found now, is younger than the previous walk: then all
+ * that it has carried is of this interval. IN_WALK, the present walk has met it already.
+ */
+static __always_inline bool is_younger_than_walk(struct sock *sk, bool in_walk)
+{
+	volatile __u32 *now = global(walk);
+	volatile __u8 *mark = walk_mark_of(sk);
+
+	if (!now || !mark || !*now)
+		return false;
+	return in_walk ? !(*mark & 1) : *mark >> 1 != (*now & WALKS);
+}
+
+static __always_inline struct tcp_connection *
+connection_find(struct sock *sk, __u32 pid, const char *comm, bool in_walk, bool typed)
 {
 	__u8 state = state_of(sk);
 	struct tcp_connection *c;
 
 	if (state == TCP_CLOSE || state == TCP_TIME_WAIT)
 		return NULL;
-	c = connection_make(sk, ROLE_NONE, BPF_NOEXIST); /* a hook may have been faster */
+	c = connection_make(sk, state == TCP_LISTEN ? ROLE_LISTENER : role_of(sk), BPF_NOEXIST,
+			    typed); /* a hook may have been faster */
 	if (!c)
 		return NULL;
 	own(c, pid, comm);
-	name_ends(c, sk, option(typed_sockets));
-	if (state == TCP_LISTEN) {
-		c->role = ROLE_LISTENER;
-		port_take(c);
-		return c;
-	}
-	c->role = is_listened_to(c) ? ROLE_SERVER : role_by_numbering(sk);
+	name_ends(c, sk, typed);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
 	refresh(c, sk, state, false);
-	keep_as_found(c);
+	if (!is_younger_than_walk(sk, in_walk))
+		keep_as_found(c);
+	connection_show(c, number_of(c, sk, typed));
 	return c;
 }
 
@@ -438,34 +472,53 @@ static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64
 	return *cookie ? bpf_map_lookup_elem(map_of(found), cookie) : NULL;
 }
 
-/* A connection not yet in the map: one of TARGET, or one that user space has found; or NULL. */
+/* A connection not yet in the map: one of MEMBER, or one that user space has found; or NULL. */
 static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
-							      struct target *target)
+							      struct member *member)
 {
 	__u64 cookie = 0;
 	struct found_owner *found_owner = found_owner_of(sk, &cookie);
 	struct tcp_connection *c;
 
-	if ((!target && !found_owner) || !is_tcp(sk))
+	if ((!member && !found_owner) || !is_tcp(sk, option(typed_sockets)))
 		return NULL;
-	c = connection_find(sk, target ? current_tgid() : found_owner->pid,
-			    target ? target->comm : found_owner->comm);
-	if (c && found_owner) {
-		if (c->role == ROLE_LISTENER)
-			port_release(c); /* user space has already counted it */
+	c = connection_find(sk, member ? current_tgid() : found_owner->pid,
+			    member ? member->comm : found_owner->comm, false,
+			    option(typed_sockets));
+	if (c && found_owner)
 		bpf_map_delete_elem(map_of(found), &cookie);
-	}
 	return c;
+}
+
+/* The owner of a new connection until a process is seen to have it: the listener's, or nobody if
+ * processes that are not watched may accept it, too. False if the listener is not followed. */
+static __always_inline bool owner_by_listener(struct sock *listener, struct found_owner *owner)
+{
+	struct tcp_connection *c = connection_of(listener);
+	struct found_owner *found_owner;
+	__u64 cookie;
+
+	if (c && c->role == ROLE_LISTENER) {
+		if (!c->shared) {
+			owner->pid = c->pid;
+			__builtin_memcpy(owner->comm, c->comm, COMM_BYTES);
+		}
+		return true;
+	}
+	found_owner = found_owner_of(listener, &cookie);
+	if (found_owner)
+		*owner = *found_owner;
+	return found_owner;
 }
 
 /*
  * The connection of the socket that a hook sees. If a process is using the socket (BY_PROCESS) and
- * is watched, it owns the connection from now on.
+ * is watched, it owns the connection from now on. Threads of the kernel work for others.
  */
 static __always_inline struct tcp_connection *connection_met(struct sock *sk, bool by_process)
 {
 	struct tcp_connection *c = connection_of(sk);
-	struct target *target;
+	struct member *member;
 
 	if (c && !by_process)
 		return c;
@@ -473,15 +526,16 @@ static __always_inline struct tcp_connection *connection_met(struct sock *sk, bo
 		c->presumed = false;
 		return c;
 	}
-	target = by_process ? watched_process() : NULL;
+	by_process = by_process && !in_kernel_thread();
+	member = by_process ? watched_process() : NULL;
 	if (!c)
-		return connection_seek(sk, target);
-	if (target) {
-		own(c, current_tgid(), target->comm);
-	} else if (c->presumed) {
+		return connection_seek(sk, member);
+	if (member) {
+		own(c, current_tgid(), member->comm);
+	} else if (by_process && c->presumed) {
 		__u64 key = (__u64)sk;
 
-		/* Another process, which shares the port with a watched one, has it. */
+		/* Another process, which shares the listener with a watched one, has it. */
 		bpf_map_delete_elem(map_of(connections), &key);
 		return NULL;
 	}

@@ -19,6 +19,10 @@
 #include <linux/tcp.h>
 #pragma pop_macro("kernel_read")
 
+#define member_offset(type, member) offsetof(type, member)
+#define HAVE_IPV6		    IS_ENABLED(CONFIG_IPV6)
+#define kernel_has_ipv6(sk)	    true
+
 /* A bit field has no address: these are bits of the byte before the next member. */
 static __always_inline __u8 congestion_state(struct sock *sk)
 {
@@ -54,7 +58,8 @@ enum {
 
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN has come */
 
-#define IPPROTO_TCP 6
+#define IPPROTO_TCP   6
+#define IPPROTO_MPTCP 262
 
 #define SOCKFS_MAGIC 0x534F434B
 
@@ -89,6 +94,7 @@ struct sock_common {
 	__u16 skc_num;
 	unsigned short skc_family;
 	unsigned char skc_state;
+	int skc_bound_dev_if;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
@@ -104,6 +110,9 @@ struct sock {
 	struct sock_common __sk_common;
 	int sk_err;
 	socket_lock_t sk_lock;
+	atomic_t sk_drops;
+	__u32 sk_ack_backlog;
+	__u32 sk_max_ack_backlog;
 	__u16 sk_protocol;
 };
 
@@ -116,8 +125,13 @@ struct inet_sock {
 	__be16 inet_sport;
 };
 
+struct inet_bind_bucket {
+	signed char fastreuse;
+};
+
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
+	struct inet_bind_bucket *icsk_bind_hash;
 	__u8 icsk_ca_state : 5;
 };
 
@@ -134,8 +148,13 @@ struct tcp_rack {
 	__u32 rtt_us;
 };
 
+struct list_head {
+	struct list_head *next;
+};
+
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	struct list_head tsorted_sent_queue;
 	__u32 snd_nxt;
 	__u32 snd_una;
 	__u32 write_seq;
@@ -215,7 +234,21 @@ struct socket {
 	struct sock *sk;
 };
 
+/* The socket of an application that uses MPTCP, and each connection that carries its data. */
+struct mptcp_sock {
+	struct list_head conn_list;
+};
+
+struct mptcp_subflow_context {
+	struct list_head node;
+	struct sock *tcp_sock;
+};
+
 #pragma clang attribute pop
+
+#define member_offset(type, member) bpf_core_field_offset(((type *)0)->member)
+#define HAVE_IPV6		    1
+#define kernel_has_ipv6(sk)	    bpf_core_field_exists((sk)->skc_v6_daddr)
 
 static __always_inline __u8 congestion_state(struct sock *sk)
 {
@@ -272,12 +305,29 @@ static __always_inline __u32 half_of(struct sock *sk)
 	return half;
 }
 
-static __always_inline bool is_tcp(struct sock *sk)
+static __always_inline bool is_of_protocol(struct sock *sk, __u16 protocol, bool typed)
 {
-	__u16 family = socket_read(sk, __sk_common.skc_family);
+	__u16 family = socket_read_if(typed, sk, __sk_common.skc_family);
 
 	return (family == AF_INET || family == AF_INET6) &&
-	       socket_read(sk, sk_protocol) == IPPROTO_TCP;
+	       socket_read_if(typed, sk, sk_protocol) == protocol;
+}
+
+static __always_inline bool is_tcp(struct sock *sk, bool typed)
+{
+	return is_of_protocol(sk, IPPROTO_TCP, typed);
+}
+
+/*
+ * The listener that SK, its new child, has just been cloned from. Nothing in a socket names it. But
+ * a listener never sends, so that its list of sent segments is empty and points to itself; the
+ * child has a copy of that pointer until the kernel has set it up.
+ */
+static __always_inline struct sock *listener_of_child(struct sock *sk)
+{
+	__u64 list = (__u64)kernel_read((struct tcp_sock *)sk, tsorted_sent_queue.next);
+
+	return (struct sock *)(list - member_offset(struct tcp_sock, tsorted_sent_queue));
 }
 
 /*
@@ -288,6 +338,14 @@ static __always_inline bool is_tcp(struct sock *sk)
 static __always_inline bool held_by_process(struct sock *sk)
 {
 	return socket_read(sk, sk_lock.owned);
+}
+
+#define ECONNABORTED 103
+
+/* Whether an administrator destroys it (`ss -K`), whose process holds it then. */
+static __always_inline bool is_destroyed_by_other(struct sock *sk)
+{
+	return socket_read(sk, sk_err) == ECONNABORTED;
 }
 
 static __always_inline __u8 state_of(struct sock *sk)
@@ -302,9 +360,9 @@ static __always_inline __u8 state_of(struct sock *sk)
 	return state;
 }
 
-static __always_inline __u32 network_of(struct sock *sk)
+static __always_inline __u32 network_of(struct sock *sk, bool typed)
 {
-	return kernel_read(socket_read(sk, __sk_common.skc_net.net), ns.inum);
+	return kernel_read(socket_read_if(typed, sk, __sk_common.skc_net.net), ns.inum);
 }
 
 /* An IPv4 address becomes ::ffff:a.b.c.d, as it is in a dual-stack socket. */
@@ -321,16 +379,18 @@ static __always_inline void address_of_v4(__u8 *to, __be32 v4)
 static __always_inline void addresses_of(struct sock_common *sk, __u8 *local, __u8 *remote,
 					 bool typed)
 {
-	if (socket_read_if(typed, sk, skc_family) == AF_INET6) {
+#if HAVE_IPV6
+	if (kernel_has_ipv6(sk) && socket_read_if(typed, sk, skc_family) == AF_INET6) {
 		struct in6_addr a = kernel_read(sk, skc_v6_rcv_saddr);
 
 		__builtin_memcpy(local, &a, ADDRESS_BYTES);
 		a = kernel_read(sk, skc_v6_daddr);
 		__builtin_memcpy(remote, &a, ADDRESS_BYTES);
-	} else {
-		address_of_v4(local, socket_read_if(typed, sk, skc_rcv_saddr));
-		address_of_v4(remote, socket_read_if(typed, sk, skc_daddr));
+		return;
 	}
+#endif
+	address_of_v4(local, socket_read_if(typed, sk, skc_rcv_saddr));
+	address_of_v4(remote, socket_read_if(typed, sk, skc_daddr));
 }
 
 /* Stays valid after the kernel has released the port, on the way to CLOSE. */

@@ -28,6 +28,7 @@ enum what {
 };
 
 OPTION(bool, single_events, false);
+OPTION(bool, selects_host, false);
 OPTION(bool, refresh_at_segments, false); /* where no program reads open connections */
 OPTION(bool, make_cookies, false);	  /* programs may ask for one (5.12) */
 
@@ -58,6 +59,8 @@ struct tcp_event {
 	__u32 reason;
 	__u32 error;
 	__u32 end;
+	__u32 scope_id;
+	__u32 reserved;
 };
 
 /* The record of a connection that has ended. */
@@ -88,6 +91,7 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	    .count = count,
 	    .error = c->error,
 	    .end = new_state == TCP_CLOSE ? c->end : END_OPEN,
+	    .scope_id = c->scope_id,
 	};
 
 	if (!option(single_events))
@@ -97,7 +101,7 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	__builtin_memcpy(event.local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(event.remote, c->remote, ADDRESS_BYTES);
 	__builtin_memcpy(event.name, c->comm, COMM_BYTES);
-	record_send(ctx, 0, &event, sizeof(event));
+	record_send(ctx, option(own_slot), &event, sizeof(event));
 }
 
 static __always_inline void send_event(void *ctx, struct tcp_connection *c, __u32 what,
@@ -114,18 +118,35 @@ static __always_inline void send_end(void *ctx, struct tcp_connection *c)
 
 	if (option(single_events))
 		return;
-	if (c->role == ROLE_LISTENER && !c->syn_ack_retransmits && !c->resets_sent)
+	if (c->role == ROLE_LISTENER && !c->syn_ack_retransmits && !c->resets_sent &&
+	    c->listen_drops == c->found_listen_drops)
 		return;
-	ended = record_reserve(0, RECORD_TCP_ENDED, sizeof(*ended));
+	ended = record_reserve(option(own_slot), RECORD_TCP_ENDED, sizeof(*ended));
 	if (!ended)
 		return;
 	__builtin_memcpy(&ended->connection, c, sizeof(*c));
-	record_submit(ctx, 0, ended, sizeof(*ended));
+	record_submit(ctx, option(own_slot), ended, sizeof(*ended));
+}
+
+/* A watched process makes a connection, or a listener. */
+static __always_inline void begin_by_process(void *ctx, struct sock *sk, struct member *member,
+					     __u8 role, int old, int state)
+{
+	struct tcp_connection *c;
+
+	c = is_tcp(sk, option(typed_sockets)) ? connection_begin(sk, role) : NULL;
+	if (!c)
+		return;
+	own(c, current_tgid(), member->comm);
+	c->state = state;
+	name_ends(c, sk, option(typed_sockets));
+	connection_show(c, number_of(c, sk, option(typed_sockets)));
+	send_event(ctx, c, WHAT_STATE, old, 0);
 }
 
 static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 {
-	struct target *target = watched_process();
+	struct member *member = watched_process();
 	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
@@ -133,29 +154,17 @@ static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
 		send_end(ctx, c);
 		bpf_map_delete_elem(map_of(connections), &key);
 	}
-	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_CLIENT) : NULL;
-	if (!c)
-		return 0;
-	own(c, current_tgid(), target->comm);
-	c->state = TCP_SYN_SENT;
-	name_ends(c, sk, option(typed_sockets));
-	send_event(ctx, c, WHAT_STATE, old, 0);
+	if (member)
+		begin_by_process(ctx, sk, member, ROLE_CLIENT, old, TCP_SYN_SENT);
 	return 0;
 }
 
 static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
 {
-	struct target *target = watched_process();
-	struct tcp_connection *c;
+	struct member *member = watched_process();
 
-	c = target && is_tcp(sk) ? connection_begin(sk, ROLE_LISTENER) : NULL;
-	if (!c)
-		return 0;
-	own(c, current_tgid(), target->comm);
-	c->state = TCP_LISTEN;
-	name_ends(c, sk, option(typed_sockets));
-	port_take(c);
-	send_event(ctx, c, WHAT_STATE, old, 0);
+	if (member)
+		begin_by_process(ctx, sk, member, ROLE_LISTENER, old, TCP_LISTEN);
 	return 0;
 }
 
@@ -163,18 +172,19 @@ static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
  * sent together with the next one. */
 static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 {
-	struct port_key key = {.network = network_of(sk), .port = local_port_of(sk)};
-	struct port_owner *owner = bpf_map_lookup_elem(map_of(ports), &key);
+	struct found_owner owner = {};
 	struct tcp_connection *c;
 
-	c = owner && is_tcp(sk) ? connection_begin(sk, ROLE_SERVER) : NULL;
+	if (!owner_by_listener(listener_of_child(sk), &owner))
+		return 0;
+	c = connection_begin(sk, ROLE_SERVER);
 	if (!c)
 		return 0;
-	own(c, owner->pid, owner->comm);
+	own(c, owner.pid, owner.comm);
 	c->presumed = true;
-	c->cookie = our_number(c); /* the socket's may still be the listener's */
 	c->state = TCP_SYN_RECV;
-	c->local_port = key.port;
+	c->local_port = local_port_of(sk);
+	connection_show(c, our_number(c)); /* the socket's may still be the listener's */
 	return 0;
 }
 
@@ -188,7 +198,7 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 	if (!tp)
 		return;
 	if (c->role == ROLE_SERVER)
-		c->cookie = number_of(c, sk);
+		c->cookie = number_of(c, sk, option(typed_sockets));
 	c->delivered = socket_read(tp, delivered);
 	srtt_us = socket_read(tp, srtt_us);
 	if (srtt_us)
@@ -205,6 +215,8 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 
 static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 {
+	if (c->error == ECONNABORTED)
+		return END_ABORTED;
 	if (c->resets_received)
 		return old == TCP_SYN_SENT ? END_REFUSED : END_RESET_REMOTE;
 	if (c->error == 110) /* ETIMEDOUT */
@@ -240,17 +252,17 @@ static __always_inline void note_fin(struct tcp_connection *c, int old, int stat
 
 static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
 {
-	struct tcp_connection *c;
+	bool by_process = held_by_process(sk) && old != TCP_LISTEN && !is_destroyed_by_other(sk);
+	struct tcp_connection *c = connection_met(sk, by_process);
 
-	c = connection_met(sk, held_by_process(sk) && old != TCP_LISTEN);
 	if (!c || c->ended_ns)
 		return 0;
 	c->state = state;
 	if (c->role == ROLE_LISTENER) {
 		if (state != TCP_CLOSE)
 			return 0;
-		port_release(c);
-		c->ended_ns = bpf_ktime_get_ns();
+		refresh(c, sk, old, false);
+		c->ended_ns = c->read_ns;
 	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
 		on_established(c, sk);
 		if (c->role == ROLE_SERVER && c->start_ns)
@@ -278,10 +290,15 @@ static __always_inline int on_state(void *ctx, struct sock *sk, int old, int sta
 
 static __always_inline int on_destroy(void *ctx, struct sock *sk)
 {
-	bool held = surely_no_target(current_tgid()) ? false : held_by_process(sk);
-	struct tcp_connection *c = held ? connection_met(sk, true) : connection_of(sk);
+	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
+	forget_in_walk(sk);
+	/* A process that nobody watches only matters where the owner is presumed. */
+	if ((c && c->presumed) || !surely_nobodys(current_tgid())) {
+		if (held_by_process(sk) && !(c && is_destroyed_by_other(sk)))
+			c = connection_met(sk, true);
+	}
 	if (!c)
 		return 0;
 	if (!c->ended_ns)
@@ -314,7 +331,7 @@ static __always_inline bool use_changes_nothing(struct sock *sk)
 
 	if (option(refresh_at_segments))
 		return false;
-	return c ? c->pid == tgid && !c->presumed : surely_no_target(tgid);
+	return c ? c->pid == tgid && !c->presumed : surely_nobodys(tgid);
 }
 
 static __always_inline int on_use(struct sock *sk)
@@ -391,7 +408,7 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 		addresses_of(&request->__req_common, event.local, event.remote,
 			     option(typed_sockets));
 		__builtin_memcpy(event.name, c->comm, COMM_BYTES);
-		record_send(ctx, 0, &event, sizeof(event));
+		record_send(ctx, option(own_slot), &event, sizeof(event));
 	}
 	return 0;
 }
@@ -405,7 +422,7 @@ static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reaso
 		return 0;
 	c->resets_sent++;
 	c->reset_reason = reason;
-	if (c->ended_ns && c->role != ROLE_LISTENER) {
+	if (c->ended_ns && c->role != ROLE_LISTENER && c->end != END_ABORTED) {
 		c->end = END_RESET_LOCAL;
 		c->segments_sent = kernel_read((struct tcp_sock *)sk, segs_out);
 	}
@@ -456,6 +473,38 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 #endif
 }
 
+/*
+ * The kernel skips a program that is running on the CPU already: packets that interrupt it while it
+ * works for a process are not seen. Where nothing should be missed, two programs are attached. The
+ * first that runs handles an event and leaves a mark for its twin. Packets and timers do not
+ * interrupt each other, so that one of the two is free; they have a mark of their own, as they may
+ * come between the two runs for a process.
+ */
+struct done {
+	__u64 by_packets;
+	__u64 by_process;
+};
+
+MAP(PERCPU_ARRAY, done, __u32, struct done, 1, 0);
+
+/* Whether a program's twin has handled this EVENT of SK; if not, the twin will find it done. */
+static __always_inline bool done_by_twin(struct sock *sk, __u64 event)
+{
+	__u32 zero = 0;
+	struct done *marks = bpf_map_lookup_elem(map_of(done), &zero);
+	__u64 *mark;
+
+	if (!marks)
+		return false;
+	mark = held_by_process(sk) ? &marks->by_process : &marks->by_packets;
+	if (*mark == event) {
+		*mark = 0;
+		return true;
+	}
+	*mark = event;
+	return false;
+}
+
 #ifdef CORAL_BCC
 #define KERNEL_TELLS_REASON 0
 #else
@@ -473,12 +522,25 @@ static __always_inline __u32 reset_reason_of(__u32 reason)
 	} while (0)
 #endif
 
-SEC("raw_tp/inet_sock_set_state")
-int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
+static __always_inline int on_any_state(void *ctx, struct sock *sk, int old, int state)
 {
+	if (done_by_twin(sk, (__u64)half_of(sk) << 32 | old << 8 | state))
+		return 0;
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
 	return on_state(ctx, sk, old, state);
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
+{
+	return on_any_state(ctx, sk, old, state);
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state_twin, struct sock *sk, int old, int state)
+{
+	return on_any_state(ctx, sk, old, state);
 }
 
 SEC("raw_tp/tcp_destroy_sock")
@@ -630,9 +692,6 @@ int coral_live_run(void *ctx)
 	return 0;
 }
 
-/* User space increments it before each walk through the open files. */
-GLOBAL(__u32, walk);
-
 /* A process has it open. It becomes the owner if the present owner did not have it open in the
  * previous walk; in the current one, the owner may still follow. */
 static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
@@ -645,12 +704,30 @@ static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const c
 }
 
 /* A process that is not watched has it open: drop it if it was only presumed to be ours. */
-static __always_inline void had_by_other(struct tcp_connection *c, struct sock *sk)
+static __always_inline void had_by_other(struct sock *sk)
 {
+	struct tcp_connection *c = connection_of(sk);
 	__u64 key = (__u64)sk;
 
 	if (c && c->presumed)
 		bpf_map_delete_elem(map_of(connections), &key);
+	else if (c && c->role == ROLE_LISTENER)
+		c->shared = true;
+}
+
+/* A watched process has it open, which is found now if it was not known. */
+static __noinline int had_by_target(struct sock *sk, __u32 tgid, const char *comm, __u32 now)
+{
+	struct tcp_connection *c = connection_of(sk);
+
+	if (!c && is_tcp(sk, false)) {
+		c = connection_find(sk, tgid, comm, true, false);
+		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
+			account_loss(option(own_slot), LOSS_MAP_FULL);
+	}
+	if (c)
+		had_by(c, tgid, comm, now);
+	return 0;
 }
 
 static __always_inline struct sock *socket_in(struct file *file)
@@ -663,6 +740,31 @@ static __always_inline struct sock *socket_in(struct file *file)
 	return socket ? socket->sk : NULL;
 }
 
+#define MOST_SUBFLOWS 8 /* as in the kernel (MPTCP_SUBFLOWS_MAX) */
+
+/* The connection behind NODE in the list of an MPTCP socket that begins and ends at LIST, or NULL;
+ * sets NODE to its place in the list. */
+static __always_inline struct sock *next_subflow(__u64 *node, __u64 list)
+{
+	*node = (__u64)kernel_read((struct list_head *)*node, next);
+	if (!*node || *node == list)
+		return NULL;
+	return kernel_read(
+	    (struct mptcp_subflow_context *)(*node -
+					     member_offset(struct mptcp_subflow_context, node)),
+	    tcp_sock);
+}
+
+static __always_inline void had_open(struct sock *sk, bool watched, __u32 tgid, const char *comm,
+				     __u32 now)
+{
+	meet_in_walk(sk, now);
+	if (watched)
+		had_by_target(sk, tgid, comm, now);
+	else
+		had_by_other(sk);
+}
+
 /* Walks the open files of all processes, for sockets that existed before or were passed on from
  * another process, and for the present owners of known ones. */
 SEC("iter/task_file")
@@ -672,9 +774,10 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 	char comm[COMM_BYTES] = {};
-	struct tcp_connection *c;
-	struct target *target;
+	struct member *member;
+	__u64 list, node;
 	struct sock *sk;
+	bool watched;
 	__u32 tgid;
 
 	if (!task || !file || !number)
@@ -682,22 +785,20 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	sk = socket_in(file);
 	if (!sk)
 		return 0;
-	c = connection_of(sk);
 	tgid = task->tgid;
-	target = bpf_map_lookup_elem(map_of(targets), &tgid);
-	if (target ? target->state == TARGET_ARMED : option(selection) != SELECT_HOST) {
-		had_by_other(c, sk);
+	member = member_of(option(own_slot), tgid);
+	watched = member ? member->state == MEMBER_ACTIVE : option(selects_host);
+	if (watched)
+		kernel_read_string(&comm, kernel_read(task, group_leader), comm);
+	if (!is_of_protocol(sk, IPPROTO_MPTCP, false)) {
+		if (watched && is_tcp(sk, false) && !connection_of(sk))
+			make_cookie(sk);
+		had_open(sk, watched, tgid, comm, *number);
 		return 0;
 	}
-	kernel_read_string(&comm, kernel_read(task, group_leader), comm);
-	if (!c && is_tcp(sk)) {
-		make_cookie(sk);
-		c = connection_find(sk, tgid, comm);
-		if (!c && *number == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
-			account_loss(0, LOSS_MAP_FULL);
-	}
-	if (c)
-		had_by(c, tgid, comm, *number);
+	list = node = (__u64)sk + member_offset(struct mptcp_sock, conn_list);
+	for (int i = 0; i < MOST_SUBFLOWS && (sk = next_subflow(&node, list)); i++)
+		had_open(sk, watched, tgid, comm, *number);
 	return 0;
 }
 

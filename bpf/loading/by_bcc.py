@@ -13,22 +13,27 @@ import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_void_p
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
+from coral.bpf.attaching.link import Link
+from coral.bpf.attaching.tracepoints import raw_tracepoint
 from coral.bpf.buffers.maps import HashMap
+from coral.bpf.closing import close_all
 from coral.bpf.libbpf import LoadError, call, capture_log
 from coral.bpf.loading import bcc
 from coral.bpf.loading.btf import NoLayoutError
+from coral.bpf.loading.by_libbpf import RAW_TP, VERIFIER_LOG_BYTES
+from coral.bpf.loading.description import Description
 from coral.bpf.loading.map_definition import ARRAY, MapDefinition
-from coral.bpf.loading.object import VERIFIER_LOG_BYTES, BpfObject
+from coral.bpf.loading.object_file import ObjectFile
 
 _LOAD_64: Final = 0x18  # a 64-bit constant, in two instructions
 _PSEUDO_MAP_FD: Final = 1
 _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
 _NO_MAP: Final = -1
-_RAW_TP: Final = "raw_tp"
 _VARIABLES_FROM: Final = 1000  # numbers of variables that are maps, behind those of maps
 _NAME_BYTES: Final = 15
 _READ_ONLY: Final = ".rodata"
@@ -65,47 +70,52 @@ class _ProgramOptions(ctypes.Structure):
     )
 
 
-class BccObject(BpfObject):
-    """A `BpfObject` whose programs bcc compiles."""
+class LoadedByBcc:
+    """See `Loaded`. Programs are those of raw tracepoints."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._fds: dict[str, int] = {}  # of maps and of programs
+    def __init__(self, file: ObjectFile, description: Description) -> None:
+        self._file, self._shared = file, description.shared
+        self._maps: dict[str, int] = {}  # descriptors, as in the next one
+        self._programs: dict[str, int] = {}
         self._variables: dict[str, HashMap] = {}
+        try:
+            self._load(description)
+        except BaseException:
+            self.close()
+            raise
 
-    def _load(self) -> None:
+    def _load(self, description: Description) -> None:
+        file = self._file
         options, variables = self._split_variables()
-        maps = [name for name in self._maps if "." not in name]  # not those of sections
+        maps = [name for name in file.maps if "." not in name]  # not those of sections
         numbers = {
             **{f"MAP_{name}": number for number, name in enumerate(maps)},
             **{f"MAP_{name}": _VARIABLES_FROM + n for n, name in enumerate(variables)},
             **{f"OPTION_{name}": number for number, name in enumerate(options)},
         }
-        source = self.path.with_suffix("").with_suffix(".bpf.c")
+        source = file.path.with_suffix("").with_suffix(".bpf.c")
         # All programs that can be attached, not only the chosen ones: this takes no longer, and the
         # next rung or request finds its programs compiled.
-        compiled = bcc.compiled(source, self._attachable(), tuple(numbers.items()))
+        attachable = tuple(name for name in file.programs if file.hook_of(name)[0] == RAW_TP)
+        compiled = bcc.compiled(source, attachable, tuple(numbers.items()))
         for name in maps:
-            if name not in self._without_maps:
+            if name not in description.without_maps:
                 self._make_map(name)
         for name in variables:
             self._make_variable(name)
-        fds = {number: self._fds[name] for number, name in enumerate(maps) if name in self._fds}
-        fds |= {_VARIABLES_FROM + n: self._fds[name] for n, name in enumerate(variables)}
-        values = [int(self._initial_value(name)[()]) for name in options]
-        for name in self._chosen:
+        fds = {number: self._maps[name] for number, name in enumerate(maps) if name in self._maps}
+        fds |= {_VARIABLES_FROM + n: self._variables[name].fd for n, name in enumerate(variables)}
+        values = [int(file.initial_value(name)[()]) for name in options]
+        for name in description.chosen:
             self._load_program(name, _linked(compiled[name], fds, values))
-
-    def _attachable(self) -> tuple[str, ...]:
-        return tuple(name for name in self._programs if self._hook_of(name)[0] == _RAW_TP)
 
     def _split_variables(self) -> tuple[list[str], list[str]]:
         """The names of the variables that are constants of programs, and of those that are maps."""
         options: list[str] = []
         variables: list[str] = []
-        for name, variable in self.btf.variables.items():
+        for name, variable in self._file.btf.variables.items():
             try:
-                _, dtype = self._described(name)
+                _, dtype = self._file.described(name)
             except NoLayoutError:  # a pointer, declared to put its type into the BTF
                 continue
             scalar = dtype.shape == () and dtype.names is None
@@ -113,23 +123,22 @@ class BccObject(BpfObject):
         return options, variables
 
     def _make_map(self, name: str) -> None:
-        definition = self._definitions[name]
+        definition = self._file.definitions[name]
         if name in self._shared:
-            self._fds[name] = os.dup(self._shared[name])
+            self._maps[name] = os.dup(self._shared[name])
         elif definition.inner:
             prototype = definition.inner.create()
             try:
-                self._fds[name] = definition.create(prototype)
+                self._maps[name] = definition.create(prototype)
             finally:
                 os.close(prototype)
         else:
-            self._fds[name] = definition.create()
+            self._maps[name] = definition.create()
 
     def _make_variable(self, name: str) -> None:
         """Creates an array map with the elements of the variable, and their initial values."""
-        initial = np.atleast_1d(self._initial_value(name))
+        initial = np.atleast_1d(self._file.initial_value(name))
         fd = MapDefinition(name, ARRAY, 4, initial.dtype.itemsize, len(initial), 0).create()
-        self._fds[name] = fd
         variable = HashMap(name, fd, ARRAY, np.dtype(np.uint32), initial.dtype)
         self._variables[name] = variable
         for index in np.flatnonzero(initial != np.zeros(1, initial.dtype)).tolist():
@@ -145,7 +154,7 @@ class BccObject(BpfObject):
         with capture_log() as said:
             fd = call(
                 "bpf_prog_load",
-                call("bpf_program__type", self._programs[name]),
+                call("bpf_program__type", self._file.programs[name]),
                 name[:_NAME_BYTES].encode(),
                 b"GPL",
                 instructions.ctypes.data,
@@ -155,38 +164,46 @@ class BccObject(BpfObject):
         if fd < 0:
             verifier_log = log.value.decode(errors="replace")
             raise LoadError(f"loading {name}, compiled by bcc", -fd, verifier_log or said())
-        self._fds[name] = fd
+        self._programs[name] = fd
 
     def map_fd(self, name: str) -> int:
-        """See `BpfObject`."""
-        return self._fds.get(name, -1)
+        """See `Loaded`."""
+        return self._maps.get(name, -1)
 
-    def _map_fds(self) -> Iterable[int]:
-        others = {*self._programs, *self._shared}
-        return [fd for name, fd in self._fds.items() if name not in others]
+    def program_fd(self, name: str) -> int:
+        """See `Loaded`."""
+        return self._programs[name]
 
-    def _program_fd(self, name: str) -> int:
-        return self._fds[name]
+    def made_maps(self) -> Iterable[int]:
+        """See `Loaded`."""
+        maps = [fd for name, fd in self._maps.items() if name not in self._shared]
+        return [*maps, *(variable.fd for variable in self._variables.values())]
 
     def read_variable(self, name: str) -> Any:  # noqa: ANN401
-        """See `BpfObject`; from the variable's map."""
+        """See `Loaded`; from the variable's map."""
         _, values = self._variables[name].read()
-        return values if self._described(name)[1].shape else values[0]
+        return values if self._file.described(name)[1].shape else values[0]
 
     def write_variable(self, name: str, value: object) -> None:
-        """See `BpfObject`; into the variable's map."""
+        """See `Loaded`; into the variable's map."""
         self._variables[name].write(0, value)
 
     def write_elements(self, name: str, indices: Sequence[int], value: object) -> None:
-        """See `BpfObject`; into the variable's map."""
+        """See `Loaded`; into the variable's map."""
         for index in indices:
             self._variables[name].write(index, value)
 
+    def attach(self, name: str) -> Link:
+        """See `Loaded`."""
+        _, hook = self._file.hook_of(name)
+        return raw_tracepoint(self.program_fd(name), hook)
+
     def close(self) -> None:
-        """See `BpfObject`."""
-        super().close()
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        """See `Loaded`."""
+        variables = [variable.fd for variable in self._variables.values()]
+        fds = [*self._programs.values(), *self._maps.values(), *variables]
+        self._maps, self._programs, self._variables = {}, {}, {}
+        close_all([*(partial(os.close, fd) for fd in fds), self._file.close])
 
 
 def _linked(code: bytes, fds: dict[int, int], values: Sequence[int]) -> np.ndarray[Any, Any]:

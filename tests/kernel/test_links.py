@@ -1,0 +1,108 @@
+"""Programs and their hooks: each link is detached by itself, and closing goes to its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from build_hook import clang_command
+from coral.bpf import AttachError, BpfError, BpfObject
+from coral.bpf.attaching.link import FdLink
+from coral.bpf.attaching.tracepoints import raw_tracepoint
+from tests.support import ROOT, built
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+PROGRAM = "sessions_enter"
+SYS_ENTER = partial(raw_tracepoint, name="sys_enter")
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    source = ROOT / "tests/bpf/sessions.bpf.c"
+    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
+    return built("sessions.bpf.o", sources, partial(clang_command, source))
+
+
+@pytest.fixture
+def it(path: Path) -> Iterator[BpfObject]:
+    options = {"wanted_tgid": os.getpid()}
+    with BpfObject(path, programs=(PROGRAM,), options=options) as it:
+        it.write_variable("sessions", 1)
+        yield it
+
+
+def call_getppid(times: int) -> None:
+    for _ in range(times):
+        os.getppid()
+
+
+def test_a_link_is_detached_by_itself(it: BpfObject) -> None:
+    with it.make_inner("stats") as stats:
+        it.install("stats", 0, stats.fd)
+        first, second = it.attach_to(PROGRAM, SYS_ENTER), it.attach_to(PROGRAM, SYS_ENTER)
+        call_getppid(10)  # counted twice
+        first.detach()
+        first.detach()
+        call_getppid(10)
+        assert it.attached
+        second.detach()
+        assert not it.attached
+        call_getppid(10)
+        assert stats.read()[1]["calls"].sum() == 30
+
+
+def test_what_cannot_be_attached_is_an_error(it: BpfObject) -> None:
+    with pytest.raises(AttachError) as refused:
+        it.attach_to(PROGRAM, partial(raw_tracepoint, name="coral_no_such"))
+    assert refused.value.errno == errno.ENOENT
+    assert not it.attached
+
+
+class _Unwilling:
+    """A link that is detached, and says that it was not."""
+
+    def __init__(self, error: Exception, program_fd: int) -> None:
+        self._link, self._error = SYS_ENTER(program_fd), error
+
+    def detach(self) -> None:
+        self._link.detach()
+        raise self._error
+
+
+def test_an_error_on_the_way_does_not_stop_closing(path: Path) -> None:
+    it = BpfObject(path, programs=(PROGRAM,))
+    it.load()
+    errors = [OSError("one"), OSError("two")]
+    for error in errors:
+        it.attach_to(PROGRAM, partial(_Unwilling, error))
+    it.attach()
+    with pytest.raises(BpfError, match=r"one|two") as raised:
+        it.close()
+    assert isinstance(raised.value.__cause__, ExceptionGroup)
+    assert set(raised.value.__cause__.exceptions) == set(errors)
+    assert not it.attached
+    assert it.program_stats() == {}  # and the fixture sees that nothing is left
+    it.close()
+
+
+def test_a_variable_that_is_kept_does_not_keep_the_object(it: BpfObject) -> None:
+    kept = it.read_variable("sessions")
+    it.write_variable("sessions", 5)
+    it.close()
+    assert kept == 1
+
+
+def test_a_descriptor_is_closed_once() -> None:
+    reading, writing = os.pipe()
+    link = FdLink(reading)
+    link.detach()
+    with os.fdopen(os.dup(writing)) as other:  # likely to have the number of the closed one
+        link.detach()
+        assert os.fstat(other.fileno())
+    os.close(writing)
