@@ -275,14 +275,18 @@ class _Group:
             ended = int(hub.object.map("counts").read_one(_COUNT_ENDED) or 0)
             if (ended - self._ended) % (1 << 32) < _REBUILT_AFTER:
                 return
-            self._rebuilding = _keeper.submit(self._rebuild, hub, ended)
+            self._rebuilding = True  # before the thread can say that it is done
+            if not _keeper.submit(self._rebuild, hub, ended):
+                self._rebuilding = False
 
     def _rebuild(self, hub: _Hub, ended: int) -> None:
-        with suppress(BpfError), hub.lock:  # if it fails, again the next time
-            if hub.object:
-                self._build_hints(hub.object)
-            self._ended = ended
-        self._rebuilding = False
+        try:
+            with suppress(BpfError), hub.lock:  # if it fails, again the next time
+                if hub.object:
+                    self._build_hints(hub.object)
+                self._ended = ended
+        finally:
+            self._rebuilding = False
 
     def _build_hints(self, processes: BpfObject) -> None:
         said = processes.map("sessions").read_one(0)
@@ -669,7 +673,12 @@ class _Keeper:
                     self._is_running = False
                     return
                 job = self._jobs.popleft()
-            job()
+            try:
+                job()
+            except BaseException:  # the next one gets a new thread
+                with self._lock:
+                    self._is_running = False
+                raise
 
 
 class Hubs:
