@@ -83,7 +83,7 @@ def test_a_server_that_forks_for_each_connection_leaves_nothing_behind(
             while not server.has_written(0.1):
                 counted.drain()
             # Dead ones are drained and tidied away, and hardly more hints than theirs are set.
-            wait_until(lambda: counted.drain() and _tidy(counted.collector))
+            wait_until(partial(_drained_and_tidy, counted))
             running = members(counted.collector)
             if scope == "host":
                 assert server.pid in running
@@ -93,6 +93,11 @@ def test_a_server_that_forks_for_each_connection_leaves_nothing_behind(
     ends = counted.of("exit_group")
     assert ends >= FORKS if scope == "host" else ends == FORKS
     assert not counted.losses
+
+
+def _drained_and_tidy(counted: Collected) -> bool:
+    counted.drain()
+    return _tidy(counted.collector)
 
 
 def _tidy(collector: SyscallStatsCollector) -> bool:
