@@ -73,7 +73,7 @@ class SyscallStatsOptions(KernelOptions):
     )
     errors_only: bool = option(boolean(), "false", "with mode=events: send only calls that failed")
     sample: int = option(
-        integer(1, 1_000_000), "1", "with mode=events: send one call in this many, on each CPU"
+        integer(1, 1_000_000), "1", "with mode=events: send one call in this many, chosen at random"
     )
 
     def check(self, service: ServiceProcesses | None) -> None:
