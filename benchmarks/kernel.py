@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from tests.tracefs import hold_tracefs, mount_source
+from benchmarks.tracefs import hold_tracefs, mount_source
 
 _TRACING: Final = ("tracing", "raw_tracepoint", "tracepoint")
 _GRACE_S: Final = 0.5

@@ -67,13 +67,14 @@ async def measure(bench: Bench) -> Report:
 
 async def measure_programs(bench: Bench) -> Report:
     """The section of each program: what the verifier went through, and how long a run takes."""
-    rows: dict[tuple[str, str], tuple[str, ...]] = {}
+    rows: dict[tuple[str, ...], tuple[str, ...]] = {}
     statistics = enable_run_time_stats()
     try:
         for lacks in RUNGS.values():
             features = bpf.probe().without(*lacks)
             if not SyscallStatsCollector.support(features).supported:
                 continue
+            hook = SyscallStatsCollector.climb(features).hook.taken
             for mode in _MODES:
                 with bench.calls(_CALLS) as calls:
                     config = {"pid": str(calls.pid), "mode": mode}
@@ -82,14 +83,15 @@ async def measure_programs(bench: Bench) -> Report:
                         await per_call_ns(calls, _CALLS)
                         stats = collector.bpf_object.program_stats()
                 for name, program in stats.items():
-                    rows.setdefault((name, mode), (name, mode, *_figures(program)))
+                    key = (name, hook, mode)
+                    rows.setdefault(key, (*key, *_figures(program)))
     finally:
         os.close(statistics)
     return Report(
         title="The programs of syscall_stats",
         how=f"Instructions as the kernel's verifier counts them, of {bpf.VERIFIER_LIMIT:,} that it "
         f"goes through at most; ns by the kernel's run-time statistics, over {_CALLS:,} calls.",
-        columns=("program", "mode", "instructions", "of the limit", "ns a run"),
+        columns=("program", "hook", "mode", "instructions", "of the limit", "ns a run"),
         rows=sorted(rows.values()),
     )
 

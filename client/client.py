@@ -123,12 +123,13 @@ class AgentClient:
         config: Mapping[str, str | int] | None = None,
         duration_s: float | None = None,
         pid_namespace: int = 0,
+        cgroup_namespace: int = 0,
     ) -> Started:
         """Starts a collector of KIND, such as `syscall_stats`, for DURATION_S seconds, by default
         for the agent's limits.default_duration. Values in CONFIG may be numbers and bools. Look at
-        `supported`: a machine that cannot run the collector is not an error. Process ids count in
-        the agent's pid namespace, or in that with the inode PID_NAMESPACE, which must be the
-        caller's own.
+        `supported`: a machine that cannot run the collector is not an error. Process ids and a
+        cgroup's path are those of the agent's namespaces, or of the caller's, with the inodes
+        PID_NAMESPACE and CGROUP_NAMESPACE.
 
         The collector outlives this client; `collector` stops it when its block is left.
         """
@@ -138,6 +139,7 @@ class AgentClient:
                 kind=Kind.of(kind),  # type: ignore[arg-type]
                 config={name: _option_text(value) for name, value in (config or {}).items()},
                 pid_namespace=pid_namespace,
+                cgroup_namespace=cgroup_namespace,
             )
             if duration_s is not None:
                 _set_duration(request.duration, duration_s)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -42,24 +43,28 @@ def cgroup_directory(path: str) -> Path:
     them there are no symbolic links, so `..` can be resolved in the text.
     """
     reached = hierarchies()
-    if not reached:
-        raise OptionError(
-            "cgroup", path, "the path of a cgroup: no hierarchy of cgroups is mounted here"
-        )
-    for hierarchy in reached:
-        for candidate in (path, f"{hierarchy.mount_point}/{path}"):
-            resolved = Path(os.path.normpath(candidate))
-            for top in (hierarchy.mount_point, hierarchy.directory):
-                if not resolved.is_relative_to(top):
-                    continue
-                directory = hierarchy.directory / resolved.relative_to(top)
-                if _is_cgroup(directory):
-                    return directory
-    mounts = " or ".join(str(hierarchy.mount_point) for hierarchy in reached)
+    if directory := _resolved(path, reached):
+        return directory
     partial = next((hierarchy for hierarchy in reached if not hierarchy.is_whole), None)
     why = _IS_OUTSIDE.format(mount=partial.mount_point) if partial else ""
+    raise OptionError("cgroup", path, f"{_accepted(reached)}{why}")
+
+
+def directory_seen_by(tgid: int, path: str) -> Path:
+    """The directory here of the cgroup that has this PATH for another process, which may see only
+    a part of the hierarchy. Looks at every cgroup. Raises `OptionError`."""
+    seen = hierarchies(tgid)
+    directory = _resolved(path, seen)
+    if not directory:
+        raise OptionError("cgroup", path, f"{_accepted(seen)}, in the caller's container")
+    wanted = directory.stat()
+    for hierarchy in hierarchies():
+        for candidate in _walk(hierarchy.directory):
+            with suppress(FileNotFoundError):
+                if os.path.samestat(candidate.stat(), wanted):
+                    return candidate
     raise OptionError(
-        "cgroup", path, f"the path of a cgroup below {mounts}; there is none at this path{why}"
+        "cgroup", path, f"the path of a cgroup that the agent sees too; this one is {directory}"
     )
 
 
@@ -146,6 +151,26 @@ class _FileHandle(ctypes.Structure):
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def _resolved(path: str, reached: Sequence[Hierarchy]) -> Path | None:
+    for hierarchy in reached:
+        for candidate in (path, f"{hierarchy.mount_point}/{path}"):
+            resolved = Path(os.path.normpath(candidate))
+            for top in (hierarchy.mount_point, hierarchy.directory):
+                if not resolved.is_relative_to(top):
+                    continue
+                directory = hierarchy.directory / resolved.relative_to(top)
+                if _is_cgroup(directory):
+                    return directory
+    return None
+
+
+def _accepted(reached: Sequence[Hierarchy]) -> str:
+    if not reached:
+        return "the path of a cgroup: no hierarchy of cgroups is mounted here"
+    mounts = " or ".join(str(hierarchy.mount_point) for hierarchy in reached)
+    return f"the path of a cgroup below {mounts}; there is none at this path"
 
 
 def _hierarchy(directory: Path) -> Hierarchy:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,10 +58,11 @@ class Hierarchy:
         return [top, *top.parents][ups].joinpath(*names) if top else None
 
 
-def hierarchies() -> list[Hierarchy]:
-    """The hierarchies that this process can reach, v2 first; of each, the mount that shows most."""
+def hierarchies(seen_by: int | None = None) -> list[Hierarchy]:
+    """The hierarchies that this process can reach, or those that the process SEEN_BY sees, v2
+    first; of each, the mount that shows most."""
     found: dict[Kind, Hierarchy] = {}
-    for hierarchy in _mounted():
+    for hierarchy in _mounted(("self", "1") if seen_by is None else (str(seen_by),)):
         known = found.get(hierarchy.kind)
         if known is None or (hierarchy.is_whole and not known.is_whole):
             found[hierarchy.kind] = hierarchy
@@ -81,9 +82,9 @@ def cgroup_path_of(tgid: int, kind: Kind) -> str | None:
     return None
 
 
-def _mounted() -> Iterator[Hierarchy]:
-    """All mounts of hierarchies, this process's own first, then those of the first process."""
-    for process in ("self", "1"):
+def _mounted(processes: Iterable[str]) -> Iterator[Hierarchy]:
+    """All mounts of hierarchies that PROCESSES have."""
+    for process in processes:
         try:
             text = (PROC / process / "mountinfo").read_text(errors="surrogateescape")
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -183,16 +183,16 @@ class _Group:
                 return
             kit.number = number  # which is taken from now on
             self.kits.append(kit)
-        with processes.lock, hub.lock, suppress(BpfError, OSError, RuntimeError):
+        with processes.lock, hub.lock:  # which nobody closes meanwhile
             if processes.object is not None and hub.object is not None:
-                kit.install(processes.object, hub.object)
-        with self.lock:
-            if kit in self.kits and kit.is_ready and hub.slots:
-                return
-            if kit in self.kits:
-                self.kits.remove(kit)
-        with suppress(BpfError, RuntimeError):  # the objects may be unloaded meanwhile
-            kit.close()
+                with suppress(BpfError, OSError, RuntimeError):
+                    kit.install(processes.object, hub.object)
+            with self.lock:
+                is_wanted = kit in self.kits and kit.is_ready and bool(hub.slots)
+                if kit in self.kits and not is_wanted:
+                    self.kits.remove(kit)
+            if not is_wanted:
+                kit.close()
 
     def number_of(self, name: str) -> int:
         """The number of the hubs NAME in `struct sessions`."""
@@ -392,6 +392,7 @@ class Slot:
         self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
         self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
         self._memory_bytes = 0
+        self._buffers_bytes = 0  # what is in no map
         self._work = 0.0
         self.since = 0
 
@@ -421,7 +422,9 @@ class Slot:
         kinds = self.object.record_kinds(order_by)
         if ring := self._maps.get("rings"):
             return RingReader(ring.fd, size, kinds)
-        return PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        self._buffers_bytes = reader.memory_bytes
+        return reader
 
     @property
     def bit(self) -> int:
@@ -584,11 +587,12 @@ class Slot:
 
     @property
     def map_memory_bytes(self) -> int:
-        """What the kernel charges for the session's own maps, and its share of those of the hub;
-        the last known figure if there is no descriptor left to read it."""
+        """What the kernel charges for the session's own maps and buffers, and its share of the
+        maps of the hub; the last known figure if there is no descriptor left to read it."""
         try:
             if self._place:
                 own = sum(each.memory_bytes for each in self._maps.values())
+                own += self._buffers_bytes
                 for hub in (self._place.hub, self._place.processes):
                     if hub.object is not None and hub.slots:
                         own += hub.object.map_memory_bytes // len(hub.slots)

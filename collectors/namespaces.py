@@ -1,4 +1,4 @@
-"""Pid namespaces: which one this process is in, and the ids that processes have in others.
+"""Namespaces: which ones processes are in, and the ids that processes have in those of pids.
 
 The kernel's programs know processes by their ids in the first namespace, which an agent in that
 namespace sees in /proc. A process in a container has another id inside of it.
@@ -11,23 +11,16 @@ import os
 import re
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Final
 
 from coral.collectors.procfs import PROC, read, running_tgids
 
-_FIRST: Final = 0xEFFF_FFFC  # PROC_PID_INIT_INO of include/linux/proc_ns.h
+# PROC_PID_INIT_INO and PROC_CGROUP_INIT_INO of include/linux/proc_ns.h.
+_FIRST_PID_NAMESPACE: Final = 0xEFFF_FFFC
+FIRST_CGROUP_NAMESPACE: Final = 0xEFFF_FFFB
 _GET_PARENT: Final = 0xB702  # NS_GET_PARENT, ioctl_ns(2)
 _NSPID: Final = re.compile(r"^NSpid:\s+(.*)$", re.MULTILINE)
 _HIDDEN: Final = (FileNotFoundError, ProcessLookupError, PermissionError)
-
-
-@dataclass(frozen=True, slots=True)
-class PidNamespace:
-    """A pid namespace: its inode, and how many levels it is below that of this process's /proc."""
-
-    inode: int
-    depth: int
 
 
 def obstacle() -> str:
@@ -39,9 +32,11 @@ def obstacle() -> str:
         shown = os.readlink(PROC / "self")  # noqa: PTH115  a number, not a path
     except OSError as error:
         return f"{PROC}/self cannot be read ({error.strerror}): mount proc there"
-    if inode == _FIRST and shown == str(os.getpid()):
+    if inode == _FIRST_PID_NAMESPACE and shown == str(os.getpid()):
         return ""
-    where = "in a pid namespace of its own" if inode != _FIRST else f"without its own {PROC}"
+    where = "in a pid namespace of its own"
+    if inode == _FIRST_PID_NAMESPACE:
+        where = f"without the {PROC} of its pid namespace"
     return (
         f"the agent is {where}, where processes have other ids than the kernel's programs see: run "
         "it in the host's, by hostPID: true in Kubernetes, `docker run --pid=host`, or outside of "
@@ -49,30 +44,30 @@ def obstacle() -> str:
     )
 
 
-def own_pid_namespace() -> int:
-    """The inode of this process's pid namespace."""
-    return (PROC / "self/ns/pid").stat().st_ino
-
-
-def pid_namespace_of(tgid: int) -> PidNamespace | None:
-    """A process's pid namespace; None for a process that has ended or is hidden, from an agent
-    without CAP_SYS_PTRACE too."""
-    ids = _ids(tgid)
+def namespace_of(process: int | str, kind: str) -> int | None:
+    """The inode of the namespace of a KIND, such as `pid`, that a process is in; None for one that
+    has ended or is hidden, from an agent without CAP_SYS_PTRACE too. `self` is this process."""
     try:
-        return PidNamespace((PROC / str(tgid) / "ns/pid").stat().st_ino, len(ids) - 1)
+        return (PROC / str(process) / "ns" / kind).stat().st_ino
     except _HIDDEN:
         return None
 
 
-def tgids_in(namespace: PidNamespace, pids: Collection[int]) -> dict[int, int]:
-    """The ids here of the processes that have the ids PIDS in a namespace below, by those."""
+def pid_depth(tgid: int) -> int:
+    """How many levels a process's pid namespace is below that of this process's /proc."""
+    return len(_ids(tgid)) - 1
+
+
+def tgids_in(namespace: int, depth: int, pids: Collection[int]) -> dict[int, int]:
+    """The ids here of the processes that have the ids PIDS in the pid namespace with the inode
+    NAMESPACE, which is DEPTH levels below, by those."""
     found = {}
     for tgid in running_tgids():
         ids = _ids(tgid)
-        if len(ids) > namespace.depth and ids[namespace.depth] in pids:
-            levels_up = len(ids) - 1 - namespace.depth
-            if _namespace_above(tgid, levels_up) == namespace.inode:
-                found[ids[namespace.depth]] = tgid
+        if len(ids) <= depth or ids[depth] not in pids:
+            continue
+        if _namespace_above(tgid, len(ids) - 1 - depth) == namespace:
+            found[ids[depth]] = tgid
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 # How long events gather between two drains, which is the longest that one waits. With many, the
 # longer time saves more than half of the drains.
-SHORT_GAP_S: Final = 0.008
+SHORT_GAP_S: Final = 0.007
 LONG_GAP_S: Final = 0.018
 MANY: Final = 256
 EARLY_S: Final = 0.001  # that timers may be early: uvloop's are in whole milliseconds

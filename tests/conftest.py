@@ -20,7 +20,6 @@ from tests.support import (
     running_agent,
     wait_until,
 )
-from tests.tracefs import hold_tracefs
 
 # A worker of pytest-xdist has the width of the terminal that runs the tests; no command under test
 # is to know it.
@@ -29,11 +28,6 @@ os.environ.pop("COLUMNS", None)
 pytest.register_assert_rewrite("tests.network")  # its assertions say what differs, too
 
 _ran = {"passed": 0, "failed": 0, "skipped": 0}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """The hook `tracepoint` needs tracefs, which not every machine has mounted."""
-    config.add_cleanup(hold_tracefs())
 
 
 def pytest_sessionstart() -> None:

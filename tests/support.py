@@ -38,6 +38,8 @@ KINDS = ("prog", "map", "link")
 _COME_AND_GO = 8
 # How much slower than hardware this machine is; an emulated one is told by tests/matrix.
 PATIENCE = float(os.environ.get("CORAL_TEST_PATIENCE", "1"))
+# Whether nobody else uses this machine, so that a test may take a CPU from it.
+OWN_MACHINE = "CORAL_TEST_OWN_MACHINE" in os.environ
 
 # What a kernel may lack, and what is taken then, in the order of the rung's steps.
 RUNGS: dict[str, tuple[str, ...]] = {

@@ -27,21 +27,32 @@ def listening(tgids: Iterable[int]) -> set[int]:
     of_namespace: dict[str, frozenset[str]] = {}
     found = set()
     for tgid in tgids:
-        process = PROC / str(tgid)
+        place, namespace = _network_namespace(PROC / str(tgid))
         with suppress(*_HIDDEN):
-            namespace = os.readlink(process / "ns/net")  # noqa: PTH115  a name, not a path
-            if namespace not in of_namespace:
-                of_namespace[namespace] = frozenset(_listeners(process))
-            sockets = of_namespace[namespace]
-            if sockets and any(inode in sockets for inode in _open_sockets(process)):
+            if namespace and namespace not in of_namespace:
+                of_namespace[namespace] = frozenset(_listeners(place))
+            sockets = of_namespace.get(namespace, ())
+            if sockets and any(inode in sockets for inode in _open_sockets(place)):
                 found.add(tgid)
     return found
 
 
-def _listeners(process: Path) -> Iterator[str]:
-    """The inodes of all listening sockets in a process's network namespace."""
+def _network_namespace(process: Path) -> tuple[Path, str]:
+    """A process's network namespace, and the directory in /proc that shows the process's files: a
+    thread's, where the first thread has ended. An empty name for one that is hidden."""
+    with suppress(*_HIDDEN):
+        return process, os.readlink(process / "ns/net")  # noqa: PTH115  a name, not a path
+    with suppress(*_HIDDEN):
+        for thread in (process / "task").iterdir():
+            with suppress(*_HIDDEN):
+                return thread, os.readlink(thread / "ns/net")  # noqa: PTH115
+    return process, ""
+
+
+def _listeners(place: Path) -> Iterator[str]:
+    """The inodes of all listening sockets in the network namespace of a process at PLACE."""
     for name in ("net/tcp", "net/tcp6"):
-        with suppress(FileNotFoundError), (process / name).open() as lines:  # no IPv6
+        with suppress(FileNotFoundError), (place / name).open() as lines:  # no IPv6
             next(lines, None)  # the header
             for line in lines:
                 columns = line.split()
@@ -51,10 +62,10 @@ def _listeners(process: Path) -> Iterator[str]:
                 yield columns[_INODE]
 
 
-def _open_sockets(process: Path) -> Iterator[str]:
-    """The inodes of a process's open sockets, from its lowest descriptor on: listeners are among
-    the first, and there may be a million connections."""
-    with os.scandir(process / "fd") as descriptors:
+def _open_sockets(place: Path) -> Iterator[str]:
+    """The inodes of the open sockets of a process at PLACE, from its lowest descriptor on:
+    listeners are among the first, and there may be a million connections."""
+    with os.scandir(place / "fd") as descriptors:
         for descriptor in descriptors:
             with suppress(FileNotFoundError):  # it is closed meanwhile
                 if match := _SOCKET.fullmatch(os.readlink(descriptor.path)):  # noqa: PTH115

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from coral.agent.caller import Caller
 from coral.agent.errors import InvalidRequestError, NotFoundError, UnsupportedError
+from coral.agent.machine.caller_namespaces import Namespaces
 from coral.agent.serving.capabilities import capabilities_of
 from coral.agent.sessions.changes import Watch
 from coral.agent.sessions.info import info_of, timestamp
@@ -48,7 +49,7 @@ class EbpfService:
             request.service_name,
             dict(request.config),
             _seconds(request.duration) if request.HasField("duration") else None,
-            pid_namespace=request.pid_namespace,
+            named_in=Namespaces(request.pid_namespace, request.cgroup_namespace),
         )
         try:
             session = await self._supervisor.start(wanted, caller)

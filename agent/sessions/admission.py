@@ -17,7 +17,7 @@ from coral.agent.errors import (
     UnsupportedError,
 )
 from coral.agent.jobs import Jobs
-from coral.agent.machine.caller_pids import translated
+from coral.agent.machine.caller_namespaces import HERE, translated
 from coral.agent.machine.privileges import refusal
 from coral.agent.machine.resolve import resolve
 from coral.agent.sessions import policy
@@ -115,18 +115,17 @@ class Admission:
             self._on_demand -= 1
 
     async def translate(self, request: StartRequest, caller: Caller) -> StartRequest:
-        """REQUEST with process ids of this agent's pid namespace. Raises as `create` does."""
-        if not request.pid_namespace or "pid" not in request.config:
+        """REQUEST with the target as this agent names it. Raises as `create` does."""
+        if request.named_in == HERE:
             return request
         if (await self.features()).obstacle:
             return request  # `create` says why it cannot be started, whatever its target
         with _refusing():
-            # In a thread: it looks at every process.
+            # In a thread: it looks at every process or cgroup.
             config = await self._jobs.run(
-                lambda: translated(request.config, request.pid_namespace, caller.pid),
-                'config["pid"]',
+                lambda: translated(request.config, request.named_in, caller.pid), "config"
             )
-        return replace(request, config=config, pid_namespace=0)
+        return replace(request, config=config, named_in=HERE)
 
     async def create(self, collector: type[Collector], request: StartRequest) -> Collector:
         """The collector that REQUEST asks for, if this machine can run it; nothing of it is in the

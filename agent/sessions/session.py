@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from coral.agent.caller import LIBRARY, Caller
 from coral.agent.config import Config
 from coral.agent.errors import InvalidRequestError, OutOfRangeError
+from coral.agent.machine.caller_namespaces import HERE, Namespaces
 from coral.agent.sessions.budget import Needs, Priority
 from coral.agent.sessions.costs import Costs
 from coral.agent.streams import Channel, Header, Subscription, Terms
@@ -24,16 +25,15 @@ from coral.wire.text import safe
 
 @dataclass(frozen=True, slots=True)
 class StartRequest:
-    """What to start. KIND is a kind's name or number; DURATION_S None is the agent's default. The
-    ids in config["pid"] count in the pid namespace with the inode PID_NAMESPACE; 0 is the
-    agent's."""
+    """What to start. KIND is a kind's name or number; DURATION_S None is the agent's default.
+    NAMED_IN are the namespaces in which `config` names the target."""
 
     kind: str | int
     service_name: str = ""
     config: Mapping[str, str] = field(default_factory=dict)
     duration_s: float | None = None
     continuous: bool = False  # no lease: it ends with the agent
-    pid_namespace: int = 0
+    named_in: Namespaces = HERE
 
 
 @dataclass(frozen=True, slots=True)

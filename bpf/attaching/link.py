@@ -68,7 +68,7 @@ class Links:
 
     def detach(self) -> None:
         """Detaches all of them, whatever fails; see `close_all`."""
-        close_all([kept.detach for kept in self._kept])
+        close_all([kept.detach for kept in tuple(self._kept)])
 
 
 class _Kept:

@@ -88,11 +88,10 @@ class _PerfFraming:
         result: NDArray[np.bool_] = np.equal(headers & _TYPE_MASK, _PERF_RECORD_SAMPLE)
         return result
 
-    def sized(self, headers: NDArray[np.uint64], record_bytes: int) -> NDArray[np.bool_]:
-        size = WORD * self.frame_words(record_bytes)
-        wanted = _PERF_RECORD_SAMPLE | size << int(_SIZE_SHIFT)
-        result: NDArray[np.bool_] = np.equal(headers & _TYPE_AND_SIZE, wanted)
-        return result
+    significant = _TYPE_AND_SIZE
+
+    def header(self, record_bytes: int) -> int:
+        return _PERF_RECORD_SAMPLE | WORD * self.frame_words(record_bytes) << int(_SIZE_SHIFT)
 
 
 FRAMING: Final = _PerfFraming()
@@ -102,38 +101,42 @@ def records_between(
     memory: NDArray[np.uint8],
     tail: int,
     head: int,
-    kinds: Sequence[RecordKind],
+    finder: Finder,
     most_bytes: int | None = None,
 ) -> tuple[Sequence[tuple[RecordKind, NDArray[np.void]]], int, int]:
-    """The records of KINDS in [TAIL, HEAD) of one ring, in order, the number of records that the
-    kernel reports lost among them, and the position behind the last of them.
+    """The records that FINDER finds in [TAIL, HEAD) of one ring, in order, the number of records
+    that the kernel reports lost among them, and the position behind the last of them.
 
     MEMORY is the ring's data, of shape (2^n,). TAIL and HEAD are multiples of 8 and do not wrap, as
     in the kernel: a byte lies at its position modulo 2^n. It takes what fits into MOST_BYTES, and
     at least one record; records of other types are skipped. Raises `BpfError` for a sample that is
-    of none of KINDS, and for data that no kernel writes.
+    of none of its kinds, and for data that no kernel writes.
     """
     length = head - tail
+    if not length:
+        return (), 0, tail
     if most_bytes is not None:
         length = min(length, max(most_bytes, _MOST_SIZE + 1) // WORD * WORD)
     start = tail % len(memory)
-    end = start + length
-    taken = memory[start:end]
-    if end > len(memory):
-        taken = np.concatenate((taken, memory[: end - len(memory)]))
+    taken = memory[start : start + length]
+    if len(taken) < length:
+        taken = np.concatenate((taken, memory[: length - len(taken)]))
     words = taken.view(np.uint64)
-    found = Finder(FRAMING, kinds, lambda: None).find(words, 0, len(words))
+    found = finder.find(words, 0, len(words))
+    if length == head - tail and found.words < len(words):
+        raise _damage(int(words[found.words] >> _SIZE_SHIFT), WORD * (len(words) - found.words))
+    end = tail + WORD * found.words
+    if not len(found.others):
+        return found.records, 0, end
     headers = words[found.others]
     sizes, types = headers >> _SIZE_SHIFT, headers & _TYPE_MASK
     damaged = (sizes < _HEADER_BYTES) | (sizes % WORD != 0)
     if damaged.any():
         at = int(damaged.argmax())
         raise _damage(int(sizes[at]), head - tail - WORD * int(found.others[at]))
-    if length == head - tail and found.words < len(words):
-        raise _damage(int(words[found.words] >> _SIZE_SHIFT), WORD * (len(words) - found.words))
     losses = found.others[(types == _PERF_RECORD_LOST) & (sizes >= _LOST_BYTES)]
     lost = int(words[losses + _LOST_AT // WORD].sum())
-    return found.records, lost, tail + WORD * found.words
+    return found.records, lost, end
 
 
 def _damage(size: int, left: int) -> BpfError:
@@ -183,11 +186,12 @@ class PerfReader:
         if rest or pages.bit_count() != 1:
             raise BpfError(f"{bytes_per_cpu} bytes are no power of two of pages", errno.EINVAL)
         self._kinds = kinds
+        self._finder = Finder(FRAMING, kinds, lambda: None)
         for kind in kinds:
             if WORD * FRAMING.frame_words(kind.size) > _MOST_SIZE:
                 raise BpfError(f"records of {kind.size} bytes in a perf buffer", errno.E2BIG)
         self._barrier = memory_barrier()
-        self._rings: list[_CpuRing] = []
+        self._rings: list[CpuRing] = []
         self._lost = 0
         with ExitStack() as opened:
             with _step("opening an epoll for the perf buffer"):
@@ -217,7 +221,7 @@ class PerfReader:
             raise BpfError(f"opening a perf event on CPU {cpu}", error.errno or 0) from error
         opened.callback(os.close, fd)
         with _step(f"mapping the perf buffer of CPU {cpu}"):
-            ring = _CpuRing(fd, bytes_, counts_lost=counts_lost)
+            ring = CpuRing(fd, bytes_, counts_lost=counts_lost)
         opened.callback(ring.close)
         with _step(f"enabling the perf event of CPU {cpu}"):
             self.wakeup.register(fd, select.EPOLLIN | select.EPOLLET)
@@ -294,13 +298,13 @@ class PerfReader:
         found: list[tuple[RecordKind, NDArray[np.void]]] = []
         freed = []
         for ring, head in zip(self._rings, heads, strict=True):
-            records, lost, end = records_between(ring.memory, ring.tail, head, self._kinds, share)
+            records, lost, end = records_between(ring.memory, ring.tail, head, self._finder, share)
             found += records
             freed.append((ring, end, lost))
         self._barrier()
         for ring, end, lost in freed:
             ring.give_back(end, lost)
-        return merged(self._kinds, found)
+        return merged(self._kinds, found, sort=True)
 
     def close(self) -> None:
         """Removes the rings from the map and unmaps them. Safe to call twice; `lost` stays."""
@@ -310,7 +314,7 @@ class PerfReader:
         self._opened.close()
 
 
-class _CpuRing:
+class CpuRing:
     """The mapped ring of one CPU's perf event."""
 
     def __init__(self, fd: int, bytes_: int, *, counts_lost: bool) -> None:

@@ -28,6 +28,8 @@ FILLING_SHARE: Final = 4  # of a buffer, from which on it should be drained: as 
 _JUMPS: Final = 3  # doublings: jumps of 8 frames
 _BLOCK_WORDS: Final = 1 << 14
 
+_NO_OTHERS: Final = np.empty(0, np.intp)
+
 Records = Mapping[str, NDArray[Any]]
 """The records of a drain by the name of their struct, each of shape (n,), in order."""
 
@@ -74,8 +76,10 @@ class Framing(Protocol):
     def filled(self, headers: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether complete frames contain a record."""
 
-    def sized(self, headers: NDArray[np.uint64], record_bytes: int) -> NDArray[np.bool_]:
-        """Whether frames are complete and contain a record of RECORD_BYTES."""
+    significant: np.uint64  # the bits of a header that tell its size, and if it is complete
+
+    def header(self, record_bytes: int) -> int:
+        """The significant bits of the header of a complete record of RECORD_BYTES."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,10 @@ class Finder:
         self, framing: Framing, kinds: Sequence[RecordKind], barrier: Callable[[], None]
     ) -> None:
         self._framing, self._kinds, self._barrier = framing, kinds, barrier
+        self._frames = [
+            (kind, framing.frame_words(kind.size), framing.header(kind.size)) for kind in kinds
+        ]
+        self._significant = int(framing.significant)
 
     def find(self, memory: Memory, start: int, words: int) -> Found:
         """The records in WORDS words of MEMORY from the byte START on, where a frame begins, up to
@@ -110,9 +118,11 @@ class Finder:
             step = framing.frame_words(row[0].size)
             done = len(row[1]) * step
             last = done - step
+        if done == words:
+            return Found(records, done, last, _NO_OTHERS)
         headers = np.ndarray((words - done,), np.uint64, memory, start + WORD * done)
-        if not len(headers) or not framing.complete(headers[:1])[0]:
-            return Found(records, done, last, np.empty(0, np.intp))
+        if not framing.complete(headers[:1])[0]:
+            return Found(records, done, last, _NO_OTHERS)
         headers = headers.copy()
         starts = _frames(headers, framing)
         found = headers[starts]
@@ -133,20 +143,21 @@ class Finder:
         self, memory: Memory, start: int, words: int
     ) -> tuple[RecordKind, NDArray[np.void]] | None:
         """The records that are of the same kind as the first, up to the first other frame."""
-        framing = self._framing
-        for kind in self._kinds:
-            step = framing.frame_words(kind.size)
+        record_at, significant = self._framing.record_at, self._framing.significant
+        for kind, step, header in self._frames:
             frames, stride = words // step, (step * WORD,)
             headers = np.ndarray((frames,), np.uint64, memory, start, stride)
-            if not framing.sized(headers[:1], kind.size).any():
+            if not frames or int(headers[0]) & self._significant != header:
                 continue
-            heads = np.ndarray((frames,), np.uint64, memory, start + framing.record_at, stride)
-            alike = framing.sized(headers, kind.size)
+            heads = np.ndarray((frames,), np.uint64, memory, start + record_at, stride)
+            alike = headers & significant == header
             self._barrier()  # the header marks its record as complete
             alike &= heads == kind.head
-            count = frames if alike.all() else int(alike.argmin())
+            count = int(alike.argmin())
+            if alike[count]:
+                count = frames
             if count:
-                at = start + framing.record_at
+                at = start + record_at
                 return kind, np.ndarray((count,), kind.plain, memory, at, stride).copy()
         return None
 
@@ -230,21 +241,24 @@ class _Rest:
 
 
 def merged(
-    kinds: Sequence[RecordKind], parts: Iterable[tuple[RecordKind, NDArray[np.void]]]
+    kinds: Sequence[RecordKind],
+    parts: Iterable[tuple[RecordKind, NDArray[np.void]]],
+    *,
+    sort: bool = False,
 ) -> Records:
-    """One array for each of KINDS from PARTS, in order, or sorted where a kind has an order."""
+    """One array for each of KINDS from PARTS, in order or, if SORT, sorted by its `order_by`."""
     by_kind: dict[str, list[NDArray[np.void]]] = {kind.name: [] for kind in kinds}
     for kind, records in parts:
         by_kind[kind.name].append(records)
-    return {kind.name: _joined(kind, by_kind[kind.name]) for kind in kinds}
+    return {kind.name: _joined(kind, by_kind[kind.name], sort=sort) for kind in kinds}
 
 
-def _joined(kind: RecordKind, parts: list[NDArray[np.void]]) -> NDArray[Any]:
+def _joined(kind: RecordKind, parts: list[NDArray[np.void]], *, sort: bool) -> NDArray[Any]:
     if not parts:
         return np.empty(0, kind.dtype)
     plain = parts[0] if len(parts) == 1 else np.concatenate(parts)
     records: NDArray[Any] = plain.view(kind.dtype)
-    if kind.order_by is None:
+    if kind.order_by is None or not sort:
         return records
     keys = records[kind.order_by]
     if (keys[1:] >= keys[:-1]).all():

@@ -53,9 +53,10 @@ class _RingFraming:
         result: NDArray[np.bool_] = np.equal(headers & _DISCARDED, 0)
         return result
 
-    def sized(self, headers: NDArray[np.uint64], record_bytes: int) -> NDArray[np.bool_]:
-        result: NDArray[np.bool_] = np.equal(headers & _LENGTH_AND_FLAGS, record_bytes)
-        return result
+    significant = _LENGTH_AND_FLAGS
+
+    def header(self, record_bytes: int) -> int:
+        return record_bytes
 
 
 FRAMING: Final = _RingFraming()
@@ -146,8 +147,10 @@ class RingReader:
             return merged(self._kinds, ())
         self._barrier()
         start = mmap.PAGESIZE + self._read % self.capacity_bytes
-        first = np.ndarray((1,), np.uint64, self._producer_pages, start)
-        words = min(pending, max(most_bytes, WORD * int(FRAMING.words(first)[0]))) // WORD
+        words = pending // WORD
+        if pending > most_bytes:
+            first = np.ndarray((1,), np.uint64, self._producer_pages, start)
+            words = max(most_bytes // WORD, int(FRAMING.words(first)[0]))
         found = self._finder.find(self._producer_pages, start, words)
         self._barrier()
         if found.words:

@@ -47,8 +47,7 @@ static __always_inline __u32 lowest_slot(__u64 mask)
 
 #define session_bit(slot) (1ULL << (slot))
 
-/* The programs of a hub only see the sessions that use them. User space numbers the kinds of hubs.
- */
+/* The programs of a hub only see the sessions that use it. User space numbers the kinds of hubs. */
 #define MOST_HUBS 8
 OPTION(__u32, hub, 0);
 

@@ -185,8 +185,7 @@ SUBPROGRAM __u64 sessions_in_state(__u64 sessions, __u32 tgid, int state)
 {
 	__u64 found = 0;
 
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		if (state_in_session(slot, tgid) == state)
 			found |= session_bit(slot);
 	}

@@ -37,6 +37,8 @@ _NO_MAP: Final = -1
 _VARIABLES_FROM: Final = 1000  # numbers of variables that are maps, behind those of maps
 _NAME_BYTES: Final = 15
 _READ_ONLY: Final = ".rodata"
+# The kinds of programs that need no BTF.
+_KINDS: Final = (RAW_TP, "perf_event", "uprobe", "uretprobe")
 
 _INSTRUCTION: Final = np.dtype(
     [("code", "u1"), ("registers", "u1"), ("offset", "i2"), ("imm", "i4")]
@@ -71,7 +73,7 @@ class _ProgramOptions(ctypes.Structure):
 
 
 class LoadedByBcc:
-    """See `Loaded`. Programs are those of raw tracepoints."""
+    """See `Loaded`."""
 
     def __init__(self, file: ObjectFile, description: Description) -> None:
         self._file, self._shared = file, description.shared
@@ -96,7 +98,7 @@ class LoadedByBcc:
         source = file.path.with_suffix("").with_suffix(".bpf.c")
         # All programs that can be attached, not only the chosen ones: this takes no longer, and the
         # next rung or request finds its programs compiled.
-        attachable = tuple(name for name in file.programs if file.hook_of(name)[0] == RAW_TP)
+        attachable = tuple(name for name in file.programs if file.hook_of(name)[0] in _KINDS)
         compiled = bcc.compiled(source, attachable, tuple(numbers.items()))
         for name in maps:
             if name not in description.without_maps:

@@ -297,7 +297,7 @@ class BpfObject:
             raise BpfError(f"emptying slot {slot} of map {name}", error)
 
     def write_fd(self, name: str, index: int, fd: int) -> None:
-        """Puts a descriptor (of a cgroup, of a map) into an array map of descriptors."""
+        """Puts a descriptor (of a cgroup, a map, a program) into an array map of descriptors."""
         key, value = c_uint32(index), c_uint32(fd)
         error = -call("bpf_map_update_elem", self.map_fd(name), byref(key), byref(value), 0)
         if error:

@@ -27,7 +27,7 @@ from coral.cli.common import (
 )
 from coral.cli.signals import on_signal
 from coral.cli.tap.display import Screen, Tapped, screen_of
-from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand, own_pid_namespace
+from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand, own_namespace
 from coral.client import AgentClient, AgentError, EndReason, Retry, Stream
 from coral.views.contract import Flag, Story, View
 from coral.views.registry import VIEWS
@@ -284,8 +284,9 @@ async def _tap(request: Request) -> int:
                 service_name=target.service_name,
                 config=config,
                 duration_s=request.duration_s,
-                # Of ids that were typed for this machine; -c pid=N is as the contract has it.
-                pid_namespace=own_pid_namespace() if held or "pid" in target.config else 0,
+                # What TARGET names is here; -c pid=N is as the contract has it.
+                pid_namespace=own_namespace("pid") if held or "pid" in target.config else 0,
+                cgroup_namespace=own_namespace("cgroup") if "cgroup" in target.config else 0,
             )
             if not started.supported:
                 echo_error(f"this cannot run here: {started.error}")

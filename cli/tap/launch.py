@@ -118,10 +118,10 @@ class HeldCommand:
         return status if status >= 0 else 128 - status
 
 
-def own_pid_namespace() -> int:
-    """The inode of the pid namespace in which process ids count here; 0 where there is none."""
+def own_namespace(kind: str) -> int:
+    """The inode of this process's namespace of a KIND, such as `pid`; 0 where there is none."""
     try:
-        return Path("/proc/self/ns/pid").stat().st_ino
+        return Path("/proc/self/ns", kind).stat().st_ino
     except OSError:
         return 0
 

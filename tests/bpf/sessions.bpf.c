@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 /*
  * For the tests of maps of sessions: each getppid of one process is counted for every session whose
- * bit is set in `sessions`, and sent to its buffer.
+ * bit is set in `wanted_sessions`, and sent to its buffer.
  */
 #include "include/kernel.bpf.h"
 #include "include/records.bpf.h"
@@ -35,7 +35,7 @@ struct record {
 };
 
 OPTION(__u32, wanted_tgid, 0);
-GLOBAL(__u64, sessions);
+GLOBAL(__u64, wanted_sessions);
 OPTIONS(struct figures, no_figures, 1);
 IN_BTF(struct record, record);
 IN_BTF(enum record_kind, record_kind);
@@ -66,7 +66,7 @@ SEC("raw_tp/sys_enter")
 int RAW_PROGRAM(sessions_enter, void *regs, long id)
 {
 	struct call_key key = {.tgid = current_tgid(), .nr = id};
-	volatile __u64 *mask = global(sessions);
+	volatile __u64 *mask = global(wanted_sessions);
 	struct record record = {.head.kind = RECORD_RECORD, .tgid = key.tgid};
 	__u32 slot;
 

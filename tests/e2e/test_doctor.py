@@ -88,7 +88,7 @@ def test_on_a_terminal_no_line_is_longer_than_that() -> None:
     ("step", "features", "better"),
     [
         ("record buffer", ("ring_buffer",), "ring_buffer"),
-        ("hook", ("tp_btf", "raw_tp"), "raw_tp"),
+        ("hook", ("tp_btf",), "tp_btf"),
         ("thread state", ("task_storage",), "task_storage"),
         ("map reads", ("batch",), "batch"),
     ],

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from coral.collectors.cgroups import cgroup2_mount
-from coral.collectors.namespaces import own_pid_namespace
+from coral.collectors.namespaces import namespace_of
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import start_request
 from tests.support import (
@@ -51,6 +51,12 @@ def tap(agent: RunningAgent, *arguments: object) -> list[str]:
     """The command line of a tap in a pid namespace of its own."""
     options = ("--syscall-stats", "-i", "100ms", "-o", "json")
     return coral("tap", "--agent", agent.address, *options, *arguments)
+
+
+def own_namespace(kind: str) -> int:
+    inode = namespace_of("self", kind)
+    assert inode
+    return inode
 
 
 def counted(out: str) -> dict[str, int]:
@@ -141,11 +147,11 @@ def test_ids_that_come_by_tcp_from_inside_a_container_are_refused(
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (2, "")
         assert "the ids that the processes have in the agent's pid namespace" in done.stderr
-        assert "translates ids for callers on its unix socket only" in done.stderr
+        assert "it translates for callers on its unix socket only" in done.stderr
         assert "start coral with hostPID: true or `docker run --pid=host`" in done.stderr
         # Its own namespace needs no translation, and neither do ids without one.
         with Puppet() as puppet:
-            for namespace in (0, own_pid_namespace()):
+            for namespace in (0, own_namespace("pid")):
                 request = start_request({"pid": puppet.pid})
                 request.pid_namespace = namespace
                 started = agent.call("StartCollector", request)
@@ -155,6 +161,17 @@ def test_ids_that_come_by_tcp_from_inside_a_container_are_refused(
                 )
 
 
+def test_an_agent_that_may_not_look_at_the_caller_says_so(tmp_path: Path, programs: Path) -> None:
+    prefix = ("setpriv", "--bounding-set=-sys_ptrace")
+    with running_agent(tmp_path / "agent", prefix=prefix) as agent:
+        done = subprocess.run(
+            [*OWN_PIDS, *tap(agent, "--", programs / "calls", "getppid", 5)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "it has ended, or CAP_SYS_PTRACE is missing" in done.stderr
+
+
 def test_a_namespace_that_is_not_the_callers_is_refused(agent: RunningAgent) -> None:
     request = start_request({"pid": os.getpid()})
     request.pid_namespace = 7
@@ -162,7 +179,7 @@ def test_a_namespace_that_is_not_the_callers_is_refused(agent: RunningAgent) -> 
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert text.startswith(f"config[\"pid\"]: '{os.getpid()}' is not accepted; give the ids that ")
     assert "the request names another one (7) than that of the process at the other end" in text
-    assert f"({own_pid_namespace()})" in text
+    assert f"({own_namespace('pid')})" in text
 
 
 @pytest.mark.parametrize("config", [{"scope": "host"}, {"pid": "1"}], ids=["host", "pid"])
@@ -175,35 +192,25 @@ def test_an_agent_in_a_pid_namespace_of_its_own_says_that_it_can_do_nothing(
         assert can.unsupported_reason.startswith("the agent is in a pid namespace of its own")
         assert can.unsupported_reason.endswith(REMEDY)
         request = start_request(config)
-        request.pid_namespace = own_pid_namespace()
+        request.pid_namespace = own_namespace("pid")
         started = agent.call("StartCollector", request)
         assert not started.supported
         assert started.error == f"syscall_stats: {can.unsupported_reason}"
 
 
-def test_an_agent_in_a_cgroup_namespace_of_its_own_watches_other_cgroups(
-    tmp_path: Path, calls: Callable[..., Calls]
-) -> None:
+@pytest.fixture
+def top() -> Iterator[Path]:
+    """A cgroup (v2), with `own` and `other` in it."""
     mount = cgroup2_mount()
     if mount is None:
         pytest.skip("no cgroup2 hierarchy is mounted here")
-    top = mount / f"coral-namespaces-{os.getpid()}"
-    own, other = top / "own", top / "other"
-    for directory in (top, own, other):
-        directory.mkdir()
-    prefix = ("sh", "-c", f'echo $$ > {own}/cgroup.procs; exec unshare --cgroup "$@"', "sh")
-    try:
-        with running_agent(tmp_path / "agent", prefix=prefix) as agent:
-            running = calls("getppid", 3000)
-            (other / "cgroup.procs").write_text(str(running.pid))
-            with watching(agent, cgroup=f"/{top.name}/other") as watch:
-                running.go()
-                running.finish()
-                rows = watch.stop()
-            assert totals(rows)["getppid"] == 3000
-    finally:
-        for directory in (own, other, top):
-            wait_until(partial(is_removed, directory))
+    directory = mount / f"coral-namespaces-{os.getpid()}"
+    made = [directory, directory / "own", directory / "other"]
+    for path in made:
+        path.mkdir()
+    yield directory
+    for path in reversed(made):
+        wait_until(partial(is_removed, path))
 
 
 def is_removed(directory: Path) -> bool:
@@ -211,3 +218,54 @@ def is_removed(directory: Path) -> bool:
     with suppress(OSError):
         directory.rmdir()
     return not directory.exists()
+
+
+def in_own(top: Path, setup: str = "") -> tuple[str, ...]:
+    """What runs a command in TOP/own and a cgroup namespace that begins there, after SETUP."""
+    inner = f'{setup}\nexec "$@"'
+    script = f'echo $$ > {top}/own/cgroup.procs; exec unshare --cgroup --mount sh -ec "$0" sh "$@"'
+    return ("sh", "-ec", script, inner)
+
+
+def test_an_agent_in_a_cgroup_namespace_of_its_own_watches_other_cgroups(
+    tmp_path: Path, calls: Callable[..., Calls], top: Path
+) -> None:
+    with running_agent(tmp_path / "agent", prefix=in_own(top)) as agent:
+        running = calls("getppid", 3000)
+        (top / "other/cgroup.procs").write_text(str(running.pid))
+        with watching(agent, cgroup=f"/{top.name}/other") as watch:
+            running.go()
+            running.finish()
+            rows = watch.stop()
+        assert totals(rows)["getppid"] == 3000
+
+
+def test_a_cgroup_is_what_it_is_where_the_tap_runs(
+    agent: RunningAgent, calls: Callable[..., Calls], top: Path
+) -> None:
+    # As in a container, `/` is the cgroup of the container.
+    remounted = f"umount {top.parent}; mount -t cgroup2 none {top.parent}"
+    inside, outside = calls("getppid", 3000), calls("getppid", 100)
+    (top / "own/cgroup.procs").write_text(str(inside.pid))
+    (top / "other/cgroup.procs").write_text(str(outside.pid))
+    tapping = subprocess.Popen(
+        [*in_own(top, remounted), *tap(agent, "cgroup:/")],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    (info,) = wait_until(lambda: subscribed(agent))
+    assert info.config["cgroup"] == str(top / "own")
+    for running in (inside, outside):
+        running.go()
+        running.finish()
+    agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=info.collector_id))
+    out, err = tapping.communicate(timeout=30)
+    assert (tapping.returncode, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert sum(row["calls"] for row in rows if row.get("syscall") == "getppid") == 3000
+    refused = subprocess.run(
+        [*in_own(top, remounted), *tap(agent, f"cgroup:/{top.name}/other")],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "there is no" in refused.stderr
+    assert ", in the caller's container" in refused.stderr

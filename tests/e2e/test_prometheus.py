@@ -19,6 +19,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from coral.bpf import probe
+from coral.collectors.hubs import has_cgroups
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
     ROOT,
@@ -217,12 +219,15 @@ def test_runs_are_counted_by_program(agent: RunningAgent, calls: Callable[..., C
         running.kill()
     runs = _by_program(samples(text, runs_total))
     seconds = _by_program(samples(text, "coral_agent_program_run_seconds_total"))
-    (hook,) = {name.rpartition("_")[2] for name in runs}
-    watched = ("enter", "exit", "fork", "exec", "gone")
-    assert runs.keys() == seconds.keys() == {f"coral_{when}_{hook}" for when in watched}
+    of_calls = {"coral_enter", "coral_leave"}
+    of_processes = {"coral_fork", "coral_rename", "coral_exec", "coral_exit"}
+    of_cgroups = {"coral_attach", "coral_mkdir"} if has_cgroups() else set()
+    of_threads = (
+        set[str]() if probe()["task_storage"].available else {"coral_forget", "coral_renumber"}
+    )
+    assert runs.keys() == seconds.keys() == of_calls | of_processes | of_cgroups | of_threads
     # A tenth of a second holds tens of thousands of calls, and a run takes 1 ns to 10 us.
-    for when in ("enter", "exit"):
-        name = f"coral_{when}_{hook}"
+    for name in of_calls:
         assert runs[name] > 10_000
         assert 1e-9 < seconds[name] / runs[name] < 1e-5
 

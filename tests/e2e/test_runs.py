@@ -1,4 +1,4 @@
-"""Runs of these tests beside each other on one machine."""
+"""Runs of the bench and of these tests on a machine that others use too."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, Puppet, wait_until
-from tests.tracefs import OURS, TRACEFS, mount_source
+from benchmarks.tracefs import OURS, TRACEFS, mount_source
+from tests.support import ROOT, Puppet
 
-# A test that reports that it runs, then waits until it may end, and has tracefs all the time.
-SMALL_TEST = f"""
+# Has tracefs until it may end, when its input ends.
+RUN = f"""
+import sys
 from pathlib import Path
-from tests.support import wait_until
+from benchmarks.kernel import tracefs
 
-def test_has_tracefs_until_it_ends():
-    events = Path({str(TRACEFS)!r}, "events")
-    assert (events / "sched").is_dir()
-    Path(__file__).with_name("runs").touch()
-    wait_until(Path(__file__).with_name("may end").exists, 60)
-    assert (events / "sched").is_dir()
+events = Path({str(TRACEFS)!r}, "events", "sched")
+with tracefs():
+    assert events.is_dir()
+    print("runs", flush=True)
+    sys.stdin.read()
+    assert events.is_dir()
 """
 # clone(2): CLONE_NEWNS; mount(2): MS_REC and MS_PRIVATE; umount(2): MNT_DETACH.
 OWN_MOUNTS = """
@@ -46,55 +46,40 @@ def elsewhere() -> Iterator[Puppet]:
 
 
 @contextmanager
-def small_run(where: Puppet, directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """One run of these tests with one small test, in the mount namespace of a process."""
-    directory.mkdir()
-    (directory / "test_small.py").write_text(SMALL_TEST)
+def run_of_the_bench(where: Puppet) -> Iterator[subprocess.Popen[str]]:
+    """One that runs, in the mount namespace of a process."""
+    command = ["nsenter", f"--mount=/proc/{where.pid}/ns/mnt", "--", sys.executable, "-P", "-c"]
     with subprocess.Popen(
-        [
-            *("nsenter", f"--mount=/proc/{where.pid}/ns/mnt", "--"),
-            *(sys.executable, "-P", "-m", "pytest", "-q", "-p", "tests.conftest"),
-            *("-p", "no:cacheprovider", "-c", "/dev/null", f"--rootdir={directory}", directory),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [*command, RUN], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         try:
+            assert process.stdout
+            assert process.stdout.readline() == "runs\n"
             yield process
         finally:
             process.kill()
 
 
-def ends(run: subprocess.Popen[str], directory: Path) -> None:
-    """Lets a run end, and fails unless its test passed."""
-    (directory / "may end").touch()
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 0, said
-    assert "1 passed" in said
+def ends(run: subprocess.Popen[str]) -> None:
+    """Lets a run end, and fails unless it has had tracefs all the time."""
+    run.communicate(timeout=60)
+    assert run.returncode == 0
 
 
-def test_two_runs_share_tracefs_and_the_last_unmounts_it(elsewhere: Puppet, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    with small_run(elsewhere, one) as first, small_run(elsewhere, two) as second:
-        wait_until(lambda: (one / "runs").exists() and (two / "runs").exists(), 60)
+def test_two_runs_share_tracefs_and_the_last_unmounts_it(elsewhere: Puppet) -> None:
+    with run_of_the_bench(elsewhere) as first, run_of_the_bench(elsewhere) as second:
         assert mount_source(elsewhere.pid) == OURS
-        ends(first, one)
+        ends(first)
         assert mount_source(elsewhere.pid) == OURS
-        ends(second, two)
+        ends(second)
     assert mount_source(elsewhere.pid) == ""
 
 
-def test_a_run_leaves_tracefs_alone_where_it_was_mounted_before(
-    elsewhere: Puppet, tmp_path: Path
-) -> None:
+def test_a_run_leaves_tracefs_alone_where_it_was_mounted_before(elsewhere: Puppet) -> None:
     where = str(TRACEFS).encode()
     elsewhere.do(f"assert not libc.mount(b'before', {where!r}, b'tracefs', 0, None)")
-    one = tmp_path / "one"
-    with small_run(elsewhere, one) as run:
-        wait_until((one / "runs").exists, 60)
-        ends(run, one)
+    with run_of_the_bench(elsewhere) as run:
+        ends(run)
     assert mount_source(elsewhere.pid) == "before"
 
 

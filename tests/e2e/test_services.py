@@ -229,6 +229,44 @@ def test_a_listener_in_another_network_namespace_is_found(tmp_path: Path, name: 
             resolve(f"{name}x", {})
 
 
+# Its first thread ends, another one has the listening socket.
+FIRST_THREAD_ENDS = """
+import ctypes, socket, sys, threading
+sock = socket.create_server(("127.0.0.1", 0))
+threading.Thread(target=sys.stdin.read).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+MULTIPATH = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+sock.bind(("127.0.0.1", 0))
+sock.listen()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("code", [FIRST_THREAD_ENDS, MULTIPATH], ids=["thread", "MPTCP"])
+def test_a_listener_that_proc_shows_in_its_own_way_is_found(
+    tmp_path: Path, name: str, code: str
+) -> None:
+    if code is MULTIPATH and not Path("/proc/sys/net/mptcp").exists():
+        pytest.skip("this kernel has no MPTCP")
+    program = tmp_path / name
+    program.symlink_to(os.path.realpath(sys.executable))
+    with subprocess.Popen([program, "-I", "-S", "-c", code], stdin=subprocess.PIPE) as process:
+        assert wait_until(lambda: tgids_of(name)) == (process.pid,)
+        if code is FIRST_THREAD_ENDS:
+            wait_until(lambda: ") Z " in Path(f"/proc/{process.pid}/stat").read_text())
+            assert tgids_of(name) == (process.pid,)
+
+
+def tgids_of(name: str) -> tuple[int, ...]:
+    try:
+        return resolve(name, {}).tgids
+    except NotFoundError:
+        return ()
+
+
 @pytest.mark.parametrize("rule", ["comm", "pid_file"])
 def test_a_configured_service_has_the_children_of_its_processes(
     tmp_path: Path, name: str, rule: str

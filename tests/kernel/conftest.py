@@ -1,13 +1,24 @@
-"""Fixtures for tests of connections."""
+"""Fixtures for tests of connections, and of what is attached."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+from build_hook import clang_command
+from tests.attaching import Called
 from tests.network import Side, two_sides
-from tests.support import Puppet
+from tests.support import OWN_MACHINE, ROOT, Puppet, built
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [] if OWN_MACHINE else [it for it in items if it.get_closest_marker("own_machine")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [it for it in items if it not in left_out]
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +33,40 @@ def pair(sides: tuple[Side, Side]) -> Iterator[tuple[Puppet, Puppet]]:
     """A client in one namespace, a server in the other."""
     with sides[0].puppet() as client, sides[1].puppet() as server:
         yield client, server
+
+
+@pytest.fixture(scope="session")
+def attaching_object() -> Path:
+    """tests/bpf/attaching.bpf.c, compiled."""
+    return _compiled("attaching")
+
+
+@pytest.fixture(scope="session")
+def stages_object() -> Path:
+    """tests/bpf/stages.bpf.c, compiled."""
+    return _compiled("stages")
+
+
+def _compiled(name: str) -> Path:
+    source = ROOT / f"tests/bpf/{name}.bpf.c"
+    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
+    output = built(f"{name}.bpf.o", sources, partial(clang_command, source))
+    with suppress(FileExistsError):  # bcc looks for the source beside the object
+        output.with_suffix(".c").symlink_to(source)
+    return output
+
+
+@pytest.fixture
+def called(programs: Path) -> Iterator[Called]:
+    """A process that will call its function 1,000 times."""
+    process = Called(programs / "called", "1000")
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def no_descriptors_left() -> Iterator[None]:
+    """Fails if the test leaves a descriptor open in this process."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

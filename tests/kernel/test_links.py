@@ -33,7 +33,7 @@ def path() -> Path:
 def it(path: Path) -> Iterator[BpfObject]:
     options = {"wanted_tgid": os.getpid()}
     with BpfObject(path, programs=(PROGRAM,), options=options) as it:
-        it.write_variable("sessions", 1)
+        it.write_variable("wanted_sessions", 1)
         yield it
 
 
@@ -45,16 +45,19 @@ def call_getppid(times: int) -> None:
 def test_a_link_is_detached_by_itself(it: BpfObject) -> None:
     with it.make_inner("stats") as stats:
         it.install("stats", 0, stats.fd)
-        first, second = it.attach_to(PROGRAM, SYS_ENTER), it.attach_to(PROGRAM, SYS_ENTER)
-        call_getppid(10)  # counted twice
+        other = it.attach_to(PROGRAM, partial(raw_tracepoint, name="sched_process_exec"))
+        first = it.attach_to(PROGRAM, SYS_ENTER)
+        call_getppid(10)
         first.detach()
+        call_getppid(10)  # not counted
+        assert it.attached
+        second = it.attach_to(PROGRAM, SYS_ENTER)
         first.detach()
         call_getppid(10)
-        assert it.attached
+        assert stats.read()[1]["calls"].sum() == 20
+        other.detach()
         second.detach()
         assert not it.attached
-        call_getppid(10)
-        assert stats.read()[1]["calls"].sum() == 30
 
 
 def test_what_cannot_be_attached_is_an_error(it: BpfObject) -> None:
@@ -67,8 +70,8 @@ def test_what_cannot_be_attached_is_an_error(it: BpfObject) -> None:
 class _Unwilling:
     """A link that is detached, and says that it was not."""
 
-    def __init__(self, error: Exception, program_fd: int) -> None:
-        self._link, self._error = SYS_ENTER(program_fd), error
+    def __init__(self, error: Exception, hook: str, program_fd: int) -> None:
+        self._link, self._error = raw_tracepoint(program_fd, hook), error
 
     def detach(self) -> None:
         self._link.detach()
@@ -76,12 +79,12 @@ class _Unwilling:
 
 
 def test_an_error_on_the_way_does_not_stop_closing(path: Path) -> None:
+    errors = [OSError("one"), OSError("two")]
     it = BpfObject(path, programs=(PROGRAM,))
     it.load()
-    errors = [OSError("one"), OSError("two")]
-    for error in errors:
-        it.attach_to(PROGRAM, partial(_Unwilling, error))
     it.attach()
+    for error, hook in zip(errors, ("sched_process_exec", "sched_process_exit"), strict=True):
+        it.attach_to(PROGRAM, partial(_Unwilling, error, hook))  # a hook takes a program once
     with pytest.raises(BpfError, match=r"one|two") as raised:
         it.close()
     assert isinstance(raised.value.__cause__, ExceptionGroup)
@@ -92,8 +95,8 @@ def test_an_error_on_the_way_does_not_stop_closing(path: Path) -> None:
 
 
 def test_a_variable_that_is_kept_does_not_keep_the_object(it: BpfObject) -> None:
-    kept = it.read_variable("sessions")
-    it.write_variable("sessions", 5)
+    kept = it.read_variable("wanted_sessions")
+    it.write_variable("wanted_sessions", 5)
     it.close()
     assert kept == 1
 

@@ -86,14 +86,14 @@ def test_each_session_counts_exactly_in_its_own_map(load: Any, *, batches: bool)
         assert first.memory_bytes < second.memory_bytes
         it.attach()
         for sessions, times in (({0}, 100), ({0, 5}, 20), ({0, 5, SESSIONS - 1}, 3), ({9}, 7)):
-            it.write_variable("sessions", sum(1 << slot for slot in sessions))
+            it.write_variable("wanted_sessions", sum(1 << slot for slot in sessions))
             call_getppid(times)
         assert [calls_in(inner) for inner in slots.values()] == [[123], [23], [3]]
         _, values = second.read()
         assert values.dtype.names == ("calls", "weighted")
         assert sum_over_cpus(values, "weighted").tolist() == [23 * 6]
 
-        it.write_variable("sessions", 1 << 5)
+        it.write_variable("wanted_sessions", 1 << 5)
         it.uninstall("stats", 5)
         it.uninstall("stats", 5)
         call_getppid(50)
@@ -103,7 +103,7 @@ def test_each_session_counts_exactly_in_its_own_map(load: Any, *, batches: bool)
 
 def test_a_slot_is_used_again_with_a_map_of_another_size(load: Any) -> None:
     it = load()
-    it.write_variable("sessions", 1)
+    it.write_variable("wanted_sessions", 1)
     it.attach()
     for times in range(1, 20):
         with it.make_inner("stats", entries=times) as inner:
@@ -126,10 +126,10 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
     ):
         it.install("rings", 1, small.fd)
         it.install("rings", 2, large.fd)
-        it.write_variable("sessions", 0b110)
+        it.write_variable("wanted_sessions", 0b110)
         it.attach()
         accounts = [
-            Account(it.map("accounts"), slot, it.btf.enum("loss"), it.program_fds)
+            Account(it.map("accounts"), slot, it.btf.enum("loss"), [it.program_fd(PROGRAM)])
             for slot in range(4)
         ]
         call_getppid(1000)
@@ -143,7 +143,7 @@ def test_each_session_has_a_ring_of_its_own(load: Any) -> None:
         assert accounts[1].read() == (0, 0, {})
         assert len(first.drain()["record"]) == fitting
         assert second.drain()["record"]["slot"].tolist() == [2] * 1000
-        it.write_variable("sessions", 0b010)
+        it.write_variable("wanted_sessions", 0b010)
         call_getppid(5)
         assert first.drain()["record"]["slot"].tolist() == [1] * 5
         assert len(second.drain()["record"]) == 0
@@ -158,9 +158,9 @@ def test_each_session_has_perf_buffers_of_its_own(load: Any) -> None:
             it.install("perfs", 3, one.fd)
             it.install("perfs", 4, two.fd)
             it.attach()
-            it.write_variable("sessions", 0b01000)
+            it.write_variable("wanted_sessions", 0b01000)
             call_getppid(100)
-            it.write_variable("sessions", 0b11000)
+            it.write_variable("wanted_sessions", 0b11000)
             call_getppid(10)
             assert [reader.drain()["record"]["slot"].tolist() for reader in readers] == [
                 [3] * 110,
@@ -189,7 +189,7 @@ def test_sizes_and_flags_of_an_object_are_those_of_the_prototype(load: Any) -> N
     with it.make_inner("stats") as inner:
         assert inner.entries == 3
         it.install("stats", 0, inner.fd)
-        it.write_variable("sessions", 1)
+        it.write_variable("wanted_sessions", 1)
         it.attach()
         call_getppid(9)
         assert calls_in(inner) == [9]
@@ -202,8 +202,8 @@ def test_two_objects_share_a_map(load: Any) -> None:
     with one.make_inner("stats") as inner:
         other.install("stats", 7, inner.fd)
         other.map("weights").write(7, 11)
-        one.write_variable("sessions", 1 << 7)
-        other.write_variable("sessions", 1 << 7)
+        one.write_variable("wanted_sessions", 1 << 7)
+        other.write_variable("wanted_sessions", 1 << 7)
         one.attach()
         call_getppid(10)
         one.close()

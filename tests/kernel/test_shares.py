@@ -61,6 +61,35 @@ def test_kinds_share_the_programs_that_both_use(puppets: tuple[Puppet, Puppet]) 
         assert "coral_enter" not in of_connections
 
 
+@pytest.mark.parametrize("without", [(), ("ring_buffer",)])
+def test_a_session_is_charged_its_own_memory_and_its_part_of_the_hub(
+    puppets: tuple[Puppet, Puppet], without: tuple[str, ...]
+) -> None:
+    features = probe().without(*without)
+
+    def collector(puppet: Puppet, **config: str) -> SyscallStatsCollector:
+        return SyscallStatsCollector.create({"pid": str(puppet.pid), **config}, None, features)
+
+    with at_work(collector(puppets[0])) as first:
+        alone = first.bpf_object.map_memory_bytes
+        with at_work(collector(puppets[1], mode="events", ring="16MiB")) as second:
+            one, other = first.bpf_object.map_memory_bytes, second.bpf_object.map_memory_bytes
+            assert one < alone  # what is the hub's is shared now
+            assert 16 << 20 < other < alone + (17 << 20)
+        assert first.bpf_object.map_memory_bytes == pytest.approx(alone, rel=0.01)
+    assert first.bpf_object.map_memory_bytes == 0
+
+
+def test_a_collector_that_is_never_opened_takes_no_place(puppets: tuple[Puppet, Puppet]) -> None:
+    unopened = [counting(puppets[0]) for _ in range(70)]  # more than a hub has slots
+    with at_work(counting(puppets[1])) as opened:
+        assert set(opened.bpf_object.shares.values()) == {1.0}
+    for each in unopened:
+        each.close()
+        assert each.bpf_object.map_memory_bytes == 0
+        assert each.bpf_object.program_stats() == {}
+
+
 async def test_the_run_time_of_a_shared_program_is_counted_once(
     puppets: tuple[Puppet, Puppet],
 ) -> None:

@@ -321,10 +321,8 @@ def test_a_connection_that_is_being_made(
             assert (row.role, row.end) == (CLIENT, pb.TCP_END_ABORTED)
 
 
-# Not with plain tracepoints: the kernel skips their programs while another one runs on that CPU, or
-# while a map is read. Under emulation the end of one connection was missing in two runs of four.
 @pytest.mark.long
-@pytest.mark.parametrize("rung", ["best", "raw_tp", "oldest"])
+@pytest.mark.parametrize("rung", RUNGS)
 def test_many_that_wake_up_while_they_are_read_are_told_once(
     rung: str, pair: tuple[Puppet, Puppet]
 ) -> None:

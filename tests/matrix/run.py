@@ -166,6 +166,7 @@ def guest_environment() -> dict[str, str]:
         "LANG": "C.UTF-8",
         "TMPDIR": "/run/tmp",
         "CORAL_TEST_PATIENCE": str(_PATIENCE),
+        "CORAL_TEST_OWN_MACHINE": "1",
     }
 
 

@@ -29,7 +29,7 @@ from coral.collectors.options import OptionError
 from tests.support import wait_until
 
 KINDS = [found.kind for found in hierarchies()]
-TURNS = 300
+TURNS = 100
 
 # Two threads: the main one, and one whose id is printed. Ends when its input does.
 TWO_THREADS = """

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from coral.bpf import Features, LoadError
+from coral.bpf import Features, LoadError, RecordReader
+from coral.bpf.buffers.records import MOST_BYTES, Records
 from coral.collectors.contract import (
     Batch,
     Collector,
@@ -42,7 +45,7 @@ class Steps(Collector):
         self.may_drain, self.drains = threading.Event(), threading.Event()
         self.may_drain.set()
         self._fds = fds
-        self._programs = SimpleNamespace(name="steps", detach=lambda: self.done.append("detach"))
+        self._programs = SimpleNamespace(name="steps", detach=lambda: None)
 
     @classmethod
     def options(cls) -> Sequence[Option]:
@@ -207,3 +210,101 @@ async def test_a_job_is_waited_for_before_a_cancellation_goes_on() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended == [True]
+
+
+class Buffer:
+    """A buffer of records whose programs the test is."""
+
+    capacity_bytes = 64 << 20
+    filling, wakes_at_rest, lost, memory_bytes = False, True, 0, 0
+
+    def __init__(self) -> None:
+        self.pending_bytes, self.resting = 0, asyncio.Event()
+        self._event = os.eventfd(0)
+        self.wakeup = select.epoll()
+        self.wakeup.register(self._event, select.EPOLLIN | select.EPOLLET)
+
+    def write(self, size: int) -> None:
+        self.pending_bytes += size
+        os.eventfd_write(self._event, 1)
+
+    def rest(self) -> bool:
+        self.resting.set()
+        return not self.pending_bytes
+
+    def drain(self, most_bytes: int = MOST_BYTES) -> Records:
+        taken = min(most_bytes, self.pending_bytes)
+        self.pending_bytes -= taken
+        return {"call": np.zeros(taken >> 10)}
+
+    def close(self) -> None:
+        self.wakeup.close()
+        os.close(self._event)
+
+
+class Events(Steps):
+    """Drains a buffer, on the event loop."""
+
+    interval_s = 60.0
+    drains_on_loop = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = Buffer()
+
+    @property
+    def records(self) -> RecordReader:
+        return self.buffer
+
+    def drain(self) -> Batch:
+        self.done.append("drain")
+        count = len(self.buffer.drain()["call"])
+        return Batch(replace(ROWS, records=np.zeros(count, [("pid", "<u4")])), 1, 2)
+
+
+async def test_a_full_buffer_is_drained_in_parts_and_others_get_their_turn() -> None:
+    events, turns, between, stop = Events(), 0, list[int](), Stop()
+
+    def emit(batch: Batch) -> None:
+        if len(batch.rows):
+            between.append(turns)
+        if not events.buffer.pending_bytes:
+            stop.request()
+
+    events.buffer.write(10 * MOST_BYTES)
+    task = asyncio.create_task(run(events, emit, lambda: None, stop))
+    while not task.done():
+        turns += 1
+        await asyncio.sleep(0)
+    await task
+    assert len(between) == 10
+    assert all(later > earlier for earlier, later in pairwise(between))
+    events.buffer.close()
+
+
+async def test_events_are_drained_when_they_come_and_not_before() -> None:
+    events, batches, stop = Events(), asyncio.Queue[Batch](), Stop()
+    task = asyncio.create_task(run(events, batches.put_nowait, lambda: None, stop))
+    for size in (1, 3, 2):
+        await events.buffer.resting.wait()
+        events.buffer.resting.clear()
+        assert batches.empty()
+        events.buffer.write(size << 10)
+        async with asyncio.timeout(10):
+            assert len((await batches.get()).rows) == size
+    stop.request()
+    await task
+    assert events.done == ["open", *["drain"] * 4, "close"]
+    events.buffer.close()
+
+
+async def test_all_that_is_left_is_drained_at_the_end() -> None:
+    events, counts, stop = Events(), list[int](), Stop()
+
+    def attached() -> None:
+        events.buffer.write(5 * MOST_BYTES + 1024)
+        stop.request()
+
+    await run(events, lambda batch: counts.append(len(batch.rows)), attached, stop)
+    assert counts == [1024] * 5 + [1]
+    events.buffer.close()

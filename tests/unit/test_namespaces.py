@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from coral.agent.machine.caller_pids import translated
+from coral.agent.machine.caller_namespaces import Namespaces, translated
 from coral.collectors.namespaces import (
-    PidNamespace,
+    FIRST_CGROUP_NAMESPACE,
+    namespace_of,
     obstacle,
-    own_pid_namespace,
-    pid_namespace_of,
+    pid_depth,
     tgids_in,
 )
 from coral.collectors.options import OptionError
@@ -46,35 +46,37 @@ def test_a_process_has_an_id_in_each_namespace_above_its_own() -> None:
         assert sorted(map(len, tgids.values())) == [2, 2, 2, 3]
         init = next(tgid for tgid, ids in tgids.items() if ids[1:] == [1])
         inner = next(tgid for tgid, ids in tgids.items() if len(ids) == 3)
-        outer, nested = pid_namespace_of(init), pid_namespace_of(inner)
+        outer, nested = namespace_of(init, "pid"), namespace_of(inner, "pid")
         assert outer
         assert nested
-        assert (outer.depth, nested.depth) == (1, 2)
-        assert tgids_in(outer, {ids[1] for ids in tgids.values()}) == {
+        assert (pid_depth(init), pid_depth(inner)) == (1, 2)
+        assert tgids_in(outer, 1, {ids[1] for ids in tgids.values()}) == {
             ids[1]: tgid for tgid, ids in tgids.items()
         }
-        assert tgids_in(nested, {1, 2}) == {1: inner}
-        assert tgids_in(PidNamespace(outer.inode + 1, 1), {1}) == {}
+        assert tgids_in(nested, 2, {1, 2}) == {1: inner}
+        assert tgids_in(outer + 1, 1, {1}) == {}
         # As the agent does it for a caller in there.
-        asked = {"pid": f"{tgids[inner][1]}, 1", "interval": "1s"}
-        assert translated(asked, outer.inode, init) == {"pid": f"{inner},{init}", "interval": "1s"}
+        asked, there = {"pid": f"{tgids[inner][1]}, 1", "interval": "1s"}, Namespaces(pid=outer)
+        assert translated(asked, there, init) == {"pid": f"{inner},{init}", "interval": "1s"}
         with pytest.raises(OptionError, match="processes that run now: 4999 does not"):
-            translated({"pid": "1,4999"}, outer.inode, init)
+            translated({"pid": "1,4999"}, there, init)
         with pytest.raises(OptionError, match="callers on its unix socket only"):
-            translated({"pid": "1"}, outer.inode, 0)
+            translated({"pid": "1"}, there, 0)
         with pytest.raises(OptionError, match="which the agent cannot look at: it has ended"):
-            translated({"pid": "1"}, outer.inode, 1 << 22)
+            translated({"pid": "1"}, there, 1 << 22)
 
 
 def test_ids_of_the_agents_own_namespace_stay_as_they_are() -> None:
-    config = {"pid": str(os.getpid())}
-    assert translated(config, 0, 0) is config
-    assert translated(config, own_pid_namespace(), 0) is config
+    own, first = namespace_of("self", "pid"), FIRST_CGROUP_NAMESPACE
+    assert own
+    for config in ({"pid": f" {os.getpid()},1"}, {"cgroup": "/no/such"}, {"scope": "host"}, {}):
+        for named_in in (Namespaces(), Namespaces(own, first)):
+            assert translated(config, named_in, 0) == config
 
 
 @pytest.mark.parametrize("value", ["", "nginx", "1,x", "-1"])
 def test_what_is_no_id_is_not_looked_for(value: str) -> None:
-    assert translated({"pid": value}, 7, 0) == {"pid": value}
+    assert translated({"pid": value}, Namespaces(pid=7), 0) == {"pid": value}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from coral.bpf import BpfError
 from coral.bpf.buffers import perf_buffer
-from coral.bpf.buffers.perf_buffer import cpus_in, records_between
-from coral.bpf.buffers.records import RecordKind, merged
+from coral.bpf.buffers.perf_buffer import FRAMING, cpus_in, records_between
+from coral.bpf.buffers.records import Finder, RecordKind, merged
 
 RING = 1 << 13
 LOST, SAMPLE = 2, 9
@@ -35,6 +35,10 @@ def sample(misc: int, data: bytes) -> bytes:
 def kind_of(size: int) -> RecordKind:
     head = [("kind", "<u4"), ("length", "<u4")]
     return RecordKind(f"of_{size}", size, np.dtype([*head, ("rest", f"V{size - 8}")]))
+
+
+def finder_of(kinds: list[RecordKind]) -> Finder:
+    return Finder(FRAMING, kinds, lambda: None)
 
 
 def of_kind(kind: RecordKind, rest: bytes) -> bytes:
@@ -100,7 +104,9 @@ def test_records_come_in_order_and_losses_are_summed(*, it: Written, tail: int, 
             patched.setattr(perf_buffer, "_MOST_SIZE", 127)
             ends = np.cumsum([0, *map(len, it.written)])
             whole = int(ends.searchsorted(128, side="right")) - 1
-        found, lost, end = records_between(memory, tail, head, it.kinds, 1 if part else None)
+        found, lost, end = records_between(
+            memory, tail, head, finder_of(it.kinds), 1 if part else None
+        )
     assert end == tail + sum(map(len, it.written[:whole]))
     read = merged(it.kinds, found)
     for which, kind in enumerate(it.kinds):
@@ -119,7 +125,7 @@ def test_a_record_of_another_size_is_an_error_wherever_it_lies(
     written = right * position + wrong + right
     memory = in_ring(written, tail, 1 << 14)
     with pytest.raises(BpfError, match=rf"where there may be of_{record_bytes} .{record_bytes}."):
-        records_between(memory, tail, tail + len(written), [kind])
+        records_between(memory, tail, tail + len(written), finder_of([kind]))
 
 
 @pytest.mark.parametrize("size", [0, 4, 12, 24, 0xFFF8])
@@ -129,7 +135,7 @@ def test_what_no_kernel_writes_is_an_error_and_no_endless_loop(size: int, before
     written = sample(1, of_kind(kind, bytes(8))) * before
     written += struct.pack("=IHH", 3, 0, size) + bytes(8)
     with pytest.raises(BpfError, match=f"damaged: {size} bytes of 16 left"):
-        records_between(in_ring(written, 0, RING), 0, len(written), [kind])
+        records_between(in_ring(written, 0, RING), 0, len(written), finder_of([kind]))
 
 
 def test_the_kernels_list_of_cpus() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -62,35 +64,34 @@ def test_a_service_is_watched_without_the_agent_and_process_1() -> None:
     assert rules.spare(service, both).tgids == service.tgids
 
 
-class Map:
-    """Takes what is written to the kernel's map of targets."""
+class Members:
+    """Takes what is written to the kernel's map of a session's processes."""
 
     def __init__(self) -> None:
         self.written: list[int] = []
 
-    def map(self, _name: str) -> Map:
-        return self
-
-    def write(self, tgid: int, _target: object) -> None:
+    def write(self, tgid: int, _member: object) -> None:
         self.written.append(tgid)
-
-    def write_elements(self, *_: object) -> None:
-        """The hints, which are for speed alone."""
 
 
 def test_a_process_id_that_went_to_another_process_meanwhile_is_not_watched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = parse_options(SyscallStatsOptions, {"pid": f"{os.getpid()},{os.getppid()}"})
-    targets, kernel = Targets(options, None), Map()
-    started = {tgid: start_time_of(tgid) for tgid in (os.getpid(), os.getppid())}
+    targets, members, hinted = Targets(options, None), Members(), list[int]()
     monkeypatch.setattr(
         "coral.collectors.targets.start_time_of",
-        lambda tgid: (started[tgid] or 0) + (tgid == os.getppid()),
+        lambda tgid: (start_time_of(tgid) or 0) + (tgid == os.getppid()),
     )
-    targets.prepare(kernel)  # type: ignore[arg-type]
-    targets.fill(kernel)  # type: ignore[arg-type]
-    assert kernel.written == [os.getpid()]
+    slot: Any = SimpleNamespace(
+        map=lambda _name: members,
+        activate=lambda **_: None,
+        hint=hinted.extend,
+        members_changed=lambda: None,
+    )
+    targets.follow(slot, detailed=False)
+    targets.fill()
+    assert members.written == hinted == [os.getpid()]
 
 
 def test_a_start_time_tells_processes_apart() -> None:

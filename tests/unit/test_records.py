@@ -145,7 +145,7 @@ def test_records_are_sorted_by_the_field_of_their_kind() -> None:
         for n, kind in ((1, kinds[0]), (2, kinds[1]))
         for times in ([3, 5], [4, 4], [1])
     ]
-    read = merged(kinds, parts)
+    read = merged(kinds, parts, sort=True)
     assert read["call"]["time_ns"].tolist() == [1, 3, 4, 4, 5]
     assert read["other"]["time_ns"].tolist() == [3, 5, 4, 4, 1]
     with pytest.raises(KeyError, match="no_such_field"):

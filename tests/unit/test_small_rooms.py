@@ -61,8 +61,16 @@ def test_the_table_agrees_with_the_kernels_headers() -> None:
 def test_numbers_without_a_name_are_shown_as_numbers() -> None:
     assert syscall_table.name_of(syscall_table.numbers()["read"]) == "read"
     assert syscall_table.name_of(999) == "syscall_999"
-    assert syscall_table.name_of(1024) == "unknown"
-    assert syscall_table.name_of(4096 + 20) == "compat_20"
+    assert syscall_table.name_of(1024) == syscall_table.name_of(4096 + 1024) == "unknown"
+    assert syscall_table.name_of(4096 + 998) == "compat_998"
+
+
+def test_calls_of_32_bit_programs_have_their_own_numbers() -> None:
+    for machine, number in (("i386", 20), ("arm", 20)):
+        assert syscall_table.numbers(machine)["getpid"] == number
+    for number in syscall_table.numbers_of("getpid"):
+        assert syscall_table.name_of(number) == "getpid"
+    assert len(syscall_table.numbers_of("getpid")) == 2
 
 
 def test_both_processors_have_the_calls_that_the_programs_treat_apart() -> None:

@@ -112,8 +112,7 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 			memory_cgroup =
 			    key_of_cgroup(cgroup_of(child, all->hierarchy), all->hierarchy);
 	}
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		fork_in_session(slot, process, cgroup, memory_cgroup);
 	}
 	return 0;
@@ -155,8 +154,7 @@ int RAW_PROGRAM(coral_rename, struct task_struct *task, const char *comm)
 		return 0;
 	read_kernel_string(&words, comm);
 	process = process_of(tgid, born_of(task));
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		rename_in_session(slot, process, words[0], words[1]);
 	}
 	return 0;
@@ -181,8 +179,7 @@ int RAW_PROGRAM(coral_exec, struct task_struct *task)
 
 	if (!all || surely_unwatched(all, tgid))
 		return 0;
-	for_each_session(slot, all->all)
-	{
+	for_each_session (slot, all->all) {
 		exec_in_session(slot, tgid);
 	}
 	return 0;
@@ -219,8 +216,7 @@ int RAW_PROGRAM(coral_exit, struct task_struct *task)
 	    kernel_read(kernel_read(this_task(), signal), live.counter) > 0)
 		return 0;
 	process = process_of(tgid, born_of(kernel_read(this_task(), group_leader)));
-	for_each_session(slot, all->all)
-	{
+	for_each_session (slot, all->all) {
 		member_remove(slot, process);
 	}
 	return 0;
@@ -270,8 +266,7 @@ int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_s
 	process = process_of(kernel_read(task, tgid), born_of(leader));
 	cgroup = key_of_cgroup(id_of_cgroup(to), hierarchy);
 	leaders_cgroup = key_of_cgroup(cgroup_of(leader, hierarchy), hierarchy);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		attach_in_session(slot, process, cgroup, leaders_cgroup, (__u64)leader);
 	}
 	return 0;
@@ -323,8 +318,7 @@ int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 	cgroup = key_of_cgroup(id_of_cgroup(made), hierarchy);
 	parent = key_of_cgroup(id_of_parent(made), hierarchy);
 	hash = hash_of_path(path) ^ key_of_cgroup(0, hierarchy);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		mkdir_in_session(slot, cgroup, parent, hash);
 	}
 	return 0;
@@ -354,8 +348,7 @@ int RAW_PROGRAM(coral_rmdir, struct cgroup *removed)
 	if (!mask)
 		return 0;
 	cgroup = key_of_cgroup(id_of_cgroup(removed), hierarchy);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		rmdir_in_session(slot, cgroup);
 	}
 	return 0;

@@ -238,8 +238,7 @@ SUBPROGRAM int see_by_ring(__u32 slot, __u64 nr_and_born, __u64 ended_ns, __u64 
 SUBPROGRAM int see_all_by_ring(__u64 sessions, __u64 nr_and_born, __u64 ended_ns, __u64 duration_ns,
 			       __s64 ret)
 {
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		see_by_ring(slot, nr_and_born, ended_ns, duration_ns, ret);
 	}
 	return 0;
@@ -252,8 +251,7 @@ static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born,
 		see_all_by_ring(sessions, (__u64)nr << 32 | born, ended_ns, duration_ns, ret);
 		return;
 	}
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		see_in_session(ctx, slot, nr, born, ended_ns, duration_ns, ret);
 	}
 }
@@ -261,8 +259,7 @@ static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born,
 /* There was no room for a thread's state. */
 SUBPROGRAM int lose_calls(__u64 sessions)
 {
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		account_loss(slot, LOSS_BUSY);
 	}
 	return 0;
@@ -355,8 +352,7 @@ SUBPROGRAM __u64 older_sessions(__u64 sessions, __u32 generation)
 {
 	__u64 found = 0;
 
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		__u32 key = slot;
 		struct syscall_session *session =
 		    bpf_map_lookup_elem(map_of(syscall_sessions), &key);

@@ -1,4 +1,5 @@
-"""Tracefs for the time of a test run, shared by all runs of a mount namespace.
+"""Tracefs for the time of a run of the bench, whose peers need it, shared by all runs of a mount
+namespace.
 
 A run holds a shared lock on its mount namespace. The last one to end gets the lock for itself, and
 unmounts what a run has mounted; the mount's source says that a run did.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 TRACEFS: Final = Path("/sys/kernel/tracing")
-OURS: Final = "coral-tests"
+OURS: Final = "coral-bench"
 _NAMESPACE: Final = "/proc/self/ns/mnt"
 
 
