@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,10 +42,12 @@ from coral.bpf.rung import HOOKS, bytes_per_cpu
 
 _PROCESSES: Final = "processes"
 _PROGRAMS: Final = ("coral_fork", "coral_rename", "coral_exec", "coral_exit")
-_CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir")
+_CGROUP_PROGRAMS: Final = ("coral_attach", "coral_mkdir", "coral_rmdir")
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "detailed")
 # Maps of `processes` that the hubs use too.
-SHARED_MAPS: Final = ("sessions", "changes", "members", "hints", "accounts", "rings", "perfs")
+SHARED_MAPS: Final = (
+    "sessions", "counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
+)  # fmt: skip
 _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
 # Those that hold a map of each session.
 _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
@@ -53,6 +56,9 @@ _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 _IDLE_WORK: Final = 100.0  # events a second
 _WORK_WINDOW_S: Final = 1.0
 _REBUILT_AFTER: Final = 256  # processes that have ended since
+_REBUILT_EVERY_S: Final = 0.5
+_COUNT_GENERATION, _COUNT_ENDED = 0, 1  # as in sessions.bpf.h
+_ENDED: Final = np.uint64(1 << 32)  # the least key of a member that has ended
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,9 @@ class _Group:
         self.slots: dict[int, Slot] = {}
         self.kits: list[_Kit] = []
         self._next = 0
-        self._ended = 0
+        self._ended = 0  # processes, when the hints were last built
+        self._looked_at_s = 0.0
+        self._rebuilding = False
 
     def take(self, slot: Slot) -> _Place | None:
         """A place for SLOT by its plan; None where all are taken."""
@@ -223,6 +231,8 @@ class _Group:
             if self.processes in unused:
                 self.processes = _Hub()
                 self._ended = 0
+            else:
+                self._ended -= _REBUILT_AFTER  # the hints of its members are still set
         with ExitStack() as closing:
             for hub in reversed(unused):
                 closing.callback(_close, hub)
@@ -241,8 +251,8 @@ class _Group:
             value[0] = said.read_one(0)
             change(value)
             value["generation"] += np.uint32(1)
+            changed = self.processes.object.map("counts").read_one(_COUNT_GENERATION)
             said.write(0, value[0])
-            changed = self.processes.object.map("changes").read_one(0)
             return (int(value["generation"][0]) + int(changed or 0)) & 0xFFFFFFFF
 
     def hint(self, tgids: Sequence[int]) -> None:
@@ -254,29 +264,39 @@ class _Group:
                 np.concatenate([at, at + np.uint32(HINTS)]), np.ones(2 * len(at), np.uint8)
             )
 
-    def note_ended(self, count: int) -> None:
-        """COUNT members have ended: builds the hints again where it is worth it. Otherwise ended
-        processes would make all others look like members in time."""
+    def tidy(self) -> None:
+        """Has the hints built again once enough members have ended. Otherwise ended processes would
+        make all others look like members in time. Takes microseconds: a thread does the work."""
         with self.lock:
-            self._ended += count
-            if self._ended < _REBUILT_AFTER or self.processes.object is None:
+            hub, now_s = self.processes, time.monotonic()
+            if self._rebuilding or not hub.object or now_s < self._looked_at_s + _REBUILT_EVERY_S:
                 return
-            self._ended = 0
-        _keeper.submit(self._rebuild)
+            self._looked_at_s = now_s
+            ended = int(hub.object.map("counts").read_one(_COUNT_ENDED) or 0)
+            if (ended - self._ended) % (1 << 32) < _REBUILT_AFTER:
+                return
+            self._rebuilding = True  # before the thread can say that it is done
+            if not _keeper.submit(self._rebuild, hub, ended):
+                self._rebuilding = False
 
-    def _rebuild(self) -> None:
-        with self.lock:
-            processes = self.processes.object
-            if processes is not None:
-                self._build_hints(processes)
+    def _rebuild(self, hub: _Hub, ended: int) -> None:
+        try:
+            with suppress(BpfError), hub.lock:  # if it fails, again the next time
+                if hub.object:
+                    self._build_hints(hub.object)
+                self._ended = ended
+        finally:
+            self._rebuilding = False
 
     def _build_hints(self, processes: BpfObject) -> None:
-        unused = 1 - int(processes.map("sessions").read_one(0)["hints"] & 1)  # type: ignore[index]
+        said = processes.map("sessions").read_one(0)
+        unused = 0 if said is not None and said["hints"] & 1 else 1
         hints, first = processes.map("hints"), np.uint32(unused * HINTS)
         hints.write_many(np.arange(HINTS, dtype=np.uint32) + first, np.zeros(HINTS, np.uint8))
-        for slot in self.slots.values():
-            keys = slot.member_keys()
-            at = np.unique(keys[keys < 1 << 32] % np.uint64(HINTS)).astype(np.uint32)
+        with self.lock:
+            slots = list(self.slots.values())
+        for slot in slots:
+            at = np.unique(slot.tidied_members() % np.uint64(HINTS)).astype(np.uint32)
             hints.write_many(at + first, np.ones(len(at), np.uint8))
 
         def change_over(said: NDArray[Any]) -> None:
@@ -368,7 +388,9 @@ class Slot:
         self._place: _Place | None = None
         self._kit: _Kit | None = None
         self._arrays: dict[str, HashMap] = {}
-        self._active = self._closed = False
+        self._active = self._closed = self._detailed = False
+        self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
+        self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
         self._memory_bytes = 0
         self._buffers_bytes = 0  # what is in no map
         self._work = 0.0
@@ -482,7 +504,7 @@ class Slot:
 
         # Once before, so that no thread can have looked at the slot's last session and not know it.
         self._group.say(lambda _: None)
-        self._active = True
+        self._active, self._detailed = True, bool(selections.get("detailed"))
         self.since = self._group.say(set_bits)
 
     def members_changed(self) -> None:
@@ -493,14 +515,28 @@ class Slot:
         """See `_Group.hint`."""
         self._group.hint(tgids)
 
-    def note_ended(self, count: int) -> None:
-        """See `_Group.note_ended`."""
-        self._group.note_ended(count)
+    def tidy(self) -> None:
+        """See `_Group.tidy`; to be called at each drain."""
+        self._group.tidy()
 
-    def member_keys(self) -> NDArray[Any]:
-        """The keys of the session's members; none before there are any."""
-        members = self._maps.get("members")
-        return members.read_keys() if members else np.empty(0, np.uint64)
+    def tidied_members(self) -> NDArray[np.uint64]:
+        """The ids of the session's members that run; none before there are any. Where each end is
+        sent as a record, removes those that have ended, after some time to look up their names."""
+        with self._lock:
+            members = self._maps.get("members")
+            if members is None:
+                return np.empty(0, np.uint64)
+            keys = members.read_keys()
+            if self._detailed:
+                ended = keys[keys >= _ENDED]
+                members.delete(np.intersect1d(ended, self._ended))
+                self._ended = ended
+            return keys[keys < _ENDED]
+
+    @property
+    def untold_changes(self) -> int:
+        """How many changes of what the session watches had no room in its buffer so far."""
+        return int(self.processes.map("untold_changes").read_one(self.number) or 0)
 
     @property
     def attached(self) -> bool:
@@ -533,10 +569,14 @@ class Slot:
         self._closed = True
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
-            if self._kit:
-                closing.callback(self._kit.close)
+            closing.callback(self._close_maps)
             closing.callback(self.detach)
-        self._kit = None
+
+    def _close_maps(self) -> None:
+        with self._lock:
+            kit, self._kit = self._kit, None
+            if kit:
+                kit.close()
 
     # What the agent asks.
 
@@ -602,7 +642,8 @@ class Slot:
 @cache
 def has_cgroups() -> bool:
     """Whether the kernel tells of cgroups: that they are made, and who enters them."""
-    names = {f"btf_trace_{name}" for name in ("cgroup_attach_task", "cgroup_mkdir")}
+    hooks = ("cgroup_attach_task", "cgroup_mkdir", "cgroup_rmdir")
+    names = {f"btf_trace_{name}" for name in hooks}
     found = kernel_names(names)
     return found == names if found or kernel_names({"task_struct"}) else _CGROUPS.exists()
 
@@ -616,17 +657,18 @@ class _Keeper:
         self._jobs: deque[Callable[[], None]] = deque()
         self._is_running = False
 
-    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Runs JOB soon."""
+    def submit(self, job: Callable[..., None], *arguments: Any) -> bool:
+        """Runs JOB soon; whether there is a thread for it."""
         with self._lock:
             self._jobs.append(partial(job, *arguments))
             if self._is_running:
-                return
+                return True
             try:
                 threading.Thread(target=self._run, daemon=True).start()
                 self._is_running = True
             except RuntimeError:  # no thread can be started: it was not needed
                 self._jobs.clear()
+            return self._is_running
 
     def _run(self) -> None:
         while True:
@@ -635,7 +677,12 @@ class _Keeper:
                     self._is_running = False
                     return
                 job = self._jobs.popleft()
-            job()
+            try:
+                job()
+            except BaseException:  # the next one gets a new thread
+                with self._lock:
+                    self._is_running = False
+                raise
 
 
 class Hubs:

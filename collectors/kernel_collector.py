@@ -268,6 +268,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         else:
             rows = self._read_summaries()
             events = self._events_in(rows)
+        self._slot.tidy()
         self._slot.note_work(events, np.diff(interval_ns).item() / 1e9)
         return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 

@@ -32,6 +32,7 @@ from coral.collectors.hubs import Slot
 from coral.collectors.options import OptionError, boolean, choice, items, option, text
 from coral.collectors.pids import PIDS, pid_anywhere, running_pid
 from coral.collectors.procfs import (
+    Process,
     children_of,
     clock_ticks,
     comm_of,
@@ -44,7 +45,6 @@ COMM_BYTES: Final = 15  # and a terminating zero
 _MOST_MEMBERS: Final = 10240
 _MOST_CGROUPS: Final = 4096
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
-_CHANGE_ENDED: Final = 3  # enum change of targets.bpf.h
 _ENDED: Final = np.uint64(1 << 32)  # the least key of a process that has ended
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
 _HASH_OFFSET: Final = 0xCBF29CE484222325
@@ -162,7 +162,6 @@ class Targets:
         self._resolved_at_ticks = clock_ticks()
         self._pidfds: list[int] = []
         self._unfollowed = 0
-        self.names: dict[int, bytes] = {}  # command names of the processes that `fill` added
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
 
     @property
@@ -259,18 +258,21 @@ class Targets:
             self._open_pidfds()
 
     def _add_children(self) -> None:
-        """Adds the children that were forked between the look-up of their parent and `follow`."""
-        found = set(self._tgids)
-        parents = list(found)
+        """Adds the children that were forked between the look-up of their parent and `follow`. Each
+        is added before its own children are listed, so that programs follow those that come
+        later."""
+        seen = set(self._tgids)
+        parents = list(seen)
         while parents:
+            children = set(children_of(parents.pop())) - seen
             young = {
                 child
-                for child in children_of(parents.pop())
-                if (start_time_of(child) or 0) >= self._resolved_at_ticks
-            } - found
-            found |= young
+                for child in children
+                if (found := process_of(child)) and found.started >= self._resolved_at_ticks
+            }
+            self._add(young, _ACTIVE)
+            seen |= young
             parents += young
-        self._add(found - set(self._tgids), _ACTIVE)
 
     def _add_cgroups(self, directory: Path) -> None:
         wanted = self._slot.map("cgroups")
@@ -279,25 +281,32 @@ class Targets:
 
     def _add(self, tgids: Iterable[int], state: int) -> None:
         """Adds running processes in this state. Those for which there is no room are counted."""
-        added = []
+        added: dict[int, Process] = {}
         for tgid in tgids:
-            if not _runs(tgid):
-                continue
-            comm = (comm_of(tgid) or "").encode(errors="replace")
+            found = process_of(tgid)
+            if found is None or not found.can_be_watched:
+                continue  # a program has removed it, or it was never there
             try:
-                self._map.write(tgid, (comm, state, 0))
+                self._write(found, state)
             except BpfError as error:
                 if error.errno not in (errno.E2BIG, errno.ENOMEM, errno.EBUSY):
                     raise
                 self._unfollowed += 1
                 continue
-            added.append(tgid)
-            self.names[tgid] = comm
-        self._slot.hint(added)
-        # One that ended before it was added would stay, and its id would become another's.
-        gone = [tgid for tgid in added if not _runs(tgid)]
-        if gone:
-            self._map.delete(gone)
+            added[tgid] = found
+        self._slot.hint(list(added))
+        # What programs did between the look and the write, the write has undone: one that ended
+        # meanwhile would stay, and its id would become another's.
+        for tgid, before in added.items():
+            now = process_of(tgid)
+            if now is None or now.is_zombie or now.started != before.started:
+                self._map.delete([tgid])
+            elif now.comm != before.comm:
+                self._write(now, state)
+
+    def _write(self, process: Process, state: int) -> None:
+        comm = process.comm.encode(errors="replace")[:COMM_BYTES]
+        self._map.write(process.tgid, (comm, state, 0))
 
     def present(self) -> dict[int, str]:
         """Command names by tgid of the processes that are watched now, for callers that look up
@@ -340,24 +349,22 @@ class Targets:
         keys, at = np.unique(keys, return_index=True)
         return Members(keys, members["comm"][at])
 
-    def name_of(self, tgid: int) -> bytes:
-        """The command name of one process that is watched, empty if it is not."""
-        member = self._map.read_one(tgid)
+    def name_of(self, process: int) -> bytes:
+        """The command name of one process, by `process_keys`; empty if it is not watched."""
+        member = self._map.read_one(process)
+        if member is None:  # it runs, or it is not known when it was born
+            member = self._map.read_one(process % (1 << 32))
         return b"" if member is None else bytes(member["comm"])
+
+    @property
+    def untold_changes(self) -> int:
+        """How many changes of these processes could not be sent as records so far."""
+        return self._slot.untold_changes
 
     def forget(self, ended: NDArray[np.uint64]) -> None:
         """Removes the names of processes that have ended: ENDED of `Members`."""
         if len(ended):
             self._map.delete(ended)
-            self._slot.note_ended(len(ended))
-
-    def note_changes(self, changes: NDArray[Any]) -> None:
-        """Takes note of struct process_change records."""
-        ended = changes["change"] == _CHANGE_ENDED
-        if ended.any():
-            for tgid in changes["tgid"][ended].tolist():
-                self.names.pop(tgid, None)
-            self._slot.note_ended(int(ended.sum()))
 
     def close(self) -> None:
         """Closes the process descriptors."""
@@ -376,11 +383,6 @@ def refused_options(features: Features) -> dict[str, str]:
             "no value: no cgroup2 hierarchy is mounted here; mount -t cgroup2 none /sys/fs/cgroup"
         )
     return refused
-
-
-def _runs(tgid: int) -> bool:
-    process = process_of(tgid)
-    return process is not None and process.can_be_watched
 
 
 def _words(text: str, length: int) -> NDArray[np.uint64]:

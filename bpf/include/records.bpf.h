@@ -169,12 +169,11 @@ static __always_inline void record_discard(void *record)
 		record_release_draft();
 }
 
-/* Sends a record that is no event, through a ring. It is not counted. */
-static __always_inline void record_note(__u32 slot, void *record, const __u64 size)
+/* Sends a record that is no event, through a ring. It is not counted; 0 if there was room. */
+static __always_inline long record_note(__u32 slot, void *record, const __u64 size)
 {
 	void *buffer = map_of_session(rings, slot);
 
 	((struct record_head *)record)->length = size;
-	if (buffer)
-		bpf_ringbuf_output(buffer, record, size, record_flags(buffer));
+	return buffer ? bpf_ringbuf_output(buffer, record, size, record_flags(buffer)) : -ENOENT;
 }

@@ -82,23 +82,28 @@ static __always_inline __u64 sessions_of_hub(const struct sessions *all)
 	return all->of_hub[option(hub) % MOST_HUBS];
 }
 
-/*
- * Grows whenever the processes that a session watches may have changed for threads that run
- * already. User space and programs have a counter each, because neither can add to the other's.
- */
-MAP(ARRAY, changes, __u32, __u32, 1, 0);
+enum {
+	/* Grows whenever the processes that a session watches may have changed for threads that run
+	 * already. User space and programs have a counter each, because neither can add to the
+	 * other's. */
+	COUNT_GENERATION,
+	COUNT_ENDED, /* processes that were watched */
+	COUNTS,
+};
+
+MAP(ARRAY, counts, __u32, __u32, COUNTS, 0);
 
 static __always_inline __u32 generation_of(const struct sessions *all)
 {
-	__u32 zero = 0, *changed = bpf_map_lookup_elem(map_of(changes), &zero);
+	__u32 at = COUNT_GENERATION, *changed = bpf_map_lookup_elem(map_of(counts), &at);
 
 	return all->generation + (changed ? *changed : 0);
 }
 
-static __always_inline void generation_advance(void)
+static __always_inline void count_up(__u32 at)
 {
-	__u32 zero = 0, *changed = bpf_map_lookup_elem(map_of(changes), &zero);
+	__u32 *count = bpf_map_lookup_elem(map_of(counts), &at);
 
-	if (changed)
-		__sync_fetch_and_add(changed, 1);
+	if (count)
+		__sync_fetch_and_add(count, 1);
 }

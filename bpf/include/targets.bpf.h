@@ -15,6 +15,7 @@ enum {
 	MEMBER_ACTIVE,
 	MEMBER_ARMED,  /* is watched from its next successful exec on, which counts */
 	MEMBER_SPARED, /* is not watched, although it would be */
+	MEMBER_LEFT,   /* is not watched, because it has left the cgroup */
 };
 
 struct member {
@@ -99,8 +100,14 @@ enum process_record_kind {
 IN_BTF(struct process_change, process_change);
 IN_BTF(enum process_record_kind, process_record_kind);
 
-/* Only through a ring: where there is none, user space looks up each process that it meets. */
-static __always_inline void tell_change(const struct sessions *all, __u32 slot, __u32 tgid,
+/* By slot: how many changes the session was not told of. User space then looks names up again. */
+MAP(ARRAY, untold_changes, __u32, __u32, SESSIONS, 0);
+
+/*
+ * Whether the session will read of the change, because it wants to and the ring has room. There are
+ * only rings: without one, user space looks up each process that it meets.
+ */
+static __always_inline bool tell_change(const struct sessions *all, __u32 slot, __u32 tgid,
 					__u32 born, enum change change, const char *comm)
 {
 	struct process_change record = {
@@ -111,10 +118,26 @@ static __always_inline void tell_change(const struct sessions *all, __u32 slot, 
 	    .change = change,
 	};
 
-	if (!option(records_in_ring) || !(all->detailed & session_bit(slot)))
-		return;
+	__u32 *untold;
+
+	if (!(all->detailed & session_bit(slot)))
+		return false;
 	__builtin_memcpy(record.comm, comm, COMM_BYTES);
-	record_note(slot, &record, sizeof(record));
+	if (option(records_in_ring) && !record_note(slot, &record, sizeof(record)))
+		return true;
+	untold = bpf_map_lookup_elem(map_of(untold_changes), &slot);
+	if (untold)
+		__sync_fetch_and_add(untold, 1);
+	return false;
+}
+
+static __always_inline void member_forget(__u32 slot, __u32 tgid)
+{
+	void *map = map_of_session(members, slot);
+	__u64 key = tgid;
+
+	if (map)
+		bpf_map_delete_elem(map, &key);
 }
 
 static __always_inline void member_add(const struct sessions *all, __u32 slot, __u32 tgid,

@@ -22,19 +22,24 @@ _NAMED, _ENDED = 2, 3  # enum change of targets.bpf.h
 class CallRows:
     """Makes the rows of one session; keeps the names that they point to.
 
-    The session's records tell of each process before its first call. A process that ran at the
-    start, or whose record was lost, is looked up when it is first seen.
+    The session's records tell of each process before its first call, and of its new name when it
+    has one. A process that ran at the start is looked up when it is first seen; all are, again,
+    when there was no room for such a record.
     """
 
     def __init__(self, targets: Targets, sample_every: int) -> None:
         self._targets = targets
         self._sample_every = sample_every
         self._names: dict[int, bytes] = {}  # command names by process
+        self._untold = 0
         self._forget_strings()
 
     def _forget_strings(self) -> None:
         self._strings = Strings()
         self._of_number = np.full(_NUMBERS, -1, np.int32)
+        self._forget_processes()
+
+    def _forget_processes(self) -> None:
         self._keys = np.empty(0, np.uint64)  # processes, sorted
         self._of_key = np.empty(0, np.uint32)  # index of the command name, for each of `_keys`
 
@@ -43,6 +48,10 @@ class CallRows:
         and to indices of names. CHANGES are the struct process_change of the same drain."""
         if len(self._strings) > _MOST_STRINGS:
             self._forget_strings()
+        if (untold := self._targets.untold_changes) != self._untold:
+            self._untold = untold
+            self._names.clear()
+            self._forget_processes()
         if len(changes):
             self._learn(changes)
         if len(records):
@@ -82,9 +91,8 @@ class CallRows:
         self._of_key = np.concatenate([self._of_key, indices])[order]
 
     def _name_of(self, key: int) -> bytes:
-        tgid = key & 0xFFFFFFFF
         if key not in self._names:
-            self._names[key] = self._targets.names.get(tgid) or self._targets.name_of(tgid)
+            self._names[key] = self._targets.name_of(key)
         return self._names[key]
 
     def _learn(self, changes: NDArray[Any]) -> None:
@@ -98,7 +106,6 @@ class CallRows:
         for key in keys.tolist():
             self._names.pop(key, None)
         self._drop(keys)
-        self._targets.note_changes(changes)
 
     def _drop(self, keys: NDArray[np.uint64]) -> None:
         if len(keys):

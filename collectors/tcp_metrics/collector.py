@@ -217,9 +217,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         return self._object.element_reader(program, record, keys=of, records="live")
 
     def _read_events(self) -> EventRows:
-        records = self._drain_records()
-        self._targets.note_changes(records["process_change"])
-        return event_rows(records["tcp_event"])
+        return event_rows(self._drain_records()["tcp_event"])
 
     def _read_summaries(self) -> Summaries:
         live, ended = self._read()

@@ -61,8 +61,11 @@ static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 	return (__u64)born << 32 | tgid;
 }
 
-/* The current process forks CHILD, in these cgroups of the two hierarchies. A child has its
- * parent's name until it execs. */
+/*
+ * The current process forks CHILD, in these cgroups of the two hierarchies. A child has its
+ * parent's name until it execs. A member of its id is another process, which ended just when user
+ * space added it.
+ */
 SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memory_cgroup)
 {
 	struct member member = {.state = MEMBER_ACTIVE}, *parent = NULL;
@@ -74,12 +77,14 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memo
 	bpf_get_current_comm(member.comm, sizeof(member.comm));
 	if (all->follow & bit)
 		parent = member_of(slot, current_tgid());
-	if (parent)
+	if (parent) {
 		member.state = parent->state;
-	else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
-		 !(all->cgroup & bit &&
-		   (cgroup_is_wanted(slot, cgroup) || cgroup_is_wanted(slot, memory_cgroup))))
+	} else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
+		   !(all->cgroup & bit &&
+		     (cgroup_is_wanted(slot, cgroup) || cgroup_is_wanted(slot, memory_cgroup)))) {
+		member_forget(slot, child);
 		return 0;
+	}
 	member_add(all, slot, child, child >> 32, &member);
 	return 0;
 }
@@ -96,6 +101,8 @@ int RAW_PROGRAM(coral_fork, struct task_struct *parent, struct task_struct *chil
 	mask = all->comm | all->cgroup;
 	if (!surely_unwatched(all, parent_tgid))
 		mask |= all->follow & ~all->host;
+	if (!surely_unwatched(all, tgid))
+		mask = all->all;
 	if (!mask)
 		return 0;
 	process = process_of(tgid, born_of(child));
@@ -127,7 +134,7 @@ SUBPROGRAM int rename_in_session(__u32 slot, __u64 process, __u64 low, __u64 hig
 		tell_change(all, slot, process, process >> 32, CHANGE_NAMED, named.comm);
 	} else if (all->comm & session_bit(slot) && comm_is_wanted(slot, named.comm)) {
 		member_add(all, slot, process, process >> 32, &named);
-		generation_advance();
+		count_up(COUNT_GENERATION);
 	}
 	return 0;
 }
@@ -159,7 +166,7 @@ SUBPROGRAM int exec_in_session(__u32 slot, __u32 tgid)
 
 	if (member && member->state == MEMBER_ARMED) {
 		member->state = MEMBER_ACTIVE;
-		generation_advance();
+		count_up(COUNT_GENERATION);
 	}
 	return 0;
 }
@@ -191,8 +198,8 @@ SUBPROGRAM int member_remove(__u32 slot, __u64 process)
 	last = *member;
 	if (bpf_map_delete_elem(map, &key)) /* the other of two last threads has removed it */
 		return 0;
-	tell_change(all, slot, process, process >> 32, CHANGE_ENDED, last.comm);
-	if (!(all->detailed & session_bit(slot)))
+	count_up(COUNT_ENDED);
+	if (!tell_change(all, slot, process, process >> 32, CHANGE_ENDED, last.comm))
 		bpf_map_update_elem(map, &process, &last, BPF_ANY);
 	return 0;
 }
@@ -215,27 +222,29 @@ int RAW_PROGRAM(coral_exit, struct task_struct *task)
 	return 0;
 }
 
-/* PROCESS, of a name in two words, or one thread of it, has moved to the cgroup of this id. */
-SUBPROGRAM int attach_in_session(__u32 slot, __u64 process, __u64 cgroup, __u64 low, __u64 high)
+/*
+ * A thread of PROCESS has moved to CGROUP, and the process's first thread, LEADER, is in this one.
+ * Both are the same but for threaded cgroups and those of v1. A process is watched while its first
+ * thread is inside, and from when another one enters until one leaves.
+ */
+SUBPROGRAM int attach_in_session(__u32 slot, __u64 process, __u64 cgroup, __u64 leaders_cgroup,
+				 __u64 leader)
 {
 	struct member moved = {.state = MEMBER_ACTIVE}, *member = member_of(slot, process);
 	struct sessions *all = all_sessions();
-	__u64 *comm = (__u64 *)moved.comm;
 
 	if (!all)
 		return 0;
-	comm[0] = low;
-	comm[1] = high;
-	if (cgroup_is_wanted(slot, cgroup)) {
-		if (member)
-			return 0;
+	kernel_read_string(&moved.comm, (struct task_struct *)leader, comm);
+	if (!cgroup_is_wanted(slot, cgroup) && !cgroup_is_wanted(slot, leaders_cgroup))
+		moved.state = MEMBER_LEFT;
+	if (!member && moved.state == MEMBER_ACTIVE)
 		member_add(all, slot, process, process >> 32, &moved);
-	} else {
-		if (!member || member->state != MEMBER_ACTIVE)
-			return 0;
-		member_remove(slot, process);
-	}
-	generation_advance();
+	else if (member && member->state != MEMBER_SPARED && member->state != moved.state)
+		member->state = moved.state;
+	else
+		return 0;
+	count_up(COUNT_GENERATION);
 	return 0;
 }
 
@@ -243,10 +252,9 @@ SEC("raw_tp/cgroup_attach_task")
 int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_struct *task)
 {
 	struct sessions *all = all_sessions();
-	__u64 process, cgroup, words[COMM_BYTES / 8] = {};
+	__u64 mask, process, cgroup, leaders_cgroup;
 	struct task_struct *leader;
 	int hierarchy;
-	__u64 mask;
 
 	if (!all || !all->cgroup)
 		return 0;
@@ -257,9 +265,9 @@ int RAW_PROGRAM(coral_attach, struct cgroup *to, const char *path, struct task_s
 	leader = kernel_read(task, group_leader);
 	process = process_of(kernel_read(task, tgid), born_of(leader));
 	cgroup = key_of_cgroup(id_of_cgroup(to), hierarchy);
-	kernel_read_string(&words, leader, comm);
+	leaders_cgroup = key_of_cgroup(cgroup_of(leader, hierarchy), hierarchy);
 	for_each_session (slot, mask) {
-		attach_in_session(slot, process, cgroup, words[0], words[1]);
+		attach_in_session(slot, process, cgroup, leaders_cgroup, (__u64)leader);
 	}
 	return 0;
 }
@@ -312,6 +320,36 @@ int RAW_PROGRAM(coral_mkdir, struct cgroup *made, const char *path)
 	hash = hash_of_path(path) ^ key_of_cgroup(0, hierarchy);
 	for_each_session (slot, mask) {
 		mkdir_in_session(slot, cgroup, parent, hash);
+	}
+	return 0;
+}
+
+SUBPROGRAM int rmdir_in_session(__u32 slot, __u64 cgroup)
+{
+	void *map = map_of_session(cgroups, slot);
+
+	if (map)
+		bpf_map_delete_elem(map, &cgroup);
+	return 0;
+}
+
+/* Its processes have ended, so its room can be another one's. */
+SEC("raw_tp/cgroup_rmdir")
+int RAW_PROGRAM(coral_rmdir, struct cgroup *removed)
+{
+	struct sessions *all = all_sessions();
+	__u64 mask, cgroup;
+	int hierarchy;
+
+	if (!all || !all->cgroup)
+		return 0;
+	hierarchy = hierarchy_of(removed);
+	mask = sessions_of_hierarchy(all, hierarchy);
+	if (!mask)
+		return 0;
+	cgroup = key_of_cgroup(id_of_cgroup(removed), hierarchy);
+	for_each_session (slot, mask) {
+		rmdir_in_session(slot, cgroup);
 	}
 	return 0;
 }

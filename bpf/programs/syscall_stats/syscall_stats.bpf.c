@@ -364,11 +364,10 @@ SUBPROGRAM __u64 older_sessions(__u64 sessions, __u32 generation)
 }
 
 /*
- * A call that has returned and was not seen to begin: seccomp has answered it, before sys_enter. It
- * takes no time that could be measured. A call that began before its session did looks the same,
- * so it only counts for sessions that watched the thread when it last returned, in GENERATION.
+ * Those of the sessions WATCHED, as of GENERATION, that have not begun since: their slots may have
+ * been other sessions' then.
  */
-static __always_inline __u64 sessions_of_refused(__u64 watched, __u32 generation, __u32 now)
+static __always_inline __u64 sessions_since(__u64 watched, __u32 generation, __u32 now)
 {
 	return generation == now ? watched : older_sessions(watched, generation);
 }
@@ -390,7 +389,6 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 	__u64 ended_ns, duration_ns = 0, watched = 0;
 	__u32 now, generation = 0;
 	struct call *call;
-	long id;
 
 	if (!all || surely_unwatched(all, me.tgid))
 		return 0;
@@ -410,12 +408,16 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 		duration_ns = ended_ns - call->start_ns;
 		call->start_ns = 0;
 	} else {
-		id = number_in(regs);
-		if (id < 0 || !watched)
+		/*
+		 * It was not seen to begin: seccomp has answered it, before sys_enter. It takes no
+		 * time that could be measured. A call that began before its session did looks the
+		 * same, but then the session did not watch the thread when it last returned.
+		 */
+		if (!watched)
 			return 0;
-		watched = sessions_of_refused(watched, generation, now);
-		call->nr = number_of(&me, id);
+		call->nr = number_of(&me, number_in(regs));
 	}
+	watched = sessions_since(watched, generation, now);
 	see(ctx, watched & call->watching, call->nr, call->born, ended_ns, duration_ns, ret);
 	return 0;
 }
