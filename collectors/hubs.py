@@ -224,7 +224,7 @@ class _Group:
                 hub.slots.discard(slot.number)
                 if not hub.slots:
                     unused.append(hub)
-            kits = [kit for kit in self.kits if slot.hub in unused and kit.name == slot.name]
+            kits = [kit for kit in self.kits if slot.hub in unused and kit.name == slot.plan.name]
             self.kits = [kit for kit in self.kits if kit not in kits]
             self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}
             # A session that comes meanwhile makes new ones; `processes` is replaced with them.
