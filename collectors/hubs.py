@@ -8,6 +8,7 @@ The C side is bpf/include/sessions.bpf.h.
 
 from __future__ import annotations
 
+import errno
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import (
+    BpfError,
     BpfObject,
     Features,
     HashMap,
+    LoadError,
     PerfReader,
     ProgramStats,
     RecordReader,
@@ -295,11 +298,19 @@ class Slot:
 
     def reader(self, order_by: Mapping[str, str | None], size: int) -> RecordReader:
         """The reader of the session's records, of the structs that ORDER_BY names; records of
-        different CPUs are sorted by its fields, times. SIZE is that of all buffers."""
+        different CPUs are sorted by its fields, times. SIZE is that of all buffers. Raises
+        `LoadError`."""
         kinds = self.object.record_kinds(order_by)
         if ring := self._maps.get("rings"):
-            return RingReader(ring.fd, size, kinds)
-        reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+            try:
+                return RingReader(ring.fd, size, kinds)
+            except OSError as error:
+                what = "opening the ring buffer rings"
+                raise LoadError(what, error.errno or errno.EIO) from error
+        try:
+            reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        except BpfError as error:
+            raise LoadError(error.what, error.errno, error.log) from error
         self._buffers_bytes = reader.memory_bytes
         return reader
 

@@ -25,6 +25,7 @@ import pytest
 from coral.bpf.loading import seal
 from coral.bpf.loading.object_file import object_path
 from coral.bpf.rung import HOOKS
+from coral.collectors.hubs import has_cgroups
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import (
     has_tried_the_kernel,
@@ -51,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 CALLS: Final = 1_000
 HEADERS: Final = Path("/usr/src")
-LOADING: Final = "loading syscall_stats.bpf.o"
+LOADING: Final = "loading processes.bpf.o"
 MEMORY: Final = (
     "there is not enough memory: ask for smaller buffers, or raise the agent's MemoryMax or its "
     "container's limit"
@@ -63,7 +64,8 @@ PERMISSION: Final = (
 )
 # How a refusal may begin.
 STEPS: Final = (
-    r"(opening|loading|mapping|enabling|writing|putting|attaching|making|compiling|reading) "
+    r"(opening|loading|mapping|enabling|writing|putting|attaching|making|sharing|compiling|"
+    r"reading) "
 )
 MAPPINGS: Final = re.compile(r"bpf-map|perf_event")
 
@@ -247,11 +249,13 @@ def test_each_program_that_cannot_be_attached_is_named(
     better = ",".join(HOOKS[: HOOKS.index(hook)])
     names = {
         "coral_fork": "sched_process_fork",
+        "coral_rename": "task_rename",
         "coral_exec": "sched_process_exec",
-        "coral_gone": "sched_process_exit",
-        "coral_exit": "sys_exit",
-        "coral_enter": "sys_enter",
+        "coral_exit": "sched_process_exit",
     }
+    if has_cgroups():
+        names |= {"coral_attach": "cgroup_attach_task", "coral_mkdir": "cgroup_mkdir"}
+    names |= {"coral_leave": "sys_exit", "coral_enter": "sys_enter"}
     running = calls("getppid", CALLS)
     with (
         faulty_agent(tmp_path / "agent", faults, CORAL_WITHOUT=better) as agent,
@@ -286,12 +290,12 @@ class Fault:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(Call.MAP_CREATE, errno.EPERM, LOADING, PERMISSION, "map 'account'"),
+        Fault(Call.MAP_CREATE, errno.EPERM, LOADING, PERMISSION, "map 'sessions'"),
         Fault(
             Call.PROG_LOAD, errno.EPERM, LOADING, PERMISSION, "Couldn't load trivial BPF program"
         ),
-        Fault(Call.MMAP_FD, errno.EAGAIN, "opening the ring buffer ring"),
-        Fault(Call.EPOLL_CREATE, errno.EMFILE, "opening the ring buffer ring", FILES),
+        Fault(Call.MMAP_FD, errno.EAGAIN, "opening the ring buffer rings"),
+        Fault(Call.EPOLL_CREATE, errno.EMFILE, "opening the ring buffer rings", FILES),
         Fault(Call.PIDFD_OPEN, errno.ENOMEM, "opening a descriptor", MEMORY),
     ],
     ids=lambda fault: fault.call.name,
