@@ -12,10 +12,9 @@ import errno
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -340,15 +339,13 @@ class Slot:
         for name, size in sizes.items():
             entries = None if name == "perfs" else size  # as many as there are CPUs
             self._maps[name] = owners[name].make_inner(name, entries)
-        # The kernel waits for all running programs each time: at once for all of them.
-        with ThreadPoolExecutor(len(sizes)) as pool:
-            done = [
-                pool.submit(owner.install, name, self.number, self._maps[name].fd)
-                for name, owner in owners.items()
-            ]
         self._installed = [(owner, name) for name, owner in owners.items()]
-        for each in done:
-            each.result()
+        _at_once(
+            [
+                partial(owner.install, name, self.number, self._maps[name].fd)
+                for owner, name in self._installed
+            ]
+        )
 
     def map(self, name: str) -> HashMap:
         """The session's own map NAME, or one of the hub."""
@@ -421,11 +418,7 @@ class Slot:
 
     def _uninstall(self) -> None:
         installed, self._installed = self._installed, []
-        if not installed:
-            return
-        with ThreadPoolExecutor(len(installed)) as pool:
-            for owner, name in installed:
-                pool.submit(owner.uninstall, name, self.number)
+        _at_once([partial(owner.uninstall, name, self.number) for owner, name in installed])
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
@@ -499,6 +492,34 @@ class Slot:
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
+
+
+def _at_once(steps: Sequence[Callable[[], None]]) -> None:
+    """Runs STEPS, in each of which the kernel waits for all running programs, at one time; in turn
+    where no thread can be started. Raises the `BpfError` of one that failed."""
+    failures: list[BpfError] = []
+
+    def run(step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BpfError as error:
+            failures.append(error)
+
+    threads = []
+    for step in steps[1:]:
+        thread = threading.Thread(target=run, args=(step,))
+        try:
+            thread.start()
+        except RuntimeError:
+            run(step)
+        else:
+            threads.append(thread)
+    for step in steps[:1]:
+        run(step)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 @cache

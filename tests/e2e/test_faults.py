@@ -343,16 +343,28 @@ def test_a_first_start_for_which_everything_fails_spoils_none_after_it(
         with faults.failing(2, errno.ENOMEM, call=Call.BPF, all_after=True):
             code, text = code_and_text(agent, "StartCollector", request)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert text.startswith("loading syscall_stats.bpf.o: ENOMEM ")
+        assert text.startswith(f"{LOADING}: ENOMEM ")
         assert faults.call(2) == Call.BTF_LOAD
         for mode in ("events", "summaries"):
             counts_exactly(agent, start(agent, running, mode=mode), running)
             running = calls("getppid", CALLS)
 
 
-@pytest.mark.parametrize("mode", ["summaries", "events"])
+@pytest.mark.parametrize(
+    ("mode", "call", "what"),
+    [
+        ("summaries", Call.MAP_LOOKUP_BATCH, "reading map members"),
+        ("events", Call.MAP_LOOKUP, "reading an account"),
+    ],
+)
 def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
-    mode: str, faults: Faults, plain_agent: RunningAgent, calls: Callable[..., Calls]
+    faults: Faults,
+    plain_agent: RunningAgent,
+    calls: Callable[..., Calls],
+    *,
+    mode: str,
+    call: Call,
+    what: str,
 ) -> None:
     agent, running, other = plain_agent, calls("getppid", CALLS), calls("getppid", CALLS)
     with leaving_nothing(agent):
@@ -360,13 +372,11 @@ def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
         request = pb.EbpfEventStreamRequest(collector_id=collector_id)
         with (
             streaming(agent, "StreamEventBatches", request) as batches,
-            faults.failing(1, errno.ENOMEM, call=Call.MAP_LOOKUP_BATCH, all_after=True),
+            faults.failing(1, errno.ENOMEM, call=call, all_after=True),
         ):
             *_, last = batches
         assert last.end.reason == pb.SessionEnd.REASON_FAILED
-        assert re.fullmatch(
-            rf"reading map (account|targets): ENOMEM \(.*\); {re.escape(MEMORY)}", last.end.detail
-        )
+        assert re.fullmatch(rf"{what}: ENOMEM \(.*\); {re.escape(MEMORY)}", last.end.detail)
         holds_nothing(agent)
         counts_exactly(agent, start(agent, other, mode=mode), other)
 
