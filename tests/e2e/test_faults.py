@@ -28,6 +28,7 @@ from coral.bpf.rung import HOOKS
 from coral.collectors.hubs import has_cgroups
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import (
+    copy_others,
     has_tried_the_kernel,
     leaving_nothing,
     objects,
@@ -36,7 +37,6 @@ from tests.e2e.test_refusals import (
 )
 from tests.faults import Call, Faults
 from tests.support import (
-    ROOT,
     SERVICE,
     Calls,
     RunningAgent,
@@ -290,7 +290,7 @@ class Fault:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(Call.MAP_CREATE, errno.EPERM, LOADING, PERMISSION, "map 'sessions'"),
+        Fault(Call.MAP_CREATE, errno.EPERM, "making map members", PERMISSION),
         Fault(
             Call.PROG_LOAD, errno.EPERM, LOADING, PERMISSION, "Couldn't load trivial BPF program"
         ),
@@ -521,7 +521,7 @@ def test_damaged_types_of_an_object_without_a_seal_are_refused(
     at = data.index(b"\x9f\xeb\x01\x00\x18\x00\x00\x00") + offset
     data[at : at + len(damage)] = damage
     (tmp_path / "syscall_stats.bpf.o").write_bytes(data)
-    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", tmp_path)
+    copy_others(tmp_path)
     with refusing_agent(tmp_path, tmp_path) as agent:
         request = start_request({"pid": os.getpid()})
         code, text = code_and_text(agent, "StartCollector", request)
@@ -657,7 +657,7 @@ def test_a_failing_compiler_is_reported_with_its_output(
         wait_until(lambda: any(said in str(one["said"]) for one in refusals(agent)))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     first, *tail = text.splitlines()
-    assert first == f"compiling syscall_stats.bpf.c with bcc: {told}"
+    assert first == f"compiling processes.bpf.c with bcc: {told}"
     assert said in "\n".join(tail)
 
 
