@@ -180,13 +180,15 @@ def _print_callback(level: int, fmt: bytes, va_list: int) -> int:
 
 @contextmanager
 def capture_log() -> Iterator[Callable[[], str]]:
-    """Collects the output of libbpf in this thread; yields a function that returns it so far."""
+    """Collects the output of libbpf in this thread; yields a function that returns it so far. Blocks
+    may be nested: the innermost gets the output."""
     lines: list[str] = []
+    outer: list[str] | None = getattr(_said, "lines", None)
     _said.lines = lines
     try:
         yield lambda: "".join(lines)
     finally:
-        _said.lines = None
+        _said.lines = outer
 
 
 def call(name: str, *args: object) -> int:
