@@ -180,10 +180,10 @@ def _print_callback(level: int, fmt: bytes, va_list: int) -> int:
 
 @contextmanager
 def capture_log() -> Iterator[Callable[[], str]]:
-    """Collects the output of libbpf in this thread; yields a function that returns it so far. Blocks
-    may be nested: the innermost gets the output."""
+    """Collects the output of libbpf in this thread; yields a function that returns it so far. Of
+    nested blocks, the innermost gets the output."""
     lines: list[str] = []
-    outer: list[str] | None = getattr(_said, "lines", None)
+    outer = _said.lines
     _said.lines = lines
     try:
         yield lambda: "".join(lines)
