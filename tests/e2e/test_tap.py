@@ -518,7 +518,7 @@ def test_a_usage_error_exits_with_2_and_says_what_is_expected(
         (("pid:1", "-c", "top=x"), "-c top=x: give a whole number from 0 to 10240\n"),
         (("pid:1", "-c", "tpo=3"), '-c tpo=3: there is no such option (did you mean "top"?)'),
         (("pid:1", "-d", "2h"), "--duration 2h: give more than 0s and at most 5m, "),
-        (("cgroup:/no/such",), "cgroup:/no/such: give the path of a cgroup v2 directory"),
+        (("cgroup:/no/such",), "cgroup:/no/such: give the path of a cgroup below /sys/fs/cgroup"),
     ],
 )
 def test_a_value_that_the_agent_refuses_is_one_line_and_exit_status_2(
