@@ -439,7 +439,7 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
     )
 
 
-IN_LEAVE: Final = "\tnow = generation_of(all);\n"
+IN_LEAVE: Final = "RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)\n{\n"
 UNCHECKED_POINTER: Final = """\
 	__u32 key = ret;
 	struct syscall_session *found = bpf_map_lookup_elem(map_of(syscall_sessions), &key);
