@@ -180,13 +180,15 @@ def _print_callback(level: int, fmt: bytes, va_list: int) -> int:
 
 @contextmanager
 def capture_log() -> Iterator[Callable[[], str]]:
-    """Collects the output of libbpf in this thread; yields a function that returns it so far."""
+    """Collects the output of libbpf in this thread; yields a function that returns it so far. Of
+    nested blocks, the innermost gets the output."""
     lines: list[str] = []
+    outer = _said.lines
     _said.lines = lines
     try:
         yield lambda: "".join(lines)
     finally:
-        _said.lines = None
+        _said.lines = outer
 
 
 def call(name: str, *args: object) -> int:

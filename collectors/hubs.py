@@ -8,12 +8,12 @@ The C side is bpf/include/sessions.bpf.h.
 
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -24,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import (
+    BpfError,
     BpfObject,
     Features,
     HashMap,
+    LoadError,
     PerfReader,
     ProgramStats,
     RecordReader,
@@ -36,7 +38,6 @@ from coral.bpf import (
     kernel_names,
 )
 from coral.bpf.buffers.account import Account
-from coral.bpf.libbpf import BpfError
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
 
@@ -352,12 +353,8 @@ class _Kit:
         work: Callable[[BpfObject, str], None],
         maps: Sequence[tuple[BpfObject, str]] | None = None,
     ) -> None:
-        # The kernel waits for all running programs each time: at once for all maps.
         maps = self._installed if maps is None else maps
-        if maps:
-            with ThreadPoolExecutor(len(maps)) as pool:
-                for each in [pool.submit(work, *of) for of in maps]:
-                    each.result()
+        _at_once([partial(work, *of) for of in maps])
 
     def close(self) -> None:
         """Frees the maps. Safe to call twice."""
@@ -418,11 +415,19 @@ class Slot:
 
     def reader(self, order_by: Mapping[str, str | None], size: int) -> RecordReader:
         """The reader of the session's records, of the structs that ORDER_BY names; records of
-        different CPUs are sorted by its fields, times. SIZE is that of all buffers."""
+        different CPUs are sorted by its fields, times. SIZE is that of all buffers. Raises
+        `LoadError`."""
         kinds = self.object.record_kinds(order_by)
         if ring := self._maps.get("rings"):
-            return RingReader(ring.fd, size, kinds)
-        reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+            try:
+                return RingReader(ring.fd, size, kinds)
+            except OSError as error:
+                what = "opening the ring buffer rings"
+                raise LoadError(what, error.errno or errno.EIO) from error
+        try:
+            reader = PerfReader(self._maps["perfs"].fd, bytes_per_cpu(size), kinds)
+        except BpfError as error:
+            raise LoadError(error.what, error.errno, error.log) from error
         self._buffers_bytes = reader.memory_bytes
         return reader
 
@@ -637,6 +642,34 @@ class Slot:
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
+
+
+def _at_once(steps: Sequence[Callable[[], None]]) -> None:
+    """Runs STEPS, in each of which the kernel waits for all running programs, at one time; in turn
+    where no thread can be started. Raises the `BpfError` of one that failed."""
+    failures: list[BpfError] = []
+
+    def run(step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BpfError as error:
+            failures.append(error)
+
+    threads = []
+    for step in steps[1:]:
+        thread = threading.Thread(target=run, args=(step,))
+        try:
+            thread.start()
+        except RuntimeError:
+            run(step)
+        else:
+            threads.append(thread)
+    for step in steps[:1]:
+        run(step)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 @cache

@@ -25,8 +25,10 @@ import pytest
 from coral.bpf.loading import seal
 from coral.bpf.loading.object_file import object_path
 from coral.bpf.rung import HOOKS
+from coral.collectors.hubs import has_cgroups
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import (
+    copy_others,
     has_tried_the_kernel,
     leaving_nothing,
     objects,
@@ -35,7 +37,6 @@ from tests.e2e.test_refusals import (
 )
 from tests.faults import Call, Faults
 from tests.support import (
-    ROOT,
     SERVICE,
     Calls,
     RunningAgent,
@@ -51,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 CALLS: Final = 1_000
 HEADERS: Final = Path("/usr/src")
-LOADING: Final = "loading syscall_stats.bpf.o"
+LOADING: Final = "loading processes.bpf.o"
 MEMORY: Final = (
     "there is not enough memory: ask for smaller buffers, or raise the agent's MemoryMax or its "
     "container's limit"
@@ -63,7 +64,8 @@ PERMISSION: Final = (
 )
 # How a refusal may begin.
 STEPS: Final = (
-    r"(opening|loading|mapping|enabling|writing|putting|attaching|making|compiling|reading) "
+    r"(opening|loading|mapping|enabling|writing|putting|attaching|making|sharing|compiling|"
+    r"reading) "
 )
 MAPPINGS: Final = re.compile(r"bpf-map|perf_event")
 
@@ -247,11 +249,13 @@ def test_each_program_that_cannot_be_attached_is_named(
     better = ",".join(HOOKS[: HOOKS.index(hook)])
     names = {
         "coral_fork": "sched_process_fork",
+        "coral_rename": "task_rename",
         "coral_exec": "sched_process_exec",
-        "coral_gone": "sched_process_exit",
-        "coral_exit": "sys_exit",
-        "coral_enter": "sys_enter",
+        "coral_exit": "sched_process_exit",
     }
+    if has_cgroups():
+        names |= {"coral_attach": "cgroup_attach_task", "coral_mkdir": "cgroup_mkdir"}
+    names |= {"coral_leave": "sys_exit", "coral_enter": "sys_enter"}
     running = calls("getppid", CALLS)
     with (
         faulty_agent(tmp_path / "agent", faults, CORAL_WITHOUT=better) as agent,
@@ -286,12 +290,12 @@ class Fault:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(Call.MAP_CREATE, errno.EPERM, LOADING, PERMISSION, "map 'account'"),
+        Fault(Call.MAP_CREATE, errno.EPERM, "making map members", PERMISSION),
         Fault(
             Call.PROG_LOAD, errno.EPERM, LOADING, PERMISSION, "Couldn't load trivial BPF program"
         ),
-        Fault(Call.MMAP_FD, errno.EAGAIN, "opening the ring buffer ring"),
-        Fault(Call.EPOLL_CREATE, errno.EMFILE, "opening the ring buffer ring", FILES),
+        Fault(Call.MMAP_FD, errno.EAGAIN, "opening the ring buffer rings"),
+        Fault(Call.EPOLL_CREATE, errno.EMFILE, "opening the ring buffer rings", FILES),
         Fault(Call.PIDFD_OPEN, errno.ENOMEM, "opening a descriptor", MEMORY),
     ],
     ids=lambda fault: fault.call.name,
@@ -334,21 +338,40 @@ def test_a_first_start_for_which_everything_fails_spoils_none_after_it(
     feature."""
     running = calls("getppid", CALLS)
     request = start_request({"pid": running.pid})
+    never = 1 << 20
+    with (
+        faulty_agent(tmp_path / "other", faults) as agent,
+        faults.failing(never, call=Call.BPF),
+    ):
+        counts_exactly(agent, start(agent, other := calls("getppid", CALLS)), other)
+    # The load of its types: after an earlier failure it would not probe at all.
+    types = next(n for n in range(1, faults.seen) if faults.call(n) == Call.BTF_LOAD)
     with faulty_agent(tmp_path / "agent", faults) as agent, leaving_nothing(agent):
-        # From the load of its types on: after an earlier failure it would not probe at all.
-        with faults.failing(2, errno.ENOMEM, call=Call.BPF, all_after=True):
+        with faults.failing(types, errno.ENOMEM, call=Call.BPF, all_after=True):
             code, text = code_and_text(agent, "StartCollector", request)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert text.startswith("loading syscall_stats.bpf.o: ENOMEM ")
-        assert faults.call(2) == Call.BTF_LOAD
+        assert text.startswith(f"{LOADING}: ENOMEM ")
+        assert faults.call(types) == Call.BTF_LOAD
         for mode in ("events", "summaries"):
             counts_exactly(agent, start(agent, running, mode=mode), running)
             running = calls("getppid", CALLS)
 
 
-@pytest.mark.parametrize("mode", ["summaries", "events"])
+@pytest.mark.parametrize(
+    ("mode", "call", "what"),
+    [
+        ("summaries", Call.MAP_LOOKUP_BATCH, "reading map members"),
+        ("events", Call.MAP_LOOKUP, "reading an account"),
+    ],
+)
 def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
-    mode: str, faults: Faults, plain_agent: RunningAgent, calls: Callable[..., Calls]
+    faults: Faults,
+    plain_agent: RunningAgent,
+    calls: Callable[..., Calls],
+    *,
+    mode: str,
+    call: Call,
+    what: str,
 ) -> None:
     agent, running, other = plain_agent, calls("getppid", CALLS), calls("getppid", CALLS)
     with leaving_nothing(agent):
@@ -356,13 +379,11 @@ def test_a_drain_that_fails_ends_its_session_alone_with_the_reason(
         request = pb.EbpfEventStreamRequest(collector_id=collector_id)
         with (
             streaming(agent, "StreamEventBatches", request) as batches,
-            faults.failing(1, errno.ENOMEM, call=Call.MAP_LOOKUP_BATCH, all_after=True),
+            faults.failing(1, errno.ENOMEM, call=call, all_after=True),
         ):
             *_, last = batches
         assert last.end.reason == pb.SessionEnd.REASON_FAILED
-        assert re.fullmatch(
-            rf"reading map (account|targets): ENOMEM \(.*\); {re.escape(MEMORY)}", last.end.detail
-        )
+        assert re.fullmatch(rf"{what}: ENOMEM \(.*\); {re.escape(MEMORY)}", last.end.detail)
         holds_nothing(agent)
         counts_exactly(agent, start(agent, other, mode=mode), other)
 
@@ -507,7 +528,7 @@ def test_damaged_types_of_an_object_without_a_seal_are_refused(
     at = data.index(b"\x9f\xeb\x01\x00\x18\x00\x00\x00") + offset
     data[at : at + len(damage)] = damage
     (tmp_path / "syscall_stats.bpf.o").write_bytes(data)
-    shutil.copy(ROOT / "bpf/programs/features/features.bpf.o", tmp_path)
+    copy_others(tmp_path)
     with refusing_agent(tmp_path, tmp_path) as agent:
         request = start_request({"pid": os.getpid()})
         code, text = code_and_text(agent, "StartCollector", request)
@@ -643,7 +664,7 @@ def test_a_failing_compiler_is_reported_with_its_output(
         wait_until(lambda: any(said in str(one["said"]) for one in refusals(agent)))
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     first, *tail = text.splitlines()
-    assert first == f"compiling syscall_stats.bpf.c with bcc: {told}"
+    assert first == f"compiling processes.bpf.c with bcc: {told}"
     assert said in "\n".join(tail)
 
 

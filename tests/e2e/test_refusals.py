@@ -47,6 +47,7 @@ from tests.support import (
 )
 
 SYSCALL_STATS: Final = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+TCP_METRICS: Final = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
 HTTP_LATENCY: Final = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
 AGENT_ID: Final = "node-7"
 TOKEN: Final = "correct horse battery staple"
@@ -144,9 +145,9 @@ def start_request(
     return request
 
 
-def start(agent: RunningAgent, config: Mapping[str, object]) -> str:
-    """Starts a syscall_stats collector; its id."""
-    answer = agent.call("StartCollector", start_request(config))
+def start(agent: RunningAgent, config: Mapping[str, object], kind: int = SYSCALL_STATS) -> str:
+    """Starts a collector; its id."""
+    answer = agent.call("StartCollector", start_request(config, kind=kind))
     assert answer.supported
     return str(answer.collector_id)
 
@@ -438,7 +439,7 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
     )
 
 
-IN_LEAVE: Final = "\tnow = generation_of(all);\n"
+IN_LEAVE: Final = "RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)\n{\n"
 UNCHECKED_POINTER: Final = """\
 	__u32 key = ret;
 	struct syscall_session *found = bpf_map_lookup_elem(map_of(syscall_sessions), &key);
@@ -463,8 +464,8 @@ def objects(directory: Path, edit: Callable[[str], str]) -> Path:
 
 
 def copy_others(directory: Path) -> None:
-    """Copies the agent's objects, but for those of collectors."""
-    for name in ("features", "processes"):
+    """Copies the agent's objects, except that of system calls."""
+    for name in ("features", "processes", "tcp_metrics"):
         shutil.copy(ROOT / f"bpf/programs/{name}/{name}.bpf.o", directory)
 
 
@@ -616,8 +617,7 @@ def test_a_collector_that_is_just_starting_counts_once(tmp_path: Path) -> None:
     ):
         first = pool.submit(code_and_text, agent, "StartCollector", request)
         wait_until(lambda: sample(agent, "coral_agent_sessions_starting") == 1)
-        shutil.copy(ROOT / "bpf/programs/syscall_stats/syscall_stats.bpf.o", edited)
-        second = start(agent, {"pid": os.getpid()})
+        second = start(agent, {"pid": os.getpid()}, kind=TCP_METRICS)
         assert not first.done(), "the second did not come while the first was starting"
         stop(agent, second)
         code, text = first.result()
