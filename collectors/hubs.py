@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import (
     BpfObject,
+    ElementReader,
     Features,
     HashMap,
     PerfReader,
@@ -31,10 +32,13 @@ from coral.bpf import (
     RecordReader,
     RingReader,
     Rung,
+    Walk,
     climb,
     kernel_names,
 )
+from coral.bpf.attaching.link import Link
 from coral.bpf.buffers.account import Account
+from coral.bpf.closing import close_all
 from coral.bpf.libbpf import BpfError
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
@@ -50,6 +54,7 @@ _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an elemen
 _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
+_CommonT = TypeVar("_CommonT")
 _IDLE_WORK: Final = 100.0  # events a second
 _WORK_WINDOW_S: Final = 1.0
 _REBUILT_AFTER: Final = 256  # processes that have ended since
@@ -70,23 +75,21 @@ class Plan:
     preallocated: tuple[str, ...] = field(default=(), compare=False)
     walks: tuple[str, ...] = field(default=(), compare=False)
     without_maps: tuple[str, ...] = field(default=(), compare=False)
-    map_entries: Mapping[str, int] = field(default_factory=dict, compare=False)
-    is_shared: bool = True  # or each session has an object of its own, beside `processes`
+    # Programs that only some sessions of the hub want to be attached, and those of this session.
+    optional: tuple[str, ...] = field(default=(), compare=False)
+    wanted: tuple[str, ...] = field(default=(), compare=False)
+    # Maps of the session that programs read for user space after it was detached.
+    read_last: tuple[str, ...] = field(default=(), compare=False)
 
-    def hub(self, number: int, shared: Mapping[str, int], slot: int) -> BpfObject:
-        """The object of the hub of this NUMBER, which uses the maps SHARED; the first session is in
-        SLOT."""
+    def hub(self, number: int, shared: Mapping[str, int]) -> BpfObject:
+        """The object of the hub of this NUMBER, which uses the maps SHARED."""
         return self.rung.object(
             self.name,
             programs=self.programs,
-            options={
-                **self.options,
-                "hub": number,
-                **({} if self.is_shared else {"own_slot": slot}),
-            },
-            map_entries={**self.map_entries, **self._prototypes(of_processes=False)},
+            options={**self.options, "hub": number},
+            map_entries=self._prototypes(of_processes=False),
             preallocated=self.preallocated,
-            walks=self.walks,
+            walks=(*self.optional, *self.walks),
             without_maps=self.without_maps,
             shared=shared,
         )
@@ -119,6 +122,9 @@ class _Hub:
         self.lock = threading.Lock()  # held while it is loaded
         self.object: BpfObject | None = None
         self.slots: set[int] = set()
+        self.links: dict[str, Link] = {}  # of the optional programs
+        self.common: object = None  # see `Slot.common`
+        self.reading = threading.Lock()  # held while the one room for readings is used
 
 
 class _Group:
@@ -129,7 +135,7 @@ class _Group:
         self.plan = plan
         self.lock = threading.RLock()
         self.processes = _Hub()
-        self.hubs: dict[tuple[str, int], _Hub] = {}
+        self.hubs: dict[str, _Hub] = {}
         self._numbers: dict[str, int] = {}
         self.slots: dict[int, Slot] = {}
         self.kits: list[_Kit] = []
@@ -146,7 +152,7 @@ class _Group:
                 return None
             if kit:
                 self.kits.remove(kit)
-            hub = self.hubs.setdefault((plan.name, 0 if plan.is_shared else number), _Hub())
+            hub = self.hubs.setdefault(plan.name, _Hub())
             self.slots[number] = slot
             hub.slots.add(number)
             self.processes.slots.add(number)
@@ -166,7 +172,7 @@ class _Group:
         a start takes is the kernel's wait for running programs when a map is installed. Blocks;
         does nothing where it cannot."""
         with self.lock:
-            hub = self.hubs.get((plan.name, 0))
+            hub = self.hubs.get(plan.name)
             kit = _Kit(plan, 0)
             if hub is None or any(kit.is_like(other) for other in self.kits):
                 return
@@ -204,6 +210,22 @@ class _Group:
                 hub.object = made
             return hub.object
 
+    def attach(self, hub: _Hub, names: Sequence[str]) -> None:
+        """Attaches optional programs that a session wants. Raises `AttachError`."""
+        with hub.lock:
+            for name in names:
+                if name not in hub.links and hub.object is not None:
+                    hub.links[name] = hub.object.attach_one(name)
+
+    def detach_unwanted(self, hub: _Hub) -> None:
+        """Detaches the optional programs that no session wants any more."""
+        with hub.lock:
+            with self.lock:
+                slots = [self.slots[number] for number in hub.slots]
+            wanted = {name for slot in slots for name in slot.plan.wanted}
+            unwanted = [hub.links.pop(name) for name in hub.links.keys() - wanted]
+            close_all([link.detach for link in unwanted])
+
     def release(self, slot: Slot) -> None:
         """Frees a slot, and the objects that no other session uses."""
         unused: list[_Hub] = []
@@ -225,6 +247,8 @@ class _Group:
         with ExitStack() as closing:
             for hub in reversed(unused):
                 closing.callback(_close, hub)
+            if slot.hub not in unused:
+                closing.callback(self.detach_unwanted, slot.hub)
             for kit in kits:
                 closing.callback(kit.close)
 
@@ -288,7 +312,8 @@ def _close(hub: _Hub) -> None:
     with hub.lock:
         if hub.object is not None:
             hub.object.close()
-            hub.object = None
+            hub.object = hub.common = None
+            hub.links = {}
 
 
 class _Kit:
@@ -306,9 +331,7 @@ class _Kit:
 
     def fits(self, plan: Plan) -> bool:
         """Whether a session by PLAN can use it."""
-        return (
-            self.is_ready and plan.is_shared and (plan.name, plan.sizes) == (self.name, self.sizes)
-        )
+        return self.is_ready and (plan.name, plan.sizes) == (self.name, self.sizes)
 
     def install(self, processes: BpfObject, hub: BpfObject) -> None:
         """Makes the maps, and puts them where programs find them. Raises `BpfError`."""
@@ -320,10 +343,11 @@ class _Kit:
         self._each(lambda owner, name: owner.install(name, self.number, self.maps[name].fd))
         self.is_ready = True
 
-    def uninstall(self) -> None:
-        """Takes the maps away from the programs; when this returns, none is still at work with
-        them. They stay readable. Safe to call twice. Raises `BpfError`."""
-        installed, self._installed = self._installed, []
+    def uninstall(self, kept: Collection[str] = ()) -> None:
+        """Takes the maps away from the programs, except for those KEPT; when this returns, none is
+        still at work with them. They stay readable. Safe to call twice. Raises `BpfError`."""
+        installed = [each for each in self._installed if each[1] not in kept]
+        self._installed = [each for each in self._installed if each[1] in kept]
         self._each(lambda owner, name: owner.uninstall(name, self.number), installed)
 
     def _each(
@@ -367,6 +391,7 @@ class Slot:
         self._place: _Place | None = None
         self._kit: _Kit | None = None
         self._arrays: dict[str, HashMap] = {}
+        self._readers: list[Walk | ElementReader] = []
         self._active = self._closed = False
         self._memory_bytes = 0
         self._work = 0.0
@@ -383,6 +408,7 @@ class Slot:
         programs = [
             each.program_fd(name) for each in objects for name in each.programs if name not in twins
         ]
+        programs += [self.object.program_fd(name) for name in self.plan.wanted]
         reasons = self.processes.btf.enum("loss")
         return Account(
             self.processes.map("accounts"),
@@ -414,7 +440,8 @@ class Slot:
         shared = {name: self.processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
         number = group.number_of(plan.name)
-        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared, place.number))
+        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared))
+        group.attach(place.hub, plan.wanted)
 
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless
@@ -423,7 +450,7 @@ class Slot:
         if self._kit is None:
             self._kit = _Kit(self.plan, self.number)
             self._kit.install(self.processes, self.object)
-        if self.plan.is_shared and self.plan.rung.slots > 1:
+        if self.plan.rung.slots > 1:
             _keeper.submit(self._group.prepare, self.plan)
 
     @property
@@ -453,6 +480,28 @@ class Slot:
     def map(self, name: str) -> HashMap:
         """The session's own map NAME, or one of the hub."""
         return self._maps.get(name) or self.object.map(name)
+
+    def common(self, make: Callable[[BpfObject], _CommonT]) -> _CommonT:
+        """What the sessions of a hub have in common: the first MAKEs it of the hub's object."""
+        hub = self.hub
+        with hub.lock:
+            if hub.common is None:
+                hub.common = make(self.object)
+            return cast("_CommonT", hub.common)
+
+    def walk(self, program: str, record: str, *, map_name: str) -> Walk:
+        """See `BpfObject.walk`; through the session's own map. It is closed with the session."""
+        dtype = self.object.btf.struct_dtype(record)
+        walk = Walk(self.object.program_fd(program), self.map(map_name).fd, dtype)
+        self._readers.append(walk)
+        return walk
+
+    def element_reader(self, program: str, record: str, *, keys: str, records: str) -> SlotReader:
+        """See `BpfObject.element_reader`; of the session's own map. The program finds the slot in
+        the variable `live_slot`; sessions take turns."""
+        reader = self.object.element_reader(program, record, keys=self.map(keys), records=records)
+        self._readers.append(reader)
+        return SlotReader(self, reader)
 
     def own(self, name: str, value: object) -> None:
         """Sets the session's element of an array with one for each slot."""
@@ -517,10 +566,8 @@ class Slot:
                 said[name] &= clear
 
         self._group.say(clear_bits)
-        if not self.plan.is_shared:
-            self.object.detach()
         if self._kit:
-            self._kit.uninstall()
+            self._kit.uninstall(self.plan.read_last)
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
@@ -532,6 +579,8 @@ class Slot:
             if self._kit:
                 closing.callback(self._kit.close)
             closing.callback(self.detach)
+            for reader in self._readers:
+                closing.callback(reader.close)
         self._kit = None
 
     # What the agent asks.
@@ -592,6 +641,19 @@ class Slot:
             if hub.object is not None:
                 found |= hub.object.program_stats()
         return found
+
+
+class SlotReader:
+    """Reads the elements of one session's map where the sessions of a hub have one room for it."""
+
+    def __init__(self, slot: Slot, reader: ElementReader) -> None:
+        self._slot, self._reader = slot, reader
+
+    def read(self) -> NDArray[Any]:
+        """See `ElementReader`."""
+        with self._slot.hub.reading:
+            self._slot.object.write_variable("live_slot", self._slot.number)
+            return self._reader.read()
 
 
 @cache
