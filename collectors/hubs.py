@@ -123,7 +123,7 @@ class _Hub:
         self.object: BpfObject | None = None
         self.slots: set[int] = set()
         self.links: dict[str, Link] = {}  # of the optional programs
-        self.common: object = None  # see `Slot.common`
+        self.common: dict[object, object] = {}  # see `Slot.common`
         self.reading = threading.Lock()  # held while the one room for readings is used
 
 
@@ -312,8 +312,8 @@ def _close(hub: _Hub) -> None:
     with hub.lock:
         if hub.object is not None:
             hub.object.close()
-            hub.object = hub.common = None
-            hub.links = {}
+            hub.object = None
+            hub.common, hub.links = {}, {}
 
 
 class _Kit:
@@ -481,13 +481,30 @@ class Slot:
         """The session's own map NAME, or one of the hub."""
         return self._maps.get(name) or self.object.map(name)
 
+    def keys_in_hub(self, name: str) -> list[NDArray[Any]]:
+        """The keys of the map NAME of each session of the hub."""
+        with self._group.lock:
+            slots = [self._group.slots[number] for number in self.hub.slots]
+        return [slot.keys_of(name) for slot in slots]
+
+    def with_hub_later(self, job: Callable[[], None]) -> None:
+        """Has JOB, which uses the hub's object, done soon; not if that is closed by then."""
+        hub = self.hub
+
+        def run() -> None:
+            with hub.lock, suppress(BpfError, OSError):
+                if hub.object is not None:
+                    job()
+
+        _keeper.submit(run)
+
     def common(self, make: Callable[[BpfObject], _CommonT]) -> _CommonT:
         """What the sessions of a hub have in common: the first MAKEs it of the hub's object."""
         hub = self.hub
         with hub.lock:
-            if hub.common is None:
-                hub.common = make(self.object)
-            return cast("_CommonT", hub.common)
+            if make not in hub.common:
+                hub.common[make] = make(self.object)
+            return cast("_CommonT", hub.common[make])
 
     def walk(self, program: str, record: str, *, map_name: str) -> Walk:
         """See `BpfObject.walk`; through the session's own map. It is closed with the session."""
@@ -544,8 +561,12 @@ class Slot:
 
     def member_keys(self) -> NDArray[Any]:
         """The keys of the session's members; none before there are any."""
-        members = self._maps.get("members")
-        return members.read_keys() if members else np.empty(0, np.uint64)
+        return self.keys_of("members")
+
+    def keys_of(self, name: str) -> NDArray[Any]:
+        """The keys of the session's own map NAME, of 64 bits; none before it is made."""
+        own = self._maps.get(name)
+        return own.read_keys() if own else np.empty(0, np.uint64)
 
     @property
     def attached(self) -> bool:

@@ -38,6 +38,7 @@ from coral.collectors.tcp_metrics.file_walk import FileWalk
 from coral.collectors.tcp_metrics.measures import TcpMeasures
 from coral.collectors.tcp_metrics.peers import peer_summaries
 from coral.collectors.tcp_metrics.rows import connection_summaries
+from coral.collectors.tcp_metrics.socket_hints import SocketHints
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_PEERS: Final = 1000
@@ -198,6 +199,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         self._session["single_events"] = self._options.single_events
         self._session["wants_use"] = _RECEIVED in self._wanted
         self._write_session()
+        self._hints = self._slot.common(SocketHints)
         if self._options.single_events:
             self._open_records({"tcp_event": "time_ns", "process_change": "time_ns"})
         else:
@@ -233,7 +235,10 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def _read_events(self) -> EventRows:
         records = self._drain_records()
         self._targets.note_changes(records["process_change"])
-        return event_rows(records["tcp_event"])
+        events = records["tcp_event"]
+        closed = events["new_state"] == pb.TCP_STATE_CLOSE
+        self._hints.note_ended(int(closed.sum()), self._slot)
+        return event_rows(events)
 
     def _read_summaries(self) -> Summaries:
         live, ended = self._read()
@@ -271,6 +276,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
 
     def _drain_ended(self) -> NDArray[Any]:
         ended = self._drain_records()["tcp_ended"]["connection"]
+        self._hints.note_ended(len(ended), self._slot)
         return ended[ended["ended_ns"].argsort(kind="stable")]
 
     def close(self) -> None:

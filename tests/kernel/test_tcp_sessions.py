@@ -10,12 +10,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coral import bpf
 from coral.collectors.cgroups import cgroup2_mount
 from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.collectors.tcp_metrics.socket_hints import HINTS, SocketHints, hash_of
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import connected, puppets, send
 from tests.support import Puppet, at_work, loaded, nothing_new_since, wait_until
@@ -235,6 +237,46 @@ def test_ten_sessions_show_what_each_would_alone(without: tuple[str, ...]) -> No
         for at in list(sessions.running):
             sessions.stop(at)
         assert sessions.most == len(sessions.specs) == 10
+
+
+def test_hints_are_of_the_sockets_that_are_followed() -> None:
+    with puppets(2) as (client, server):
+        pair = Pair(client, server)
+        config = {"pid": f"{client.pid},{server.pid}"}
+        with (
+            at_work(TcpMetricsCollector.create(config, None, bpf.probe())) as collector,
+            at_work(TcpMetricsCollector.create(config, None, bpf.probe())),
+        ):
+            its = collector.bpf_object
+            followed = np.zeros(HINTS, bool)
+            followed[hash_of(its.map("connections").read_keys())] = True
+            assert np.count_nonzero(followed) == 3  # the listener, and both ends
+            session = Session(collector, {client.pid: (pair, CLIENT), server.pid: (pair, SERVER)})
+            for _ in range(10):
+                pair.begin()
+                pair.finish()
+            hints = its.object.map("socket_hints").read()[1].reshape(2, HINTS)
+            assert (np.count_nonzero(hints, axis=1) > 3).all()
+            # The one that is in use changes each time.
+            for in_use in (1, 0, 1):
+                its.common(SocketHints).rebuild(its)
+                assert its.object.read_variable("socket_hints_in_use") == in_use
+                hints = its.object.map("socket_hints").read()[1].reshape(2, HINTS)
+                assert (hints[in_use] == followed).all()
+            pair.begin()
+            pair.finish()
+            session.check()
+
+
+def test_enough_ends_build_the_hints_again() -> None:
+    with puppets(1) as (client,):
+        config = {"pid": str(client.pid)}
+        with at_work(TcpMetricsCollector.create(config, None, bpf.probe())) as collector:
+            slot = collector.bpf_object
+            hints = slot.common(SocketHints)
+            hints.note_ended(HINTS // 4 - 1, slot)
+            hints.note_ended(1, slot)
+            wait_until(lambda: slot.object.read_variable("socket_hints_in_use") == 1)
 
 
 def test_sessions_that_come_and_go_leave_nothing() -> None:
