@@ -108,8 +108,8 @@ SESSION_MAPS(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PR
 /* What user space says about one session. */
 struct tcp_session {
 	__u8 single_events;
-	__u8 wants_use;	  /* programs find the owners of its connections when these receive */
-	__u8 walked;	  /* its first walk through the open files is over */
+	__u8 wants_use; /* programs find the owners of its connections when these receive */
+	__u8 walked;	/* its first walk through the open files is over */
 	__u8 reserved;
 	__u32 first_walk; /* the number of that walk */
 };
@@ -263,8 +263,8 @@ static __always_inline __u64 number_of(const struct tcp_connection *c, struct so
  * Readers leave the connection out until `connection_show`. NULL if there is no room: that is a
  * loss where a connection begins; one that is only found is tried again when it is next used.
  */
-static __always_inline struct tcp_connection *
-connection_make(__u32 slot, struct sock *sk, __u8 role, __u64 flags, bool typed)
+static __always_inline struct tcp_connection *connection_make(__u32 slot, struct sock *sk,
+							      __u8 role, __u64 flags, bool typed)
 {
 	void *zeros = (void *)element(no_connection, 0), *map = map_of_session(connections, slot);
 	struct tcp_connection *c;
@@ -536,7 +536,7 @@ connection_find(__u32 slot, struct sock *sk, __u32 pid, const char *comm, bool i
 
 /* The owner of a connection that user space has found and no hook has seen since; or NULL. */
 static __always_inline struct found_owner *found_owner_of(__u32 slot, struct sock *sk,
-							 __u64 *cookie)
+							  __u64 *cookie)
 {
 	void *map;
 
