@@ -124,6 +124,7 @@ class _Hub:
         self.slots: set[int] = set()
         self.links: dict[str, Link] = {}  # of the optional programs
         self.common: dict[object, object] = {}  # see `Slot.common`
+        self.making = threading.Lock()  # held while something in common is made
         self.reading = threading.Lock()  # held while the one room for readings is used
 
 
@@ -501,7 +502,7 @@ class Slot:
     def common(self, make: Callable[[BpfObject], _CommonT]) -> _CommonT:
         """What the sessions of a hub have in common: the first MAKEs it of the hub's object."""
         hub = self.hub
-        with hub.lock:
+        with hub.making:  # not the other lock, which is held while the next session is prepared
             if make not in hub.common:
                 hub.common[make] = make(self.object)
             return cast("_CommonT", hub.common[make])
@@ -576,6 +577,9 @@ class Slot:
     def detach(self) -> None:
         """The programs stop working for the session; its maps stay readable until `close`. When
         this returns, none of them is still at work."""
+        self._detach(self.plan.read_last)
+
+    def _detach(self, kept: Collection[str] = ()) -> None:
         if not self._active:
             return
         self._active = False
@@ -588,7 +592,7 @@ class Slot:
 
         self._group.say(clear_bits)
         if self._kit:
-            self._kit.uninstall(self.plan.read_last)
+            self._kit.uninstall(kept)
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
@@ -599,7 +603,7 @@ class Slot:
             closing.callback(self._group.release, self)
             if self._kit:
                 closing.callback(self._kit.close)
-            closing.callback(self.detach)
+            closing.callback(self._detach)
             for reader in self._readers:
                 closing.callback(reader.close)
         self._kit = None

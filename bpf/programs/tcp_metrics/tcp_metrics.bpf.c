@@ -516,42 +516,77 @@ static __always_inline bool done_by_twin(struct sock *sk, __u64 event)
 
 /*
  * What a hook does for each session is a function that the verifier goes through once, which takes
- * numbers only. A record for a perf buffer needs the program's context: there it is inlined.
+ * numbers only. A record for a perf buffer needs the program's context: there it goes through the
+ * function for each session. Kernels before 6.8 go through all of the first kind, called or not.
  */
 #ifdef CORAL_BCC
-#define INLINED true
+#define WITH_CONTEXT static __always_inline
+#define BY_RING	     false
 #else
-#define INLINED (!option(records_in_ring))
+#define WITH_CONTEXT static __noinline
+#define BY_RING	     option(records_in_ring)
 #endif
 
 SUBPROGRAM int state_by_ring(__u32 slot, __u64 sk, int old, int state)
 {
-	return on_state(NULL, slot, socket_at(sk), old, state);
+	return BY_RING ? on_state(NULL, slot, socket_at(sk), old, state) : 0;
+}
+
+WITH_CONTEXT int state_by_perf(void *ctx, __u32 slot, __u64 sk, int old, int state)
+{
+	return on_state(ctx, slot, socket_at(sk), old, state);
 }
 
 SUBPROGRAM int destroy_by_ring(__u32 slot, __u64 sk)
 {
-	return on_destroy(NULL, slot, socket_at(sk));
+	return BY_RING ? on_destroy(NULL, slot, socket_at(sk)) : 0;
+}
+
+WITH_CONTEXT int destroy_by_perf(void *ctx, __u32 slot, __u64 sk)
+{
+	return on_destroy(ctx, slot, socket_at(sk));
 }
 
 SUBPROGRAM int retransmit_by_ring(__u32 slot, __u64 sk)
 {
-	return on_retransmit(NULL, slot, socket_at(sk));
+	return BY_RING ? on_retransmit(NULL, slot, socket_at(sk)) : 0;
+}
+
+WITH_CONTEXT int retransmit_by_perf(void *ctx, __u32 slot, __u64 sk)
+{
+	return on_retransmit(ctx, slot, socket_at(sk));
 }
 
 SUBPROGRAM int synack_by_ring(__u32 slot, __u64 sk, __u64 request)
 {
-	return on_synack_retransmit(NULL, slot, socket_at(sk), (struct request_sock *)request);
+	return BY_RING
+		   ? on_synack_retransmit(NULL, slot, socket_at(sk), (struct request_sock *)request)
+		   : 0;
+}
+
+WITH_CONTEXT int synack_by_perf(void *ctx, __u32 slot, __u64 sk, __u64 request)
+{
+	return on_synack_retransmit(ctx, slot, socket_at(sk), (struct request_sock *)request);
 }
 
 SUBPROGRAM int reset_sent_by_ring(__u32 slot, __u64 sk, __u32 reason)
 {
-	return on_reset_sent(NULL, slot, socket_at(sk), reason);
+	return BY_RING ? on_reset_sent(NULL, slot, socket_at(sk), reason) : 0;
+}
+
+WITH_CONTEXT int reset_sent_by_perf(void *ctx, __u32 slot, __u64 sk, __u32 reason)
+{
+	return on_reset_sent(ctx, slot, socket_at(sk), reason);
 }
 
 SUBPROGRAM int reset_received_by_ring(__u32 slot, __u64 sk)
 {
-	return on_reset_received(NULL, slot, socket_at(sk));
+	return BY_RING ? on_reset_received(NULL, slot, socket_at(sk)) : 0;
+}
+
+WITH_CONTEXT int reset_received_by_perf(void *ctx, __u32 slot, __u64 sk)
+{
+	return on_reset_received(ctx, slot, socket_at(sk));
 }
 
 static __always_inline __u64 sessions_of_state(struct sock *sk, int old, int state)
@@ -581,10 +616,10 @@ static __always_inline int on_any_state(void *ctx, struct sock *sk, int old, int
 	}
 	for_each_session(slot, mask)
 	{
-		if (INLINED)
-			on_state(ctx, slot, socket_at(address), old, state);
-		else
+		if (BY_RING)
 			state_by_ring(slot, address, old, state);
+		else
+			state_by_perf(ctx, slot, address, old, state);
 	}
 	return 0;
 }
@@ -609,10 +644,10 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 	forget_in_walk(sk);
 	for_each_session(slot, mask)
 	{
-		if (INLINED)
-			on_destroy(ctx, slot, socket_at(address));
-		else
+		if (BY_RING)
 			destroy_by_ring(slot, address);
+		else
+			destroy_by_perf(ctx, slot, address);
 	}
 	return 0;
 }
@@ -652,10 +687,10 @@ int RAW_PROGRAM(coral_retransmit, struct sock *sk)
 
 	for_each_session(slot, mask)
 	{
-		if (INLINED)
-			on_retransmit(ctx, slot, socket_at(address));
-		else
+		if (BY_RING)
 			retransmit_by_ring(slot, address);
+		else
+			retransmit_by_perf(ctx, slot, address);
 	}
 	return 0;
 }
@@ -668,11 +703,10 @@ int RAW_PROGRAM(coral_synack, struct sock *sk, struct request_sock *request)
 
 	for_each_session(slot, mask)
 	{
-		if (INLINED)
-			on_synack_retransmit(ctx, slot, socket_at(address),
-					     (struct request_sock *)of_request);
-		else
+		if (BY_RING)
 			synack_by_ring(slot, address, of_request);
+		else
+			synack_by_perf(ctx, slot, address, of_request);
 	}
 	return 0;
 }
@@ -690,10 +724,10 @@ int RAW_PROGRAM(coral_reset_out, struct sock *sk, void *skb)
 	address = address_of(sk);
 	for_each_session(slot, mask)
 	{
-		if (INLINED)
-			on_reset_sent(ctx, slot, socket_at(address), reason);
-		else
+		if (BY_RING)
 			reset_sent_by_ring(slot, address, reason);
+		else
+			reset_sent_by_perf(ctx, slot, address, reason);
 	}
 	return 0;
 }
@@ -705,10 +739,10 @@ int RAW_PROGRAM(coral_reset_in, struct sock *sk)
 
 	for_each_session(slot, mask)
 	{
-		if (INLINED)
-			on_reset_received(ctx, slot, socket_at(address));
-		else
+		if (BY_RING)
 			reset_received_by_ring(slot, address);
+		else
+			reset_received_by_perf(ctx, slot, address);
 	}
 	return 0;
 }
