@@ -19,7 +19,7 @@ from coral.bpf.probing.features import Feature, Features
 # The hooks of programs for raw tracepoints, best first.
 HOOKS: Final = ("tp_btf", "raw_tp")
 SESSIONS: Final = 64  # as in sessions.bpf.h
-_FEW_SESSIONS: Final = 4
+_FEW_SESSIONS: Final = 2
 _LOADERS: Final = {"core": "btf", "bcc": "bcc"}  # and the feature that each needs
 _NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
 _ALL: Final = "keys one by one"

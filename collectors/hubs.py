@@ -13,12 +13,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from coral.bpf import (
     BpfError,
     BpfObject,
+    ElementReader,
     Features,
     HashMap,
     LoadError,
@@ -34,10 +35,13 @@ from coral.bpf import (
     RecordReader,
     RingReader,
     Rung,
+    Walk,
     climb,
     kernel_names,
 )
+from coral.bpf.attaching.link import Link
 from coral.bpf.buffers.account import Account
+from coral.bpf.closing import close_all
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import HOOKS, bytes_per_cpu
 
@@ -54,6 +58,7 @@ _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an elemen
 _MAPS_OF_PROCESSES: Final = ("members", "cgroups", "rings", "perfs")
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
+_CommonT = TypeVar("_CommonT")
 _IDLE_WORK: Final = 100.0  # events a second
 _WORK_WINDOW_S: Final = 1.0
 _REBUILT_AFTER: Final = 256  # processes that have ended since
@@ -77,23 +82,21 @@ class Plan:
     preallocated: tuple[str, ...] = field(default=(), compare=False)
     walks: tuple[str, ...] = field(default=(), compare=False)
     without_maps: tuple[str, ...] = field(default=(), compare=False)
-    map_entries: Mapping[str, int] = field(default_factory=dict, compare=False)
-    is_shared: bool = True  # or each session has an object of its own, beside `processes`
+    # Programs that only some sessions of the hub want to be attached, and those of this session.
+    optional: tuple[str, ...] = field(default=(), compare=False)
+    wanted: tuple[str, ...] = field(default=(), compare=False)
+    # Maps of the session that programs read for user space after it was detached.
+    read_last: tuple[str, ...] = field(default=(), compare=False)
 
-    def hub(self, number: int, shared: Mapping[str, int], slot: int) -> BpfObject:
-        """The object of the hub of this NUMBER, which uses the maps SHARED; the first session is in
-        SLOT."""
+    def hub(self, number: int, shared: Mapping[str, int]) -> BpfObject:
+        """The object of the hub of this NUMBER, which uses the maps SHARED."""
         return self.rung.object(
             self.name,
             programs=self.programs,
-            options={
-                **self.options,
-                "hub": number,
-                **({} if self.is_shared else {"own_slot": slot}),
-            },
-            map_entries={**self.map_entries, **self._prototypes(of_processes=False)},
+            options={**self.options, "hub": number},
+            map_entries=self._prototypes(of_processes=False),
             preallocated=self.preallocated,
-            walks=self.walks,
+            walks=(*self.optional, *self.walks),
             without_maps=self.without_maps,
             shared=shared,
         )
@@ -126,6 +129,10 @@ class _Hub:
         self.lock = threading.Lock()  # held while it is loaded
         self.object: BpfObject | None = None
         self.slots: set[int] = set()
+        self.links: dict[str, Link] = {}  # of the optional programs
+        self.common: dict[object, object] = {}  # see `Slot.common`
+        self.making = threading.Lock()  # held while something in common is made
+        self.reading = threading.Lock()  # held while the one room for readings is used
 
 
 class _Group:
@@ -136,7 +143,7 @@ class _Group:
         self.plan = plan
         self.lock = threading.RLock()
         self.processes = _Hub()
-        self.hubs: dict[tuple[str, int], _Hub] = {}
+        self.hubs: dict[str, _Hub] = {}
         self._numbers: dict[str, int] = {}
         self.slots: dict[int, Slot] = {}
         self.kits: list[_Kit] = []
@@ -155,7 +162,7 @@ class _Group:
                 return None
             if kit:
                 self.kits.remove(kit)
-            hub = self.hubs.setdefault((plan.name, 0 if plan.is_shared else number), _Hub())
+            hub = self.hubs.setdefault(plan.name, _Hub())
             self.slots[number] = slot
             hub.slots.add(number)
             self.processes.slots.add(number)
@@ -175,7 +182,7 @@ class _Group:
         a start takes is the kernel's wait for running programs when a map is installed. Blocks;
         does nothing where it cannot."""
         with self.lock:
-            hub = self.hubs.get((plan.name, 0))
+            hub = self.hubs.get(plan.name)
             kit = _Kit(plan, 0)
             if hub is None or any(kit.is_like(other) for other in self.kits):
                 return
@@ -214,6 +221,22 @@ class _Group:
                 hub.object = made
             return hub.object
 
+    def attach(self, hub: _Hub, names: Sequence[str]) -> None:
+        """Attaches optional programs that a session wants. Raises `AttachError`."""
+        with hub.lock:
+            for name in names:
+                if name not in hub.links and hub.object is not None:
+                    hub.links[name] = hub.object.attach_one(name)
+
+    def detach_unwanted(self, hub: _Hub) -> None:
+        """Detaches the optional programs that no session wants any more."""
+        with hub.lock:
+            with self.lock:
+                slots = [self.slots[number] for number in hub.slots]
+            wanted = {name for slot in slots for name in slot.plan.wanted}
+            unwanted = [hub.links.pop(name) for name in hub.links.keys() - wanted]
+            close_all([link.detach for link in unwanted])
+
     def release(self, slot: Slot) -> None:
         """Frees a slot, and the objects that no other session uses."""
         unused: list[_Hub] = []
@@ -237,6 +260,8 @@ class _Group:
         with ExitStack() as closing:
             for hub in reversed(unused):
                 closing.callback(_close, hub)
+            if slot.hub not in unused:
+                closing.callback(self.detach_unwanted, slot.hub)
             for kit in kits:
                 closing.callback(kit.close)
 
@@ -311,6 +336,7 @@ def _close(hub: _Hub) -> None:
         if hub.object is not None:
             hub.object.close()
             hub.object = None
+            hub.common, hub.links = {}, {}
 
 
 class _Kit:
@@ -328,9 +354,7 @@ class _Kit:
 
     def fits(self, plan: Plan) -> bool:
         """Whether a session by PLAN can use it."""
-        return (
-            self.is_ready and plan.is_shared and (plan.name, plan.sizes) == (self.name, self.sizes)
-        )
+        return self.is_ready and (plan.name, plan.sizes) == (self.name, self.sizes)
 
     def install(self, processes: BpfObject, hub: BpfObject) -> None:
         """Makes the maps, and puts them where programs find them. Raises `BpfError`."""
@@ -342,10 +366,11 @@ class _Kit:
         self._each(lambda owner, name: owner.install(name, self.number, self.maps[name].fd))
         self.is_ready = True
 
-    def uninstall(self) -> None:
-        """Takes the maps away from the programs; when this returns, none is still at work with
-        them. They stay readable. Safe to call twice. Raises `BpfError`."""
-        installed, self._installed = self._installed, []
+    def uninstall(self, kept: Collection[str] = ()) -> None:
+        """Takes the maps away from the programs, except for those KEPT; when this returns, none is
+        still at work with them. They stay readable. Safe to call twice. Raises `BpfError`."""
+        installed = [each for each in self._installed if each[1] not in kept]
+        self._installed = [each for each in self._installed if each[1] in kept]
         self._each(lambda owner, name: owner.uninstall(name, self.number), installed)
 
     def _each(
@@ -385,6 +410,7 @@ class Slot:
         self._place: _Place | None = None
         self._kit: _Kit | None = None
         self._arrays: dict[str, HashMap] = {}
+        self._readers: list[Walk | ElementReader] = []
         self._active = self._closed = self._detailed = False
         self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
         self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
@@ -404,6 +430,7 @@ class Slot:
         programs = [
             each.program_fd(name) for each in objects for name in each.programs if name not in twins
         ]
+        programs += [self.object.program_fd(name) for name in self.plan.wanted]
         reasons = self.processes.btf.enum("loss")
         return Account(
             self.processes.map("accounts"),
@@ -445,7 +472,8 @@ class Slot:
         shared = {name: self.processes.map_fd(name) for name in SHARED_MAPS}
         shared = {name: fd for name, fd in shared.items() if fd >= 0}
         number = group.number_of(plan.name)
-        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared, place.number))
+        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared))
+        group.attach(place.hub, plan.wanted)
 
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless
@@ -454,7 +482,7 @@ class Slot:
         if self._kit is None:
             self._kit = _Kit(self.plan, self.number)
             self._kit.install(self.processes, self.object)
-        if self.plan.is_shared and self.plan.rung.slots > 1:
+        if self.plan.rung.slots > 1:
             _keeper.submit(self._group.prepare, self.plan)
 
     @property
@@ -484,6 +512,45 @@ class Slot:
     def map(self, name: str) -> HashMap:
         """The session's own map NAME, or one of the hub."""
         return self._maps.get(name) or self.object.map(name)
+
+    def keys_in_hub(self, name: str) -> list[NDArray[Any]]:
+        """The keys of the map NAME of each session of the hub."""
+        with self._group.lock:
+            slots = [self._group.slots[number] for number in self.hub.slots]
+        return [slot.keys_of(name) for slot in slots]
+
+    def with_hub_later(self, job: Callable[[], None]) -> None:
+        """Has JOB, which uses the hub's object, done soon; not if that is closed by then."""
+        hub = self.hub
+
+        def run() -> None:
+            with hub.lock, suppress(BpfError, OSError):
+                if hub.object is not None:
+                    job()
+
+        _keeper.submit(run)
+
+    def common(self, make: Callable[[BpfObject], _CommonT]) -> _CommonT:
+        """What the sessions of a hub have in common: the first MAKEs it of the hub's object."""
+        hub = self.hub
+        with hub.making:  # not the other lock, which is held while the next session is prepared
+            if make not in hub.common:
+                hub.common[make] = make(self.object)
+            return cast("_CommonT", hub.common[make])
+
+    def walk(self, program: str, record: str, *, map_name: str) -> Walk:
+        """See `BpfObject.walk`; through the session's own map. It is closed with the session."""
+        dtype = self.object.btf.struct_dtype(record)
+        walk = Walk(self.object.program_fd(program), self.map(map_name).fd, dtype)
+        self._readers.append(walk)
+        return walk
+
+    def element_reader(self, program: str, record: str, *, keys: str, records: str) -> SlotReader:
+        """See `BpfObject.element_reader`; of the session's own map. The program finds the slot in
+        the variable `live_slot`; sessions take turns."""
+        reader = self.object.element_reader(program, record, keys=self.map(keys), records=records)
+        self._readers.append(reader)
+        return SlotReader(self, reader)
 
     def own(self, name: str, value: object) -> None:
         """Sets the session's element of an array with one for each slot."""
@@ -543,6 +610,12 @@ class Slot:
         """How many changes of what the session watches had no room in its buffer so far."""
         return int(self.processes.map("untold_changes").read_one(self.number) or 0)
 
+    def keys_of(self, name: str) -> NDArray[Any]:
+        """The keys of the session's own map NAME, of 64 bits; none before it is made."""
+        with self._lock:
+            own = self._maps.get(name)
+            return own.read_keys() if own else np.empty(0, np.uint64)
+
     @property
     def attached(self) -> bool:
         """Whether programs work for the session."""
@@ -551,6 +624,9 @@ class Slot:
     def detach(self) -> None:
         """The programs stop working for the session; its maps stay readable until `close`. When
         this returns, none of them is still at work."""
+        self._detach(self.plan.read_last)
+
+    def _detach(self, kept: Collection[str] = ()) -> None:
         if not self._active:
             return
         self._active = False
@@ -562,10 +638,8 @@ class Slot:
                 said[name] &= clear
 
         self._group.say(clear_bits)
-        if not self.plan.is_shared:
-            self.object.detach()
         if self._kit:
-            self._kit.uninstall()
+            self._kit.uninstall(kept)
 
     def close(self) -> None:
         """Frees the session's maps and its slot. Safe to call twice."""
@@ -575,7 +649,9 @@ class Slot:
         with ExitStack() as closing:
             closing.callback(self._group.release, self)
             closing.callback(self._close_maps)
-            closing.callback(self.detach)
+            closing.callback(self._detach)
+            for reader in self._readers:
+                closing.callback(reader.close)
 
     def _close_maps(self) -> None:
         with self._lock:
@@ -670,6 +746,19 @@ def _at_once(steps: Sequence[Callable[[], None]]) -> None:
         thread.join()
     if failures:
         raise failures[0]
+
+
+class SlotReader:
+    """Reads the elements of one session's map where the sessions of a hub have one room for it."""
+
+    def __init__(self, slot: Slot, reader: ElementReader) -> None:
+        self._slot, self._reader = slot, reader
+
+    def read(self) -> NDArray[Any]:
+        """See `ElementReader`."""
+        with self._slot.hub.reading:
+            self._slot.object.write_variable("live_slot", self._slot.number)
+            return self._reader.read()
 
 
 @cache

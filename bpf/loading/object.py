@@ -153,7 +153,7 @@ class BpfObject:
         self._lock = threading.Lock()
         self._links = Links()
         self._readers: dict[tuple[str, int], RecordReader] = {}  # by map of maps, and slot
-        self._walks: list[Walk | ElementReader] = []
+        self._walks: list[Walk] = []
         self._map_memory_bytes = 0
 
     def __enter__(self) -> Self:
@@ -223,6 +223,11 @@ class BpfObject:
         `AttachError`; programs attached earlier stay so until `close`."""
         for name in self._description.programs:
             self._links.keep(self._attached(name, tries))
+
+    def attach_one(self, name: str, tries: int = 3) -> Link:
+        """Attaches one of the loaded programs to the hook of its section; otherwise like
+        `attach`."""
+        return self._links.keep(self._attached(name, tries))
 
     def _attached(self, name: str, tries: int) -> Link:
         attempt = 1
@@ -365,18 +370,18 @@ class BpfObject:
         self._walks.append(walk)
         return walk
 
-    def element_reader(self, name: str, record: str, *, keys: str, records: str) -> ElementReader:
+    def element_reader(
+        self, name: str, record: str, *, keys: HashMap, records: str
+    ) -> ElementReader:
         """The reader of the elements of the map KEYS through the program NAME, which makes `struct
-        RECORD`s of them in the array map RECORDS; otherwise like `walk`."""
-        reader = ElementReader(
+        RECORD`s of them in the array map RECORDS. The caller closes it. Raises `BpfError`."""
+        return ElementReader(
             self.program_fd(name),
-            self.map(keys),
+            keys,
             self.map_fd(records),
             self._opened.definitions[records].entries,
             self.btf.struct_dtype(record),
         )
-        self._walks.append(reader)
-        return reader
 
     def run(self, name: str) -> None:
         """Runs the `syscall` program NAME once. Raises `BpfError`."""
@@ -424,7 +429,7 @@ class BpfObject:
     def close(self) -> None:
         """Detaches the programs and frees everything, whatever fails; see `close_all`. Safe to call
         twice, or before `load`."""
-        readers = [*self._walks, *self._readers.values()]
+        readers: list[Walk | RecordReader] = [*self._walks, *self._readers.values()]
         self._readers, self._walks = {}, []
         close_all([self.detach, *(reader.close for reader in readers), self._free])
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import (
-    ElementReader,
     Feature,
     Features,
     HashMap,
@@ -28,15 +28,17 @@ from coral.bpf import (
 from coral.bpf.probing import capabilities as caps
 from coral.collectors.clock import CLOCK
 from coral.collectors.contract import Coverage, EventRows, Summaries, Support
-from coral.collectors.hubs import Plan
+from coral.collectors.hubs import Plan, SlotReader
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import choice, integer, option, size
 from coral.collectors.tcp_metrics.connections import LISTENER, Connections
 from coral.collectors.tcp_metrics.diag import DiagConnections
 from coral.collectors.tcp_metrics.events import event_rows
+from coral.collectors.tcp_metrics.file_walk import FileWalk
 from coral.collectors.tcp_metrics.measures import TcpMeasures
 from coral.collectors.tcp_metrics.peers import peer_summaries
 from coral.collectors.tcp_metrics.rows import connection_summaries
+from coral.collectors.tcp_metrics.socket_hints import SocketHints
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _MOST_PEERS: Final = 1000
@@ -44,10 +46,11 @@ _MOST_PEERS: Final = 1000
 # as often as it skips either.
 _TWINS: Final = ("coral_state", "coral_state_twin")
 _PROGRAMS: Final = (*_TWINS, "coral_destroy")
+_SEGMENT, _RECEIVED = "coral_segment", "coral_received"
 # Programs that a kernel may have no tracepoint for, and their tracepoints.
 _OPTIONAL: Final = {
-    "coral_segment": "tcp_probe",
-    "coral_received": "tcp_rcv_space_adjust",
+    _SEGMENT: "tcp_probe",
+    _RECEIVED: "tcp_rcv_space_adjust",
     "coral_retransmit": "tcp_retransmit_skb",
     "coral_synack": "tcp_retransmit_synack",
     "coral_reset_out": "tcp_send_reset",
@@ -56,14 +59,9 @@ _OPTIONAL: Final = {
 # They exist since Linux 4.16, which a kernel without BTF does not tell.
 _OLD: Final = frozenset(_OPTIONAL.values())
 _COOKIES: Final = "bpf_get_socket_ptr_cookie"  # Linux 5.12
-# Linux 5.9, and 5.11.
-_TYPED: Final = frozenset({"bpf_skc_to_tcp_sock", "bpf_sock_from_file"})
-_FIND: Final = "coral_find_iter"
+_TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 # Programs that read the figures of open connections, by the feature that each needs, best first.
 _LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
-# After a scan of open sockets, wait 50 times as long as it took, so that scanning uses at most 2 %
-# of a CPU.
-_LOOK_REST: Final = 50
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,15 @@ class TcpMetricsOptions(KernelOptions):
 def _kernel_has() -> frozenset[str]:
     """The tracepoints and helpers of those above that this kernel has."""
     names = [f"btf_trace_{name}" for name in _OPTIONAL.values()]
-    helpers = {_COOKIES, *_TYPED}
+    helpers = {_COOKIES, _TYPED}
     found = kernel_names((*names, *helpers))
     tracepoints = {name.removeprefix("btf_trace_") for name in found - helpers}
     return frozenset((tracepoints or _OLD) | (found & helpers))
+
+
+def _optional() -> set[str]:
+    """The programs that this kernel has a tracepoint for."""
+    return {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
 
 
 class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
@@ -123,53 +126,53 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     twins = _TWINS
 
     def _plan(self, features: Features) -> Plan:
-        options = self._options
-        self._live: Walk | ElementReader | None = None
-        self._find: Walk | None = None
-        self._looks, self._look_after_ns = 0, 0
+        self._live: Walk | SlotReader | None = None
+        self._files: FileWalk | None = None
         self._diag: DiagConnections | None = None
         self._reads_by = _connections(features, self._rung).taken
         live = _LIVE.get(self._reads_by, "")
-        self._walks = (_FIND, live) if live else ()
+        self._walks = (FileWalk.PROGRAM, live) if live else ()
         self._asks = self._reads_by == "sock_diag"
+        self._wanted = self._optional_programs()
+        typed = self._rung.hook.taken == "tp_btf"
         without_maps = {"found": not self._asks, "live": self._reads_by != "syscall_program"}
         return Plan(
             "tcp_metrics",
             features,
             self._rung,
-            programs=self._programs(),
+            programs=_PROGRAMS,
+            optional=tuple(sorted(_optional())),
+            wanted=self._wanted,
             options={
-                "selects_host": bool(options.scope),
-                "single_events": options.single_events,
-                "refresh_at_segments": not self._walks and not options.single_events,
+                "refresh_at_segments": not self._walks,
                 "take_over_found": self._asks,
-                "make_cookies": self._rung.hook.taken == "tp_btf" and _COOKIES in _kernel_has(),
-                "typed_sockets": self._rung.hook.taken == "tp_btf" and _kernel_has() >= _TYPED,
+                "make_cookies": typed and _COOKIES in _kernel_has(),
+                "typed_sockets": typed and _TYPED in _kernel_has(),
             },
             sizes=self._sizes,
-            map_entries={"connections": options.entries, "found": options.entries},
             preallocated=("connections", "found"),
             walks=self._walks,
             without_maps=tuple(name for name, unused in without_maps.items() if unused),
-            is_shared=False,
+            read_last=("connections",),
         )
 
     @property
     def _own_maps(self) -> Mapping[str, int]:
-        return {}
+        names = ("connections", "found") if self._asks else ("connections",)
+        return dict.fromkeys(names, self._options.entries)
 
     @property
     def _has_records(self) -> bool:
         return True
 
-    def _programs(self) -> tuple[str, ...]:
-        """The programs to attach here."""
-        wanted = {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
+    def _optional_programs(self) -> tuple[str, ...]:
+        """The optional programs that this session wants."""
+        wanted = _optional()
         if self._walks and self._options.single_events:
-            wanted.discard("coral_segment")  # it sends no events
+            wanted.discard(_SEGMENT)  # it sends no events
         elif self._walks and not self._options.cgroup:
-            wanted.discard("coral_received")  # scans find the owners of sockets
-        return (*_PROGRAMS, *sorted(wanted))
+            wanted.discard(_RECEIVED)  # scans find the owners of sockets
+        return tuple(sorted(wanted))
 
     @classmethod
     def support(cls, features: Features) -> Support:
@@ -191,33 +194,50 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
         return min(super().coverage, Coverage.PART if part else Coverage.WHOLE)
 
     def _open_maps(self) -> None:
-        self._object = self._slot.object
-        self._connections_map: HashMap = self._object.map("connections")
+        self._connections_map: HashMap = self._slot.map("connections")
+        self._session = np.zeros((), self._slot.object.map("tcp_sessions").value_dtype)
+        self._session["single_events"] = self._options.single_events
+        self._session["wants_use"] = _RECEIVED in self._wanted
+        self._write_session()
+        self._hints = self._slot.common(SocketHints)
         if self._options.single_events:
             self._open_records({"tcp_event": "time_ns", "process_change": "time_ns"})
         else:
             self._open_records({"tcp_ended": None})
         self._connections = Connections()
 
+    def _write_session(self) -> None:
+        self._slot.own("tcp_sessions", self._session)
+
     def _on_filled(self) -> None:
         if self._walks:
-            self._find = self._object.walk(_FIND, "tcp_connection")
+            self._files = self._slot.common(FileWalk)
             self._live = self._live_reader(*self._walks[1:])
-            self._look()
+            self._files.run(self._begin_with)
+            self._session["walked"] = True
+            self._write_session()
             if (self._live.read()["role"] == LISTENER).any():
-                self._look(now=True)  # the first walk may have met those that share one too early
+                self._files.run()  # the first walk may have met those that share one too early
         if self._asks:
-            self._diag = DiagConnections(self._connections_map, self._object.map("found"))
+            self._diag = DiagConnections(self._connections_map, self._slot.map("found"))
             self._diag.find(self._targets.present())
 
-    def _live_reader(self, program: str) -> Walk | ElementReader:
+    def _begin_with(self, walk: int) -> None:
+        self._session["first_walk"] = walk
+        self._write_session()
+
+    def _live_reader(self, program: str) -> Walk | SlotReader:
         record, of = "tcp_connection", "connections"
         if self._reads_by == "map_iterator":
-            return self._object.walk(program, record, map_name=of)
-        return self._object.element_reader(program, record, keys=of, records="live")
+            return self._slot.walk(program, record, map_name=of)
+        return self._slot.element_reader(program, record, keys=of, records="live")
 
     def _read_events(self) -> EventRows:
-        return event_rows(self._drain_records()["tcp_event"])
+        records = self._drain_records()
+        events = records["tcp_event"]
+        closed = events["new_state"] == pb.TCP_STATE_CLOSE
+        self._hints.note_ended(int(closed.sum()), self._slot)
+        return event_rows(events)
 
     def _read_summaries(self) -> Summaries:
         live, ended = self._read()
@@ -238,23 +258,12 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def _uncounted(self) -> int:
         return self._diag.unfollowed if self._diag else 0
 
-    def _look(self, *, now: bool = False) -> None:
-        """Scans which process has which socket open, unless that would take too much time; always
-        if NOW."""
-        began_ns = time.monotonic_ns()
-        if self._find is None or (began_ns < self._look_after_ns and not now):
-            return
-        self._looks += 1
-        self._object.write_variable("walk", self._looks & 0xFFFFFFFF)
-        self._find.read()
-        ended_ns = time.monotonic_ns()
-        self._look_after_ns = ended_ns + _LOOK_REST * (ended_ns - began_ns)
-
     def _read(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The connections that are open, and those that have ended: struct tcp_connection."""
         # Read the map before the ring, so that what ends in between is in both.
-        if self._live:
-            self._look()
+        if self._live and self._files:
+            if self._slot.attached:
+                self._files.run_if_rested()
             return self._live.read(), self._drain_ended()
         if self._diag:
             self._diag.read(now=not self._slot.attached)
@@ -266,10 +275,11 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
 
     def _drain_ended(self) -> NDArray[Any]:
         ended = self._drain_records()["tcp_ended"]["connection"]
+        self._hints.note_ended(len(ended), self._slot)
         return ended[ended["ended_ns"].argsort(kind="stable")]
 
     def close(self) -> None:
-        self._live = self._find = self._diag = None
+        self._live = self._files = self._diag = None
         super().close()
 
 

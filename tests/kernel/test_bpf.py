@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -249,10 +250,11 @@ def test_elements_are_read_by_a_program(
         numbers = it.map("numbers")
         for number in range(1, count + 1):
             numbers.write(number, number)
-        reader = it.element_reader("squares_run", "square", keys="numbers", records="squares")
-        for _ in range(2):  # nothing of the first reading is left in the second
-            squares = {number: number**2 for number in range(1, count + 1) if number != 7}
-            read = reader.read()
-            assert len(read) == len(squares)
-            assert dict(read.tolist()) == squares
+        reader = it.element_reader("squares_run", "square", keys=numbers, records="squares")
+        with closing(reader):
+            for _ in range(2):  # nothing of the first reading is left in the second
+                squares = {number: number**2 for number in range(1, count + 1) if number != 7}
+                read = reader.read()
+                assert len(read) == len(squares)
+                assert dict(read.tolist()) == squares
         assert it.read_variable("runs") == 2 * runs

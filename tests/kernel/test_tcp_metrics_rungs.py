@@ -11,6 +11,7 @@ import pytest
 
 from coral import bpf
 from coral.collectors.contract import EventRows
+from coral.collectors.hubs import SlotReader
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import Seen, Side, connected, number, puppets, send
@@ -128,7 +129,7 @@ def test_an_open_connection_is_never_read_ahead_of_its_end(without: tuple[str, .
 
 def live_reader(
     collector: TcpMetricsCollector, without: tuple[str, ...]
-) -> bpf.Walk | bpf.ElementReader | None:
+) -> bpf.Walk | SlotReader | None:
     """The reader of the open connections of COLLECTOR, if a program reads them."""
     steps = TcpMetricsCollector.support(bpf.probe().without(*without)).steps
     (taken,) = (step.taken for step in steps if step.what == "connections")

@@ -230,7 +230,10 @@ static __always_inline void see_in_session(void *ctx, __u32 slot, __u32 nr, __u3
 SUBPROGRAM int see_by_ring(__u32 slot, __u64 nr_and_born, __u64 ended_ns, __u64 duration_ns,
 			   __s64 ret)
 {
-	see_in_session(NULL, slot, nr_and_born >> 32, nr_and_born, ended_ns, duration_ns, ret);
+	/* Kernels before 6.8 go through it, called or not. */
+	if (option(records_in_ring))
+		see_in_session(NULL, slot, nr_and_born >> 32, nr_and_born, ended_ns, duration_ns,
+			       ret);
 	return 0;
 }
 

@@ -103,7 +103,30 @@ struct tcp_connection {
 };
 
 OPTIONS(struct tcp_connection, no_connection, 1); /* zeros, to create elements from */
-MAP(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
+SESSION_MAPS(HASH, connections, __u64, struct tcp_connection, 10240, BPF_F_NO_PREALLOC);
+
+/* What user space says about one session. */
+struct tcp_session {
+	__u8 single_events;
+	__u8 wants_use; /* programs find the owners of its connections when these receive */
+	__u8 walked;	/* its first walk through the open files is over */
+	__u8 reserved;
+	__u32 first_walk; /* the number of that walk */
+};
+
+MAP(ARRAY, tcp_sessions, __u32, struct tcp_session, SESSIONS, 0);
+
+static __always_inline struct tcp_session *session_at(__u32 slot)
+{
+	return bpf_map_lookup_elem(map_of(tcp_sessions), &slot);
+}
+
+static __always_inline bool sends_events(__u32 slot)
+{
+	struct tcp_session *session = session_at(slot);
+
+	return session && session->single_events;
+}
 
 /*
  * Where there is no iterator over files, user space finds earlier connections by sock_diag, which
@@ -115,31 +138,78 @@ struct found_owner {
 	char comm[COMM_BYTES];
 };
 
-OPTION(__u32, own_slot, 0); /* of the session that these programs work for */
 OPTION(bool, take_over_found, false);
-MAP(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
+SESSION_MAPS(HASH, found, __u64, struct found_owner, 10240, BPF_F_NO_PREALLOC); /* by cookie */
 
-/* As `hints`: a byte that is clear belongs to no socket that is followed. */
+/*
+ * As `hints` of targets.bpf.h: a byte that is clear belongs to no socket that any session follows.
+ * There are two sets, too, which user space builds again in the same way.
+ */
 #define SOCKET_HINTS 65536
-GLOBALS(__u8, socket_hints, SOCKET_HINTS);
+MAP(ARRAY, socket_hints, __u32, __u8, 2 * SOCKET_HINTS, 0);
+GLOBAL(__u32, socket_hints_in_use); /* which of the two */
 
-static __always_inline volatile __u8 *hint_of(struct sock *sk)
+static __always_inline __u32 hash_of(struct sock *sk)
 {
-	return element(socket_hints, (half_of(sk) * 0x9E3779B1) >> 16);
+	return (half_of(sk) * 0x9E3779B1) >> 16;
 }
 
-static __always_inline struct tcp_connection *connection_of(struct sock *sk)
+static __always_inline bool surely_unfollowed(struct sock *sk)
 {
-	volatile __u8 *hint = hint_of(sk);
+	volatile __u32 *in_use = global(socket_hints_in_use);
+	__u32 at = hash_of(sk) + (in_use && *in_use ? SOCKET_HINTS : 0);
+	__u8 *hint = bpf_map_lookup_elem(map_of(socket_hints), &at);
+
+	return hint && !*hint;
+}
+
+static __always_inline void hint_at_socket(struct sock *sk)
+{
+	__u32 first = hash_of(sk), second = SOCKET_HINTS + hash_of(sk);
+	__u8 *hint = bpf_map_lookup_elem(map_of(socket_hints), &first);
+
+	if (hint)
+		*hint = 1;
+	hint = bpf_map_lookup_elem(map_of(socket_hints), &second);
+	if (hint)
+		*hint = 1;
+}
+
+/*
+ * The sessions that may have to do with an event of SK: those that may follow it, and those that
+ * may watch the current process, if that uses the socket (BY_PROCESS).
+ */
+static __always_inline __u64 sessions_met(struct sock *sk, bool by_process)
+{
+	struct sessions *all = all_sessions();
+
+	if (!all)
+		return 0;
+	if (!option(take_over_found) && surely_unfollowed(sk) &&
+	    !(by_process && !surely_unwatched(all, current_tgid())))
+		return 0;
+	return sessions_of_hub(all);
+}
+
+static __always_inline struct tcp_connection *connection_of(__u32 slot, struct sock *sk)
+{
+	void *map = map_of_session(connections, slot);
 	__u64 key = (__u64)sk;
 
-	if (hint && !*hint)
-		return NULL;
-	return bpf_map_lookup_elem(map_of(connections), &key);
+	return map ? bpf_map_lookup_elem(map, &key) : NULL;
 }
 
-/* The process of the current task if it is watched, or NULL. */
-static __always_inline struct member *watched_process(void)
+static __always_inline void connection_drop(__u32 slot, struct sock *sk)
+{
+	void *map = map_of_session(connections, slot);
+	__u64 key = (__u64)sk;
+
+	if (map)
+		bpf_map_delete_elem(map, &key);
+}
+
+/* The process of the current task if session SLOT watches it, or NULL. */
+static __always_inline struct member *watched_process(__u32 slot)
 {
 	struct sessions *all = all_sessions();
 	__u32 tgid = current_tgid();
@@ -147,9 +217,9 @@ static __always_inline struct member *watched_process(void)
 
 	if (!all || surely_unwatched(all, tgid))
 		return NULL;
-	if (all->host && state_in_session(option(own_slot), tgid) != MEMBER_ACTIVE)
+	if (all->host & session_bit(slot) && state_in_session(slot, tgid) != MEMBER_ACTIVE)
 		return NULL;
-	member = member_of(option(own_slot), tgid);
+	member = member_of(slot, tgid);
 	return member && member->state == MEMBER_ACTIVE ? member : NULL;
 }
 
@@ -193,19 +263,17 @@ static __always_inline __u64 number_of(const struct tcp_connection *c, struct so
  * Readers leave the connection out until `connection_show`. NULL if there is no room: that is a
  * loss where a connection begins; one that is only found is tried again when it is next used.
  */
-static __always_inline struct tcp_connection *connection_make(struct sock *sk, __u8 role,
-							      __u64 flags, bool typed)
+static __always_inline struct tcp_connection *connection_make(__u32 slot, struct sock *sk,
+							      __u8 role, __u64 flags, bool typed)
 {
-	volatile __u8 *hint = hint_of(sk);
-	void *zeros = (void *)element(no_connection, 0);
+	void *zeros = (void *)element(no_connection, 0), *map = map_of_session(connections, slot);
 	struct tcp_connection *c;
 	__u64 key = (__u64)sk;
 
-	if (hint)
-		*hint = 1;
-	if (!zeros || bpf_map_update_elem(map_of(connections), &key, zeros, flags))
+	if (!zeros || !map || bpf_map_update_elem(map, &key, zeros, flags))
 		return NULL;
-	c = bpf_map_lookup_elem(map_of(connections), &key);
+	hint_at_socket(sk);
+	c = bpf_map_lookup_elem(map, &key);
 	if (!c)
 		return NULL;
 	c->sk = key;
@@ -223,14 +291,15 @@ static __always_inline void connection_show(struct tcp_connection *c, __u64 numb
 	c->cookie = number;
 }
 
-static __always_inline struct tcp_connection *connection_begin(struct sock *sk, __u8 role)
+static __always_inline struct tcp_connection *connection_begin(__u32 slot, struct sock *sk,
+							       __u8 role)
 {
-	struct tcp_connection *c = connection_make(sk, role, BPF_ANY, option(typed_sockets));
+	struct tcp_connection *c = connection_make(slot, sk, role, BPF_ANY, option(typed_sockets));
 
 	if (c)
 		c->start_ns = c->found_ns;
 	else
-		account_loss(option(own_slot), LOSS_MAP_FULL);
+		account_loss(slot, LOSS_MAP_FULL);
 	return c;
 }
 
@@ -402,7 +471,7 @@ GLOBALS(__u8, met_in_walk, SOCKET_HINTS);
 
 static __always_inline volatile __u8 *walk_mark_of(struct sock *sk)
 {
-	return element(met_in_walk, (half_of(sk) * 0x9E3779B1) >> 16);
+	return element(met_in_walk, hash_of(sk));
 }
 
 #define WALKS 0x7F
@@ -428,73 +497,84 @@ static __always_inline void forget_in_walk(struct sock *sk)
 }
 
 /*
- * Whether the connection of SK, which is found now, is younger than the previous walk: then all
- * that it has carried is of this interval. IN_WALK, the present walk has met it already.
+ * Whether the connection of SK, which is found now, is younger than the previous walk for session
+ * SLOT: then all that it has carried is of this interval. IN_WALK, the present walk has met it
+ * already.
  */
-static __always_inline bool is_younger_than_walk(struct sock *sk, bool in_walk)
+static __always_inline bool is_younger_than_walk(__u32 slot, struct sock *sk, bool in_walk)
 {
+	struct tcp_session *session = session_at(slot);
 	volatile __u32 *now = global(walk);
 	volatile __u8 *mark = walk_mark_of(sk);
 
-	if (!now || !mark || !*now)
+	if (!now || !mark || !session || !session->walked)
 		return false;
 	return in_walk ? !(*mark & 1) : *mark >> 1 != (*now & WALKS);
 }
 
 static __always_inline struct tcp_connection *
-connection_find(struct sock *sk, __u32 pid, const char *comm, bool in_walk, bool typed)
+connection_find(__u32 slot, struct sock *sk, __u32 pid, const char *comm, bool in_walk, bool typed)
 {
 	__u8 state = state_of(sk);
 	struct tcp_connection *c;
 
 	if (state == TCP_CLOSE || state == TCP_TIME_WAIT)
 		return NULL;
-	c = connection_make(sk, state == TCP_LISTEN ? ROLE_LISTENER : role_of(sk), BPF_NOEXIST,
-			    typed); /* a hook may have been faster */
+	c = connection_make(slot, sk, state == TCP_LISTEN ? ROLE_LISTENER : role_of(sk),
+			    BPF_NOEXIST, typed); /* a hook may have been faster */
 	if (!c)
 		return NULL;
 	own(c, pid, comm);
 	name_ends(c, sk, typed);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
 	refresh(c, sk, state, false);
-	if (!is_younger_than_walk(sk, in_walk))
+	if (!is_younger_than_walk(slot, sk, in_walk))
 		keep_as_found(c);
 	connection_show(c, number_of(c, sk, typed));
 	return c;
 }
 
 /* The owner of a connection that user space has found and no hook has seen since; or NULL. */
-static __always_inline struct found_owner *found_owner_of(struct sock *sk, __u64 *cookie)
+static __always_inline struct found_owner *found_owner_of(__u32 slot, struct sock *sk,
+							  __u64 *cookie)
 {
+	void *map;
+
 	if (!option(take_over_found))
 		return NULL;
+	map = map_of_session(found, slot);
 	*cookie = kernel_read(sk, __sk_common.skc_cookie.counter);
-	return *cookie ? bpf_map_lookup_elem(map_of(found), cookie) : NULL;
+	return map && *cookie ? bpf_map_lookup_elem(map, cookie) : NULL;
 }
 
 /* A connection not yet in the map: one of MEMBER, or one that user space has found; or NULL. */
-static __always_inline struct tcp_connection *connection_seek(struct sock *sk,
+static __always_inline struct tcp_connection *connection_seek(__u32 slot, struct sock *sk,
 							      struct member *member)
 {
 	__u64 cookie = 0;
-	struct found_owner *found_owner = found_owner_of(sk, &cookie);
+	struct found_owner *found_owner = found_owner_of(slot, sk, &cookie);
 	struct tcp_connection *c;
+	void *map;
 
 	if ((!member && !found_owner) || !is_tcp(sk, option(typed_sockets)))
 		return NULL;
-	c = connection_find(sk, member ? current_tgid() : found_owner->pid,
+	c = connection_find(slot, sk, member ? current_tgid() : found_owner->pid,
 			    member ? member->comm : found_owner->comm, false,
 			    option(typed_sockets));
-	if (c && found_owner)
-		bpf_map_delete_elem(map_of(found), &cookie);
+	if (c && found_owner) {
+		map = map_of_session(found, slot);
+		if (map)
+			bpf_map_delete_elem(map, &cookie);
+	}
 	return c;
 }
 
 /* The owner of a new connection until a process is seen to have it: the listener's, or nobody if
  * processes that are not watched may accept it, too. False if the listener is not followed. */
-static __always_inline bool owner_by_listener(struct sock *listener, struct found_owner *owner)
+static __always_inline bool owner_by_listener(__u32 slot, struct sock *listener,
+					      struct found_owner *owner)
 {
-	struct tcp_connection *c = connection_of(listener);
+	struct tcp_connection *c = connection_of(slot, listener);
 	struct found_owner *found_owner;
 	__u64 cookie;
 
@@ -505,7 +585,7 @@ static __always_inline bool owner_by_listener(struct sock *listener, struct foun
 		}
 		return true;
 	}
-	found_owner = found_owner_of(listener, &cookie);
+	found_owner = found_owner_of(slot, listener, &cookie);
 	if (found_owner)
 		*owner = *found_owner;
 	return found_owner;
@@ -515,9 +595,10 @@ static __always_inline bool owner_by_listener(struct sock *listener, struct foun
  * The connection of the socket that a hook sees. If a process is using the socket (BY_PROCESS) and
  * is watched, it owns the connection from now on. Threads of the kernel work for others.
  */
-static __always_inline struct tcp_connection *connection_met(struct sock *sk, bool by_process)
+static __always_inline struct tcp_connection *connection_met(__u32 slot, struct sock *sk,
+							     bool by_process)
 {
-	struct tcp_connection *c = connection_of(sk);
+	struct tcp_connection *c = connection_of(slot, sk);
 	struct member *member;
 
 	if (c && !by_process)
@@ -527,16 +608,14 @@ static __always_inline struct tcp_connection *connection_met(struct sock *sk, bo
 		return c;
 	}
 	by_process = by_process && !in_kernel_thread();
-	member = by_process ? watched_process() : NULL;
+	member = by_process ? watched_process(slot) : NULL;
 	if (!c)
-		return connection_seek(sk, member);
+		return connection_seek(slot, sk, member);
 	if (member) {
 		own(c, current_tgid(), member->comm);
 	} else if (by_process && c->presumed) {
-		__u64 key = (__u64)sk;
-
 		/* Another process, which shares the listener with a watched one, has it. */
-		bpf_map_delete_elem(map_of(connections), &key);
+		connection_drop(slot, sk);
 		return NULL;
 	}
 	return c;

@@ -274,22 +274,54 @@ static __always_inline struct sock *socket_of(struct file *file)
 #define TCP_CA_LOSS	4
 
 /*
- * Whether the verifier knows the arguments of tp_btf programs to be sockets, and TCP's (5.9):
- * members are plain loads then. Functions that also read untyped sockets have a constant argument
+ * Whether programs can tell the verifier which type an address has (6.2): members of sockets are
+ * plain loads then. Functions that also read sockets that may be gone have a constant argument
  * TYPED.
  */
 OPTION(bool, typed_sockets, false);
+
+#ifndef CORAL_BCC
+extern void *bpf_rdonly_cast(void *address, __u32 type) __ksym __weak;
+#define typed_address(pointer)                                                                     \
+	((typeof(pointer))bpf_rdonly_cast(pointer, bpf_core_type_id_kernel(typeof(*(pointer)))))
+#endif
+
+/* The socket at ADDRESS: subprograms only take numbers. */
+static __always_inline struct sock *socket_at(__u64 address)
+{
+	struct sock *sk = (struct sock *)address;
+
+#ifndef CORAL_BCC
+	if (option(typed_sockets))
+		return typed_address(sk);
+#endif
+	return sk;
+}
+
+/* An address as a number. The verifier keeps the type of a pointer through assignments, but not
+ * when its bytes are swapped. */
+static __always_inline __u64 address_of(const void *pointer)
+{
+	__u64 address = (__u64)pointer;
+
+#ifndef CORAL_BCC
+	asm volatile("%0 = be64 %0\n%0 = be64 %0" : "+r"(address));
+#endif
+	return address;
+}
 
 #define socket_read_if(typed, pointer, member)                                                     \
 	((typed) ? (pointer)->member : kernel_read(pointer, member))
 #define socket_read(pointer, member) socket_read_if(option(typed_sockets), pointer, member)
 
-/* NULL if it is not a TCP socket. */
 static __always_inline struct tcp_sock *tcp_of(struct sock *sk, bool typed)
 {
 #ifndef CORAL_BCC
-	if (typed)
-		return bpf_skc_to_tcp_sock(sk);
+	if (typed) {
+		struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+		return typed_address(tp);
+	}
 #endif
 	return (struct tcp_sock *)sk;
 }

@@ -27,8 +27,6 @@ enum what {
 	WHAT_RESET_RECEIVED,
 };
 
-OPTION(bool, single_events, false);
-OPTION(bool, selects_host, false);
 OPTION(bool, refresh_at_segments, false); /* where no program reads open connections */
 OPTION(bool, make_cookies, false);	  /* programs may ask for one (5.12) */
 
@@ -73,8 +71,9 @@ IN_BTF(struct tcp_event, tcp_event);
 IN_BTF(struct tcp_ended, tcp_ended);
 IN_BTF(enum record_kind, record_kind);
 
-static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, __u64 time_ns,
-					  __u32 what, __u32 old_state, __u32 new_state, __u32 count)
+static __always_inline void send_event_of(void *ctx, __u32 slot, struct tcp_connection *c,
+					  __u64 time_ns, __u32 what, __u32 old_state,
+					  __u32 new_state, __u32 count)
 {
 	struct tcp_event event = {
 	    .head.kind = RECORD_TCP_EVENT,
@@ -94,90 +93,90 @@ static __always_inline void send_event_of(void *ctx, struct tcp_connection *c, _
 	    .scope_id = c->scope_id,
 	};
 
-	if (!option(single_events))
+	if (!sends_events(slot))
 		return;
 	if (what == WHAT_RESET_SENT)
 		event.reason = c->reset_reason;
 	__builtin_memcpy(event.local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(event.remote, c->remote, ADDRESS_BYTES);
 	__builtin_memcpy(event.name, c->comm, COMM_BYTES);
-	record_send(ctx, option(own_slot), &event, sizeof(event));
+	record_send(ctx, slot, &event, sizeof(event));
 }
 
-static __always_inline void send_event(void *ctx, struct tcp_connection *c, __u32 what,
+static __always_inline void send_event(void *ctx, __u32 slot, struct tcp_connection *c, __u32 what,
 				       __u32 old_state, __u32 count)
 {
-	send_event_of(ctx, c, bpf_ktime_get_ns(), what, old_state, c->state, count);
+	send_event_of(ctx, slot, c, bpf_ktime_get_ns(), what, old_state, c->state, count);
 }
 
 /* Beginnings. */
 
-static __always_inline void send_end(void *ctx, struct tcp_connection *c)
+static __always_inline void send_end(void *ctx, __u32 slot, struct tcp_connection *c)
 {
 	struct tcp_ended *ended;
 
-	if (option(single_events))
+	if (sends_events(slot))
 		return;
 	if (c->role == ROLE_LISTENER && !c->syn_ack_retransmits && !c->resets_sent &&
 	    c->listen_drops == c->found_listen_drops)
 		return;
-	ended = record_reserve(option(own_slot), RECORD_TCP_ENDED, sizeof(*ended));
+	ended = record_reserve(slot, RECORD_TCP_ENDED, sizeof(*ended));
 	if (!ended)
 		return;
 	__builtin_memcpy(&ended->connection, c, sizeof(*c));
-	record_submit(ctx, option(own_slot), ended, sizeof(*ended));
+	record_submit(ctx, slot, ended, sizeof(*ended));
 }
 
 /* A watched process makes a connection, or a listener. */
-static __always_inline void begin_by_process(void *ctx, struct sock *sk, struct member *member,
-					     __u8 role, int old, int state)
+static __always_inline void begin_by_process(void *ctx, __u32 slot, struct sock *sk,
+					     struct member *member, __u8 role, int old, int state)
 {
 	struct tcp_connection *c;
 
-	c = is_tcp(sk, option(typed_sockets)) ? connection_begin(sk, role) : NULL;
+	c = is_tcp(sk, option(typed_sockets)) ? connection_begin(slot, sk, role) : NULL;
 	if (!c)
 		return;
 	own(c, current_tgid(), member->comm);
 	c->state = state;
 	name_ends(c, sk, option(typed_sockets));
 	connection_show(c, number_of(c, sk, option(typed_sockets)));
-	send_event(ctx, c, WHAT_STATE, old, 0);
+	send_event(ctx, slot, c, WHAT_STATE, old, 0);
 }
 
-static __always_inline int on_connect(void *ctx, struct sock *sk, int old)
+static __always_inline int on_connect(void *ctx, __u32 slot, struct sock *sk, int old)
 {
-	struct member *member = watched_process();
-	struct tcp_connection *c = connection_of(sk);
-	__u64 key = (__u64)sk;
+	struct member *member = watched_process(slot);
+	struct tcp_connection *c = connection_of(slot, sk);
 
 	if (c) { /* the same socket again, after its previous connection was dissolved */
-		send_end(ctx, c);
-		bpf_map_delete_elem(map_of(connections), &key);
+		send_end(ctx, slot, c);
+		connection_drop(slot, sk);
 	}
 	if (member)
-		begin_by_process(ctx, sk, member, ROLE_CLIENT, old, TCP_SYN_SENT);
+		begin_by_process(ctx, slot, sk, member, ROLE_CLIENT, old, TCP_SYN_SENT);
 	return 0;
 }
 
-static __always_inline int on_listen(void *ctx, struct sock *sk, int old)
+static __always_inline int on_listen(void *ctx, __u32 slot, struct sock *sk, int old)
 {
-	struct member *member = watched_process();
+	struct member *member = watched_process(slot);
 
 	if (member)
-		begin_by_process(ctx, sk, member, ROLE_LISTENER, old, TCP_LISTEN);
+		begin_by_process(ctx, slot, sk, member, ROLE_LISTENER, old, TCP_LISTEN);
 	return 0;
 }
 
 /* A listener's child, cloned from it. It has no addresses of its own yet, so that this event is
  * sent together with the next one. */
-static __always_inline int on_child(void *ctx, struct sock *sk, int old)
+SUBPROGRAM int on_child(__u32 slot, __u64 child)
 {
+	struct sock *sk = socket_at(child);
 	struct found_owner owner = {};
 	struct tcp_connection *c;
 
-	if (!owner_by_listener(listener_of_child(sk), &owner))
+	if (!owner_by_listener(slot, listener_of_child(sk), &owner))
 		return 0;
-	c = connection_begin(sk, ROLE_SERVER);
+	c = connection_begin(slot, sk, ROLE_SERVER);
 	if (!c)
 		return 0;
 	own(c, owner.pid, owner.comm);
@@ -188,7 +187,12 @@ static __always_inline int on_child(void *ctx, struct sock *sk, int old)
 	return 0;
 }
 
-static __always_inline void on_established(struct tcp_connection *c, struct sock *sk)
+static __always_inline bool refreshes_at_segments(__u32 slot)
+{
+	return option(refresh_at_segments) && !sends_events(slot);
+}
+
+static __always_inline void on_established(__u32 slot, struct tcp_connection *c, struct sock *sk)
 {
 	struct tcp_sock *tp = tcp_of(sk, option(typed_sockets));
 	__u32 srtt_us;
@@ -203,7 +207,7 @@ static __always_inline void on_established(struct tcp_connection *c, struct sock
 	srtt_us = socket_read(tp, srtt_us);
 	if (srtt_us)
 		count_rtt(c, srtt_us >> 3);
-	if (option(refresh_at_segments))
+	if (refreshes_at_segments(slot))
 		refresh(c, sk, TCP_ESTABLISHED, false);
 	if (c->role == ROLE_SERVER) { /* SYN-ACKs, sent before there was a socket */
 		c->retransmits = socket_read(tp, total_retrans);
@@ -250,10 +254,14 @@ static __always_inline void note_fin(struct tcp_connection *c, int old, int stat
 		c->end = END_FIN_REMOTE;
 }
 
-static __always_inline int on_change(void *ctx, struct sock *sk, int old, int state)
+static __always_inline bool changed_by_process(struct sock *sk, int old)
 {
-	bool by_process = held_by_process(sk) && old != TCP_LISTEN && !is_destroyed_by_other(sk);
-	struct tcp_connection *c = connection_met(sk, by_process);
+	return held_by_process(sk) && old != TCP_LISTEN && !is_destroyed_by_other(sk);
+}
+
+static __always_inline int on_change(void *ctx, __u32 slot, struct sock *sk, int old, int state)
+{
+	struct tcp_connection *c = connection_met(slot, sk, changed_by_process(sk, old));
 
 	if (!c || c->ended_ns)
 		return 0;
@@ -264,89 +272,74 @@ static __always_inline int on_change(void *ctx, struct sock *sk, int old, int st
 		refresh(c, sk, old, false);
 		c->ended_ns = c->read_ns;
 	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
-		on_established(c, sk);
+		on_established(slot, c, sk);
 		if (c->role == ROLE_SERVER && c->start_ns)
-			send_event_of(ctx, c, c->start_ns, WHAT_STATE, TCP_LISTEN, old, 0);
+			send_event_of(ctx, slot, c, c->start_ns, WHAT_STATE, TCP_LISTEN, old, 0);
 	} else if (state == TCP_CLOSE) {
 		name_ends_late(c, sk, option(typed_sockets));
 		on_end(c, sk, old);
 	} else {
 		note_fin(c, old, state);
 	}
-	send_event(ctx, c, WHAT_STATE, old, 0);
+	send_event(ctx, slot, c, WHAT_STATE, old, 0);
 	return 0;
 }
 
-static __always_inline int on_state(void *ctx, struct sock *sk, int old, int state)
+static __always_inline int on_state(void *ctx, __u32 slot, struct sock *sk, int old, int state)
 {
 	if (state == TCP_SYN_SENT)
-		return on_connect(ctx, sk, old);
+		return on_connect(ctx, slot, sk, old);
 	if (state == TCP_LISTEN)
-		return on_listen(ctx, sk, old);
-	if (state == TCP_SYN_RECV && old == TCP_LISTEN)
-		return on_child(ctx, sk, old);
-	return on_change(ctx, sk, old, state);
+		return on_listen(ctx, slot, sk, old);
+	return on_change(ctx, slot, sk, old, state);
 }
 
-static __always_inline int on_destroy(void *ctx, struct sock *sk)
+static __always_inline int on_destroy(void *ctx, __u32 slot, struct sock *sk)
 {
-	struct tcp_connection *c = connection_of(sk);
-	__u64 key = (__u64)sk;
+	struct tcp_connection *c = connection_of(slot, sk);
 
-	forget_in_walk(sk);
 	/* A process that nobody watches only matters where the owner is presumed. */
 	if ((c && c->presumed) || !surely_nobodys(current_tgid())) {
 		if (held_by_process(sk) && !(c && is_destroyed_by_other(sk)))
-			c = connection_met(sk, true);
+			c = connection_met(slot, sk, true);
 	}
 	if (!c)
 		return 0;
 	if (!c->ended_ns)
 		on_end(c, sk, c->state);
-	send_end(ctx, c);
-	bpf_map_delete_elem(map_of(connections), &key);
+	send_end(ctx, slot, c);
+	connection_drop(slot, sk);
 	return 0;
 }
 
 /* While a connection is open. */
 
-static __always_inline int on_segment(struct sock *sk)
+SUBPROGRAM int on_segment(__u32 slot, __u64 socket)
 {
-	struct tcp_connection *c = connection_met(sk, false);
+	struct sock *sk = socket_at(socket);
+	struct tcp_connection *c = connection_met(slot, sk, false);
 
 	if (!c || c->ended_ns)
 		return 0;
 	sample_rtt(c, sk);
-	if (option(refresh_at_segments) && bpf_ktime_get_ns() - c->read_ns > REFRESH_NS)
+	if (refreshes_at_segments(slot) && bpf_ktime_get_ns() - c->read_ns > REFRESH_NS)
 		refresh(c, sk, c->state, false);
 	return 0;
 }
 
-/* Whether the current task's use of a socket changes nothing: the task owns it already, or neither
- * is watched. This is the cost for most processes that receive. */
-static __always_inline bool use_changes_nothing(struct sock *sk)
+/* An application has received data: it owns the connection, unless that is known already. */
+SUBPROGRAM int on_received(__u32 slot, __u64 socket)
 {
-	struct tcp_connection *c = connection_of(sk);
-	__u32 tgid = current_tgid();
+	struct sock *sk = socket_at(socket);
+	struct tcp_session *session = session_at(slot);
+	struct tcp_connection *c;
 
-	if (option(refresh_at_segments))
-		return false;
-	return c ? c->pid == tgid && !c->presumed : surely_nobodys(tgid);
-}
-
-static __always_inline int on_use(struct sock *sk)
-{
-	struct tcp_connection *c = connection_met(sk, true);
-
-	if (option(refresh_at_segments) && c && !c->ended_ns)
+	if (!session || !session->wants_use)
+		return 0;
+	c = connection_met(slot, sk, true);
+	if (c && !c->ended_ns && refreshes_at_segments(slot))
 		refresh(c, sk, c->state, false);
 	return 0;
-}
-
-/* An application has received data. Some layers above (kTLS) do so outside of any process. */
-static __always_inline int on_received(struct sock *sk)
-{
-	return !use_changes_nothing(sk) && held_by_process(sk) ? on_use(sk) : 0;
 }
 
 static __always_inline __u32 kind_of_retransmit(struct sock *sk)
@@ -362,9 +355,9 @@ static __always_inline __u32 kind_of_retransmit(struct sock *sk)
 }
 
 /* The kernel has already counted it; several segments may have been sent at once. */
-static __always_inline int on_retransmit(void *ctx, struct sock *sk)
+static __always_inline int on_retransmit(void *ctx, __u32 slot, struct sock *sk)
 {
-	struct tcp_connection *c = connection_met(sk, false);
+	struct tcp_connection *c = connection_met(slot, sk, false);
 	__u32 kind, total, count;
 
 	if (!c)
@@ -375,19 +368,19 @@ static __always_inline int on_retransmit(void *ctx, struct sock *sk)
 	count = total - c->retransmits;
 	c->retransmits = total;
 	c->retransmits_of[kind % KINDS] += count;
-	send_event(ctx, c, WHAT_RETRANSMIT_FAST + kind, c->state, count);
+	send_event(ctx, slot, c, WHAT_RETRANSMIT_FAST + kind, c->state, count);
 	return 0;
 }
 
-static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener,
+static __always_inline int on_synack_retransmit(void *ctx, __u32 slot, struct sock *listener,
 						struct request_sock *request)
 {
-	struct tcp_connection *c = connection_met(listener, false);
+	struct tcp_connection *c = connection_met(slot, listener, false);
 
 	if (!c)
 		return 0;
 	__sync_fetch_and_add(&c->syn_ack_retransmits, 1);
-	if (!option(single_events))
+	if (!sends_events(slot))
 		return 0;
 	{
 		struct tcp_event event = {
@@ -405,18 +398,17 @@ static __always_inline int on_synack_retransmit(void *ctx, struct sock *listener
 		    .count = 1,
 		};
 
-		addresses_of(&request->__req_common, event.local, event.remote,
-			     option(typed_sockets));
+		addresses_of(&request->__req_common, event.local, event.remote, false);
 		__builtin_memcpy(event.name, c->comm, COMM_BYTES);
-		record_send(ctx, option(own_slot), &event, sizeof(event));
+		record_send(ctx, slot, &event, sizeof(event));
 	}
 	return 0;
 }
 
-/* SK is NULL if nothing listens there. A reset on the way to CLOSE is the cause of the end. */
-static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reason)
+/* A reset on the way to CLOSE is the cause of the end. */
+static __always_inline int on_reset_sent(void *ctx, __u32 slot, struct sock *sk, __u32 reason)
 {
-	struct tcp_connection *c = sk ? connection_met(sk, false) : NULL;
+	struct tcp_connection *c = connection_met(slot, sk, false);
 
 	if (!c)
 		return 0;
@@ -426,19 +418,19 @@ static __always_inline int on_reset_sent(void *ctx, struct sock *sk, __u32 reaso
 		c->end = END_RESET_LOCAL;
 		c->segments_sent = kernel_read((struct tcp_sock *)sk, segs_out);
 	}
-	send_event(ctx, c, WHAT_RESET_SENT, c->state, 1);
+	send_event(ctx, slot, c, WHAT_RESET_SENT, c->state, 1);
 	return 0;
 }
 
-static __always_inline int on_reset_received(void *ctx, struct sock *sk)
+static __always_inline int on_reset_received(void *ctx, __u32 slot, struct sock *sk)
 {
-	struct tcp_connection *c = connection_met(sk, false);
+	struct tcp_connection *c = connection_met(slot, sk, false);
 
 	if (!c)
 		return 0;
 	name_ends_late(c, sk, option(typed_sockets));
 	c->resets_received++;
-	send_event(ctx, c, WHAT_RESET_RECEIVED, c->state, 1);
+	send_event(ctx, slot, c, WHAT_RESET_RECEIVED, c->state, 1);
 	return 0;
 }
 
@@ -522,13 +514,114 @@ static __always_inline bool done_by_twin(struct sock *sk, __u64 event)
 	} while (0)
 #endif
 
+/*
+ * What a hook does for each session is a function that the verifier goes through once, which takes
+ * numbers only. A record for a perf buffer needs the program's context: there it goes through the
+ * function for each session. Kernels before 6.8 go through all of the first kind, called or not.
+ */
+#ifdef CORAL_BCC
+#define WITH_CONTEXT static __always_inline
+#define BY_RING	     false
+#else
+#define WITH_CONTEXT static __noinline
+#define BY_RING	     option(records_in_ring)
+#endif
+
+SUBPROGRAM int state_by_ring(__u32 slot, __u64 sk, int old, int state)
+{
+	return BY_RING ? on_state(NULL, slot, socket_at(sk), old, state) : 0;
+}
+
+WITH_CONTEXT int state_by_perf(void *ctx, __u32 slot, __u64 sk, int old, int state)
+{
+	return on_state(ctx, slot, socket_at(sk), old, state);
+}
+
+SUBPROGRAM int destroy_by_ring(__u32 slot, __u64 sk)
+{
+	return BY_RING ? on_destroy(NULL, slot, socket_at(sk)) : 0;
+}
+
+WITH_CONTEXT int destroy_by_perf(void *ctx, __u32 slot, __u64 sk)
+{
+	return on_destroy(ctx, slot, socket_at(sk));
+}
+
+SUBPROGRAM int retransmit_by_ring(__u32 slot, __u64 sk)
+{
+	return BY_RING ? on_retransmit(NULL, slot, socket_at(sk)) : 0;
+}
+
+WITH_CONTEXT int retransmit_by_perf(void *ctx, __u32 slot, __u64 sk)
+{
+	return on_retransmit(ctx, slot, socket_at(sk));
+}
+
+SUBPROGRAM int synack_by_ring(__u32 slot, __u64 sk, __u64 request)
+{
+	return BY_RING
+		   ? on_synack_retransmit(NULL, slot, socket_at(sk), (struct request_sock *)request)
+		   : 0;
+}
+
+WITH_CONTEXT int synack_by_perf(void *ctx, __u32 slot, __u64 sk, __u64 request)
+{
+	return on_synack_retransmit(ctx, slot, socket_at(sk), (struct request_sock *)request);
+}
+
+SUBPROGRAM int reset_sent_by_ring(__u32 slot, __u64 sk, __u32 reason)
+{
+	return BY_RING ? on_reset_sent(NULL, slot, socket_at(sk), reason) : 0;
+}
+
+WITH_CONTEXT int reset_sent_by_perf(void *ctx, __u32 slot, __u64 sk, __u32 reason)
+{
+	return on_reset_sent(ctx, slot, socket_at(sk), reason);
+}
+
+SUBPROGRAM int reset_received_by_ring(__u32 slot, __u64 sk)
+{
+	return BY_RING ? on_reset_received(NULL, slot, socket_at(sk)) : 0;
+}
+
+WITH_CONTEXT int reset_received_by_perf(void *ctx, __u32 slot, __u64 sk)
+{
+	return on_reset_received(ctx, slot, socket_at(sk));
+}
+
+static __always_inline __u64 sessions_of_state(struct sock *sk, int old, int state)
+{
+	if (state == TCP_SYN_RECV && old == TCP_LISTEN)
+		return sessions_met(listener_of_child(sk), false);
+	return sessions_met(sk, state == TCP_SYN_SENT || state == TCP_LISTEN ||
+				    changed_by_process(sk, old));
+}
+
 static __always_inline int on_any_state(void *ctx, struct sock *sk, int old, int state)
 {
+	__u64 mask, address;
+
 	if (done_by_twin(sk, (__u64)half_of(sk) << 32 | old << 8 | state))
 		return 0;
 	if (state == TCP_SYN_SENT || state == TCP_LISTEN || state == TCP_ESTABLISHED)
 		make_cookie(sk);
-	return on_state(ctx, sk, old, state);
+	mask = sessions_of_state(sk, old, state);
+	address = address_of(sk);
+	if (state == TCP_SYN_RECV && old == TCP_LISTEN) {
+		for_each_session(slot, mask)
+		{
+			on_child(slot, address);
+		}
+		return 0;
+	}
+	for_each_session(slot, mask)
+	{
+		if (BY_RING)
+			state_by_ring(slot, address, old, state);
+		else
+			state_by_perf(ctx, slot, address, old, state);
+	}
+	return 0;
 }
 
 SEC("raw_tp/inet_sock_set_state")
@@ -546,44 +639,112 @@ int RAW_PROGRAM(coral_state_twin, struct sock *sk, int old, int state)
 SEC("raw_tp/tcp_destroy_sock")
 int RAW_PROGRAM(coral_destroy, struct sock *sk)
 {
-	return on_destroy(ctx, sk);
+	__u64 mask = sessions_met(sk, held_by_process(sk)), address = address_of(sk);
+
+	forget_in_walk(sk);
+	for_each_session(slot, mask)
+	{
+		if (BY_RING)
+			destroy_by_ring(slot, address);
+		else
+			destroy_by_perf(ctx, slot, address);
+	}
+	return 0;
 }
 
 SEC("raw_tp/tcp_probe")
 int RAW_PROGRAM(coral_segment, struct sock *sk)
 {
-	return on_segment(sk);
+	__u64 mask = sessions_met(sk, false), address = address_of(sk);
+
+	for_each_session(slot, mask)
+	{
+		on_segment(slot, address);
+	}
+	return 0;
 }
 
 SEC("raw_tp/tcp_rcv_space_adjust")
 int RAW_PROGRAM(coral_received, struct sock *sk)
 {
-	return on_received(sk);
+	__u64 mask = sessions_met(sk, true), address;
+
+	/* Some layers above (kTLS) receive outside of any process. */
+	if (!mask || !held_by_process(sk))
+		return 0;
+	address = address_of(sk);
+	for_each_session(slot, mask)
+	{
+		on_received(slot, address);
+	}
+	return 0;
 }
 
 SEC("raw_tp/tcp_retransmit_skb")
 int RAW_PROGRAM(coral_retransmit, struct sock *sk)
 {
-	return on_retransmit(ctx, sk);
+	__u64 mask = sessions_met(sk, false), address = address_of(sk);
+
+	for_each_session(slot, mask)
+	{
+		if (BY_RING)
+			retransmit_by_ring(slot, address);
+		else
+			retransmit_by_perf(ctx, slot, address);
+	}
+	return 0;
 }
 
 SEC("raw_tp/tcp_retransmit_synack")
 int RAW_PROGRAM(coral_synack, struct sock *sk, struct request_sock *request)
 {
-	return on_synack_retransmit(ctx, sk, request);
+	__u64 mask = sessions_met(sk, false);
+	__u64 address = address_of(sk), of_request = address_of(request);
+
+	for_each_session(slot, mask)
+	{
+		if (BY_RING)
+			synack_by_ring(slot, address, of_request);
+		else
+			synack_by_perf(ctx, slot, address, of_request);
+	}
+	return 0;
 }
 
 SEC("raw_tp/tcp_send_reset")
 int RAW_PROGRAM(coral_reset_out, struct sock *sk, void *skb)
 {
 	/* Only kernels that tell the reason have a third argument. */
-	return on_reset_sent(ctx, sk, KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0);
+	__u32 reason = KERNEL_TELLS_REASON ? reset_reason_of(ctx[2]) : 0;
+	__u64 mask, address;
+
+	if (!sk) /* nothing listens there */
+		return 0;
+	mask = sessions_met(sk, false);
+	address = address_of(sk);
+	for_each_session(slot, mask)
+	{
+		if (BY_RING)
+			reset_sent_by_ring(slot, address, reason);
+		else
+			reset_sent_by_perf(ctx, slot, address, reason);
+	}
+	return 0;
 }
 
 SEC("raw_tp/tcp_receive_reset")
 int RAW_PROGRAM(coral_reset_in, struct sock *sk)
 {
-	return on_reset_received(ctx, sk);
+	__u64 mask = sessions_met(sk, false), address = address_of(sk);
+
+	for_each_session(slot, mask)
+	{
+		if (BY_RING)
+			reset_received_by_ring(slot, address);
+		else
+			reset_received_by_perf(ctx, slot, address);
+	}
+	return 0;
 }
 
 #ifndef CORAL_BCC /* iterators need BTF */
@@ -666,20 +827,23 @@ int coral_live_iter(struct bpf_iter__bpf_map_elem *ctx)
 /*
  * ... or by a program that user space runs itself, where the kernel refuses that type of iterator.
  * User space writes the keys to the first elements of `live`, and a 0 behind them; a key that it
- * finds to be 0 afterwards has no good copy.
+ * finds to be 0 afterwards has no good copy. Sessions take turns.
  */
 #define LIVE_ELEMENTS 1024
 
 MAP(ARRAY, live, __u32, struct tcp_connection, LIVE_ELEMENTS, BPF_F_MMAPABLE);
+GLOBAL(__u32, live_slot); /* the session whose connections they are */
 
 static long copy_live_of_key(struct bpf_map *map, __u32 *index, struct tcp_connection *c, void *ctx)
 {
 	__u64 key = c->sk;
 	struct tcp_connection *value;
+	void *of_session;
 
 	if (!key)
 		return 1; /* no further one */
-	value = bpf_map_lookup_elem(map_of(connections), &key);
+	of_session = map_of_session(connections, *global(live_slot));
+	value = of_session ? bpf_map_lookup_elem(of_session, &key) : NULL;
 	if (!value || !copy_live(c, value))
 		c->sk = 0;
 	return 0;
@@ -704,29 +868,71 @@ static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const c
 }
 
 /* A process that is not watched has it open: drop it if it was only presumed to be ours. */
-static __always_inline void had_by_other(struct sock *sk)
+static __always_inline void had_by_other(__u32 slot, struct sock *sk)
 {
-	struct tcp_connection *c = connection_of(sk);
-	__u64 key = (__u64)sk;
+	struct tcp_connection *c = connection_of(slot, sk);
 
 	if (c && c->presumed)
-		bpf_map_delete_elem(map_of(connections), &key);
+		connection_drop(slot, sk);
 	else if (c && c->role == ROLE_LISTENER)
 		c->shared = true;
 }
 
-/* A watched process has it open, which is found now if it was not known. */
-static __noinline int had_by_target(struct sock *sk, __u32 tgid, const char *comm, __u32 now)
+/* A watched process has it open, which is found now if it was not known. NOW is the number of the
+ * walk, from the session's first. */
+static __always_inline void had_by_target(__u32 slot, struct sock *sk, __u32 tgid, const char *comm,
+					  __u32 now)
 {
-	struct tcp_connection *c = connection_of(sk);
+	struct tcp_connection *c = connection_of(slot, sk);
 
 	if (!c && is_tcp(sk, false)) {
-		c = connection_find(sk, tgid, comm, true, false);
-		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(sk))
-			account_loss(option(own_slot), LOSS_MAP_FULL);
+		c = connection_find(slot, sk, tgid, comm, true, false);
+		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(slot, sk))
+			account_loss(slot, LOSS_MAP_FULL);
 	}
 	if (c)
 		had_by(c, tgid, comm, now);
+}
+
+static __always_inline bool is_watched_in_walk(__u32 slot, __u32 tgid)
+{
+	struct member *member = member_of(slot, tgid);
+	struct sessions *all = all_sessions();
+
+	if (member)
+		return member->state == MEMBER_ACTIVE;
+	return all && all->host & session_bit(slot);
+}
+
+/* Those of SESSIONS that watch the process TGID. */
+SUBPROGRAM __u64 watching_in_walk(__u64 sessions, __u32 tgid)
+{
+	__u64 found = 0;
+
+	for_each_session(slot, sessions)
+	{
+		if (is_watched_in_walk(slot, tgid))
+			found |= session_bit(slot);
+	}
+	return found;
+}
+
+/* The process of this leader, which session SLOT watches if WATCHED, has the socket open. */
+SUBPROGRAM int had_in_session(__u32 slot, __u64 socket, __u64 leader, __u32 now, bool watched)
+{
+	struct task_struct *task = (struct task_struct *)leader;
+	struct tcp_session *session = session_at(slot);
+	struct sock *sk = (struct sock *)socket;
+	char comm[COMM_BYTES] = {};
+
+	if (!session || !session->first_walk)
+		return 0;
+	if (!watched) {
+		had_by_other(slot, sk);
+		return 0;
+	}
+	kernel_read_string(&comm, task, comm);
+	had_by_target(slot, sk, kernel_read(task, tgid), comm, now - session->first_walk + 1);
 	return 0;
 }
 
@@ -755,50 +961,51 @@ static __always_inline struct sock *next_subflow(__u64 *node, __u64 list)
 	    tcp_sock);
 }
 
-static __always_inline void had_open(struct sock *sk, bool watched, __u32 tgid, const char *comm,
-				     __u32 now)
+/* The process of this leader, which the sessions WATCHING watch, has the socket open. */
+SUBPROGRAM int had_open(__u64 socket, __u64 sessions, __u64 watching, __u64 leader, __u32 now)
 {
+	struct sock *sk = (struct sock *)socket;
+
 	meet_in_walk(sk, now);
-	if (watched)
-		had_by_target(sk, tgid, comm, now);
-	else
-		had_by_other(sk);
+	if (surely_unfollowed(sk))
+		sessions = watching;
+	for_each_session(slot, sessions)
+	{
+		had_in_session(slot, socket, leader, now, watching & session_bit(slot));
+	}
+	return 0;
 }
 
 /* Walks the open files of all processes, for sockets that existed before or were passed on from
- * another process, and for the present owners of known ones. */
+ * another process, and for the present owners of known ones; for all sessions at once. */
 SEC("iter/task_file")
 int coral_find_iter(struct bpf_iter__task_file *ctx)
 {
 	volatile __u32 *number = global(walk);
+	struct sessions *all = all_sessions();
 	struct task_struct *task = ctx->task;
+	__u64 list, node, sessions, watching = 0, leader;
 	struct file *file = ctx->file;
-	char comm[COMM_BYTES] = {};
-	struct member *member;
-	__u64 list, node;
 	struct sock *sk;
-	bool watched;
-	__u32 tgid;
 
-	if (!task || !file || !number)
+	if (!task || !file || !number || !all)
 		return 0;
 	sk = socket_in(file);
 	if (!sk)
 		return 0;
-	tgid = task->tgid;
-	member = member_of(option(own_slot), tgid);
-	watched = member ? member->state == MEMBER_ACTIVE : option(selects_host);
-	if (watched)
-		kernel_read_string(&comm, kernel_read(task, group_leader), comm);
+	sessions = sessions_of_hub(all);
+	if (!surely_unwatched(all, task->tgid))
+		watching = watching_in_walk(sessions, task->tgid);
+	leader = (__u64)kernel_read(task, group_leader);
 	if (!is_of_protocol(sk, IPPROTO_MPTCP, false)) {
-		if (watched && is_tcp(sk, false) && !connection_of(sk))
+		if (watching && is_tcp(sk, false))
 			make_cookie(sk);
-		had_open(sk, watched, tgid, comm, *number);
+		had_open(address_of(sk), sessions, watching, leader, *number);
 		return 0;
 	}
 	list = node = (__u64)sk + member_offset(struct mptcp_sock, conn_list);
 	for (int i = 0; i < MOST_SUBFLOWS && (sk = next_subflow(&node, list)); i++)
-		had_open(sk, watched, tgid, comm, *number);
+		had_open((__u64)sk, sessions, watching, leader, *number);
 	return 0;
 }
 
