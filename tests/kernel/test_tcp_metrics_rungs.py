@@ -133,7 +133,7 @@ def live_reader(
     """The reader of the open connections of COLLECTOR, if a program reads them."""
     steps = TcpMetricsCollector.support(bpf.probe().without(*without)).steps
     (taken,) = (step.taken for step in steps if step.what == "connections")
-    its, record, keys = collector.bpf_object.object, "tcp_connection", "connections"
+    its, record, keys = collector.bpf_object, "tcp_connection", "connections"
     if taken == "map_iterator":
         return its.walk("coral_live_iter", record, map_name=keys)
     if taken == "syscall_program":
