@@ -608,14 +608,12 @@ static __always_inline int on_any_state(void *ctx, struct sock *sk, int old, int
 	mask = sessions_of_state(sk, old, state);
 	address = address_of(sk);
 	if (state == TCP_SYN_RECV && old == TCP_LISTEN) {
-		for_each_session(slot, mask)
-		{
+		for_each_session (slot, mask) {
 			on_child(slot, address);
 		}
 		return 0;
 	}
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		if (BY_RING)
 			state_by_ring(slot, address, old, state);
 		else
@@ -642,8 +640,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 	__u64 mask = sessions_met(sk, held_by_process(sk)), address = address_of(sk);
 
 	forget_in_walk(sk);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		if (BY_RING)
 			destroy_by_ring(slot, address);
 		else
@@ -657,8 +654,7 @@ int RAW_PROGRAM(coral_segment, struct sock *sk)
 {
 	__u64 mask = sessions_met(sk, false), address = address_of(sk);
 
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		on_segment(slot, address);
 	}
 	return 0;
@@ -673,8 +669,7 @@ int RAW_PROGRAM(coral_received, struct sock *sk)
 	if (!mask || !held_by_process(sk))
 		return 0;
 	address = address_of(sk);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		on_received(slot, address);
 	}
 	return 0;
@@ -685,8 +680,7 @@ int RAW_PROGRAM(coral_retransmit, struct sock *sk)
 {
 	__u64 mask = sessions_met(sk, false), address = address_of(sk);
 
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		if (BY_RING)
 			retransmit_by_ring(slot, address);
 		else
@@ -701,8 +695,7 @@ int RAW_PROGRAM(coral_synack, struct sock *sk, struct request_sock *request)
 	__u64 mask = sessions_met(sk, false);
 	__u64 address = address_of(sk), of_request = address_of(request);
 
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		if (BY_RING)
 			synack_by_ring(slot, address, of_request);
 		else
@@ -722,8 +715,7 @@ int RAW_PROGRAM(coral_reset_out, struct sock *sk, void *skb)
 		return 0;
 	mask = sessions_met(sk, false);
 	address = address_of(sk);
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		if (BY_RING)
 			reset_sent_by_ring(slot, address, reason);
 		else
@@ -737,8 +729,7 @@ int RAW_PROGRAM(coral_reset_in, struct sock *sk)
 {
 	__u64 mask = sessions_met(sk, false), address = address_of(sk);
 
-	for_each_session(slot, mask)
-	{
+	for_each_session (slot, mask) {
 		if (BY_RING)
 			reset_received_by_ring(slot, address);
 		else
@@ -909,8 +900,7 @@ SUBPROGRAM __u64 watching_in_walk(__u64 sessions, __u32 tgid)
 {
 	__u64 found = 0;
 
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		if (is_watched_in_walk(slot, tgid))
 			found |= session_bit(slot);
 	}
@@ -969,8 +959,7 @@ SUBPROGRAM int had_open(__u64 socket, __u64 sessions, __u64 watching, __u64 lead
 	meet_in_walk(sk, now);
 	if (surely_unfollowed(sk))
 		sessions = watching;
-	for_each_session(slot, sessions)
-	{
+	for_each_session (slot, sessions) {
 		had_in_session(slot, socket, leader, now, watching & session_bit(slot));
 	}
 	return 0;
