@@ -322,8 +322,10 @@ class _Group:
         with self.lock:
             slots = list(self.slots.values())
         for slot in slots:
-            at = np.unique(slot.tidied_members() % np.uint64(HINTS)).astype(np.uint32)
-            hints.write_many(at + first, np.ones(len(at), np.uint8))
+            running = slot.tidied_members()
+            if not slot.watches_host:  # which needs no hints
+                at = np.unique(running % np.uint64(HINTS)).astype(np.uint32)
+                hints.write_many(at + first, np.ones(len(at), np.uint8))
 
         def change_over(said: NDArray[Any]) -> None:
             said["hints"] = unused
@@ -412,6 +414,7 @@ class Slot:
         self._arrays: dict[str, HashMap] = {}
         self._readers: list[Walk | ElementReader] = []
         self._active = self._closed = self._detailed = False
+        self.watches_host = False
         self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
         self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
         self._memory_bytes = 0
@@ -577,6 +580,7 @@ class Slot:
         # Once before, so that no thread can have looked at the slot's last session and not know it.
         self._group.say(lambda _: None)
         self._active, self._detailed = True, bool(selections.get("detailed"))
+        self.watches_host = bool(selections.get("host"))
         self.since = self._group.say(set_bits)
 
     def members_changed(self) -> None:

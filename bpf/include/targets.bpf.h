@@ -53,12 +53,24 @@ static __always_inline struct member *member_of(__u32 slot, __u32 tgid)
 #define HINTS 16384
 MAP(ARRAY, hints, __u32, __u8, 2 * HINTS, 0);
 
-static __always_inline bool surely_unwatched(const struct sessions *all, __u32 tgid)
+static __always_inline bool hint_is_clear(const struct sessions *all, __u32 tgid)
 {
 	__u32 at = (all->hints & 1) * HINTS + tgid % HINTS;
 	__u8 *hint = bpf_map_lookup_elem(map_of(hints), &at);
 
-	return !all->host && hint && !*hint;
+	return hint && !*hint;
+}
+
+/* For programs that work for all sessions. */
+static __always_inline bool surely_unwatched(const struct sessions *all, __u32 tgid)
+{
+	return !all->host && hint_is_clear(all, tgid);
+}
+
+/* For the programs of a hub: sessions of other hubs that watch every process cost them nothing. */
+static __always_inline bool surely_unwatched_here(const struct sessions *all, __u32 tgid)
+{
+	return !(all->host & sessions_of_hub(all)) && hint_is_clear(all, tgid);
 }
 
 static __always_inline void hint_at(__u32 tgid)
@@ -154,7 +166,8 @@ static __always_inline void member_add(const struct sessions *all, __u32 slot, _
 		account_error(slot, error);
 		return;
 	}
-	hint_at(tgid);
+	if (!(all->host & session_bit(slot))) /* those that watch every process look at no hint */
+		hint_at(tgid);
 	tell_change(all, slot, tgid, born, CHANGE_FOUND, member->comm);
 }
 

@@ -332,7 +332,7 @@ int RAW_PROGRAM(coral_enter, struct pt_regs *regs, long id)
 	struct call *call;
 	__u32 nr;
 
-	if (!all || surely_unwatched(all, me.tgid))
+	if (!all || surely_unwatched_here(all, me.tgid))
 		return 0;
 	call = call_of(all, &me, generation_of(all));
 	if (!call)
@@ -393,7 +393,7 @@ int RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)
 	__u32 now, generation = 0;
 	struct call *call;
 
-	if (!all || surely_unwatched(all, me.tgid))
+	if (!all || surely_unwatched_here(all, me.tgid))
 		return 0;
 	now = generation_of(all);
 	call = thread_state(&me);

@@ -186,7 +186,7 @@ static __always_inline __u64 sessions_met(struct sock *sk, bool by_process)
 	if (!all)
 		return 0;
 	if (!option(take_over_found) && surely_unfollowed(sk) &&
-	    !(by_process && !surely_unwatched(all, current_tgid())))
+	    !(by_process && !surely_unwatched_here(all, current_tgid())))
 		return 0;
 	return sessions_of_hub(all);
 }
@@ -215,7 +215,7 @@ static __always_inline struct member *watched_process(__u32 slot)
 	__u32 tgid = current_tgid();
 	struct member *member;
 
-	if (!all || surely_unwatched(all, tgid))
+	if (!all || surely_unwatched_here(all, tgid))
 		return NULL;
 	if (all->host & session_bit(slot) && state_in_session(slot, tgid) != MEMBER_ACTIVE)
 		return NULL;
@@ -227,7 +227,7 @@ static __always_inline bool surely_nobodys(__u32 tgid)
 {
 	struct sessions *all = all_sessions();
 
-	return !all || surely_unwatched(all, tgid);
+	return !all || surely_unwatched_here(all, tgid);
 }
 
 static __always_inline void name_ends(struct tcp_connection *c, struct sock *sk, bool typed)

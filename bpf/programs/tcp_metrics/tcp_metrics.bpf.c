@@ -983,7 +983,7 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	if (!sk)
 		return 0;
 	sessions = sessions_of_hub(all);
-	if (!surely_unwatched(all, task->tgid))
+	if (!surely_unwatched_here(all, task->tgid))
 		watching = watching_in_walk(sessions, task->tgid);
 	leader = (__u64)kernel_read(task, group_leader);
 	if (!is_of_protocol(sk, IPPROTO_MPTCP, false)) {

@@ -73,7 +73,7 @@ int RAW_PROGRAM(coral_toy, struct task_struct *parent, struct task_struct *child
 	struct sessions *all = all_sessions();
 	__u64 process;
 
-	if (!all || child_tgid == tgid || surely_unwatched(all, tgid))
+	if (!all || child_tgid == tgid || surely_unwatched_here(all, tgid))
 		return 0;
 	process = key_of_ended(tgid, born_of(kernel_read(this_task(), group_leader)));
 	for_each_session (slot, sessions_of_current(all, tgid)) {
