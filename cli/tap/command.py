@@ -324,11 +324,23 @@ async def _exit_status(request: Request, tapped: Tapped, held: HeldCommand | Non
         echo_error(_preempted(request, tapped.end.detail))
     if held and not tapped.interrupted:
         status = await held.wait()
+        if left := held.left_running():
+            echo_error(_left(left))
         if status:
             return status
     if tapped.interrupted:
         return 128 + tapped.interrupted
     return EXIT_ERROR if reason is None or reason in _BAD_ENDS else 0
+
+
+def _left(pids: Sequence[int]) -> str:
+    """What the command has left behind: the tap ends with it, and not with them."""
+    what, them = ("a process", "it") if len(pids) == 1 else (f"{len(pids)} processes", "them")
+    target = ",".join(map(str, pids))
+    return (
+        f"the command has ended and left {what} running, which this tap does not watch any more: "
+        f"`coral tap pid:{target}` watches {them}"
+    )
 
 
 def _preempted(request: Request, detail: str) -> str:

@@ -6,6 +6,7 @@ So a collector can be attached to the process first, and counts from the command
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import shutil
@@ -22,6 +23,7 @@ import click
 EXIT_NOT_FOUND: Final = 127
 EXIT_NOT_EXECUTABLE: Final = 126
 _REPORT_BYTES: Final = 8192
+_PR_SET_CHILD_SUBREAPER: Final = 36
 # Reads a byte, then execs; exits silently when the pipe closes first. The command must not inherit
 # what Python has changed for itself: LC_CTYPE, ignored signals, one more descriptor.
 _HELD: Final = f"""
@@ -59,6 +61,7 @@ class HeldCommand:
         """Starts the process that waits. Exits with 127, as a shell does, where there is no such
         command, and with 126 where the file is not executable."""
         path = _found(command[0])
+        _adopt_orphans()
         read_fd, release_fd = os.pipe()
         report_fd, write_fd = os.pipe()
         # A Ctrl-C, which reaches the new process too, waits until it no longer prints a traceback.
@@ -107,6 +110,10 @@ class HeldCommand:
         if number != signal.SIGINT and self._process.returncode is None:
             self._process.send_signal(number)
 
+    def left_running(self) -> list[int]:
+        """The ids of the processes that the command has started and left, once it has ended."""
+        return [pid for pid in _children() if pid != self.pid]
+
     async def wait(self) -> int:
         """Waits for the command's end; its exit status, as a shell has it. Ends it where this is
         cancelled."""
@@ -116,6 +123,30 @@ class HeldCommand:
             self.end(signal.SIGTERM)
             raise
         return status if status >= 0 else 128 - status
+
+
+def _adopt_orphans() -> None:
+    """From now on a process whose parent ends becomes a child of this one, if it descends from it:
+    so it can be told. Does nothing on a kernel without this (before 3.4)."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
+
+
+def _children() -> list[int]:
+    """The children of this process that run; none where the kernel does not list them
+    (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            found += map(int, (task / "children").read_text().split())
+    return [pid for pid in found if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def own_namespace(kind: str) -> int:

@@ -188,6 +188,18 @@ def test_a_command_gives_its_exit_status(script: str, status: int, agent: Runnin
     assert ", target exited" in done.stdout
 
 
+def test_what_a_command_leaves_running_is_told(agent: RunningAgent) -> None:
+    script = "sleep 600 > /dev/null 2>&1 & echo $!"
+    done = run("tap", "--agent", agent.address, "--syscall-stats", "--", "sh", "-c", script)
+    pid = int(done.stdout.splitlines()[0])
+    os.kill(pid, signal.SIGKILL)
+    assert done.returncode == 0
+    assert done.stderr == (
+        "coral: the command has ended and left a process running, which this tap does not watch "
+        f"any more: `coral tap pid:{pid}` watches it\n"
+    )
+
+
 def test_a_command_finds_what_it_would_find_without_coral(agent: RunningAgent) -> None:
     script = "ls /proc/self/fd; grep -E '^Sig(Ign|Blk)' /proc/self/status; pwd; env; cat"
     command = ["sh", "-c", script]
