@@ -29,6 +29,7 @@
 
 #include <uapi/linux/bpf.h>
 #include <linux/cgroup-defs.h>
+#include <linux/kernfs.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 

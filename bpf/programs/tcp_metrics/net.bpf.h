@@ -14,6 +14,7 @@
 /* The kernel has a function of that name. */
 #pragma push_macro("kernel_read")
 #undef kernel_read
+#include <net/inet_hashtables.h>
 #include <net/inet_sock.h>
 #include <net/net_namespace.h>
 #include <linux/tcp.h>
