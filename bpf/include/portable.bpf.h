@@ -28,6 +28,8 @@
 #ifdef CORAL_BCC
 
 #include <uapi/linux/bpf.h>
+#include <linux/cgroup-defs.h>
+#include <linux/kernfs.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 

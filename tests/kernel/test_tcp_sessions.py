@@ -26,7 +26,12 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
 CLOSED = 7  # enum TcpState
-RUNGS = {"best": (), "raw_tp": ("tp_btf",), "perf_buffer": ("ring_buffer",)}
+RUNGS = {
+    "best": (),
+    "raw_tp": ("tp_btf",),
+    "perf_buffer": ("ring_buffer",),
+    "no walks": ("iterator",),
+}
 SHORT, BYTES = 3, 12_345  # in a round: connections, and the bytes on each
 LONG_BYTES = 70_001  # and on the one that stays open
 _NAME = "import ctypes; ctypes.CDLL(None).prctl(15, {name!r}.encode(), 0, 0, 0)"

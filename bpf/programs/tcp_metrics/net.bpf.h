@@ -14,6 +14,7 @@
 /* The kernel has a function of that name. */
 #pragma push_macro("kernel_read")
 #undef kernel_read
+#include <net/inet_hashtables.h>
 #include <net/inet_sock.h>
 #include <net/net_namespace.h>
 #include <linux/tcp.h>
@@ -249,6 +250,7 @@ struct mptcp_subflow_context {
 #define member_offset(type, member) bpf_core_field_offset(((type *)0)->member)
 #define HAVE_IPV6		    1
 #define kernel_has_ipv6(sk)	    bpf_core_field_exists((sk)->skc_v6_daddr)
+#define kernel_has_mptcp()	    bpf_core_field_exists(((struct mptcp_sock *)0)->conn_list)
 
 static __always_inline __u8 congestion_state(struct sock *sk)
 {

@@ -930,7 +930,7 @@ static __always_inline struct sock *socket_in(struct file *file)
 {
 	struct socket *socket;
 
-	if (!option(typed_sockets))
+	if (!option(make_cookies)) /* which is later than the helper (5.11) */
 		return socket_of(file);
 	socket = bpf_sock_from_file(file);
 	return socket ? socket->sk : NULL;
@@ -986,7 +986,7 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	if (!surely_unwatched_here(all, task->tgid))
 		watching = watching_in_walk(sessions, task->tgid);
 	leader = (__u64)kernel_read(task, group_leader);
-	if (!is_of_protocol(sk, IPPROTO_MPTCP, false)) {
+	if (!kernel_has_mptcp() || !is_of_protocol(sk, IPPROTO_MPTCP, false)) {
 		if (watching && is_tcp(sk, false))
 			make_cookie(sk);
 		had_open(address_of(sk), sessions, watching, leader, *number);
