@@ -1,0 +1,90 @@
+"""The maps that a session has of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from coral.bpf import BpfError, BpfObject
+from coral.bpf.loading.map_definition import InnerMap
+from coral.collectors.hubs.plan import MAPS_OF_PROCESSES, Plan
+
+
+class Kit:
+    """The maps of one session, by its plan, for the slot NUMBER."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        self.name, self.sizes, self.number = plan.name, dict(plan.sizes), number
+        self.maps: dict[str, InnerMap] = {}
+        self.is_ready = False
+        self._installed: list[tuple[BpfObject, str]] = []
+
+    def is_like(self, other: Kit) -> bool:
+        """Whether both have the same maps, of any size."""
+        return (self.name, self.sizes.keys()) == (other.name, other.sizes.keys())
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a session by PLAN can use it."""
+        return self.is_ready and (plan.name, plan.sizes) == (self.name, self.sizes)
+
+    def install(self, processes: BpfObject, hub: BpfObject) -> None:
+        """Makes the maps, and puts them where programs find them. Raises `BpfError`."""
+        owners = {name: processes if name in MAPS_OF_PROCESSES else hub for name in self.sizes}
+        for name, size in self.sizes.items():
+            entries = None if name == "perfs" else size  # as many as there are CPUs
+            self.maps[name] = owners[name].make_inner(name, entries)
+        self._installed = [(owner, name) for name, owner in owners.items()]
+        self._each(lambda owner, name: owner.install(name, self.number, self.maps[name].fd))
+        self.is_ready = True
+
+    def uninstall(self, kept: Collection[str] = ()) -> None:
+        """Takes the maps away from the programs, except for those KEPT; when this returns, none is
+        still at work with them. They stay readable. Safe to call twice. Raises `BpfError`."""
+        installed = [each for each in self._installed if each[1] not in kept]
+        self._installed = [each for each in self._installed if each[1] in kept]
+        self._each(lambda owner, name: owner.uninstall(name, self.number), installed)
+
+    def _each(
+        self,
+        work: Callable[[BpfObject, str], None],
+        maps: Sequence[tuple[BpfObject, str]] | None = None,
+    ) -> None:
+        maps = self._installed if maps is None else maps
+        at_once([partial(work, *of) for of in maps])
+
+    def close(self) -> None:
+        """Frees the maps. Safe to call twice."""
+        with ExitStack() as closing:
+            for own in self.maps.values():
+                closing.callback(own.close)
+            closing.callback(self.uninstall)
+
+
+def at_once(steps: Sequence[Callable[[], None]]) -> None:
+    """Runs STEPS, in each of which the kernel waits for all running programs, at one time; in turn
+    where no thread can be started. Raises the `BpfError` of one that failed."""
+    failures: list[BpfError] = []
+
+    def run(step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BpfError as error:
+            failures.append(error)
+
+    threads = []
+    for step in steps[1:]:
+        thread = threading.Thread(target=run, args=(step,))
+        try:
+            thread.start()
+        except RuntimeError:
+            run(step)
+        else:
+            threads.append(thread)
+    for step in steps[:1]:
+        run(step)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
