@@ -21,6 +21,7 @@ import numpy as np
 from coral.bpf import Features, RecordReader, Rung, climb
 from coral.bpf.buffers.account import Counts
 from coral.bpf.buffers.records import Records, drain_whole
+from coral.bpf.closing import close_all
 from coral.bpf.rung import HOOKS
 from coral.collectors.clock import CLOCK
 from coral.collectors.contract import (
@@ -291,8 +292,5 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return dict(totals - before)
 
     def close(self) -> None:
-        if self._records:
-            self._records.close()
-        self._records = None
-        self._targets.close()
-        self._slot.close()
+        records, self._records = self._records, None
+        close_all([*([records.close] if records else []), self._targets.close, self._slot.close])

@@ -43,6 +43,7 @@ from coral.collectors.procfs import (
 
 COMM_BYTES: Final = 15  # and a terminating zero
 _MOST_MEMBERS: Final = 10240
+_NO_ROOM: Final = (errno.E2BIG, errno.ENOMEM, errno.EBUSY)
 _MOST_CGROUPS: Final = 4096
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
 _ENDED: Final = np.uint64(1 << 32)  # the least key of a process that has ended
@@ -231,6 +232,7 @@ class Targets:
             comm=bool(options.comm),
             cgroup=bool(cgroup),
             memory=bool(cgroup and _place(cgroup)),
+            await_exec=options.from_exec,
             detailed=detailed,
         )
 
@@ -277,7 +279,12 @@ class Targets:
     def _add_cgroups(self, directory: Path) -> None:
         wanted = self._slot.map("cgroups")
         for cgroup in cgroup_ids_below(directory):
-            wanted.write(cgroup | _place(directory), 1)
+            try:
+                wanted.write(cgroup | _place(directory), 1)
+            except BpfError as error:  # what starts in it later is not seen
+                if error.errno not in _NO_ROOM:
+                    raise
+                self._unfollowed += 1
 
     def _add(self, tgids: Iterable[int], state: int) -> None:
         """Adds running processes in this state. Those for which there is no room are counted."""
@@ -289,7 +296,7 @@ class Targets:
             try:
                 self._write(found, state)
             except BpfError as error:
-                if error.errno not in (errno.E2BIG, errno.ENOMEM, errno.EBUSY):
+                if error.errno not in _NO_ROOM:
                     raise
                 self._unfollowed += 1
                 continue
@@ -302,7 +309,8 @@ class Targets:
             if now is None or now.is_zombie or now.started != before.started:
                 self._map.delete([tgid])
             elif now.comm != before.comm:
-                self._write(now, state)
+                # An exec has activated it; no program changes the name of a member later than that.
+                self._write(now, _ACTIVE if state == _ARMED else state)
 
     def _write(self, process: Process, state: int) -> None:
         comm = process.comm.encode(errors="replace")[:COMM_BYTES]

@@ -84,11 +84,21 @@ static __always_inline struct task_struct *this_task(void)
 	return (struct task_struct *)bpf_get_current_task();
 }
 
+#ifndef CORAL_BCC
+#define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
+#endif
 
 static __always_inline bool in_kernel_thread(void)
 {
 	return kernel_read(this_task(), flags) & PF_KTHREAD;
+}
+
+/* Whether the current thread has begun to end. Its process's files are closed after
+ * sched_process_exit. */
+static __always_inline bool is_ending(void)
+{
+	return kernel_read(this_task(), flags) & PF_EXITING;
 }
 
 /*

@@ -56,12 +56,13 @@ OPTION(__u32, hub, 0);
 struct sessions {
 	__u64 of_hub[MOST_HUBS];
 	__u64 all;
-	__u64 host;	/* those that watch every process */
-	__u64 follow;	/* those that watch the children of what they watch */
-	__u64 comm;	/* those that watch processes by command name */
-	__u64 cgroup;	/* those that watch the processes of a cgroup */
-	__u64 memory;	/* of these, those of a cgroup of the memory controller (v1) */
-	__u64 detailed; /* those that are sent a record of each change of what they watch */
+	__u64 host;	  /* those that watch every process */
+	__u64 follow;	  /* those that watch the children of what they watch */
+	__u64 comm;	  /* those that watch processes by command name */
+	__u64 cgroup;	  /* those that watch the processes of a cgroup */
+	__u64 memory;	  /* of these, those of a cgroup of the memory controller (v1) */
+	__u64 await_exec; /* those that watch a process from its next exec on */
+	__u64 detailed;	  /* those that are sent a record of each change of what they watch */
 	__u32 generation;
 	__u32 hints;	 /* which of the two sets of hints is in use */
 	__u32 hierarchy; /* of the memory controller (cgroups v1), 0 if there is none */

@@ -185,7 +185,7 @@ SUBPROGRAM int state_in_session(__u32 slot, __u32 tgid)
 
 	if (member)
 		return member->state;
-	if (!all || !(all->host & session_bit(slot)))
+	if (!all || !(all->host & session_bit(slot)) || is_ending())
 		return NO_MEMBER;
 	leader = kernel_read(this_task(), group_leader);
 	kernel_read_string(&found.comm, leader, comm);

@@ -90,24 +90,41 @@ class Group:
         does nothing where it cannot."""
         with self.lock:
             hub = self.hubs.get(plan.name)
-            kit = Kit(plan, 0)
-            if hub is None or any(kit.is_like(other) for other in self.kits):
+            kit, processes = Kit(plan, 0), self.processes
+            like = [other for other in self.kits if kit.is_like(other)]
+            if hub is None or any(other.sizes == kit.sizes for other in like):
                 return
-            number, processes = self._free_number(), self.processes
+            # One of another size is not waited for any more.
+            given_up = [other for other in like if other.is_ready]
+            self.kits = [other for other in self.kits if other not in given_up]
+            number = self._free_number()
+            if number is not None:
+                kit.number = number  # which is taken from now on
+                self.kits.append(kit)
+        with processes.lock, hub.lock:  # which nobody closes meanwhile
+            for other in given_up:
+                other.close()
             if number is None:
                 return
-            kit.number = number  # which is taken from now on
-            self.kits.append(kit)
-        with processes.lock, hub.lock:  # which nobody closes meanwhile
+            installed = False
             if processes.object is not None and hub.object is not None:
                 with suppress(BpfError, OSError, RuntimeError):
                     kit.install(processes.object, hub.object)
+                    installed = True
             with self.lock:
-                is_wanted = kit in self.kits and kit.is_ready and bool(hub.slots)
-                if kit in self.kits and not is_wanted:
+                # Until now nobody has taken it.
+                kit.is_ready = installed and kit in self.kits and bool(hub.slots)
+                if kit in self.kits and not kit.is_ready:
                     self.kits.remove(kit)
+                is_wanted = kit.is_ready
             if not is_wanted:
                 kit.close()
+
+    def memory_of_kits(self, name: str) -> int:
+        """What the kernel charges for maps that wait for a session of the hub NAME. Raises
+        OSError."""
+        with self.lock:
+            return sum(kit.memory_bytes for kit in self.kits if kit.name == name)
 
     def number_of(self, name: str) -> int:
         """The number of the hubs NAME in `struct sessions`."""
@@ -209,15 +226,18 @@ class Group:
             if (ended - self._ended) % (1 << 32) < _REBUILT_AFTER:
                 return
             self._rebuilding = True  # before the thread can say that it is done
-            if not KEEPER.submit(self._rebuild, hub, ended):
+            if not KEEPER.submit(self._rebuild, hub, self._ended, ended):
                 self._rebuilding = False
 
-    def _rebuild(self, hub: Hub, ended: int) -> None:
+    def _rebuild(self, hub: Hub, before: int, ended: int) -> None:
+        """BEFORE and ENDED are `_ended` as it was, and as it is to be."""
         try:
             with suppress(BpfError), hub.lock:  # if it fails, again the next time
                 if hub.object:
                     self._build_hints(hub.object)
-                self._ended = ended
+                with self.lock:
+                    if self.processes is hub:
+                        self._ended += ended - before
         finally:
             self._rebuilding = False
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
+
+_log: Final = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -28,8 +31,13 @@ class Keeper:
                 threading.Thread(target=self._run, daemon=True).start()
                 self._is_running = True
             except RuntimeError:  # no thread can be started: it was not needed
-                self._jobs.clear()
+                self._jobs.pop()
             return self._is_running
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all is done."""
+        return not self._is_running
 
     def _run(self) -> None:
         while True:
@@ -40,10 +48,8 @@ class Keeper:
                 job = self._jobs.popleft()
             try:
                 job()
-            except BaseException:  # the next one gets a new thread
-                with self._lock:
-                    self._is_running = False
-                raise
+            except Exception:  # noqa: BLE001  the next job has nothing to do with it
+                _log.exception("in the background of the hubs")
 
 
 KEEPER: Final = Keeper()

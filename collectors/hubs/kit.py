@@ -18,7 +18,7 @@ class Kit:
     def __init__(self, plan: Plan, number: int) -> None:
         self.name, self.sizes, self.number = plan.name, dict(plan.sizes), number
         self.maps: dict[str, InnerMap] = {}
-        self.is_ready = False
+        self.is_ready = False  # for a session to take it, which is decided under the group's lock
         self._installed: list[tuple[BpfObject, str]] = []
 
     def is_like(self, other: Kit) -> bool:
@@ -37,7 +37,11 @@ class Kit:
             self.maps[name] = owners[name].make_inner(name, entries)
         self._installed = [(owner, name) for name, owner in owners.items()]
         self._each(lambda owner, name: owner.install(name, self.number, self.maps[name].fd))
-        self.is_ready = True
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the kernel charges for the maps once it waits for a session. Raises OSError."""
+        return sum(own.memory_bytes for own in self.maps.values()) if self.is_ready else 0
 
     def uninstall(self, kept: Collection[str] = ()) -> None:
         """Takes the maps away from the programs, except for those KEPT; when this returns, none is

@@ -21,9 +21,9 @@ _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 
 @dataclass(frozen=True)
 class Plan:
-    """The hub NAME, one of the kinds above, as RUNG has it: the arguments of `Rung.object`. SIZES
-    are those of the session's own maps. Sessions on the same features share `processes`, and those
-    with equal plans a hub."""
+    """The hub NAME, as RUNG has it: the arguments of `Rung.object`. SIZES are those of the maps
+    that the session has of its own. Sessions on the same features share `processes`, and those of
+    one name a hub: their plans differ in `sizes`, `wanted` and `read_last` alone."""
 
     name: str
     features: Features

@@ -32,13 +32,17 @@ from coral.collectors.hubs.keeper import KEEPER
 from coral.collectors.hubs.kit import Kit
 from coral.collectors.hubs.plan import Plan
 
-_SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "detailed")
+_SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "await_exec", "detailed")
 # Maps of `processes` that the hubs use too.
 _SHARED_MAPS: Final = (
     "sessions", "counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
 )  # fmt: skip
 _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
 _CommonT = TypeVar("_CommonT")
+# The maps of the next session are prepared where it would not take a slot that others need, and
+# unless they are large: entries and bytes.
+_MANY_SLOTS: Final = 16
+_MOST_PREPARED: Final = 8 << 20
 _IDLE_WORK: Final = 100.0  # events a second
 _WORK_WINDOW_S: Final = 1.0
 _ENDED: Final = np.uint64(1 << 32)  # the least key of a member that has ended
@@ -111,6 +115,7 @@ class Slot:
         """Takes a slot, and loads the objects, unless other sessions use them already. Raises
         `BpfError`."""
         place = self._place = HUBS.place(self)
+        self._kit = place.kit
         group, plan = place.group, self.plan
         self.processes = group.loaded(place.processes, plan.processes)
         shared = {name: self.processes.map_fd(name) for name in _SHARED_MAPS}
@@ -122,11 +127,10 @@ class Slot:
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless
         that is done already. Raises `BpfError`."""
-        self._kit = self._at.kit
         if self._kit is None:
             self._kit = Kit(self.plan, self.number)
             self._kit.install(self.processes, self.object)
-        if self.plan.rung.slots > 1:
+        if self.plan.rung.slots >= _MANY_SLOTS and sum(self.plan.sizes.values()) <= _MOST_PREPARED:
             KEEPER.submit(self._group.prepare, self.plan)
 
     @property
@@ -317,11 +321,13 @@ class Slot:
         maps of the hub; the last known figure if there is no descriptor left to read it."""
         try:
             if self._place:
-                own = sum(each.memory_bytes for each in self._maps.values())
+                own = sum(each.memory_bytes for each in list(self._maps.values()))
                 own += self._buffers_bytes
                 for hub in (self._place.hub, self._place.processes):
-                    if hub.object is not None and hub.slots:
-                        own += hub.object.map_memory_bytes // len(hub.slots)
+                    loaded, sharers = hub.object, len(hub.slots)
+                    if loaded is not None and sharers:
+                        own += loaded.map_memory_bytes // sharers
+                own += self._group.memory_of_kits(self.plan.name) // max(len(self.hub.slots), 1)
                 self._memory_bytes = own
         except OSError:
             pass
@@ -337,9 +343,11 @@ class Slot:
         """Which part of each program's run time the session causes. The programs of the hub work
         for it as much as they counted or sent for it lately; those of `processes`, and any that
         meet processes that nobody watches, for all sessions alike."""
-        if self._place is None or self._closed:
+        if self._place is None:
             return {}
         with self._group.lock:
+            if self.number not in self.hub.slots:  # it has ended
+                return {}
             slots = [self._group.slots[number] for number in self.hub.slots]
             ours = self.work / sum(slot.work for slot in slots)
             alike = 1 / len(self._at.processes.slots)
@@ -354,14 +362,16 @@ class Slot:
 
     @staticmethod
     def _for_each_program(hub: Hub, share: float) -> dict[str, float]:
-        return dict.fromkeys(hub.object.loaded_programs, share) if hub.object else {}
+        loaded = hub.object
+        return dict.fromkeys(loaded.loaded_programs, share) if loaded else {}
 
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
         found: dict[str, ProgramStats] = {}
         for hub in (self._place.processes, self._place.hub) if self._place else ():
-            if hub.object is not None:
-                found |= hub.object.program_stats()
+            loaded = hub.object
+            if loaded is not None:
+                found |= loaded.program_stats()
         return found
 
 

@@ -11,9 +11,10 @@ import pytest
 from coral.agent.machine.program_stats import ProgramStatsSampler, ProgramUse, Sampled
 from coral.bpf import probe
 from coral.bpf.loading.object import enable_run_time_stats
+from coral.collectors.hubs.keeper import KEEPER
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
-from tests.support import Puppet, at_work
+from tests.support import Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -71,8 +72,10 @@ def test_a_session_is_charged_its_own_memory_and_its_part_of_the_hub(
         return SyscallStatsCollector.create({"pid": str(puppet.pid), **config}, None, features)
 
     with at_work(collector(puppets[0])) as first:
+        wait_until(lambda: KEEPER.is_idle)  # the maps of a next session are charged as well
         alone = first.bpf_object.map_memory_bytes
         with at_work(collector(puppets[1], mode="events", ring="16MiB")) as second:
+            wait_until(lambda: KEEPER.is_idle)
             one, other = first.bpf_object.map_memory_bytes, second.bpf_object.map_memory_bytes
             assert one < alone  # what is the hub's is shared now
             assert 16 << 20 < other < alone + (17 << 20)

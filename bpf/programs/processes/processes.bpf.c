@@ -191,16 +191,27 @@ SUBPROGRAM int member_remove(__u32 slot, __u64 process)
 	void *map = map_of_session(members, slot);
 	struct member *member, last;
 	__u64 key = (__u32)process;
+	long error;
 
 	member = all && map ? bpf_map_lookup_elem(map, &key) : NULL;
 	if (!member)
 		return 0;
 	last = *member;
-	if (bpf_map_delete_elem(map, &key)) /* the other of two last threads has removed it */
-		return 0;
+	if (all->detailed & session_bit(slot)) {
+		if (bpf_map_delete_elem(map, &key))
+			return 0; /* the other of two last threads has removed it */
+		if (!tell_change(all, slot, process, process >> 32, CHANGE_ENDED, last.comm))
+			bpf_map_update_elem(map, &process, &last, BPF_ANY);
+	} else {
+		/* First, so that a reader finds the one or the other. */
+		error = bpf_map_update_elem(map, &process, &last, BPF_NOEXIST);
+		if (error == -EEXIST)
+			return 0;
+		if (error)
+			account_error(slot, error);
+		bpf_map_delete_elem(map, &key);
+	}
 	count_up(COUNT_ENDED);
-	if (!tell_change(all, slot, process, process >> 32, CHANGE_ENDED, last.comm))
-		bpf_map_update_elem(map, &process, &last, BPF_ANY);
 	return 0;
 }
 

@@ -607,7 +607,7 @@ static __always_inline struct tcp_connection *connection_met(__u32 slot, struct 
 		c->presumed = false;
 		return c;
 	}
-	by_process = by_process && !in_kernel_thread();
+	by_process = by_process && !in_kernel_thread() && !is_ending();
 	member = by_process ? watched_process(slot) : NULL;
 	if (!c)
 		return connection_seek(slot, sk, member);
