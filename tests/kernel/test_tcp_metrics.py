@@ -346,6 +346,24 @@ def test_a_child_that_inherits_owns_what_it_uses() -> None:
         assert (row.total.bytes_received, row.total.bytes_sent) == (10, 10)
 
 
+def test_a_connection_that_only_the_end_of_its_process_closes_is_told() -> None:
+    with puppets(2) as (client, server), following(server) as seen:
+        port = listen(server, "127.0.0.1")
+        client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
+        client.do("c.sendall(bytes(10))")
+        # Nobody looks who has it while the child lives.
+        server.do(
+            "exec('s, _ = l.accept()\\nif not (child := os.fork()):\\n"
+            " s.sendall(s.recv(10))\\n os._exit(0)\\ns.close()\\nos.waitpid(child, 0)')"
+        )
+        client.do("c.recv(10); c.recv(1); c.close()")
+        row = seen.ended(role=SERVER)
+        assert (row.end, row.total.bytes_received, row.total.bytes_sent) == (
+            pb.TCP_END_FIN_LOCAL, 10, 10,
+        )  # fmt: skip
+        assert not seen.lost
+
+
 @pytest.mark.parametrize("does", ["accepts", "receives"])
 def test_a_workers_connection_is_the_workers(does: str) -> None:
     with puppets(2) as (client, master), following(master) as seen:
