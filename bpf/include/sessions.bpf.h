@@ -92,18 +92,18 @@ enum {
 	COUNTS,
 };
 
-MAP(ARRAY, counts, __u32, __u32, COUNTS, 0);
+MAP(ARRAY, shared_counts, __u32, __u32, COUNTS, 0);
 
 static __always_inline __u32 generation_of(const struct sessions *all)
 {
-	__u32 at = COUNT_GENERATION, *changed = bpf_map_lookup_elem(map_of(counts), &at);
+	__u32 at = COUNT_GENERATION, *changed = bpf_map_lookup_elem(map_of(shared_counts), &at);
 
 	return all->generation + (changed ? *changed : 0);
 }
 
 static __always_inline void count_up(__u32 at)
 {
-	__u32 *count = bpf_map_lookup_elem(map_of(counts), &at);
+	__u32 *count = bpf_map_lookup_elem(map_of(shared_counts), &at);
 
 	if (count)
 		__sync_fetch_and_add(count, 1);

@@ -201,7 +201,7 @@ class Group:
             value[0] = said.read_one(0)
             change(value)
             value["generation"] += np.uint32(1)
-            changed = self.processes.object.map("counts").read_one(_COUNT_GENERATION)
+            changed = self.processes.object.map("shared_counts").read_one(_COUNT_GENERATION)
             said.write(0, value[0])
             return (int(value["generation"][0]) + int(changed or 0)) & 0xFFFFFFFF
 
@@ -222,7 +222,7 @@ class Group:
             if self._rebuilding or not hub.object or now_s < self._looked_at_s + _REBUILT_EVERY_S:
                 return
             self._looked_at_s = now_s
-            ended = int(hub.object.map("counts").read_one(_COUNT_ENDED) or 0)
+            ended = int(hub.object.map("shared_counts").read_one(_COUNT_ENDED) or 0)
             if (ended - self._ended) % (1 << 32) < _REBUILT_AFTER:
                 return
             self._rebuilding = True  # before the thread can say that it is done

@@ -35,7 +35,7 @@ from coral.collectors.hubs.plan import Plan
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "await_exec", "detailed")
 # Maps of `processes` that the hubs use too.
 _SHARED_MAPS: Final = (
-    "sessions", "counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
+    "sessions", "shared_counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
 )  # fmt: skip
 _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
 _CommonT = TypeVar("_CommonT")

@@ -183,6 +183,7 @@ def has_logged(agent: RunningAgent, key: str, value: str) -> None:
     wait_until(lambda: value in [line[key] for line in refusals(agent)])
 
 
+@pytest.mark.timeout(600)  # some two hundred starts, most of which load the hub anew
 @pytest.mark.parametrize(
     "rung",
     [pytest.param(rung, marks=pytest.mark.needs_bcc if rung == "bcc" else ()) for rung in RUNGS],
