@@ -255,7 +255,11 @@ def test_each_program_that_cannot_be_attached_is_named(
         "coral_exit": "sched_process_exit",
     }
     if has_cgroups():
-        names |= {"coral_attach": "cgroup_attach_task", "coral_mkdir": "cgroup_mkdir"}
+        names |= {
+            "coral_attach": "cgroup_attach_task",
+            "coral_mkdir": "cgroup_mkdir",
+            "coral_rmdir": "cgroup_rmdir",
+        }
     names |= {"coral_leave": "sys_exit", "coral_enter": "sys_enter"}
     running = calls("getppid", CALLS)
     with (
@@ -511,7 +515,7 @@ def test_locked_memory_beyond_the_limit_is_refused_and_less_of_it_works(
             f"mapping the perf buffer of CPU 0: EPERM (Operation not permitted); {PERMISSION}",
         )
         holds_nothing(agent)
-        counts_exactly(agent, start(agent, running, mode="events", ring="128KiB"), running)
+        counts_exactly(agent, start(agent, running, mode="events", ring="256KiB"), running)
 
 
 # The agent's own files and libraries
