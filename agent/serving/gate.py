@@ -38,8 +38,8 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 # quarter of what the agent's own files and those of its sessions leave.
 _DESCRIPTORS_EACH: Final = 3
 _SIDES_PART: Final = 4
-_DESCRIPTORS_OF_AGENT: Final = 64
-_DESCRIPTORS_OF_SESSION: Final = 32
+_DESCRIPTORS_OF_AGENT: Final = 160  # with those of the hubs that its sessions share
+_DESCRIPTORS_OF_SESSION: Final = 16
 _MOST_DESCRIPTORS: Final = 1 << 16
 _TICK_S: Final = 1.0
 

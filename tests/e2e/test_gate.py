@@ -380,7 +380,7 @@ def test_frozen_readers_do_not_keep_the_agent_from_stopping(tmp_path: Path) -> N
         assert time.monotonic() - began_s < 2 * PATIENCE
 
 
-@pytest.mark.parametrize("descriptors", [64, 100])
+@pytest.mark.parametrize("descriptors", [128, 200])
 def test_connections_leave_descriptors_for_sessions(descriptors: int, tmp_path: Path) -> None:
     socket_path = tmp_path / "agent.sock"
     request = pb.StartEbpfCollectorRequest(

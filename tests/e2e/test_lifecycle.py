@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 SLACK_S: Final = 0.1
 # sys_enter, sys_exit; fork, rename, exec, exit of processes; and attach, mkdir of cgroups.
-HOOKS: Final = 2 + 4 + 2 * has_cgroups()
+HOOKS: Final = 2 + 4 + 3 * has_cgroups()
 STREAMS: Final = ("StreamEvents", "StreamEventBatches")
 
 

@@ -71,12 +71,13 @@ int RAW_PROGRAM(coral_toy, struct task_struct *parent, struct task_struct *child
 {
 	__u32 tgid = current_tgid(), child_tgid = kernel_read(child, tgid);
 	struct sessions *all = all_sessions();
-	__u64 process;
+	__u64 process, watching;
 
 	if (!all || child_tgid == tgid || surely_unwatched_here(all, tgid))
 		return 0;
 	process = key_of_ended(tgid, born_of(kernel_read(this_task(), group_leader)));
-	for_each_session (slot, sessions_of_current(all, tgid)) {
+	watching = sessions_in_state(sessions_of_hub(all), tgid, MEMBER_ACTIVE);
+	for_each_session (slot, watching) {
 		see_in_session(ctx, slot, process, child_tgid);
 	}
 	return 0;
