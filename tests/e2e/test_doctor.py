@@ -152,8 +152,8 @@ def test_programs_that_are_not_there_are_a_failure_that_says_what_to_do(tmp_path
 
 
 def test_a_collector_whose_programs_are_not_there_fails_by_itself(tmp_path: Path) -> None:
-    probe = object_path("features")
-    (tmp_path / probe.name).symlink_to(probe)
+    for path in map(object_path, ("features", "processes")):
+        (tmp_path / path.name).symlink_to(path)
     returncode, checks = examined(CORAL_BPF_OBJECTS=str(tmp_path))
     assert returncode == 1
     for mode in MODES:

@@ -221,7 +221,7 @@ def test_runs_are_counted_by_program(agent: RunningAgent, calls: Callable[..., C
     seconds = _by_program(samples(text, "coral_agent_program_run_seconds_total"))
     of_calls = {"coral_enter", "coral_leave"}
     of_processes = {"coral_fork", "coral_rename", "coral_exec", "coral_exit"}
-    of_cgroups = {"coral_attach", "coral_mkdir"} if has_cgroups() else set()
+    of_cgroups = {"coral_attach", "coral_mkdir", "coral_rmdir"} if has_cgroups() else set()
     of_threads = (
         set[str]() if probe()["task_storage"].available else {"coral_forget", "coral_renumber"}
     )
