@@ -18,16 +18,15 @@ from coral.bpf.buffers.maps import sum_over_cpus
 from coral.bpf.rung import HOOKS, SESSIONS, climb
 from tests.support import ROOT, built
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_left"),
-    pytest.mark.skipif(
-        not probe()["session_maps"].available, reason=probe()["session_maps"].reason
-    ),
-]
+pytestmark = pytest.mark.usefixtures("kept_apart", "nothing_left")
 
 PROGRAM = "sessions_enter"
-FEATURES = {"core": "btf", "bcc": "bcc"}
-HERE = [name for name, feature in FEATURES.items() if probe()[feature].available]
+
+
+@pytest.fixture
+def kept_apart() -> None:
+    if reason := probe()["session_maps"].reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +40,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "sessions.bpf.o"
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=["core", pytest.param("bcc", marks=pytest.mark.needs_bcc)])
 def load(request: pytest.FixtureRequest, path: Path) -> Iterator[Any]:
     """Loads the object, by each loader."""
+    if request.param == "core" and (reason := probe()["btf"].reason):
+        pytest.skip(reason)
     objects: list[BpfObject] = []
 
     def loaded(**arguments: Any) -> BpfObject:
