@@ -83,7 +83,7 @@ def test_an_error_on_the_way_does_not_stop_closing(path: Path) -> None:
     it = BpfObject(path, programs=(PROGRAM,))
     it.load()
     it.attach()
-    for error, hook in zip(errors, ("sched_process_exec", "sched_process_exit"), strict=True):
+    for error, hook in zip(errors, ("sched_process_exec", "sched_process_fork"), strict=True):
         it.attach_to(PROGRAM, partial(_Unwilling, error, hook))  # a hook takes a program once
     with pytest.raises(BpfError, match=r"one|two") as raised:
         it.close()
