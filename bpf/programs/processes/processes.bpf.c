@@ -207,9 +207,11 @@ SUBPROGRAM int member_remove(__u32 slot, __u64 process)
 		error = bpf_map_update_elem(map, &process, &last, BPF_NOEXIST);
 		if (error == -EEXIST)
 			return 0;
+		bpf_map_delete_elem(map, &key);
+		if (error) /* the map was full, and has room now */
+			error = bpf_map_update_elem(map, &process, &last, BPF_ANY);
 		if (error)
 			account_error(slot, error);
-		bpf_map_delete_elem(map, &key);
 	}
 	count_up(COUNT_ENDED);
 	return 0;
