@@ -28,7 +28,7 @@ from coral.collectors.cgroups import (
     path_in_hierarchy,
 )
 from coral.collectors.contract import ServiceProcesses, Watched
-from coral.collectors.hubs import Slot
+from coral.collectors.hubs import FIRST_ENDED, Slot
 from coral.collectors.options import OptionError, boolean, choice, items, option, text
 from coral.collectors.pids import PIDS, pid_anywhere, running_pid
 from coral.collectors.procfs import (
@@ -46,7 +46,6 @@ _MOST_MEMBERS: Final = 10240
 _NO_ROOM: Final = (errno.E2BIG, errno.ENOMEM, errno.EBUSY)
 _MOST_CGROUPS: Final = 4096
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
-_ENDED: Final = np.uint64(1 << 32)  # the least key of a process that has ended
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
 _HASH_OFFSET: Final = 0xCBF29CE484222325
 _HASH_PRIME: Final = 0x100000001B3
@@ -118,7 +117,7 @@ class Members:
     @property
     def ended(self) -> NDArray[np.uint64]:
         """Those that have ended, as `process_keys` gives them."""
-        return self.keys[self.keys >= _ENDED]
+        return self.keys[self.keys >= FIRST_ENDED]
 
     def comms_of(self, tgids: NDArray[Any], born: NDArray[Any] | int = 0) -> NDArray[np.bytes_]:
         """The command names of TGIDS that were BORN then, all of shape (m,); empty for a process
@@ -328,7 +327,7 @@ class Targets:
         members = self.read()
         names = map(comm_text, members.comms.tolist())
         present = zip(members.keys.tolist(), names, strict=True)
-        return {key: name for key, name in present if key < _ENDED and key not in self.spared}
+        return {key: name for key, name in present if key < FIRST_ENDED and key not in self.spared}
 
     def _was_replaced(self, tgid: int) -> bool:
         """Whether the process that was asked for has ended and another one has its id."""

@@ -30,7 +30,8 @@ struct member {
  */
 SESSION_MAPS(HASH, members, __u64, struct member, 10240, BPF_F_NO_PREALLOC);
 
-static __always_inline __u64 key_of_ended(__u32 tgid, __u32 born)
+/* A process, as one number. */
+static __always_inline __u64 process_of(__u32 tgid, __u32 born)
 {
 	return (__u64)born << 32 | tgid;
 }

@@ -85,8 +85,6 @@ struct sampled {
 #define user_argument(of, number)    USER_ARGUMENT_##number(of)
 #define syscall_argument(of, number) SYSCALL_ARGUMENT_##number(of)
 
-#define PF_KTHREAD_FLAG 0x00200000
-
 #ifdef CORAL_BCC
 #include <linux/mm_types.h>
 
@@ -112,7 +110,6 @@ struct thread_struct___user {
 
 /* The members of a task that this header needs. */
 struct task_struct___user {
-	unsigned int flags;
 	void *stack;
 	struct mm_struct___user *mm;
 	struct thread_struct___user thread;
@@ -130,7 +127,7 @@ static __always_inline bool user_registers_read(struct user_registers *to)
 	struct task_struct *task = this_task();
 	void *regs;
 
-	if (kernel_read(user_task(task), flags) & PF_KTHREAD_FLAG)
+	if (in_kernel_thread())
 		return false;
 #ifndef CORAL_BCC
 	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs)) /* 5.15 */

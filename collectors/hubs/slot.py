@@ -45,7 +45,8 @@ _MANY_SLOTS: Final = 16
 _MOST_PREPARED: Final = 8 << 20
 _IDLE_WORK: Final = 100.0  # events a second
 _WORK_WINDOW_S: Final = 1.0
-_ENDED: Final = np.uint64(1 << 32)  # the least key of a member that has ended
+FIRST_ENDED: Final = np.uint64(1 << 32)
+"""The least key in `members` of a process that has ended."""
 
 
 class Slot:
@@ -249,10 +250,10 @@ class Slot:
                 return np.empty(0, np.uint64)
             keys = members.read_keys()
             if self._detailed:
-                ended = keys[keys >= _ENDED]
+                ended = keys[keys >= FIRST_ENDED]
                 members.delete(np.intersect1d(ended, self._ended))
                 self._ended = ended
-            return keys[keys < _ENDED]
+            return keys[keys < FIRST_ENDED]
 
     @property
     def untold_changes(self) -> int:

@@ -55,12 +55,6 @@ static __always_inline bool cgroup_is_wanted(__u32 slot, __u64 id)
 	return map && bpf_map_lookup_elem(map, &id);
 }
 
-/* A process, as one number. */
-static __always_inline __u64 process_of(__u32 tgid, __u32 born)
-{
-	return (__u64)born << 32 | tgid;
-}
-
 /*
  * The current process forks CHILD, in these cgroups of the two hierarchies. A child has its
  * parent's name until it execs. A member of its id is another process, which ended just when user

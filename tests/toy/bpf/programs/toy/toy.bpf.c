@@ -75,7 +75,7 @@ int RAW_PROGRAM(coral_toy, struct task_struct *parent, struct task_struct *child
 
 	if (!all || child_tgid == tgid || surely_unwatched_here(all, tgid))
 		return 0;
-	process = key_of_ended(tgid, born_of(kernel_read(this_task(), group_leader)));
+	process = process_of(tgid, born_of(kernel_read(this_task(), group_leader)));
 	watching = sessions_in_state(sessions_of_hub(all), tgid, MEMBER_ACTIVE);
 	for_each_session (slot, watching) {
 		see_in_session(ctx, slot, process, child_tgid);
