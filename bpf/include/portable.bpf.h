@@ -57,6 +57,10 @@ static __always_inline void *element_at(void *map, __u32 index)
 	return bpf_map_lookup_elem(map, &index);
 }
 
+#ifndef barrier_var /* as in libbpf */
+#define barrier_var(variable) asm volatile("" : "+r"(variable))
+#endif
+
 #define SEC(section)
 #define IN_SECTION_OF(name) __attribute__((section(".bpf.fn." #name)))
 #define PROGRAM(name, argument)                                                                    \
@@ -74,10 +78,14 @@ static __always_inline void *element_at(void *map, __u32 index)
 #define LICENSED_AS(license) _Static_assert(1, license)
 #define IN_BTF(type, name)   _Static_assert(1, "")
 
+/* The compiler would work out the addresses of members once, for the whole of a function, and run
+ * out of stack. */
 #define kernel_read(pointer, member)                                                               \
 	({                                                                                         \
-		typeof((pointer)->member) value_;                                                  \
-		bpf_probe_read_kernel(&value_, sizeof(value_), &(pointer)->member);                \
+		typeof(pointer) from_ = (pointer);                                                 \
+		typeof(from_->member) value_;                                                      \
+		barrier_var(from_);                                                                \
+		bpf_probe_read_kernel(&value_, sizeof(value_), &from_->member);                    \
 		value_;                                                                            \
 	})
 #define field_of(pointer, member) ((void **)&(pointer)->member)

@@ -173,6 +173,7 @@ def _compile(
         f"-D__TARGET_ARCH_{_TARGET_ARCH[platform.machine()]}",
         f"-I{source.parent}",
         f"-I{_INCLUDED_FROM}",
+        "-Werror=implicit-function-declaration",  # bcc would leave a call of nothing
         "-Wno-int-conversion",  # all arguments of a raw tracepoint have 64 bits
         "-Wno-macro-redefined",
     ]

@@ -116,6 +116,8 @@ class LoadedByBcc:
         options: list[str] = []
         variables: list[str] = []
         for name, variable in self._file.btf.variables.items():
+            if not self._file.section_map(variable.section):  # a function of the kernel
+                continue
             try:
                 _, dtype = self._file.described(name)
             except NoLayoutError:  # a pointer, declared to put its type into the BTF

@@ -128,7 +128,7 @@ class ObjectFile:
         variable, dtype = self.described(name)
         size = c_size_t()
         section = self.section_map(variable.section)
-        address = call_pointer("bpf_map__initial_value", section, byref(size))
+        address = section and call_pointer("bpf_map__initial_value", section, byref(size))
         if not address:
             raise ValueError(f"it has no section {variable.section}")
         memory = memoryview((ctypes.c_char * size.value).from_address(address)).cast("B")
