@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import grpc
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import (
+    SERVICE,
     Puppet,
     RunningAgent,
     collectors_at_work,
@@ -132,3 +135,24 @@ def test_a_reader_that_froze_just_now_does_not_hold_up_the_end(
             assert time.monotonic() - signalled_at < 2
             ends = [line["end"] for line in agent.log() if line["event"] == "session ended"]
             assert ends == ["AGENT_SHUTDOWN: the agent is shutting down"]
+
+
+def test_a_reader_that_stalls_loses_its_connection_and_the_other_streams_of_it(
+    tmp_path: Path, puppet: Puppet
+) -> None:
+    with (
+        running_agent(tmp_path / "agent", CONFIG) as agent,
+        grpc.insecure_channel(agent.address) as channel,
+    ):
+        stalled: Any = channel.unary_stream(f"/{SERVICE}/StreamEventBatches")(
+            pb.EbpfEventStreamRequest(collector_id=events(agent, puppet)).SerializeToString()
+        )
+        standing: Any = channel.unary_stream(f"/{SERVICE}/WatchCollectors")(b"")
+        next(standing)
+        next(stalled)
+        puppet.getppid(CALLS)
+        wait_until(lambda: let_go(agent) == 1, timeout_s=20)
+        for stream in (standing, stalled):
+            with pytest.raises(grpc.RpcError) as ended:
+                deque(stream, maxlen=0)
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
