@@ -51,12 +51,20 @@ class Bench:
         finally:
             running.kill()
 
-    def program(self, name: str) -> Path:
-        """tests/programs/NAME.c, compiled."""
+    def program(self, name: str, sources: str = "tests/programs") -> Path:
+        """SOURCES/NAME.c, compiled."""
         program = self.directory / name
         if not program.exists():
-            source = ROOT / f"tests/programs/{name}.c"
-            subprocess.run(["cc", "-O2", "-pthread", source, "-o", program], check=True)
+            source = ROOT / sources / f"{name}.c"
+            command: list[str | Path] = ["cc", "-O2", "-pthread", source, "-o", program]
+            with subprocess.Popen(command) as compiler:
+                try:
+                    compiler.wait()
+                except BaseException:
+                    compiler.terminate()  # killed, it would leave temporary files behind
+                    raise
+            if compiler.returncode:
+                raise BenchError(f"{source.name} does not compile")
         return program
 
     @contextmanager

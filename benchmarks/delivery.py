@@ -163,10 +163,7 @@ def paced(bench: Bench, rate: int, count: int) -> Iterator[Calls]:
         with bench.calls(count) as calls:
             yield calls
         return
-    path = bench.directory / "paced"
-    if not path.exists():
-        subprocess.run(["cc", "-O2", ROOT / "tests/programs/paced.c", "-o", path], check=True)
-    calls = Calls(path, rate, count)
+    calls = Calls(bench.program("paced"), rate, count)
     try:
         os.sched_setaffinity(calls.pid, {max(os.sched_getaffinity(0))})
         yield calls

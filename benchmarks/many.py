@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from benchmarks.bench import ROOT, Bench, BenchError
+from benchmarks.bench import Bench, BenchError
 from coral import bpf
 from coral.agent.streams import Header
 from coral.collectors.contract import Collector, Summaries
@@ -101,9 +101,7 @@ WORKLOADS: Final[dict[str, Callable[[Bench], AbstractContextManager[Workload]]]]
 @contextmanager
 def _running(bench: Bench, *arguments: str) -> Iterator[Sequence[str]]:
     """many.c at work; the ids of its processes."""
-    program = bench.directory / "many"
-    if not program.exists():
-        subprocess.run(["cc", "-O2", ROOT / "benchmarks/many.c", "-o", program], check=True)
+    program = bench.program("many", "benchmarks")
     process: Any = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         pids = list(iter(process.stdout.readline, "\n"))

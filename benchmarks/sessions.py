@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.bench import ROOT, Bench, compile_bpf
+from benchmarks.bench import Bench, compile_bpf
 from benchmarks.report import Aim, Report, Samples
 from coral import bpf
 from coral.bpf import BpfObject
@@ -35,7 +35,7 @@ _MOST_START_MS: Final = 5.0
 
 async def measure(bench: Bench) -> Report:
     """The section."""
-    program = _compiled(bench)
+    program = bench.program("sessions", "benchmarks")
     added: dict[str, list[float]] = {}
     bare: list[float] = []
     with _waiting(program) as other:
@@ -73,12 +73,6 @@ async def measure(bench: Bench) -> Report:
         remarks=(f"the start of one more, in ms: {Samples(starts).show(1)}",),
         samples={**{f"{name}, ns": v for name, v in added.items()}, "start, ms": starts},
     )  # fmt: skip
-
-
-def _compiled(bench: Bench) -> Path:
-    program = bench.directory / "sessions"
-    subprocess.run(["cc", "-O2", ROOT / "benchmarks/sessions.c", "-o", program], check=True)
-    return program
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import Features
+from coral.bpf import Features, HashMap
 from coral.bpf.libbpf import BpfError
 from coral.collectors.cgroups import (
     cgroup2_mount,
@@ -43,7 +44,10 @@ from coral.collectors.procfs import (
 
 COMM_BYTES: Final = 15  # and a terminating zero
 _MOST_MEMBERS: Final = 10240
-_NO_ROOM: Final = (errno.E2BIG, errno.ENOMEM, errno.EBUSY)
+# The kernel keeps some free elements for each CPU and makes more a moment later.
+_MOMENTARY: Final = (errno.ENOMEM, errno.EBUSY)
+_TRIES: Final = 5
+_PAUSE_S: Final = 0.002
 _MOST_CGROUPS: Final = 4096
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
@@ -278,12 +282,7 @@ class Targets:
     def _add_cgroups(self, directory: Path) -> None:
         wanted = self._slot.map("cgroups")
         for cgroup in cgroup_ids_below(directory):
-            try:
-                wanted.write(cgroup | _place(directory), 1)
-            except BpfError as error:  # what starts in it later is not seen
-                if error.errno not in _NO_ROOM:
-                    raise
-                self._unfollowed += 1
+            self._put(wanted, cgroup | _place(directory), 1)  # or what starts in it is not seen
 
     def _add(self, tgids: Iterable[int], state: int) -> None:
         """Adds running processes in this state. Those for which there is no room are counted."""
@@ -292,14 +291,8 @@ class Targets:
             found = process_of(tgid)
             if found is None or not found.can_be_watched:
                 continue  # a program has removed it, or it was never there
-            try:
-                self._write(found, state)
-            except BpfError as error:
-                if error.errno not in _NO_ROOM:
-                    raise
-                self._unfollowed += 1
-                continue
-            added[tgid] = found
+            if self._put(self._map, tgid, _member(found, state)):
+                added[tgid] = found
         self._slot.hint(list(added))
         # What programs did between the look and the write, the write has undone: one that ended
         # meanwhile would stay, and its id would become another's.
@@ -309,11 +302,23 @@ class Targets:
                 self._map.delete([tgid])
             elif now.comm != before.comm:
                 # An exec has activated it; no program changes the name of a member later than that.
-                self._write(now, _ACTIVE if state == _ARMED else state)
+                self._map.write(tgid, _member(now, _ACTIVE if state == _ARMED else state))
 
-    def _write(self, process: Process, state: int) -> None:
-        comm = process.comm.encode(errors="replace")[:COMM_BYTES]
-        self._map.write(process.tgid, (comm, state, 0))
+    def _put(self, table: HashMap, key: int, value: object) -> bool:
+        """Sets an element, or counts that there is no room for it. Raises `BpfError`."""
+        for _ in range(_TRIES):
+            try:
+                table.write(key, value)
+            except BpfError as error:
+                if error.errno == errno.E2BIG:
+                    break
+                if error.errno not in _MOMENTARY:
+                    raise
+                time.sleep(_PAUSE_S)
+            else:
+                return True
+        self._unfollowed += 1
+        return False
 
     def present(self) -> dict[int, str]:
         """Command names by tgid of the processes that are watched now, for callers that look up
@@ -390,6 +395,10 @@ def refused_options(features: Features) -> dict[str, str]:
             "no value: no cgroup2 hierarchy is mounted here; mount -t cgroup2 none /sys/fs/cgroup"
         )
     return refused
+
+
+def _member(process: Process, state: int) -> tuple[bytes, int, int]:
+    return process.comm.encode(errors="replace")[:COMM_BYTES], state, 0
 
 
 def _words(text: str, length: int) -> NDArray[np.uint64]:

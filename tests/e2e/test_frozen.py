@@ -144,10 +144,11 @@ def test_a_reader_that_stalls_loses_its_connection_and_the_other_streams_of_it(
         running_agent(tmp_path / "agent", CONFIG) as agent,
         grpc.insecure_channel(agent.address) as channel,
     ):
-        stalled: Any = channel.unary_stream(f"/{SERVICE}/StreamEventBatches")(
+        streams: Any = channel.unary_stream
+        stalled = streams(f"/{SERVICE}/StreamEventBatches")(
             pb.EbpfEventStreamRequest(collector_id=events(agent, puppet)).SerializeToString()
         )
-        standing: Any = channel.unary_stream(f"/{SERVICE}/WatchCollectors")(b"")
+        standing = streams(f"/{SERVICE}/WatchCollectors")(b"")
         next(standing)
         next(stalled)
         puppet.getppid(CALLS)

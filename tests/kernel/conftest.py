@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -67,6 +68,8 @@ def called(programs: Path) -> Iterator[Called]:
 @pytest.fixture
 def no_descriptors_left() -> Iterator[None]:
     """Fails if the test leaves a descriptor open in this process."""
+    gc.collect()  # what earlier tests have left to the collector of garbage
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
+    gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) == before

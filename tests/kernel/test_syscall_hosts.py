@@ -83,6 +83,7 @@ def test_a_call_in_progress_at_the_start_is_no_refused_one(
         collecting(without, pid=str(puppet.pid)) as first,
     ):
         puppet.do("pass")
+        wait_until(lambda: puppet.is_in("read"))
         with collecting(without, pid=str(puppet.pid), mode=mode) as second:
             puppet.do("pass")
             puppet.do("pass")

@@ -530,7 +530,7 @@ def descriptors(most: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("most", "unix", "tcp"), [(64, 5, 1), (100, 8, 1), (200, 16, 3), (1024, 85, 72)]
+    ("most", "unix", "tcp"), [(64, 5, 1), (100, 8, 1), (200, 16, 1), (1024, 85, 68)]
 )
 async def test_tcp_leaves_descriptors_for_the_agent_and_its_sessions(
     most: int, unix: int, tcp: int, path: Path
