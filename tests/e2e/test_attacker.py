@@ -44,8 +44,8 @@ from tests.support import (
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 NOBODY: Final = 65534
-# A minute in all: half for an agent with a token, half for one that trusts every local user.
-SECONDS: Final = float(os.environ.get("CORAL_ATTACK_SECONDS", "60")) / 2
+# Half of them are for an agent with a token, half for one that trusts every local user.
+SECONDS: Final = float(os.environ.get("CORAL_ATTACK_SECONDS", "30")) / 2
 AGAIN_SECONDS: Final = 20 * PATIENCE  # the second wave, during which the agent is stopped
 CALLS: Final = 500  # a burst of the program that root watches
 TOKEN: Final = "a-token-of-this-test"

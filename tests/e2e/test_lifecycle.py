@@ -274,21 +274,39 @@ def test_a_subscriber_that_is_killed_leaves_no_subscription(
     agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=collector_id))
 
 
-async def start_and_stop(agent: RunningAgent, pid: int, *, at_once: int, times: int) -> None:
-    """So many collectors at one time, each with a subscriber, started and stopped so often."""
-    config = {"pid": str(pid)}
+def every_sort(pid: int) -> list[tuple[str, dict[str, str]]]:
+    """Sessions of each kind, mode and sort of target."""
+    targets = (
+        {"pid": str(pid)},
+        {"comm": "no-such-name"},
+        {"pid": str(pid), "follow_children": "false"},
+    )
+    return [
+        (kind, {**target, "mode": mode})
+        for target in targets
+        for kind in ("syscall_stats", "tcp_metrics")
+        for mode in ("summaries", "events")
+    ]
 
-    async def one_after_another(client: AgentClient) -> None:
-        for _ in range(times):
-            started = await client.start(pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, config=config)
+
+async def start_and_stop(agent: RunningAgent, pid: int, *, at_once: int, times: int) -> None:
+    """So many collectors of all sorts at one time, each with a subscriber, started and stopped so
+    often."""
+    sorts = every_sort(pid)
+
+    async def one_after_another(client: AgentClient, first: int) -> None:
+        for turn in range(times):
+            # No two take turns in step, so that they begin and end in many orders.
+            kind, config = sorts[(first + turn * (1 + first % 3)) % len(sorts)]
+            started = await client.start(kind, config=config)
             async with client.subscribe(started.collector_id) as stream:
                 await client.stop(started.collector_id)
                 batches = [batch async for batch in stream]
             assert batches[-1].message.end.reason == pb.SessionEnd.REASON_STOPPED
 
     async with AgentClient(agent.address) as client, asyncio.TaskGroup() as tasks:
-        for _ in range(at_once):
-            tasks.create_task(one_after_another(client))
+        for first in range(at_once):
+            tasks.create_task(one_after_another(client, first))
 
 
 @pytest.mark.timeout(400)
