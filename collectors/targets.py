@@ -245,7 +245,10 @@ class Targets:
         options = self._options
         if cgroup := self._cgroup:
             self._add_cgroups(cgroup)  # those that were made meanwhile
-            self._add(cgroup_tgids(cgroup) - self.spared, _ACTIVE)
+            members = cgroup_tgids(cgroup) - self.spared
+            self._add(members, _ACTIVE)
+            # The write undoes that a program saw one leave. Programs see those that leave later.
+            self._map.delete(sorted(members - cgroup_tgids(cgroup)))
         elif options.comm:
             self._tgids = tuple(
                 tgid

@@ -75,8 +75,15 @@ class CpuEvent:
             raise
 
     def has_stopped(self) -> bool:
-        """Whether the event's time has stood still since the last call: its CPU was offline."""
-        _, enabled_ns = _READ.unpack(os.read(self.fd, _READ.size))
+        """Whether the event's time has stood still since the last call: its CPU was offline. Or the
+        event cannot be read any more, because the kernel has given it up."""
+        try:
+            told = os.read(self.fd, _READ.size)
+        except OSError:
+            return True
+        if len(told) < _READ.size:
+            return True
+        _, enabled_ns = _READ.unpack(told)
         before_ns, self._enabled_ns = self._enabled_ns, enabled_ns
         return bool(enabled_ns == before_ns)
 
@@ -160,8 +167,10 @@ class EachCpu:
         for cpu, event in list(self._events.items()):
             if cpu not in online or event.has_stopped():
                 del self._events[cpu]
-                self._retire(event)
-                event.close()
+                try:
+                    self._retire(event)
+                finally:
+                    event.close()
         for cpu in sorted(online - self._events.keys()):
             try:
                 self._events[cpu] = self._open(cpu)
