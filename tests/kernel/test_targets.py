@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from coral.collectors import targets
+from coral.collectors.cgroups import cgroup_tgids
 from coral.collectors.hierarchies import hierarchies
 from coral.collectors.hubs import HINTS
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
@@ -225,6 +226,28 @@ def test_a_process_counts_while_it_is_in_the_cgroup(
     assert counted.by_pid("getppid").pop(puppet.pid) == 3 * 5 + 11
     assert counted.of("getppid") == 3 * 5 + 11 + 1
     assert "" not in counted.by_comm("getppid")
+
+
+@every_rung
+def test_a_process_that_leaves_the_cgroup_while_a_session_starts_is_not_counted(
+    without: tuple[str, ...], cgroup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = cgroup_tgids
+    with Puppet() as stays, Puppet() as leaves:
+        move(stays.pid, cgroup)
+        move(leaves.pid, cgroup)
+
+        def list_and_leave(directory: Path) -> set[int]:
+            found = listed(directory)
+            move(leaves.pid, cgroup.parent)
+            return found
+
+        monkeypatch.setattr(targets, "cgroup_tgids", list_and_leave)
+        with collecting(without, cgroup=str(cgroup), include="getppid") as counted:
+            stays.getppid(300)
+            leaves.getppid(400)
+        move(stays.pid, cgroup.parent)
+    assert counted.by_pid("getppid") == {stays.pid: 300}
 
 
 @every_rung
