@@ -180,7 +180,8 @@ def _command(row: Row, junit: Path, python: str, *, patience: int, slowness: int
     return [
         *(("prlimit", f"--memlock={limit << 10}:{limit << 10}") if limit else ()),
         *(("unshare", "--mount", "sh", "-c", _HIDE_BTF, "sh") if row.hide_btf else ()),
-        *("timeout", "--kill-after=10", str(_ROW_LIMIT_S * slowness - 30)),
+        # An interrupted pytest still writes its report.
+        *("timeout", "--signal=INT", "--kill-after=20", str(_ROW_LIMIT_S * slowness - 30)),
         *(python, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--tb=short"),
         *("--durations=15", "-o", f"timeout={120 * patience}", f"--junit-xml={junit}"),
         *row.tests,
