@@ -39,7 +39,8 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"still here, despite CORAL_WITHOUT: {', '.join(wanted - found)}", 4)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out_those_of_bcc(config, items)
     obstacle = bpf.probe().obstacle
     if not obstacle and os.geteuid() != 0:
         obstacle = "not root"
@@ -48,6 +49,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("kernel")
             if obstacle:
                 item.add_marker(pytest.mark.skip(reason=f"needs eBPF: {obstacle}"))
+
+
+def _leave_out_those_of_bcc(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Some tests need bcc and the headers of this kernel, some those of any kernel. The matrix of
+    kernels installs both, and runs every test of programs that bcc compiles."""
+    bcc = bpf.probe()["bcc"]
+    lendable = any(Path("/usr/src").glob("linux-headers-*-common"))
+    suffices = {"e2e"} if lendable and "not installed" not in bcc.reason else set()
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("needs_bcc")
+        and not (bcc.available or suffices & set(Path(item.path).parts))
+    ]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
