@@ -16,7 +16,11 @@ from tests.support import RUNGS, Calls, Puppet, at_work
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 two_rungs = pytest.mark.parametrize(
-    "without", [RUNGS["best"], RUNGS["oldest"]], ids=["best", "oldest"]
+    "without",
+    [
+        pytest.param(RUNGS["best"], id="best"),
+        pytest.param(RUNGS["oldest"], id="oldest", marks=pytest.mark.long),
+    ],
 )
 MOST, STEPS, SLOTS = 10, 60, 64
 
@@ -42,7 +46,7 @@ class _Session:
 
 
 @two_rungs
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_ten_sessions_show_what_each_would_alone(
     without: tuple[str, ...], seed: int, calls: Callable[..., Calls]
 ) -> None:

@@ -93,6 +93,7 @@ async def test_what_a_drain_has_read_is_told_though_the_session_is_stopped_meanw
         assert totals(await all_rows(session))["getppid"] == 1000
 
 
+@pytest.mark.long
 async def test_real_sessions_that_are_stopped_around_their_expiry_tell_every_call(
     supervisor: Supervisor, puppet: Puppet
 ) -> None:

@@ -220,7 +220,13 @@ class Sessions:
                 session.drain()
 
 
-@pytest.mark.parametrize("without", RUNGS.values(), ids=RUNGS.keys())
+@pytest.mark.parametrize(
+    "without",
+    [
+        pytest.param(without, id=name, marks=[] if name == "best" else [pytest.mark.long])
+        for name, without in RUNGS.items()
+    ],
+)
 def test_ten_sessions_show_what_each_would_alone(without: tuple[str, ...]) -> None:
     """Overlapping and not, of all modes and targets, started and stopped in any order while
     connections open, carry data and end."""
@@ -284,6 +290,7 @@ def test_enough_ends_build_the_hints_again() -> None:
             wait_until(lambda: slot.object.read_variable("socket_hints_in_use") == 1)
 
 
+@pytest.mark.long
 def test_sessions_that_come_and_go_leave_nothing() -> None:
     with puppets(2) as (client, server):
         pair = Pair(client, server)
