@@ -37,7 +37,5 @@ def running_pid(value: str) -> int:
             f"parent, process {process.parent}, collects its exit status"
         )
     if process.is_kernel_thread:
-        raise ValueError(
-            f"the ids of processes: {value} is a thread of the kernel ({process.comm})"
-        )
+        raise ValueError(f"the ids of processes: {value} is a kernel thread ({process.comm})")
     return tgid

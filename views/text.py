@@ -133,8 +133,12 @@ def wrapped(parts: Iterable[str], width: int, separator: str = " ") -> Iterator[
 
 
 def clauses(text: str, width: int) -> Iterator[str]:
-    """TEXT in lines of at most WIDTH cells, broken after commas and semicolons."""
-    return wrapped(_CLAUSES.split(text), width)
+    """TEXT in lines of at most WIDTH cells, broken after commas and semicolons. A clause that is
+    longer than a line is broken between words."""
+    parts: list[str] = []
+    for clause in _CLAUSES.split(text):
+        parts += [clause] if cell_len(clause) <= width else clause.split(" ")
+    return wrapped(parts, width)
 
 
 def _head(text: str, width: int) -> str:

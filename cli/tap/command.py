@@ -40,6 +40,7 @@ _TARGET_VALUES: Final = {
     "cgroup": "the path of a cgroup",
     "comm": "the name of a command",
 }
+_EMPTY: Final = "an empty TARGET"
 _BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED, EndReason.AGENT_SHUTDOWN)
 # Longer than the agent works on any one request.
 _ANSWER_S: Final = 15.0
@@ -57,9 +58,9 @@ class Target:
 
 def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> Target:
     """TARGET as users write it. Raises a usage error unless exactly one thing is named."""
-    named = [target or "an empty TARGET"] if target is not None else []
+    named = [target or _EMPTY] if target is not None else []
     named += ["--host"] * host + ["the command after --"] * bool(command)
-    if not named:
+    if not named or named == [_EMPTY]:
         raise click.UsageError(
             "name one thing to watch: a service, pid:N, cgroup:PATH, comm:NAME, --host, or a "
             "command to start after --"
@@ -170,8 +171,12 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
         config, typed = _config(taken, given, options)
         if wanted.service_name:
             typed["service_name"] = wanted.name
+        name = "--host" if host else wanted.name
+        for key in wanted.config:
+            if key in typed and not wanted.command:
+                raise click.UsageError(f"give only one of {name} and {typed[key]}")
         for key in ("pid", *wanted.config):  # the pid of a command is known later
-            typed[key] = "--host" if host else wanted.name
+            typed.setdefault(key, name)
         if duration is not None:
             typed["duration"] = f"--duration {duration.text}"
         request = Request(

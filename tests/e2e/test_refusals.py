@@ -312,14 +312,14 @@ def test_a_zombie_is_refused_with_its_parent(agent: RunningAgent) -> None:
         )
 
 
-def test_a_thread_of_the_kernel_is_refused(agent: RunningAgent) -> None:
+def test_a_kernel_thread_is_refused(agent: RunningAgent) -> None:
     if comm_of(2) != "kthreadd":
-        pytest.skip("this machine shows no threads of the kernel: it is a container")
+        pytest.skip("this machine shows no kernel threads: it is a container")
     assert code_and_text(agent, "StartCollector", start_request({"pid": 2})) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         (
-            "config[\"pid\"]: '2' is not accepted; give the ids of processes: 2 is a thread of the "
-            "kernel (kthreadd)"
+            "config[\"pid\"]: '2' is not accepted; give the ids of processes: 2 is a kernel thread "
+            "(kthreadd)"
         ),
     )
 

@@ -495,6 +495,8 @@ def test_a_reader_that_closes_the_pipe_leaves_no_collector(agent: RunningAgent) 
     ("arguments", "text"),
     [
         (("--syscall-stats",), "name one thing to watch"),
+        (("--syscall-stats", ""), "name one thing to watch"),
+        (("--syscall-stats", "pid:1", "-c", "pid=2"), "give only one of pid:1 and -c pid=2"),
         (("--syscall-stats", "--host", "pid:1"), "give only one of pid:1 and --host"),
         (("--syscall-stats", "pid:1", "--", "true"),
          "give only one of pid:1 and the command after --"),
@@ -524,6 +526,7 @@ def test_a_usage_error_exits_with_2_and_says_what_is_expected(
     [
         (("pid:4194303",), "pid:4194303: there is no such process\n"),
         (("pid:1,4194303",), "pid:1,4194303: there is no process 4194303\n"),
+        (("shop", "-c", "pid=4194303"), "-c pid=4194303: there is no such process\n"),
         (("pid:abc",), "pid:abc: give process ids, such as 1234 or 1234,5678\n"),
         (("pid:1", "--include", "nosuch"), "--include nosuch: give names of system calls, "),
         (("pid:1", "-i", "5h"), "--interval 5h: give a duration from 100ms to 1m\n"),

@@ -124,3 +124,10 @@ def test_sentences_are_broken_after_commas_and_semicolons() -> None:
     text = "0 open, 2 opened, 0 failed; 352kB out, 352kB in"
     assert list(clauses(text, 28)) == ["0 open, 2 opened, 0 failed;", "352kB out, 352kB in"]
     assert list(clauses(text, 80)) == [text]
+
+
+def test_a_clause_that_is_longer_than_a_line_is_broken_between_words() -> None:
+    text = "it is in a namespace of its own: run it in the host's, or outside"
+    assert list(clauses(text, 24)) == [
+        *("it is in a namespace of", "its own: run it in the", "host's, or outside"),
+    ]

@@ -59,14 +59,14 @@ def test_a_process_without_its_first_thread_is_no_zombie() -> None:
         assert process.pid in watchable()
 
 
-def test_a_thread_of_the_kernel_is_refused_by_its_name() -> None:
+def test_a_kernel_thread_is_refused_by_its_name() -> None:
     processes = filter(None, map(process_of, running_tgids()))
     threads = [process for process in processes if process.is_kernel_thread]
     if not threads:
-        pytest.skip("this machine shows no threads of the kernel: it is a container")
+        pytest.skip("this machine shows no kernel threads: it is a container")
     for thread in threads:
         name = thread.comm.partition("-")[0]  # a worker's name goes on with its work of the moment
-        what = f"the ids of processes: {thread.tgid} is a thread of the kernel ({name}"
+        what = f"the ids of processes: {thread.tgid} is a kernel thread ({name}"
         assert refusal(thread.tgid).startswith(what)
     assert not {thread.tgid for thread in threads} & watchable().keys()
 
