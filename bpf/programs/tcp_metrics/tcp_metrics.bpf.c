@@ -851,14 +851,14 @@ static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const c
 }
 
 /* A process that is not watched has it open: drop it if it was only presumed to be ours. */
-static __always_inline void had_by_other(__u32 slot, struct sock *sk)
+static __always_inline void had_by_other(__u32 slot, struct sock *sk, __u32 now)
 {
 	struct tcp_connection *c = connection_of(slot, sk);
 
 	if (c && c->presumed)
 		connection_drop(slot, sk);
 	else if (c && c->role == ROLE_LISTENER)
-		c->shared = true;
+		c->shared = now;
 }
 
 /* A watched process has it open, which is found now if it was not known. NOW is the number of the
@@ -910,7 +910,7 @@ SUBPROGRAM int had_in_session(__u32 slot, __u64 socket, __u64 leader, __u32 now,
 	if (!session || !session->first_walk)
 		return 0;
 	if (!watched) {
-		had_by_other(slot, sk);
+		had_by_other(slot, sk, now);
 		return 0;
 	}
 	kernel_read_string(&comm, task, comm);
@@ -969,7 +969,7 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 	struct sock *sk;
 
-	if (!task || !file || !number || !all)
+	if (!task || !file || !number || !all || task_is_ending(task))
 		return 0;
 	sk = socket_in(file);
 	if (!sk)
