@@ -94,11 +94,16 @@ static __always_inline bool in_kernel_thread(void)
 	return kernel_read(this_task(), flags) & PF_KTHREAD;
 }
 
-/* Whether the current thread has begun to end. Its process's files are closed after
- * sched_process_exit. */
+/* Whether TASK has begun to end. Its process's files are closed after sched_process_exit, when the
+ * process is no target any more. */
+static __always_inline bool task_is_ending(struct task_struct *task)
+{
+	return kernel_read(task, flags) & PF_EXITING;
+}
+
 static __always_inline bool is_ending(void)
 {
-	return kernel_read(this_task(), flags) & PF_EXITING;
+	return task_is_ending(this_task());
 }
 
 /*

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ from tests.network import (
     send,
     ss,
 )
-from tests.support import Puppet, at_work
+from tests.support import Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -186,6 +187,50 @@ def test_a_connection_that_nobody_accepts_of_a_listener_that_is_shared_is_nobody
             for puppet in (ours, theirs):
                 puppet.do("l.close()")
             assert seen.ended(role=SERVER).pid == 0
+
+
+def test_a_child_that_is_ending_does_not_share_the_listener() -> None:
+    if not looks_up_owners():
+        pytest.skip("no program looks up which processes share a listener")
+    with puppets(2) as (client, server):
+        port = listen(server, "127.0.0.1")
+        with following(server) as seen:
+            seen.drain()
+            # It is no target any more once it ends, and closes its files after it has freed memory.
+            server.do("r, w = os.pipe()")
+            server.do(
+                "exec('if not (child := os.fork()):\\n much = bytearray(1) * (1 << 29)\\n"
+                " os.write(w, bytes(1))\\n time.sleep(99)')"
+            )
+            server.do("os.read(r, 1); os.kill(child, 9)")
+            child = Path(f"/proc/{number(server, 'child')}/stat")
+            seen.until(lambda: child.read_text().rpartition(")")[2].split()[0] == "Z")
+            client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
+            client.do("c.close()")
+            server.do("l.close(); os.waitpid(child, 0)")
+            assert seen.ended(role=SERVER).pid == server.pid
+
+
+def test_a_listener_is_shared_no_longer_than_another_process_has_it() -> None:
+    if not looks_up_owners():
+        pytest.skip("no program looks up which processes share a listener")
+    with puppets(2) as (client, server):
+        port = listen(server, "127.0.0.1")
+        with following(server, follow_children="false") as seen:
+
+            def one_that_nobody_accepts_is_shown() -> bool:
+                client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
+                shown = any(row.role == SERVER and not row.end for row in seen.drain())
+                client.do("c.close()")
+                server.do("s, _ = l.accept(); s.close()")
+                return shown
+
+            assert one_that_nobody_accepts_is_shown()
+            server.do("r, w = os.pipe()")
+            server.do("exec('if not (child := os.fork()):\\n os.read(r, 1)\\n os._exit(0)')")
+            wait_until(lambda: not one_that_nobody_accepts_is_shown())
+            server.do("os.write(w, bytes(1)); os.waitpid(child, 0)")
+            wait_until(one_that_nobody_accepts_is_shown)
 
 
 @each_way

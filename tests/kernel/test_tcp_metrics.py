@@ -742,6 +742,22 @@ def test_a_socket_that_connects_again_is_two_connections() -> None:
         assert (first.end, second.end) == (pb.TCP_END_RESET_LOCAL, pb.TCP_END_FIN_LOCAL)
 
 
+def test_a_socket_that_connected_and_then_listens_is_two() -> None:
+    dissolve = "import ctypes; ctypes.CDLL(None).connect(c.fileno(), bytes(16), 16)"
+    with puppets(2) as (client, server), following(client) as seen:
+        connected(client, server, "127.0.0.1")
+        send(client, "c", server, "s", 10)
+        client.do(f"{dissolve}; c.bind(('127.0.0.1', 0)); c.listen()")
+        row = seen.ended()
+        assert (row.role, row.pid) == (pb.TCP_ROLE_CLIENT, client.pid)
+        assert (row.end, row.total.bytes_sent) == (pb.TCP_END_RESET_LOCAL, 10)
+        server.do(f"t = socket.create_connection({client.ask('c.getsockname()')})")
+        server.do("t.close()")
+        client.do("u, _ = c.accept(); u.recv(1); u.close()")
+        assert seen.ended(role=pb.TCP_ROLE_SERVER).end == pb.TCP_END_FIN_REMOTE
+        assert not seen.lost
+
+
 def test_what_the_ring_refuses_is_a_loss() -> None:
     burst = (
         "import socket, struct; linger = struct.pack('ii', 1, 0)\n"

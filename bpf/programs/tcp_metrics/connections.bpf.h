@@ -94,7 +94,7 @@ struct tcp_connection {
 	__u32 found_retransmits;
 	__u32 walk;	/* the last walk in which the owner had it open */
 	__u32 scope_id; /* the interface that link-local addresses belong to */
-	__u32 shared;	/* of a listener: a process that is not watched has it open, too */
+	__u32 shared;	/* the last walk in which a process that is not watched had it open */
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
 	__u64 found_bytes_received;
@@ -569,6 +569,15 @@ static __always_inline struct tcp_connection *connection_seek(__u32 slot, struct
 	return c;
 }
 
+/* Whether a process that is not watched had a listener open in the previous walk, or in the present
+ * one so far. */
+static __always_inline bool is_shared(const struct tcp_connection *listener)
+{
+	volatile __u32 *now = global(walk);
+
+	return listener->shared && now && *now - listener->shared <= 1;
+}
+
 /* The owner of a new connection until a process is seen to have it: the listener's, or nobody if
  * processes that are not watched may accept it, too. False if the listener is not followed. */
 static __always_inline bool owner_by_listener(__u32 slot, struct sock *listener,
@@ -579,7 +588,7 @@ static __always_inline bool owner_by_listener(__u32 slot, struct sock *listener,
 	__u64 cookie;
 
 	if (c && c->role == ROLE_LISTENER) {
-		if (!c->shared) {
+		if (!is_shared(c)) {
 			owner->pid = c->pid;
 			__builtin_memcpy(owner->comm, c->comm, COMM_BYTES);
 		}

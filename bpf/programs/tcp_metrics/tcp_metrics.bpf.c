@@ -143,27 +143,20 @@ static __always_inline void begin_by_process(void *ctx, __u32 slot, struct sock 
 	send_event(ctx, slot, c, WHAT_STATE, old, 0);
 }
 
-static __always_inline int on_connect(void *ctx, __u32 slot, struct sock *sk, int old)
+/* The socket of a connection that was dissolved, or of a listener that was shut down, may be used
+ * again, by another process too. */
+static __always_inline void begin_again(void *ctx, __u32 slot, struct sock *sk, __u8 role, int old,
+					int state)
 {
 	struct member *member = watched_process(slot);
 	struct tcp_connection *c = connection_of(slot, sk);
 
-	if (c) { /* the same socket again, after its previous connection was dissolved */
+	if (c) {
 		send_end(ctx, slot, c);
 		connection_drop(slot, sk);
 	}
 	if (member)
-		begin_by_process(ctx, slot, sk, member, ROLE_CLIENT, old, TCP_SYN_SENT);
-	return 0;
-}
-
-static __always_inline int on_listen(void *ctx, __u32 slot, struct sock *sk, int old)
-{
-	struct member *member = watched_process(slot);
-
-	if (member)
-		begin_by_process(ctx, slot, sk, member, ROLE_LISTENER, old, TCP_LISTEN);
-	return 0;
+		begin_by_process(ctx, slot, sk, member, role, old, state);
 }
 
 /* A listener's child, cloned from it. It has no addresses of its own yet, so that this event is
@@ -287,11 +280,10 @@ static __always_inline int on_change(void *ctx, __u32 slot, struct sock *sk, int
 
 static __always_inline int on_state(void *ctx, __u32 slot, struct sock *sk, int old, int state)
 {
-	if (state == TCP_SYN_SENT)
-		return on_connect(ctx, slot, sk, old);
-	if (state == TCP_LISTEN)
-		return on_listen(ctx, slot, sk, old);
-	return on_change(ctx, slot, sk, old, state);
+	if (state != TCP_SYN_SENT && state != TCP_LISTEN)
+		return on_change(ctx, slot, sk, old, state);
+	begin_again(ctx, slot, sk, state == TCP_LISTEN ? ROLE_LISTENER : ROLE_CLIENT, old, state);
+	return 0;
 }
 
 static __always_inline int on_destroy(void *ctx, __u32 slot, struct sock *sk)
@@ -859,14 +851,14 @@ static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const c
 }
 
 /* A process that is not watched has it open: drop it if it was only presumed to be ours. */
-static __always_inline void had_by_other(__u32 slot, struct sock *sk)
+static __always_inline void had_by_other(__u32 slot, struct sock *sk, __u32 now)
 {
 	struct tcp_connection *c = connection_of(slot, sk);
 
 	if (c && c->presumed)
 		connection_drop(slot, sk);
 	else if (c && c->role == ROLE_LISTENER)
-		c->shared = true;
+		c->shared = now;
 }
 
 /* A watched process has it open, which is found now if it was not known. NOW is the number of the
@@ -918,7 +910,7 @@ SUBPROGRAM int had_in_session(__u32 slot, __u64 socket, __u64 leader, __u32 now,
 	if (!session || !session->first_walk)
 		return 0;
 	if (!watched) {
-		had_by_other(slot, sk);
+		had_by_other(slot, sk, now);
 		return 0;
 	}
 	kernel_read_string(&comm, task, comm);
@@ -977,7 +969,7 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 	struct sock *sk;
 
-	if (!task || !file || !number || !all)
+	if (!task || !file || !number || !all || task_is_ending(task))
 		return 0;
 	sk = socket_in(file);
 	if (!sk)
