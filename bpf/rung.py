@@ -102,8 +102,8 @@ class Rung:
         if self.state.taken != _UNUSED:
             settings["state_in_task_storage"] = stored
             without += ["thread_hash"] if stored else ["thread_storage"]
-            if not stored:  # programs free the state with its thread, and move it with its id
-                wanted[:0] = ["coral_forget", "coral_renumber"]
+            if not stored:  # a program frees the state with its thread
+                wanted[:0] = ["coral_forget"]
                 hashes.append("thread_hash")
         return BpfObject(
             name,

@@ -7,6 +7,7 @@ so the two cannot drift. Format: the kernel's Documentation/bpf/btf.rst.
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,7 @@ class DamagedBtfError(ValueError):
 
 class Btf:
     """The types of one object, from the raw bytes of its BTF. All methods raise `DamagedBtfError`
-    for invalid bytes."""
+    for invalid bytes. Safe to use by several threads."""
 
     def __init__(self, raw: bytes) -> None:
         try:
@@ -90,6 +91,7 @@ class Btf:
         self._strings = raw[header_bytes + str_off : strings_end]
         self._types = [_Type("void", 0, 0, b"")]
         self._dtypes: dict[int, np.dtype[np.generic] | None] = {}  # None: in progress
+        self._lock = threading.RLock()  # held while layouts are made
         position = header_bytes + type_off
         while position < end:
             position = self._read_type(raw, position, end)
@@ -129,6 +131,10 @@ class Btf:
     def dtype(self, type_id: int) -> np.dtype[np.generic]:
         """The numpy layout of a type: integers, enums, floats, bools, structs, and arrays of them;
         an array of `char` is a byte string. Raises `NoLayoutError` for other types."""
+        with self._lock:
+            return self._dtype_of(type_id)
+
+    def _dtype_of(self, type_id: int) -> np.dtype[np.generic]:
         if type_id not in self._dtypes:
             self._dtypes[type_id] = None
             try:

@@ -119,16 +119,12 @@ class InnerMap(HashMap):
         batches: bool,
     ) -> None:
         self.entries = definition.entries  # of a ring buffer: bytes
-        super().__init__(
-            definition.name,
-            definition.create(),
-            definition.kind,
-            *(
-                dtype(type_) if type_ else np.dtype("V0")  # a ring buffer has no keys
-                for type_ in (definition.key_type, definition.value_type)
-            ),
-            batches=batches,
-        )
+        dtypes = [
+            dtype(type_) if type_ else np.dtype("V0")  # a ring buffer has no keys
+            for type_ in (definition.key_type, definition.value_type)
+        ]
+        fd = definition.create()  # which fails last, so that nobody has to close it
+        super().__init__(definition.name, fd, definition.kind, *dtypes, batches=batches)
 
     def __enter__(self) -> Self:
         return self

@@ -222,9 +222,7 @@ def test_runs_are_counted_by_program(agent: RunningAgent, calls: Callable[..., C
     of_calls = {"coral_enter", "coral_leave"}
     of_processes = {"coral_fork", "coral_rename", "coral_exec", "coral_exit"}
     of_cgroups = {"coral_attach", "coral_mkdir", "coral_rmdir"} if has_cgroups() else set()
-    of_threads = (
-        set[str]() if probe()["task_storage"].available else {"coral_forget", "coral_renumber"}
-    )
+    of_threads = set[str]() if probe()["task_storage"].available else {"coral_forget"}
     assert runs.keys() == seconds.keys() == of_calls | of_processes | of_cgroups | of_threads
     # A tenth of a second holds tens of thousands of calls, and a run takes 1 ns to 10 us.
     for name in of_calls:

@@ -125,3 +125,22 @@ def test_a_slot_keeps_nothing_of_the_session_before() -> None:
             puppet.getppid(10)
             other.getppid(3)
     assert counted.by_pid("getppid") == {other.pid: 3}
+
+
+def test_a_thread_that_nobody_watches_any_more_has_no_state_of_a_thread_hash() -> None:
+    """Where states are in a hash map, others need its room."""
+    without = RUNGS["hash"]
+    with (
+        Puppet() as puppet,
+        Puppet() as other,
+        at_work(session(without, pid=str(other.pid), include="getppid")) as stays,
+    ):
+        states = stays.bpf_object.object.map("thread_hash")
+        other.do("pass")
+        assert len(states.read_keys()) == 1
+        with collecting(without, pid=str(puppet.pid), include="getppid") as counted:
+            puppet.getppid(3)
+            assert len(states.read_keys()) == 2
+        puppet.getppid(3)
+        assert len(states.read_keys()) == 1
+    assert counted.of("getppid") == 3

@@ -14,6 +14,7 @@ import pytest
 from coral import bpf
 from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.collectors.tcp_metrics.file_walk import FileWalk
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.network import (
     Seen,
@@ -355,6 +356,39 @@ def test_a_worker_that_is_passed_a_new_connection_has_all_that_it_moved(tmp_path
             seen.until(lambda: seen.last(remote_port=peer))
             row = seen.rows[-1]
             assert (row.total.bytes_received, row.delta.bytes_received) == (1000, 0)
+
+
+@pytest.mark.parametrize("met_by_walk", [True, False])
+def test_every_walk_tells_new_connections_from_older_ones(
+    met_by_walk: bool, tmp_path: object
+) -> None:
+    """Marks of sockets have room for the numbers of 127 walks: the 128th has one that was there."""
+    if not looks_up_owners():
+        pytest.skip("no program walks through open files")
+    with puppets(3) as (client, acceptor, worker):
+        connected(client, acceptor, "127.0.0.1")
+        at = acceptor.ask("l.getsockname()")
+        pass_sockets(acceptor, worker, f"{tmp_path}/pass")
+        with at_work(TcpMetricsCollector.create({"pid": str(worker.pid)}, None, bpf.probe())) as c:
+            walk = c.bpf_object.common(FileWalk)
+            while c.bpf_object.object.read_variable("walk") < 126 + met_by_walk:
+                walk.run()
+            for _ in range(4):
+                walk.run()
+                client.do(f"d = socket.create_connection({at})")
+                acceptor.do("t, _ = l.accept(); socket.send_fds(v, [b'x'], [t.fileno()])")
+                acceptor.do("t.close()")
+                worker.do("t = socket.socket(fileno=socket.recv_fds(u, 1, 1)[1][0])")
+                send(client, "d", worker, "t", 100)
+                if met_by_walk:
+                    walk.run()
+                worker.do("t.close()")  # which a program finds it by, unless a walk did
+                client.do("d.recv(1); d.close()")
+            c.bpf_object.detach()
+            rows = c.drain().rows
+            assert isinstance(rows, Summaries)
+            messages = [row for row in rows.as_messages() if isinstance(row, pb.TcpMetrics)]
+            assert [row.delta.bytes_received for row in messages] == [100] * 4
 
 
 def pass_sockets(giver: Puppet, taker: Puppet, path: str) -> None:

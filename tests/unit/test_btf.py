@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,12 +40,18 @@ struct large *large;
 
 
 @pytest.fixture(scope="module")
-def btf(tmp_path_factory: pytest.TempPathFactory) -> Btf:
+def raw(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The BTF of SOURCE."""
     directory = tmp_path_factory.mktemp("btf")
     (directory / "types.c").write_text(SOURCE)
     flags = ("-target", "bpf", "-g", "-O2", "-c")
     subprocess.run(["clang", *flags, "types.c", "-o", "types.o"], cwd=directory, check=True)
-    return Btf(raw_btf(directory / "types.o"))
+    return raw_btf(directory / "types.o")
+
+
+@pytest.fixture(scope="module")
+def btf(raw: bytes) -> Btf:
+    return Btf(raw)
 
 
 def raw_btf(path: Path) -> bytes:
@@ -85,3 +94,26 @@ def test_a_member_far_behind_is_where_it_is(btf: Btf) -> None:
 def test_a_field_of_an_enum_with_negative_values_is_signed(btf: Btf) -> None:
     record = btf.struct_dtype("record")
     assert record == np.dtype([("loss", "<u4"), ("balance", "<i4")])
+
+
+class _SlowBtf(Btf):
+    """Its first layout is not made before a second one was asked for, or some time has passed."""
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(raw)
+        self.begun, self.asked = threading.Event(), threading.Event()
+
+    def _struct(self, *arguments: Any) -> np.dtype[np.generic]:
+        self.begun.set()
+        self.asked.wait(0.2)
+        return super()._struct(*arguments)
+
+
+def test_two_threads_ask_for_one_layout_at_once(btf: Btf, raw: bytes) -> None:
+    slow = _SlowBtf(raw)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(slow.struct_dtype, "record")
+        assert slow.begun.wait(10)
+        assert slow.struct_dtype("record") == btf.struct_dtype("record")
+        slow.asked.set()
+        assert first.result() == btf.struct_dtype("record")

@@ -269,9 +269,9 @@ SUBPROGRAM int lose_calls(__u64 sessions)
 }
 
 /*
- * The state of the current thread as of GENERATION, or NULL if no session watches it. A thread
- * keeps its state once it has one. Where that is cheap, one that nobody watches gets one too: its
- * hint may be set for the sake of another process, or of another kind of session.
+ * The state of the current thread as of GENERATION, or NULL if no session watches it. Where that is
+ * cheap, one that nobody watches keeps its state, or gets one: its hint may be set for the sake of
+ * another process, or of another kind of session.
  */
 static __always_inline struct call *call_of(const struct sessions *all, const struct thread *me,
 					    __u32 generation)
@@ -283,14 +283,17 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 	fresh.watching = sessions_in_state(sessions_of_hub(all), me->tgid, MEMBER_ACTIVE);
 	fresh.armed =
 	    sessions_in_state(sessions_of_hub(all) & all->await_exec, me->tgid, MEMBER_ARMED);
+	if (!fresh.watching && !fresh.armed && !option(state_in_task_storage)) {
+		if (call)
+			thread_state_spare();
+		return NULL;
+	}
 	if (call) {
 		call->watching = fresh.watching;
 		call->armed = fresh.armed;
 		call->generation = generation;
 		return call;
 	}
-	if (!fresh.watching && !fresh.armed && !option(state_in_task_storage))
-		return NULL;
 	fresh.born = born_of(kernel_read(this_task(), group_leader));
 	call = thread_state_make(me, &fresh);
 	if (!call)

@@ -464,8 +464,8 @@ GLOBAL(__u32, walk);
 
 /*
  * Sockets that walks met, by a hash of their addresses: the number of the last walk that did, times
- * two, and one if the walk before had met it, too. Like a hint, a byte may be of another socket:
- * then a new connection is taken for one that was there before.
+ * two, and one if the walk before had met it, too; 0 if none did. Like a hint, a byte may be of
+ * another socket: then a new connection is taken for one that was there before.
  */
 GLOBALS(__u8, met_in_walk, SOCKET_HINTS);
 
@@ -474,17 +474,21 @@ static __always_inline volatile __u8 *walk_mark_of(struct sock *sk)
 	return element(met_in_walk, hash_of(sk));
 }
 
-#define WALKS 0x7F
+/* The number of a walk in marks: in turn, from 1. */
+static __always_inline __u8 mark_of_walk(__u32 walk)
+{
+	return walk % 127 + 1;
+}
 
 static __always_inline void meet_in_walk(struct sock *sk, __u32 now)
 {
 	volatile __u8 *mark = walk_mark_of(sk);
 	bool before;
 
-	if (!mark || *mark >> 1 == (now & WALKS))
+	if (!mark || *mark >> 1 == mark_of_walk(now))
 		return;
-	before = now == 1 || *mark >> 1 == (now - 1 & WALKS);
-	*mark = (now & WALKS) << 1 | before;
+	before = now == 1 || *mark >> 1 == mark_of_walk(now - 1);
+	*mark = mark_of_walk(now) << 1 | before;
 }
 
 /* Another socket may get the address. */
@@ -509,7 +513,7 @@ static __always_inline bool is_younger_than_walk(__u32 slot, struct sock *sk, bo
 
 	if (!now || !mark || !session || !session->walked)
 		return false;
-	return in_walk ? !(*mark & 1) : *mark >> 1 != (*now & WALKS);
+	return in_walk ? !(*mark & 1) : *mark >> 1 != mark_of_walk(*now);
 }
 
 static __always_inline struct tcp_connection *
