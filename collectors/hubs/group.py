@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coral.collectors.hubs.slot import Slot
 
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
+_LAST_PLACES: Final = 8  # for which no maps are prepared: sessions may need them meanwhile
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 _REBUILT_EVERY_S: Final = 0.5
 _COUNT_GENERATION, _COUNT_ENDED = 0, 1  # as in sessions.bpf.h
@@ -60,20 +61,36 @@ class Group:
         self._rebuilding = False
 
     def take(self, slot: Slot) -> Place | None:
-        """A place for SLOT by its plan; None where all are taken."""
+        """A place for SLOT by its plan; None where all are taken. Blocks where it takes the place
+        of maps that wait for a session of another sort."""
         plan = slot.plan
-        with self.lock:
-            kit = next((kit for kit in self.kits if kit.fits(plan)), None)
-            number = kit.number if kit else self._free_number()
-            if number is None:
-                return None
-            if kit:
+        while True:
+            with self.lock:
+                kit = next((kit for kit in self.kits if kit.fits(plan)), None)
+                number = kit.number if kit else self._free_number()
+                if number is not None:
+                    if kit:
+                        self.kits.remove(kit)
+                    hub = self.hubs.setdefault(plan.name, Hub())
+                    self.slots[number] = slot
+                    hub.slots.add(number)
+                    self.processes.slots.add(number)
+                    return Place(self, number, self.processes, hub, kit)
+                idle = next((kit for kit in self.kits if kit.is_ready), None)
+                if idle is None:
+                    return None
+                idle.is_ready = False
+            self._give_up(idle)
+
+    def _give_up(self, kit: Kit) -> None:
+        """Closes a kit that no session can take any more. Its number is free once its maps are out
+        of the slot: until then a session there would lose its own."""
+        try:
+            with suppress(BpfError):  # its hub may be closed
+                kit.close()
+        finally:
+            with self.lock:
                 self.kits.remove(kit)
-            hub = self.hubs.setdefault(plan.name, Hub())
-            self.slots[number] = slot
-            hub.slots.add(number)
-            self.processes.slots.add(number)
-            return Place(self, number, self.processes, hub, kit)
 
     def _free_number(self) -> int | None:
         slots = self.plan.rung.slots
@@ -94,31 +111,32 @@ class Group:
             like = [other for other in self.kits if kit.is_like(other)]
             if hub is None or any(other.sizes == kit.sizes for other in like):
                 return
+            if self.plan.rung.slots - len(self.slots) - len(self.kits) < _LAST_PLACES:
+                return
             # One of another size is not waited for any more.
             given_up = [other for other in like if other.is_ready]
-            self.kits = [other for other in self.kits if other not in given_up]
+            for other in given_up:
+                other.is_ready = False
             number = self._free_number()
             if number is not None:
                 kit.number = number  # which is taken from now on
                 self.kits.append(kit)
         with processes.lock, hub.lock:  # which nobody closes meanwhile
             for other in given_up:
-                other.close()
+                self._give_up(other)
             if number is None:
                 return
             installed = False
-            if processes.object is not None and hub.object is not None:
-                with suppress(BpfError, OSError, RuntimeError):
-                    kit.install(processes.object, hub.object)
-                    installed = True
-            with self.lock:
-                # Until now nobody has taken it.
-                kit.is_ready = installed and kit in self.kits and bool(hub.slots)
-                if kit in self.kits and not kit.is_ready:
-                    self.kits.remove(kit)
-                is_wanted = kit.is_ready
-            if not is_wanted:
-                kit.close()
+            try:
+                if processes.object is not None and hub.object is not None:
+                    with suppress(BpfError, OSError, RuntimeError):
+                        kit.install(processes.object, hub.object)
+                        installed = True
+            finally:
+                with self.lock:
+                    kit.is_ready = is_wanted = installed and bool(hub.slots)
+                if not is_wanted:
+                    self._give_up(kit)
 
     def memory_of_kits(self, name: str) -> int:
         """What the kernel charges for maps that wait for a session of the hub NAME. Raises
@@ -172,8 +190,11 @@ class Group:
                 hub.slots.discard(slot.number)
                 if not hub.slots:
                     unused.append(hub)
-            kits = [kit for kit in self.kits if slot.hub in unused and kit.name == slot.plan.name]
-            self.kits = [kit for kit in self.kits if kit not in kits]
+            # Those that are not ready are for others to give up.
+            kits = [kit for kit in self.kits if kit.is_ready and kit.name == slot.plan.name]
+            kits = kits if slot.hub in unused else []
+            for kit in kits:
+                kit.is_ready = False
             self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}
             # A session that comes meanwhile makes new ones; `processes` is replaced with them.
             if self.processes in unused:
@@ -187,7 +208,7 @@ class Group:
             if slot.hub not in unused:
                 closing.callback(self.detach_unwanted, slot.hub)
             for kit in kits:
-                closing.callback(kit.close)
+                closing.callback(self._give_up, kit)
 
     # What user space says to the programs.
 

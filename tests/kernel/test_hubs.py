@@ -7,11 +7,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 
+from coral import bpf
+from coral.collectors.hubs.keeper import KEEPER
+from coral.collectors.kernel_collector import KernelCollector
+from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from tests.collecting import Collected, collecting, session
-from tests.support import RUNGS, Calls, Puppet, at_work
+from tests.support import RUNGS, Calls, Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -144,3 +149,22 @@ def test_a_thread_that_nobody_watches_any_more_has_no_state_of_a_thread_hash() -
         puppet.getppid(3)
         assert len(states.read_keys()) == 1
     assert counted.of("getppid") == 3
+
+
+@pytest.mark.long
+def test_maps_that_wait_for_other_sessions_take_no_place() -> None:
+    """All slots are for sessions, although maps are prepared for one more of each sort."""
+    with Puppet() as puppet, ExitStack() as stack:
+        pid = str(puppet.pid)
+        sorts: list[KernelCollector[Any]] = [
+            session(pid=pid),
+            session(pid=pid, mode="events"),
+            TcpMetricsCollector.create({"pid": pid}, None, bpf.probe()),
+            TcpMetricsCollector.create({"pid": pid, "mode": "events"}, None, bpf.probe()),
+        ]
+        for one in sorts:
+            stack.enter_context(at_work(one))
+            wait_until(lambda: KEEPER.is_idle)
+        more = [stack.enter_context(at_work(session(pid=pid))) for _ in range(SLOTS - len(sorts))]
+        assert {one.bpf_object.hub for one in more} == {sorts[0].bpf_object.hub}
+        assert {one.bpf_object.number for one in (*sorts, *more)} == set(range(SLOTS))

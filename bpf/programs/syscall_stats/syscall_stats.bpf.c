@@ -259,11 +259,14 @@ static __always_inline void see(void *ctx, __u64 sessions, __u32 nr, __u32 born,
 	}
 }
 
-/* There was no room for a thread's state. */
+/* There was no room for a thread's state: in the hash map, or in the kernel's memory. */
 SUBPROGRAM int lose_calls(__u64 sessions)
 {
 	for_each_session (slot, sessions) {
-		account_loss(slot, LOSS_BUSY);
+		if (option(state_in_task_storage))
+			account_loss(slot, LOSS_BUSY);
+		else
+			account_loss(slot, LOSS_MAP_FULL);
 	}
 	return 0;
 }
