@@ -131,7 +131,8 @@ class RingReader:
         left to read it, or once closed."""
         if hasattr(self, "_consumer"):
             with suppress(OSError):
-                self._memory_bytes = fdinfo(self.fd).get("memlock", 0)
+                told = fdinfo(self.fd).get("memlock", 0)
+                self._memory_bytes = max(told, self.capacity_bytes)  # before 6.4 it tells 0
         return self._memory_bytes
 
     def drain(self, most_bytes: int = MOST_BYTES) -> Records:

@@ -118,7 +118,7 @@ class InnerMap(HashMap):
         *,
         batches: bool,
     ) -> None:
-        self.entries = definition.entries  # of a ring buffer: bytes
+        self.kind, self.entries = definition.kind, definition.entries  # of a ring buffer: bytes
         dtypes = [
             dtype(type_) if type_ else np.dtype("V0")  # a ring buffer has no keys
             for type_ in (definition.key_type, definition.value_type)
@@ -131,6 +131,12 @@ class InnerMap(HashMap):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def memory_bytes(self) -> int:
+        """See `HashMap.memory_bytes`. Kernels before 6.4 leave out the memory of ring buffers."""
+        of_ring = self.entries if self.kind == RINGBUF else 0
+        return max(super().memory_bytes, of_ring)
 
     def close(self) -> None:
         """Closes the descriptor. Safe to call twice."""

@@ -166,7 +166,7 @@ def test_programs_on_all_cpus_are_counted_to_the_record(
     started = start_on_each_cpu(calls, count)
     with (
         watching(perf_object, [one.pid for one in started]) as it,
-        reader_of(it, 1 << 20) as reader,  # room for all records: none can be lost
+        reader_of(it, 1 << 21) as reader,  # room for all records: none can be lost
     ):
         go(started)
         records = drain_until_ended(reader, started)

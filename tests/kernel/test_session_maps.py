@@ -216,5 +216,7 @@ def test_two_objects_share_a_map(load: Any) -> None:
 
 def test_the_rung_has_a_slot_for_each_session() -> None:
     features = probe()
-    assert climb(features, HOOKS).slots == SESSIONS
+    rung = climb(features, HOOKS)
+    many = (rung.loader.taken, rung.buffer.taken) == ("core", "ring_buffer")
+    assert rung.slots == (SESSIONS if many else 2)
     assert climb(features.without("session_maps"), HOOKS).slots == 1

@@ -223,6 +223,19 @@ static __always_inline struct member *watched_process(__u32 slot)
 	return member && member->state == MEMBER_ACTIVE ? member : NULL;
 }
 
+/*
+ * The process of the current task, which is ending, if session SLOT has watched it; or NULL. It is
+ * no member any more when its files are closed. Its last name stays for a while.
+ */
+static __always_inline struct member *ended_process(__u32 slot)
+{
+	struct task_struct *leader = kernel_read(this_task(), group_leader);
+	void *map = map_of_session(members, slot);
+	__u64 process = process_of(current_tgid(), born_of(leader));
+
+	return map ? bpf_map_lookup_elem(map, &process) : NULL;
+}
+
 static __always_inline bool surely_nobodys(__u32 tgid)
 {
 	struct sessions *all = all_sessions();
@@ -620,8 +633,13 @@ static __always_inline struct tcp_connection *connection_met(__u32 slot, struct 
 		c->presumed = false;
 		return c;
 	}
-	by_process = by_process && !in_kernel_thread() && !is_ending();
-	member = by_process ? watched_process(slot) : NULL;
+	by_process = by_process && !in_kernel_thread();
+	if (by_process && is_ending()) {
+		member = c ? ended_process(slot) : NULL;
+		by_process = false;
+	} else {
+		member = by_process ? watched_process(slot) : NULL;
+	}
 	if (!c)
 		return connection_seek(slot, sk, member);
 	if (member) {

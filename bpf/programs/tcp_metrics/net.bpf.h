@@ -374,8 +374,6 @@ static __always_inline bool held_by_process(struct sock *sk)
 	return socket_read(sk, sk_lock.owned);
 }
 
-#define ECONNABORTED 103
-
 /* Whether an administrator destroys it (`ss -K`), whose process holds it then. */
 static __always_inline bool is_destroyed_by_other(struct sock *sk)
 {

@@ -214,9 +214,11 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 {
 	if (c->error == ECONNABORTED)
 		return END_ABORTED;
-	if (c->resets_received)
+	/* The program that counts those received may have been skipped. */
+	if (c->resets_received ||
+	    (c->error == ECONNRESET && !c->resets_sent && old != TCP_SYN_SENT))
 		return old == TCP_SYN_SENT ? END_REFUSED : END_RESET_REMOTE;
-	if (c->error == 110) /* ETIMEDOUT */
+	if (c->error == ETIMEDOUT)
 		return END_TIMEOUT;
 	if (c->resets_sent && (c->error || !c->end)) /* and not long ago, for a stray segment */
 		return END_RESET_LOCAL;
