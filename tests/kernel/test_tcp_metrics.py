@@ -361,6 +361,7 @@ def test_a_connection_that_only_the_end_of_its_process_closes_is_told() -> None:
         assert (row.end, row.total.bytes_received, row.total.bytes_sent) == (
             pb.TCP_END_FIN_LOCAL, 10, 10,
         )  # fmt: skip
+        assert row.pid == number(server, "child")
         assert not seen.lost
 
 
