@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.request import urlopen
@@ -26,6 +27,7 @@ import yaml
 from google.protobuf.message import Message
 from prometheus_client.parser import text_string_to_metric_families
 
+from build_hook import clang_command
 from coral.collectors.contract import Batch, Collector, Summaries
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -77,6 +79,16 @@ def built(
         unfinished = output.with_name(f"{name}.{os.getpid()}")
         subprocess.run(command(unfinished), check=True)
         unfinished.rename(output)
+    return output
+
+
+def compiled(name: str) -> Path:
+    """tests/bpf/NAME.bpf.c, compiled, with its source beside it, where bcc looks for it."""
+    source = ROOT / f"tests/bpf/{name}.bpf.c"
+    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
+    output = built(f"{name}.bpf.o", sources, partial(clang_command, source))
+    with suppress(FileExistsError):
+        output.with_suffix(".c").symlink_to(source)
     return output
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from build_hook import clang_command
 from tests.attaching import Called
 from tests.network import Side, two_sides
-from tests.support import OWN_MACHINE, ROOT, Puppet, built
+from tests.support import OWN_MACHINE, Puppet, compiled
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,22 +36,13 @@ def pair(sides: tuple[Side, Side]) -> Iterator[tuple[Puppet, Puppet]]:
 @pytest.fixture(scope="session")
 def attaching_object() -> Path:
     """tests/bpf/attaching.bpf.c, compiled."""
-    return _compiled("attaching")
+    return compiled("attaching")
 
 
 @pytest.fixture(scope="session")
 def stages_object() -> Path:
     """tests/bpf/stages.bpf.c, compiled."""
-    return _compiled("stages")
-
-
-def _compiled(name: str) -> Path:
-    source = ROOT / f"tests/bpf/{name}.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    output = built(f"{name}.bpf.o", sources, partial(clang_command, source))
-    with suppress(FileExistsError):  # bcc looks for the source beside the object
-        output.with_suffix(".c").symlink_to(source)
-    return output
+    return compiled("stages")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from build_hook import clang_command
 from coral.bpf import BpfError, BpfObject, LoadError, RingReader, probe
 from coral.bpf.buffers.maps import sum_over_cpus
-from tests.support import ROOT, built
+from tests.support import compiled
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -25,16 +24,12 @@ PROGRAM = "ring_enter"
 
 @pytest.fixture(scope="module")
 def ring_object() -> Path:
-    source = ROOT / "tests/bpf/ring.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built("ring.bpf.o", sources, partial(clang_command, source))
+    return compiled("ring")
 
 
 @pytest.fixture(scope="module")
 def squares_object() -> Path:
-    source = ROOT / "tests/bpf/elements.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built("elements.bpf.o", sources, partial(clang_command, source))
+    return compiled("elements")
 
 
 @pytest.fixture

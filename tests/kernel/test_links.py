@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from build_hook import clang_command
 from coral.bpf import AttachError, BpfError, BpfObject
 from coral.bpf.attaching.link import FdLink
 from coral.bpf.attaching.tracepoints import raw_tracepoint
-from tests.support import ROOT, built
+from tests.support import compiled
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -24,9 +23,7 @@ SYS_ENTER = partial(raw_tracepoint, name="sys_enter")
 
 @pytest.fixture(scope="module")
 def path() -> Path:
-    source = ROOT / "tests/bpf/sessions.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built("sessions.bpf.o", sources, partial(clang_command, source))
+    return compiled("sessions")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import errno
 import os
 import resource
 import select
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from build_hook import clang_command
 from coral.bpf import BpfError, BpfObject, PerfReader
 from coral.bpf.buffers import perf_buffer
 from coral.bpf.buffers.records import RecordKind
-from tests.support import ROOT, Calls, wait_until
+from tests.support import Calls, compiled, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -32,10 +30,8 @@ ONLINE = Path("/sys/devices/system/cpu/online")
 
 
 @pytest.fixture(scope="module")
-def perf_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("bpf") / "perf.bpf.o"
-    subprocess.run(clang_command(ROOT / "tests/bpf/perf.bpf.c", output), check=True)
-    return output
+def perf_object() -> Path:
+    return compiled("perf")
 
 
 @pytest.fixture

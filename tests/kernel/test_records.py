@@ -6,7 +6,6 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from build_hook import clang_command
 from coral.bpf import BpfObject, RecordReader, probe
 from coral.bpf.buffers.account import Account
 from coral.bpf.buffers.perf_event import open_perf_event
 from coral.bpf.buffers.records import Records, drain_whole
-from tests.support import ROOT, built
+from tests.support import compiled
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -33,9 +31,7 @@ SET_BPF, ENABLE = 0x40042408, 0x2400
 
 @pytest.fixture(scope="module")
 def records_object() -> Path:
-    source = ROOT / "tests/bpf/records.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    return built("records.bpf.o", sources, partial(clang_command, source))
+    return compiled("records")
 
 
 @pytest.fixture(params=["ring", "perf"])

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from build_hook import clang_command
 from coral.bpf import BpfError, BpfObject, HashMap, LoadError, PerfReader, RingReader, probe
 from coral.bpf.buffers.account import Account
 from coral.bpf.buffers.maps import sum_over_cpus
 from coral.bpf.rung import HOOKS, SESSIONS, climb
-from tests.support import ROOT, built
+from tests.support import compiled
 
 pytestmark = pytest.mark.usefixtures("kept_apart", "nothing_left")
 
@@ -30,14 +27,8 @@ def kept_apart() -> None:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The object, with its source beside it, as bcc wants it."""
-    source = ROOT / "tests/bpf/sessions.bpf.c"
-    sources = [source, *(ROOT / "bpf/include").glob("*.h")]
-    directory = tmp_path_factory.mktemp("sessions")
-    shutil.copy(source, directory)
-    shutil.copy(built("sessions.bpf.o", sources, partial(clang_command, source)), directory)
-    return directory / "sessions.bpf.o"
+def path() -> Path:
+    return compiled("sessions")
 
 
 @pytest.fixture(params=["core", pytest.param("bcc", marks=pytest.mark.needs_bcc)])
