@@ -521,6 +521,9 @@ static __always_inline bool done_by_twin(struct sock *sk, __u64 event)
 #define BY_RING	     option(records_in_ring)
 #endif
 
+/* Has HOOK done what it does for one session. */
+#define HAVE_DONE(hook, args...) (BY_RING ? hook##_by_ring(args) : hook##_by_perf(ctx, args))
+
 SUBPROGRAM int state_by_ring(__u32 slot, __u64 sk, int old, int state)
 {
 	return BY_RING ? on_state(NULL, slot, socket_at(sk), old, state) : 0;
@@ -608,10 +611,7 @@ static __always_inline int on_any_state(void *ctx, struct sock *sk, int old, int
 		return 0;
 	}
 	for_each_session (slot, mask) {
-		if (BY_RING)
-			state_by_ring(slot, address, old, state);
-		else
-			state_by_perf(ctx, slot, address, old, state);
+		HAVE_DONE(state, slot, address, old, state);
 	}
 	return 0;
 }
@@ -635,10 +635,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 
 	forget_in_walk(sk);
 	for_each_session (slot, mask) {
-		if (BY_RING)
-			destroy_by_ring(slot, address);
-		else
-			destroy_by_perf(ctx, slot, address);
+		HAVE_DONE(destroy, slot, address);
 	}
 	return 0;
 }
@@ -675,10 +672,7 @@ int RAW_PROGRAM(coral_retransmit, struct sock *sk)
 	__u64 mask = sessions_met(sk, false), address = address_of(sk);
 
 	for_each_session (slot, mask) {
-		if (BY_RING)
-			retransmit_by_ring(slot, address);
-		else
-			retransmit_by_perf(ctx, slot, address);
+		HAVE_DONE(retransmit, slot, address);
 	}
 	return 0;
 }
@@ -690,10 +684,7 @@ int RAW_PROGRAM(coral_synack, struct sock *sk, struct request_sock *request)
 	__u64 address = address_of(sk), of_request = address_of(request);
 
 	for_each_session (slot, mask) {
-		if (BY_RING)
-			synack_by_ring(slot, address, of_request);
-		else
-			synack_by_perf(ctx, slot, address, of_request);
+		HAVE_DONE(synack, slot, address, of_request);
 	}
 	return 0;
 }
@@ -710,10 +701,7 @@ int RAW_PROGRAM(coral_reset_out, struct sock *sk, void *skb)
 	mask = sessions_met(sk, false);
 	address = address_of(sk);
 	for_each_session (slot, mask) {
-		if (BY_RING)
-			reset_sent_by_ring(slot, address, reason);
-		else
-			reset_sent_by_perf(ctx, slot, address, reason);
+		HAVE_DONE(reset_sent, slot, address, reason);
 	}
 	return 0;
 }
@@ -724,10 +712,7 @@ int RAW_PROGRAM(coral_reset_in, struct sock *sk)
 	__u64 mask = sessions_met(sk, false), address = address_of(sk);
 
 	for_each_session (slot, mask) {
-		if (BY_RING)
-			reset_received_by_ring(slot, address);
-		else
-			reset_received_by_perf(ctx, slot, address);
+		HAVE_DONE(reset_received, slot, address);
 	}
 	return 0;
 }
