@@ -93,7 +93,7 @@ def subscribers(agent: RunningAgent) -> int:
 
 def tap_of_calls(agent: RunningAgent, calls: Calls, output: str) -> str:
     """What a tap of CALLS, which it lets go, prints until the program has ended."""
-    running = tap(agent, f"pid:{calls.pid}", "-c", "until_exit=true", "-o", output)
+    running = tap(agent, f"pid:{calls.pid}", "-o", output)
     calls.go()
     calls.finish()
     out, err = running.communicate(timeout=10)
