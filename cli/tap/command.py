@@ -342,6 +342,9 @@ async def _exit_status(request: Request, tapped: Tapped, held: HeldCommand | Non
     if tapped.end and reason == EndReason.PREEMPTED:
         echo_error(_preempted(request, tapped.end.detail))
     if held and not tapped.interrupted:
+        if reason not in (None, EndReason.TARGET_EXITED):
+            over = "the time" if reason == EndReason.EXPIRED else "the tap"
+            echo_error(f"{over} is over; waiting for the command to end (Ctrl-C ends it)")
         status = await held.wait()
         if left := held.left_running():
             echo_error(_left(left))

@@ -200,6 +200,21 @@ def test_what_a_command_leaves_running_is_told(agent: RunningAgent) -> None:
     )
 
 
+def test_a_command_that_outlasts_the_tap_is_waited_for_and_that_is_said(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    running = tap(agent, "-d", "1s", "--", "sh", "-c", f"read _ < {fifo}; exit 7")
+    assert running.stderr
+    waits = running.stderr.readline()  # the command cannot end before this line has come
+    fifo.write_text("go\n")
+    out, err = running.communicate(timeout=10)
+    assert waits == ("coral: the time is over; waiting for the command to end (Ctrl-C ends it)\n")
+    assert (running.returncode, err) == (7, "")
+    assert ", expired" in out
+
+
 def test_a_command_finds_what_it_would_find_without_coral(agent: RunningAgent) -> None:
     script = "ls /proc/self/fd; grep -E '^Sig(Ign|Blk)' /proc/self/status; pwd; env; cat"
     command = ["sh", "-c", script]
