@@ -27,6 +27,11 @@ _REMEDY: Final[Mapping[str, str]] = {
     "pid": "start coral with hostPID: true or `docker run --pid=host`, or give the host's ids",
     "cgroup": "start coral with `docker run --cgroupns=host`, or give the host's path",
 }
+_COMMAND_BY_TCP: Final = (
+    "it by the agent's unix socket, unix:/run/coral/agent.sock by default: a command in a pid "
+    "namespace of its own ({}), such as a container's, cannot be watched by TCP; or start coral "
+    "with hostPID: true or `docker run --pid=host`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +50,19 @@ def translated(config: Mapping[str, str], named_in: Namespaces, caller: int) -> 
     """CONFIG with `pid` and `cgroup` as they are for this agent. CALLER is the id of the calling
     process, 0 where it is not known. Looks at every process or cgroup. Raises `OptionError`."""
     if pids := config.get("pid"):
-        config = {**config, "pid": _pids(pids, named_in.pid, caller)}
+        config = {**config, "pid": _pids(pids, named_in.pid, caller, config)}
     if path := config.get("cgroup"):
         config = {**config, "cgroup": _cgroup(path, named_in.cgroup, caller)}
     return config
 
 
-def _pids(value: str, namespace: int, caller: int) -> str:
+def _pids(value: str, namespace: int, caller: int, config: Mapping[str, str]) -> str:
     texts = [text.strip() for text in value.split(",") if text.strip()]
     if not all(text.isdecimal() for text in texts) or _is_own("pid", namespace):
         return value  # where it is malformed, it is refused with all other options
+    if not caller and config.get("from_exec", "").lower() == "true":
+        # A command that its caller is about to start; the user cannot know its id on the host.
+        raise OptionError("pid", value, _COMMAND_BY_TCP.format(namespace))
     _check("pid", value, namespace, caller)
     tgids = tgids_in(namespace, pid_depth(caller), set(map(int, texts)))
     for text in texts:

@@ -28,7 +28,7 @@ from coral.cli.common import (
 from coral.cli.signals import on_signal
 from coral.cli.tap.display import Screen, Tapped, screen_of
 from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand, own_namespace
-from coral.client import AgentClient, AgentError, EndReason, Retry, Stream
+from coral.client import AgentClient, AgentError, EndReason, Kind, Retry, Stream
 from coral.views.contract import Flag, Story, View
 from coral.views.registry import VIEWS
 
@@ -284,13 +284,16 @@ async def _tap(request: Request) -> int:
         if held:
             config["pid"] = str(held.pid)
         async with AgentClient(request.address, timeout_s=_ANSWER_S) as agent:
+            by_id = "pid" in target.config
+            if by_id and "until_exit" not in config and await _can_end_with_target(agent, request):
+                config["until_exit"] = "true"
             started = await agent.start(
                 request.view.kind,
                 service_name=target.service_name,
                 config=config,
                 duration_s=request.duration_s,
                 # What TARGET names is here; -c pid=N is as the contract has it.
-                pid_namespace=own_namespace("pid") if held or "pid" in target.config else 0,
+                pid_namespace=own_namespace("pid") if held or by_id else 0,
                 cgroup_namespace=own_namespace("cgroup") if "cgroup" in target.config else 0,
             )
             if not started.supported:
@@ -321,6 +324,17 @@ async def _tap(request: Request) -> int:
     return await _exit_status(request, tapped, held)
 
 
+async def _can_end_with_target(agent: AgentClient, request: Request) -> bool:
+    """Whether collectors of this kind can end with the processes that they watch."""
+    kind = Kind(request.view.kind)
+    return any(
+        option.name == "until_exit" and not option.refused
+        for collector in (await agent.capabilities()).collectors
+        if collector.kind == kind
+        for option in collector.options
+    )
+
+
 async def _exit_status(request: Request, tapped: Tapped, held: HeldCommand | None) -> int:
     """The command's where there is one, the signal's where one came; an error where the collector
     did not end as it should."""
@@ -328,6 +342,9 @@ async def _exit_status(request: Request, tapped: Tapped, held: HeldCommand | Non
     if tapped.end and reason == EndReason.PREEMPTED:
         echo_error(_preempted(request, tapped.end.detail))
     if held and not tapped.interrupted:
+        if reason not in (None, EndReason.TARGET_EXITED):
+            over = "the time" if reason == EndReason.EXPIRED else "the tap"
+            echo_error(f"{over} is over; waiting for the command to end (Ctrl-C ends it)")
         status = await held.wait()
         if left := held.left_running():
             echo_error(_left(left))

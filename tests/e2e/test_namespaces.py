@@ -141,14 +141,24 @@ def test_ids_that_come_by_tcp_from_inside_a_container_are_refused(
     listen = ("--listen", "127.0.0.1:0")
     with running_agent(tmp_path / "agent", {"auth": INSECURE}, *listen) as agent:
         agent.address = str(agent.log()[-1]["grpc"][0])  # type: ignore[index]
-        done = subprocess.run(
-            [*OWN_PIDS, *tap(agent, "--", programs / "calls", "getppid", 5)],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "the ids that the processes have in the agent's pid namespace" in done.stderr
-        assert "it translates for callers on its unix socket only" in done.stderr
-        assert "start coral with hostPID: true or `docker run --pid=host`" in done.stderr
+        by_id, command = "pid:1", ("--", programs / "calls", "getppid", 5)
+        refused = [
+            subprocess.run(
+                [*OWN_PIDS, *tap(agent, *target)],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+            )
+            for target in ((by_id,), command)
+        ]  # fmt: skip
+        assert [(done.returncode, done.stdout) for done in refused] == [(2, "")] * 2
+        assert refused[0].stderr.startswith(
+            "coral: pid:1: give the ids that the processes have in the agent's pid namespace: "
+        )
+        assert "it translates for callers on its unix socket only" in refused[0].stderr
+        assert refused[1].stderr.startswith(
+            f"coral: {programs / 'calls'} getppid 5: give it by the agent's unix socket, "
+        )
+        for done in refused:
+            assert "start coral with hostPID: true or `docker run --pid=host`" in done.stderr
         # Its own namespace needs no translation, and neither do ids without one.
         with Puppet() as puppet:
             for namespace in (0, own_namespace("pid")):

@@ -93,7 +93,7 @@ def subscribers(agent: RunningAgent) -> int:
 
 def tap_of_calls(agent: RunningAgent, calls: Calls, output: str) -> str:
     """What a tap of CALLS, which it lets go, prints until the program has ended."""
-    running = tap(agent, f"pid:{calls.pid}", "-c", "until_exit=true", "-o", output)
+    running = tap(agent, f"pid:{calls.pid}", "-o", output)
     calls.go()
     calls.finish()
     out, err = running.communicate(timeout=10)
@@ -198,6 +198,21 @@ def test_what_a_command_leaves_running_is_told(agent: RunningAgent) -> None:
         "coral: the command has ended and left a process running, which this tap does not watch "
         f"any more: `coral tap pid:{pid}` watches it\n"
     )
+
+
+def test_a_command_that_outlasts_the_tap_is_waited_for_and_that_is_said(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    running = tap(agent, "-d", "1s", "--", "sh", "-c", f"read _ < {fifo}; exit 7")
+    assert running.stderr
+    waits = running.stderr.readline()  # the command cannot end before this line has come
+    fifo.write_text("go\n")
+    out, err = running.communicate(timeout=10)
+    assert waits == ("coral: the time is over; waiting for the command to end (Ctrl-C ends it)\n")
+    assert (running.returncode, err) == (7, "")
+    assert ", expired" in out
 
 
 def test_a_command_finds_what_it_would_find_without_coral(agent: RunningAgent) -> None:

@@ -62,6 +62,8 @@ def test_a_process_has_an_id_in_each_namespace_above_its_own() -> None:
             translated({"pid": "1,4999"}, there, init)
         with pytest.raises(OptionError, match="callers on its unix socket only"):
             translated({"pid": "1"}, there, 0)
+        with pytest.raises(OptionError, match="give it by the agent's unix socket, unix:/run/"):
+            translated({"pid": "1", "from_exec": "true"}, there, 0)
         with pytest.raises(OptionError, match="which the agent cannot look at: it has ended"):
             translated({"pid": "1"}, there, 1 << 22)
 

@@ -237,3 +237,22 @@ def test_rows_that_do_not_fit_are_added_up_in_the_last_line() -> None:
     *_, last = drawn(story.interval_table(120, 4)).rstrip().splitlines()
     assert re.match(r"and 7 more +49 +49 +7 +not found +", last)
     assert len(drawn(story.interval_table(120, 10)).rstrip().splitlines()) == 11
+
+
+def test_half_of_the_lines_are_for_calls_that_mostly_failed() -> None:
+    busy = [stats(f"busy{n}", 10, 1000 - n, not_found=5) for n in range(20)]
+    waits = [stats(f"wait{n}", 10, 10, again=10) for n in range(5)]  # nothing went wrong
+    refused = [stats(f"refused{n}", 50 + n, 0, permission=50) for n in range(10)]
+    worst = stats("ptrace", 60, 0, permission=60)
+    story = story_of(0, figures(0, 1, *busy, *waits, *refused, worst))
+
+    def shown(lines: int) -> list[str]:
+        _, *rows = drawn(story.interval_table(120, lines)).rstrip().splitlines()
+        assert len(rows) == lines
+        return [row.split()[0] for row in rows]
+
+    assert shown(6) == ["busy0", "busy1", "busy2", "refused0", "ptrace", "and"]
+    assert shown(3) == ["busy0", "ptrace", "and"]
+    assert shown(2) == ["busy0", "and"]
+    refusals = [f"refused{n}" for n in range(10)] + ["ptrace"]
+    assert shown(30) == [f"busy{n}" for n in range(18)] + refusals + ["and"]

@@ -30,6 +30,7 @@ from coral.views.tcp_metrics.flows import (
     of_peer,
 )
 from coral.views.tcp_metrics.peers import endpoint, peer
+from coral.views.tcp_metrics.story import TcpStory
 from coral.views.tcp_metrics.tally import Tally, address_text
 from coral.views.text import format_age, format_amount, format_share, shorten, times
 from coral.wire.text import safe
@@ -405,3 +406,32 @@ def test_rows_that_the_agent_has_added_up_hide_what_is_open() -> None:
     tally.add(batch(0, 1, pb.TcpMetrics(remote_address="other", connections=9, opened=4)))
     assert (tally.knows_open, tally.all.opened) == (False, 4)
     assert peer(tally.latest[0])(20) == f"others {times(9)}"
+
+
+def test_totals_say_that_a_listener_dropped_connections_or_was_full() -> None:
+    def listener(port: int, backlog: int, drops: int = 0) -> pb.TcpMetrics:
+        row = pb.TcpMetrics(
+            role=LISTENER, local_port=port, state=pb.TCP_STATE_LISTEN, pid=7,
+            backlog=backlog, backlog_limit=2,
+        )  # fmt: skip
+        row.delta.listen_drops = drops
+        return row
+
+    story = TcpStory()
+    for second in range(3):
+        drops = 5 if second == 1 else 0
+        rows = listener(80, 3, drops), listener(81, 3), listener(82, 2, drops), listener(83, 2)
+        story.add(batch(second, second + 1, *rows, connection(1, 10, 10)))
+    lines = [re.split(" {2,}", line) for line in story.end_lines()]
+    at = next(index for index, line in enumerate(lines) if line[0] == "PEER")
+    assert lines[at][-1] == "LISTENER"
+    assert {line[0]: line[-1] for line in lines[at + 1 :]} == {
+        ":80": f"DROPPED 5, FULL {times(3)}",
+        ":81": f"FULL {times(3)}",
+        ":82": "DROPPED 5",
+        "→ 10.0.0.9:80": "-",
+    }
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(story.end_table(80))
+    assert re.search(rf":80 .* DROPPED 5, FULL {times(3)} *$", capture.get(), re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.contract import EVENTS, Flag, Story, View
 from coral.views.intervals import Intervals
 from coral.views.registry import VIEWS
+from tests.peer import Context, peer
 from tests.support import ROOT
 
 
@@ -276,3 +278,49 @@ def test_a_preempted_tap_says_what_would_help(
     )
     assert helps in text
     assert re.search(r"in the agent's configuration$", text)
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "options", "asked"),
+    [
+        ("pid:7", {}, {"until_exit": ""}, {"pid": "7", "until_exit": "true"}),
+        ("pid:7", {"until_exit": "false"}, {"until_exit": ""}, {"pid": "7", "until_exit": "false"}),
+        ("pid:7", {}, {"until_exit": "`false`: no pidfds"}, {"pid": "7"}),
+        ("pid:7", {}, {"top": ""}, {"pid": "7"}),
+        ("comm:make", {}, {"until_exit": ""}, {"comm": "make"}),
+        ("nginx", {"pid": "7"}, {"until_exit": ""}, {"pid": "7"}),
+    ],
+)
+async def test_a_tap_of_processes_by_id_ends_with_them_where_the_agent_can_do_that(
+    target: str,
+    config: dict[str, str],
+    options: dict[str, str],
+    asked: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """OPTIONS are those of the agent's collector, each with what the agent refuses of it."""
+    configs: list[dict[str, str]] = []
+
+    async def can(_request: pb.GetCapabilitiesRequest, _context: Context) -> pb.EbpfCapabilities:
+        accepted = [pb.CollectorOption(name=name, refused=no) for name, no in options.items()]
+        answer = pb.EbpfCapabilities()
+        answer.collectors.add(kind=REAL[0]).options.add(name="until_exit")
+        answer.collectors.add(kind=TOY.kind, options=accepted)
+        return answer
+
+    async def start(
+        request: pb.StartEbpfCollectorRequest, _context: Context
+    ) -> pb.StartEbpfCollectorResponse:
+        configs.append(dict(request.config))
+        return pb.StartEbpfCollectorResponse(supported=False, error="no")
+
+    named = command.parse_target(target, (), host=False)
+    story = TOY.story(frozenset())
+    async with peer(
+        f"unix:{tmp_path}/agent.sock", GetCapabilities=can, StartCollector=start
+    ) as address:
+        request = command.Request(
+            TOY, named, {**named.config, **config}, {}, story, None, address, "table"
+        )
+        assert await command._tap(request) == 1
+    assert configs == [asked]

@@ -80,13 +80,12 @@ class SyscallStory:
 def _sheet(totals: SyscallTotals, seconds: float, most_rows: int | None = None) -> Sheet:
     """TOTALS, gathered in so many SECONDS; 0 where that is too short for rates."""
     sheet = Sheet(_COLUMNS)
-    busiest = totals.busiest()
-    shown = busiest if most_rows is None or len(busiest) <= most_rows else busiest[: most_rows - 1]
+    shown, rest = totals.choose(most_rows)
     all_ns = totals.total_ns or 1
     for name, row in shown:
         sheet.add(*_cells(name, row, seconds, row.total_ns / all_ns))
-    if rest := [row for _, row in busiest[len(shown) :]]:
-        one = sum_of(rest)
+    if rest:
+        one = sum_of(row for _, row in rest)
         sheet.add(*_cells(f"and {len(rest)} more", one, seconds, one.total_ns / all_ns))
     return sheet
 

@@ -29,6 +29,11 @@ class SyscallRow:
     latency: Histogram = field(default_factory=Histogram)
     causes: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def mostly_failed(self) -> bool:
+        """Whether more than half of the calls failed, by errors that are not ordinary."""
+        return 2 * self.failures > self.calls
+
     def merge(self, more: SyscallRow) -> None:
         """Adds another system call."""
         self.calls += more.calls
@@ -44,6 +49,9 @@ class SyscallRow:
             more.latency.max_ns,
         )
         self.causes.update(more.causes)
+
+
+_Named = tuple[str, SyscallRow]
 
 
 class SyscallTotals:
@@ -96,9 +104,26 @@ class SyscallTotals:
         """Time in all system calls."""
         return sum(row.total_ns for row in self._rows.values())
 
-    def busiest(self) -> list[tuple[str, SyscallRow]]:
+    def busiest(self) -> list[_Named]:
         """By time spent, and last the agent's sum of what it left out."""
         return sorted(self._rows.items(), key=lambda item: (item[0] == OTHER, -item[1].total_ns))
+
+    def choose(self, lines: int | None = None) -> tuple[list[_Named], list[_Named]]:
+        """The rows to show, busiest first, and the rest, which needs one of the LINES. Rows whose
+        calls mostly failed get up to half of the lines before others, however little time they
+        took."""
+        busiest = self.busiest()
+        if lines is None or len(busiest) <= lines:
+            return busiest, []
+        failing = [item for item in busiest if item[0] != OTHER and item[1].mostly_failed]
+        failing.sort(key=lambda item: -item[1].failures)
+        first = {name for name, _ in failing[: (lines - 1) // 2]}
+        ordered = sorted(busiest, key=lambda item: item[0] not in first)
+        shown = {name for name, _ in ordered[: lines - 1]}
+        return (
+            [item for item in busiest if item[0] in shown],
+            [item for item in busiest if item[0] not in shown],
+        )
 
 
 def sum_of(rows: Iterable[SyscallRow]) -> SyscallRow:

@@ -74,6 +74,7 @@ class Flow:
     retransmits: int = 0
     resets: int = 0
     dropped: int = 0  # attempts to connect, by a listener
+    full: int = 0  # in how many rows a listener's backlog was full
     rtt_us: float = 0.0
     rtt: Buckets = field(default_factory=Buckets)
     window: int = 0
@@ -107,6 +108,7 @@ class Flow:
         self.retransmits += more.retransmits
         self.resets += more.resets
         self.dropped += more.dropped
+        self.full += more.full
         self.health = max(self.health, more.health)
         self.age_ns = max(self.age_ns, more.age_ns)
         self.window = max(self.window, more.window)
@@ -141,6 +143,7 @@ def of_connection(row: pb.TcpMetrics) -> Flow:
         retransmits=resent,
         resets=delta.resets_sent + delta.resets_received,
         dropped=delta.listen_drops,
+        full=int(row.role == LISTENER and row.backlog > row.backlog_limit),
         rtt_us=row.rtt_us,
         window=row.congestion_window,
         age_ns=row.duration_ns,

@@ -77,6 +77,7 @@ _PEER_TOTALS: Final = (
     Column("P99", spare=7),
     Column("RESENT", spare=2),
     Column("RETRANS", spare=8, optional=True),
+    Column("LISTENER", right=False, fits=True, room=20, optional=True),
 )
 _EVENT_TOTALS: Final = (
     Column("PEER", right=False, fits=True, room=18, comfort=28),
@@ -288,6 +289,7 @@ class TcpStory:
         yield _us(flow.rtt.quantile(0.99))
         yield _resent(flow)
         yield f"{flow.retransmits:,}" if flow.retransmits else ""
+        yield _listener(flow), _STYLES[flow.health]
 
     def _event_total_cells(
         self, flow: Flow, content: Content
@@ -373,6 +375,17 @@ def _resent(flow: Flow) -> tuple[str, str]:
     if not flow.retransmits:
         return "0%", "dim"
     return format_share(flow.resent_share), _STYLES[Health.LOSSY]
+
+
+def _listener(flow: Flow) -> Content:
+    """The attempts that a listener dropped, and in how many intervals its backlog was full. The
+    latter is left out where there is no room."""
+    full = f"FULL {times(flow.full)}" if flow.full else ""
+    if not flow.dropped:
+        return full
+    dropped = f"DROPPED {flow.dropped:,}"
+    both = f"{dropped}, {full}" if full else dropped
+    return lambda width: both if len(both) <= width else dropped
 
 
 def _bad(count: int) -> str:

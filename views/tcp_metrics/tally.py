@@ -175,7 +175,7 @@ class Tally:
         return [
             flow
             for flow in self._peers.values()
-            if flow.role != LISTENER or flow.retransmits or flow.dropped
+            if flow.role != LISTENER or flow.retransmits or flow.dropped or flow.full
         ]
 
     @property
