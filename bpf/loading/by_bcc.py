@@ -30,6 +30,7 @@ from coral.bpf.loading.description import Description
 from coral.bpf.loading.map_definition import ARRAY, MapDefinition
 from coral.bpf.loading.object_file import ObjectFile
 
+_TWIN: Final = "_twin"  # a program NAME_twin has the same code as NAME
 _LOAD_64: Final = 0x18  # a 64-bit constant, in two instructions
 _PSEUDO_MAP_FD: Final = 1
 _LOAD_MAP, _LOAD_OPTION = 14, 15  # as in portable.bpf.h
@@ -98,7 +99,11 @@ class LoadedByBcc:
         source = file.path.with_suffix("").with_suffix(".bpf.c")
         # All programs that can be attached, not only the chosen ones: this takes no longer, and the
         # next rung or request finds its programs compiled.
-        attachable = tuple(name for name in file.programs if file.hook_of(name)[0] in _KINDS)
+        attachable = tuple(
+            name
+            for name in file.programs
+            if file.hook_of(name)[0] in _KINDS and not name.endswith(_TWIN)
+        )
         compiled = bcc.compiled(source, attachable, tuple(numbers.items()))
         for name in maps:
             if name not in description.without_maps:
@@ -109,7 +114,7 @@ class LoadedByBcc:
         fds |= {_VARIABLES_FROM + n: self._variables[name].fd for n, name in enumerate(variables)}
         values = [int(file.initial_value(name)[()]) for name in options]
         for name in description.chosen:
-            self._load_program(name, _linked(compiled[name], fds, values))
+            self._load_program(name, _linked(compiled[name.removesuffix(_TWIN)], fds, values))
 
     def _split_variables(self) -> tuple[list[str], list[str]]:
         """The names of the variables that are constants of programs, and of those that are maps."""

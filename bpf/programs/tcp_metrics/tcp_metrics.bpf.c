@@ -622,11 +622,13 @@ int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
 	return on_any_state(ctx, sk, old, state);
 }
 
+#ifndef CORAL_BCC /* which takes its code from the other one */
 SEC("raw_tp/inet_sock_set_state")
 int RAW_PROGRAM(coral_state_twin, struct sock *sk, int old, int state)
 {
 	return on_any_state(ctx, sk, old, state);
 }
+#endif
 
 SEC("raw_tp/tcp_destroy_sock")
 int RAW_PROGRAM(coral_destroy, struct sock *sk)
