@@ -24,7 +24,7 @@ from coral.bpf.libbpf import LoadError
 
 _COMPILER: Final = Path(__file__).with_name("bcc_compiler.py")
 _INCLUDED_FROM: Final = Path(__file__).resolve().parent.parent
-_COMPILE_TIMEOUT_S: Final = 300  # an emulated machine needs one and a half minutes
+_COMPILE_TIMEOUT_S: Final = 600  # an emulated machine may need five minutes
 _TARGET_ARCH: Final = {"x86_64": "x86", "aarch64": "arm64"}
 _ENV_KERNEL_SOURCE: Final = "BCC_KERNEL_SOURCE"
 _KHEADERS: Final = Path("/sys/kernel/kheaders.tar.xz")  # which bcc unpacks
