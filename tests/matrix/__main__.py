@@ -77,7 +77,8 @@ async def run(names: Sequence[str]) -> list[Outcome]:
                 outcomes[result.row] = result
 
     async with asyncio.TaskGroup() as group:
-        for plan in sorted(guests, key=lambda plan: plan.rows[0].loader):  # bcc, which takes longest
+        # Those of bcc first: they take longest.
+        for plan in sorted(guests, key=lambda plan: plan.rows[0].loader):
             group.create_task(boot(plan))
     return [outcomes[row] for name in names for row in rows_of(name)]
 
