@@ -18,7 +18,7 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
-.PHONY: help setup demo run test coverage test-kernels lint format docs bench clean
+.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -31,10 +31,15 @@ demo: setup ## watch a real HTTP service through a real agent for 10 s
 run: setup ## run the agent in the foreground
 	$(BIN)/coral agent
 
-test: ## run every test; those on the kernel need root
+test: ## run the tests; those on the kernel need root
 	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
 	@deploy/packages $(TEST_PACKAGES)
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
+
+test-soak: ## run the tests that `make test` leaves out: the same again and again, on every rung
+	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
+	@deploy/packages $(TEST_PACKAGES)
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak
 
 # Tests that bound a time may fail here, because every line is counted: the report comes all the same.
 coverage: ## run TESTS, by default all, and list what none of them reaches, in subprocesses too

@@ -18,13 +18,20 @@ from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from tests.support import RUNGS, summaries, wait_until
 
-# On other kernels than this one, the best rung alone: what a rung changes is the same there.
+
+def _marks(rung: str) -> list[pytest.MarkDecorator]:
+    """On other kernels than this one, the best rung alone: what a rung changes is the same there.
+    The oldest does without everything; those between are for the soak."""
+    if rung == "best":
+        return []
+    return (
+        [pytest.mark.long] if rung in ("hash", "oldest") else [pytest.mark.long, pytest.mark.soak]
+    )
+
+
 every_rung = pytest.mark.parametrize(
     "without",
-    [
-        pytest.param(without, id=name, marks=[] if name == "best" else [pytest.mark.long])
-        for name, without in RUNGS.items()
-    ],
+    [pytest.param(without, id=name, marks=_marks(name)) for name, without in RUNGS.items()],
 )
 both_modes = pytest.mark.parametrize("mode", ["summaries", "events"])
 

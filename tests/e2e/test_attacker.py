@@ -260,6 +260,7 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(each)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(2 * SECONDS * PATIENCE + 180)
 @pytest.mark.parametrize("auth", ["token", "insecure_loopback"])
 async def test_attackers_cost_roots_session_nothing_and_the_agent_stays_small(

@@ -309,6 +309,7 @@ async def start_and_stop(agent: RunningAgent, pid: int, *, at_once: int, times: 
             tasks.create_task(one_after_another(client, first))
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_thousand_collectors_ten_at_a_time_leave_nothing(tmp_path: Path, puppet: Puppet) -> None:
     before = loaded()

@@ -143,6 +143,7 @@ async def frozen_reader(agent: RunningAgent, collector_id: str) -> AsyncIterator
         yield reader
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 async def test_a_thousand_subscribers_that_vanish_leave_nothing(
     agent: RunningAgent, load: Calls
@@ -181,6 +182,7 @@ async def test_a_thousand_subscribers_that_vanish_leave_nothing(
         await client.stop(session)
 
 
+@pytest.mark.soak
 async def test_sessions_whose_readers_stay_to_the_end_leave_nothing(
     agent: RunningAgent, load: Calls
 ) -> None:

@@ -49,6 +49,7 @@ async def all_rows(session: Session) -> list[pb.SyscallStats]:
 
 
 @pytest.mark.long
+@pytest.mark.soak
 async def test_200_sessions_leave_no_task_and_no_session(
     supervisor: Supervisor, puppet: Puppet
 ) -> None:
@@ -94,6 +95,7 @@ async def test_what_a_drain_has_read_is_told_though_the_session_is_stopped_meanw
 
 
 @pytest.mark.long
+@pytest.mark.soak
 async def test_real_sessions_that_are_stopped_around_their_expiry_tell_every_call(
     supervisor: Supervisor, puppet: Puppet
 ) -> None:
