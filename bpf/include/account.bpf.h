@@ -49,8 +49,11 @@ static __always_inline void account_loss(__u32 slot, const enum loss reason)
 		account_add(&account->lost[reason]);
 }
 
-/* Counts what an element was for; ERROR is what the update of its map or buffer returned. */
-static __always_inline void account_error(__u32 slot, long error)
+/*
+ * Counts what an element was for; ERROR is what the update of its map or buffer returned. It is an
+ * int, because before Linux 6.4 the upper half of what an update returns is undefined.
+ */
+static __always_inline void account_error(__u32 slot, int error)
 {
 	struct account *account = account_of(slot);
 

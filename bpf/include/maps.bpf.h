@@ -22,7 +22,7 @@ static __always_inline void *map_lookup_or_init(void *map, void *key, void *init
 static __always_inline void *map_lookup_or_account(__u32 slot, void *map, void *key, void *initial)
 {
 	void *value = bpf_map_lookup_elem(map, key);
-	long error;
+	int error;
 
 	if (value)
 		return value;

@@ -50,7 +50,7 @@ static __always_inline __u64 record_flags(void *ring)
 	return waiting - mark < WAKEUP_WINDOW_BYTES ? BPF_RB_FORCE_WAKEUP : 0;
 }
 
-static __always_inline void record_account(__u32 slot, long error)
+static __always_inline void record_account(__u32 slot, int error)
 {
 	struct account *account = account_of(slot);
 
@@ -72,7 +72,7 @@ static __always_inline void record_account(__u32 slot, long error)
 static __always_inline void record_send(void *ctx, __u32 slot, void *record, const __u64 size)
 {
 	void *buffer;
-	long error;
+	int error;
 
 	((struct record_head *)record)->length = size;
 	if (option(records_in_ring)) {
@@ -143,7 +143,7 @@ static __always_inline void record_release_draft(void)
 static __always_inline void record_submit(void *ctx, __u32 slot, void *record, const __u64 size)
 {
 	void *buffer;
-	long error = 0;
+	int error = 0;
 
 	if (option(records_in_ring)) {
 		buffer = map_of_session(rings, slot);

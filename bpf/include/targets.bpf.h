@@ -158,7 +158,7 @@ static __always_inline void member_add(const struct sessions *all, __u32 slot, _
 {
 	void *map = map_of_session(members, slot);
 	__u64 key = tgid;
-	long error;
+	int error;
 
 	if (!map)
 		return;

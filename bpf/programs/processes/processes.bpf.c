@@ -185,7 +185,7 @@ SUBPROGRAM int member_remove(__u32 slot, __u64 process)
 	void *map = map_of_session(members, slot);
 	struct member *member, last;
 	__u64 key = (__u32)process;
-	long error;
+	int error;
 
 	member = all && map ? bpf_map_lookup_elem(map, &key) : NULL;
 	if (!member)
@@ -299,7 +299,7 @@ SUBPROGRAM int mkdir_in_session(__u32 slot, __u64 cgroup, __u64 parent, __u64 pa
 	__u64 *wanted = bpf_map_lookup_elem(map_of(cgroup_paths), &slot);
 	void *map = map_of_session(cgroups, slot);
 	__u8 one = 1;
-	long error;
+	int error;
 
 	if (!map || (!cgroup_is_wanted(slot, parent) && (!wanted || *wanted != path)))
 		return 0;
