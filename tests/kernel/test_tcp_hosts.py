@@ -430,7 +430,9 @@ def test_segments_that_never_left_do_not_hide_the_role(
             row = seen.ended(pid=ours.pid)
             assert row.role == (CLIENT if watched == "client" else SERVER)
             assert row.total.bytes_sent == 21_000
-            assert sum(r.delta.bytes_sent for r in seen.rows) == 1000
+            told = sum(r.delta.bytes_sent for r in seen.rows)
+            # Where sock_diag is asked, its answer may count a FIN that comes meanwhile.
+            assert told in ((1000,) if looks_up_owners() else (1000, 1001))
 
 
 @pytest.mark.long

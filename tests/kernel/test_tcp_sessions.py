@@ -19,7 +19,7 @@ from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.collectors.tcp_metrics.socket_hints import HINTS, SocketHints, hash_of
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.network import connected, puppets, send
+from tests.network import connected, looks_up_owners, puppets, send
 from tests.support import Puppet, at_work, loaded, nothing_new_since, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -251,6 +251,8 @@ def test_ten_sessions_show_what_each_would_alone(without: tuple[str, ...]) -> No
 
 
 def test_hints_are_of_the_sockets_that_are_followed() -> None:
+    if not looks_up_owners():
+        pytest.skip("without walks, programs look each socket up: any may be one that was found")
     with puppets(2) as (client, server):
         pair = Pair(client, server)
         config = {"pid": f"{client.pid},{server.pid}"}
