@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from coral.cli.signals import deferring
 
-_START_TIMEOUT_S: Final = 10.0
+_START_TIMEOUT_S: Final = 30.0  # a busy machine that has read none of its files yet
 _POLL_INTERVAL_S: Final = 0.02
 
 
@@ -59,7 +59,10 @@ def _metrics_address(agent: subprocess.Popen[bytes], log_path: Path) -> str:
             if entry.get("event") == "listening":
                 return str(entry["metrics"])
         if ended or time.monotonic() > end:
-            raise AgentDidNotStartError(log_path.read_text().strip())
+            why = f"it ended with status {agent.poll()}"
+            if not ended:
+                why = f"it did not listen within {_START_TIMEOUT_S:.0f} s"
+            raise AgentDidNotStartError("\n".join([why, *log_path.read_text().splitlines()]))
         time.sleep(_POLL_INTERVAL_S)
 
 
