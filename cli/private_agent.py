@@ -59,10 +59,10 @@ def _metrics_address(agent: subprocess.Popen[bytes], log_path: Path) -> str:
             if entry.get("event") == "listening":
                 return str(entry["metrics"])
         if ended or time.monotonic() > end:
-            why = f"it ended with status {agent.poll()}"
+            said = log_path.read_text().strip()
             if not ended:
-                why = f"it did not listen within {_START_TIMEOUT_S:.0f} s"
-            raise AgentDidNotStartError("\n".join([why, *log_path.read_text().splitlines()]))
+                said = f"it did not listen within {_START_TIMEOUT_S:.0f} s\n{said}".strip()
+            raise AgentDidNotStartError(said or f"it ended with status {agent.poll()}")
         time.sleep(_POLL_INTERVAL_S)
 
 
