@@ -492,7 +492,10 @@ def test_every_connection_of_a_burst_is_accounted() -> None:
             seen.rows.clear()
             return ended.total() + seen.lost >= 2 * count
 
-        wait_until(all_ended, 60)
+        try:
+            wait_until(all_ended, 60)
+        except AssertionError as error:
+            raise AssertionError(f"{ended} {opened} {seen.lost} {count}") from error
         puppet.done()
         assert opened == ended.total()
         assert ended.total() + seen.lost == 2 * count
