@@ -24,6 +24,7 @@ static __always_inline THREAD_STATE *thread_state_in_hash(void)
 	return bpf_map_lookup_elem(map_of(thread_hash), &task);
 }
 
+/* Of the current thread, in the hash map: its room is another thread's then. */
 static __always_inline void thread_state_remove(void)
 {
 	__u64 task = bpf_get_current_task();
@@ -54,14 +55,6 @@ static __always_inline THREAD_STATE *thread_state_make(const struct thread *me,
 #endif
 	bpf_map_update_elem(map_of(thread_hash), &task, initial, BPF_ANY);
 	return thread_state_in_hash();
-}
-
-/* The current thread's state is not needed any more. In the hash map, its room is another thread's;
- * task storage has room for all. */
-static __always_inline void thread_state_spare(void)
-{
-	if (!option(state_in_task_storage))
-		thread_state_remove();
 }
 
 /* Only needed for the hash map. */

@@ -191,8 +191,11 @@ class Group:
                 if not hub.slots:
                     unused.append(hub)
             # Those that are not ready are for others to give up.
-            kits = [kit for kit in self.kits if kit.is_ready and kit.name == slot.plan.name]
-            kits = kits if slot.hub in unused else []
+            kits = [
+                kit
+                for kit in self.kits
+                if slot.hub in unused and kit.is_ready and kit.name == slot.plan.name
+            ]
             for kit in kits:
                 kit.is_ready = False
             self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}

@@ -288,7 +288,7 @@ static __always_inline struct call *call_of(const struct sessions *all, const st
 	    sessions_in_state(sessions_of_hub(all) & all->await_exec, me->tgid, MEMBER_ARMED);
 	if (!fresh.watching && !fresh.armed && !option(state_in_task_storage)) {
 		if (call)
-			thread_state_spare();
+			thread_state_remove();
 		return NULL;
 	}
 	if (call) {
