@@ -44,6 +44,7 @@ from coral.agent.sessions.totals import Totals
 from coral.agent.streams import Readers, shorten_queues
 from coral.bpf import BpfError, Features
 from coral.collectors.contract import Batch, Measures, Support
+from coral.collectors.hubs import HUBS
 from coral.collectors.metering import metered
 from coral.collectors.options import format_duration
 from coral.collectors.runner import completed, run
@@ -285,14 +286,18 @@ class Supervisor:
         return [session for session in self.sessions.values() if session.at_work]
 
     def memory_bytes(self) -> int:
-        """Maps and buffers of all sessions. Ended ones make room first, where they are over the
-        limit."""
+        """Maps and buffers of all sessions. Over the limit, maps that wait for a next session and
+        ended sessions make room first."""
         self.ended.tick()
-        own = sum(session.memory_bytes for session in self.sessions.values())
-        excess = own + self.ended.memory_bytes - self.config.limits.memory
-        if excess > 0:
-            self.ended.make_room(excess)
+        limit, own = self.config.limits.memory, self._own_memory_bytes()
+        if own + self.ended.memory_bytes > limit:
+            HUBS.give_up_prepared()
+            own = self._own_memory_bytes()
+            self.ended.make_room(max(own + self.ended.memory_bytes - limit, 0))
         return own + self.ended.memory_bytes
+
+    def _own_memory_bytes(self) -> int:
+        return sum(session.memory_bytes for session in self.sessions.values())
 
     def shorten_queues(self, wanted_bytes: int) -> None:
         """Frees WANTED_BYTES of what waits for subscribers that do not keep up, or all of it."""

@@ -6,8 +6,8 @@ session watches. A session has a slot: its number in masks, and in maps that hol
 The C side is bpf/include/sessions.bpf.h.
 """
 
-from coral.collectors.hubs.group import HINTS
+from coral.collectors.hubs.group import HINTS, HUBS
 from coral.collectors.hubs.plan import Plan, has_cgroups
 from coral.collectors.hubs.slot import FIRST_ENDED, Slot, SlotReader
 
-__all__ = ["FIRST_ENDED", "HINTS", "Plan", "Slot", "SlotReader", "has_cgroups"]
+__all__ = ["FIRST_ENDED", "HINTS", "HUBS", "Plan", "Slot", "SlotReader", "has_cgroups"]

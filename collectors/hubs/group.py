@@ -138,6 +138,17 @@ class Group:
                 if not is_wanted:
                     self._give_up(kit)
 
+    def give_up_prepared(self) -> None:
+        """Frees the maps that wait for a session. They count for nobody when this returns; a thread
+        does the work."""
+        with self.lock:
+            idle = [kit for kit in self.kits if kit.is_ready]
+            for kit in idle:
+                kit.is_ready = False
+        for kit in idle:
+            if not KEEPER.submit(self._give_up, kit):
+                self._give_up(kit)
+
     def memory_of_kits(self, name: str) -> int:
         """What the kernel charges for maps that wait for a session of the hub NAME. Raises
         OSError."""
@@ -324,6 +335,13 @@ class Hubs:
         if place is None:
             raise RuntimeError("a new hub has no room")
         return place
+
+    def give_up_prepared(self) -> None:
+        """See `Group.give_up_prepared`."""
+        with self._lock:
+            groups = list(self._groups)
+        for group in groups:
+            group.give_up_prepared()
 
 
 HUBS: Final = Hubs()

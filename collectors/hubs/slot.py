@@ -59,7 +59,7 @@ class Slot:
         self._kit: Kit | None = None
         self._arrays: dict[str, HashMap] = {}
         self._readers: list[Walk | ElementReader] = []
-        self._active = self._closed = self._detailed = False
+        self._active = self._closed = self._detailed = self._has_prepared = False
         self.watches_host = False
         self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
         self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
@@ -131,8 +131,6 @@ class Slot:
         if self._kit is None:
             self._kit = Kit(self.plan, self.number)
             self._kit.install(self.processes, self.object)
-        if self.plan.rung.slots >= _MANY_SLOTS and sum(self.plan.sizes.values()) <= _MOST_PREPARED:
-            KEEPER.submit(self._group.prepare, self.plan)
 
     @property
     def _at(self) -> Place:
@@ -238,7 +236,12 @@ class Slot:
         self._group.hint(tgids)
 
     def tidy(self) -> None:
-        """See `Group.tidy`; to be called at each drain."""
+        """To be called at each drain. At the first, when the session is here to stay, has the maps
+        of a next one prepared; for the rest, see `Group.tidy`."""
+        if not self._has_prepared:
+            self._has_prepared, plan = True, self.plan
+            if plan.rung.slots >= _MANY_SLOTS and sum(plan.sizes.values()) <= _MOST_PREPARED:
+                KEEPER.submit(self._group.prepare, plan)
         self._group.tidy()
 
     def tidied_members(self) -> NDArray[np.uint64]:

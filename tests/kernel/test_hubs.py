@@ -164,6 +164,7 @@ def test_maps_that_wait_for_other_sessions_take_no_place() -> None:
         ]
         for one in sorts:
             stack.enter_context(at_work(one))
+            one.drain()
             wait_until(lambda: KEEPER.is_idle)
         more = [stack.enter_context(at_work(session(pid=pid))) for _ in range(SLOTS - len(sorts))]
         assert {one.bpf_object.hub for one in more} == {sorts[0].bpf_object.hub}

@@ -11,6 +11,7 @@ import pytest
 from coral.agent.machine.program_stats import ProgramStatsSampler, ProgramUse, Sampled
 from coral.bpf import probe
 from coral.bpf.loading.object import enable_run_time_stats
+from coral.collectors.hubs import HUBS
 from coral.collectors.hubs.keeper import KEEPER
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
@@ -72,9 +73,11 @@ def test_a_session_is_charged_its_own_memory_and_its_part_of_the_hub(
         return SyscallStatsCollector.create({"pid": str(puppet.pid), **config}, None, features)
 
     with at_work(collector(puppets[0])) as first:
+        first.drain()
         wait_until(lambda: KEEPER.is_idle)  # the maps of a next session are charged as well
         alone = first.bpf_object.map_memory_bytes
         with at_work(collector(puppets[1], mode="events", ring="16MiB")) as second:
+            second.drain()
             wait_until(lambda: KEEPER.is_idle)
             # What is the hub's is shared now.
             wait_until(lambda: first.bpf_object.map_memory_bytes < alone)
@@ -82,6 +85,25 @@ def test_a_session_is_charged_its_own_memory_and_its_part_of_the_hub(
             assert 16 << 20 < other < alone + (17 << 20)
         assert first.bpf_object.map_memory_bytes == pytest.approx(alone, rel=0.01)
     assert first.bpf_object.map_memory_bytes == 0
+
+
+def test_maps_that_wait_for_a_session_are_charged_until_they_are_given_up(
+    puppets: tuple[Puppet, Puppet],
+) -> None:
+    config = {"mode": "events", "ring": "4MiB", "include": "getppid"}
+    with at_work(counting(puppets[0], **config)) as only:
+        alone = only.bpf_object.map_memory_bytes
+        assert 4 << 20 < alone < 8 << 20
+        only.drain()
+        wait_until(lambda: KEEPER.is_idle)
+        assert only.bpf_object.map_memory_bytes > alone + (4 << 20)
+        HUBS.give_up_prepared()
+        assert only.bpf_object.map_memory_bytes == pytest.approx(alone, rel=0.01)
+        with at_work(counting(puppets[1], **config)) as other:
+            puppets[1].getppid(1_000)
+            assert len(other.drain().rows) == 1_000
+        puppets[0].getppid(1_000)
+        assert len(only.drain().rows) == 1_000
 
 
 def test_a_collector_that_is_never_opened_takes_no_place(puppets: tuple[Puppet, Puppet]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from coral.agent.config import ByteCount, Config, Limits
 from coral.agent.sessions.session import Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.hubs import Slot
@@ -112,6 +113,21 @@ async def test_real_sessions_that_are_stopped_around_their_expiry_tell_every_cal
         reasons[session.end.reason] += 1
     assert sum(reasons.values()) == 60
     assert set(reasons) == {pb.SessionEnd.REASON_EXPIRED, pb.SessionEnd.REASON_STOPPED}
+
+
+async def test_maps_that_wait_for_a_session_make_room_before_a_session_has_to(
+    puppet: Puppet,
+) -> None:
+    limits = Limits(memory=ByteCount(8 << 20))
+    async with Supervisor(Config(limits=limits)) as supervisor:
+        session = await supervisor.start(request(puppet, mode="events", ring="4MiB"))
+        alone = session.map_memory_bytes
+        puppet.getppid(1)
+        async with asyncio.timeout(10):
+            while session.map_memory_bytes < alone + (4 << 20):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert 4 << 20 < supervisor.memory_bytes() < limits.memory
+        assert not session.decided_end
 
 
 async def test_leaving_the_supervisor_ends_every_session(puppet: Puppet) -> None:
