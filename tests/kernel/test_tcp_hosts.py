@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -433,6 +434,24 @@ def test_segments_that_never_left_do_not_hide_the_role(
             told = sum(r.delta.bytes_sent for r in seen.rows)
             # Where sock_diag is asked, its answer may count a FIN that comes meanwhile.
             assert told in ((1000,) if looks_up_owners() else (1000, 1001))
+
+
+@pytest.mark.long
+def test_a_child_that_a_walk_meets_before_its_fork_is_told_makes_no_listener_shared() -> None:
+    if not looks_up_owners():
+        pytest.skip("no program walks through open files")
+    forks = "for _ in range(2000):\n  if not os.fork(): os._exit(0)\n  os.wait()\n"
+    with puppets(1) as (server,), following(server) as seen:
+        listen(server, "127.0.0.1")
+        walk = seen.collector.bpf_object.common(FileWalk)
+        connections = seen.collector.bpf_object.map("connections")
+        with ThreadPoolExecutor() as pool:
+            forking = pool.submit(server.do, f"exec({forks!r})")
+            while not forking.done():
+                walk.run()
+                seen.drain()
+                assert connections.read()[1]["shared"].tolist() == [0]
+        forking.result()
 
 
 @pytest.mark.long

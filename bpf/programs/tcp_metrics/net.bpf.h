@@ -231,6 +231,15 @@ struct bpf_iter__task_file {
 	struct file *file;
 };
 
+/* Linux 5.14 renamed the member. */
+struct task_struct___renamed {
+	unsigned int __state;
+};
+
+struct task_struct___before {
+	long state;
+};
+
 struct socket {
 	struct sock *sk;
 };
@@ -251,6 +260,20 @@ struct mptcp_subflow_context {
 #define HAVE_IPV6		    1
 #define kernel_has_ipv6(sk)	    bpf_core_field_exists((sk)->skc_v6_daddr)
 #define kernel_has_mptcp()	    bpf_core_field_exists(((struct mptcp_sock *)0)->conn_list)
+
+#define TASK_NEW 0x800
+
+/* Whether TASK has not run yet. It has its parent's open files before sched_process_fork, from when
+ * on its process may be a target. */
+static __always_inline bool task_is_new(struct task_struct *task)
+{
+	struct task_struct___renamed *renamed = (void *)task;
+	struct task_struct___before *before = (void *)task;
+
+	if (bpf_core_field_exists(renamed->__state))
+		return kernel_read(renamed, __state) & TASK_NEW;
+	return kernel_read(before, state) & TASK_NEW;
+}
 
 static __always_inline __u8 congestion_state(struct sock *sk)
 {

@@ -958,7 +958,7 @@ int coral_find_iter(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 	struct sock *sk;
 
-	if (!task || !file || !number || !all || task_is_ending(task))
+	if (!task || !file || !number || !all || task_is_new(task) || task_is_ending(task))
 		return 0;
 	sk = socket_in(file);
 	if (!sk)
