@@ -7,6 +7,7 @@ the kernel keeps of it; connections that have ended come through the ring, each 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -144,6 +145,7 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
             optional=tuple(sorted(_optional())),
             wanted=self._wanted,
             options={
+                "agent": os.getpid(),
                 "refresh_at_segments": not self._walks,
                 "take_over_found": self._asks,
                 "make_cookies": typed and _COOKIES in _kernel_has(),

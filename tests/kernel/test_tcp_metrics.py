@@ -383,6 +383,20 @@ def test_a_workers_connection_is_the_workers(does: str) -> None:
         assert seen.ended(role=SERVER).pid == worker
 
 
+def test_a_connection_is_not_the_process_s_that_happens_to_close_it() -> None:
+    if not looks_up_owners():
+        pytest.skip("nothing tells which listeners are shared")
+    with puppets(3) as (client, server, other), following(server) as seen:
+        connected(client, server, "127.0.0.1")
+        fd = number(server, "s.fileno()")
+        other.do("import ctypes; from ctypes import c_long; call = ctypes.CDLL(None).syscall")
+        other.do(f"fd = call(c_long(438), os.pidfd_open({server.pid}), {fd}, 0)  # pidfd_getfd")
+        client.do("c.close()")
+        server.do("s.close()")
+        other.do("os.close(fd)")
+        assert seen.ended(role=SERVER).pid == server.pid
+
+
 def test_a_port_that_is_shared_with_others_does_not_show_theirs() -> None:
     shared = "l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)"
     take = "l.setblocking(False)\nwhile True:\n  try: s, _ = l.accept()\n  except OSError: break\n"
@@ -479,7 +493,16 @@ def test_every_connection_of_a_burst_is_accounted() -> None:
         "  c = socket.socket(); c.connect(at); s, _ = l.accept()\n"
         "  c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger); c.close(); s.close()\n"
     )
-    with puppets(1) as (puppet,), following(puppet, ring="16MiB") as seen:
+    # Whoever looks at an open file has it for a moment, and may be the one that closes it.
+    look = (
+        "while True:\n"
+        "  for n in 3, 4, 5, 6:\n"
+        "    try: os.readlink(f'/proc/{pid}/fd/{n}')\n"
+        "    except OSError: pass\n"
+    )
+    with puppets(2) as (puppet, looker), following(puppet, ring="16MiB") as seen:
+        if looks_up_owners():
+            looker.begin(f"pid = {puppet.pid}; exec({look!r})")
         puppet.begin(f"exec({burst!r})")
         ended = Counter[int]()
         opened = 0
@@ -490,15 +513,16 @@ def test_every_connection_of_a_burst_is_accounted() -> None:
                 ended[row.role] += bool(row.end)
                 opened += row.opened
             seen.rows.clear()
-            return ended.total() + seen.lost >= 2 * count
+            return ended.total() + seen.lost + seen.missed >= 2 * count
 
         try:
             wait_until(all_ended, 60)
         except AssertionError as error:
-            raise AssertionError(f"{ended} {opened} {seen.lost} {count}") from error
+            lost = f"{seen.lost} lost, {seen.missed} missed"
+            raise AssertionError(f"{ended}, {opened} opened, {lost} of {count}") from error
         puppet.done()
-        assert opened == ended.total()
-        assert ended.total() + seen.lost == 2 * count
+        all_ended()
+        assert 2 * count - seen.missed <= opened == ended.total() <= 2 * count
         assert not seen.lost
 
 

@@ -134,7 +134,8 @@ class Session:
             assert figures(pid) == self.truth(pid), self.collector.label
         if "host" not in self.collector.label:
             assert self.ended.keys() | self.sent.keys() <= self.pairs.keys()
-        assert not self.lost
+        # Programs are skipped for any socket of the machine, which tests beside this one use, too.
+        assert self.lost.keys() <= {pb.Loss.STAGE_PROGRAM_MISSED}
 
 
 @contextmanager

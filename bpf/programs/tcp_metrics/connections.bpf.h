@@ -617,14 +617,37 @@ static __always_inline bool owner_by_listener(__u32 slot, struct sock *listener,
 	return found_owner;
 }
 
+OPTION(__u32, agent, 0); /* the agent's own process, which looks at open files of others */
+
+/* Who is at a hook. */
+enum user {
+	USER_NONE,     /* a packet or a timer */
+	USER_HOLDS,    /* a process that holds the socket's lock */
+	USER_RECEIVES, /* one that receives, too, and so surely has the socket open */
+};
+
 /*
- * The connection of the socket that a hook sees. If a process is using the socket (BY_PROCESS) and
- * is watched, it owns the connection from now on. Threads of the kernel work for others.
+ * Whether a process that is not watched, and only HOLDS the socket of C, may be the one that
+ * accepted it. The last reference to an open file may be that of a process that just looks at it:
+ * by /proc/PID/fd, or in a walk of its own. The socket is then closed there. Walks tell which
+ * listeners are shared with others: their connections have no owner yet.
+ */
+static __always_inline bool may_be_accepted_by_other(__u32 slot, const struct tcp_connection *c)
+{
+	struct tcp_session *session = session_at(slot);
+
+	return !c->pid || !session || !session->first_walk;
+}
+
+/*
+ * The connection of the socket that a hook sees. If a process is using the socket and is watched,
+ * it owns the connection from now on. Threads of the kernel work for others.
  */
 static __always_inline struct tcp_connection *connection_met(__u32 slot, struct sock *sk,
-							     bool by_process)
+							     enum user user)
 {
 	struct tcp_connection *c = connection_of(slot, sk);
+	bool by_process = user != USER_NONE;
 	struct member *member;
 
 	if (c && !by_process)
@@ -633,6 +656,8 @@ static __always_inline struct tcp_connection *connection_met(__u32 slot, struct 
 		c->presumed = false;
 		return c;
 	}
+	if (c && current_tgid() == option(agent))
+		return c;
 	by_process = by_process && !in_kernel_thread();
 	if (by_process && is_ending()) {
 		member = c ? ended_process(slot) : NULL;
@@ -644,7 +669,8 @@ static __always_inline struct tcp_connection *connection_met(__u32 slot, struct 
 		return connection_seek(slot, sk, member);
 	if (member) {
 		own(c, current_tgid(), member->comm);
-	} else if (by_process && c->presumed) {
+	} else if (by_process && c->presumed &&
+		   (user == USER_RECEIVES || may_be_accepted_by_other(slot, c))) {
 		/* Another process, which shares the listener with a watched one, has it. */
 		connection_drop(slot, sk);
 		return NULL;

@@ -256,7 +256,8 @@ static __always_inline bool changed_by_process(struct sock *sk, int old)
 
 static __always_inline int on_change(void *ctx, __u32 slot, struct sock *sk, int old, int state)
 {
-	struct tcp_connection *c = connection_met(slot, sk, changed_by_process(sk, old));
+	struct tcp_connection *c =
+	    connection_met(slot, sk, changed_by_process(sk, old) ? USER_HOLDS : USER_NONE);
 
 	if (!c || c->ended_ns)
 		return 0;
@@ -295,7 +296,7 @@ static __always_inline int on_destroy(void *ctx, __u32 slot, struct sock *sk)
 	/* A process that nobody watches only matters where the owner is presumed. */
 	if ((c && c->presumed) || !surely_nobodys(current_tgid())) {
 		if (held_by_process(sk) && !(c && is_destroyed_by_other(sk)))
-			c = connection_met(slot, sk, true);
+			c = connection_met(slot, sk, USER_HOLDS);
 	}
 	if (!c)
 		return 0;
@@ -311,7 +312,7 @@ static __always_inline int on_destroy(void *ctx, __u32 slot, struct sock *sk)
 SUBPROGRAM int on_segment(__u32 slot, __u64 socket)
 {
 	struct sock *sk = socket_at(socket);
-	struct tcp_connection *c = connection_met(slot, sk, false);
+	struct tcp_connection *c = connection_met(slot, sk, USER_NONE);
 
 	if (!c || c->ended_ns)
 		return 0;
@@ -330,7 +331,7 @@ SUBPROGRAM int on_received(__u32 slot, __u64 socket)
 
 	if (!session || !session->wants_use)
 		return 0;
-	c = connection_met(slot, sk, true);
+	c = connection_met(slot, sk, USER_RECEIVES);
 	if (c && !c->ended_ns && refreshes_at_segments(slot))
 		refresh(c, sk, c->state, false);
 	return 0;
@@ -351,7 +352,7 @@ static __always_inline __u32 kind_of_retransmit(struct sock *sk)
 /* The kernel has already counted it; several segments may have been sent at once. */
 static __always_inline int on_retransmit(void *ctx, __u32 slot, struct sock *sk)
 {
-	struct tcp_connection *c = connection_met(slot, sk, false);
+	struct tcp_connection *c = connection_met(slot, sk, USER_NONE);
 	__u32 kind, total, count;
 
 	if (!c)
@@ -369,7 +370,7 @@ static __always_inline int on_retransmit(void *ctx, __u32 slot, struct sock *sk)
 static __always_inline int on_synack_retransmit(void *ctx, __u32 slot, struct sock *listener,
 						struct request_sock *request)
 {
-	struct tcp_connection *c = connection_met(slot, listener, false);
+	struct tcp_connection *c = connection_met(slot, listener, USER_NONE);
 
 	if (!c)
 		return 0;
@@ -402,7 +403,7 @@ static __always_inline int on_synack_retransmit(void *ctx, __u32 slot, struct so
 /* A reset on the way to CLOSE is the cause of the end. */
 static __always_inline int on_reset_sent(void *ctx, __u32 slot, struct sock *sk, __u32 reason)
 {
-	struct tcp_connection *c = connection_met(slot, sk, false);
+	struct tcp_connection *c = connection_met(slot, sk, USER_NONE);
 
 	if (!c)
 		return 0;
@@ -418,7 +419,7 @@ static __always_inline int on_reset_sent(void *ctx, __u32 slot, struct sock *sk,
 
 static __always_inline int on_reset_received(void *ctx, __u32 slot, struct sock *sk)
 {
-	struct tcp_connection *c = connection_met(slot, sk, false);
+	struct tcp_connection *c = connection_met(slot, sk, USER_NONE);
 
 	if (!c)
 		return 0;
