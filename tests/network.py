@@ -17,6 +17,7 @@ from coral import bpf
 from coral.bpf import kernel_names
 from coral.collectors.contract import Batch, Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
+from coral.collectors.tcp_metrics.file_walk import FileWalk
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Puppet, at_work, wait_until
 
@@ -138,6 +139,13 @@ class Seen:
         self.rows += rows
         return rows
 
+    def walk(self) -> None:
+        """Walks through the open files, where a program does. The collector's own next walk may be
+        minutes away, if a test beside this one has opened many."""
+        slot = self.collector.bpf_object
+        if FileWalk.PROGRAM in slot.object.programs:
+            slot.common(FileWalk).run()
+
     def last(self, **wanted: object) -> pb.TcpMetrics | None:
         """The newest row whose fields have these values."""
         for row in reversed(self.rows):
@@ -146,9 +154,10 @@ class Seen:
         return None
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Drains until CONDITION is true."""
+        """Walks and drains until CONDITION is true."""
 
         def met() -> object:
+            self.walk()
             self.drain()
             return condition()
 

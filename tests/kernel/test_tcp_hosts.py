@@ -222,6 +222,7 @@ def test_a_listener_is_shared_no_longer_than_another_process_has_it() -> None:
 
             def one_that_nobody_accepts_is_shown() -> bool:
                 client.do(f"import socket; c = socket.create_connection(('127.0.0.1', {port}))")
+                seen.walk()
                 shown = any(row.role == SERVER and not row.end for row in seen.drain())
                 client.do("c.close()")
                 server.do("s, _ = l.accept(); s.close()")

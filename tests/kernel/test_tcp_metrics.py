@@ -417,6 +417,7 @@ def test_a_port_that_is_shared_with_others_does_not_show_theirs() -> None:
         connections = seen.collector.bpf_object.map("connections")
 
         def followed() -> Counter[int]:
+            seen.walk()
             seen.drain()
             return Counter(connections.read()[1]["role"].tolist())
 
