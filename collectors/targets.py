@@ -166,6 +166,7 @@ class Targets:
         self._resolved_at_ticks = clock_ticks()
         self._pidfds: list[int] = []
         self._unfollowed = 0
+        self._names_at_start: dict[int, bytes] = {}  # by id: no record tells of these
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
 
     @property
@@ -306,6 +307,8 @@ class Targets:
             elif now.comm != before.comm:
                 # An exec has activated it; no program changes the name of a member later than that.
                 self._map.write(tgid, _member(now, _ACTIVE if state == _ARMED else state))
+                added[tgid] = now
+        self._names_at_start |= {tgid: _name(found) for tgid, found in added.items()}
 
     def _put(self, table: HashMap, key: int, value: object) -> bool:
         """Sets an element, or counts that there is no room for it. Raises `BpfError`."""
@@ -365,11 +368,13 @@ class Targets:
         return Members(keys, members["comm"][at])
 
     def name_of(self, process: int) -> bytes:
-        """The command name of one process, by `process_keys`; empty if it is not watched."""
+        """The command name of one process, by `process_keys`: the one that it had at the start if
+        it has ended and no record has told of it; empty if it was never watched."""
+        tgid = process % (1 << 32)
         member = self._map.read_one(process)
         if member is None:  # it runs, or it is not known when it was born
-            member = self._map.read_one(process % (1 << 32))
-        return b"" if member is None else bytes(member["comm"])
+            member = self._map.read_one(tgid)
+        return self._names_at_start.get(tgid, b"") if member is None else bytes(member["comm"])
 
     @property
     def untold_changes(self) -> int:
@@ -401,7 +406,11 @@ def refused_options(features: Features) -> dict[str, str]:
 
 
 def _member(process: Process, state: int) -> tuple[bytes, int, int]:
-    return process.comm.encode(errors="replace")[:COMM_BYTES], state, 0
+    return _name(process), state, 0
+
+
+def _name(process: Process) -> bytes:
+    return process.comm.encode(errors="replace")[:COMM_BYTES]
 
 
 def _words(text: str, length: int) -> NDArray[np.uint64]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from coral.collectors.hubs.keeper import KEEPER
 from tests.attaching import Called
 from tests.network import Side, two_sides
-from tests.support import OWN_MACHINE, Puppet, compiled
+from tests.support import OWN_MACHINE, Puppet, compiled, wait_until
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,7 +57,8 @@ def called(programs: Path) -> Iterator[Called]:
 @pytest.fixture
 def no_descriptors_left() -> Iterator[None]:
     """Fails if the test leaves a descriptor open in this process."""
-    gc.collect()  # what earlier tests have left to the collector of garbage
+    wait_until(lambda: KEEPER.is_idle)  # earlier tests have left it things to close
+    gc.collect()  # likewise the collector of garbage
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
     gc.collect()

@@ -67,6 +67,19 @@ def test_sessions_that_begin_and_end_meanwhile_hide_no_refused_call(
     assert counted.of("getppid") == 400_000
 
 
+@every_rung
+def test_a_process_that_ends_before_its_calls_are_read_has_its_name(
+    without: tuple[str, ...],
+) -> None:
+    """It has made more calls than a drain takes."""
+    config = {"mode": "events", "include": "getppid", "ring": "16MiB"}
+    with Puppet() as puppet, collecting(without, pid=str(puppet.pid), **config) as counted:
+        puppet.getppid(20_000)
+        assert puppet.leave() == 0
+        wait_until(lambda: counted.drain() and counted.of("getppid") == 20_000)
+    assert counted.by_comm("getppid") == {"python": 20_000}
+
+
 @both_modes
 @every_rung
 def test_a_call_in_progress_at_the_start_is_no_refused_one(
