@@ -17,7 +17,7 @@ from coral.collectors.hubs import Slot
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.scripted import STOPPED
-from tests.support import Puppet, Vitals, held_by, totals
+from tests.support import PATIENCE, Puppet, Vitals, held_by, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -123,7 +123,7 @@ async def test_maps_that_wait_for_a_session_make_room_before_a_session_has_to(
         session = await supervisor.start(request(puppet, mode="events", ring="4MiB"))
         alone = session.map_memory_bytes
         puppet.getppid(1)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(10 * PATIENCE):
             while session.map_memory_bytes < alone + (4 << 20):  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert 4 << 20 < supervisor.memory_bytes() < limits.memory
