@@ -620,7 +620,7 @@ static __always_inline bool owner_by_listener(__u32 slot, struct sock *listener,
 OPTION(__u32, agent, 0); /* the agent's own process, which looks at open files of others */
 
 /* Who is at a hook. */
-enum user {
+enum socket_user {
 	USER_NONE,     /* a packet or a timer */
 	USER_HOLDS,    /* a process that holds the socket's lock */
 	USER_RECEIVES, /* one that receives, too, and so surely has the socket open */
@@ -644,7 +644,7 @@ static __always_inline bool may_be_accepted_by_other(__u32 slot, const struct tc
  * it owns the connection from now on. Threads of the kernel work for others.
  */
 static __always_inline struct tcp_connection *connection_met(__u32 slot, struct sock *sk,
-							     enum user user)
+							     enum socket_user user)
 {
 	struct tcp_connection *c = connection_of(slot, sk);
 	bool by_process = user != USER_NONE;
