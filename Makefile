@@ -36,7 +36,7 @@ test: ## run the tests; those on the kernel need root
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 
-test-soak: ## run the tests that `make test` leaves out: the same again and again, on every rung
+test-soak: ## run the tests that `make test` leaves out: the longest, and the same again and again
 	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak

@@ -185,6 +185,7 @@ def test_a_strictly_typed_client_is_checked_against_the_wheel(
     assert summary == "Found 1 error in 1 file (checked 2 source files)"
 
 
+@pytest.mark.soak
 def test_the_wheel_and_googles_packages_come_and_go_in_either_order(
     built: Built, installed: Environment
 ) -> None:
@@ -221,6 +222,7 @@ def lowest(requirement: str) -> str:
     return f"{parsed.name}=={version}"
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("nothing_left")
 def test_the_lowest_versions_that_the_metadata_allows_work(
     built: Built, tmp_path: Path, calls: Callable[..., Calls]
