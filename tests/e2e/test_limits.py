@@ -145,7 +145,7 @@ async def test_scrapes_refused_callers_and_starts_are_charged_to_no_session(
                 short += 1
             await asyncio.gather(*scrapes)
             used_percent = 100 * (cpu_s(agent) - cpu_before_s) / (time.monotonic() - began)
-            assert used_percent > 1.5 * limit_percent
+            assert used_percent > 1.2 * limit_percent
             listed = {one.collector_id for one in (await client.collectors()).collectors}
             assert listed == staying
             assert metric(agent, PREEMPTED) == 0

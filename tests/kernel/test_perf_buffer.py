@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from coral.bpf import BpfError, BpfObject, PerfReader
 from coral.bpf.buffers import perf_buffer
-from coral.bpf.buffers.records import RecordKind
+from coral.bpf.buffers.records import RecordKind, drain_whole
 from tests.support import Calls, compiled, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -152,7 +152,7 @@ def drain_until_ended(reader: PerfReader, started: Sequence[Calls]) -> NDArray[A
             os.close(ended)
     for one in started:
         one.finish()
-    return np.concatenate([*drained, reader.drain()["record"]])
+    return np.concatenate([*drained, drain_whole(reader)["record"]])
 
 
 def test_programs_on_all_cpus_are_counted_to_the_record(

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import settings
 
 from coral.agent import logs
 from tests.scripted import Desk
 
 # As the agent logs: structlog's own way takes seconds to draw a traceback.
 logs.configure("console", "info")
+
+# A busy machine takes its time.
+settings.register_profile("coral", deadline=None)
+settings.load_profile("coral")
 
 
 @pytest.fixture

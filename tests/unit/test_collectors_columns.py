@@ -22,7 +22,7 @@ tops = st.integers(0, 6)
 seeds = st.integers(0, 2**32 - 1)
 counts = st.integers(0, 12)
 every_type = pytest.mark.parametrize("make", [syscalls, connections, peers])
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def columns_of(rows: Sequence[Any], summaries: Summaries) -> dict[str, NDArray[Any]]:

@@ -24,7 +24,7 @@ from tests.summaries import Make, connections, peers, syscalls
 tops = st.integers(0, 6)
 seeds = st.integers(0, 2**32 - 1)
 counts = st.integers(0, 12)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -116,7 +116,6 @@ STORIES: Final = {
 
 
 @pytest.mark.parametrize("name", STORIES)
-@settings(deadline=None)  # a busy machine takes its time
 @given(width=st.integers(40, 200), lines=st.integers(1, 40))
 def test_no_line_of_a_tap_is_longer_than_the_terminal(name: str, width: int, lines: int) -> None:
     make, always, _ = STORIES[name]

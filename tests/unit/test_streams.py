@@ -701,7 +701,7 @@ class AnyInterleaving(RuleBasedStateMachine):
                 assert counted(reader.end.lost_in_kernel).total() == self.lost
 
 
-AnyInterleaving.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyInterleaving.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestAnyInterleaving = AnyInterleaving.TestCase
 
 
@@ -1027,7 +1027,6 @@ def test_a_few_rows_do_not_keep_a_frame_in_memory() -> None:
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 200), max_size=6),
     wanted=st.sampled_from([wanted for wanted, _ in FILTERS.values()]),
@@ -1097,7 +1096,6 @@ def test_filtering_is_charged_to_the_subscribers() -> None:
     assert len(readers) == len(stream.subscriptions)
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(st.integers(0, (1 << 32) - 1), max_size=30),
     pids=st.frozensets(st.integers(0, (1 << 32) - 1), min_size=1),
