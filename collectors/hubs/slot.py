@@ -37,7 +37,8 @@ _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "await_exec"
 _SHARED_MAPS: Final = (
     "sessions", "shared_counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
 )  # fmt: skip
-_OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths")  # arrays with an element for each session
+# Arrays with an element for each session.
+_OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths", "untold_changes")
 _CommonT = TypeVar("_CommonT")
 # The maps of the next session are prepared where it would not take a slot that others need, and
 # unless they are large: entries and bytes.
@@ -201,10 +202,13 @@ class Slot:
 
     def own(self, name: str, value: object) -> None:
         """Sets the session's element of an array with one for each slot."""
+        self._array(name).write(self.number, value)
+
+    def _array(self, name: str) -> HashMap:
         if name not in self._arrays:
             owner = self.processes if name in _OF_PROCESSES else self.object
             self._arrays[name] = owner.map(name)
-        self._arrays[name].write(self.number, value)
+        return self._arrays[name]
 
     def activate(self, hierarchy: int | None = None, **selections: bool) -> None:
         """From now on the programs work for the session, which is in the masks of SELECTIONS.
@@ -261,7 +265,7 @@ class Slot:
     @property
     def untold_changes(self) -> int:
         """How many changes of what the session watches had no room in its buffer so far."""
-        return int(self.processes.map("untold_changes").read_one(self.number) or 0)
+        return int(self._array("untold_changes").read_one(self.number) or 0)
 
     def keys_of(self, name: str) -> NDArray[Any]:
         """The keys of the session's own map NAME, of 64 bits; none before it is made."""
