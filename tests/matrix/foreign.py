@@ -26,7 +26,7 @@ _PACKAGES: Final = (
 )
 _PROJECT: Final = "coral-ebpf-agent"
 # Imports of tests/kernel besides the project's own dependencies.
-_TEST_WHEELS: Final = ("hatchling", "pytest", "pytest-asyncio", "pytest-timeout")
+_TEST_WHEELS: Final = ("hatchling", "psutil", "pytest", "pytest-asyncio", "pytest-timeout")
 _GLIBC_MINORS: Final = range(17, 37)  # that of Debian 12 is 2.36
 _LEFT_OUT: Final = (".*", "build", "dist", "__pycache__", "*.bpf.o")
 
