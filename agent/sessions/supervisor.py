@@ -293,7 +293,7 @@ class Supervisor:
         if own + self.ended.memory_bytes > limit:
             HUBS.give_up_prepared()
             own = self._own_memory_bytes()
-            self.ended.make_room(max(own + self.ended.memory_bytes - limit, 0))
+            self.ended.make_room(own + self.ended.memory_bytes - limit)
         return own + self.ended.memory_bytes
 
     def _own_memory_bytes(self) -> int:

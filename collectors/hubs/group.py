@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -114,9 +114,7 @@ class Group:
             if self.plan.rung.slots - len(self.slots) - len(self.kits) < _LAST_PLACES:
                 return
             # One of another size is not waited for any more.
-            given_up = [other for other in like if other.is_ready]
-            for other in given_up:
-                other.is_ready = False
+            given_up = _withdrawn(like)
             number = self._free_number()
             if number is not None:
                 kit.number = number  # which is taken from now on
@@ -142,9 +140,7 @@ class Group:
         """Frees the maps that wait for a session. They count for nobody when this returns; a thread
         does the work."""
         with self.lock:
-            idle = [kit for kit in self.kits if kit.is_ready]
-            for kit in idle:
-                kit.is_ready = False
+            idle = _withdrawn(self.kits)
         for kit in idle:
             if not KEEPER.submit(self._give_up, kit):
                 self._give_up(kit)
@@ -202,13 +198,9 @@ class Group:
                 if not hub.slots:
                     unused.append(hub)
             # Those that are not ready are for others to give up.
-            kits = [
-                kit
-                for kit in self.kits
-                if slot.hub in unused and kit.is_ready and kit.name == slot.plan.name
-            ]
-            for kit in kits:
-                kit.is_ready = False
+            kits = _withdrawn(
+                kit for kit in self.kits if slot.hub in unused and kit.name == slot.plan.name
+            )
             self.hubs = {key: hub for key, hub in self.hubs.items() if hub.slots}
             # A session that comes meanwhile makes new ones; `processes` is replaced with them.
             if self.processes in unused:
@@ -293,6 +285,15 @@ class Group:
             said["hints"] = unused
 
         self.say(change_over)
+
+
+def _withdrawn(kits: Iterable[Kit]) -> list[Kit]:
+    """Those of KITS that wait for a session: none can take them any more. Call it under the group's
+    lock."""
+    withdrawn = [kit for kit in kits if kit.is_ready]
+    for kit in withdrawn:
+        kit.is_ready = False
+    return withdrawn
 
 
 def _close(hub: Hub) -> None:
