@@ -14,6 +14,7 @@ from coral.agent.config import ByteCount, Config, Limits
 from coral.agent.sessions.session import Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.hubs import Slot
+from coral.collectors.hubs.group import LAST_PLACES
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.scripted import STOPPED
@@ -38,6 +39,12 @@ def request(puppet: Puppet, duration_s: float | None = None, **config: str) -> S
     return StartRequest(
         "syscall_stats", config={"pid": str(puppet.pid), **config}, duration_s=duration_s
     )
+
+
+def collector_of(session: Session) -> SyscallStatsCollector:
+    collector = session.collector
+    assert isinstance(collector, SyscallStatsCollector)
+    return collector
 
 
 async def all_rows(session: Session) -> list[pb.SyscallStats]:
@@ -79,9 +86,7 @@ async def test_what_a_drain_has_read_is_told_though_the_session_is_stopped_meanw
 ) -> None:
     for _ in range(5):
         session = await supervisor.start(request(puppet))
-        collector = session.collector
-        assert isinstance(collector, SyscallStatsCollector)
-        slot = collector.bpf_object
+        slot = collector_of(session).bpf_object
 
         def interval(slot: Slot = slot) -> int:
             mine = slot.object.map("syscall_sessions").read_one(slot.number)
@@ -121,6 +126,8 @@ async def test_maps_that_wait_for_a_session_make_room_before_a_session_has_to(
     limits = Limits(memory=ByteCount(8 << 20))
     async with Supervisor(Config(limits=limits)) as supervisor:
         session = await supervisor.start(request(puppet, mode="events", ring="4MiB"))
+        if collector_of(session).bpf_object.plan.rung.slots <= LAST_PLACES:
+            pytest.skip("programs serve few sessions here: no maps are made before their session")
         alone = session.map_memory_bytes
         puppet.getppid(1)
         async with asyncio.timeout(10 * PATIENCE):

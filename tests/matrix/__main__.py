@@ -14,7 +14,7 @@ import psutil
 
 from tests.matrix.apt import KERNELS_DIRECTORY, KernelMissingError
 from tests.matrix.kernels import Kernel, kernel, machine_of
-from tests.matrix.report import Outcome, instructions, table
+from tests.matrix.report import Outcome, failures, instructions, table
 from tests.matrix.rows import HOST, KERNELS, Row, rows_of
 from tests.matrix.run import GUEST_MEMORY_MIB, missing_packages, run_guest, run_here
 
@@ -98,7 +98,7 @@ def main() -> int:
     programs = instructions(outcomes)
     KERNELS_DIRECTORY.mkdir(parents=True, exist_ok=True)
     (KERNELS_DIRECTORY / "matrix.md").write_text(f"{text}\n{programs}")
-    print(f"\n{text}\n{programs}", end="")
+    print(f"\n{programs}\n{text}{failures(outcomes)}", end="")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

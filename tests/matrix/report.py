@@ -17,13 +17,15 @@ _RUNTIME: Final = "runtime"
 _BEST: Final = "best"
 _HEAD: Final = ("kernel", "collector", "loader", "rung", "passed", "failed", "skipped", "notes")
 _NAMES_A_NOTE: Final = 3
+_LINES_A_FAILURE: Final = 30
 _PYTEST_OK: Final = (0, 1)
 _TIMED_OUT: Final = (124, 137)
 
 
 class Case(NamedTuple):
     """One test: its collector, its name, `passed`, `failed` or `skipped`, and the reason; the rung
-    that it was forced onto, or empty; and its measurements by name."""
+    that it was forced onto, or empty; its measurements by name; and what pytest tells of its
+    failure."""
 
     collector: str
     name: str
@@ -31,6 +33,7 @@ class Case(NamedTuple):
     reason: str
     rung: str
     measured: Mapping[str, int]
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ def outcome(row: Row, release: str, result: Path, status: int, *, seconds: float
 
 def _cases(junit: Path) -> Iterable[Case]:
     for case in ElementTree.parse(junit).iter("testcase"):
-        state, reason = "passed", ""
+        state, reason, told = "passed", "", ""
         for child in case:
             if child.tag in ("failure", "error"):
-                state, reason = "failed", child.get("message", "")
+                state, reason, told = "failed", child.get("message", ""), child.text or ""
             elif child.tag == "skipped":
                 state, reason = "skipped", child.get("message", "")
         module, name = case.get("classname", ""), case.get("name", "")
@@ -92,7 +95,8 @@ def _cases(junit: Path) -> Iterable[Case]:
             for it in case.iter("property")
             if it.get("value", "").isdigit()
         }
-        yield Case(_collector(module), name, state, reason, _rung(module, name), measured)
+        rung = _rung(module, name)
+        yield Case(_collector(module), name, state, reason, rung, measured, told)
 
 
 def _rung(module: str, name: str) -> str:
@@ -157,6 +161,23 @@ def instructions(outcomes: Sequence[Outcome]) -> str:
     for program, most in sorted(found.items()):
         lines.append([program, *(f"{most[c]:,}" if most.get(c) else "" for c in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def failures(outcomes: Sequence[Outcome]) -> str:
+    """The end of what pytest tells of each failure, and then every problem and failure in a line:
+    what is read where only the last lines of a log are kept. Empty if there are none."""
+    texts, lines = [], []
+    for outcome in outcomes:
+        row = outcome.row
+        where = f"{outcome.release or row.kernel} {row.loader}, {row.rung}"
+        if outcome.problem and not outcome.excused:
+            lines.append(f"FAILED {where}: {outcome.problem}\n")
+        for case in outcome.cases:
+            if case.state == "failed":
+                end = "\n".join(case.told.splitlines()[-_LINES_A_FAILURE:])
+                texts.append(f"\n{where}: {case.name}\n{end}\n")
+                lines.append(f"FAILED {where}: {case.name}: {case.reason.partition(chr(10))[0]}\n")
+    return "".join([*texts, "\n" if texts else "", *lines])
 
 
 def _notes(cases: Sequence[Case]) -> str:
