@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -60,6 +61,10 @@ class _Difference:
     def __post_init__(self) -> None:
         self.value_ns = (self.low_ns + self.high_ns) // 2
 
+    def is_within(self, low_ns: int, high_ns: int) -> bool:
+        """Whether a reading with these bounds says no more than is known."""
+        return low_ns <= self.low_ns and self.high_ns <= high_ns
+
     def agrees(self, other: _Difference) -> bool:
         """Whether both can be of the same constant."""
         apart_ns = max(self.low_ns - other.high_ns, other.low_ns - self.high_ns)
@@ -104,13 +109,32 @@ class UnixClock:
             times += np.array(self._suspended_ns)[segments] + setting_ns
             return times
 
+    def unix_ns_of(self, *monotonic_ns: int) -> list[int]:
+        """`unix_ns` of a few times that are in no array."""
+        with self._lock:
+            setting_ns = self._check()
+            segments = [bisect_right(self._since_ns, each, lo=1) - 1 for each in monotonic_ns]
+            return [
+                each + setting_ns + self._suspended_ns[segment]
+                for each, segment in zip(monotonic_ns, segments, strict=True)
+            ]
+
     def now_ns(self) -> int:
         """The present Unix time in nanoseconds, in step with `unix_ns`."""
-        return int(self.unix_ns(np.array(time.monotonic_ns())))
+        return self.unix_ns_of(time.monotonic_ns())[0]
 
     def _check(self) -> int:
         """Notes jumps since the last time; the setting of the wall clock, in nanoseconds."""
         reading = self._read()
+        boot_ns, monotonic_ns, unix_ns, after_ns = reading
+        if (
+            self._setting
+            and self._suspended
+            and self._setting.is_within(unix_ns - after_ns, unix_ns - boot_ns)
+            and self._suspended.is_within(boot_ns - monotonic_ns, after_ns - monotonic_ns)
+        ):  # the usual case, which says nothing new
+            self._checked_ns = monotonic_ns
+            return self._setting.value_ns
         setting, suspended = _differences(reading)
         if not (
             self._setting

@@ -16,8 +16,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
-import numpy as np
-
 from coral.bpf import Features, RecordReader, Rung, climb
 from coral.bpf.buffers.account import Counts
 from coral.bpf.buffers.records import Records, drain_whole
@@ -51,6 +49,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 # How often a session of single events says what it has lost, if there are none.
 _EVENTS_INTERVAL_S: Final = 1.0
+# How often it says at most how many runs of its programs the kernel skipped.
+_MISSED_EVERY_NS: Final = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._records: RecordReader | None = None
         self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
         self._lost: Counter[int] = Counter()  # and with those that user space knows of
-        self._drained_at_ns = 0
+        self._drained_at_ns = self._told_missed_at_ns = 0
 
     @abstractmethod
     def _plan(self, features: Features) -> Plan:
@@ -257,11 +257,11 @@ class KernelCollector(Collector, Generic[OptionsT]):
         return self._options.single_events
 
     def drain(self) -> Batch:
-        interval_ns = np.array((self._drained_at_ns, time.monotonic_ns()))
-        self._drained_at_ns = int(interval_ns[1])
-        began_at_ns, ended_at_ns = CLOCK.unix_ns(interval_ns).tolist()
+        before_ns, self._drained_at_ns = self._drained_at_ns, time.monotonic_ns()
+        elapsed_ns = self._drained_at_ns - before_ns
+        began_at_ns, ended_at_ns = CLOCK.unix_ns_of(before_ns, self._drained_at_ns)
         # Before the rows: what is refused in between counts as lost in the next interval.
-        counts = self._account.read()
+        counts = self._account.read(missed=self._tells_missed())
         losses = self._losses(counts)
         rows: EventRows | Summaries
         if self._options.single_events:
@@ -270,8 +270,17 @@ class KernelCollector(Collector, Generic[OptionsT]):
             rows = self._read_summaries()
             events = self._events_in(rows)
         self._slot.tidy()
-        self._slot.note_work(events, np.diff(interval_ns).item() / 1e9)
+        self._slot.note_work(events, elapsed_ns / 1e9)
         return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
+
+    def _tells_missed(self) -> bool:
+        """Whether this drain tells of skipped programs: not each of those that follow each other
+        within milliseconds, but the last one, too."""
+        now_ns = self._drained_at_ns
+        if self._slot.attached and now_ns < self._told_missed_at_ns + _MISSED_EVERY_NS:
+            return False
+        self._told_missed_at_ns = now_ns
+        return True
 
     @property
     def _in_detail(self) -> bool:

@@ -129,7 +129,7 @@ async def _drain_events(
         if pace.should_drain(now, pending=pending, filling=records.filling):
             batch = await _drain(collector, emit)
             more = records.pending_bytes >= MOST_BYTES
-            pace.drained(time.monotonic(), len(batch.rows), more=more)
+            pace.drained(now, time.monotonic(), len(batch.rows), more=more)
             await asyncio.sleep(0)  # others come in between, however much there is to drain
         elif not pace.rests(now) or records.rest():
             await watch.wait(pace.due(now) - now)

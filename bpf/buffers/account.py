@@ -53,31 +53,37 @@ class Account:
         self._key = np.array(slot, np.uint32)
         words = accounts.value_dtype.itemsize // 8
         self._values = np.zeros((possible_cpus(), words), np.int64)
+        self._addresses = self._key.ctypes.data, self._values.ctypes.data
         self._reasons = {
             name.removeprefix(_PREFIX): number
             for name, number in reasons.items()
             if name.startswith(_PREFIX)
         }
-        self._before, self._missed_before = self._read()
+        self._before, self._missed_before = self._totals(), self._missed()
 
-    def read(self) -> Counts:
-        """Everything since the last reading, of all CPUs. Raises `BpfError`."""
-        total, missed = self._read()
+    def read(self, *, missed: bool = True) -> Counts:
+        """Everything since the last reading, of all CPUs; runs of programs that the kernel skipped
+        only if MISSED says so, and otherwise in a later reading: they take longer to read than all
+        the rest. Raises `BpfError`."""
+        total = self._totals()
         added = (total - self._before).tolist()
-        self._before, missed_before, self._missed_before = total, self._missed_before, missed
+        self._before = total
         lost = {name: added[2 + number] for name, number in self._reasons.items()}
-        lost[PROGRAM_MISSED] = missed - missed_before
+        if missed:
+            before, self._missed_before = self._missed_before, self._missed()
+            lost[PROGRAM_MISSED] = self._missed_before - before
         return Counts(added[0], added[1], {name: count for name, count in lost.items() if count})
 
-    def _read(self) -> tuple[NDArray[np.int64], int]:
-        error = -call(
-            "bpf_map_lookup_elem", self._fd, self._key.ctypes.data, self._values.ctypes.data
-        )
+    def _totals(self) -> NDArray[np.int64]:
+        error = -call("bpf_map_lookup_elem", self._fd, *self._addresses)
         if error:
             raise BpfError("reading an account", error)
-        missed = sum(map(recursion_misses, self._programs))
-        missed += min(map(recursion_misses, self._twins), default=0)
-        return self._values.sum(axis=0), missed
+        totals: NDArray[np.int64] = self._values.sum(axis=0)
+        return totals
+
+    def _missed(self) -> int:
+        each = sum(map(recursion_misses, self._programs))
+        return each + min(map(recursion_misses, self._twins), default=0)
 
 
 def recursion_misses(program: int) -> int:

@@ -43,7 +43,9 @@ class Machine:
 
 
 def unix_ns(clock: UnixClock, *times: int) -> list[int]:
+    """Of TIMES, in the same way in an array and by themselves."""
     result: list[int] = clock.unix_ns(np.array(times, np.uint64)).tolist()
+    assert clock.unix_ns_of(*times) == result
     return result
 
 
