@@ -106,11 +106,13 @@ class SessionEnd:
 @dataclass(frozen=True, slots=True)
 class Started:
     """The answer to a start. Where this machine cannot run the collector, `supported` is False
-    and `error` says why."""
+    and `error` says why. `notes` are what one may not expect of a collector that has started, in
+    sentences: such as that no process matches its target yet."""
 
     collector_id: str
     supported: bool
     error: str
+    notes: tuple[str, ...]
     expires_at_ns: int | None
     message: pb.StartEbpfCollectorResponse = field(repr=False, compare=False)
 
@@ -121,6 +123,7 @@ class Started:
             message.collector_id,
             message.supported,
             message.error,
+            tuple(message.notes),
             _unix_ns(message, "expires_at"),
             message,
         )

@@ -244,6 +244,11 @@ class Collector(ABC):
         """The processes that it is about to watch, for the agent's policy. Blocks."""
         return Watched()
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user may not expect of it, in sentences: once it is open."""
+        return ()
+
     def spare(self, tgids: AbstractSet[int]) -> None:  # noqa: B027  not all watch processes
         """Leaves the processes TGIDS out, whatever the target. Call it before `open`."""
 

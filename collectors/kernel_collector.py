@@ -185,6 +185,10 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def watched(self) -> Watched:
         return self._targets.watched
 
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._targets.notes
+
     def spare(self, tgids: AbstractSet[int]) -> None:
         self._targets.spared = frozenset(tgids)
 

@@ -167,6 +167,7 @@ class Targets:
         self._pidfds: list[int] = []
         self._unfollowed = 0
         self._names_at_start: dict[int, bytes] = {}  # by id: no record tells of these
+        self.notes: tuple[str, ...] = ()  # see `Collector.notes`
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
 
     @property
@@ -248,6 +249,8 @@ class Targets:
             self._add_cgroups(cgroup)  # those that were made meanwhile
             members = cgroup_tgids(cgroup) - self.spared
             self._add(members, _ACTIVE)
+            if not members:
+                self._note(f"is in the cgroup {options.cgroup} now; those that come are watched")
             # The write undoes that a program saw one leave. Programs see those that leave later.
             self._map.delete(sorted(members - cgroup_tgids(cgroup)))
         elif options.comm:
@@ -257,6 +260,9 @@ class Targets:
                 if tgid not in self.spared and comm_of(tgid) == options.comm
             )
             self._add(self._tgids, _ACTIVE)
+            if not self._tgids:
+                name = f"has the command name {options.comm!r}"
+                self._note(f"{name} now; those that get it later are watched")
         else:
             self._tgids = tuple(tgid for tgid in self._tgids if not self._was_replaced(tgid))
             self._add(self._tgids, _ARMED if options.from_exec else _ACTIVE)
@@ -265,6 +271,9 @@ class Targets:
         self._slot.members_changed()
         if options.until_exit:
             self._open_pidfds()
+
+    def _note(self, that: str) -> None:
+        self.notes = (*self.notes, f"no process {that}")
 
     def _add_children(self) -> None:
         """Adds the children that were forked between the look-up of their parent and `follow`. Each

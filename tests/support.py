@@ -378,6 +378,7 @@ class Watch:
         messages: Iterator[pb.EbpfEventBatch],
     ) -> None:
         self.collector_id = started.collector_id
+        self.notes = list(started.notes)
         self.expires_at_s = started.expires_at.ToNanoseconds() / 1e9
         self.batches: list[pb.EbpfEventBatch] = []
         self.rows: list[pb.SyscallStats] = []

@@ -56,7 +56,10 @@ class EbpfService:
         except UnsupportedError as error:
             return pb.StartEbpfCollectorResponse(supported=False, error=str(error))
         return pb.StartEbpfCollectorResponse(
-            collector_id=session.id, expires_at=timestamp(session.expires_at), supported=True
+            collector_id=session.id,
+            expires_at=timestamp(session.expires_at),
+            supported=True,
+            notes=session.notes,
         )
 
     async def StopCollector(  # noqa: N802

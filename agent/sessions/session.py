@@ -63,6 +63,7 @@ class Session:
         self.lease_s = None if request.continuous else lease_s(request.duration_s, config)
         # Unix time in seconds, 0 until it is so.
         self.started_at = self.expires_at = self.ended_at = 0.0
+        self.notes: tuple[str, ...] = ()  # see `Collector.notes`
         # How it ends: decided once, by whatever comes first, while it may still have rows to send.
         self.decided_end: End | None = None
         self.end: End | None = None  # the same, once it has ended
@@ -133,6 +134,7 @@ class Session:
     def attached(self) -> None:
         """Marks it as attached; the lease runs from now on."""
         self.started_at = time.time()
+        self.notes = tuple(self.collector.notes)
         self.costs.begin(time.monotonic())
         if self.lease_s is not None:
             self.renew(self.lease_s)

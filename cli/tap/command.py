@@ -299,6 +299,8 @@ async def _tap(request: Request) -> int:
             if not started.supported:
                 echo_error(f"this cannot run here: {started.error}")
                 return EXIT_ERROR
+            for note in started.notes:
+                echo_error(note)
             tapped = Tapped(target.name, started, request.story)
             failure: AgentError | None = None
             try:

@@ -226,6 +226,28 @@ def test_a_process_is_seen_as_long_as_it_is_in_the_cgroup(
     assert totals(rows)["getppid"] == 50 + 7
 
 
+@pytest.mark.parametrize(
+    "kind", [pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, pb.EBPF_COLLECTOR_KIND_TCP_METRICS]
+)
+def test_a_target_that_nobody_matches_yet_is_told(
+    kind: pb.EbpfCollectorKind, agent: RunningAgent, comm: str, cgroup: Path
+) -> None:
+    def notes(**config: str) -> list[str]:
+        with watching(agent, 60.0, "", kind, **config) as watch:
+            return watch.notes
+
+    assert notes(comm=comm) == [
+        f"no process has the command name '{comm}' now; those that get it later are watched"
+    ]
+    assert notes(cgroup=str(cgroup)) == [
+        f"no process is in the cgroup {cgroup} now; those that come are watched"
+    ]
+    with Puppet() as puppet:
+        puppet.do(f"open('/proc/self/comm', 'w').write('{comm}')")
+        move(puppet, cgroup)
+        assert notes(comm=comm) == notes(cgroup=str(cgroup)) == notes(pid=str(puppet.pid)) == []
+
+
 def test_host_scope_sees_a_process_that_nobody_named(
     agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:

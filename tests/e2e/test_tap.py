@@ -329,6 +329,15 @@ def test_a_quiet_tap_says_how_long_it_watched(agent: RunningAgent) -> None:
     assert 1.5 <= float(seconds) < 3
 
 
+def test_a_tap_of_a_name_that_nobody_has_says_so(agent: RunningAgent) -> None:
+    done = run("tap", "--agent", agent.address, "--syscall-stats", "comm:nobody-has-it", "-d", "1s")
+    assert done.returncode == 0
+    assert done.stderr == (
+        "coral: no process has the command name 'nobody-has-it' now; those that get it later are "
+        "watched\n"
+    )
+
+
 def test_a_first_glimpse_has_no_rate(agent: RunningAgent) -> None:
     """The first rows come after some 10 ms, which is too short for calls a second."""
     with Puppet() as puppet:
