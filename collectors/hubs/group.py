@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from coral.collectors.hubs.slot import Slot
 
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
-LAST_PLACES: Final = 8  # for which no maps are prepared: sessions may need them meanwhile
+_LAST_PLACES: Final = 8  # for which no maps are prepared: sessions may need them meanwhile
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 _REBUILT_EVERY_S: Final = 0.5
 _COUNT_GENERATION, _COUNT_ENDED = 0, 1  # as in sessions.bpf.h
@@ -111,7 +111,7 @@ class Group:
             like = [other for other in self.kits if kit.is_like(other)]
             if hub is None or any(other.sizes == kit.sizes for other in like):
                 return
-            if self.plan.rung.slots - len(self.slots) - len(self.kits) < LAST_PLACES:
+            if self.plan.rung.slots - len(self.slots) - len(self.kits) < _LAST_PLACES:
                 return
             # One of another size is not waited for any more.
             given_up = _withdrawn(like)

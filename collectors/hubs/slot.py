@@ -243,10 +243,16 @@ class Slot:
         """To be called at each drain. At the first, when the session is here to stay, has the maps
         of a next one prepared; for the rest, see `Group.tidy`."""
         if not self._has_prepared:
-            self._has_prepared, plan = True, self.plan
-            if plan.rung.slots >= _MANY_SLOTS and sum(plan.sizes.values()) <= _MOST_PREPARED:
-                KEEPER.submit(self._group.prepare, plan)
+            self._has_prepared = True
+            if self.prepares_next:
+                KEEPER.submit(self._group.prepare, self.plan)
         self._group.tidy()
+
+    @property
+    def prepares_next(self) -> bool:
+        """Whether the maps of a next session like this one are made before it comes."""
+        sizes = self.plan.sizes.values()
+        return self.plan.rung.slots >= _MANY_SLOTS and sum(sizes) <= _MOST_PREPARED
 
     def tidied_members(self) -> NDArray[np.uint64]:
         """The ids of the session's members that run; none before there are any. Where each end is

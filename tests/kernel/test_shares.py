@@ -92,6 +92,8 @@ def test_maps_that_wait_for_a_session_are_charged_until_they_are_given_up(
 ) -> None:
     config = {"mode": "events", "ring": "4MiB", "include": "getppid"}
     with at_work(counting(puppets[0], **config)) as only:
+        if not only.bpf_object.prepares_next:
+            pytest.skip("programs serve few sessions here: no maps are made before their session")
         alone = only.bpf_object.map_memory_bytes
         assert 4 << 20 < alone < 8 << 20
         only.drain()

@@ -133,7 +133,11 @@ class Session:
         for pid in self.pairs:
             assert figures(pid) == self.truth(pid), self.collector.label
         if "host" not in self.collector.label:
-            assert self.ended.keys() | self.sent.keys() <= self.pairs.keys()
+            others = [
+                {pid: count for pid, count in figures.items() if pid not in self.pairs and count}
+                for figures in (self.ended, self.sent, self.received)
+            ]
+            assert others == [{}, {}, {}], self.collector.label
         # Programs are skipped for any socket of the machine, which tests beside this one use, too.
         assert self.lost.keys() <= {pb.Loss.STAGE_PROGRAM_MISSED}
 
