@@ -100,6 +100,7 @@ def test_a_call_in_progress_at_the_start_is_no_refused_one(
         with collecting(without, pid=str(puppet.pid), mode=mode) as second:
             puppet.do("pass")
             puppet.do("pass")
+    assert [session.losses for session in (second, first, counted)] == [{}, {}, {}]
     # The call that it waits in at the start is in neither.
     assert second.of("read") == reads == 1
     assert first.of("read") == counted.of("read") == 2

@@ -23,10 +23,12 @@ _TIMED_OUT: Final = (124, 137)
 
 
 class Case(NamedTuple):
-    """One test: its collector, its name, `passed`, `failed` or `skipped`, and the reason; the rung
-    that it was forced onto, or empty; its measurements by name; and what pytest tells of its
-    failure."""
+    """One test: its module, its collector, its name, `passed`, `failed` or `skipped`, and the
+    reason; the rung that it was forced onto, or empty; its measurements by name; and what pytest
+    tells of its failure. With `again` it failed at first, and passed when it was run once more: it
+    is named all the same."""
 
+    module: str
     collector: str
     name: str
     state: str
@@ -34,6 +36,7 @@ class Case(NamedTuple):
     rung: str
     measured: Mapping[str, int]
     told: str = ""
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,9 @@ class Outcome:
 def outcome(row: Row, release: str, result: Path, status: int, *, seconds: float) -> Outcome:
     """The outcome from RESULT.xml and RESULT.log of pytest, whose exit status is STATUS."""
     log = result.with_suffix(".log").relative_to(ROOT)
-    try:
-        cases = tuple(_cases(result.with_suffix(".xml")))
-    except (OSError, ElementTree.ParseError):
-        cases = ()
+    cases = _with_second_tries(
+        _read(result.with_suffix(".xml")), _read(result.with_name(f"{result.name}.again.xml"))
+    )
     problem = ""
     if status in _TIMED_OUT:
         problem = f"stopped for taking too long, see {log}"
@@ -79,6 +81,25 @@ def outcome(row: Row, release: str, result: Path, status: int, *, seconds: float
     elif all(case.state == "skipped" for case in cases):
         problem = f"no test ran, see {log}"
     return Outcome(row, release, cases, problem, seconds)
+
+
+def _read(junit: Path) -> tuple[Case, ...]:
+    """Its cases; none if it is missing or was not written whole."""
+    try:
+        return tuple(_cases(junit))
+    except (OSError, ElementTree.ParseError):
+        return ()
+
+
+def _with_second_tries(cases: tuple[Case, ...], tries: tuple[Case, ...]) -> tuple[Case, ...]:
+    """CASES, in which those that failed have passed if they did so in TRIES."""
+    passed = {(case.module, case.name) for case in tries if case.state == "passed"}
+    return tuple(
+        case._replace(state="passed", again=True)
+        if case.state == "failed" and (case.module, case.name) in passed
+        else case
+        for case in cases
+    )
 
 
 def _cases(junit: Path) -> Iterable[Case]:
@@ -96,7 +117,7 @@ def _cases(junit: Path) -> Iterable[Case]:
             if it.get("value", "").isdigit()
         }
         rung = _rung(module, name)
-        yield Case(_collector(module), name, state, reason, rung, measured, told)
+        yield Case(module, _collector(module), name, state, reason, rung, measured, told)
 
 
 def _rung(module: str, name: str) -> str:
@@ -173,20 +194,26 @@ def failures(outcomes: Sequence[Outcome]) -> str:
         if outcome.problem and not outcome.excused:
             lines.append(f"FAILED {where}: {outcome.problem}\n")
         for case in outcome.cases:
-            if case.state == "failed":
+            if case.told:
                 end = "\n".join(case.told.splitlines()[-_LINES_A_FAILURE:])
                 texts.append(f"\n{where}: {case.name}\n{end}\n")
-                lines.append(f"FAILED {where}: {case.name}: {case.reason.partition(chr(10))[0]}\n")
+                what = "PASSED AGAIN" if case.again else "FAILED"
+                lines.append(f"{what} {where}: {case.name}: {_first_line(case.reason)}\n")
     return "".join([*texts, "\n" if texts else "", *lines])
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _notes(cases: Sequence[Case]) -> str:
     names: dict[tuple[str, str], list[str]] = {}
     for case in cases:
-        if case.state != "passed":
-            names.setdefault((case.state, case.reason.partition("\n")[0]), []).append(case.name)
+        if case.state != "passed" or case.again:
+            state = "passed when run again" if case.again else case.state
+            names.setdefault((state, _first_line(case.reason)), []).append(case.name)
     notes = [
-        f"{state}: {reason} ({_few(tests) if state == 'failed' else len(tests)})"
+        f"{state}: {reason} ({len(tests) if state == 'skipped' else _few(tests)})"
         for (state, reason), tests in names.items()
     ]
     return "; ".join(notes).replace("|", r"\|")
