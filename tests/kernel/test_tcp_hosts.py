@@ -275,7 +275,9 @@ def test_what_a_full_backlog_drops_is_the_listeners(
         if before:
             server.do(code.format("import socket; l = socket.socket()"))
             fill(client, server, attempts)  # these are not counted
-            client.do("[c.close() for c in cs]")  # nor are repeated ones
+            client.do(
+                "[c.close() for c in cs]"
+            )  # nor are repeated ones, for resets have no repeats
             before_it = right.counter("TcpExtListenDrops")
         with way(server) as seen:
             if not before:
@@ -306,6 +308,8 @@ def fill(client: Puppet, server: Puppet, attempts: int) -> None:
     at = server.ask("l.getsockname()")
     client.do(f"import socket; cs = [socket.socket() for _ in range({attempts})]")
     client.do("[c.setblocking(False) for c in cs]")
+    reset = r"b'\1\0\0\0\0\0\0\0'"  # what its end sends, and not a FIN
+    client.do(f"[c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, {reset}) for c in cs]")
     client.do(f"[c.connect_ex({at}) for c in cs]")
 
 
