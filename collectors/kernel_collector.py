@@ -49,8 +49,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 # How often a session of single events says what it has lost, if there are none.
 _EVENTS_INTERVAL_S: Final = 1.0
-# How often it says at most how many runs of its programs the kernel skipped.
-_MISSED_EVERY_NS: Final = 100_000_000
+# How often it looks at most for what was lost, if there are events.
+_LOOK_EVERY_NS: Final = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._records: RecordReader | None = None
         self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
         self._lost: Counter[int] = Counter()  # and with those that user space knows of
-        self._drained_at_ns = self._told_missed_at_ns = 0
+        self._drained_at_ns = self._looked_at_ns = 0
+        self._looks_closely = True  # in this drain: see `_should_look_closely`
 
     @abstractmethod
     def _plan(self, features: Features) -> Plan:
@@ -243,7 +244,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._on_followed()
         self._targets.fill()
         self._on_filled()
-        self._drained_at_ns = time.monotonic_ns()
+        self._drained_at_ns = self._looked_at_ns = time.monotonic_ns()
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -262,29 +263,37 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def drain(self) -> Batch:
         before_ns, self._drained_at_ns = self._drained_at_ns, time.monotonic_ns()
-        elapsed_ns = self._drained_at_ns - before_ns
         began_at_ns, ended_at_ns = CLOCK.unix_ns_of(before_ns, self._drained_at_ns)
-        # Before the rows: what is refused in between counts as lost in the next interval.
-        counts = self._account.read(missed=self._tells_missed())
-        losses = self._losses(counts)
+        losses: Mapping[int, int] = {}
+        events = None
+        self._looks_closely = self._should_look_closely()
+        if self._looks_closely:
+            # Before the rows: what is refused in between counts as lost in the next interval.
+            counts = self._account.read()
+            losses, events = self._losses(counts), counts.produced
         rows: EventRows | Summaries
         if self._options.single_events:
-            rows, events = self._read_events(), counts.produced
+            rows = self._read_events()
         else:
             rows = self._read_summaries()
             events = self._events_in(rows)
         self._slot.tidy()
-        self._slot.note_work(events, elapsed_ns / 1e9)
+        if events is not None:
+            elapsed_ns = self._drained_at_ns - self._looked_at_ns
+            self._looked_at_ns = self._drained_at_ns
+            self._slot.note_work(events, elapsed_ns / 1e9)
         return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 
-    def _tells_missed(self) -> bool:
-        """Whether this drain tells of skipped programs: not each of those that follow each other
-        within milliseconds, but the last one, too."""
-        now_ns = self._drained_at_ns
-        if self._slot.attached and now_ns < self._told_missed_at_ns + _MISSED_EVERY_NS:
-            return False
-        self._told_missed_at_ns = now_ns
-        return True
+    def _should_look_closely(self) -> bool:
+        """Whether a drain asks the kernel for what it has lost, too: not each of those that follow
+        each other within milliseconds, whose cost that would double, unless the buffer is so full
+        that it may have refused something; and always when it may be the last."""
+        return (
+            not self._options.single_events
+            or self._drained_at_ns >= self._looked_at_ns + _LOOK_EVERY_NS
+            or not self._slot.attached
+            or (self._records is not None and self._records.filling)
+        )
 
     @property
     def _in_detail(self) -> bool:

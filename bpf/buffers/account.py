@@ -59,31 +59,24 @@ class Account:
             for name, number in reasons.items()
             if name.startswith(_PREFIX)
         }
-        self._before, self._missed_before = self._totals(), self._missed()
+        self._before, self._missed_before = self._read()
 
-    def read(self, *, missed: bool = True) -> Counts:
-        """Everything since the last reading, of all CPUs; runs of programs that the kernel skipped
-        only if MISSED says so, and otherwise in a later reading: they take longer to read than all
-        the rest. Raises `BpfError`."""
-        total = self._totals()
+    def read(self) -> Counts:
+        """Everything since the last reading, of all CPUs. Raises `BpfError`."""
+        total, missed = self._read()
         added = (total - self._before).tolist()
-        self._before = total
+        self._before, missed_before, self._missed_before = total, self._missed_before, missed
         lost = {name: added[2 + number] for name, number in self._reasons.items()}
-        if missed:
-            before, self._missed_before = self._missed_before, self._missed()
-            lost[PROGRAM_MISSED] = self._missed_before - before
+        lost[PROGRAM_MISSED] = missed - missed_before
         return Counts(added[0], added[1], {name: count for name, count in lost.items() if count})
 
-    def _totals(self) -> NDArray[np.int64]:
+    def _read(self) -> tuple[NDArray[np.int64], int]:
         error = -call("bpf_map_lookup_elem", self._fd, *self._addresses)
         if error:
             raise BpfError("reading an account", error)
-        totals: NDArray[np.int64] = self._values.sum(axis=0)
-        return totals
-
-    def _missed(self) -> int:
-        each = sum(map(recursion_misses, self._programs))
-        return each + min(map(recursion_misses, self._twins), default=0)
+        missed = sum(map(recursion_misses, self._programs))
+        missed += min(map(recursion_misses, self._twins), default=0)
+        return self._values.sum(axis=0), missed
 
 
 def recursion_misses(program: int) -> int:
