@@ -4,6 +4,8 @@ The steps, in order: the agent's configuration, a systemd unit, a container or p
 path, the command name of processes that listen on a TCP port. The first step that finds any
 process decides, with all its matches. A service found by its processes' name, sockets or pid file
 is these processes and their descendants; one found by a cgroup is all processes in the cgroup.
+Where only the workers listen, each on a socket of its own (SO_REUSEPORT), their master belongs to
+the service, too: the workers that it forks later are its children.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def resolve(
         units, containers = _by_cgroup(processes)
         found = units.get(name) or containers.get(name) or set()
         is_complete = bool(found)
-        found = found or listening(_having(name, processes))
+        found = found or _listening_and_masters(_having(name, processes), processes)
         if not found:
             raise NotFoundError(_not_found(name, {*rules, *units, *containers}, processes))
     if descendants and not is_complete:
@@ -85,6 +87,26 @@ def _not_found(name: str, known: AbstractSet[str], processes: Mapping[int, Proce
 def _having(comm: str, processes: Mapping[int, Process]) -> set[int]:
     """The processes with a command name."""
     return {process.tgid for process in processes.values() if process.comm == comm}
+
+
+def _listening_and_masters(named: AbstractSet[int], processes: Mapping[int, Process]) -> set[int]:
+    """Those of the processes NAMED that listen, and those that have forked them: parents among
+    NAMED that run the same command line."""
+    found = listening(named)
+    left = list(found)
+    while left:
+        child = left.pop()
+        parent = processes[child].parent
+        if parent in named - found and _is_fork(child, parent):
+            found.add(parent)
+            left.append(parent)
+    return found
+
+
+def _is_fork(child: int, parent: int) -> bool:
+    """Whether a process runs its parent's program, with the same arguments."""
+    command_line = read(child, "cmdline")
+    return bool(command_line) and command_line == read(parent, "cmdline")
 
 
 def _by_rule(name: str, rule: ServiceRule, processes: Mapping[int, Process]) -> set[int]:

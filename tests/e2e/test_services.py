@@ -4,6 +4,7 @@ that has any."""
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
 from coral.agent.machine.resolve import resolve
 from coral.collectors.cgroups import cgroup2_mount
-from coral.collectors.procfs import comm_of
+from coral.collectors.procfs import comm_of, process_of
 from tests.support import running_agent, wait_until, watching
 
 LISTENER = (
@@ -216,9 +217,8 @@ def test_a_service_is_its_master_its_workers_and_their_children(
     with prefork(tmp_path, name, host=host, who=who) as server:
         named = {pid for pid in server.pids if comm_of(pid) == name}
         assert len(named) == 4
-        beside = {server.master} if who == "worker" else set()
-        assert set(resolve(name, {}).tgids) == server.pids - beside
-        assert set(resolve(name, {}, descendants=False).tgids) == named - beside
+        assert set(resolve(name, {}).tgids) == server.pids
+        assert set(resolve(name, {}, descendants=False).tgids) == named
 
 
 def test_a_listener_in_another_network_namespace_is_found(tmp_path: Path, name: str) -> None:
@@ -308,3 +308,60 @@ def test_every_call_of_every_worker_of_a_service_is_counted(tmp_path: Path, name
         for row in watch.rows:
             counted[row.pid] += row.call_count
         assert counted == {pid: 10 * count for pid, count in visits.items()}
+
+
+# A master without a socket. For each line of its input it forks a worker, which prints its id and
+# listens on a socket of its own, on the same port as the others; they end with the master.
+REUSEPORT = """
+import ctypes, os, signal, socket, sys
+while os.read(0, 1):
+    if not os.fork():
+        break
+else:
+    os._exit(0)
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+sock = socket.socket()
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+sock.bind(("127.0.0.1", int(sys.argv[1])))
+sock.listen()
+print(os.getpid(), flush=True)
+while True:
+    connection, _ = sock.accept()
+    os.getppid()
+    connection.close()
+"""
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_worker_is_counted_that_a_master_without_a_listener_forks_later(
+    tmp_path: Path, name: str
+) -> None:
+    program = tmp_path / name
+    program.symlink_to(os.path.realpath(sys.executable))
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        with (
+            subprocess.Popen(
+                [program, "-I", "-S", "-c", REUSEPORT, str(port)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            ) as master,
+            running_agent(tmp_path / "agent") as agent,
+        ):  # fmt: skip
+            assert master.stdin
+            assert master.stdout
+            master.stdin.write(b"w")
+            first = int(master.stdout.readline())
+            with watching(agent, 60.0, name, include="getppid") as watch:
+                os.kill(first, signal.SIGKILL)
+                master.stdin.write(b"w")
+                later = int(master.stdout.readline())
+                # The kernel sends nothing to its socket any more.
+                wait_until(lambda: (found := process_of(first)) and found.is_zombie)
+                for _ in range(20):
+                    with socket.create_connection(("127.0.0.1", port)) as connection:
+                        assert not connection.recv(1)
+                watch.read_until_calls("getppid", 20)
+                assert {row.pid for row in watch.rows} == {later}
+            master.stdin.close()
