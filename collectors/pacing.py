@@ -15,8 +15,8 @@ from typing import Final
 SHORTEST_GAP_S: Final = 0.0035
 SHORT_GAP_S: Final = 0.007
 LONG_GAP_S: Final = 0.018
-MANY: Final = 256
-COSTS_A_GAP: Final = 5  # the gap after a drain of few events is this many times what it has taken
+MANY: Final = 64
+COSTS_A_GAP: Final = 6  # the gap after a drain of few events is this many times what it has taken
 EARLY_S: Final = 0.001  # that timers may be early: uvloop's are in whole milliseconds
 # How often to look into a buffer whose kernel wakes nobody for its first record.
 POLL_S: Final = LONG_GAP_S

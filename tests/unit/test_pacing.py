@@ -52,7 +52,7 @@ def test_an_event_after_a_pause_is_drained_at_once() -> None:
 
 @pytest.mark.parametrize("polls", [True, False])
 @pytest.mark.parametrize(
-    ("took_s", "gap_s"), [(0.0001, SHORTEST_GAP_S), (0.001, 0.005), (0.002, SHORT_GAP_S)]
+    ("took_s", "gap_s"), [(0.0001, SHORTEST_GAP_S), (0.0009, 0.0054), (0.002, SHORT_GAP_S)]
 )
 def test_few_events_gather_for_longer_the_more_a_drain_costs(
     took_s: float, gap_s: float, *, polls: bool
