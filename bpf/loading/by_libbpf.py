@@ -40,28 +40,29 @@ class LoadedByLibbpf:
     def __init__(self, file: ObjectFile, description: Description) -> None:
         self._file, self._description = file, description
         self._sections: dict[str, mmap.mmap] = {}
-        logs = [self._choose(name) for name in description.chosen]
+        # One for all: loading ends with the first program that fails.
+        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
+        for name in description.chosen:
+            self._choose(name, log)
         for name in file.programs.keys() - set(description.chosen):
             call("bpf_program__set_autoload", file.programs[name], False)
         with capture_log() as said, ExitStack() as prototypes:
             self._prepare_maps(prototypes)
             error = -call("bpf_object__load", file.handle)
         if error:
-            verifier_log = "".join(log.value.decode(errors="replace") for log in logs)
+            verifier_log = log.value.decode(errors="replace")
             if retried := _RETRIED.search(said()):
                 error = int(retried[2])
             raise LoadError(f"loading {file.path.name}", error, verifier_log or said())
 
-    def _choose(self, name: str) -> ctypes.Array[ctypes.c_char]:
-        """Has libbpf load a program; the buffer for what the verifier says about it."""
+    def _choose(self, name: str, log: ctypes.Array[ctypes.c_char]) -> None:
+        """Has libbpf load a program, and puts into LOG what the verifier says if it refuses it."""
         if self._description.typed:
             self._give_types(name)
         # libbpf first loads without a log, and requests one only if that fails.
-        log = ctypes.create_string_buffer(VERIFIER_LOG_BYTES)
         program = self._file.programs[name]
         call("bpf_program__set_autoload", program, True)
         call("bpf_program__set_log_buf", program, log, c_size_t(VERIFIER_LOG_BYTES))
-        return log
 
     def _give_types(self, name: str) -> None:
         """Loads the raw tracepoint program NAME as one with typed arguments."""
