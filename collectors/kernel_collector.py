@@ -101,7 +101,6 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
         self._lost: Counter[int] = Counter()  # and with those that user space knows of
         self._drained_at_ns = self._looked_at_ns = 0
-        self._looks_closely = True  # in this drain: see `_should_look_closely`
 
     @abstractmethod
     def _plan(self, features: Features) -> Plan:
@@ -266,8 +265,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         began_at_ns, ended_at_ns = CLOCK.unix_ns_of(before_ns, self._drained_at_ns)
         losses: Mapping[int, int] = {}
         events = None
-        self._looks_closely = self._should_look_closely()
-        if self._looks_closely:
+        if self._should_look_closely():
             # Before the rows: what is refused in between counts as lost in the next interval.
             counts = self._account.read()
             losses, events = self._losses(counts), counts.produced

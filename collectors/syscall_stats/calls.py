@@ -43,18 +43,15 @@ class CallRows:
         self._keys = np.empty(0, np.uint64)  # processes, sorted
         self._of_key = np.empty(0, np.uint32)  # index of the command name, for each of `_keys`
 
-    def look_for_untold(self) -> None:
-        """Forgets the names if there was no room for a record of a change."""
-        if (untold := self._targets.untold_changes) != self._untold:
-            self._untold = untold
-            self._names.clear()
-            self._forget_processes()
-
     def rows(self, records: NDArray[Any], changes: NDArray[Any]) -> EventRows:
         """The rows of RECORDS, struct syscall_call of shape (n,), which it changes: to Unix time,
         and to indices of names. CHANGES are the struct process_change of the same drain."""
         if len(self._strings) > _MOST_STRINGS:
             self._forget_strings()
+        if (untold := self._targets.untold_changes) != self._untold:
+            self._untold = untold
+            self._names.clear()
+            self._forget_processes()
         if len(changes):
             self._learn(changes)
         if len(records):

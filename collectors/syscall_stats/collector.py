@@ -168,8 +168,6 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        if self._looks_closely:
-            self._calls.look_for_untold()
         return self._calls.rows(records["syscall_call"], records["process_change"])
 
     def _read_summaries(self) -> Summaries:
