@@ -19,7 +19,7 @@ from coral.collectors.contract import Batch, EventRows, Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.collectors.tcp_metrics.socket_hints import HINTS, SocketHints, hash_of
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.network import connected, looks_up_owners, puppets, send
+from tests.network import connected, identity, looks_up_owners, puppets, send
 from tests.support import Puppet, at_work, loaded, nothing_new_since, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -78,6 +78,7 @@ class Session:
     pairs: Mapping[int, tuple[Pair, int]]  # by process: its pair, and its role
     began: dict[int, int] = field(default_factory=dict)  # rounds so far, by process
     ended: Counter[int] = field(default_factory=Counter)
+    ends: set[tuple[int, ...]] = field(default_factory=set)  # of these, by the connection
     sent: Counter[int] = field(default_factory=Counter)  # bytes
     received: Counter[int] = field(default_factory=Counter)
     lost: Counter[int] = field(default_factory=Counter)  # by stage
@@ -102,7 +103,9 @@ class Session:
             else:
                 assert isinstance(row, pb.TcpMetrics)
                 at = row.pid
-                self.ended[at] += row.end != 0
+                if row.end and identity(row) not in self.ends:  # told again if a figure has moved
+                    self.ends.add(identity(row))
+                    self.ended[at] += 1
             self.sent[at] += row.delta.bytes_sent
             self.received[at] += row.delta.bytes_received
 
