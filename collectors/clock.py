@@ -61,10 +61,6 @@ class _Difference:
     def __post_init__(self) -> None:
         self.value_ns = (self.low_ns + self.high_ns) // 2
 
-    def is_within(self, low_ns: int, high_ns: int) -> bool:
-        """Whether a reading with these bounds says no more than is known."""
-        return low_ns <= self.low_ns and self.high_ns <= high_ns
-
     def agrees(self, other: _Difference) -> bool:
         """Whether both can be of the same constant."""
         apart_ns = max(self.low_ns - other.high_ns, other.low_ns - self.high_ns)
@@ -126,15 +122,6 @@ class UnixClock:
     def _check(self) -> int:
         """Notes jumps since the last time; the setting of the wall clock, in nanoseconds."""
         reading = self._read()
-        boot_ns, monotonic_ns, unix_ns, after_ns = reading
-        if (
-            self._setting
-            and self._suspended
-            and self._setting.is_within(unix_ns - after_ns, unix_ns - boot_ns)
-            and self._suspended.is_within(boot_ns - monotonic_ns, after_ns - monotonic_ns)
-        ):  # the usual case, which says nothing new
-            self._checked_ns = monotonic_ns
-            return self._setting.value_ns
         setting, suspended = _differences(reading)
         if not (
             self._setting

@@ -275,9 +275,7 @@ def test_what_a_full_backlog_drops_is_the_listeners(
         if before:
             server.do(code.format("import socket; l = socket.socket()"))
             fill(client, server, attempts)  # these are not counted
-            client.do(
-                "[c.close() for c in cs]"
-            )  # nor are repeated ones, for resets have no repeats
+            client.do("[c.close() for c in cs]")  # by resets, which are not repeated
             before_it = right.counter("TcpExtListenDrops")
         with way(server) as seen:
             if not before:

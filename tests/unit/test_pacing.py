@@ -61,6 +61,7 @@ def test_few_events_gather_for_longer_the_more_a_drain_costs(
     delays, drains = run(few, 2.1, polls=polls, took_s=took_s)
     assert len(delays) == 2_000
     assert sorted(delays)[1_000] <= (gap_s + EARLY_S) / 2
+    assert max(delays[1:]) <= SHORT_GAP_S + EARLY_S
     assert max(delays[100:]) <= gap_s + EARLY_S
     assert 2 / (gap_s + EARLY_S) - 10 <= drains <= 2 / gap_s + 10
 
