@@ -284,7 +284,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
 
     def _should_look_closely(self) -> bool:
         """Whether a drain asks the kernel for what it has lost, too: not each of those that follow
-        each other within milliseconds, whose cost that would double, unless the buffer is so full
+        each other within milliseconds, of which it would be a third, unless the buffer is so full
         that it may have refused something; and always when it may be the last."""
         return (
             not self._options.single_events
