@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ _LONGEST_FILES = {
     "test_hostile_names.py", "test_supervisor.py", "test_targets.py", "test_syscall_hosts.py",
     "test_tcp_hosts.py", "test_tcp_metrics.py", "test_tap.py", "test_limits.py",
 }  # fmt: skip
-_ran = {"passed": 0, "failed": 0, "skipped": 0}
+_ran = Counter[str]()
 
 
 def pytest_sessionstart() -> None:
@@ -52,6 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not obstacle and os.geteuid() != 0:
         obstacle = "not root"
     for item in items:
+        if item.get_closest_marker("timed"):
+            # What is slow is late every time; what is late once was kept waiting by the machine.
+            item.add_marker(pytest.mark.flaky(reruns=2))
         if {"kernel", "e2e"} & set(Path(item.path).parts):
             item.add_marker("kernel")
             if obstacle:

@@ -84,13 +84,17 @@ class LoadedByLibbpf:
             bpf_map = self._file.maps[name]
             if name in self._description.without_maps:
                 call("bpf_map__set_autocreate", bpf_map, False)
-            elif name in self._description.shared:
-                if error := -call("bpf_map__reuse_fd", bpf_map, self._description.shared[name]):
+            elif (fd := self._given(name)) >= 0:
+                if error := -call("bpf_map__reuse_fd", bpf_map, fd):
                     raise LoadError(f"sharing map {name}", error)
             elif definition.inner:
                 fd = definition.inner.create()
                 prototypes.callback(os.close, fd)
                 call("bpf_map__set_inner_map_fd", bpf_map, fd)
+
+    def _given(self, name: str) -> int:
+        """The descriptor of a map that is made already; negative for others."""
+        return self._description.shared.get(name, self._file.made.get(name, -1))
 
     def map_fd(self, name: str) -> int:
         """See `Loaded`."""

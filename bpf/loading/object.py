@@ -169,6 +169,18 @@ class BpfObject:
 
     def load(self) -> None:
         """Opens the object, sets its options, loads its programs and maps. Raises `LoadError`."""
+        self._loaded = self._loader(self._file or self._open(), self._description)
+
+    def make_maps(self, names: Collection[str]) -> None:
+        """Makes those of the maps NAMES that the object is to have, before `load`, so that others
+        that share them can be loaded at the same time; only for the loader `core`. Raises
+        `LoadError`."""
+        file = self._open()
+        for name in names:
+            if name not in self._description.without_maps:
+                file.make_map(name)
+
+    def _open(self) -> ObjectFile:
         try:
             self._file = ObjectFile(self.path)
             self._configure(self._file)
@@ -176,7 +188,7 @@ class BpfObject:
             raise LoadError(
                 f"{self.path.name} is damaged, or of another version of this agent: {error}"
             ) from error
-        self._loaded = self._loader(self._file, self._description)
+        return self._file
 
     def _configure(self, file: ObjectFile) -> None:
         wanted = self._description
@@ -250,6 +262,13 @@ class BpfObject:
     def map_fd(self, name: str) -> int:
         """The descriptor of a map of the loaded object; negative if it was not created."""
         return self._in_kernel.map_fd(name)
+
+    def map_fds(self, names: Collection[str]) -> Mapping[str, int]:
+        """The descriptors of those of the maps NAMES that are made, for another object to share."""
+        if self._loaded is None:
+            return self._opened.made
+        fds = {name: self.map_fd(name) for name in names}
+        return {name: fd for name, fd in fds.items() if fd >= 0}
 
     def program_fd(self, name: str) -> int:
         """The descriptor of a loaded program, for `attaching` and maps of programs."""

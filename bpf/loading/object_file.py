@@ -1,5 +1,5 @@
 """A compiled object as libbpf opens it: its programs, maps, global variables and types. Nothing
-here is in the kernel."""
+here is in the kernel, apart from maps that are made before the object is loaded."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ class _OpenOptions(ctypes.Structure):
 
 class ObjectFile:
     """An open object. `programs` and `maps` are libbpf's, by name; `definitions` are the maps as
-    they are to be made. Raises `LoadError`."""
+    they are to be made, `made` the descriptors of those that are made already. Raises
+    `LoadError`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.programs: Mapping[str, int] = {}
         self.maps: Mapping[str, int] = {}
         self.definitions: dict[str, MapDefinition] = {}
+        self.made: dict[str, int] = {}
         self.handle = self._open()
         try:
             self.btf = self._read_btf()
@@ -114,6 +116,17 @@ class ObjectFile:
         call("bpf_map__set_max_entries", self.maps[name], changed.entries)
         call("bpf_map__set_map_flags", self.maps[name], changed.flags)
 
+    def make_map(self, name: str) -> None:
+        """Makes a map before the object is loaded. Raises `LoadError`."""
+        definition, prototype = self.definitions[name], 0
+        try:
+            if definition.inner:
+                prototype = definition.inner.create()
+            self.made[name] = definition.create(prototype)
+        finally:
+            if prototype:
+                os.close(prototype)
+
     def described(self, variable: str) -> tuple[Variable, np.dtype[np.generic]]:
         """Where a global variable is, and its layout."""
         found = self.btf.variables[variable]
@@ -136,6 +149,9 @@ class ObjectFile:
 
     def close(self) -> None:
         """Frees it, and what libbpf loaded of it. Safe to call twice."""
+        made, self.made = self.made, {}
+        for fd in made.values():
+            os.close(fd)
         handle, self.handle = self.handle, 0
         if handle:
             call_pointer("bpf_object__close", handle)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,13 +18,17 @@ from coral.bpf import BpfError, BpfObject
 from coral.bpf.attaching.link import Link
 from coral.bpf.closing import close_all
 from coral.collectors.hubs.keeper import KEEPER
-from coral.collectors.hubs.kit import Kit
+from coral.collectors.hubs.kit import Kit, at_once
 from coral.collectors.hubs.plan import Plan
 
 if TYPE_CHECKING:
     from coral.collectors.hubs.slot import Slot
 
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
+# Maps of `processes` that the hubs use too.
+_SHARED_MAPS: Final = (
+    "sessions", "shared_counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
+)  # fmt: skip
 _LAST_PLACES: Final = 8  # for which no maps are prepared: sessions may need them meanwhile
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 _REBUILT_EVERY_S: Final = 0.5
@@ -156,19 +161,29 @@ class Group:
         with self.lock:
             return self._numbers.setdefault(name, len(self._numbers))
 
-    def loaded(self, hub: Hub, make: Callable[[], BpfObject]) -> BpfObject:
-        """The object of HUB, which the first caller makes and loads; others wait for it."""
-        with hub.lock:
-            if hub.object is None:
-                made = make()
-                try:
-                    made.load()
-                    made.attach()
-                except BaseException:
-                    made.close()
-                    raise
-                hub.object = made
-            return hub.object
+    def load(self, place: Place, plan: Plan) -> tuple[BpfObject, BpfObject]:
+        """The loaded objects of PLACE: `processes`, and that of the hub of PLAN. The first caller
+        loads them; others wait. Raises `BpfError`."""
+        processes, hub = place.processes, place.hub
+        with processes.lock, hub.lock, ExitStack() as failing:
+            starts: list[Callable[[], None]] = []
+            if (first := processes.object) is None:
+                first = plan.processes()
+                failing.callback(first.close)
+                if plan.rung.loader.taken == "core":
+                    # The verifier is what takes time: with these maps, it reads both at once.
+                    first.make_maps(_SHARED_MAPS)
+                    starts.append(partial(_start, first))
+                else:
+                    _start(first)
+            if (second := hub.object) is None:
+                second = plan.hub(self.number_of(plan.name), first.map_fds(_SHARED_MAPS))
+                failing.callback(second.close)
+                starts.append(partial(_start, second))
+            at_once(starts)
+            failing.pop_all()
+            processes.object, hub.object = first, second
+            return first, second
 
     def attach(self, hub: Hub, names: Sequence[str]) -> None:
         """Attaches optional programs that a session wants. Raises `AttachError`."""
@@ -294,6 +309,11 @@ def _withdrawn(kits: Iterable[Kit]) -> list[Kit]:
     for kit in withdrawn:
         kit.is_ready = False
     return withdrawn
+
+
+def _start(loaded: BpfObject) -> None:
+    loaded.load()
+    loaded.attach()
 
 
 def _close(hub: Hub) -> None:

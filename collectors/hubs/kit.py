@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from coral.bpf import BpfError, BpfObject
+from coral.bpf import BpfObject
 from coral.bpf.loading.map_definition import InnerMap
 from coral.collectors.hubs.plan import MAPS_OF_PROCESSES, Plan
 
@@ -67,14 +67,14 @@ class Kit:
 
 
 def at_once(steps: Sequence[Callable[[], None]]) -> None:
-    """Runs STEPS, in each of which the kernel waits for all running programs, at one time; in turn
-    where no thread can be started. Raises the `BpfError` of one that failed."""
-    failures: list[BpfError] = []
+    """Runs STEPS, in each of which this process waits for the kernel, at one time; in turn where no
+    thread can be started. Raises the exception of one that failed."""
+    failures: list[Exception] = []
 
     def run(step: Callable[[], None]) -> None:
         try:
             step()
-        except BpfError as error:
+        except Exception as error:  # noqa: BLE001  it is raised below
             failures.append(error)
 
     threads = []

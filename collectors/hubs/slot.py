@@ -33,10 +33,6 @@ from coral.collectors.hubs.kit import Kit
 from coral.collectors.hubs.plan import Plan
 
 _SELECTIONS: Final = ("host", "follow", "comm", "cgroup", "memory", "await_exec", "detailed")
-# Maps of `processes` that the hubs use too.
-_SHARED_MAPS: Final = (
-    "sessions", "shared_counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
-)  # fmt: skip
 # Arrays with an element for each session.
 _OF_PROCESSES: Final = ("wanted_comms", "cgroup_paths", "untold_changes")
 _CommonT = TypeVar("_CommonT")
@@ -118,13 +114,8 @@ class Slot:
         `BpfError`."""
         place = self._place = HUBS.place(self)
         self._kit = place.kit
-        group, plan = place.group, self.plan
-        self.processes = group.loaded(place.processes, plan.processes)
-        shared = {name: self.processes.map_fd(name) for name in _SHARED_MAPS}
-        shared = {name: fd for name, fd in shared.items() if fd >= 0}
-        number = group.number_of(plan.name)
-        self.object = group.loaded(place.hub, lambda: plan.hub(number, shared))
-        group.attach(place.hub, plan.wanted)
+        self.processes, self.object = place.group.load(place, self.plan)
+        place.group.attach(place.hub, self.plan.wanted)
 
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless

@@ -260,6 +260,7 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(each)
 
 
+@pytest.mark.timed
 @pytest.mark.soak
 @pytest.mark.timeout(2 * SECONDS * PATIENCE + 180)
 @pytest.mark.parametrize("auth", ["token", "insecure_loopback"])

@@ -247,6 +247,7 @@ def at_ease() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+@pytest.mark.timed
 async def test_at_ease_an_event_arrives_within_twenty_milliseconds(
     agent: RunningAgent, at_ease: subprocess.Popen[bytes]
 ) -> None:

@@ -262,6 +262,7 @@ def test_host_scope_sees_a_process_that_nobody_named(
     assert all_counted >= 5000
 
 
+@pytest.mark.timed
 def test_until_exit_ends_the_session_with_its_last_target_and_not_before(
     agent: RunningAgent,
 ) -> None:

@@ -99,6 +99,7 @@ def let_go(agent: RunningAgent) -> int:
     return [line["event"] for line in agent.log()].count("subscriber let go")
 
 
+@pytest.mark.timed
 def test_frozen_readers_are_let_go_and_do_not_hold_up_the_end(
     tmp_path: Path, puppet: Puppet
 ) -> None:
@@ -122,6 +123,7 @@ def test_frozen_readers_are_let_go_and_do_not_hold_up_the_end(
             assert not Path(agent.address.removeprefix("unix:")).exists()
 
 
+@pytest.mark.timed
 def test_a_reader_that_froze_just_now_does_not_hold_up_the_end(
     tmp_path: Path, puppet: Puppet
 ) -> None:

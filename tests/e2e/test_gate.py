@@ -130,6 +130,7 @@ def as_nobody(address: str, count: int) -> Iterator[None]:
         process.kill()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("first", [b"", PREFACE[:10], PREFACE, PREFACE + frame(SETTINGS)])
 def test_a_thousand_idle_connections_are_held_to_the_limit_and_then_closed(
     first: bytes, agent: RunningAgent
@@ -181,6 +182,7 @@ def open_streams(connection: Http2) -> bytes:
     return connection.begin(LIST)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("attack", [reset_streams, open_streams])
 @pytest.mark.parametrize("over", ["tcp", "unix"])
 def test_floods_on_two_connections_leave_others_their_calls(
@@ -366,6 +368,7 @@ def test_a_watcher_that_reads_nothing_is_let_go_and_counted(tmp_path: Path) -> N
         )
 
 
+@pytest.mark.timed
 def test_frozen_readers_do_not_keep_the_agent_from_stopping(tmp_path: Path) -> None:
     with (
         running_agent(tmp_path / "agent", {"auth": INSECURE}, "--listen", "127.0.0.1:0") as one,

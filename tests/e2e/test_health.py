@@ -116,6 +116,7 @@ def test_it_is_ready_when_every_continuous_collector_is_at_work_and_says_which_i
         running.kill()
 
 
+@pytest.mark.timed
 def test_watchers_that_take_nothing_delay_neither_readiness_nor_the_end(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
@@ -167,6 +168,7 @@ def service_manager(address: str) -> Iterator[Callable[..., str]]:
         yield receive
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("abstract", [False, True])
 def test_systemd_hears_when_it_is_ready_and_alive_and_when_it_stops(
     tmp_path: Path, *, abstract: bool
@@ -216,6 +218,7 @@ def test_a_loop_that_is_stuck_sends_no_sign_of_life(tmp_path: Path) -> None:
         receive("WATCHDOG=1")
 
 
+@pytest.mark.timed
 def test_a_frozen_agents_lease_ends_when_it_goes_on_and_until_then_its_programs_stay(
     agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
@@ -238,6 +241,7 @@ def test_a_frozen_agents_lease_ends_when_it_goes_on_and_until_then_its_programs_
     running.kill()
 
 
+@pytest.mark.timed
 def test_silent_connections_of_a_local_user_stop_neither_scrapes_nor_sessions(
     agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:

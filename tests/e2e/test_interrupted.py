@@ -106,6 +106,7 @@ def test_a_command_that_is_ended_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("after_s", [0.02, 0.1, 0.2, 0.3, 0.5])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_agent_that_is_ended_while_it_starts_leaves_nothing(

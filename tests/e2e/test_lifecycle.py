@@ -65,6 +65,7 @@ def renew(agent: RunningAgent, collector_id: str, duration_s: float) -> float:
     return answer.expires_at.ToNanoseconds() / 1e9
 
 
+@pytest.mark.timed
 def test_a_collector_of_2_s_ends_within_100_ms_of_its_deadline(
     agent: RunningAgent, puppet: Puppet
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_stopped_collector_is_detached_when_the_answer_arrives(
     wait_until(lambda: nothing_new_since(before))
 
 
+@pytest.mark.timed
 def test_a_renewed_collector_lives_to_its_new_deadline(agent: RunningAgent, puppet: Puppet) -> None:
     with watching(agent, 1.0, pid=str(puppet.pid)) as watch:
         later = renew(agent, watch.collector_id, 60)
@@ -105,6 +107,7 @@ def test_a_renewed_collector_lives_to_its_new_deadline(agent: RunningAgent, pupp
         assert 0 <= time.time() - sooner < SLACK_S
 
 
+@pytest.mark.timed
 def test_sigterm_tells_every_subscriber_and_ends_the_agent_within_2_s(
     tmp_path: Path, puppet: Puppet
 ) -> None:
@@ -145,6 +148,7 @@ def watching_health(agent: RunningAgent) -> Iterator[None]:
         call.cancel()
 
 
+@pytest.mark.timed
 def test_a_stream_that_never_ends_does_not_hold_up_the_shutdown(
     tmp_path: Path, puppet: Puppet
 ) -> None:
@@ -155,6 +159,7 @@ def test_a_stream_that_never_ends_does_not_hold_up_the_shutdown(
         assert time.monotonic() - signalled_at < 2
 
 
+@pytest.mark.timed
 def test_the_process_is_gone_once_the_agent_has_stopped(tmp_path: Path) -> None:
     """The interpreter's own end takes half a second, and is left out."""
     waits_s = []
@@ -168,6 +173,7 @@ def test_the_process_is_gone_once_the_agent_has_stopped(tmp_path: Path) -> None:
     assert min(waits_s) < 0.15
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_agent_at_once(
     second: signal.Signals, tmp_path: Path, puppet: Puppet

@@ -74,6 +74,7 @@ def stops_in_time(agent: RunningAgent) -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.timed
 def test_an_agent_whose_log_is_a_full_pipe_starts_serves_and_stops(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, len(FULL))
@@ -88,6 +89,7 @@ def test_an_agent_whose_log_is_a_full_pipe_starts_serves_and_stops(tmp_path: Pat
     os.close(read_end)
 
 
+@pytest.mark.timed
 def test_an_agent_whose_log_nobody_reads_any_more_goes_on_and_counts_its_lines(
     tmp_path: Path,
 ) -> None:

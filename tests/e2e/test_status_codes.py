@@ -402,6 +402,7 @@ class Fuzzer:
         return self._random.choice(TEXTS)
 
 
+@pytest.mark.timed
 @pytest.mark.timeout(FUZZ_S * PATIENCE + 120)
 def test_no_request_is_unknown_or_internal_and_the_agent_lives_on(
     agent: RunningAgent, channel: grpc.Channel, calls: Callable[..., Calls]

@@ -294,6 +294,7 @@ def totals_of(out: str) -> tuple[float, dict[str, list[str]]]:
     return float(seconds), table_rows(lines)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("mode", [(), ("--events",)])
 def test_a_rate_is_over_all_the_time_that_was_watched(
     mode: tuple[str, ...], agent: RunningAgent
@@ -462,6 +463,7 @@ def test_a_tap_that_the_agents_end_cuts_short_is_an_error(tmp_path: Path, output
         assert json.loads(out.splitlines()[-1]) == end
 
 
+@pytest.mark.timed
 def test_a_frozen_agent_is_said_to_be_one_within_seconds(tmp_path: Path) -> None:
     with running_agent(tmp_path / "agent") as agent:
         agent.process.send_signal(signal.SIGSTOP)

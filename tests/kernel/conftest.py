@@ -57,9 +57,13 @@ def called(programs: Path) -> Iterator[Called]:
 @pytest.fixture
 def no_descriptors_left() -> Iterator[None]:
     """Fails if the test leaves a descriptor open in this process."""
-    wait_until(lambda: KEEPER.is_idle)  # earlier tests have left it things to close
-    gc.collect()  # likewise the collector of garbage
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = _descriptors()
     yield
-    gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert _descriptors() == before
+
+
+def _descriptors() -> int:
+    """How many this process has open, once everything that is to be closed is."""
+    gc.collect()  # gives the keeper things to close, so it comes first
+    wait_until(lambda: KEEPER.is_idle)
+    return len(list(Path("/proc/self/fd").iterdir()))

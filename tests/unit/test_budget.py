@@ -229,6 +229,7 @@ def test_the_causes_are_named_and_programs_that_are_not_counted_are_not_said_to_
     )
 
 
+@pytest.mark.timed
 async def test_a_tasks_steps_and_threads_are_charged_and_others_are_not() -> None:
     charged: list[int] = []
 

@@ -110,6 +110,7 @@ def test_a_suspend_moves_only_what_comes_after() -> None:
     assert abs(times[2] - machine.unix_ns) < ACCURACY_NS
 
 
+@pytest.mark.timed
 def test_the_real_clocks_agree_with_each_other() -> None:
     clock = UnixClock()
     at_ns, unix = time.monotonic_ns(), time.time_ns()

@@ -116,6 +116,7 @@ async def test_it_is_drained_until_cancelled_then_once_more_and_closed() -> None
     assert steps.done.count("drain") == len(batches) >= 4
 
 
+@pytest.mark.timed
 async def test_without_rows_it_is_drained_seldom_in_its_first_interval() -> None:
     loop, over = asyncio.get_running_loop(), asyncio.Event()
     stop, drained_at_s = Stop(), list[float]()

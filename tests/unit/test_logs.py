@@ -51,6 +51,7 @@ def test_lines_arrive_in_order_and_close_waits_for_them(pipe: tuple[int, int]) -
     assert writer.dropped == 0
 
 
+@pytest.mark.timed
 def test_a_full_pipe_blocks_nobody_and_what_was_dropped_is_told_once_it_is_read(
     pipe: tuple[int, int],
 ) -> None:
@@ -252,6 +253,7 @@ def test_on_a_console_values_stay_in_their_line_and_only_tracebacks_have_more() 
     assert all(line[:2] == "20" for line in lines if line not in tracebacks)
 
 
+@pytest.mark.timed
 def test_what_the_agent_says_to_a_full_pipe_ends_with_it(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)

@@ -918,6 +918,7 @@ def test_small_frames_are_counted_with_their_objects(make: Callable[[int], Batch
         assert held() < 1.05 * stream.buffered_bytes < 1.2 * (1 << 20)
 
 
+@pytest.mark.timed
 def test_what_is_buffered_is_known_without_a_look_at_each_frame() -> None:
     stream = channel(64 << 20)
     for _ in range(10_000):
