@@ -353,8 +353,9 @@ def test_a_connection_that_only_the_end_of_its_process_closes_is_told() -> None:
         client.do("c.sendall(bytes(10))")
         # Nobody looks who has it while the child lives.
         server.do(
-            "exec('s, _ = l.accept()\\nif not (child := os.fork()):\\n"
-            " s.sendall(s.recv(10))\\n os._exit(0)\\ns.close()\\nos.waitpid(child, 0)')"
+            "exec('r, w = os.pipe()\\ns, _ = l.accept()\\nif not (child := os.fork()):\\n"
+            " s.sendall(s.recv(10))\\n os.read(r, 1)\\n os._exit(0)\\n"
+            's.close()\\nos.write(w, b"x")\\nos.waitpid(child, 0)\')'
         )
         client.do("c.recv(10); c.recv(1); c.close()")
         row = seen.ended(role=SERVER)
