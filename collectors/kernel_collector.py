@@ -49,7 +49,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 # How often a session of single events says what it has lost, if there are none.
 _EVENTS_INTERVAL_S: Final = 1.0
-# How often it looks at most for what was lost, if there are events.
+# The shortest time between two reads of the losses while events come.
 _LOOK_EVERY_NS: Final = 100_000_000
 
 
@@ -101,6 +101,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
         self._counted: Counter[int] = Counter()  # losses by stage, as the programs count them
         self._lost: Counter[int] = Counter()  # and with those that user space knows of
         self._drained_at_ns = self._looked_at_ns = 0
+        self._was_filling = False
 
     @abstractmethod
     def _plan(self, features: Features) -> Plan:
@@ -263,34 +264,40 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def drain(self) -> Batch:
         before_ns, self._drained_at_ns = self._drained_at_ns, time.monotonic_ns()
         began_at_ns, ended_at_ns = CLOCK.unix_ns_of(before_ns, self._drained_at_ns)
-        losses: Mapping[int, int] = {}
-        events = None
+        counts = None
         if self._should_look_closely():
             # Before the rows: what is refused in between counts as lost in the next interval.
             counts = self._account.read()
-            losses, events = self._losses(counts), counts.produced
         rows: EventRows | Summaries
         if self._options.single_events:
             rows = self._read_events()
+            events = counts.produced if counts else 0
         else:
             rows = self._read_summaries()
             events = self._events_in(rows)
         self._slot.tidy()
-        if events is not None:
+        losses: Mapping[int, int] = {}
+        if counts:
+            # After the rows: a perf buffer says what it refused in records between them.
+            losses = self._losses(counts)
             elapsed_ns = self._drained_at_ns - self._looked_at_ns
             self._looked_at_ns = self._drained_at_ns
             self._slot.note_work(events, elapsed_ns / 1e9)
         return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
 
     def _should_look_closely(self) -> bool:
-        """Whether a drain asks the kernel for what it has lost, too: not each of those that follow
-        each other within milliseconds, of which it would be a third, unless the buffer is so full
-        that it may have refused something; and always when it may be the last."""
+        """Whether this drain also reads what the kernel lost. Reading it takes a third of a small
+        drain, so drains in quick succession skip it, unless the buffer is so full now, or was
+        before the last drain, that it may have refused something since; the last one never
+        does."""
+        was_filling, records = self._was_filling, self._records
+        self._was_filling = records is not None and records.filling
         return (
             not self._options.single_events
+            or was_filling
+            or self._was_filling
             or self._drained_at_ns >= self._looked_at_ns + _LOOK_EVERY_NS
             or not self._slot.attached
-            or (self._records is not None and self._records.filling)
         )
 
     @property

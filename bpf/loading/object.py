@@ -180,6 +180,11 @@ class BpfObject:
             if name not in self._description.without_maps:
                 file.make_map(name)
 
+    def close_made_maps(self) -> None:
+        """Closes the descriptors that `make_maps` opened; each loaded object has its own."""
+        if self._file:
+            self._file.close_made_maps()
+
     def _open(self) -> ObjectFile:
         try:
             self._file = ObjectFile(self.path)
@@ -265,9 +270,8 @@ class BpfObject:
 
     def map_fds(self, names: Collection[str]) -> Mapping[str, int]:
         """The descriptors of those of the maps NAMES that are made, for another object to share."""
-        if self._loaded is None:
-            return self._opened.made
-        fds = {name: self.map_fd(name) for name in names}
+        made = self._opened.made
+        fds = {name: self.map_fd(name) if self._loaded else made.get(name, -1) for name in names}
         return {name: fd for name, fd in fds.items() if fd >= 0}
 
     def program_fd(self, name: str) -> int:

@@ -85,13 +85,21 @@ class Group:
                 if idle is None:
                     return None
                 idle.is_ready = False
-            self._give_up(idle)
+            self._give_up_idle(idle)
+
+    def _give_up_idle(self, kit: Kit) -> None:
+        """Gives up a kit, for a caller that does not keep the last session of its hub from ending
+        meanwhile."""
+        with ExitStack() as held:
+            for lock in kit.locks:
+                held.enter_context(lock)
+            self._give_up(kit)
 
     def _give_up(self, kit: Kit) -> None:
         """Closes a kit that no session can take any more. Its number is free once its maps are out
         of the slot: until then a session there would lose its own."""
         try:
-            with suppress(BpfError):  # its hub may be closed
+            with suppress(BpfError, RuntimeError):  # its objects may be closed
                 kit.close()
         finally:
             with self.lock:
@@ -111,10 +119,12 @@ class Group:
         a start takes is the kernel's wait for running programs when a map is installed. Blocks;
         does nothing where it cannot."""
         with self.lock:
-            hub = self.hubs.get(plan.name)
-            kit, processes = Kit(plan, 0), self.processes
+            hub, processes = self.hubs.get(plan.name), self.processes
+            if hub is None:
+                return
+            kit = Kit(plan, 0, locks=(processes.lock, hub.lock))
             like = [other for other in self.kits if kit.is_like(other)]
-            if hub is None or any(other.sizes == kit.sizes for other in like):
+            if any(other.sizes == kit.sizes for other in like):
                 return
             if self.plan.rung.slots - len(self.slots) - len(self.kits) < _LAST_PLACES:
                 return
@@ -147,8 +157,8 @@ class Group:
         with self.lock:
             idle = _withdrawn(self.kits)
         for kit in idle:
-            if not KEEPER.submit(self._give_up, kit):
-                self._give_up(kit)
+            if not KEEPER.submit(self._give_up_idle, kit):
+                self._give_up_idle(kit)
 
     def memory_of_kits(self, name: str) -> int:
         """What the kernel charges for maps that wait for a session of the hub NAME. Raises
@@ -165,25 +175,33 @@ class Group:
         """The loaded objects of PLACE: `processes`, and that of the hub of PLAN. The first caller
         loads them; others wait. Raises `BpfError`."""
         processes, hub = place.processes, place.hub
-        with processes.lock, hub.lock, ExitStack() as failing:
-            starts: list[Callable[[], None]] = []
-            if (first := processes.object) is None:
-                first = plan.processes()
-                failing.callback(first.close)
-                if plan.rung.loader.taken == "core":
-                    # The verifier is what takes time: with these maps, it reads both at once.
-                    first.make_maps(_SHARED_MAPS)
-                    starts.append(partial(_start, first))
-                else:
-                    _start(first)
-            if (second := hub.object) is None:
-                second = plan.hub(self.number_of(plan.name), first.map_fds(_SHARED_MAPS))
-                failing.callback(second.close)
-                starts.append(partial(_start, second))
-            at_once(starts)
+        number = self.number_of(plan.name)
+        with processes.lock:
+            if (first := processes.object) is None and plan.rung.loader.taken == "core":
+                with hub.lock:
+                    return self._load_at_once(place, plan)
+            if first is None:
+                first = processes.object = _started(plan.processes())
+        # Sessions of other hubs do not wait for this one.
+        with hub.lock:
+            if hub.object is None:
+                hub.object = _started(plan.hub(number, first.map_fds(_SHARED_MAPS)))
+            return first, hub.object
+
+    def _load_at_once(self, place: Place, plan: Plan) -> tuple[BpfObject, BpfObject]:
+        """Verification takes most of the time: with the shared maps made first, both objects are
+        verified in parallel."""
+        with ExitStack() as failing:
+            first = plan.processes()
+            failing.callback(first.close)
+            first.make_maps(_SHARED_MAPS)
+            second = plan.hub(self.number_of(plan.name), first.map_fds(_SHARED_MAPS))
+            failing.callback(second.close)
+            at_once([partial(_start, first), partial(_start, second)])
+            first.close_made_maps()
             failing.pop_all()
-            processes.object, hub.object = first, second
-            return first, second
+        place.processes.object, place.hub.object = first, second
+        return first, second
 
     def attach(self, hub: Hub, names: Sequence[str]) -> None:
         """Attaches optional programs that a session wants. Raises `AttachError`."""
@@ -311,9 +329,18 @@ def _withdrawn(kits: Iterable[Kit]) -> list[Kit]:
     return withdrawn
 
 
-def _start(loaded: BpfObject) -> None:
-    loaded.load()
-    loaded.attach()
+def _start(made: BpfObject) -> None:
+    made.load()
+    made.attach()
+
+
+def _started(made: BpfObject) -> BpfObject:
+    try:
+        _start(made)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def _close(hub: Hub) -> None:

@@ -13,10 +13,12 @@ from coral.collectors.hubs.plan import MAPS_OF_PROCESSES, Plan
 
 
 class Kit:
-    """The maps of one session, by its plan, for the slot NUMBER."""
+    """The maps of one session, by its plan, for the slot NUMBER. While LOCKS are held, the objects
+    that it is installed in are not closed."""
 
-    def __init__(self, plan: Plan, number: int) -> None:
+    def __init__(self, plan: Plan, number: int, *, locks: Sequence[threading.Lock] = ()) -> None:
         self.name, self.sizes, self.number = plan.name, dict(plan.sizes), number
+        self.locks = locks
         self.maps: dict[str, InnerMap] = {}
         self.is_ready = False  # for a session to take it, which is decided under the group's lock
         self._installed: list[tuple[BpfObject, str]] = []
@@ -68,27 +70,27 @@ class Kit:
 
 def at_once(steps: Sequence[Callable[[], None]]) -> None:
     """Runs STEPS, in each of which this process waits for the kernel, at one time; in turn where no
-    thread can be started. Raises the exception of one that failed."""
-    failures: list[Exception] = []
+    thread can be started. Raises the exception of the first one that failed."""
+    failures: dict[int, Exception] = {}
 
-    def run(step: Callable[[], None]) -> None:
+    def run(number: int) -> None:
         try:
-            step()
+            steps[number]()
         except Exception as error:  # noqa: BLE001  it is raised below
-            failures.append(error)
+            failures[number] = error
 
     threads = []
-    for step in steps[1:]:
-        thread = threading.Thread(target=run, args=(step,))
+    for number in range(1, len(steps)):
+        thread = threading.Thread(target=run, args=(number,))
         try:
             thread.start()
         except RuntimeError:
-            run(step)
+            run(number)
         else:
             threads.append(thread)
-    for step in steps[:1]:
-        run(step)
+    if steps:
+        run(0)
     for thread in threads:
         thread.join()
     if failures:
-        raise failures[0]
+        raise failures[min(failures)]
