@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 _LIBRARY_NAME: Final = "libbpf.so.1"
 _LOG_TAIL_LINES: Final = 12
+VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 # Errors from a shortage that may pass.
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 # Remedies for errors whose cause is plain.

@@ -8,7 +8,7 @@ import errno
 import mmap
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from ctypes import c_size_t
 from typing import Any, Final
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from coral.bpf.attaching.link import LibbpfLink, Link
 from coral.bpf.attaching.tracepoints import raw_tracepoint
 from coral.bpf.closing import close_all
-from coral.bpf.libbpf import LoadError, call, capture_log
+from coral.bpf.libbpf import VMLINUX_BTF, LoadError, call, capture_log
 from coral.bpf.loading.description import Description
 from coral.bpf.loading.object_file import ObjectFile
 
@@ -73,7 +73,9 @@ class LoadedByLibbpf:
         call("bpf_program__set_type", program, _TRACING)
         call("bpf_program__set_expected_attach_type", program, _TRACE_RAW_TP)
         with capture_log() as said:
-            error = -call("bpf_program__set_attach_target", program, 0, hook.encode())
+            error = _with_types(
+                lambda: -call("bpf_program__set_attach_target", program, 0, hook.encode())
+            )
         if error:
             raise LoadError(f"loading {name} for the tracepoint {hook}", error, said())
 
@@ -146,3 +148,16 @@ class LoadedByLibbpf:
         """See `Loaded`."""
         sections, self._sections = self._sections, {}
         close_all([*(section.close for section in sections.values()), self._file.close])
+
+
+def _with_types(read: Callable[[], int]) -> int:
+    """The errno of READ, which has libbpf read the kernel's types, or 0. libbpf says ESRCH,
+    whatever keeps it from opening them."""
+    error = read()
+    if error == errno.ESRCH:
+        try:
+            os.close(os.open(VMLINUX_BTF, os.O_RDONLY))
+        except OSError as failure:
+            return failure.errno or error
+        return read()  # another thread had the last descriptor for a moment
+    return error

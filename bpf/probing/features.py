@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Final
 
 from coral.bpf.libbpf import (
+    VMLINUX_BTF,
     BpfError,
     LibbpfMissingError,
     call,
@@ -31,7 +31,6 @@ from coral.bpf.loading.object_file import not_built, object_path
 from coral.bpf.probing import capabilities as caps
 from coral.bpf.probing import reasons, sock_diag
 
-VMLINUX_BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _PROBE_OBJECT: Final = "features"
 _PROBE_RECORD: Final = "coral_p_record"
 _PROBE_RUN: Final = "coral_p_syscall"

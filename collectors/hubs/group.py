@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 HINTS: Final = 16384  # in a set, as in targets.bpf.h
 # Maps of `processes` that the hubs use too.
 _SHARED_MAPS: Final = (
-    "sessions", "shared_counts", "untold_changes", "members", "hints", "accounts", "rings", "perfs",
+    "members", "sessions", "shared_counts", "untold_changes", "hints", "accounts", "rings", "perfs",
 )  # fmt: skip
 _LAST_PLACES: Final = 8  # for which no maps are prepared: sessions may need them meanwhile
 _REBUILT_AFTER: Final = 256  # processes that have ended since
@@ -197,8 +196,10 @@ class Group:
             first.make_maps(_SHARED_MAPS)
             second = plan.hub(self.number_of(plan.name), first.map_fds(_SHARED_MAPS))
             failing.callback(second.close)
-            at_once([partial(_start, first), partial(_start, second)])
+            at_once([first.load, second.load])
             first.close_made_maps()
+            first.attach()
+            second.attach()
             failing.pop_all()
         place.processes.object, place.hub.object = first, second
         return first, second
@@ -329,14 +330,10 @@ def _withdrawn(kits: Iterable[Kit]) -> list[Kit]:
     return withdrawn
 
 
-def _start(made: BpfObject) -> None:
-    made.load()
-    made.attach()
-
-
 def _started(made: BpfObject) -> BpfObject:
     try:
-        _start(made)
+        made.load()
+        made.attach()
     except BaseException:
         made.close()
         raise

@@ -11,6 +11,7 @@ import pytest
 
 from coral import bpf
 from coral.bpf import BpfObject, LoadError
+from coral.collectors.contract import Summaries
 from coral.collectors.hubs import HUBS
 from coral.collectors.hubs.keeper import KEEPER
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
@@ -97,7 +98,9 @@ def test_a_failure_in_one_of_the_two_objects_of_a_first_session_leaves_nothing(
         session.close()
     with at_work(calls(puppet)) as session:
         puppet.getppid(7)
-        assert session.drain().rows.columns["call_count"].tolist() == [7]
+        rows = session.drain().rows
+        assert isinstance(rows, Summaries)
+        assert rows.columns["call_count"].tolist() == [7]
 
 
 def prepared(session: SyscallStatsCollector) -> None:
@@ -114,7 +117,11 @@ def test_maps_that_are_given_up_after_their_last_session_are_no_error(
     go_on = threading.Event()
     with at_work(calls(puppet)) as session:
         prepared(session)
-        KEEPER.submit(go_on.wait, TIMEOUT_S)
+
+        def wait() -> None:
+            assert go_on.wait(TIMEOUT_S)
+
+        KEEPER.submit(wait)
         HUBS.give_up_prepared()
     go_on.set()
     wait_until(lambda: KEEPER.is_idle)
@@ -132,9 +139,9 @@ def test_maps_whose_last_session_ends_before_they_are_made_keep_no_slot(puppet: 
             with kit.locks[0]:  # whoever makes the maps of a next session waits
                 second.drain()
                 wait_until(lambda: not kit.is_ready)  # they replace those of another size
-                closing = pool.submit(lambda: (first.close(), second.close()))
+                closed = pool.map(lambda session: session.close(), (first, second))
                 wait_until(lambda: not group.slots)
-            closing.result(TIMEOUT_S)
+            assert len(list(closed)) == 2
         wait_until(lambda: KEEPER.is_idle)
         assert group.kits == []
     with at_work(calls(puppet, entries="200")) as session:
