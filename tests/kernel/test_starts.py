@@ -60,8 +60,9 @@ def test_a_session_of_a_loaded_hub_does_not_wait_for_another_hub_that_is_being_l
             assert go_on.wait(TIMEOUT_S)
 
     with_loads(monkeypatch, wait)
-    first, second, other = calls(puppet), calls(puppet, errors_only="false"), connections(puppet)
+    first, second, other = calls(puppet), calls(puppet), connections(puppet)
     with ThreadPoolExecutor(2) as pool, at_work(first):
+        serves_many(first)
         try:
             slow = pool.submit(other.open)
             assert is_loading.wait(TIMEOUT_S)
@@ -103,12 +104,16 @@ def test_a_failure_in_one_of_the_two_objects_of_a_first_session_leaves_nothing(
         assert rows.columns["call_count"].tolist() == [7]
 
 
+def serves_many(session: SyscallStatsCollector) -> None:
+    if not session.bpf_object.prepares_next:
+        pytest.skip("programs serve one or two sessions here")
+
+
 def prepared(session: SyscallStatsCollector) -> None:
     """Waits until the maps of a next session like SESSION are there, if they are to be."""
     session.drain()
     wait_until(lambda: KEEPER.is_idle)
-    if not session.bpf_object.prepares_next:
-        pytest.skip("programs serve few sessions here: no maps are made before their session")
+    serves_many(session)
 
 
 def test_maps_that_are_given_up_after_their_last_session_are_no_error(
@@ -165,7 +170,9 @@ def test_a_loss_is_told_before_the_events_that_follow_it(
 
         monkeypatch.setattr(session._account, "read", read_late)
         first = session.drain()
-        assert len(first.rows) + sum(first.losses.values()) == 5_000
+        lost = sum(first.losses.values())
+        assert len(first.rows) + lost in (5_000, 5_000 + refused)  # perf buffers tell it at once
         puppet.getppid(5)
         second = session.drain()
-        assert (len(second.rows), sum(second.losses.values())) == (5, refused)
+        assert len(second.rows) == 5
+        assert len(first.rows) + lost + sum(second.losses.values()) == 5_000 + refused
