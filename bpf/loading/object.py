@@ -173,17 +173,12 @@ class BpfObject:
 
     def make_maps(self, names: Collection[str]) -> None:
         """Makes those of the maps NAMES that the object is to have, before `load`, so that others
-        that share them can be loaded at the same time; only for the loader `core`. Raises
-        `LoadError`."""
+        that share them can be loaded at the same time; only for the loader `core`. Their
+        descriptors are open until `close`. Raises `LoadError`."""
         file = self._open()
         for name in names:
             if name not in self._description.without_maps:
                 file.make_map(name)
-
-    def close_made_maps(self) -> None:
-        """Closes the descriptors that `make_maps` opened; each loaded object has its own."""
-        if self._file:
-            self._file.close_made_maps()
 
     def _open(self) -> ObjectFile:
         try:

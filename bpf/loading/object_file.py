@@ -51,8 +51,8 @@ class _OpenOptions(ctypes.Structure):
 
 class ObjectFile:
     """An open object. `programs` and `maps` are libbpf's, by name; `definitions` are the maps as
-    they are to be made; `made` are the descriptors of those that are already made, until they are
-    closed. Raises `LoadError`."""
+    they are to be made; `made` are the descriptors of those that were made before it is loaded.
+    Raises `LoadError`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,12 +127,6 @@ class ObjectFile:
             if prototype:
                 os.close(prototype)
 
-    def close_made_maps(self) -> None:
-        """Closes the descriptors of the maps that were made before the object was loaded."""
-        made, self.made = self.made, {}
-        for fd in made.values():
-            os.close(fd)
-
     def described(self, variable: str) -> tuple[Variable, np.dtype[np.generic]]:
         """Where a global variable is, and its layout."""
         found = self.btf.variables[variable]
@@ -155,7 +149,9 @@ class ObjectFile:
 
     def close(self) -> None:
         """Frees it, and what libbpf loaded of it. Safe to call twice."""
-        self.close_made_maps()
+        made, self.made = self.made, {}
+        for fd in made.values():
+            os.close(fd)
         handle, self.handle = self.handle, 0
         if handle:
             call_pointer("bpf_object__close", handle)

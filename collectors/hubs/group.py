@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from coral.bpf import BpfError, BpfObject
 from coral.bpf.attaching.link import Link
 from coral.bpf.closing import close_all
 from coral.collectors.hubs.keeper import KEEPER
-from coral.collectors.hubs.kit import Kit, at_once
+from coral.collectors.hubs.kit import Background, Kit
 from coral.collectors.hubs.plan import Plan
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class Hub:
         self.common: dict[object, object] = {}  # see `Slot.common`
         self.making = threading.Lock()  # held while something in common is made
         self.reading = threading.Lock()  # held while the one room for readings is used
+        self.loading: Background | None = None  # while `object` is not yet to be used
+
+    def wait(self) -> None:
+        """Returns when `object` is loaded. Raises `BpfError` if that failed."""
+        if self.loading:
+            self.loading.wait()
 
 
 class Group:
@@ -174,35 +181,32 @@ class Group:
         """The loaded objects of PLACE: `processes`, and that of the hub of PLAN. The first caller
         loads them; others wait. Raises `BpfError`."""
         processes, hub = place.processes, place.hub
-        number = self.number_of(plan.name)
         with processes.lock:
-            if (first := processes.object) is None and plan.rung.loader.taken == "core":
-                with hub.lock:
-                    return self._load_at_once(place, plan)
-            if first is None:
-                first = processes.object = _started(plan.processes())
-        # Sessions of other hubs do not wait for this one.
-        with hub.lock:
-            if hub.object is None:
-                hub.object = _started(plan.hub(number, first.map_fds(_SHARED_MAPS)))
-            return first, hub.object
-
-    def _load_at_once(self, place: Place, plan: Plan) -> tuple[BpfObject, BpfObject]:
-        """Verification takes most of the time: with the shared maps made first, both objects are
-        verified in parallel."""
-        with ExitStack() as failing:
-            first = plan.processes()
-            failing.callback(first.close)
-            first.make_maps(_SHARED_MAPS)
-            second = plan.hub(self.number_of(plan.name), first.map_fds(_SHARED_MAPS))
-            failing.callback(second.close)
-            at_once([first.load, second.load])
-            first.close_made_maps()
-            first.attach()
-            second.attach()
-            failing.pop_all()
-        place.processes.object, place.hub.object = first, second
-        return first, second
+            if (first := processes.object) is None:
+                first = plan.processes()
+                with ExitStack() as failing:
+                    failing.callback(first.close)
+                    if plan.rung.loader.taken == "core":
+                        # Most of a start is the verifier's work. With the maps that hubs share,
+                        # they can be verified at the same time.
+                        first.make_maps(_SHARED_MAPS)
+                        processes.loading = Background(partial(_start, first))
+                    else:
+                        _start(first)
+                    failing.pop_all()
+                processes.object = first
+        with hub.lock, ExitStack() as failing:
+            if (second := hub.object) is None:
+                second = plan.hub(self.number_of(plan.name), first.map_fds(_SHARED_MAPS))
+                failing.callback(second.close)
+                try:
+                    second.load()
+                finally:
+                    processes.wait()
+                second.attach()
+                failing.pop_all()
+                hub.object = second
+            return first, second
 
     def attach(self, hub: Hub, names: Sequence[str]) -> None:
         """Attaches optional programs that a session wants. Raises `AttachError`."""
@@ -330,18 +334,15 @@ def _withdrawn(kits: Iterable[Kit]) -> list[Kit]:
     return withdrawn
 
 
-def _started(made: BpfObject) -> BpfObject:
-    try:
-        made.load()
-        made.attach()
-    except BaseException:
-        made.close()
-        raise
-    return made
+def _start(made: BpfObject) -> None:
+    made.load()
+    made.attach()
 
 
 def _close(hub: Hub) -> None:
     with hub.lock:
+        with suppress(Exception):  # those who wait for it are told
+            hub.wait()
         if hub.object is not None:
             hub.object.close()
             hub.object = None

@@ -68,29 +68,38 @@ class Kit:
             closing.callback(self.uninstall)
 
 
-def at_once(steps: Sequence[Callable[[], None]]) -> None:
-    """Runs STEPS, in each of which this process waits for the kernel, at one time; in turn where no
-    thread can be started. Raises the exception of the first one that failed."""
-    failures: dict[int, Exception] = {}
+class Background:
+    """STEP, which another thread runs; where none can be started, it is done at once."""
 
-    def run(number: int) -> None:
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = threading.Thread(target=self._run)
         try:
-            steps[number]()
-        except Exception as error:  # noqa: BLE001  it is raised below
-            failures[number] = error
-
-    threads = []
-    for number in range(1, len(steps)):
-        thread = threading.Thread(target=run, args=(number,))
-        try:
-            thread.start()
+            self._thread.start()
         except RuntimeError:
-            run(number)
-        else:
-            threads.append(thread)
-    if steps:
-        run(0)
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[min(failures)]
+            self._thread = None
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self._step()
+        except Exception as error:  # noqa: BLE001  `wait` raises it
+            self._error = error
+
+    def wait(self) -> None:
+        """Returns when STEP is done; raises its exception. Can be called by several threads."""
+        if self._thread:
+            self._thread.join()
+        if self._error:
+            raise self._error
+
+
+def at_once(steps: Sequence[Callable[[], None]]) -> None:
+    """Runs STEPS, in each of which the kernel waits for all running programs, at one time. Raises
+    the exception of one that failed."""
+    with ExitStack() as ending:
+        for step in steps[1:]:
+            ending.callback(Background(step).wait)
+        for step in steps[:1]:
+            step()
