@@ -74,13 +74,15 @@ class Faults:
         *,
         call: Call | None = None,
         all_after: bool = False,
+        of_any_type: bool = False,
     ) -> Iterator[None]:
         """For the duration of the block, call NUMBER (from 1) fails with ERROR, and with ALL_AFTER
-        all later ones do. With CALL, only calls of that type count."""
+        all later ones do. With CALL, only calls of that type count, and fail, unless those after it
+        fail OF_ANY_TYPE."""
         told = self._control[0]
         told["from"], told["error"], told["call"] = number, error, call or 0
         told["seen"] = told["failed"] = 0
-        told["failing"] = 2 if all_after else 1
+        told["failing"] = 3 if of_any_type else 2 if all_after else 1
         try:
             yield
         finally:

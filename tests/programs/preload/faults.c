@@ -26,11 +26,13 @@ enum kind { BPF = 1, PERF_EVENT, MMAP, IOCTL, EPOLL, PIDFD, THREAD };
 
 /* A call is the system call in the upper half, and its operation in the lower. */
 struct control {
-	_Atomic uint32_t failing; /* 0: none; 1: the one at `from`; 2: that one and all after it */
-	uint32_t from;		  /* 1 is the first */
+	/* 0: none; 1: the one at `from`; 2: that one and all after it; 3: likewise, those of other
+	 * types included */
+	_Atomic uint32_t failing;
+	uint32_t from; /* 1 is the first */
 	uint32_t error;
 	uint32_t call; /* only calls of this type count; 0: all but those that create threads */
-	_Atomic uint32_t seen;
+	_Atomic uint32_t seen; /* calls that count */
 	_Atomic uint32_t failed;
 	uint32_t calls[KEPT];
 };
@@ -66,13 +68,17 @@ static int fails(enum kind kind, uint32_t which)
 {
 	uint32_t call = kind << 16 | (which & 0xffff), mode, number;
 
-	if (!control || !(mode = control->failing) || !is_counted(call))
+	if (!control || !(mode = control->failing))
 		return 0;
-	number = ++control->seen;
-	if (number <= KEPT)
-		control->calls[number - 1] = call;
-	if (number != control->from && !(mode == 2 && number > control->from))
+	if (is_counted(call)) {
+		number = ++control->seen;
+		if (number <= KEPT)
+			control->calls[number - 1] = call;
+		if (number != control->from && (mode == 1 || number < control->from))
+			return 0;
+	} else if (mode != 3 || control->seen < control->from || kind == THREAD) {
 		return 0;
+	}
 	control->failed++;
 	errno = control->error;
 	return 1;
