@@ -83,9 +83,10 @@ def test_ten_sessions_show_what_each_would_alone(
         for each_session in running:
             each_session.end()
     assert both.by_pid("getppid") == {each.pid: 400_000 for each in busy}
-    assert both.errors["openat"] == 2_000
+    assert (both.of("openat"), both.errors["openat"], both.losses) == (2_000, 2_000, Counter())
     assert second.by_pid("getppid") == {busy[1].pid: 400_000}
-    assert second.errors["openat"] == 1_000
+    assert (second.of("openat"), second.errors["openat"]) == (1_000, 1_000)
+    assert not second.losses
 
 
 def test_sessions_of_one_slot_after_the_other_do_not_mix() -> None:
