@@ -249,6 +249,8 @@ def _bpftrace(bench: Bench, rate: int, count: int) -> Delivered:
             cpu_s = _cpu_s(peer) - before
             process.send_signal(signal.SIGINT)
             process.wait(15)
+        except subprocess.TimeoutExpired:
+            raise PeerError("bpftrace did not end within 15 s of SIGINT") from None
         finally:
             process.kill()
             process.wait()
