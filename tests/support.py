@@ -155,8 +155,9 @@ class RunningAgent:
     log_path: Path
 
     def log(self) -> list[dict[str, object]]:
-        """What it has logged so far."""
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        """What it has logged so far, but for a line that it is writing."""
+        whole, _, _ = self.log_path.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def stop(self) -> int:
         """SIGTERM; its exit status."""
