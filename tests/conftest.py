@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +26,9 @@ from tests.support import (
 # A worker of pytest-xdist has the width of the terminal that runs the tests; no command under test
 # is to know it.
 os.environ.pop("COLUMNS", None)
+# A shell has what it runs in the background ignore Ctrl-C; commands under test would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("tests.network")  # its assertions say what differs, too
 

@@ -57,6 +57,12 @@ def of_session(session_id: int) -> list[int]:
     return found
 
 
+def kill_session(leader: subprocess.Popen[str]) -> None:
+    for left in of_session(leader.pid):
+        os.kill(left, signal.SIGKILL)
+    leader.wait()
+
+
 def end_after(
     command: Sequence[str], after_s: float, number: signal.Signals, directory: Path
 ) -> str:
@@ -78,9 +84,7 @@ def end_after(
         _, errors = process.communicate(timeout=20)
         wait_until(lambda: not of_session(process.pid))
     finally:
-        for left in of_session(process.pid):
-            os.kill(left, signal.SIGKILL)
-        process.wait()
+        kill_session(process)
     # 128 + N by a shell's rule, or ended by the signal itself, which shells show as the same.
     assert process.returncode in (128 + number, -number), errors
     return errors
@@ -121,16 +125,19 @@ def test_an_agent_that_is_ended_while_it_starts_leaves_nothing(
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )
-    wait_until(lambda: handles_sigint(process.pid))
-    wait_until(lambda: not handles_sigint(process.pid))
-    time.sleep(after_s)  # the moment itself is what is tested
-    signalled_at = time.monotonic()
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - signalled_at < 2
+    try:
+        wait_until(lambda: handles_sigint(process.pid))
+        wait_until(lambda: not handles_sigint(process.pid))
+        time.sleep(after_s)  # the moment itself is what is tested
+        signalled_at = time.monotonic()
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        assert time.monotonic() - signalled_at < 2
+        assert not of_session(process.pid)
+    finally:
+        kill_session(process)
     # Until it serves, the signal itself ends it.
     assert process.returncode in (0, -number), errors
     assert "Traceback" not in errors
     if process.returncode == 0:
         assert not (tmp_path / "agent.sock").exists()
-    assert not of_session(process.pid)
