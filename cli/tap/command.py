@@ -322,7 +322,7 @@ async def _tap(request: Request) -> int:
             raise failure
     finally:
         if held:
-            held.abandon()
+            await held.abandon()
     return await _exit_status(request, tapped, held)
 
 

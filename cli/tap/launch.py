@@ -95,10 +95,14 @@ class HeldCommand:
         # The writing end is closed by the exec, or by the end of the process.
         return os.read(self._report_fd, _REPORT_BYTES).decode() if self._released else ""
 
-    def abandon(self) -> None:
-        """Ends the process if it still waits."""
+    async def abandon(self) -> None:
+        """Ends the process if it still waits for its release."""
         self._close()
         os.close(self._report_fd)
+        if not self._released:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()  # or else asyncio reports it after its loop was closed
 
     def _close(self) -> None:
         if self._release_fd >= 0:
