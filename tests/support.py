@@ -205,9 +205,7 @@ def running_agent(
 
     def listening() -> dict[str, object] | None:
         assert process.poll() is None, log_path.read_text()
-        text = log_path.read_text()
-        lines = [json.loads(line) for line in text.splitlines() if text.endswith("\n")]
-        return next((line for line in lines if line["event"] == "listening"), None)
+        return next((line for line in agent.log() if line["event"] == "listening"), None)
 
     try:
         told = wait_until(listening, timeout_s=30)

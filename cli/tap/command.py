@@ -314,6 +314,7 @@ async def _tap(request: Request) -> int:
                     with suppress(AgentError):
                         await agent.stop(tapped.collector_id)
         if held and (problem := held.exec_error()):
+            await held.wait()
             screen.discard()
             echo_error(problem)
             return EXIT_NOT_EXECUTABLE

@@ -100,8 +100,7 @@ class HeldCommand:
         self._close()
         os.close(self._report_fd)
         if not self._released:
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            self.end(signal.SIGKILL)
             await self._process.wait()  # or else asyncio reports it after its loop was closed
 
     def _close(self) -> None:

@@ -230,13 +230,20 @@ static __always_inline __u8 end_by(const struct tcp_connection *c, int old)
 	return old == TCP_SYN_SENT || old == TCP_SYN_RECV ? END_ABORTED : END_RESET_LOCAL;
 }
 
+/* Whoever reads a time here reads final figures afterwards. */
+static __always_inline void set_ended(struct tcp_connection *c)
+{
+	barrier();
+	c->ended_ns = c->read_ns;
+}
+
 static __always_inline void on_end(struct tcp_connection *c, struct sock *sk, int old)
 {
 	c->error = socket_read(sk, sk_err);
 	sample_rtt(c, sk);
 	refresh(c, sk, old, option(typed_sockets));
-	c->ended_ns = c->read_ns;
 	c->end = end_by(c, old);
+	set_ended(c);
 }
 
 static __always_inline void note_fin(struct tcp_connection *c, int old, int state)
@@ -266,7 +273,7 @@ static __always_inline int on_change(void *ctx, __u32 slot, struct sock *sk, int
 		if (state != TCP_CLOSE)
 			return 0;
 		refresh(c, sk, old, false);
-		c->ended_ns = c->read_ns;
+		set_ended(c);
 	} else if (state == TCP_ESTABLISHED && !c->established_ns) {
 		on_established(slot, c, sk);
 		if (c->role == ROLE_SERVER && c->start_ns)
@@ -756,16 +763,25 @@ static __always_inline bool is_locked(struct sock *sk)
  * good if nothing has changed meanwhile. Where this is false, the next reading has the connection,
  * or the record of its end.
  *
+ * The compiler copies an element from its last member to its first. Figures copied before the hook
+ * completed them must not pass for those of the end, so the time of the end is read before the
+ * copy.
+ *
  * The kernel counts the peer's FIN as a byte before it notes that it has come. While it is at work
  * on the socket, the last byte may be one, and is left to the next reading.
  */
 static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp_connection *value)
 {
+	const volatile __u64 *ended_ns = &value->ended_ns;
+	__u64 ended_before = *ended_ns;
 	struct sock *sk;
 	bool fin, locked;
 	__u8 state;
 
+	barrier();
 	*c = *value;
+	if (c->ended_ns != ended_before)
+		return false;
 	sk = (struct sock *)c->sk;
 	state = c->state;
 	if (!c->ended_ns) {
@@ -781,7 +797,7 @@ static __always_inline bool copy_live(struct tcp_connection *c, const struct tcp
 	}
 	barrier();
 	return c->cookie && c->state == state && value->sk == c->sk &&
-	       value->found_ns == c->found_ns;
+	       value->found_ns == c->found_ns && *ended_ns == ended_before;
 }
 
 /* The connections as they are now, for user space to read: by an iterator over the map ... */
