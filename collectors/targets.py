@@ -132,6 +132,10 @@ class Members:
         running = self._at(tgids.astype(np.uint64))
         return np.where(names != b"", names, running)
 
+    def __or__(self, more: Members) -> Members:
+        keys, at = np.unique(np.concatenate([self.keys, more.keys]), return_index=True)
+        return Members(keys, np.concatenate([self.comms, more.comms])[at])
+
     def _at(self, keys: NDArray[np.uint64]) -> NDArray[np.bytes_]:
         at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(self.keys[at] == keys, self.comms[at], b"")
@@ -375,6 +379,17 @@ class Targets:
         keys, members = self._map.read()
         keys, at = np.unique(keys, return_index=True)
         return Members(keys, members["comm"][at])
+
+    def read_with(self, tgids: NDArray[Any], born: NDArray[Any]) -> Members:
+        """The same, surely with the processes TGIDS that were BORN then, all of shape (n,).
+
+        The element of a process that ends goes to another place of the map, so one reading may miss
+        it at both; then there is a second one.
+        """
+        members = self.read()
+        if (members.comms_of(tgids, born) == b"").any():
+            members |= self.read()
+        return members
 
     def name_of(self, process: int) -> bytes:
         """The command name of one process, by `process_keys`: the one that it had at the start if

@@ -178,7 +178,7 @@ class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
         # counters, so that every process in them has a name.
         ended = self._targets.read().ended
         keys, values = self._stats.read()
-        members = self._targets.read()
+        members = self._targets.read_with(keys["tgid"], keys["born"])
         increase = self._counters.advance(keys, values, interval)
         if len(ended):
             self._forget(ended, keys)
