@@ -15,7 +15,7 @@
 
 #include "include/kernel.bpf.h"
 #include "include/account.bpf.h"
-#include "net.bpf.h"
+#include "include/net.bpf.h"
 #include "include/targets.bpf.h"
 
 enum role { ROLE_NONE, ROLE_CLIENT, ROLE_SERVER, ROLE_LISTENER };

@@ -11,7 +11,7 @@
 #include "include/kernel.bpf.h"
 #include "include/account.bpf.h"
 #include "connections.bpf.h"
-#include "net.bpf.h"
+#include "include/net.bpf.h"
 #include "include/records.bpf.h"
 #include "include/targets.bpf.h"
 

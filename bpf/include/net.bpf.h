@@ -5,7 +5,7 @@
  */
 #pragma once
 
-#include "include/kernel.bpf.h"
+#include "kernel.bpf.h"
 
 #define ADDRESS_BYTES 16
 
@@ -56,6 +56,10 @@ enum {
 	TCP_LISTEN,
 	TCP_CLOSING,
 };
+
+#define RCV_SHUTDOWN  1
+#define SEND_SHUTDOWN 2
+#define SHUTDOWN_MASK 3
 
 #define SOCK_DONE 1 /* enum sock_flags: the peer's FIN has come */
 
@@ -115,6 +119,7 @@ struct sock {
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
 	__u16 sk_protocol;
+	__u8 sk_shutdown;
 };
 
 struct request_sock {
@@ -156,6 +161,8 @@ struct list_head {
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
 	struct list_head tsorted_sent_queue;
+	__u32 copied_seq;
+	__u32 rcv_nxt;
 	__u32 snd_nxt;
 	__u32 snd_una;
 	__u32 write_seq;

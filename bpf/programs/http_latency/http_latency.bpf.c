@@ -1,0 +1,583 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+/*
+ * Follows the HTTP requests of watched processes where they use their sockets, and sends a record
+ * of each exchange when it is over.
+ *
+ * The hooks know the socket, the direction and the number of bytes; TCP's own sequence numbers tell
+ * whether anything passed in between that no hook has seen. The state of a connection is kept by
+ * its socket, until the kernel destroys that.
+ */
+#include "include/kernel.bpf.h"
+#include "include/account.bpf.h"
+#include "include/net.bpf.h"
+#include "include/sessions.bpf.h"
+#include "include/targets.bpf.h"
+#include "http.bpf.h"
+#include "operations.bpf.h"
+
+enum record_kind {
+	RECORD_HTTP_EXCHANGE = 1,
+};
+
+/* The record of one exchange. */
+struct http_exchange {
+	struct record_head head;
+	__u64 began_ns; /* CLOCK_MONOTONIC: the first byte of the request */
+	__u64 asked_ns; /* its last byte; 0 if that had not passed when the exchange ended */
+	__u64 first_ns; /* the first byte of the final response; 0 if there was none */
+	__u64 ended_ns; /* the last byte */
+	__u64 connection;
+	__u64 request_body_bytes;
+	__u64 response_body_bytes;
+	__u64 path_hash; /* of the whole path */
+	__u32 number;	 /* of the exchange on its connection, from 0 */
+	__u32 pid;
+	__u32 born;
+	__u32 network;
+	__u16 local_port;
+	__u16 remote_port;
+	__u16 status; /* 0 if there was none */
+	__u16 path_bytes;
+	__u8 method;
+	__u8 version;
+	__u8 role;
+	__u8 outcome;
+	__u8 path_flags;
+	__u8 tls;
+	__u8 reserved[2];
+	__u8 local[ADDRESS_BYTES];
+	__u8 remote[ADDRESS_BYTES];
+	__u64 path[PATH_BYTES / 8]; /* its characters */
+};
+
+IN_BTF(struct http_exchange, http_exchange);
+IN_BTF(enum record_kind, record_kind);
+
+MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
+OPTIONS(struct connection, no_connection, 1); /* zeros, to create elements from */
+
+/* Paths of requests that wait behind at least two others. */
+struct path_key {
+	__u64 sk;
+	__u64 number;
+};
+
+struct path {
+	__u64 words[PATH_BYTES / 8];
+};
+
+MAP(HASH, spilled_paths, struct path_key, struct path, 16384, BPF_F_NO_PREALLOC);
+MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
+MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 1, 0);
+
+/* What user space says about one session. */
+struct http_session {
+	__u32 since; /* the generation in which it began */
+	__u32 reserved;
+};
+
+MAP(ARRAY, http_sessions, __u32, struct http_session, SESSIONS, 0);
+
+/* Those of the sessions WATCHING, as of GENERATION, that have not begun since: their slots may have
+ * been other sessions' then. */
+SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
+{
+	struct sessions *all = all_sessions();
+	__u64 found = 0;
+
+	if (!all || generation_of(all) == generation)
+		return watching;
+	for_each_session (slot, watching) {
+		__u32 key = slot;
+		struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &key);
+
+		if (session && (__s32)(session->since - generation) <= 0)
+			found |= session_bit(slot);
+	}
+	return found;
+}
+
+static __always_inline struct http_exchange *draft(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(map_of(drafts), &zero);
+}
+
+/* Sends the draft to one session. */
+SUBPROGRAM int send_draft(__u32 slot)
+{
+	struct http_exchange *exchange = draft();
+
+	if (exchange)
+		record_send(NULL, slot, exchange, sizeof(*exchange));
+	return 0;
+}
+
+static __always_inline struct connection *connection_at(__u64 sk)
+{
+	return bpf_map_lookup_elem(map_of(connections), &sk);
+}
+
+/* Keeps the path of request NUMBER elsewhere. */
+SUBPROGRAM int spill(__u64 sk, __u32 number)
+{
+	struct path_key key = {.sk = sk, .number = number};
+	struct connection *c = connection_at(sk);
+
+	if (!c || c->answered - number - 1 < PIPELINE) /* it was answered */
+		return 0;
+	if (!bpf_map_update_elem(map_of(spilled_paths), &key, c->paths[number & 1], BPF_ANY))
+		request_at(c, number)->flags |= PATH_SPILLED;
+	else
+		request_at(c, number)->path_bytes = 0;
+	return 0;
+}
+
+static __always_inline void path_spill(struct connection *c, __u32 number)
+{
+	spill(c->sk, number);
+}
+
+static __always_inline void draft_path(struct http_exchange *to, struct connection *c,
+				       const struct request *request)
+{
+	struct path_key key = {.sk = c->sk, .number = c->answered};
+	__u64 *path = c->paths[c->answered & 1];
+
+	if (request->flags & PATH_SPILLED) {
+		path = bpf_map_lookup_elem(map_of(spilled_paths), &key);
+		if (!path) {
+			to->path_bytes = 0;
+			return;
+		}
+	}
+	__builtin_memcpy(to->path, path, PATH_BYTES);
+	if (request->flags & PATH_SPILLED)
+		bpf_map_delete_elem(map_of(spilled_paths), &key);
+}
+
+/* The exchange that waits longest is over. */
+static __always_inline void exchange_send(struct connection *c, enum outcome outcome, __u64 now_ns)
+{
+	struct lane *ask = lane_of(c, request_direction(c));
+	struct lane *answer = lane_of(c, !request_direction(c));
+	const struct request *request = request_at(c, c->answered);
+	struct http_exchange *to = draft();
+	bool answers = answer->status >= 200 || answer->status == 101;
+
+	if (!to)
+		return;
+	to->head.kind = RECORD_HTTP_EXCHANGE;
+	to->connection = c->sk;
+	to->number = c->answered;
+	to->began_ns = request->begun_ns;
+	to->asked_ns = request->ended_ns;
+	to->ended_ns = now_ns;
+	to->status = answers ? answer->status : 0;
+	to->first_ns = answers ? answer->begun_ns : 0;
+	to->response_body_bytes = answers ? answer->body_bytes : 0;
+	to->request_body_bytes = request->body_bytes;
+	if (!request->ended_ns)
+		to->request_body_bytes = ask->body_bytes;
+	to->path_hash = request->path_hash;
+	to->path_bytes = request->path_bytes;
+	to->path_flags = request->flags;
+	to->method = request->method;
+	to->version = request->version;
+	to->pid = c->tgid;
+	to->born = c->born;
+	to->network = c->network;
+	to->role = c->role;
+	to->outcome = outcome;
+	to->local_port = c->local_port;
+	to->remote_port = c->remote_port;
+	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
+	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
+	draft_path(to, c, request);
+	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
+		send_draft(slot);
+	}
+	answer->status = 0;
+	c->answered++;
+}
+
+static long exchange_end(__u32 turn, struct cursor *cursor)
+{
+	struct connection *c = cursor->c;
+
+	if (c->answered == c->made)
+		return 1;
+	exchange_send(c, cursor->direction, cursor->now_ns);
+	return 0;
+}
+
+/* The exchange that waits longest is over; with an outcome that is no answer, all that wait are. */
+SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
+{
+	struct cursor cursor = {.c = connection_at(sk), .direction = outcome, .now_ns = now_ns};
+
+	if (!cursor.c)
+		return 0;
+	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
+		exchange_end(0, &cursor);
+	else
+		bpf_loop(PIPELINE, exchange_end, &cursor, 0);
+	return 0;
+}
+
+static __always_inline void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
+{
+	end_exchanges(c->sk, outcome, now_ns);
+}
+
+/* Connections. */
+
+static __always_inline struct connection *connection_of(struct sock *sk)
+{
+	__u64 key = address_of(sk);
+
+	return bpf_map_lookup_elem(map_of(connections), &key);
+}
+
+static __always_inline void connection_forget(struct sock *sk)
+{
+	__u64 key = address_of(sk);
+
+	bpf_map_delete_elem(map_of(connections), &key);
+}
+
+/* Where the next byte lies. */
+static __always_inline __u32 offset_of(struct tcp_sock *tp, __u32 direction, bool typed)
+{
+	if (direction == RECEIVED)
+		return socket_read_if(typed, tp, copied_seq);
+	return socket_read_if(typed, tp, write_seq);
+}
+
+/* How many bytes have passed, modulo 2^32; a client's SYN may be among them. */
+static __always_inline __u32 passed_so_far(struct tcp_sock *tp, __u32 direction, bool typed)
+{
+	if (direction == RECEIVED)
+		return socket_read_if(typed, tp, copied_seq) -
+		       (socket_read_if(typed, tp, rcv_nxt) -
+			(__u32)socket_read_if(typed, tp, bytes_received));
+	return socket_read_if(typed, tp, write_seq) -
+	       (socket_read_if(typed, tp, snd_una) - (__u32)socket_read_if(typed, tp, bytes_acked));
+}
+
+/* Whether the LENGTH bytes that have just passed are the first. */
+static __always_inline bool is_fresh(struct tcp_sock *tp, __u32 direction, __u32 length, bool typed)
+{
+	__u32 passed = passed_so_far(tp, direction, typed);
+
+	return (passed == length || (direction == SENT && passed == length + 1)) &&
+	       passed_so_far(tp, !direction, typed) <= 1;
+}
+
+static __always_inline struct connection *connection_make(struct sock *sk, struct tcp_sock *tp,
+							  __u64 watching, __u32 direction,
+							  __u32 length, bool typed)
+{
+	struct connection *c;
+	__u64 key = address_of(sk);
+
+	bpf_map_update_elem(map_of(connections), &key, (void *)element(no_connection, 0), BPF_ANY);
+	c = bpf_map_lookup_elem(map_of(connections), &key);
+	if (!c) {
+		for_each_session (slot, watching) {
+			account_loss(slot, LOSS_MAP_FULL);
+		}
+		return NULL;
+	}
+	c->sk = key;
+	c->network = network_of(sk, typed);
+	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
+	c->local_port = local_port_of(sk);
+	c->remote_port = remote_port_of(sk, typed);
+	c->lanes[RECEIVED].offset = offset_of(tp, RECEIVED, typed);
+	c->lanes[SENT].offset = offset_of(tp, SENT, typed);
+	lane_of(c, direction)->offset -= length;
+	if (is_fresh(tp, direction, length, typed))
+		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
+	else
+		not_read(c, UNREAD_JOINED);
+	return c;
+}
+
+/* The kernel gives the memory of a socket to another one. Its end is only missed where the kernel
+ * skips a program. */
+static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk, bool typed)
+{
+	return c->remote_port == remote_port_of(sk, typed) && c->local_port == local_port_of(sk);
+}
+
+/* The connection of SK, which the current process uses; NULL if no session watches that. */
+static __always_inline struct connection *connection_used(const struct sessions *all,
+							  struct sock *sk, struct tcp_sock *tp,
+							  __u32 direction, __u32 length, bool typed)
+{
+	struct connection *c = connection_of(sk);
+	__u32 tgid = current_tgid(), generation = generation_of(all);
+	__u64 watching;
+
+	if (c && !is_same_socket(c, sk, typed)) {
+		connection_forget(sk);
+		c = NULL;
+	}
+	if (c && c->tgid == tgid && c->generation == generation)
+		return c->watching ? c : NULL;
+	watching = sessions_in_state(sessions_of_hub(all), tgid, MEMBER_ACTIVE);
+	if (!c && watching)
+		c = connection_make(sk, tp, watching, direction, length, typed);
+	if (!c)
+		return NULL;
+	c->watching = watching;
+	c->generation = generation;
+	c->tgid = tgid;
+	c->born = born_of(kernel_read(this_task(), group_leader));
+	return watching ? c : NULL;
+}
+
+/* Reading what passes. */
+
+struct feed {
+	struct cursor cursor;
+	struct operation op;
+	__u64 left;
+};
+
+static long feed_window(__u32 turn, struct feed *feed)
+{
+	struct cursor *cursor = &feed->cursor;
+	struct lane *lane = lane_of(cursor->c, cursor->direction);
+	__u64 length = feed->left, body;
+
+	if (!length)
+		return 1;
+	body = body_ahead(lane);
+	if (body >= length) {
+		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
+		return 1;
+	}
+	if (!feed->op.length && !next_piece(&feed->op)) {
+		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
+		return 1;
+	}
+	if (length > feed->op.length)
+		length = feed->op.length;
+	if (body) {
+		if (length > body)
+			length = body;
+		body_passed(cursor->c, lane, cursor->direction, length, cursor->now_ns);
+	} else {
+		if (length > WINDOW)
+			length = WINDOW;
+		if (bpf_probe_read_user(cursor->window->bytes, length, (void *)feed->op.base)) {
+			unseen_passed(cursor->c, cursor->direction, feed->left, cursor->now_ns);
+			return 1;
+		}
+		cursor->window->at = 0;
+		cursor->window->end = length;
+		bpf_loop(WINDOW, http_step, cursor, 0);
+	}
+	feed->op.base += length;
+	feed->op.length -= length;
+	feed->left -= length;
+	return 0;
+}
+
+#define MOST_WINDOWS (1 << 17)
+#define GLANCE	     16
+
+/* Whether a request may begin with BYTES. */
+static __always_inline bool looks_like_request(const __u8 *bytes)
+{
+	if (bytes[0] < 'A' || bytes[0] > 'Z')
+		return false;
+	for (int i = 1; i < GLANCE - 1; i++) {
+		if (bytes[i] == ' ')
+			return bytes[i + 1] == '/' || bytes[i + 1] == '*' ||
+			       bytes[i + 1] == 'h';
+		if (!is_token(bytes[i]))
+			return false;
+	}
+	return false;
+}
+
+/* A connection that was joined in its middle: takes what may be a request for one, until the
+ * response shows. */
+static __always_inline bool try_request(struct connection *c, const struct operation *op,
+					__u32 direction)
+{
+	__u8 bytes[GLANCE] = {};
+
+	if (op->length < GLANCE || bpf_probe_read_user(bytes, GLANCE, (void *)op->base) ||
+	    !looks_like_request(bytes))
+		return false;
+	c->unread = UNREAD_NONE;
+	c->on_trial = 1;
+	c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
+	token_begin(&c->lanes[RECEIVED], AT_START);
+	token_begin(&c->lanes[SENT], AT_START);
+	return true;
+}
+
+static __always_inline void passed(struct connection *c, __u32 direction, __u32 length)
+{
+	struct feed feed = {.cursor = {.c = c, .direction = direction}, .left = length};
+	__u32 zero = 0;
+	bool seen;
+
+	feed.cursor.now_ns = bpf_ktime_get_ns();
+	feed.cursor.window = bpf_map_lookup_elem(map_of(windows), &zero);
+	if (!feed.cursor.window)
+		return;
+	seen = operation_find(&feed.op, length);
+	if (c->unread && !(c->unread == UNREAD_JOINED && seen && try_request(c, &feed.op, direction))) {
+		c->unread_bytes += length;
+		return;
+	}
+	lane_of(c, direction)->last_ns = feed.cursor.now_ns;
+	if (seen)
+		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
+	else
+		unseen_passed(c, direction, length, feed.cursor.now_ns);
+}
+
+/* The peer sends nothing more, and the process has read that. */
+static __always_inline void end_read(struct connection *c)
+{
+	struct lane *answer = lane_of(c, RECEIVED);
+	__u64 now_ns = bpf_ktime_get_ns();
+
+	if (!c->closed)
+		c->closed = RECEIVED + 1;
+	if (c->role != HTTP_CLIENT || c->unread)
+		return;
+	if (answer->place == AT_BODY_TO_CLOSE)
+		response_end(c, answer, OUTCOME_COMPLETE, now_ns);
+	else if (!c->on_trial)
+		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
+}
+
+#define MSG_OOB	     0x1
+#define MSG_PEEK     0x2
+#define MSG_TRUNC    0x20
+#define MSG_ERRQUEUE 0x2000
+
+static __always_inline int used(struct sock *sk, int length, int flags, __u32 direction, bool typed)
+{
+	struct sessions *all = all_sessions();
+	struct connection *c;
+	struct tcp_sock *tp;
+	struct lane *lane;
+	__u32 offset, gap;
+	bool ended;
+
+	if (!all || surely_unwatched_here(all, current_tgid()) || length < 0 ||
+	    flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE) || !is_tcp(sk, typed))
+		return 0;
+	tp = tcp_of(sk, typed);
+	if (!tp)
+		return 0;
+	ended = direction == RECEIVED && socket_read_if(typed, sk, sk_shutdown) & RCV_SHUTDOWN;
+	if (!length && !ended)
+		return 0;
+	c = connection_used(all, sk, tp, direction, length, typed);
+	if (!c)
+		return 0;
+	lane = lane_of(c, direction);
+	offset = offset_of(tp, direction, typed);
+	gap = offset - length - lane->offset;
+	lane->offset = offset;
+	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
+		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+	if (length)
+		passed(c, direction, length);
+	else
+		end_read(c);
+	return 0;
+}
+
+SEC("raw_tp/sock_recv_length")
+int RAW_PROGRAM(coral_received, struct sock *sk, int length, int flags)
+{
+	return used(sk, length, flags, RECEIVED, option(typed_sockets));
+}
+
+SEC("raw_tp/sock_send_length")
+int RAW_PROGRAM(coral_sent, struct sock *sk, int length, int flags)
+{
+	return used(sk, length, flags, SENT, option(typed_sockets));
+}
+
+/* Ends. */
+
+/* Who has ended the connection: this side, or the peer. */
+static __always_inline bool ended_by_peer(const struct connection *c, struct sock *sk, bool typed)
+{
+	if (c->closed)
+		return c->closed == RECEIVED + 1;
+	return socket_read_if(typed, sk, sk_err);
+}
+
+static __always_inline void connection_over(struct connection *c, struct sock *sk, bool typed)
+{
+	bool by_peer = ended_by_peer(c, sk, typed), failed = socket_read_if(typed, sk, sk_err);
+	struct lane *answer = lane_of(c, !request_direction(c));
+	bool by_server = by_peer == (c->role == HTTP_CLIENT);
+
+	if (c->unread || c->on_trial || c->made == c->answered)
+		return;
+	if (answer->place == AT_BODY_TO_CLOSE && by_server && !failed)
+		exchange_ended(c, OUTCOME_COMPLETE, answer->last_ns);
+	exchange_ended(c, by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT,
+		       bpf_ktime_get_ns());
+}
+
+static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
+{
+	struct connection *c;
+	bool closes;
+
+	if (state != TCP_FIN_WAIT1 && state != TCP_LAST_ACK && state != TCP_CLOSE_WAIT &&
+	    state != TCP_CLOSE)
+		return 0;
+	c = connection_of(sk);
+	if (!c)
+		return 0;
+	if (state == TCP_CLOSE_WAIT) {
+		if (!c->closed)
+			c->closed = RECEIVED + 1;
+		return 0;
+	}
+	if (!c->closed && state != TCP_CLOSE)
+		c->closed = SENT + 1;
+	closes = state == TCP_CLOSE || c->role == HTTP_SERVER ||
+		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
+	if (!closes)
+		return 0;
+	connection_over(c, sk, typed);
+	return 0;
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int RAW_PROGRAM(coral_state, struct sock *sk, int old, int state)
+{
+	return state_changed(sk, old, state, option(typed_sockets));
+}
+
+SEC("raw_tp/tcp_destroy_sock")
+int RAW_PROGRAM(coral_destroy, struct sock *sk)
+{
+	struct connection *c = connection_of(sk);
+
+	if (!c)
+		return 0;
+	connection_over(c, sk, option(typed_sockets));
+	connection_forget(sk);
+	return 0;
+}
+
+LICENSED_AS("GPL");

@@ -1,0 +1,103 @@
+"""HTTP requests of processes: their times, outcomes and sizes, by route. Source:
+http_latency.bpf.c.
+
+The programs send one record for each exchange that is over. Summaries are made from the records of
+an interval, by array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import numpy as np
+
+from coral.bpf import Features, kernel_names
+from coral.collectors.contract import EventRows, Summaries, Support
+from coral.collectors.http_latency.events import RequestRows
+from coral.collectors.http_latency.measures import HttpMeasures
+from coral.collectors.http_latency.routes import Routes
+from coral.collectors.http_latency.summaries import summaries
+from coral.collectors.hubs import Plan
+from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+_OBJECT: Final = "http_latency"
+_SOCKET_PROGRAMS: Final = ("coral_received", "coral_sent")
+_END_PROGRAMS: Final = ("coral_state", "coral_destroy")
+_SOCKET_HOOKS: Final = ("btf_trace_sock_recv_length", "btf_trace_sock_send_length")  # Linux 6.3
+_LOOP: Final = "bpf_loop"  # Linux 5.17
+
+
+@dataclass(frozen=True)
+class HttpLatencyOptions(KernelOptions):
+    """The options of `http_latency`."""
+
+
+@cache
+def _kernel_has() -> frozenset[str]:
+    return kernel_names((*_SOCKET_HOOKS, _LOOP))
+
+
+class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
+    """Follows the HTTP requests of the watched processes."""
+
+    kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
+    options_type = HttpLatencyOptions
+
+    def _plan(self, features: Features) -> Plan:
+        return Plan(
+            _OBJECT,
+            features,
+            self._rung,
+            programs=(*_SOCKET_PROGRAMS, *_END_PROGRAMS),
+            options={"typed_sockets": True},
+            sizes=self._sizes,
+        )
+
+    @property
+    def _own_maps(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def _has_records(self) -> bool:
+        return True
+
+    @classmethod
+    def support(cls, features: Features) -> Support:
+        support = super().support(features)
+        lacking = set(_SOCKET_HOOKS) - _kernel_has()
+        if support.supported and lacking:
+            return Support(False, reason=f"the kernel has no {sorted(lacking)[0]} (Linux 6.3)")
+        return support
+
+    @classmethod
+    def measures(cls, max_series: int) -> HttpMeasures:
+        return HttpMeasures(max_series)
+
+    def _open_maps(self) -> None:
+        self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
+        self._session["since"] = self._slot.never
+        self._write_session()
+        self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
+        self._routes = Routes()
+        self._requests = RequestRows(self._targets, self._routes)
+
+    def _on_followed(self) -> None:
+        self._session["since"] = self._slot.since
+        self._write_session()
+
+    def _write_session(self) -> None:
+        self._slot.own("http_sessions", self._session)
+
+    def _read_events(self) -> EventRows:
+        records = self._drain_records()
+        return self._requests.rows(records["http_exchange"], records["process_change"])
+
+    def _read_summaries(self) -> Summaries:
+        return summaries(self._drain_records()["http_exchange"], self._routes)
+
+
+COLLECTOR: Final = HttpLatencyCollector
