@@ -14,6 +14,7 @@
 #include "include/targets.bpf.h"
 #include "http.bpf.h"
 #include "operations.bpf.h"
+#include "syscalls.bpf.h"
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
@@ -510,6 +511,38 @@ SEC("raw_tp/sock_send_length")
 int RAW_PROGRAM(coral_sent, struct sock *sk, int length, int flags)
 {
 	return used(sk, length, flags, SENT, option(typed_sockets));
+}
+
+/* How many bytes have passed since the last that was seen; 0 if none was. */
+static __always_inline __u32 passed_unseen(struct sock *sk, __u32 direction, bool typed)
+{
+	struct connection *c = connection_of(sk);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
+	if (!c || !tp)
+		return 0;
+	return offset_of(tp, direction, typed) - lane_of(c, direction)->offset;
+}
+
+/* Instead of both, where the kernel lacks their tracepoints. */
+SEC("raw_tp/sys_exit")
+int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
+{
+	struct sessions *all;
+	struct socket_call call;
+	struct sock *sk;
+
+	if (result < 0 || !socket_call_find(&call))
+		return 0;
+	all = all_sessions();
+	if (!all || surely_unwatched_here(all, current_tgid()))
+		return 0;
+	sk = socket_of_call(&call);
+	if (!sk)
+		return 0;
+	if (call.of_messages)
+		result = passed_unseen(sk, call.direction, option(typed_sockets));
+	return used(sk, result, call.flags, call.direction, option(typed_sockets));
 }
 
 /* Ends. */
