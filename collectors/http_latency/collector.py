@@ -8,7 +8,7 @@ an interval, by array.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
@@ -19,16 +19,15 @@ from coral.collectors.contract import EventRows, Summaries, Support
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.routes import Routes
+from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
-_SOCKET_PROGRAMS: Final = ("coral_received", "coral_sent")
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
-_SOCKET_HOOKS: Final = ("btf_trace_sock_recv_length", "btf_trace_sock_send_length")  # Linux 6.3
-_LOOP: Final = "bpf_loop"  # Linux 5.17
+_TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class HttpLatencyOptions(KernelOptions):
 
 
 @cache
-def _kernel_has() -> frozenset[str]:
-    return kernel_names((*_SOCKET_HOOKS, _LOOP))
+def _has_typed_sockets() -> bool:
+    return bool(kernel_names([_TYPED]))
 
 
 class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
@@ -52,8 +51,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             _OBJECT,
             features,
             self._rung,
-            programs=(*_SOCKET_PROGRAMS, *_END_PROGRAMS),
-            options={"typed_sockets": True},
+            programs=(*PROGRAMS[sockets(features, self._rung).taken], *_END_PROGRAMS),
+            options={
+                "typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()
+            },
             sizes=self._sizes,
         )
 
@@ -68,10 +69,12 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
     @classmethod
     def support(cls, features: Features) -> Support:
         support = super().support(features)
-        lacking = set(_SOCKET_HOOKS) - _kernel_has()
-        if support.supported and lacking:
-            return Support(False, reason=f"the kernel has no {sorted(lacking)[0]} (Linux 6.3)")
-        return support
+        if features.obstacle:
+            return support
+        step = sockets(features, cls.climb(features))
+        if support.supported and not step.taken:
+            support = replace(support, supported=False, reason=f"no {step.what} ({step.why_not})")
+        return replace(support, steps=(*support.steps, step))
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:
