@@ -110,11 +110,11 @@ static __always_inline bool socket_call_find(struct socket_call *call)
 static __always_inline struct sock *socket_of_descriptor(__u32 descriptor)
 {
 	struct task_struct___files *task = (void *)bpf_get_current_task_btf();
-	struct fdtable *table = kernel_read(kernel_read(task, files), fdt);
-	struct file **files = kernel_read(table, fd), *file = NULL;
+	struct fdtable *table = task->files->fdt; /* plain loads, as far as there are types */
+	struct file *file = NULL;
 
-	if (descriptor < kernel_read(table, max_fds))
-		bpf_probe_read_kernel(&file, sizeof(file), &files[descriptor]);
+	if (descriptor < table->max_fds)
+		bpf_probe_read_kernel(&file, sizeof(file), &table->fd[descriptor]);
 	return file ? socket_of(file) : NULL;
 }
 
