@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from coral.bpf import Feature, Features, Rung, Step
+from coral.bpf import Features, Step
 
 # The programs of each way, best first: in the sockets themselves, or where system calls return.
 PROGRAMS: Final[Mapping[str, Sequence[str]]] = {
@@ -13,19 +13,14 @@ PROGRAMS: Final[Mapping[str, Sequence[str]]] = {
     "system_calls": ("coral_left",),
 }
 _SOCKET_HOOKS, _SYSTEM_CALLS = PROGRAMS
-_LOOPS: Final = "loops"
-_NO_BTF: Final = "it needs BTF, which programs compiled by bcc lack"
+_LOOPS: Final = "loops"  # with which the programs read as many bytes as there are
 
 
-def sockets(features: Features, rung: Rung) -> Step:
-    """The way on this kernel; none without programs that read as many bytes as there are."""
+def sockets(features: Features) -> Step:
+    """The way on this kernel; none where programs cannot loop."""
     what = "sockets"
-    loops = features[_LOOPS]
-    if rung.loader.taken != "core":
-        loops = Feature(_LOOPS, False, _NO_BTF)
-    if not loops.available:
+    if not (loops := features[_LOOPS]).available:
         return Step(what, "", (loops,))
-    hooks = features[_SOCKET_HOOKS]
-    if hooks.available:
-        return Step(what, _SOCKET_HOOKS)
-    return Step(what, _SYSTEM_CALLS, (hooks,))
+    if not (hooks := features[_SOCKET_HOOKS]).available:
+        return Step(what, _SYSTEM_CALLS, (hooks,))
+    return Step(what, _SOCKET_HOOKS)
