@@ -138,11 +138,12 @@ class Server:
 
 
 class Nginx(Server):
-    """nginx with two workers. MORE are further locations."""
+    """nginx with two workers."""
 
     takes = "PUT"
     workers = 2
-    more: str = ""
+    upstreams = ""  # blocks of its configuration
+    locations = ""
 
     @property
     def command(self) -> Sequence[object]:
@@ -166,7 +167,7 @@ class Nginx(Server):
                 access_log {self.directory}/access.log fields;
                 sendfile on; tcp_nodelay on; keepalive_requests 1000000; client_max_body_size 200m;
                 {places}
-                {self.more}
+                {self.upstreams}
                 server {{
                     listen 127.0.0.1:{self.port}; root {self.site};
                     location / {{ dav_methods PUT; }}
@@ -175,8 +176,6 @@ class Nginx(Server):
                 }}
             }}"""
         (self.directory / "nginx.conf").write_text(configuration)
-
-    locations: str = ""
 
     def log(self) -> list[Logged]:
         text = (self.directory / "access.log").read_text()
