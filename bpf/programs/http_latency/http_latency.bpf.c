@@ -173,7 +173,7 @@ static __always_inline void exchange_send(struct connection *c, __u32 outcome, _
 	if (!to || !__sync_bool_compare_and_swap(&c->answered, number, number + 1))
 		return;
 	to->head.kind = RECORD_HTTP_EXCHANGE;
-	to->connection = c->sk;
+	to->connection = c->id;
 	to->number = number;
 	to->began_ns = request->begun_ns;
 	to->asked_ns = request->ended_ns;
@@ -320,6 +320,9 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 		return NULL;
 	}
 	c->sk = key;
+	c->id = socket_read_if(typed, sk, __sk_common.skc_cookie.counter);
+	if (!c->id) /* nobody has asked for one: a number unlike any of the kernel's */
+		c->id = 1ULL << 63 | (__u64)bpf_get_prandom_u32() << 31 | bpf_get_prandom_u32();
 	c->network = network_of(sk, typed);
 	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
 	c->local_port = local_port_of(sk);
@@ -453,7 +456,8 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
-static __always_inline void passed(struct connection *c, __u32 direction, __u32 length)
+/* LENGTH bytes; COPIED, they lie in the process's memory. */
+static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
 	struct feed feed = {.cursor = {.c = c, .direction = direction}, .left = length};
 	__u32 zero = 0;
@@ -463,7 +467,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	feed.cursor.window = bpf_map_lookup_elem(map_of(windows), &zero);
 	if (!feed.cursor.window)
 		return;
-	seen = operation_find(&feed.op, length);
+	seen = copied && operation_find(&feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
 	if (c->unread &&
@@ -529,7 +533,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
 	if (length)
-		passed(c, direction, length);
+		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
 		end_read(c);
 	if (c->unread != unread && c->unread)
