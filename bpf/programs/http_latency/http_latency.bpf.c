@@ -604,7 +604,8 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 
 	if (c->unread || c->on_trial || c->made == c->answered)
 		return;
-	if (answer->place == AT_BODY_TO_CLOSE && by_server && !failed)
+	/* A server's own end ends the body, also where the client has ended its side before. */
+	if (answer->place == AT_BODY_TO_CLOSE && !failed && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE | context, answer->last_ns);
 	exchange_ended(
 	    c, (by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT) | context,
