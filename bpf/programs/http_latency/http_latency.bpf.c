@@ -502,22 +502,27 @@ static __always_inline void end_read(struct connection *c)
 }
 
 /*
- * A response begins that nothing waits for. If its request is still being sent, by a call that has
- * not returned, nothing of that is seen: it comes too late.
+ * Takes in what has passed in the other direction, unseen, before an operation in DIRECTION: all of
+ * it while the connection is not read, and when a response begins, what is left of its request.
+ * Either that was spliced, or the call that sends it has not returned yet: when it does, its bytes
+ * come too late.
  */
-static __always_inline void request_catch_up(struct connection *c, struct tcp_sock *tp, bool typed)
+static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, __u32 direction,
+				     bool typed)
 {
-	__u32 direction = request_direction(c), offset, gap;
-	struct lane *lane = lane_of(c, direction);
+	struct lane *lane = lane_of(c, !direction);
+	__u32 offset, gap;
 
-	if (c->unread || c->made != c->answered)
+	if (!c->unread &&
+	    (direction == request_direction(c) || lane_of(c, direction)->place != AT_START))
 		return;
-	offset = offset_of(tp, direction, typed);
+	offset = offset_of(tp, !direction, typed);
 	gap = offset - lane->offset;
-	if (!gap)
-		return;
+	if (!c->unread && c->made != c->answered && body_ahead(lane) < gap)
+		return; /* the next request, whose call may yet show it */
 	lane->offset = offset;
-	unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+	if (gap)
+		unseen_passed(c, !direction, gap, bpf_ktime_get_ns());
 }
 
 #define MSG_OOB	     0x1
@@ -556,12 +561,12 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
-	if (length && direction != request_direction(c))
-		request_catch_up(c, tp, typed);
-	if (length)
+	if (length) {
+		catch_up(c, tp, direction, typed);
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
-	else
+	} else {
 		end_read(c);
+	}
 	if (c->unread != unread && c->unread)
 		count_unread(c->watching, c->unread, 1, 0);
 	return 0;
