@@ -579,6 +579,16 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
+/* Whether the process can still read what its peer has sent, the end included. */
+static __always_inline bool can_be_read(const struct connection *c, struct sock *sk, bool typed)
+{
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
+	if (c->role != HTTP_CLIENT || held_by_process(sk) || !tp)
+		return false;
+	return socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
+}
+
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
 {
 	struct connection *c;
@@ -601,6 +611,11 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
 		return 0;
+	if (state == TCP_CLOSE && can_be_read(c, sk, typed)) {
+		if (!c->closed && socket_read_if(typed, sk, sk_err)) /* which a read clears */
+			c->closed = RECEIVED + 1;
+		return 0;
+	}
 	connection_over(c, sk, typed);
 	return 0;
 }
