@@ -113,6 +113,11 @@ def shorten(text: str, width: int, keep_end: int = 0) -> str:
     return f"{set_cell_size(text, room).rstrip() if room > 0 else ''}…{end}"
 
 
+def padded(text: str, width: int) -> str:
+    """TEXT with spaces up to WIDTH cells of a terminal."""
+    return text + " " * (width - cell_len(text))
+
+
 def wrapped(parts: Iterable[str], width: int, separator: str = " ") -> Iterator[str]:
     """PARTS joined into lines of at most WIDTH cells, broken between parts. Only a part that is
     longer than a line is broken inside."""
