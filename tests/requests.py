@@ -65,7 +65,7 @@ def requests(start_s: float, end_s: float, *events: Mapping[str, Any]) -> Batch:
     strings: list[str] = []
     rows = np.zeros(len(events), _ROWS)
     for at, event in enumerate(events):
-        whole = {
+        whole: dict[str, Any] = {
             "time_ns": START_NS, "role": SERVER, "method": GET, "status": 200, "version": 1,
             "outcome": pb.HTTP_OUTCOME_COMPLETE, "comm": "shop", "path": "/", "pid": 77,
             "local_low": 0xFFFF_7F00_0001, "remote_low": 0xFFFF_7F00_0001, "remote_port": 40_000,

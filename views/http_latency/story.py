@@ -158,7 +158,8 @@ class HttpStory:
         for role, requests in _by_role(self._tally.latest.values()):
             count = format_rate(requests.count, rate_s) if rate_s else f"{requests.count:,}"
             word, _ = _ROLES[role]
-            parts = [(f"{count} requests{per_s} {word}", ""), _errors(requests)]
+            noun = f"requests{per_s}" if rate_s else _noun(requests)
+            parts = [(f"{count} {noun} {word}", ""), _errors(requests)]
             parts += [
                 (f"p{q * 100:g} {format_ns(requests.total.quantile(q))}", "") for q in QUANTILES
             ]
@@ -181,8 +182,7 @@ class HttpStory:
                 for outcome, count in requests.outcomes.most_common()
             ]
             more = "".join(f"; {end}" for end in ends)
-            noun = "request" if requests.count == 1 else "requests"
-            yield f"{requests.count:,} {noun} {word}, {errors}{more}; {carried}"
+            yield f"{requests.count:,} {_noun(requests)} {word}, {errors}{more}; {carried}"
 
     def _end_sheets(self) -> Iterator[Sheet]:
         tally = self._tally
@@ -308,6 +308,10 @@ def _carried(role: int, row: Requests) -> tuple[tuple[int, str], tuple[int, str]
     if role == CLIENT:
         asked, answered = answered, asked
     return (asked, "in"), (answered, "out")
+
+
+def _noun(requests: Requests) -> str:
+    return "request" if requests.count == 1 else "requests"
 
 
 def _errors(requests: Requests) -> tuple[str, str]:
