@@ -1,0 +1,19 @@
+"""What a person sees of `http_latency`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.contract import EVENTS, INTERVAL, View
+from coral.views.http_latency.provoke import PROVOCATION
+from coral.views.http_latency.story import HttpStory
+
+VIEW: Final = View(
+    kind=pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY,
+    about="HTTP requests: times, statuses, bytes.",
+    story=lambda _: HttpStory(),
+    flags=(EVENTS, INTERVAL),
+    cheaper="watch fewer processes",
+    provocation=PROVOCATION,
+)
