@@ -7,15 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
+from tests.http_seen import (
+    BY_CLIENT,
+    BY_SERVER,
+    CLIENT,
+    COMPLETE,
+    SERVER,
+    UPGRADED,
+    Request,
+    Seen,
+    seeing,
+)
 from tests.network import connected, puppets
 from tests.support import Puppet
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-BY_CLIENT, BY_SERVER = pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER
-UPGRADED = pb.HTTP_OUTCOME_UPGRADED
 
 
 @pytest.fixture
@@ -113,7 +119,8 @@ def test_heads_of_every_length_up_to_three_windows(pair: tuple[Puppet, Puppet]) 
             pair,
             f"for n in {lengths}:\n"
             "  pad = b'x' * n\n"
-            "  data = b'PUT /long/%d HTTP/1.1\\r\\nA: %b\\r\\nContent-Length: 3\\r\\n\\r\\nabc' % (n, pad)\n"
+            "  data = b'PUT /long/%d HTTP/1.1\\r\\nA: %b\\r\\n' % (n, pad)\n"
+            "  data += b'Content-Length: 3\\r\\n\\r\\nabc'\n"
             "  give_split(END, data, len(data))\n"
             "  data = b'HTTP/1.1 200 OK\\r\\nA: %b\\r\\nContent-Length: 2\\r\\n\\r\\nok' % pad\n"
             "  take_split(END, data, len(data))",
