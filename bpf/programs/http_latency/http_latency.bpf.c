@@ -579,6 +579,18 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
+/* Whether the peer has ended a connection from which the process can still read; it ends then with
+ * what is read, or when the process closes it. */
+static __always_inline bool is_readable(struct sock *sk, bool typed)
+{
+	struct tcp_sock *tp = tcp_of(sk, typed);
+	bool closed = socket_read_if(typed, sk, sk_shutdown) == SHUTDOWN_MASK;
+	bool fin = socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
+
+	return tp && (fin || !closed) &&
+	       socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
+}
+
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
 {
 	struct connection *c;
@@ -593,6 +605,10 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 	if (state == TCP_CLOSE_WAIT) {
 		if (!c->closed)
 			c->closed = RECEIVED + 1;
+		return 0;
+	}
+	if (state == TCP_CLOSE && c->role == HTTP_CLIENT && is_readable(sk, typed)) {
+		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
 		return 0;
 	}
 	if (!c->closed && state != TCP_CLOSE)
