@@ -51,7 +51,9 @@ class Logged(NamedTuple):
     status: int
     body_bytes: int = -1
     pid: int = -1
-    request_s: float = -1
+    request_s: float = -1  # from its first byte to the end
+    upstream_s: float = -1  # that of the request to an upstream, and to the head of its response
+    upstream_head_s: float = -1
 
 
 def free_port() -> int:
@@ -72,6 +74,8 @@ class Server:
 
     # The method by which it takes a body, if it does.
     takes: ClassVar[str] = ""
+    # How many processes it has beside its first.
+    workers: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self.output = self.directory / "output"
@@ -83,29 +87,29 @@ class Server:
 
     def log(self) -> list[Logged]:
         """What it has logged so far."""
-        text = self.output.read_text()
-        return [self.line(words) for line in text.splitlines() if (words := self._words(line))]
+        text = self._log_path.read_text()
+        return [self._line(words) for line in text.splitlines() if (words := self._words(line))]
 
-    @abstractmethod
     def _words(self, line: str) -> Sequence[str]:
         """The fields in a line of output; none if it is about no request."""
+        return line.split()
 
-    def line(self, words: Sequence[str]) -> Logged:
+    def _line(self, words: Sequence[str]) -> Logged:
         """A line by its fields."""
         method, path, status, *more = words
         numbers = [int(word) for word in more[:2]]
-        return Logged(method, path, int(status), *numbers, *map(float, more[2:]))
+        times = [-1 if word == "-" else float(word) for word in more[2:]]
+        return Logged(method, path, int(status), *numbers, *times)
+
+    @property
+    def _log_path(self) -> Path:
+        return self.output
 
     @property
     def pids(self) -> list[int]:
         """Its processes."""
         main = psutil.Process(self.pid)
         return [main.pid, *(child.pid for child in main.children(recursive=True))]
-
-    @property
-    def workers(self) -> int:
-        """How many processes it has beside its first."""
-        return 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -163,7 +167,8 @@ class Nginx(Server):
             error_log stderr crit;
             events {{ worker_connections 512; }}
             http {{
-                log_format fields '$request_method $uri $status $body_bytes_sent $pid $request_time';
+                log_format fields '$request_method $uri $status $body_bytes_sent $pid '
+                    '$request_time $upstream_response_time $upstream_header_time';
                 access_log {self.directory}/access.log fields;
                 sendfile on; tcp_nodelay on; keepalive_requests 1000000; client_max_body_size 200m;
                 {places}
@@ -177,12 +182,9 @@ class Nginx(Server):
             }}"""
         (self.directory / "nginx.conf").write_text(configuration)
 
-    def log(self) -> list[Logged]:
-        text = (self.directory / "access.log").read_text()
-        return [self.line(line.split()) for line in text.splitlines()]
-
-    def _words(self, line: str) -> Sequence[str]:
-        return line.split()
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "access.log"
 
 
 class Apache(Server):
@@ -216,12 +218,9 @@ class Apache(Server):
         )
         return ("apache2", "-f", self.directory / "apache.conf", "-DFOREGROUND")
 
-    def log(self) -> list[Logged]:
-        text = (self.directory / "access.log").read_text()
-        return [self.line(line.split()) for line in text.splitlines()]
-
-    def _words(self, line: str) -> Sequence[str]:
-        return line.split()
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "access.log"
 
 
 class PythonServer(Server):
@@ -263,7 +262,11 @@ class Node(Server):
         return ("node", _PROGRAMS / "app.mjs", self.port, self.site)
 
     def _words(self, line: str) -> Sequence[str]:
-        return line.split()
+        return () if line.startswith("waits ") else line.split()
+
+    def lets_wait(self, path: str) -> bool:
+        """Whether a request to PATH has come that waits for its answer."""
+        return f"waits {path}\n" in self.output.read_text()
 
 
 SERVERS = {
@@ -319,21 +322,20 @@ class Client:
             ["sh", "-c", 'read -r _; exec "$@"', "sh", *map(str, command)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
         self.pid = self._process.pid
 
     def go(self) -> None:
         """Lets it begin."""
         assert self._process.stdin
-        self._process.stdin.write("\n")
+        self._process.stdin.write(b"\n")
         self._process.stdin.flush()
 
     def finish(self, status: int = 0) -> str:
-        """Waits for its end; what it wrote."""
+        """Waits for its end with STATUS; what it wrote."""
         output, _ = self._process.communicate(timeout=60)
         assert self._process.returncode == status, output
-        return output
+        return output.decode()
 
     def has_ended(self) -> bool:
         """Whether it has ended."""

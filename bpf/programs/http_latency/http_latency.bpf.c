@@ -638,14 +638,16 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
-/* Whether the process can still read what its peer has sent, the end included. */
-static __always_inline bool can_be_read(const struct connection *c, struct sock *sk, bool typed)
+/* Whether the peer has ended a connection from which the process can still read; it ends then with
+ * what is read, or when the process closes it. */
+static __always_inline bool is_readable(struct sock *sk, bool typed)
 {
 	struct tcp_sock *tp = tcp_of(sk, typed);
+	bool closed = socket_read_if(typed, sk, sk_shutdown) == SHUTDOWN_MASK;
+	bool fin = socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
 
-	if (c->role != HTTP_CLIENT || held_by_process(sk) || !tp)
-		return false;
-	return socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
+	return tp && (fin || !closed) &&
+	       socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
 }
 
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
@@ -664,17 +666,16 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 			c->closed = RECEIVED + 1;
 		return 0;
 	}
+	if (state == TCP_CLOSE && c->role == HTTP_CLIENT && is_readable(sk, typed)) {
+		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
+		return 0;
+	}
 	if (!c->closed && state != TCP_CLOSE)
 		c->closed = SENT + 1;
 	closes = state == TCP_CLOSE || c->role == HTTP_SERVER ||
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
 		return 0;
-	if (state == TCP_CLOSE && can_be_read(c, sk, typed)) {
-		if (!c->closed && socket_read_if(typed, sk, sk_err)) /* which a read clears */
-			c->closed = RECEIVED + 1;
-		return 0;
-	}
 	connection_over(c, sk, typed);
 	return 0;
 }
