@@ -14,7 +14,7 @@ from rich.cells import cell_len
 
 from coral.views.text import times
 from tests import tapping
-from tests.network import number
+from tests.shop import BODY_BYTES, WAIT_S, port_of, shop, visit, visitor
 from tests.support import (
     Puppet,
     RunningAgent,
@@ -27,50 +27,6 @@ from tests.tapping import Tap, columns, sheet
 from tests.terminal import Terminal
 
 COMM: Final = "python"
-WAIT_S: Final = 0.05
-BODY_BYTES: Final = 2000
-SERVE: Final = f"""
-import http.server, threading, time
-
-class Shop(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        if self.path.startswith("/slow"):
-            time.sleep({WAIT_S})
-        statuses = {{"/missing": 404, "/bad": 503, "/same": 304}}
-        self.answer(statuses.get(self.path, 200), bytes({BODY_BYTES}))
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(201, b"ok")
-
-    def answer(self, status, body):
-        self.send_response(status)
-        if status != 304:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.path.startswith("/late"):
-            time.sleep({WAIT_S})
-        if status != 304:
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shop)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-"""
-VISIT: Final = """
-import http.client
-
-def visit(port, *requests):
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    for method, path, sent in requests:
-        connection.request(method, path, bytes(sent) if sent else None)
-        connection.getresponse().read()
-    connection.close()
-"""
 
 tapped = partial(tapping.tapped, "--http-latency")
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -91,25 +47,14 @@ def no_collector_left(agent: RunningAgent) -> Iterator[None]:
 
 @pytest.fixture
 def server() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        puppet.do(f"exec({SERVE!r})")
+    with shop() as puppet:
         yield puppet
 
 
 @pytest.fixture
 def client() -> Iterator[Puppet]:
-    with Puppet() as puppet:
-        puppet.do(f"exec({VISIT!r})")
+    with visitor() as puppet:
         yield puppet
-
-
-def port_of(server: Puppet) -> int:
-    return number(server, "server.server_port")
-
-
-def visit(client: Puppet, server: Puppet, *requests: tuple[str, str, int]) -> None:
-    """Makes these requests, by method, path and bytes of the body, one after the other."""
-    client.do(f"visit({port_of(server)}, *{requests!r})")
 
 
 SHOPPING: Final = (
@@ -304,3 +249,14 @@ def test_a_tap_without_requests_says_what_would_be_seen(agent: RunningAgent) -> 
     with Puppet() as idle, tapped(agent, idle) as tap:
         out = tap.finish()
     assert "\nno HTTP requests: HTTP/1 in the clear on TCP sockets of the watched processes " in out
+
+
+def test_patterns_of_the_user_are_routes(
+    agent: RunningAgent, client: Puppet, server: Puppet
+) -> None:
+    with tapped(agent, server, arguments=("--routes", "/users/{name}/**,/late/*")) as tap:
+        visit(client, server, *SHOPPING)
+        out = tap.finish()
+    assert row(out, "← GET /users/{name}/**")["REQUESTS"] == "2"
+    assert row(out, "← GET /late/*")["REQUESTS"] == "1"
+    assert row(out, "← GET /slow/{id}")["REQUESTS"] == "1"
