@@ -14,12 +14,13 @@ from typing import Final
 
 import numpy as np
 
-from coral.bpf import Features, Rung, kernel_names
+from coral.bpf import Features, Rung, Step, kernel_names
 from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries, Support
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
+from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
@@ -37,14 +38,8 @@ from coral.collectors.options import (
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
-_SOCKET_PROGRAMS: Final = ("coral_received", "coral_sent")
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
-# What the programs need of the kernel's BTF, each with what it is.
-_NEEDED: Final[Mapping[str, str]] = {
-    "btf_trace_sock_recv_length": "tracepoint sock_recv_length (Linux 6.3)",
-    "btf_trace_sock_send_length": "tracepoint sock_send_length (Linux 6.3)",
-    "bpf_loop": "helper bpf_loop (Linux 5.17)",
-}
+_TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 
 
 @dataclass(frozen=True)
@@ -100,10 +95,8 @@ class HttpLatencyOptions(KernelOptions):
 
 
 @cache
-def _lacking() -> tuple[str, ...]:
-    """What the programs need and this kernel lacks."""
-    found = kernel_names(_NEEDED)
-    return tuple(what for name, what in _NEEDED.items() if name not in found)
+def _has_typed_sockets() -> bool:
+    return bool(kernel_names([_TYPED]))
 
 
 class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
@@ -117,8 +110,8 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             _OBJECT,
             features,
             self._rung,
-            programs=(*_SOCKET_PROGRAMS, *_END_PROGRAMS),
-            options={"typed_sockets": self._rung.hook.taken == "tp_btf"},
+            programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
+            options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
 
@@ -135,9 +128,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         support = super().support(features)
         if features.obstacle or not support.supported:
             return support
-        if reason := _obstacle(cls.climb(features)):
+        rung, step = cls.climb(features), sockets(features)
+        if reason := _obstacle(rung, step):
             return replace(support, supported=False, reason=reason)
-        return support
+        return replace(support, steps=(*support.steps, step))
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:
@@ -185,8 +179,8 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 COLLECTOR: Final = HttpLatencyCollector
 
 
-def _obstacle(rung: Rung) -> str:
-    """Why the programs cannot run by RUNG on this kernel; empty if they can."""
+def _obstacle(rung: Rung, step: Step) -> str:
+    """Why the programs cannot run by RUNG and STEP, the way to sockets; empty if they can."""
     if rung.loader.taken != "core":
         return (
             "the programs need the kernel's BTF to find what sockets carry, and bcc does without it"
@@ -194,6 +188,4 @@ def _obstacle(rung: Rung) -> str:
     if rung.buffer.taken != "ring_buffer":
         why = rung.buffer.why_not or "this machine has none"
         return f"no ring buffer, which requests are sent through ({why})"
-    if lacking := _lacking():
-        return f"the kernel has no {', no '.join(lacking)}"
-    return ""
+    return "" if step.taken else f"no way to {step.what} ({step.why_not})"

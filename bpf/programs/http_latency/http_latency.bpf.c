@@ -14,6 +14,7 @@
 #include "include/targets.bpf.h"
 #include "http.bpf.h"
 #include "operations.bpf.h"
+#include "syscalls.bpf.h"
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
@@ -283,21 +284,23 @@ static __always_inline __u32 offset_of(struct tcp_sock *tp, __u32 direction, boo
 	return socket_read_if(typed, tp, write_seq);
 }
 
-/* How many bytes have passed, modulo 2^32; a client's SYN may be among them. */
-static __always_inline __u32 passed_so_far(struct tcp_sock *tp, __u32 direction, bool typed)
+/* How many bytes have passed; a client's SYN may be among them. */
+static __always_inline __u64 passed_so_far(struct tcp_sock *tp, __u32 direction, bool typed)
 {
-	if (direction == RECEIVED)
-		return socket_read_if(typed, tp, copied_seq) -
-		       (socket_read_if(typed, tp, rcv_nxt) -
-			(__u32)socket_read_if(typed, tp, bytes_received));
-	return socket_read_if(typed, tp, write_seq) -
-	       (socket_read_if(typed, tp, snd_una) - (__u32)socket_read_if(typed, tp, bytes_acked));
+	__u32 rest;
+
+	if (direction == RECEIVED) {
+		rest = socket_read_if(typed, tp, rcv_nxt) - socket_read_if(typed, tp, copied_seq);
+		return socket_read_if(typed, tp, bytes_received) - rest;
+	}
+	rest = socket_read_if(typed, tp, write_seq) - socket_read_if(typed, tp, snd_una);
+	return socket_read_if(typed, tp, bytes_acked) + rest;
 }
 
 /* Whether the LENGTH bytes that have just passed are the first. */
 static __always_inline bool is_fresh(struct tcp_sock *tp, __u32 direction, __u32 length, bool typed)
 {
-	__u32 passed = passed_so_far(tp, direction, typed);
+	__u64 passed = passed_so_far(tp, direction, typed);
 
 	return (passed == length || (direction == SENT && passed == length + 1)) &&
 	       passed_so_far(tp, !direction, typed) <= 1;
@@ -361,7 +364,8 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	if (c && c->tgid == tgid && c->generation == generation)
 		return c->watching ? c : NULL;
 	watching = sessions_in_state(sessions_of_hub(all), tgid, MEMBER_ACTIVE);
-	if (!c && watching)
+	/* With fewer bytes it is another socket, which has the descriptor since. */
+	if (!c && watching && passed_so_far(tp, direction, typed) >= length)
 		c = connection_make(sk, tp, watching, direction, length, typed);
 	if (!c)
 		return NULL;
@@ -497,6 +501,25 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
+/*
+ * A response begins that nothing waits for. If its request is still being sent, by a call that has
+ * not returned, nothing of that is seen: it comes too late.
+ */
+static __always_inline void request_catch_up(struct connection *c, struct tcp_sock *tp, bool typed)
+{
+	__u32 direction = request_direction(c), offset, gap;
+	struct lane *lane = lane_of(c, direction);
+
+	if (c->unread || c->made != c->answered)
+		return;
+	offset = offset_of(tp, direction, typed);
+	gap = offset - lane->offset;
+	if (!gap)
+		return;
+	lane->offset = offset;
+	unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+}
+
 #define MSG_OOB	     0x1
 #define MSG_PEEK     0x2
 #define MSG_TRUNC    0x20
@@ -528,9 +551,13 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	lane = lane_of(c, direction);
 	offset = offset_of(tp, direction, typed);
 	gap = offset - length - lane->offset;
+	if ((__s32)gap < 0) /* counted already, as a gap */
+		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+	if (length && direction != request_direction(c))
+		request_catch_up(c, tp, typed);
 	if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
@@ -550,6 +577,38 @@ SEC("raw_tp/sock_send_length")
 int RAW_PROGRAM(coral_sent, struct sock *sk, int length, int flags)
 {
 	return used(sk, length, flags, SENT, option(typed_sockets));
+}
+
+/* How many bytes have passed since the last that was seen; 0 if none was. */
+static __always_inline __u32 passed_unseen(struct sock *sk, __u32 direction, bool typed)
+{
+	struct connection *c = connection_of(sk);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
+	if (!c || !tp)
+		return 0;
+	return offset_of(tp, direction, typed) - lane_of(c, direction)->offset;
+}
+
+/* Instead of both, where the kernel lacks their tracepoints. */
+SEC("raw_tp/sys_exit")
+int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
+{
+	struct sessions *all;
+	struct socket_call call;
+	struct sock *sk;
+
+	if (result < 0 || !socket_call_find(&call))
+		return 0;
+	all = all_sessions();
+	if (!all || surely_unwatched_here(all, current_tgid()))
+		return 0;
+	sk = socket_of_call(&call);
+	if (!sk)
+		return 0;
+	if (call.of_messages)
+		result = passed_unseen(sk, call.direction, option(typed_sockets));
+	return used(sk, result, call.flags, call.direction, option(typed_sockets));
 }
 
 /* Ends. */
@@ -579,6 +638,18 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
+/* Whether the peer has ended a connection from which the process can still read; it ends then with
+ * what is read, or when the process closes it. */
+static __always_inline bool is_readable(struct sock *sk, bool typed)
+{
+	struct tcp_sock *tp = tcp_of(sk, typed);
+	bool closed = socket_read_if(typed, sk, sk_shutdown) == SHUTDOWN_MASK;
+	bool fin = socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
+
+	return tp && (fin || !closed) &&
+	       socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
+}
+
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
 {
 	struct connection *c;
@@ -593,6 +664,10 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 	if (state == TCP_CLOSE_WAIT) {
 		if (!c->closed)
 			c->closed = RECEIVED + 1;
+		return 0;
+	}
+	if (state == TCP_CLOSE && c->role == HTTP_CLIENT && is_readable(sk, typed)) {
+		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
 		return 0;
 	}
 	if (!c->closed && state != TCP_CLOSE)
