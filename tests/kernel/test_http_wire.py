@@ -363,7 +363,7 @@ def test_a_server_answers_a_client_that_has_gone(
         # The client's reset comes back while the call that sends has not returned yet.
         body = b"x" * sent
         server.do(
-            rf"s.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n' + {body}); s.close()"
+            rf"s.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n' + {body!r}); s.close()"
         )
         (at_client,), (at_server,) = _both(seen)
     assert (at_client.outcome, at_client.status) == (BY_CLIENT, 0)
