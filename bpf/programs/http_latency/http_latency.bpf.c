@@ -638,16 +638,22 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
-/* Whether the peer has ended a connection from which the process can still read; it ends then with
- * what is read, or when the process closes it. */
-static __always_inline bool is_readable(struct sock *sk, bool typed)
+/* Whether a packet has ended a connection that the process goes on using: a call that sends has not
+ * returned yet, so that no hook has seen its bytes, or what a client has received is still to be
+ * read. The exchange ends then with that, or when the process closes the socket. */
+static __always_inline bool is_in_use(struct connection *c, struct sock *sk, int old, bool typed)
 {
-	struct tcp_sock *tp = tcp_of(sk, typed);
 	bool closed = socket_read_if(typed, sk, sk_shutdown) == SHUTDOWN_MASK;
 	bool fin = socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
+	struct tcp_sock *tp = tcp_of(sk, typed);
 
-	return tp && (fin || !closed) &&
-	       socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
+	if (!tp || (closed && !fin))
+		return false;
+	if ((old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT) &&
+	    offset_of(tp, SENT, typed) != c->lanes[SENT].offset)
+		return true;
+	return c->role == HTTP_CLIENT &&
+	       socket_read_if(typed, tp, rcv_nxt) != offset_of(tp, RECEIVED, typed);
 }
 
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
@@ -666,7 +672,7 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 			c->closed = RECEIVED + 1;
 		return 0;
 	}
-	if (state == TCP_CLOSE && c->role == HTTP_CLIENT && is_readable(sk, typed)) {
+	if (state == TCP_CLOSE && is_in_use(c, sk, old, typed)) {
 		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
 		return 0;
 	}
