@@ -13,7 +13,7 @@
 #pragma once
 
 #define PATH_BYTES 256
-#define PIPELINE   32 /* requests that wait for their responses on one connection */
+#define PIPELINE   32  /* requests that wait for their responses on one connection */
 #define WINDOW	   512 /* bytes that are copied from user memory at once */
 #define WORD_BYTES 8
 
@@ -53,6 +53,8 @@ enum unread {
 	UNREAD_HTTP2,
 	UNREAD_OTHER, /* another protocol */
 	UNREAD_UPGRADED,
+	UNREAD_BEHIND, /* more requests waited than are kept: which response is whose is not known
+			*/
 };
 
 /* Where in a message the next byte lies. */
@@ -71,9 +73,10 @@ enum place {
 	AT_VALUE, /* of a header that does not matter */
 	AT_LENGTH,
 	AT_CODING,
+	AT_FOLD, /* after a header that matters, which may go on in the next line */
 	AT_HEAD_END,
 	AT_BODY,
-	AT_BODY_TO_CLOSE,
+	AT_BODY_TO_CLOSE, /* its end cannot be told */
 	AT_CHUNK_SIZE,
 	AT_CHUNK_EXTENSION,
 	AT_CHUNK,
@@ -88,7 +91,9 @@ enum place {
 #define HAS_LENGTH  1
 #define HAS_CODING  2
 #define IS_CHUNKED  4
-#define IS_ABSOLUTE 8
+#define IS_UNCLEAR  8  /* recipients disagree where such a message ends */
+#define IS_ANSWERED 16 /* a request, before its head was whole */
+#define IS_EARLY    32 /* a response that is over, and whose request has not been seen yet */
 
 /* One direction of a connection: the message that passes. */
 struct lane {
@@ -144,7 +149,7 @@ struct connection {
 	__u8 local[ADDRESS_BYTES];
 	__u8 remote[ADDRESS_BYTES];
 	__u64 unread_bytes;
-	struct lane lanes[2]; /* by direction */
+	struct lane lanes[2];		/* by direction */
 	__u64 paths[2][PATH_BYTES / 8]; /* characters; in words, which are quicker to copy */
 	struct request requests[PIPELINE];
 };
@@ -191,6 +196,8 @@ static __always_inline void not_read(struct connection *c, __u8 why)
 	c->unread = why;
 	c->on_trial = 0;
 	c->lanes[RECEIVED].place = c->lanes[SENT].place = AT_NOTHING;
+	c->lanes[RECEIVED].flags = c->lanes[SENT].flags = 0;
+	c->lanes[RECEIVED].status = c->lanes[SENT].status = 0;
 }
 
 /* What follows cannot be understood: what waits for a response gets none that is known. */
@@ -213,19 +220,22 @@ static __always_inline void give_up(struct connection *c, __u8 why, __u64 now_ns
 		lose_track(c, now_ns);
 }
 
+/* The characters of a token (RFC 9110, 5.6.2), a bit each: below '@', and from there. */
+#define TOKEN_BELOW 0x03FF6CFA00000000ULL
+#define TOKEN_ABOVE 0x57FFFFFFC7FFFFFEULL
+
 static __always_inline bool is_token(__u8 b)
 {
-	return (b >= 'A' && b <= 'Z') || (b >= 'a' && b <= 'z') || b == '-' || b == '_' ||
-	       (b >= '0' && b <= '9');
+	return b < 128 && ((b < 64 ? TOKEN_BELOW : TOKEN_ABOVE) >> (b & 63)) & 1;
 }
 
-#define CHARS_3(a, b, c)		    ((__u64)(a) << 16 | (b) << 8 | (c))
-#define CHARS_4(a, b, c, d)		    (CHARS_3(a, b, c) << 8 | (d))
-#define CHARS_7(a, b, c, d, e, f, g)	    (CHARS_4(a, b, c, d) << 24 | CHARS_3(e, f, g))
-#define CHARS_8(a, b, c, d, e, f, g, h)	    (CHARS_4(a, b, c, d) << 32 | CHARS_4(e, f, g, h))
-#define HTTP_1_0			    CHARS_8('H', 'T', 'T', 'P', '/', '1', '.', '0')
-#define HTTP_2_0			    CHARS_8('H', 'T', 'T', 'P', '/', '2', '.', '0')
-#define LITTLE_8(a, b, c, d, e, f, g, h)    CHARS_8(h, g, f, e, d, c, b, a)
+#define CHARS_3(a, b, c)		 ((__u64)(a) << 16 | (b) << 8 | (c))
+#define CHARS_4(a, b, c, d)		 (CHARS_3(a, b, c) << 8 | (d))
+#define CHARS_7(a, b, c, d, e, f, g)	 (CHARS_4(a, b, c, d) << 24 | CHARS_3(e, f, g))
+#define CHARS_8(a, b, c, d, e, f, g, h)	 (CHARS_4(a, b, c, d) << 32 | CHARS_4(e, f, g, h))
+#define HTTP_1_0			 CHARS_8('H', 'T', 'T', 'P', '/', '1', '.', '0')
+#define HTTP_2_0			 CHARS_8('H', 'T', 'T', 'P', '/', '2', '.', '0')
+#define LITTLE_8(a, b, c, d, e, f, g, h) CHARS_8(h, g, f, e, d, c, b, a)
 
 static __always_inline __u8 method_named(__u64 word, __u8 length)
 {
@@ -301,11 +311,18 @@ static __always_inline void path_add(struct connection *c, __u8 b)
 /* The last byte of a request. */
 static __always_inline void request_end(struct connection *c, struct lane *lane, __u64 now_ns)
 {
+	struct lane *answer = lane_of(c, !request_direction(c));
 	struct request *request = request_at(c, c->made - 1);
 
 	request->body_bytes = lane->body_bytes;
 	request->ended_ns = now_ns;
 	token_begin(lane, AT_START);
+	if (!(answer->flags & IS_EARLY) || c->made == c->answered)
+		return;
+	answer->flags = 0;
+	if (answer->begun_ns < request->begun_ns)
+		answer->begun_ns = request->begun_ns;
+	exchange_ended(c, OUTCOME_COMPLETE, now_ns);
 }
 
 static __always_inline void body_begin(struct lane *lane)
@@ -321,52 +338,89 @@ static __always_inline bool has_body(const struct lane *lane)
 static __always_inline void request_head_ended(struct connection *c, struct lane *lane,
 					       __u64 now_ns)
 {
-	if (lane->flags & HAS_CODING && !(lane->flags & IS_CHUNKED)) {
-		lose_track(c, now_ns); /* no recipient can tell where it ends */
-		return;
-	}
-	c->made++;
-	if (has_body(lane))
+	bool answered = lane->flags & IS_ANSWERED;
+
+	if (!answered)
+		c->made++;
+	if (lane->flags & IS_UNCLEAR || (lane->flags & HAS_CODING && !(lane->flags & IS_CHUNKED))) {
+		token_begin(lane, AT_BODY_TO_CLOSE); /* its response can still be told */
+		if (answered)
+			lose_track(c, now_ns);
+	} else if (has_body(lane)) {
 		body_begin(lane);
-	else
+	} else {
 		request_end(c, lane, now_ns);
+	}
 }
 
+/* A response may be over before its request has been seen: where one thread sends and another one
+ * receives, their hooks run in any order. The next request is the one that it answers. */
 static __always_inline void response_end(struct connection *c, struct lane *lane,
 					 enum outcome outcome, __u64 now_ns)
 {
 	lane->last_ns = now_ns;
-	if (c->made != c->answered)
-		exchange_ended(c, outcome, now_ns);
 	token_begin(lane, AT_START);
+	if (c->made == c->answered) {
+		lane->flags = IS_EARLY;
+		return;
+	}
+	exchange_ended(c, outcome, now_ns);
+	if (lane_of(c, request_direction(c))->place == AT_BODY_TO_CLOSE && c->made == c->answered)
+		lose_track(c, now_ns); /* what that request was followed by */
+}
+
+/* A server may answer when it has seen enough of a request's head. */
+static __always_inline void answer_in_head(struct connection *c, __u8 version)
+{
+	struct lane *ask = lane_of(c, request_direction(c));
+	struct request *request = request_at(c, c->made);
+
+	if (ask->place < AT_TARGET || ask->place > AT_HEAD_END || ask->flags & IS_ANSWERED)
+		return;
+	if (ask->place <= AT_AUTHORITY)
+		request->flags |= PATH_CUT;
+	if (ask->place <= AT_VERSION)
+		request->version = version;
+	ask->flags |= IS_ANSWERED;
+	c->made++;
+}
+
+static __always_inline bool ends_with_head(const struct lane *lane)
+{
+	return lane->status == 204 || lane->status == 304 ||
+	       ((lane->flags & (HAS_LENGTH | HAS_CODING | IS_UNCLEAR)) == HAS_LENGTH &&
+		!lane->left);
 }
 
 static __always_inline void response_head_ended(struct connection *c, struct lane *lane,
 						__u64 now_ns)
 {
 	struct request *request = request_at(c, c->answered);
-	bool asked = c->made != c->answered;
 	__u16 status = lane->status;
-	bool tunnels = asked && request->method == METHOD_CONNECT && status / 100 == 2;
+	bool asked;
 
+	if (status / 100 != 1 && c->made == c->answered)
+		answer_in_head(c, lane->version);
+	asked = c->made != c->answered;
 	if (asked)
 		c->on_trial = 0;
-	if (status == 101 || tunnels) {
+	if (status == 101 ||
+	    (asked && request->method == METHOD_CONNECT && status / 100 == 2)) { /* a tunnel */
 		response_end(c, lane, OUTCOME_UPGRADED, now_ns);
+		exchange_ended(c, OUTCOME_UNKNOWN, now_ns);
 		not_read(c, UNREAD_UPGRADED);
-		return;
-	}
-	if (status / 100 == 1) { /* the final one follows */
+	} else if (status / 100 == 1) { /* the final one follows */
 		token_begin(lane, AT_START);
-		return;
-	}
-	if ((asked && request->method == METHOD_HEAD) || status == 204 || status == 304 ||
-	    (lane->flags & HAS_LENGTH && !(lane->flags & HAS_CODING) && !lane->left))
+	} else if ((asked && request->method == METHOD_HEAD) || ends_with_head(lane)) {
 		response_end(c, lane, OUTCOME_COMPLETE, now_ns);
-	else if (lane->flags & IS_CHUNKED || (lane->flags & HAS_LENGTH && !(lane->flags & HAS_CODING)))
+	} else if (lane->flags & IS_UNCLEAR) {
+		lose_track(c, now_ns);
+	} else if (lane->flags & IS_CHUNKED ||
+		   (lane->flags & (HAS_LENGTH | HAS_CODING)) == HAS_LENGTH) {
 		body_begin(lane);
-	else
+	} else {
 		token_begin(lane, AT_BODY_TO_CLOSE);
+	}
 }
 
 static __always_inline bool is_request_lane(const struct connection *c, __u32 direction)
@@ -468,83 +522,89 @@ static const __u8 header_names[2][NAME_ROOM] = {"content-length", "transfer-enco
 
 #define LOWER_CONTENT  LITTLE_8('c', 'o', 'n', 't', 'e', 'n', 't', '-')
 #define LOWER_TRANSFER LITTLE_8('t', 'r', 'a', 'n', 's', 'f', 'e', 'r')
-#define CASE_BITS      (ONES * 0x20)
+#define CASE_BIT       0x20
+#define CASE_BITS      (ONES * CASE_BIT)
 
-/* The first bytes of a header's name, if all eight are there: most names are none that matter. */
+/* The first bytes of a header's name, if all eight are there: most names are none that matter. The
+ * number of bytes that are part of one that does. */
 static __always_inline __u32 name_started(struct cursor *cursor, struct lane *lane)
 {
-	__u64 word;
+	__u64 word = word_at(cursor->window, cursor->window->at);
 
-	if (cursor->window->at + WORD_BYTES > cursor->window->end)
-		return 0;
-	word = word_at(cursor->window, cursor->window->at) | CASE_BITS;
-	if (word == LOWER_CONTENT)
+	if ((word | CASE_BITS >> 8) == LOWER_CONTENT)
 		lane->name = NAME_LENGTH;
-	else if (word == LOWER_TRANSFER)
+	else if ((word | CASE_BITS) == LOWER_TRANSFER)
 		lane->name = NAME_CODING;
-	else
+	else if ((__u8)word == '\r' || (__u8)word == '\n')
 		return 0;
+	else {
+		lane->place = AT_VALUE;
+		return 0;
+	}
 	lane->column = WORD_BYTES;
 	return WORD_BYTES;
 }
 
 static __always_inline void name_step(struct lane *lane, __u8 b)
 {
-	__u8 lower = b | 0x20, wanted;
+	__u8 lower = b & 0x40 ? b | CASE_BIT : b, wanted;
 
 	if (!lane->column)
 		lane->name = lower == 't' ? NAME_CODING : NAME_LENGTH;
 	wanted = header_names[lane->name & 1][lane->column % NAME_ROOM];
-	if (b == ':' && !wanted) {
-		lane->flags |= lane->name == NAME_CODING ? HAS_CODING : 0;
+	if (b && lower == wanted) {
+		lane->column++;
+	} else if (b == ':' && !wanted) {
 		token_begin(lane, lane->name == NAME_CODING ? AT_CODING : AT_LENGTH);
-		if (lane->place == AT_LENGTH)
-			lane->left = 0;
-		return;
-	}
-	if (lower != wanted) {
+	} else {
+		if (!wanted && (b == ' ' || b == '\t')) /* some take it for the name all the same */
+			lane->flags |= IS_UNCLEAR;
 		lane->place = b == '\n' ? AT_NAME : AT_VALUE;
 		lane->column = 0;
-		return;
 	}
-	lane->column++;
 }
 
 #define MOST_LENGTH (1ULL << 56)
 
-static __always_inline bool length_step(struct lane *lane, __u8 b)
+/* Equal lengths may be said several times, in a list or in several headers. */
+static __always_inline void length_ended(struct lane *lane, __u8 place)
 {
-	if (b >= '0' && b <= '9') {
-		if (lane->column == 2) /* digits again, after a space */
-			return false;
-		lane->left = lane->left * 10 + (b - '0');
+	if (!lane->column || (lane->flags & HAS_LENGTH && lane->left != lane->word))
+		lane->flags |= IS_UNCLEAR;
+	lane->flags |= HAS_LENGTH;
+	lane->left = lane->word;
+	token_begin(lane, place);
+}
+
+static __always_inline void length_step(struct lane *lane, __u8 b)
+{
+	if (b >= '0' && b <= '9' && lane->column < 2 && lane->word < MOST_LENGTH) {
+		lane->word = lane->word * 10 + (b - '0');
 		lane->column = 1;
-		return lane->left < MOST_LENGTH;
+	} else if (b == '\n' || b == ',') {
+		length_ended(lane, b == ',' ? AT_LENGTH : AT_FOLD);
+	} else if (b == ' ' || b == '\t' || b == '\r') {
+		if (lane->column)
+			lane->column = 2; /* no more digits */
+	} else {
+		lane->flags |= IS_UNCLEAR;
 	}
-	if (b == '\n') {
-		if (!lane->column)
-			return false;
-		lane->flags |= HAS_LENGTH;
-		token_begin(lane, AT_NAME);
-		return true;
-	}
-	if (lane->column)
-		lane->column = 2;
-	return b == ' ' || b == '\t' || b == '\r';
 }
 
 #define LOWER_CHUNKED CHARS_7('c', 'h', 'u', 'n', 'k', 'e', 'd')
 
+/* The last coding of all decides where the body ends. */
 static __always_inline void coding_step(struct lane *lane, __u8 b)
 {
 	if (b == '\n') {
+		lane->flags = (lane->flags & ~IS_CHUNKED) | HAS_CODING;
 		if (lane->word == LOWER_CHUNKED)
 			lane->flags |= IS_CHUNKED;
-		token_begin(lane, AT_NAME);
+		token_begin(lane, AT_FOLD);
 	} else if (b == ',') {
 		lane->word = 0;
 	} else if (b != ' ' && b != '\t' && b != '\r') {
-		lane->word = lane->word << 8 | (b | 0x20);
+		lane->word = lane->word << 8 | (b | CASE_BIT);
 	}
 }
 
@@ -622,7 +682,6 @@ static __always_inline bool target_step(struct connection *c, struct lane *lane,
 		return true;
 	}
 	if (!request->path_bytes && b != '/' && b != '*') {
-		lane->flags |= IS_ABSOLUTE;
 		lane->column = 0;
 		lane->place = AT_AUTHORITY;
 		return is_token(b) || b == '[';
@@ -638,12 +697,11 @@ static __always_inline bool authority_step(struct connection *c, struct lane *la
 		path_add(c, b);
 		lane->place = AT_TARGET;
 	} else if (b == ' ' || b == '?') {
-		if (lane->column == 2 || request_at(c, c->made)->method != METHOD_CONNECT)
+		if (lane->column == 2)
 			path_add(c, '/');
-		if (b == ' ')
-			token_begin(lane, AT_VERSION);
-		else
-			lane->place = AT_QUERY;
+		if (b == '?')
+			request_at(c, c->made)->flags |= PATH_QUERIED;
+		token_begin(lane, b == ' ' ? AT_VERSION : AT_QUERY);
 	}
 	return b >= ' ' && b != 127;
 }
@@ -691,8 +749,11 @@ static __always_inline bool start_step(struct connection *c, struct lane *lane, 
 	if (is_request_lane(c, direction)) {
 		if (b == '\r' || b == '\n')
 			return true;
-		if (c->made - c->answered >= PIPELINE)
-			return false;
+		if (c->made - c->answered >= PIPELINE) {
+			lose_track(c, now_ns);
+			c->unread = UNREAD_BEHIND;
+			return true;
+		}
 		request_begin(c, lane, now_ns);
 		return method_step(c, lane, b) && b != ' ';
 	}
@@ -729,10 +790,18 @@ static __always_inline bool byte_step(struct connection *c, struct lane *lane, _
 		token_begin(lane, AT_NAME);
 		return b == '\n';
 	case AT_LENGTH:
-		return length_step(lane, b);
+		length_step(lane, b);
+		return true;
 	case AT_CODING:
 		coding_step(lane, b);
 		return true;
+	case AT_FOLD:
+		if (b == ' ' || b == '\t') {
+			lane->flags |= IS_UNCLEAR;
+			lane->place = AT_VALUE;
+			return true;
+		}
+		lane->place = AT_NAME; /* fall through */
 	case AT_NAME:
 		if (!lane->column && (b == '\r' || b == '\n')) {
 			if (b == '\r')
@@ -796,6 +865,15 @@ static long http_step(__u32 turn, struct cursor *cursor)
 
 	if (at >= end)
 		return 1;
+	if (place == AT_NAME && !lane->column && at + WORD_BYTES <= end) {
+		__u32 started = name_started(cursor, lane);
+
+		if (started) {
+			cursor->window->at = at + started;
+			return 0;
+		}
+		place = lane->place;
+	}
 	if (skips_line(place)) {
 		if (line_skipped(cursor))
 			line_ended(lane);
@@ -810,18 +888,10 @@ static long http_step(__u32 turn, struct cursor *cursor)
 			body_passed(c, lane, cursor->direction, body, now_ns);
 		return 0;
 	}
-	if (place == AT_NAME && !lane->column) {
-		__u32 started = name_started(cursor, lane);
-
-		if (started) {
-			cursor->window->at = at + started;
-			return 0;
-		}
-	}
 	b = cursor->window->bytes[at & (WINDOW - 1)];
 	cursor->window->at = at + 1;
 	if (!byte_step(c, lane, cursor->direction, b, now_ns))
-		give_up(c, b == 0x16 && !at ? UNREAD_TLS : UNREAD_OTHER, now_ns);
+		give_up(c, b == 0x16 && place == AT_START ? UNREAD_TLS : UNREAD_OTHER, now_ns);
 	return 0;
 }
 
