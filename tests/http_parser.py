@@ -27,6 +27,8 @@ METHODS: Final = (
     "_OTHER",
 )
 PATH_CUT, PATH_QUERIED = 1, 2
+PATH_BYTES: Final = 256
+PIPELINE: Final = 32
 
 
 class Role(IntEnum):
@@ -85,6 +87,58 @@ class Answer(NamedTuple):
     unread: Unread
     state: tuple[int, ...]
     """Where the next bytes lie."""
+
+
+GET: Final = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
+OK: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+EVIL: Final = b"GET /evil HTTP/1.1\r\nHost: h\r\n\r\n"
+EVIL_ANSWER: Final = b"HTTP/1.1 500 Evil\r\nContent-Length: 0\r\n\r\n"
+CHUNKED: Final = b"Transfer-Encoding: chunked"
+
+
+def ask(content: bytes) -> Part:
+    return Part(True, content)
+
+
+def answer(content: bytes) -> Part:
+    return Part(False, content)
+
+
+class Seen(NamedTuple):
+    """Of an exchange, what does not depend on times."""
+
+    method: str
+    path: bytes
+    status: int
+    outcome: Outcome = Outcome.COMPLETE
+    request_body_bytes: int = 0
+    response_body_bytes: int = 0
+
+    @classmethod
+    def of(cls, one: Exchange) -> Seen:
+        return cls(
+            one.method, one.path, one.status, one.outcome,
+            one.request_body_bytes, one.response_body_bytes,
+        )  # fmt: skip
+
+
+GOT_OK: Final = Seen("GET", b"/a", 200, response_body_bytes=2)
+
+
+def request(line: bytes, *headers: bytes, body: bytes = b"") -> Part:
+    return ask(b"\r\n".join((line, b"Host: h", *headers, b"", body)))
+
+
+def response(line: bytes, *headers: bytes, body: bytes = b"") -> Part:
+    return answer(b"\r\n".join((line, b"Server: s", *headers, b"", body)))
+
+
+def post(*headers: bytes, body: bytes = b"") -> Part:
+    return request(b"POST /p HTTP/1.1", *headers, body=body)
+
+
+def ok(*headers: bytes, body: bytes = b"") -> Part:
+    return response(b"HTTP/1.1 200 OK", *headers, body=body)
 
 
 class _Exchange(ctypes.Structure):

@@ -3,73 +3,38 @@ that the kernel runs, compiled for this machine."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
-import h11
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.http_parser import (
-    PATH_CUT,
-    PATH_QUERIED,
+    CHUNKED,
+    EVIL,
+    EVIL_ANSWER,
+    GET,
+    GOT_OK,
+    OK,
+    PATH_BYTES,
+    PIPELINE,
     Answer,
-    Exchange,
     Outcome,
     Part,
     Role,
+    Seen,
     Talk,
     Unread,
-    fuzzer,
+    answer,
+    ask,
+    ok,
+    post,
+    request,
+    response,
 )
-from tests.support import PATIENCE
-
-FUZZED_IN_A_TEST: Final = 20_000
-FUZZED_AT_LENGTH: Final = 1_000_000
-PIPELINE: Final = 32
-PATH_BYTES: Final = 256
 
 COMPLETE, UPGRADED, UNKNOWN = Outcome.COMPLETE, Outcome.UPGRADED, Outcome.UNKNOWN
 BY_CLIENT, BY_SERVER = Outcome.ABORTED_BY_CLIENT, Outcome.ABORTED_BY_SERVER
-
-GET: Final = b"GET /a HTTP/1.1\r\nHost: h\r\n\r\n"
-OK: Final = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-EVIL: Final = b"GET /evil HTTP/1.1\r\nHost: h\r\n\r\n"
-EVIL_ANSWER: Final = b"HTTP/1.1 500 Evil\r\nContent-Length: 0\r\n\r\n"
-
-
-def ask(content: bytes) -> Part:
-    return Part(True, content)
-
-
-def answer(content: bytes) -> Part:
-    return Part(False, content)
-
-
-class Seen(NamedTuple):
-    """What a case expects of one exchange."""
-
-    method: str
-    path: bytes
-    status: int
-    outcome: Outcome = COMPLETE
-    request_body_bytes: int = 0
-    response_body_bytes: int = 0
-
-    @classmethod
-    def of(cls, one: Exchange) -> Seen:
-        return cls(
-            one.method, one.path, one.status, one.outcome,
-            one.request_body_bytes, one.response_body_bytes,
-        )  # fmt: skip
-
-
-GOT_OK: Final = Seen("GET", b"/a", 200, response_body_bytes=2)
 
 
 @dataclass(frozen=True)
@@ -83,7 +48,7 @@ class Case:
 
 
 def talked(case: Case, role: Role, cut: tuple[int, int] | None = None, most: int = 0) -> Answer:
-    """The answer to CASE, with one of its parts cut at an offset, or all in pieces of MOST bytes."""
+    """The answer to CASE, with one part cut at an offset, or all in pieces of MOST bytes."""
     talk = Talk(role)
     if most:
         talk.feed_all(case.parts, most)
@@ -94,22 +59,6 @@ def talked(case: Case, role: Role, cut: tuple[int, int] | None = None, most: int
     return talk.answer()
 
 
-def request(line: bytes, *headers: bytes, body: bytes = b"") -> Part:
-    return ask(b"\r\n".join((line, b"Host: h", *headers, b"", body)))
-
-
-def response(line: bytes, *headers: bytes, body: bytes = b"") -> Part:
-    return answer(b"\r\n".join((line, b"Server: s", *headers, b"", body)))
-
-
-def post(*headers: bytes, body: bytes = b"") -> Part:
-    return request(b"POST /p HTTP/1.1", *headers, body=body)
-
-
-def ok(*headers: bytes, body: bytes = b"") -> Part:
-    return response(b"HTTP/1.1 200 OK", *headers, body=body)
-
-
 def posted(length: int, outcome: Outcome = COMPLETE, status: int = 200) -> Seen:
     answered = 2 if status == 200 else 0
     return Seen("POST", b"/p", status, outcome, length, answered)
@@ -117,7 +66,6 @@ def posted(length: int, outcome: Outcome = COMPLETE, status: int = 200) -> Seen:
 
 NO_CONTENT: Final = response(b"HTTP/1.1 204 No Content")
 BAD: Final = response(b"HTTP/1.1 400 Bad Request", b"Content-Length: 0")
-CHUNKED: Final = b"Transfer-Encoding: chunked"
 
 PLAIN: Final = [
     Case("keep-alive", [ask(GET), answer(OK), ask(GET), answer(OK)], [GOT_OK, GOT_OK]),
@@ -156,7 +104,7 @@ PLAIN: Final = [
 STATUSES: Final = [
     Case("100 Continue",
          [post(b"Expect: 100-continue", b"Content-Length: 3"),
-          answer(b"HTTP/1.1 100 Continue\r\n\r\n"), ask(b"abc"), ok(b"Content-Length: 2", body=b"ok")],
+          answer(b"HTTP/1.1 100 Continue\r\n\r\n"), ask(b"abc"), answer(OK)],
          [posted(3)]),
     Case("expected, and refused",
          [post(b"Expect: 100-continue", b"Content-Length: 3"),
@@ -191,8 +139,8 @@ STATUSES: Final = [
     Case("HEAD without a length", [request(b"HEAD /a HTTP/1.1"), ok(), ask(GET), answer(OK)],
          [Seen("HEAD", b"/a", 200), GOT_OK]),
     Case("pipelined HEAD and GET",
-         [ask(b"HEAD /h HTTP/1.1\r\n\r\n" + GET), answer(b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\n"),
-          answer(OK)],
+         [ask(b"HEAD /h HTTP/1.1\r\n\r\n" + GET),
+          answer(b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\n"), answer(OK)],
          [Seen("HEAD", b"/h", 200), GOT_OK]),
     Case("204 and 304 with what looks like a body",
          [ask(GET), response(b"HTTP/1.1 204 No Content", CHUNKED), ask(GET),
@@ -246,7 +194,8 @@ TARGETS: Final = [
              b"UPDATEREDIRECTREF", b"X_Y", b"1", b"!#$%&'*+-.^_`|~", b"AGET", b"XXXXXXXXGET"))),
           answer(OK * 13)],
          [GOT_OK._replace(method="_OTHER")] * 13),
-    Case("a path that fits", [ask(b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * (PATH_BYTES - 1))), answer(OK)],
+    Case("a path that fits",
+         [ask(b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * (PATH_BYTES - 1))), answer(OK)],
          [GOT_OK._replace(path=b"/" + b"x" * (PATH_BYTES - 1))]),
     Case("a long path", [ask(b"GET /%s HTTP/1.1\r\n\r\n" % (b"x" * 5000)), answer(OK)],
          [GOT_OK._replace(path=b"/" + b"x" * (PATH_BYTES - 1))]),
@@ -256,7 +205,8 @@ TARGETS: Final = [
 ]  # fmt: skip
 
 BODIES: Final = [
-    Case("a length", [post(b"Content-Length: 5", body=b"hello"), ok(b"content-LENGTH:2", body=b"ok")],
+    Case("a length",
+         [post(b"Content-Length: 5", body=b"hello"), ok(b"content-LENGTH:2", body=b"ok")],
          [posted(5)]),
     Case("leading zeros and spaces",
          [post(b"Content-Length: \t 0000000000000000000005 \t", body=b"hello"), answer(OK)],
@@ -269,7 +219,8 @@ BODIES: Final = [
            [post(b"Content-Length:" + value, body=EVIL), BAD, ask(GET)],
            [Seen("POST", b"/p", 400, request_body_bytes=len(EVIL))], Unread.JOINED)
       for value in (b" +5", b" -5", b"", b" ", b" 5 5", b" 0x5", b" 5;", b"5,", b" 5, 6", b" 5.0",
-                    b" 99999999999999999999", b" 5\r 5", b" 5\0", b" \xb5", b" 5\r\n 5", b"\r\n 5")),
+                    b" 99999999999999999999", b" 5\r 5", b" 5\0", b" \xb5", b" 5\r\n 5",
+                    b"\r\n 5")),
     Case("different lengths",
          [post(b"Content-Length: 5", b"Content-Length: 6", body=EVIL), BAD, ask(EVIL)],
          [Seen("POST", b"/p", 400, request_body_bytes=len(EVIL))], Unread.JOINED),
@@ -285,20 +236,22 @@ BODIES: Final = [
          [Seen("POST", b"/p", 400, request_body_bytes=len(EVIL))], Unread.JOINED),
     Case("names that only look like it",
          [request(b"GET /a HTTP/1.1", b"Content-Length-X: 5", b"X-Content-Length: 5",
-                  b"content-lengths: 5", b"Content-Lengt: 5", b"Content\rLength: 5", b"Content-Type: 5",
-                  b"Content_Length: 5", b"Transfer-Encodings: chunked", b"Transfer-Encodin: chunked",
-                  b"TE: chunked", b"C: 5", b"t: chunked", b"Content-Length", b": 5", b"Content-Length\0: 5",
-                  b"\0: 5", b" Content-Length: 5", b"\x03ontent-Length: 5"),
+                  b"content-lengths: 5", b"Content-Lengt: 5", b"Content\rLength: 5",
+                  b"Content-Type: 5", b"Content_Length: 5", b"Transfer-Encodings: chunked",
+                  b"Transfer-Encodin: chunked", b"TE: chunked", b"C: 5", b"t: chunked",
+                  b"Content-Length", b": 5", b"Content-Length\0: 5", b"\0: 5",
+                  b" Content-Length: 5", b"\x03ontent-Length: 5"),
           answer(OK), ask(GET), answer(OK)],
          [GOT_OK, GOT_OK]),
     Case("lines that go on in the next",
-         [request(b"GET /a HTTP/1.1", b"X: y", b" Content-Length: 5", b"\tTransfer-Encoding: chunked"),
+         [request(b"GET /a HTTP/1.1", b"X: y", b" Content-Length: 5", b"\t" + CHUNKED),
           answer(OK), ask(GET), answer(OK)],
          [GOT_OK, GOT_OK]),
     Case("chunks, extensions and trailers",
          [post(CHUNKED, body=b"5\r\nhello\r\n00A ; x=\"y;\r\r\nEVIL /evi\n\r\n"
                b"0;last\r\nContent-Length: 9\r\nTransfer-Encoding: x\r\n\r\n"),
-          ok(b"transfer-encoding:\tChunked\t", body=b"1\r\no\r\n1\nk\n000\r\n\r\n"), ask(GET), answer(OK)],
+          ok(b"transfer-encoding:\tChunked\t", body=b"1\r\no\r\n1\nk\n000\r\n\r\n"), ask(GET),
+          answer(OK)],
          [posted(15), GOT_OK]),
     Case("chunks and a length",
          [post(b"Content-Length: 3", CHUNKED, body=b"5\r\nhello\r\n0\r\n\r\n"), answer(OK),
@@ -311,8 +264,9 @@ BODIES: Final = [
     *(Case(f"codings that do not end with chunked: {value!r}",
            [post(b"Transfer-Encoding:" + value, body=EVIL), BAD, ask(GET)],
            [Seen("POST", b"/p", 400, request_body_bytes=len(EVIL))], Unread.JOINED)
-      for value in (b" gzip", b"chunked, gzip", b" xchunked", b" abcdefghchunked", b" chunked;q=1", b"",
-                    b" chunked\r\nTransfer-Encoding: gzip", b" chunked\r\n x", b"\r\n chunked", b" \"chunked\"")),
+      for value in (b" gzip", b"chunked, gzip", b" xchunked", b" abcdefghchunked", b"",
+                    b" chunked;q=1", b" chunked\r\nTransfer-Encoding: gzip", b" chunked\r\n x",
+                    b"\r\n chunked", b' "chunked"')),
     Case("an answer coded otherwise ends with the connection",
          [ask(GET), ok(b"Transfer-Encoding: gzip", b"Content-Length: 1", body=EVIL_ANSWER)],
          [GOT_OK._replace(response_body_bytes=len(EVIL_ANSWER))], closed_by_server=True),
@@ -346,7 +300,8 @@ BODIES: Final = [
          [GOT_OK]),
     Case("long headers",
          [request(b"GET /a HTTP/1.1", b"Cookie: " + b"c" * 8192, b"n" * 8192 + b": x"),
-          ok(b"Set-Cookie: " + b"c" * 8192, b"Content-Length: 2", body=b"ok"), ask(GET), answer(OK)],
+          ok(b"Set-Cookie: " + b"c" * 8192, b"Content-Length: 2", body=b"ok"), ask(GET),
+          answer(OK)],
          [GOT_OK, GOT_OK]),
     Case("many headers",
          [request(b"GET /a HTTP/1.1", *(b"X-%d: %d" % (i, i) for i in range(300))),
@@ -377,9 +332,11 @@ OTHERS: Final = [
     Case("not HTTP: SMTP, where the server speaks first",
          [ask(b"220 mail.h ESMTP Postfix\r\n"), answer(b"EHLO h\r\n"), answer(EVIL)], [],
          Unread.OTHER),
-    Case("TLS", [ask(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03"), answer(b"\x16\x03\x03\0\x7a")], [],
+    Case("TLS",
+         [ask(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03"), answer(b"\x16\x03\x03\0\x7a")], [],
          Unread.TLS),
-    Case("HTTP/2", [ask(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\x04"), answer(b"\0\0\x12\x04")], [],
+    Case("HTTP/2",
+         [ask(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\x04"), answer(b"\0\0\x12\x04")], [],
          Unread.HTTP2),
     Case("a version that changes",
          [ask(GET), answer(OK), ask(b"GET /b HTTP/1.1 \r\n\r\n"), ask(GET), answer(OK)], [GOT_OK],
@@ -422,325 +379,3 @@ def test_each_exchange_is_seen_once_however_its_bytes_are_cut(case: Case, role: 
     for number, part in enumerate(case.parts):
         for offset in range(1, len(part.content)):
             assert talked(case, role, (number, offset)) == whole, (number, offset)
-
-
-# What is said of an exchange besides
-
-
-def only(parts: Sequence[Part], *, by_server: bool | None = None) -> Exchange:
-    talk = Talk()
-    for part in parts:
-        talk.feed(part)
-    if by_server is not None:
-        talk.end(by_server=by_server)
-    (one,) = talk.answer().exchanges
-    return one
-
-
-def times(one: Exchange) -> tuple[int, int, int, int]:
-    return one.began, one.asked, one.first, one.ended
-
-
-def test_the_times_are_those_of_first_and_last_bytes() -> None:
-    asked, answered = post(b"Content-Length: 2", body=b"hi").content, OK
-    parts = [ask(b"\r\n"), *(ask(asked[i : i + 1]) for i in range(len(asked)))]
-    parts += [answer(answered[i : i + 1]) for i in range(len(answered))]
-    begun, whole = 2, 1 + len(asked)
-    assert times(only(parts)) == (begun, whole, whole + 1, whole + len(answered))
-
-
-def test_interim_answers_are_not_the_first_byte() -> None:
-    early = answer(b"HTTP/1.1 103 Early Hints\r\n\r\n")
-    assert times(only([ask(GET), early, early, answer(OK[:1]), answer(OK[1:])])) == (1, 1, 4, 5)
-
-
-def test_a_request_that_was_answered_early_has_no_last_byte() -> None:
-    parts = [post(b"Content-Length: 2", body=b"h"), answer(OK), ask(b"i")]
-    assert times(only(parts)) == (1, 0, 2, 2)
-    assert times(only([ask(GET[:-2]), answer(OK), ask(b"\r\n")])) == (1, 0, 2, 2)
-
-
-def test_an_answer_whose_hook_ran_first_took_no_time() -> None:
-    assert times(only([answer(OK), ask(GET[:5]), ask(GET[5:])])) == (2, 3, 2, 3)
-
-
-def test_an_answer_that_ends_with_the_connection_ended_with_its_last_byte() -> None:
-    parts = [ask(GET), answer(b"HTTP/1.0 200 OK\r\n\r\n"), answer(b"ab")]
-    assert times(only(parts, by_server=True)) == (1, 1, 2, 3)
-
-
-def fnv_1a(characters: bytes) -> int:
-    value = 0xCBF29CE484222325
-    for character in characters:
-        value = (value ^ character) * 0x100000001B3 % (1 << 64)
-    return value
-
-
-@pytest.mark.parametrize("length", [1, PATH_BYTES, PATH_BYTES + 1, 5000])
-def test_a_path_is_told_apart_by_all_of_it(length: int) -> None:
-    path = b"/" + b"x" * (length - 1)
-    one = only([ask(b"GET " + path + b"?query HTTP/1.1\r\n\r\n"), answer(OK)])
-    assert (one.path, one.path_hash) == (path[:PATH_BYTES], fnv_1a(path))
-    assert one.path_flags == PATH_QUERIED | (PATH_CUT if length > PATH_BYTES else 0)
-
-
-def test_a_path_that_was_answered_before_its_end_is_marked() -> None:
-    assert only([ask(b"GET /long"), answer(OK)]).path_flags == PATH_CUT
-    assert only([ask(b"GET /long "), answer(OK)]).path_flags == 0
-    assert only([ask(b"GET /long?que"), answer(OK)]).path_flags == PATH_QUERIED
-
-
-@pytest.mark.parametrize("version", [0, 1])
-def test_the_version_is_the_requests(version: int) -> None:
-    assert only([ask(b"GET / HTTP/1.%d\r\n\r\n" % version), answer(OK)]).version == version
-
-
-def test_bytes_of_bodies_count_although_nobody_sees_them() -> None:
-    talk = Talk()
-    talk.feed(post(b"Content-Length: 1000000000000"))
-    talk.unseen(1_000_000_000_000, is_request=True)
-    talk.feed(ok(CHUNKED, body=b"64\r\nseen"))
-    talk.unseen(96, is_request=False)
-    talk.feed(answer(b"\r\n0\r\n\r\n"))
-    (one,) = talk.answer().exchanges
-    assert Seen.of(one) == Seen("POST", b"/p", 200, COMPLETE, 1_000_000_000_000, 100)
-
-
-@pytest.mark.parametrize(("head", "length"), [(b"GET ", 1), (b"", 1), (GET, 1), (GET, 100)])
-def test_bytes_of_heads_that_nobody_sees_lose_track(head: bytes, length: int) -> None:
-    talk = Talk()
-    talk.feed(ask(head))
-    talk.unseen(length, is_request=True)
-    talk.feed(answer(OK))
-    found = talk.answer()
-    assert [(one.status, one.outcome) for one in found.exchanges] == (
-        [(0, UNKNOWN)] if head == GET else []
-    )
-    assert found.unread is Unread.JOINED
-
-
-def test_what_was_on_trial_is_an_exchange_once_it_is_answered() -> None:
-    talk = Talk(on_trial=True)
-    talk.feed(ask(GET + GET))
-    talk.feed(answer(OK + OK))
-    assert [Seen.of(one) for one in talk.answer().exchanges] == [GOT_OK, GOT_OK]
-
-
-@pytest.mark.parametrize("after", [answer(b"hello\r\n"), ask(b"\0"), answer(b"HTTP/1.1 2x")])
-def test_what_was_on_trial_is_none_where_something_else_follows(after: Part) -> None:
-    talk = Talk(on_trial=True)
-    talk.feed(ask(GET + GET + GET))
-    talk.feed(after)
-    talk.end(by_server=True)
-    assert talk.answer()[:2] == ((), Unread.JOINED)
-
-
-# h11 reads the same
-
-
-TOKENS: Final = st.text("ABCXYZabcxyz019-_.!~", min_size=1, max_size=12).map(str.encode)
-METHODS: Final = st.sampled_from(
-    [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"PATCH", b"OPTIONS"]
-)
-VALUES: Final = st.text(' :;,=/"GETHP1.chunked\t', max_size=30).map(
-    lambda text: text.strip().encode()
-)
-BYTES: Final = st.binary(max_size=40) | st.just(EVIL) | st.just(EVIL_ANSWER) | st.just(b"x" * 700)
-SPACES: Final = st.sampled_from([b"", b" ", b"\t", b"  "])
-ENDS: Final = st.sampled_from([b"\r\n", b"\r\n", b"\n"])
-FRAMING: Final = {b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"expect"}
-
-
-@st.composite
-def in_some_case(draw: st.DrawFn, name: bytes) -> bytes:
-    return draw(st.sampled_from([name, name.lower(), name.upper(), name.swapcase()]))
-
-
-@st.composite
-def header_lines(draw: st.DrawFn, end: bytes) -> bytes:
-    """Headers that do not matter, some of which go on in the next line."""
-    names = draw(st.lists(TOKENS.filter(lambda name: name.lower() not in FRAMING), max_size=4))
-    lines = []
-    for name in names:
-        lines.append(name + b":" + draw(SPACES) + draw(VALUES) + draw(SPACES) + end)
-        if draw(st.booleans()):
-            lines.append(b" Content-Length: 7" + end)
-    return b"".join(lines)
-
-
-@st.composite
-def chunked(draw: st.DrawFn, end: bytes) -> bytes:
-    """Chunks, of which h11 wants whole line ends, and trailers with END."""
-    pieces = draw(st.lists(BYTES.filter(bool), max_size=4))
-    extension = draw(st.sampled_from([b"", b"", b";a", b';a="b" ']))
-    spelled = draw(st.sampled_from([b"%x", b"%X", b"00%x"]))
-    chunks = b"".join(
-        spelled % len(piece) + extension + b"\r\n" + piece + b"\r\n" for piece in pieces
-    )
-    return chunks + b"0" + extension + b"\r\n" + draw(header_lines(end)) + end
-
-
-@st.composite
-def framed(draw: st.DrawFn, line: bytes, *, has_body: bool = True) -> bytes:
-    """A message that begins with LINE; what its headers say of its body is also said where it has
-    none."""
-    end = draw(ENDS)
-    kind = draw(st.sampled_from(["none", "length", "chunked"]))
-    head = line + end + b"Host: h" + end + draw(header_lines(end))
-    body = b""
-    if kind == "length":
-        body = draw(BYTES)
-        length = b"%d" % len(body)
-        name = draw(in_some_case(b"Content-Length"))
-        head += name + b":" + draw(SPACES) + length + draw(SPACES) + end
-        if draw(st.booleans()):
-            head += b"Content-Length: " + length + b"," + length + end
-    elif kind == "chunked":
-        body = draw(chunked(end))
-        coding = draw(in_some_case(b"chunked"))
-        head += draw(in_some_case(b"Transfer-Encoding")) + b":" + draw(SPACES) + coding + end
-    elif line.startswith(b"HTTP/"):
-        head += b"Content-Length: 0" + end
-    head += draw(header_lines(end)) + end
-    return head + body if has_body else head
-
-
-class Spoken(NamedTuple):
-    """One exchange in bytes."""
-
-    request: bytes
-    response: bytes
-
-
-@st.composite
-def exchanges(draw: st.DrawFn) -> Spoken:
-    method = draw(METHODS | TOKENS)
-    path = draw(st.text("/abc.%2-:@*", max_size=300).map(lambda text: ("/" + text).encode()))
-    query = draw(st.sampled_from([b"", b"?", b"?q=/a?b", b"?" + b"q" * 700]))
-    host = draw(st.sampled_from([b"", b"", b"http://h", b"https://[::1]:8"]))
-    asked = draw(framed(method + b" " + host + path + query + b" HTTP/1.1"))
-    status = draw(st.sampled_from([200, 201, 204, 206, 301, 304, 404, 418, 500, 599]))
-    reason = draw(st.sampled_from([b"", b" ", b" OK", b" Not really HTTP/1.1 200 OK"]))
-    has_body = method != b"HEAD" and status not in (204, 304)
-    answered = draw(framed(b"HTTP/1.1 %d" % status + reason, has_body=has_body))
-    interim = draw(st.sampled_from([b"", b"", b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n"]))
-    empty_lines = draw(st.sampled_from([b"", b"", b"\r\n", b"\n"]))
-    return Spoken(empty_lines + asked, interim + answered)
-
-
-def read_by_h11(connection: h11.Connection) -> tuple[h11.Event, bytes, bytes]:
-    """The head of the next message, its body, and what follows."""
-    body = b""
-    head: h11.Event | None = None
-    while True:
-        event = connection.next_event()
-        match event:
-            case h11.Request() | h11.Response():
-                head = event
-            case h11.Data():
-                body += event.data
-            case h11.EndOfMessage():
-                assert head is not None
-                return head, body, connection.trailing_data[0]
-            case h11.InformationalResponse():
-                continue
-            case _:
-                raise AssertionError(event)
-
-
-def seen_by_h11(asked: bytes, answered: bytes) -> Iterator[Seen]:
-    """What h11 reads in the bytes of both sides of a connection."""
-    while asked := asked.lstrip(b"\r\n"):  # which h11 does not skip
-        server = h11.Connection(h11.SERVER)
-        server.receive_data(asked)
-        head, body, asked = read_by_h11(server)
-        assert isinstance(head, h11.Request)
-        client = h11.Connection(h11.CLIENT)
-        client.send(h11.Request(method=head.method, target=head.target, headers=[("Host", "h")]))
-        client.send(h11.EndOfMessage())
-        client.receive_data(answered)
-        final, content, answered = read_by_h11(client)
-        assert isinstance(final, h11.Response)
-        yield Seen(
-            head.method.decode(), head.target, final.status_code, COMPLETE, len(body), len(content)
-        )
-
-
-def path_of(target: bytes) -> bytes:
-    """The path of a target that begins with it or with an authority, as much as is kept of it."""
-    path = target.partition(b"?")[0]
-    if b"://" in target.partition(b"?")[0][:8]:
-        path = b"/" + path.split(b"/", 3)[3]
-    return path[:PATH_BYTES]
-
-
-NAMED: Final = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
-
-
-@given(
-    st.lists(exchanges(), min_size=1, max_size=5), st.integers(1, 5),
-    st.sampled_from([0, 1, 7, 50, 600]), st.integers(1), st.sampled_from(list(Role)),
-)  # fmt: skip
-def test_h11_reads_the_same(
-    spoken: list[Spoken], pipelined: int, most_bytes: int, seed: int, role: Role
-) -> None:
-    asked, answered = b"".join(o.request for o in spoken), b"".join(o.response for o in spoken)
-    expected = [
-        one._replace(method=one.method if one.method in NAMED else "_OTHER", path=path_of(one.path))
-        for one in seen_by_h11(asked, answered)
-    ]
-    assert len(expected) == len(spoken)
-    parts = []
-    for i in range(0, len(spoken), pipelined):
-        parts.append(ask(b"".join(one.request for one in spoken[i : i + pipelined])))
-        parts.append(answer(b"".join(one.response for one in spoken[i : i + pipelined])))
-    talk = Talk(role)
-    talk.feed_all(parts, most_bytes, seed % (1 << 64))
-    found = talk.answer()
-    assert [Seen.of(one) for one in found.exchanges] == expected
-    assert found.unread is Unread.NONE
-
-
-# Anything at all
-
-
-@given(
-    st.lists(st.tuples(st.booleans(), st.binary(max_size=60) | exchanges().map(b"".join))),
-    st.integers(1, 50), st.integers(1), st.sampled_from(list(Role)), st.booleans(),
-)  # fmt: skip
-def test_any_bytes_have_one_answer(
-    pieces: list[tuple[bool, bytes]], most_bytes: int, seed: int, role: Role, on_trial: bool
-) -> None:
-    parts = [Part(*piece) for piece in pieces]
-    answers = []
-    for most in (0, most_bytes, 1):
-        talk = Talk(role, on_trial=on_trial)
-        talk.feed_all(parts, most, seed % (1 << 64))
-        answers.append(talk.answer())
-    assert answers[0] == answers[1] == answers[2]
-
-
-def fuzz(conversations: int, first: int) -> None:
-    """Random conversations, with address and undefined-behaviour sanitizers; each three times,
-    whole, in random pieces, and byte by byte."""
-    command = [fuzzer(), str(first), str(conversations)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100 * PATIENCE, check=False
-    )
-    assert done.returncode == 0, f"{done.stderr[-2000:]} (first seed {first})"
-    figures = json.loads(done.stdout)
-    assert figures["conversations"] == conversations
-    assert figures["turns"] < figures["bytes"]
-    _, *outcomes = figures["outcomes"]
-    assert all(outcomes), figures
-
-
-def test_random_conversations_have_one_answer() -> None:
-    fuzz(FUZZED_IN_A_TEST, 1)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(110 * PATIENCE)
-def test_a_million_random_conversations_have_one_answer() -> None:
-    first = int.from_bytes(os.urandom(4))
-    fuzz(FUZZED_AT_LENGTH, first)
