@@ -28,7 +28,7 @@ METHODS: Final = (
 )
 PATH_CUT, PATH_QUERIED = 1, 2
 PATH_BYTES: Final = 256
-PIPELINE: Final = 32
+PIPELINE: Final = 256
 
 
 class Role(IntEnum):

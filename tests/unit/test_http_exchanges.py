@@ -14,6 +14,8 @@ from tests.http_parser import (
     PATH_BYTES,
     PATH_CUT,
     PATH_QUERIED,
+    PIPELINE,
+    Answer,
     Exchange,
     Outcome,
     Part,
@@ -134,4 +136,51 @@ def test_what_was_on_trial_is_none_where_something_else_follows(after: Part) -> 
     talk.feed(ask(GET + GET + GET))
     talk.feed(after)
     talk.end(by_server=True)
+    assert talk.answer()[:2] == ((), Unread.JOINED)
+
+
+# Many that wait
+
+
+def pipelined(count: int) -> list[Part]:
+    """COUNT requests in one part, and their responses in another one; every third is HEAD."""
+    methods = [b"HEAD" if i % 3 == 0 else b"GET" for i in range(count)]
+    return [
+        ask(b"".join(b"%b /%d HTTP/1.1\r\n\r\n" % (m, i) for i, m in enumerate(methods))),
+        answer(b"".join(OK[:-2] if method == b"HEAD" else OK for method in methods)),
+    ]
+
+
+def talked(parts: Sequence[Part], most_bytes: int) -> Answer:
+    talk = Talk()
+    talk.feed_all(parts, most_bytes)
+    return talk.answer()
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1, 50, 700])
+@pytest.mark.parametrize("count", [3, 100, PIPELINE])
+def test_pipelined_requests_keep_their_order_and_their_paths(count: int, most_bytes: int) -> None:
+    found = talked([*pipelined(count), ask(GET), answer(OK)], most_bytes)
+    assert [Seen.of(one) for one in found.exchanges[:-1]] == [
+        Seen("GET" if i % 3 else "HEAD", b"/%d" % i, 200, response_body_bytes=2 if i % 3 else 0)
+        for i in range(count)
+    ]
+    assert found.exchanges[-1][:3] == ("GET", b"/a", 200)
+    assert found.unread is Unread.NONE
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1, 50, 700])
+def test_more_requests_than_are_kept_are_unknown_and_nothing_after_them_is_read(
+    most_bytes: int,
+) -> None:
+    found = talked([*pipelined(PIPELINE + 1), ask(GET), answer(OK)], most_bytes)
+    assert {(one.status, one.outcome) for one in found.exchanges} == {(0, UNKNOWN)}
+    assert [one.path for one in found.exchanges] == [b"/%d" % i for i in range(PIPELINE)]
+    assert found.unread is Unread.BEHIND
+
+
+def test_many_on_trial_are_none_where_something_else_follows() -> None:
+    talk = Talk(on_trial=True)
+    talk.feed(pipelined(PIPELINE)[0])
+    talk.feed(answer(b"hello\r\n"))
     assert talk.answer()[:2] == ((), Unread.JOINED)

@@ -17,7 +17,6 @@ from tests.http_parser import (
     GOT_OK,
     OK,
     PATH_BYTES,
-    PIPELINE,
     Answer,
     Outcome,
     Part,
@@ -356,13 +355,6 @@ OTHERS: Final = [
     Case("a chunk that is too large",
          [ask(GET), ok(CHUNKED, body=b"fffffffffffffffff\r\n")],
          [GOT_OK._replace(outcome=UNKNOWN, response_body_bytes=0)], Unread.JOINED),
-    Case("as many requests as are kept wait",
-         [ask(GET * PIPELINE), answer(OK * PIPELINE), ask(GET), answer(OK)],
-         [GOT_OK] * (PIPELINE + 1)),
-    Case("more requests wait than are kept",
-         [ask(GET * (PIPELINE + 1)), answer(OK * (PIPELINE + 1)), ask(GET), answer(OK)],
-         [GOT_OK._replace(status=0, outcome=UNKNOWN, response_body_bytes=0)] * PIPELINE,
-         Unread.BEHIND),
 ]  # fmt: skip
 
 CASES: Final = [*PLAIN, *STATUSES, *TARGETS, *BODIES, *OTHERS]

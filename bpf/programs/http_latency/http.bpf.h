@@ -8,12 +8,13 @@
  * Whoever includes it says what to do when an exchange is over:
  *
  *	static void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
- *	static void path_spill(struct connection *c, __u32 number)
+ *	static void request_spill(struct connection *c, __u32 number)
  */
 #pragma once
 
 #define PATH_BYTES 256
-#define PIPELINE   32  /* requests that wait for their responses on one connection */
+#define PIPELINE   256 /* requests that wait for their responses on one connection */
+#define AT_HAND	   2   /* the newest of them; whoever includes this keeps the others */
 #define WINDOW	   512 /* bytes that are copied from user memory at once */
 #define WORD_BYTES 8
 
@@ -33,7 +34,7 @@ enum method {
 
 /* As enum HttpOutcome of the contract. */
 enum outcome {
-	OUTCOME_NONE,
+	OUTCOME_NONE, /* it was no exchange */
 	OUTCOME_COMPLETE,
 	OUTCOME_ABORTED_BY_CLIENT,
 	OUTCOME_ABORTED_BY_SERVER,
@@ -115,25 +116,26 @@ struct lane {
 /* Of a request. */
 #define PATH_CUT     1 /* longer than PATH_BYTES */
 #define PATH_QUERIED 2 /* it had a query, which was not copied */
-#define PATH_SPILLED 4
 
 struct request {
 	__u64 begun_ns;
 	__u64 ended_ns; /* its last byte; 0 if it has not passed yet */
 	__u64 body_bytes;
 	__u64 path_hash; /* FNV-1a */
+	__u32 number;	 /* on its connection */
 	__u16 path_bytes;
 	__u8 method;
 	__u8 version;
 	__u8 flags;
-	__u8 reserved[3];
+	__u8 reserved[7];
+	__u64 path[PATH_BYTES / 8]; /* characters; in words, which are quicker to copy */
 };
 
 #define ADDRESS_BYTES 16
 
 struct connection {
 	__u64 sk;
-	__u64 id; /* the socket's cookie, or a number of ours */
+	__u64 id;	  /* the socket's cookie, or a number of ours */
 	__u64 watching;	  /* the sessions that watch the process ... */
 	__u32 tgid;	  /* ... that used it last, */
 	__u32 generation; /* as of which they do */
@@ -150,14 +152,14 @@ struct connection {
 	__u8 local[ADDRESS_BYTES];
 	__u8 remote[ADDRESS_BYTES];
 	__u64 unread_bytes;
-	struct lane lanes[2];		/* by direction */
-	__u64 paths[2][PATH_BYTES / 8]; /* characters; in words, which are quicker to copy */
-	struct request requests[PIPELINE];
+	struct lane lanes[2];	/* by direction */
+	__u8 methods[PIPELINE]; /* of the requests that wait, by number */
+	struct request requests[AT_HAND];
 };
 
 static __always_inline void exchange_ended(struct connection *c, enum outcome outcome,
 					   __u64 now_ns);
-static __always_inline void path_spill(struct connection *c, __u32 number);
+static __always_inline void request_spill(struct connection *c, __u32 number);
 
 /* Bytes of a connection that pass in one direction. Where the next one lies is kept here: the
  * verifier would go through each turn of the loop for a number that it knows. */
@@ -189,7 +191,12 @@ static __always_inline __u32 request_direction(const struct connection *c)
 
 static __always_inline struct request *request_at(struct connection *c, __u32 number)
 {
-	return &c->requests[number % PIPELINE];
+	return &c->requests[number % AT_HAND];
+}
+
+static __always_inline __u8 *method_at(struct connection *c, __u32 number)
+{
+	return &c->methods[number % PIPELINE];
 }
 
 static __always_inline void not_read(struct connection *c, __u8 why)
@@ -204,10 +211,7 @@ static __always_inline void not_read(struct connection *c, __u8 why)
 /* What follows cannot be understood: what waits for a response gets none that is known. */
 static __always_inline void lose_track(struct connection *c, __u64 now_ns)
 {
-	if (c->on_trial)
-		c->answered = c->made; /* they were none */
-	else
-		exchange_ended(c, OUTCOME_UNKNOWN, now_ns);
+	exchange_ended(c, c->on_trial ? OUTCOME_NONE : OUTCOME_UNKNOWN, now_ns);
 	c->role = HTTP_ROLE_NONE;
 	not_read(c, UNREAD_JOINED);
 }
@@ -285,8 +289,9 @@ static __always_inline void request_begin(struct connection *c, struct lane *lan
 	struct request *request = request_at(c, c->made);
 
 	message_begin(lane, now_ns);
-	if (c->made - c->answered >= 2) /* whose path lies where this one's will */
-		path_spill(c, c->made - 2);
+	if (c->made - c->answered >= AT_HAND) /* one lies where this one will */
+		request_spill(c, c->made - AT_HAND);
+	request->number = c->made;
 	request->begun_ns = now_ns;
 	request->ended_ns = request->body_bytes = 0;
 	request->path_hash = FNV_OFFSET;
@@ -305,7 +310,7 @@ static __always_inline void path_add(struct connection *c, __u8 b)
 		request->flags |= PATH_CUT;
 		return;
 	}
-	((__u8 *)c->paths[c->made & 1])[at % PATH_BYTES] = b;
+	((__u8 *)request->path)[at % PATH_BYTES] = b;
 	request->path_bytes = at + 1;
 }
 
@@ -396,23 +401,22 @@ static __always_inline bool ends_with_head(const struct lane *lane)
 static __always_inline void response_head_ended(struct connection *c, struct lane *lane,
 						__u64 now_ns)
 {
-	struct request *request = request_at(c, c->answered);
 	__u16 status = lane->status;
-	bool asked;
+	__u8 method = METHOD_NONE;
 
 	if (status / 100 != 1 && c->made == c->answered)
 		answer_in_head(c, lane->version);
-	asked = c->made != c->answered;
-	if (asked)
+	if (c->made != c->answered) {
+		method = *method_at(c, c->answered);
 		c->on_trial = 0;
-	if (status == 101 ||
-	    (asked && request->method == METHOD_CONNECT && status / 100 == 2)) { /* a tunnel */
+	}
+	if (status == 101 || (method == METHOD_CONNECT && status / 100 == 2)) { /* a tunnel */
 		response_end(c, lane, OUTCOME_UPGRADED, now_ns);
 		exchange_ended(c, OUTCOME_UNKNOWN, now_ns);
 		not_read(c, UNREAD_UPGRADED);
 	} else if (status / 100 == 1) { /* the final one follows */
 		token_begin(lane, AT_START);
-	} else if ((asked && request->method == METHOD_HEAD) || ends_with_head(lane)) {
+	} else if (method == METHOD_HEAD || ends_with_head(lane)) {
 		response_end(c, lane, OUTCOME_COMPLETE, now_ns);
 	} else if (lane->flags & IS_UNCLEAR) {
 		lose_track(c, now_ns);
@@ -707,6 +711,7 @@ static __always_inline bool method_step(struct connection *c, struct lane *lane,
 {
 	if (b == ' ') {
 		request_at(c, c->made)->method = method_named(lane->word, lane->column);
+		*method_at(c, c->made) = request_at(c, c->made)->method;
 		lane->place = AT_TARGET;
 		return lane->column;
 	}

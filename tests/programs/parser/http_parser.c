@@ -21,7 +21,7 @@
 
 #include "../../../bpf/programs/http_latency/http.bpf.h"
 
-#define MOST_EXCHANGES 256
+#define MOST_EXCHANGES 512
 
 /* Of the record, what the parser decides. */
 struct exchange {
@@ -51,17 +51,17 @@ struct talk {
 	__u32 count;
 	__u32 lost; /* exchanges for which there was no room */
 	struct exchange exchanges[MOST_EXCHANGES];
-	__u64 spilled[PIPELINE][PATH_BYTES / 8];
+	struct request spilled[PIPELINE];
 };
 
-static void path_spill(struct connection *c, __u32 number)
+static void request_spill(struct connection *c, __u32 number)
 {
 	struct talk *talk = (struct talk *)c;
 
 	if (c->answered - number - 1 < PIPELINE)
 		return;
-	memcpy(talk->spilled[number % PIPELINE], c->paths[number & 1], PATH_BYTES);
-	request_at(c, number)->flags |= PATH_SPILLED;
+	assert(request_at(c, number)->number == number);
+	talk->spilled[number % PIPELINE] = *request_at(c, number);
 }
 
 static void exchange_add(struct connection *c, enum outcome outcome, __u64 now_ns)
@@ -72,12 +72,14 @@ static void exchange_add(struct connection *c, enum outcome outcome, __u64 now_n
 	bool answers = answer->status >= 200 || answer->status == 101;
 	struct talk *talk = (struct talk *)c;
 	struct exchange *to = &talk->exchanges[talk->count];
-	const void *path = c->paths[c->answered & 1];
 
-	if (request->flags & PATH_SPILLED)
-		path = talk->spilled[c->answered % PIPELINE];
-	assert(request->path_bytes <= PATH_BYTES && request->method);
-	if (talk->count < MOST_EXCHANGES) {
+	if (request->number != c->answered)
+		request = &talk->spilled[c->answered % PIPELINE];
+	assert(request->number == c->answered && request->method);
+	assert(request->path_bytes <= PATH_BYTES);
+	if (outcome == OUTCOME_NONE) {
+		/* it was none */
+	} else if (talk->count < MOST_EXCHANGES) {
 		talk->count++;
 		*to = (struct exchange){
 		    .began_ns = request->begun_ns,
@@ -87,15 +89,15 @@ static void exchange_add(struct connection *c, enum outcome outcome, __u64 now_n
 		    .request_body_bytes = request->ended_ns ? request->body_bytes : ask->body_bytes,
 		    .response_body_bytes = answers ? answer->body_bytes : 0,
 		    .path_hash = request->path_hash,
-		    .number = c->answered,
+		    .number = request->number,
 		    .status = answers ? answer->status : 0,
 		    .path_bytes = request->path_bytes,
 		    .method = request->method,
 		    .version = request->version,
 		    .outcome = outcome,
-		    .path_flags = request->flags & ~PATH_SPILLED,
+		    .path_flags = request->flags,
 		};
-		memcpy(to->path, path, request->path_bytes);
+		memcpy(to->path, request->path, request->path_bytes);
 	} else {
 		talk->lost++;
 	}
