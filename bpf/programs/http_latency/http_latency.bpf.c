@@ -57,17 +57,13 @@ IN_BTF(enum record_kind, record_kind);
 MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
 OPTIONS(struct connection, no_connection, 1); /* zeros, to create elements from */
 
-/* Paths of requests that wait behind at least two others. */
-struct path_key {
+/* Requests that wait behind as many as a connection has at hand. */
+struct request_key {
 	__u64 sk;
 	__u64 number;
 };
 
-struct path {
-	__u64 words[PATH_BYTES / 8];
-};
-
-MAP(HASH, spilled_paths, struct path_key, struct path, 16384, BPF_F_NO_PREALLOC);
+MAP(HASH, spilled_requests, struct request_key, struct request, 16384, BPF_F_NO_PREALLOC);
 MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
 
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
@@ -122,59 +118,55 @@ static __always_inline struct connection *connection_at(__u64 sk)
 	return bpf_map_lookup_elem(map_of(connections), &sk);
 }
 
-/* Keeps the path of request NUMBER elsewhere. */
+/* Keeps request NUMBER elsewhere; where there is no room, its exchange is lost. */
 SUBPROGRAM int spill(__u64 sk, __u32 number)
 {
-	struct path_key key = {.sk = sk, .number = number};
+	struct request_key key = {.sk = sk, .number = number};
 	struct connection *c = connection_at(sk);
 
 	if (!c || c->answered - number - 1 < PIPELINE) /* it was answered */
 		return 0;
-	if (!bpf_map_update_elem(map_of(spilled_paths), &key, c->paths[number & 1], BPF_ANY))
-		request_at(c, number)->flags |= PATH_SPILLED;
-	else
-		request_at(c, number)->path_bytes = 0;
+	bpf_map_update_elem(map_of(spilled_requests), &key, request_at(c, number), BPF_ANY);
 	return 0;
 }
 
-static __always_inline void path_spill(struct connection *c, __u32 number)
+static __always_inline void request_spill(struct connection *c, __u32 number)
 {
 	spill(c->sk, number);
 }
 
-static __always_inline void draft_path(struct http_exchange *to, struct connection *c,
-				       const struct request *request, __u32 number)
+/* NULL if it was spilled, and there was no room. */
+static __always_inline const struct request *request_waiting(struct connection *c, __u32 number)
 {
-	struct path_key key = {.sk = c->sk, .number = number};
-	__u64 *path = c->paths[number & 1];
+	struct request_key key = {.sk = c->sk, .number = number};
 
-	if (request->flags & PATH_SPILLED) {
-		path = bpf_map_lookup_elem(map_of(spilled_paths), &key);
-		if (!path) {
-			to->path_bytes = 0;
-			return;
-		}
-	}
-	__builtin_memcpy(to->path, path, PATH_BYTES);
-	if (request->flags & PATH_SPILLED)
-		bpf_map_delete_elem(map_of(spilled_paths), &key);
+	if (request_at(c, number)->number == number)
+		return request_at(c, number);
+	return bpf_map_lookup_elem(map_of(spilled_requests), &key);
 }
 
-/* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
-static __always_inline void exchange_send(struct connection *c, __u32 outcome, __u64 now_ns)
+static __always_inline void request_forget(struct connection *c, __u32 number)
+{
+	struct request_key key = {.sk = c->sk, .number = number};
+
+	if (request_at(c, number)->number != number)
+		bpf_map_delete_elem(map_of(spilled_requests), &key);
+}
+
+static __always_inline void exchange_send(struct connection *c, const struct request *request,
+					  __u32 outcome, __u64 now_ns)
 {
 	struct lane *ask = lane_of(c, request_direction(c));
 	struct lane *answer = lane_of(c, !request_direction(c));
-	__u32 number = c->answered, at = outcome & BY_PACKET ? 1 : 0;
-	const struct request *request = request_at(c, number);
-	struct http_exchange *to = draft_at(at);
 	bool answers = answer->status >= 200 || answer->status == 101;
+	__u32 at = outcome & BY_PACKET ? 1 : 0;
+	struct http_exchange *to = draft_at(at);
 
-	if (!to || !__sync_bool_compare_and_swap(&c->answered, number, number + 1))
+	if (!to)
 		return;
 	to->head.kind = RECORD_HTTP_EXCHANGE;
 	to->connection = c->id;
-	to->number = number;
+	to->number = request->number;
 	to->began_ns = request->begun_ns;
 	to->asked_ns = request->ended_ns;
 	to->ended_ns = now_ns;
@@ -198,11 +190,29 @@ static __always_inline void exchange_send(struct connection *c, __u32 outcome, _
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	draft_path(to, c, request, number);
+	__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 		send_draft(slot, at);
 	}
-	answer->status = 0;
+}
+
+/* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
+static __always_inline void exchange_over(struct connection *c, __u32 outcome, __u64 now_ns)
+{
+	__u32 number = c->answered;
+	const struct request *request = request_waiting(c, number);
+
+	if (!__sync_bool_compare_and_swap(&c->answered, number, number + 1))
+		return;
+	if (!request) {
+		for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
+			account_loss(slot, LOSS_MAP_FULL);
+		}
+	} else if (outcome & ~BY_PACKET) {
+		exchange_send(c, request, outcome, now_ns);
+	}
+	request_forget(c, number);
+	lane_of(c, !request_direction(c))->status = 0;
 }
 
 static long exchange_end(__u32 turn, struct cursor *cursor)
@@ -211,7 +221,7 @@ static long exchange_end(__u32 turn, struct cursor *cursor)
 
 	if (c->answered == c->made)
 		return 1;
-	exchange_send(c, cursor->direction, cursor->now_ns);
+	exchange_over(c, cursor->direction, cursor->now_ns);
 	return 0;
 }
 
@@ -628,8 +638,12 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 
-	if (c->unread || c->on_trial || c->made == c->answered)
+	if (c->unread || c->made == c->answered)
 		return;
+	if (c->on_trial) {
+		exchange_ended(c, OUTCOME_NONE | context, 0);
+		return;
+	}
 	/* A server's own end ends the body, also where the client has ended its side before. */
 	if (answer->place == AT_BODY_TO_CLOSE && !failed && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE | context, answer->last_ns);
