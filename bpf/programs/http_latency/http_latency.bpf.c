@@ -68,7 +68,11 @@ struct path {
 
 MAP(HASH, spilled_paths, struct path_key, struct path, 16384, BPF_F_NO_PREALLOC);
 MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
-MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 1, 0);
+
+#define BY_PACKET 0x100 /* with an outcome: no process runs the program */
+
+/* Where a record is made: for a process, or for a packet or a timer, which may come in between. */
+MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
 
 /* What user space says about one session. */
 struct http_session {
@@ -97,17 +101,15 @@ SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
 	return found;
 }
 
-static __always_inline struct http_exchange *draft(void)
+static __always_inline struct http_exchange *draft_at(__u32 at)
 {
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(map_of(drafts), &zero);
+	return bpf_map_lookup_elem(map_of(drafts), &at);
 }
 
-/* Sends the draft to one session. */
-SUBPROGRAM int send_draft(__u32 slot)
+/* Sends a draft to one session. */
+SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 {
-	struct http_exchange *exchange = draft();
+	struct http_exchange *exchange = draft_at(at);
 
 	if (exchange)
 		record_send(NULL, slot, exchange, sizeof(*exchange));
@@ -140,10 +142,10 @@ static __always_inline void path_spill(struct connection *c, __u32 number)
 }
 
 static __always_inline void draft_path(struct http_exchange *to, struct connection *c,
-				       const struct request *request)
+				       const struct request *request, __u32 number)
 {
-	struct path_key key = {.sk = c->sk, .number = c->answered};
-	__u64 *path = c->paths[c->answered & 1];
+	struct path_key key = {.sk = c->sk, .number = number};
+	__u64 *path = c->paths[number & 1];
 
 	if (request->flags & PATH_SPILLED) {
 		path = bpf_map_lookup_elem(map_of(spilled_paths), &key);
@@ -157,20 +159,21 @@ static __always_inline void draft_path(struct http_exchange *to, struct connecti
 		bpf_map_delete_elem(map_of(spilled_paths), &key);
 }
 
-/* The exchange that waits longest is over. */
-static __always_inline void exchange_send(struct connection *c, enum outcome outcome, __u64 now_ns)
+/* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
+static __always_inline void exchange_send(struct connection *c, __u32 outcome, __u64 now_ns)
 {
 	struct lane *ask = lane_of(c, request_direction(c));
 	struct lane *answer = lane_of(c, !request_direction(c));
-	const struct request *request = request_at(c, c->answered);
-	struct http_exchange *to = draft();
+	__u32 number = c->answered, at = outcome & BY_PACKET ? 1 : 0;
+	const struct request *request = request_at(c, number);
+	struct http_exchange *to = draft_at(at);
 	bool answers = answer->status >= 200 || answer->status == 101;
 
-	if (!to)
+	if (!to || !__sync_bool_compare_and_swap(&c->answered, number, number + 1))
 		return;
 	to->head.kind = RECORD_HTTP_EXCHANGE;
 	to->connection = c->sk;
-	to->number = c->answered;
+	to->number = number;
 	to->began_ns = request->begun_ns;
 	to->asked_ns = request->ended_ns;
 	to->ended_ns = now_ns;
@@ -189,17 +192,16 @@ static __always_inline void exchange_send(struct connection *c, enum outcome out
 	to->born = c->born;
 	to->network = c->network;
 	to->role = c->role;
-	to->outcome = outcome;
+	to->outcome = outcome & ~BY_PACKET;
 	to->local_port = c->local_port;
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	draft_path(to, c, request);
+	draft_path(to, c, request, number);
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
-		send_draft(slot);
+		send_draft(slot, at);
 	}
 	answer->status = 0;
-	c->answered++;
 }
 
 static long exchange_end(__u32 turn, struct cursor *cursor)
@@ -219,7 +221,7 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 	if (!cursor.c)
 		return 0;
-	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
+	if ((outcome & ~BY_PACKET) == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
 		exchange_end(0, &cursor);
 	else
 		bpf_loop(PIPELINE, exchange_end, &cursor, 0);
@@ -229,6 +231,32 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 static __always_inline void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
 {
 	end_exchanges(c->sk, outcome, now_ns);
+}
+
+/* What a session's processes used that was not read, by enum unread: connections, when that became
+ * clear, and their bytes, when they end. At UNREAD_NONE, operations whose bytes could not be seen.
+ */
+#define UNREADS 6
+
+struct http_unread {
+	__u64 count[UNREADS];
+	__u64 bytes[UNREADS];
+};
+
+MAP(PERCPU_ARRAY, http_unreads, __u32, struct http_unread, SESSIONS, 0);
+
+SUBPROGRAM int count_unread(__u64 sessions, __u32 why, __u64 count, __u64 bytes)
+{
+	for_each_session (slot, sessions) {
+		__u32 key = slot;
+		struct http_unread *unread = bpf_map_lookup_elem(map_of(http_unreads), &key);
+
+		if (!unread || why >= UNREADS)
+			return 0;
+		__sync_fetch_and_add(&unread->count[why], count);
+		__sync_fetch_and_add(&unread->bytes[why], bytes);
+	}
+	return 0;
 }
 
 /* Connections. */
@@ -302,6 +330,8 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	else
 		not_read(c, UNREAD_JOINED);
+	if (c->unread)
+		count_unread(watching, UNREAD_JOINED, 1, 0);
 	return c;
 }
 
@@ -397,8 +427,7 @@ static __always_inline bool looks_like_request(const __u8 *bytes)
 		return false;
 	for (int i = 1; i < GLANCE - 1; i++) {
 		if (bytes[i] == ' ')
-			return bytes[i + 1] == '/' || bytes[i + 1] == '*' ||
-			       bytes[i + 1] == 'h';
+			return bytes[i + 1] == '/' || bytes[i + 1] == '*' || bytes[i + 1] == 'h';
 		if (!is_token(bytes[i]))
 			return false;
 	}
@@ -434,7 +463,10 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	if (!feed.cursor.window)
 		return;
 	seen = operation_find(&feed.op, length);
-	if (c->unread && !(c->unread == UNREAD_JOINED && seen && try_request(c, &feed.op, direction))) {
+	if (!seen && body_ahead(lane_of(c, direction)) < length)
+		count_unread(c->watching, UNREAD_NONE, 1, length);
+	if (c->unread &&
+	    !(c->unread == UNREAD_JOINED && seen && try_request(c, &feed.op, direction))) {
 		c->unread_bytes += length;
 		return;
 	}
@@ -473,6 +505,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	struct tcp_sock *tp;
 	struct lane *lane;
 	__u32 offset, gap;
+	__u8 unread;
 	bool ended;
 
 	if (!all || surely_unwatched_here(all, current_tgid()) || length < 0 ||
@@ -487,6 +520,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	c = connection_used(all, sk, tp, direction, length, typed);
 	if (!c)
 		return 0;
+	unread = c->unread;
 	lane = lane_of(c, direction);
 	offset = offset_of(tp, direction, typed);
 	gap = offset - length - lane->offset;
@@ -497,6 +531,8 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		passed(c, direction, length);
 	else
 		end_read(c);
+	if (c->unread != unread && c->unread)
+		count_unread(c->watching, c->unread, 1, 0);
 	return 0;
 }
 
@@ -524,6 +560,7 @@ static __always_inline bool ended_by_peer(const struct connection *c, struct soc
 
 static __always_inline void connection_over(struct connection *c, struct sock *sk, bool typed)
 {
+	__u32 context = held_by_process(sk) ? 0 : BY_PACKET;
 	bool by_peer = ended_by_peer(c, sk, typed), failed = socket_read_if(typed, sk, sk_err);
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
@@ -531,9 +568,10 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	if (c->unread || c->on_trial || c->made == c->answered)
 		return;
 	if (answer->place == AT_BODY_TO_CLOSE && by_server && !failed)
-		exchange_ended(c, OUTCOME_COMPLETE, answer->last_ns);
-	exchange_ended(c, by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT,
-		       bpf_ktime_get_ns());
+		exchange_ended(c, OUTCOME_COMPLETE | context, answer->last_ns);
+	exchange_ended(
+	    c, (by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT) | context,
+	    bpf_ktime_get_ns());
 }
 
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
@@ -576,6 +614,9 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 	if (!c)
 		return 0;
 	connection_over(c, sk, option(typed_sockets));
+	if (c->unread && c->unread_bytes)
+		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
+			     c->unread_bytes);
 	connection_forget(sk);
 	return 0;
 }
