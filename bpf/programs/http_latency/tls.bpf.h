@@ -4,17 +4,17 @@
  * its functions, in libssl or in an executable. An SSL object is a connection like a socket, under
  * a number of its own, and its bytes go through the same parser.
  *
- * Which socket carries an SSL object is known in two ways. Where OpenSSL uses the socket itself, the
- * thread does so inside of the call. Where a program passes the encrypted bytes on (memory BIOs),
- * the last bytes that the thread has received are looked for where the object keeps its input. An
- * object whose socket is not known for sure has none: its addresses are zeros.
+ * Which socket carries an SSL object is known in two ways. Where OpenSSL uses the socket itself,
+ * the thread does so inside of the call. Where a program passes the encrypted bytes on (memory
+ * BIOs), the last bytes that the thread has received are looked for where the object keeps its
+ * input. An object whose socket is not known for sure has none: its addresses are zeros.
  *
  * Included by http_latency.bpf.c, at its end.
  */
 #pragma once
 
-#define SSL_NESTED 3 /* calls of one thread for different objects, through filters */
-#define SSL_ROOM   4 /* a power of two */
+#define SSL_NESTED 3	/* calls of one thread for different objects, through filters */
+#define SSL_ROOM   4	/* a power of two */
 #define SEVERAL	   1ULL /* instead of the address of a socket */
 
 /* A call that has not returned yet. */
@@ -160,12 +160,12 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 }
 
 /* The connection of an SSL object of the current process; NULL if no session watches that. */
-static __always_inline struct connection *ssl_connection_used(const struct sessions *all,
-							      const struct ssl_key *key,
-							      __u32 direction)
+static __always_inline struct connection *
+ssl_connection_used(const struct sessions *all, const struct ssl_key *key, __u32 direction)
 {
 	struct ssl_object *object = bpf_map_lookup_elem(map_of(ssl_objects), key);
-	struct connection *c = object && object->connection ? connection_at(object->connection) : NULL;
+	struct connection *c =
+	    object && object->connection ? connection_at(object->connection) : NULL;
 	__u32 generation = generation_of(all);
 	__u64 watching;
 
@@ -277,7 +277,7 @@ static __always_inline void tie(struct connection *c, __u64 sk)
 #define TLS_HEADER	5
 #define TLS_ALERT	21
 #define TLS_DATA	23
-#define TLS_LEAST_TAIL	21	/* a header, and a tag or as many encrypted bytes */
+#define TLS_LEAST_TAIL	21	     /* a header, and a tag or as many encrypted bytes */
 #define TLS_ALERT_BYTES (2 + 1 + 16) /* of TLS 1.3, encrypted */
 
 static __always_inline bool is_record(const __u8 *header)
@@ -516,7 +516,29 @@ int PROGRAM(coral_ssl_write_ex, struct user_registers *ctx)
 #define RETURN_ADDRESS_BYTES 0
 #endif
 
-#define MOST_PADDING 85 /* of an encrypted record, with its header, its keys' and its padding */
+#define LEAST_ADDED  16 /* to the bytes of a record when it is encrypted: a tag */
+#define MOST_ADDED   80 /* or an initial vector, a digest and padding */
+#define MOST_RECORDS 16
+
+/* Whether one of the records that the thread has heard can have been LENGTH bytes. */
+static __always_inline bool heard_record_of(const struct heard *heard, __u64 length)
+{
+	__u8 header[TLS_HEADER];
+	__u32 at = 0, bytes;
+
+	for (int i = 0; i < MOST_RECORDS; i++) {
+		if (at + TLS_HEADER > heard->length ||
+		    bpf_probe_read_user(header, sizeof(header), (void *)heard->base + at) ||
+		    !is_record(header))
+			return false;
+		bytes = header[3] << 8 | header[4];
+		if (header[0] == TLS_DATA && bytes >= length + LEAST_ADDED &&
+		    bytes <= length + MOST_ADDED)
+			return true;
+		at += TLS_HEADER + bytes;
+	}
+	return false;
+}
 
 /* How many decrypted bytes a call has passed; negative if that cannot be read. */
 static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct ssl_call *call)
@@ -570,8 +592,7 @@ static __always_inline void ssl_returned(struct ssl_thread *thread, struct ssl_c
 		c = all ? ssl_connection_used(all, &key, call->direction) : NULL;
 		if (!c)
 			return;
-		if (call->by_address && (thread->heard.length <= length ||
-					 thread->heard.length > length + MOST_PADDING))
+		if (call->by_address && !heard_record_of(&thread->heard, length))
 			call->sk = 0;
 		if (call->sk > SEVERAL)
 			tie(c, call->sk);
