@@ -14,6 +14,7 @@ from coral.collectors.contract import Collector
 _FOLDERS: Final = (
     "syscall_stats",
     "tcp_metrics",
+    "http_latency",
 )
 
 

@@ -8,37 +8,102 @@ an interval, by array.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
 import numpy as np
 
-from coral.bpf import Features, kernel_names
-from coral.collectors.contract import EventRows, Summaries, Support
+from coral.bpf import Features, Rung, kernel_names
+from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries, Support
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
-from coral.collectors.http_latency.routes import Routes
+from coral.collectors.http_latency.paths import Paths
+from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.collectors.options import (
+    OptionError,
+    boolean,
+    choice,
+    duration,
+    format_duration,
+    integer,
+    items,
+    option,
+    size,
+)
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
 _SOCKET_PROGRAMS: Final = ("coral_received", "coral_sent")
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
-_SOCKET_HOOKS: Final = ("btf_trace_sock_recv_length", "btf_trace_sock_send_length")  # Linux 6.3
-_LOOP: Final = "bpf_loop"  # Linux 5.17
+# What the programs need of the kernel's BTF, each with what it is.
+_NEEDED: Final[Mapping[str, str]] = {
+    "btf_trace_sock_recv_length": "tracepoint sock_recv_length (Linux 6.3)",
+    "btf_trace_sock_send_length": "tracepoint sock_send_length (Linux 6.3)",
+    "bpf_loop": "helper bpf_loop (Linux 5.17)",
+}
 
 
 @dataclass(frozen=True)
 class HttpLatencyOptions(KernelOptions):
     """The options of `http_latency`."""
 
+    mode: str = option(
+        choice("summaries", "events"),
+        "summaries",
+        "`summaries`: histograms for each interval; `events`: every request",
+    )
+    ring: int = option(
+        size(64 << 10, 256 << 20),
+        "4MiB",
+        "the size of the ring buffer for requests that are over, of which each takes about 0.4 KiB",
+    )
+    routes: tuple[str, ...] = option(
+        items(pattern, PATTERN),
+        "",
+        "the routes of paths that match these patterns; the first that matches counts",
+    )
+    max_children: int = option(
+        integer(1, 10_000),
+        "100",
+        "how many different segments to tell apart at one place of a path; more than these become "
+        "`{*}`",
+    )
+    top: int = option(
+        integer(0, 10240),
+        "0",
+        "how many rows to send for each interval: those with most requests, then the row `other` "
+        "of each role, which adds up the rest; 0: all rows",
+    )
+    min_duration: float = option(
+        duration(0, 3600), "0s", "with mode=events: send only requests that took at least this long"
+    )
+    errors_only: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: send only requests with a status of 500 or more, and those that were "
+        "aborted before a response",
+    )
+
+    def check(self, service: ServiceProcesses | None) -> None:
+        """Raises `OptionError`, too, for a filter of single events without single events."""
+        super().check(service)
+        for name, value in (
+            ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
+            ("errors_only", "true" if self.errors_only else ""),
+        ):
+            if value and not self.single_events:
+                raise OptionError(name, value, "it with mode=events only")
+
 
 @cache
-def _kernel_has() -> frozenset[str]:
-    return kernel_names((*_SOCKET_HOOKS, _LOOP))
+def _lacking() -> tuple[str, ...]:
+    """What the programs need and this kernel lacks."""
+    found = kernel_names(_NEEDED)
+    return tuple(what for name, what in _NEEDED.items() if name not in found)
 
 
 class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
@@ -53,7 +118,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             features,
             self._rung,
             programs=(*_SOCKET_PROGRAMS, *_END_PROGRAMS),
-            options={"typed_sockets": True},
+            options={"typed_sockets": self._rung.hook.taken == "tp_btf"},
             sizes=self._sizes,
         )
 
@@ -68,22 +133,33 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
     @classmethod
     def support(cls, features: Features) -> Support:
         support = super().support(features)
-        lacking = set(_SOCKET_HOOKS) - _kernel_has()
-        if support.supported and lacking:
-            return Support(False, reason=f"the kernel has no {sorted(lacking)[0]} (Linux 6.3)")
+        if features.obstacle or not support.supported:
+            return support
+        if reason := _obstacle(cls.climb(features)):
+            return replace(support, supported=False, reason=reason)
         return support
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:
         return HttpMeasures(max_series)
 
+    @property
+    def coverage(self) -> Coverage:
+        return min(super().coverage, Coverage.PART if self._options.top else Coverage.WHOLE)
+
     def _open_maps(self) -> None:
+        options = self._options
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
         self._write_session()
         self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
-        self._routes = Routes()
-        self._requests = RequestRows(self._targets, self._routes)
+        self._paths = Paths(Routes(options.routes, options.max_children))
+        self._requests = RequestRows(
+            self._targets,
+            self._paths,
+            int(options.min_duration * 1e9),
+            errors_only=options.errors_only,
+        )
 
     def _on_followed(self) -> None:
         self._session["since"] = self._slot.since
@@ -97,7 +173,27 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         return self._requests.rows(records["http_exchange"], records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        return summaries(self._drain_records()["http_exchange"], self._routes)
+        exchanges = self._drain_records()["http_exchange"]
+        if len(ended := self._targets.read().ended):
+            self._targets.forget(ended)
+        return summaries(exchanges, self._paths, self._options.top)
+
+    def _events_in(self, rows: Summaries) -> int:
+        return int(rows.columns["count"].sum())
 
 
 COLLECTOR: Final = HttpLatencyCollector
+
+
+def _obstacle(rung: Rung) -> str:
+    """Why the programs cannot run by RUNG on this kernel; empty if they can."""
+    if rung.loader.taken != "core":
+        return (
+            "the programs need the kernel's BTF to find what sockets carry, and bcc does without it"
+        )
+    if rung.buffer.taken != "ring_buffer":
+        why = rung.buffer.why_not or "this machine has none"
+        return f"no ring buffer, which requests are sent through ({why})"
+    if lacking := _lacking():
+        return f"the kernel has no {', no '.join(lacking)}"
+    return ""

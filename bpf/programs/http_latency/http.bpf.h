@@ -128,6 +128,7 @@ struct request {
 
 struct connection {
 	__u64 sk;
+	__u64 id; /* the socket's cookie, or a number of ours */
 	__u64 watching;	  /* the sessions that watch the process ... */
 	__u32 tgid;	  /* ... that used it last, */
 	__u32 generation; /* as of which they do */

@@ -190,7 +190,7 @@ static __always_inline void exchange_send(struct connection *c, __u32 outcome, _
 	if (!to || !__sync_bool_compare_and_swap(&c->answered, number, number + 1))
 		return;
 	to->head.kind = RECORD_HTTP_EXCHANGE;
-	to->connection = c->sk;
+	to->connection = c->id;
 	to->number = number;
 	to->began_ns = request->begun_ns;
 	to->asked_ns = request->ended_ns;
@@ -341,6 +341,9 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 		return NULL;
 	}
 	c->sk = key;
+	c->id = socket_read_if(typed, sk, __sk_common.skc_cookie.counter);
+	if (!c->id) /* nobody has asked for one: a number unlike any of the kernel's */
+		c->id = 1ULL << 63 | (__u64)bpf_get_prandom_u32() << 31 | bpf_get_prandom_u32();
 	c->network = network_of(sk, typed);
 	addresses_of(&sk->__sk_common, c->local, c->remote, typed);
 	c->local_port = local_port_of(sk);
@@ -474,7 +477,8 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
-static __always_inline void passed(struct connection *c, __u32 direction, __u32 length)
+/* LENGTH bytes; COPIED, they lie in the process's memory. */
+static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
 	struct feed feed = {.cursor = {.c = c, .direction = direction}, .left = length};
 	__u32 zero = 0;
@@ -484,7 +488,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	feed.cursor.window = bpf_map_lookup_elem(map_of(windows), &zero);
 	if (!feed.cursor.window)
 		return;
-	seen = operation_find(&feed.op, length);
+	seen = copied && operation_find(&feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
 	if (c->unread &&
@@ -558,7 +562,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
 		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
 	else if (length)
-		passed(c, direction, length);
+		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
 		end_read(read_of(c));
 	if (length && c->unread)
@@ -599,7 +603,8 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 
 	if (c->unread || c->on_trial || c->made == c->answered)
 		return;
-	if (answer->place == AT_BODY_TO_CLOSE && by_server && !failed)
+	/* A server's own end ends the body, also where the client has ended its side before. */
+	if (answer->place == AT_BODY_TO_CLOSE && !failed && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE | context, answer->last_ns);
 	exchange_ended(
 	    c, (by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT) | context,

@@ -146,7 +146,7 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 		}
 		return NULL;
 	}
-	c->sk = number;
+	c->sk = c->id = number;
 	c->ssl = key->ssl;
 	c->tgid = key->process;
 	c->born = key->process >> 32;
@@ -208,7 +208,7 @@ static __always_inline void ssl_over(struct connection *c)
 
 	if (c->unread || c->on_trial || c->made == c->answered)
 		return;
-	if (answer->place == AT_BODY_TO_CLOSE && by_server)
+	if (answer->place == AT_BODY_TO_CLOSE && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE, answer->last_ns);
 	if (!c->closed && !c->tied)
 		outcome = OUTCOME_UNKNOWN;

@@ -1,0 +1,44 @@
+"""What can be said of the programs' records of exchanges, struct http_exchange, as arrays."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+_FAILED_FROM: Final = 500  # the first status that says that the server failed (RFC 9110, 15.6)
+_ABORTS: Final = (pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
+
+
+def since_began_ns(records: NDArray[Any], name: str) -> NDArray[np.uint64]:
+    """From the first byte of each request to the time NAME; 0 where there was no such time. A
+    response can come before the request has: its times are 0, too."""
+    times = records[name].astype(np.int64) - records["began_ns"].astype(np.int64)
+    return times.clip(min=0).astype(np.uint64)
+
+
+def has_response(records: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether a final response to each request began."""
+    found: NDArray[np.bool_] = records["status"] > 0
+    return found
+
+
+def first_byte_ns(records: NDArray[Any]) -> NDArray[np.uint64]:
+    """From the first byte of each request to the first of its response; 0 without a response."""
+    times: NDArray[np.uint64] = np.where(
+        has_response(records), since_began_ns(records, "first_ns"), 0
+    )
+    return times
+
+
+def has_failed(records: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether the server said that it failed, or a side ended the connection before a response. An
+    outcome that is not known is no failure."""
+    aborted = np.isin(records["outcome"], _ABORTS)
+    failed: NDArray[np.bool_] = (records["status"] >= _FAILED_FROM) | (
+        aborted & ~has_response(records)
+    )
+    return failed

@@ -1,0 +1,194 @@
+"""Summaries of requests: as columns, made from the records of an interval by array, and as row
+messages for subscribers that want rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.collectors.columns import Strings, group, split_top
+from coral.collectors.contract import Summaries
+from coral.collectors.http_latency.exchanges import (
+    first_byte_ns,
+    has_failed,
+    has_response,
+    since_began_ns,
+)
+from coral.collectors.http_latency.paths import Paths
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.http import BOUNDS_NS
+
+OTHER: Final = "other"
+
+BUCKETS: Final = len(BOUNDS_NS) + 1
+_BOUNDS: Final = np.array(BOUNDS_NS, np.uint64)
+OUTCOMES: Final = len(pb.HttpOutcome.values())
+_NS_PER_MS: Final = 1e6
+
+# What tells rows apart beside the route, and how many bits of a key each has.
+_KEYS: Final = {"role": 2, "method": 5, "status": 10, "version": 2, "tls": 1, "outcome": 3}
+_NAMES: Final = ("role", "method", "status", "version", "tls")
+# How the figures of several rows become those of one.
+_ADDED: Final = (
+    "count", "errors", "outcomes", "counts", "first_byte_counts", "sum_ns", "first_byte_sum_ns",
+    "request_body_bytes", "response_body_bytes",
+)  # fmt: skip
+_LEAST: Final = ("min_ns", "first_byte_min_ns")
+_MOST: Final = ("max_ns", "first_byte_max_ns")
+_NEVER: Final = np.uint64(2**64 - 1)  # the least of no values
+
+
+def summaries(records: NDArray[Any], paths: Paths, top: int = 0) -> Summaries:
+    """A row for each role, method, route, status and so on of RECORDS, struct http_exchange of
+    shape (n,), those with most requests first. With TOP > 0 only the first TOP, then a row `other`
+    for each role, which adds up the rest."""
+    strings = Strings()
+    _, routes = paths.find(records)
+    first, of_record = group(_keys(records, routes))
+    figures = _added_up(_figures(records), of_record, len(first))
+    busiest, rest = split_top(figures["count"], top)
+    names = {
+        "route": strings.indices(routes[first], paths.routes.__getitem__)[busiest],
+        **{name: records[name][first][busiest] for name in _NAMES},
+    }
+    columns: dict[str, NDArray[Any]] = {name: values[busiest] for name, values in figures.items()}
+    if len(rest):
+        roles, of_rest = np.unique(records["role"][first][rest], return_inverse=True)
+        others = _added_up({k: values[rest] for k, values in figures.items()}, of_rest, len(roles))
+        columns = {name: np.concatenate([columns[name], others[name]]) for name in columns}
+        names = {name: np.append(it, np.zeros(len(roles), it.dtype)) for name, it in names.items()}
+        names["role"][-len(roles) :] = roles
+        names["route"][-len(roles) :] = strings.index(OTHER)
+    count = len(names["route"])
+    for name in _LEAST:
+        columns[name][columns[name] == _NEVER] = 0
+    columns = {**names, **columns, "bounds_ns": _BOUNDS}
+    return Summaries(pb.HttpLatencyColumns, columns, strings.table, messages, count)
+
+
+def _keys(records: NDArray[Any], routes: NDArray[np.intp]) -> NDArray[np.uint64]:
+    """One number for each record, which is the same for records of one row."""
+    keys = routes.astype(np.uint64)
+    for name, bits in _KEYS.items():
+        values = records[name].astype(np.uint64)
+        if name == "outcome":
+            values[has_response(records)] = 0
+        keys = (keys << np.uint64(bits)) | (values & np.uint64((1 << bits) - 1))
+    return keys
+
+
+def _figures(records: NDArray[Any]) -> dict[str, NDArray[np.uint64]]:
+    """The figures of each record, of shape (n,) or (n, width)."""
+    total_ns, first_ns = since_began_ns(records, "ended_ns"), first_byte_ns(records)
+    answered = has_response(records)
+    return {
+        "count": np.ones(len(records), np.uint64),
+        "errors": has_failed(records).astype(np.uint64),
+        "outcomes": _marked(records["outcome"] % OUTCOMES, OUTCOMES),
+        # "left": a value that equals a bound belongs to the bucket that ends there.
+        "counts": _marked(np.searchsorted(_BOUNDS, total_ns, side="left"), BUCKETS),
+        "first_byte_counts": _marked(np.searchsorted(_BOUNDS, first_ns, side="left"), BUCKETS)
+        * answered[:, np.newaxis],
+        "sum_ns": total_ns,
+        "min_ns": total_ns,
+        "max_ns": total_ns,
+        "first_byte_sum_ns": first_ns,
+        "first_byte_min_ns": np.where(answered, first_ns, _NEVER),
+        "first_byte_max_ns": first_ns,
+        "request_body_bytes": records["request_body_bytes"],
+        "response_body_bytes": records["response_body_bytes"],
+    }
+
+
+def _marked(at: NDArray[Any], width: int) -> NDArray[np.uint64]:
+    """A matrix of shape (n, WIDTH) with a one in each row, in the column AT, of shape (n,)."""
+    marked = np.zeros((len(at), width), np.uint64)
+    marked[np.arange(len(at)), at] = 1
+    return marked
+
+
+def _added_up(
+    figures: Mapping[str, NDArray[np.uint64]], of_row: NDArray[np.intp], groups: int
+) -> dict[str, NDArray[np.uint64]]:
+    """FIGURES, of shape (n, ...), of the rows of each group, of shape (groups, ...). OF_ROW is the
+    group of each row; no group is empty."""
+    order = np.argsort(of_row, kind="stable")
+    starts = np.searchsorted(of_row[order], np.arange(groups))
+    joined = {}
+    for names, join in ((_ADDED, np.add), (_LEAST, np.minimum), (_MOST, np.maximum)):
+        for name in names:
+            values = figures[name][order]
+            joined[name] = join.reduceat(values, starts, axis=0) if groups else values
+    return joined
+
+
+def method_text(method: int) -> str:
+    """`GET` and its like, in the words of OpenTelemetry; empty where requests of several methods
+    were added up."""
+    if method == pb.HTTP_METHOD_OTHER:
+        return "_OTHER"
+    return pb.HttpMethod.Name(method).removeprefix("HTTP_METHOD_") if method else ""
+
+
+def role_text(role: int) -> str:
+    """`server` or `client`."""
+    return pb.HttpRole.Name(role).removeprefix("HTTP_ROLE_").lower()
+
+
+def outcome_text(outcome: int) -> str:
+    """`aborted_by_client` and its like."""
+    return pb.HttpOutcome.Name(outcome).removeprefix("HTTP_OUTCOME_").lower()
+
+
+def messages(
+    columns: Mapping[str, NDArray[Any]], strings: Sequence[str]
+) -> list[pb.HttpLatencyHistogram]:
+    """The rows of COLUMNS, a pb.HttpLatencyColumns as arrays, as messages."""
+    bounds_ms = [bound / _NS_PER_MS for bound in columns["bounds_ns"].tolist()]
+    values = {name: columns[name].tolist() for name in columns if name != "bounds_ns"}
+    rows = []
+    for at, index in enumerate(values["route"]):
+        route = strings[index]
+        outcomes = _outcomes(values["outcomes"][at])
+        row = pb.HttpLatencyHistogram(
+            buckets=bounds_ms,
+            unit="ms",
+            route=route,
+            tls=bool(values["tls"][at]),
+            outcomes={name: n for name, n in outcomes.items() if name != _COMPLETE},
+            **{name: values[name][at] for name in _SAME},
+            **{name: values[f"{name}_ns"][at] / _NS_PER_MS for name in _TIMES},
+        )
+        row.labels.update(_labels(row, outcomes))
+        rows.append(row)
+    return rows
+
+
+_SAME: Final = (
+    "counts", "count", "first_byte_counts", "role", "method", "status", "errors",
+    "request_body_bytes", "response_body_bytes", "version",
+)  # fmt: skip
+_TIMES: Final = ("sum", "min", "max", "first_byte_sum", "first_byte_min", "first_byte_max")
+_COMPLETE: Final = outcome_text(pb.HTTP_OUTCOME_COMPLETE)
+
+
+def _outcomes(counts: Sequence[int]) -> dict[str, int]:
+    """How many requests ended how."""
+    return {outcome_text(outcome): count for outcome, count in enumerate(counts) if count}
+
+
+def _labels(row: pb.HttpLatencyHistogram, outcomes: Mapping[str, int]) -> dict[str, str]:
+    labels = {"role": role_text(row.role), "route": row.route}
+    if not row.method:
+        return labels
+    labels |= {
+        "method": method_text(row.method),
+        "version": f"1.{row.version}",
+        "scheme": "https" if row.tls else "http",
+    }
+    if row.status:
+        return labels | {"status": str(row.status), "status_class": f"{row.status // 100}xx"}
+    return labels | {"status": "", "status_class": "", "outcome": next(iter(outcomes), "")}
