@@ -67,9 +67,14 @@ MAP(HASH, spilled_requests, struct request_key, struct request, 16384, BPF_F_NO_
 MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
 
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
+#define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
 
 /* Where a record is made: for a process, or for a packet or a timer, which may come in between. */
 MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
+
+#define DRAFT_OF_THREAD 2
+
+static __always_inline struct http_exchange *draft_of_thread(void);
 
 /* What user space says about one session. */
 struct http_session {
@@ -100,7 +105,20 @@ SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
 
 static __always_inline struct http_exchange *draft_at(__u32 at)
 {
+	struct http_exchange *of_thread = at == DRAFT_OF_THREAD ? draft_of_thread() : NULL;
+
+	if (of_thread)
+		return of_thread;
+	if (at == DRAFT_OF_THREAD) /* a program that nothing comes between */
+		at = 0;
 	return bpf_map_lookup_elem(map_of(drafts), &at);
+}
+
+static __always_inline __u32 draft_for(__u32 outcome)
+{
+	if (outcome & BY_SSL)
+		return DRAFT_OF_THREAD;
+	return outcome & BY_PACKET ? 1 : 0;
 }
 
 /* Sends a draft to one session. */
@@ -159,7 +177,7 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	struct lane *ask = lane_of(c, request_direction(c));
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool answers = answer->status >= 200 || answer->status == 101;
-	__u32 at = outcome & BY_PACKET ? 1 : 0;
+	__u32 at = draft_for(outcome);
 	struct http_exchange *to = draft_at(at);
 
 	if (!to)
@@ -185,7 +203,8 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	to->born = c->born;
 	to->network = c->network;
 	to->role = c->role;
-	to->outcome = outcome & ~BY_PACKET;
+	to->outcome = outcome & ~(BY_PACKET | BY_SSL);
+	to->tls = c->ssl != 0;
 	to->local_port = c->local_port;
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
@@ -232,7 +251,8 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 	if (!cursor.c)
 		return 0;
-	if ((outcome & ~BY_PACKET) == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
+	outcome &= ~(BY_PACKET | BY_SSL);
+	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
 		exchange_end(0, &cursor);
 	else
 		bpf_loop(PIPELINE, exchange_end, &cursor, 0);
@@ -241,6 +261,8 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 static __always_inline void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
 {
+	if (c->ssl && !(outcome & BY_PACKET))
+		outcome |= BY_SSL;
 	end_exchanges(c->sk, outcome, now_ns);
 }
 
@@ -511,24 +533,11 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
-/*
- * A response begins that nothing waits for. If its request is still being sent, by a call that has
- * not returned, nothing of that is seen: it comes too late.
- */
-static __always_inline void request_catch_up(struct connection *c, struct tcp_sock *tp, bool typed)
-{
-	__u32 direction = request_direction(c), offset, gap;
-	struct lane *lane = lane_of(c, direction);
-
-	if (c->unread || c->made != c->answered)
-		return;
-	offset = offset_of(tp, direction, typed);
-	gap = offset - lane->offset;
-	if (!gap)
-		return;
-	lane->offset = offset;
-	unseen_passed(c, direction, gap, bpf_ktime_get_ns());
-}
+/* What is needed of tls.bpf.h: see there. */
+static __always_inline bool is_inside_ssl(void);
+static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length);
+static __always_inline struct connection *read_of(struct connection *c);
+static __always_inline void connection_left(struct connection *c);
 
 #define MSG_OOB	     0x1
 #define MSG_PEEK     0x2
@@ -566,12 +575,14 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
-	if (length && direction != request_direction(c))
-		request_catch_up(c, tp, typed);
-	if (length)
+	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
+		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
+	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
-		end_read(c);
+		end_read(read_of(c));
+	if (length && c->unread)
+		socket_used(c, direction, length);
 	if (c->unread != unread && c->unread)
 		count_unread(c->watching, c->unread, 1, 0);
 	return 0;
@@ -692,6 +703,7 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 	}
 	if (!c->closed && state != TCP_CLOSE)
 		c->closed = SENT + 1;
+	c = read_of(c);
 	closes = state == TCP_CLOSE || c->role == HTTP_SERVER ||
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
@@ -713,12 +725,15 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 
 	if (!c)
 		return 0;
-	connection_over(c, sk, option(typed_sockets));
+	connection_over(read_of(c), sk, option(typed_sockets));
+	connection_left(c);
 	if (c->unread && c->unread_bytes)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
 			     c->unread_bytes);
 	connection_forget(sk);
 	return 0;
 }
+
+#include "tls.bpf.h"
 
 LICENSED_AS("GPL");
