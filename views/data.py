@@ -19,17 +19,26 @@ def event_rows(batch: Batch, *texts: str) -> Iterator[dict[str, Any]]:
     if not len(events):
         return
     names = events.dtype.names or ()
-    strings = [batch.strings[events[name]].tolist() for name in texts]
-    for values, *words in zip(events.tolist(), *strings, strict=True):
-        row = dict(zip(names, values, strict=True)) | dict(zip(texts, words, strict=True))
-        event = {}
-        for name, value in row.items():
-            end, _, part = name.partition("_")
-            if part == "high":
-                low, scope = row[f"{end}_low"], row.get("scope_id", 0)
-                event[f"{end}_address"] = address_text(value, low, scope)
-            elif part != "low":
-                event[name] = value
+    at = {name: number for number, name in enumerate(names)}
+    # What each field becomes, and where in a row its value lies, and the lower half of an address.
+    plan = [
+        (f"{name.removesuffix('_high')}_address", at[name], at[name.replace("_high", "_low")])
+        if name.endswith("_high")
+        else (name, at[name], -1)
+        for name in names
+        if not name.endswith("_low")
+    ]
+    scope = at.get("scope_id", -1)
+    strings = {name: batch.strings[events[name]].tolist() for name in texts}
+    for number, values in enumerate(events.tolist()):
+        event = {
+            name: values[place]
+            if low < 0
+            else address_text(values[place], values[low], values[scope] if scope >= 0 else 0)
+            for name, place, low in plan
+        }
+        for name, words in strings.items():
+            event[name] = words[number]
         yield event
 
 

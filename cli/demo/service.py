@@ -23,7 +23,7 @@ _PAUSE_S: Final = 0.002  # a load that a person's machine can bear
 _ORDER_S: Final = 0.004  # how long the shop looks for an order, and how long it takes to pay
 _PAYMENT_S: Final = 0.02
 _ORDER_BYTES: Final = 1500
-_FAILING: Final = 25  # one payment in so many
+_FAILING: Final = 25  # one payment in this many
 
 
 class _Shop(SimpleHTTPRequestHandler):
@@ -68,7 +68,7 @@ def serve(directory: str) -> None:
 
 
 def load(port: int, seconds: float) -> None:
-    """Keeps a few connections busy for so long."""
+    """Keeps a few connections busy for SECONDS."""
     end = time.monotonic() + seconds
 
     def client() -> None:

@@ -649,7 +649,8 @@ def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
     assert data_of("yaml", *command) == told
     assert told["supported"] is True
     assert told["kernel_version"] == os.uname().release
-    kinds = ["EBPF_COLLECTOR_KIND_SYSCALL_STATS", "EBPF_COLLECTOR_KIND_TCP_METRICS"]
+    names = ("SYSCALL_STATS", "TCP_METRICS", "HTTP_LATENCY")
+    kinds = [f"EBPF_COLLECTOR_KIND_{name}" for name in names]
     assert told["available_collectors"] == kinds
     assert [collector["kind"] for collector in told["collectors"]] == kinds
     for collector in told["collectors"]:

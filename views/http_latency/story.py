@@ -197,7 +197,7 @@ class HttpStory:
             yield histogram_sheet(title, "REQUESTS", requests.total)
 
     def _routes_sheet(self, rows: Iterable[Requests], seconds: float, most: int) -> Sheet:
-        """ROWS, gathered in so many SECONDS; 0 where that is too short for rates."""
+        """ROWS, gathered in SECONDS; 0 where that is too short for rates."""
         shown, rest = _choose(list(rows), max(most, 1))
         named = [(row, request(row.role, row.method, row.route)) for row in shown]
         if rest:
