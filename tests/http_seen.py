@@ -16,7 +16,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import at_work, wait_until
 
 CLIENT, SERVER = pb.HTTP_ROLE_CLIENT, pb.HTTP_ROLE_SERVER
-COMPLETE = pb.HTTP_OUTCOME_COMPLETE
+COMPLETE, UPGRADED = pb.HTTP_OUTCOME_COMPLETE, pb.HTTP_OUTCOME_UPGRADED
+BY_CLIENT, BY_SERVER = pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Request:
     local_port: int
     remote_port: int
     version: int
+    tls: int
 
     @property
     def exchange(self) -> tuple[str, str, int, int, int]:

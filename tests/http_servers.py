@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +22,7 @@ import psutil
 
 from tests.support import ROOT, wait_until
 
+_NGINX = ROOT / "build/nginx/nginx"
 _PROGRAMS = ROOT / "tests/programs/http"
 _MODULES = Path("/usr/lib/apache2/modules")
 
@@ -51,7 +54,17 @@ class Logged(NamedTuple):
     status: int
     body_bytes: int = -1
     pid: int = -1
-    request_s: float = -1
+    request_s: float = -1  # from its first byte to the end
+    upstream_s: float = -1  # that of the request to an upstream, and to the head of its response
+    upstream_head_s: float = -1
+
+
+# What is not installed, of what these servers and clients need: guests of another architecture than
+# this machine's do without.
+MISSING = [
+    *(str(name) for name in (_NGINX, "apache2", "node", "curl", "wrk") if not shutil.which(name)),
+    *(name for name in ("uvicorn",) if not find_spec(name)),
+]
 
 
 def free_port() -> int:
@@ -63,7 +76,7 @@ def free_port() -> int:
 
 
 @dataclass
-class Server:
+class Server(ABC):
     """A server of the files below `site`, at work in `directory`."""
 
     site: Path
@@ -72,6 +85,8 @@ class Server:
 
     # The method by which it takes a body, if it does.
     takes: ClassVar[str] = ""
+    # How many processes it has beside its first.
+    workers: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self.output = self.directory / "output"
@@ -83,29 +98,29 @@ class Server:
 
     def log(self) -> list[Logged]:
         """What it has logged so far."""
-        text = self.output.read_text()
-        return [self.line(words) for line in text.splitlines() if (words := self._words(line))]
+        text, _, _ = self._log_path.read_text().rpartition("\n")  # but for a line being written
+        return [self._line(words) for line in text.splitlines() if (words := self._words(line))]
 
-    @abstractmethod
     def _words(self, line: str) -> Sequence[str]:
         """The fields in a line of output; none if it is about no request."""
+        return line.split()
 
-    def line(self, words: Sequence[str]) -> Logged:
+    def _line(self, words: Sequence[str]) -> Logged:
         """A line by its fields."""
         method, path, status, *more = words
         numbers = [int(word) for word in more[:2]]
-        return Logged(method, path, int(status), *numbers, *map(float, more[2:]))
+        times = [-1 if word == "-" else float(word) for word in more[2:]]
+        return Logged(method, path, int(status), *numbers, *times)
+
+    @property
+    def _log_path(self) -> Path:
+        return self.output
 
     @property
     def pids(self) -> list[int]:
         """Its processes."""
         main = psutil.Process(self.pid)
         return [main.pid, *(child.pid for child in main.children(recursive=True))]
-
-    @property
-    def workers(self) -> int:
-        """How many processes it has beside its first."""
-        return 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -147,10 +162,9 @@ class Nginx(Server):
 
     @property
     def command(self) -> Sequence[object]:
-        installed = ROOT / "build/nginx/nginx"
         self._write_configuration()
         prefix = f"{self.directory}/"
-        return (installed, "-p", prefix, "-c", self.directory / "nginx.conf", "-e", "stderr")
+        return (_NGINX, "-p", prefix, "-c", self.directory / "nginx.conf", "-e", "stderr")
 
     def _write_configuration(self) -> None:
         places = "\n".join(
@@ -163,7 +177,8 @@ class Nginx(Server):
             error_log stderr crit;
             events {{ worker_connections 512; }}
             http {{
-                log_format fields '$request_method $uri $status $body_bytes_sent $pid $request_time';
+                log_format fields '$request_method $uri $status $body_bytes_sent $pid '
+                    '$request_time $upstream_response_time $upstream_header_time';
                 access_log {self.directory}/access.log fields;
                 sendfile on; tcp_nodelay on; keepalive_requests 1000000; client_max_body_size 200m;
                 {places}
@@ -177,12 +192,9 @@ class Nginx(Server):
             }}"""
         (self.directory / "nginx.conf").write_text(configuration)
 
-    def log(self) -> list[Logged]:
-        text = (self.directory / "access.log").read_text()
-        return [self.line(line.split()) for line in text.splitlines()]
-
-    def _words(self, line: str) -> Sequence[str]:
-        return line.split()
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "access.log"
 
 
 class Apache(Server):
@@ -216,12 +228,9 @@ class Apache(Server):
         )
         return ("apache2", "-f", self.directory / "apache.conf", "-DFOREGROUND")
 
-    def log(self) -> list[Logged]:
-        text = (self.directory / "access.log").read_text()
-        return [self.line(line.split()) for line in text.splitlines()]
-
-    def _words(self, line: str) -> Sequence[str]:
-        return line.split()
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "access.log"
 
 
 class PythonServer(Server):
@@ -263,10 +272,14 @@ class Node(Server):
         return ("node", _PROGRAMS / "app.mjs", self.port, self.site)
 
     def _words(self, line: str) -> Sequence[str]:
-        return line.split()
+        return () if line.startswith("waits ") else line.split()
+
+    def lets_wait(self, path: str) -> bool:
+        """Whether a request to PATH has come that waits for its answer."""
+        return f"waits {path}\n" in self.output.read_text()
 
 
-SERVERS = {
+SERVERS: Mapping[str, Callable[[Path, Path], Server]] = {
     "nginx": Nginx,
     "apache": Apache,
     "http.server": PythonServer,
@@ -319,21 +332,20 @@ class Client:
             ["sh", "-c", 'read -r _; exec "$@"', "sh", *map(str, command)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
         self.pid = self._process.pid
 
     def go(self) -> None:
         """Lets it begin."""
         assert self._process.stdin
-        self._process.stdin.write("\n")
+        self._process.stdin.write(b"\n")
         self._process.stdin.flush()
 
     def finish(self, status: int = 0) -> str:
-        """Waits for its end; what it wrote."""
+        """Waits for its end with STATUS; what it wrote."""
         output, _ = self._process.communicate(timeout=60)
         assert self._process.returncode == status, output
-        return output
+        return output.decode()
 
     def has_ended(self) -> bool:
         """Whether it has ended."""

@@ -9,19 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 import numpy as np
 
 from coral.bpf import Features, Rung, Step, kernel_names
-from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries, Support
+from coral.bpf.closing import close_all
+from coral.collectors.contract import (
+    Coverage,
+    EventRows,
+    ServiceProcesses,
+    Summaries,
+    Support,
+    Unread,
+)
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
+from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
+from coral.collectors.http_latency.tls import TlsHooks
+from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
@@ -83,6 +94,13 @@ class HttpLatencyOptions(KernelOptions):
         "aborted before a response",
     )
 
+    tls: bool = option(
+        boolean(),
+        "true",
+        "read what passes through OpenSSL, too; each of its functions becomes some microseconds "
+        "slower for every process that uses the same file",
+    )
+
     def check(self, service: ServiceProcesses | None) -> None:
         """Raises `OptionError`, too, for a filter of single events without single events."""
         super().check(service)
@@ -104,13 +122,16 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
     options_type = HttpLatencyOptions
+    thread_state = True
 
     def _plan(self, features: Features) -> Plan:
+        self._tls: TlsHooks | None = None
         return Plan(
             _OBJECT,
             features,
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
+            walks=TLS_PROGRAMS,
             options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
@@ -147,6 +168,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session["since"] = self._slot.never
         self._write_session()
         self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
+        self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -158,6 +180,12 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
     def _on_followed(self) -> None:
         self._session["since"] = self._slot.since
         self._write_session()
+
+    def _on_filled(self) -> None:
+        if self._options.tls:
+            executing = self._options.pid if self._options.from_exec else ()
+            self._tls = self._slot.common(TlsHooks)
+            self._tls.join(self._slot, self._targets.present(), executing)
 
     def _write_session(self) -> None:
         self._slot.own("http_sessions", self._session)
@@ -172,8 +200,15 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
 
+    def _read_unread(self) -> Mapping[str, Unread]:
+        return self._unread.read()
+
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())
+
+    def close(self) -> None:
+        tls, self._tls = self._tls, None
+        close_all([*([partial(tls.leave, self._slot)] if tls else []), super().close])
 
 
 COLLECTOR: Final = HttpLatencyCollector

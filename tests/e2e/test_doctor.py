@@ -22,6 +22,7 @@ MODES: Final = ("summaries", "events")
 COLLECTORS: Final = {
     "syscall_stats": "1,000 of 1,000 calls of getppid",
     "tcp_metrics": "200 of 200 ends of connections",
+    "http_latency": "200 of 200 requests",
 }
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

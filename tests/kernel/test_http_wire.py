@@ -7,15 +7,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
+from tests.http_seen import (
+    BY_CLIENT,
+    BY_SERVER,
+    CLIENT,
+    COMPLETE,
+    SERVER,
+    UPGRADED,
+    Request,
+    Seen,
+    seeing,
+)
 from tests.network import connected, puppets
-from tests.support import Puppet
+from tests.support import Puppet, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-BY_CLIENT, BY_SERVER = pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER
-UPGRADED = pb.HTTP_OUTCOME_UPGRADED
+
+TCP_CLOSE = "7"
 
 
 @pytest.fixture
@@ -113,7 +122,8 @@ def test_heads_of_every_length_up_to_three_windows(pair: tuple[Puppet, Puppet]) 
             pair,
             f"for n in {lengths}:\n"
             "  pad = b'x' * n\n"
-            "  data = b'PUT /long/%d HTTP/1.1\\r\\nA: %b\\r\\nContent-Length: 3\\r\\n\\r\\nabc' % (n, pad)\n"
+            "  data = b'PUT /long/%d HTTP/1.1\\r\\nA: %b\\r\\n' % (n, pad)\n"
+            "  data += b'Content-Length: 3\\r\\n\\r\\nabc'\n"
             "  give_split(END, data, len(data))\n"
             "  data = b'HTTP/1.1 200 OK\\r\\nA: %b\\r\\nContent-Length: 2\\r\\n\\r\\nok' % pad\n"
             "  take_split(END, data, len(data))",
@@ -251,6 +261,37 @@ def client_ends_its_side_and_body_ends_later(client: Puppet, server: Puppet) -> 
     client.do("assert c.recv(1) == b''; c.close()")
 
 
+def _answered_and_closed(server: Puppet) -> None:
+    server.do(r"s.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12345'); s.close()")
+
+
+def _reads_late(client: Puppet) -> None:
+    """Reads when the kernel has long ended the connection."""
+    wait_until(lambda: client.ask("c.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO)") == TCP_CLOSE)
+    client.do("take(c, 43); c.close()")
+
+
+def client_reads_late(client: Puppet, server: Puppet) -> None:
+    _asked(client, server)
+    _answered_and_closed(server)
+    client.do("take(c, 43); c.close()")
+
+
+def client_ends_its_side_and_reads_late(client: Puppet, server: Puppet) -> None:
+    _asked(client, server)
+    client.do("c.shutdown(socket.SHUT_WR)")
+    server.do("assert s.recv(1) == b''")
+    _answered_and_closed(server)
+    _reads_late(client)
+
+
+def client_reads_after_a_reset(client: Puppet, server: Puppet) -> None:
+    client.do(r"c.sendall(b'GET /it HTTP/1.1\r\n\r\n-')")
+    server.do("take(s, 20); s.recv(1, socket.MSG_PEEK)")
+    _answered_and_closed(server)
+    _reads_late(client)
+
+
 def server_refuses_a_body(client: Puppet, server: Puppet) -> None:
     _asked(client, server, r"b'POST /it HTTP/1.1\r\nContent-Length: 10\r\n\r\n12345'")
     _answered(client, server, r"b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12345'")
@@ -290,6 +331,9 @@ def tunnels(client: Puppet, server: Puppet) -> None:
         (body_ends_with_the_connection, COMPLETE, 200, 5),
         (client_ends_its_side_first, COMPLETE, 200, 5),
         (client_ends_its_side_and_body_ends_later, COMPLETE, 200, 5),
+        (client_reads_late, COMPLETE, 200, 5),
+        (client_ends_its_side_and_reads_late, COMPLETE, 200, 5),
+        (client_reads_after_a_reset, COMPLETE, 200, 5),
         (server_refuses_a_body, COMPLETE, 200, 5),
         (goes_on_with_another_protocol, UPGRADED, 101, 0),
         (tunnels, UPGRADED, 200, 0),
@@ -305,3 +349,23 @@ def test_how_it_ended(
             assert (found.outcome, found.status) == (outcome, status)
             assert found.response_body_bytes == body_bytes
             assert found.path == ("" if act is tunnels else "/it")
+
+
+@pytest.mark.parametrize(("sent", "outcome"), [(5, COMPLETE), (4, BY_CLIENT)])
+def test_a_server_answers_a_client_that_has_gone(
+    sent: int, outcome: int, pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    with seeing(client.pid, server.pid) as seen:
+        _asked(client, server)
+        client.do("c.close()")
+        server.do("assert s.recv(1) == b''")
+        # The client's reset comes back while the call that sends has not returned yet.
+        body = b"x" * sent
+        server.do(
+            rf"s.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n' + {body!r}); s.close()"
+        )
+        (at_client,), (at_server,) = _both(seen)
+    assert (at_client.outcome, at_client.status) == (BY_CLIENT, 0)
+    assert (at_server.outcome, at_server.status) == (outcome, 200)
+    assert at_server.response_body_bytes == sent
