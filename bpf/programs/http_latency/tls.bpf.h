@@ -557,9 +557,10 @@ static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct
  * the verifier goes through the parser once. */
 SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 length)
 {
+	struct operation op = {.base = base, .length = length};
 	struct feed feed = {
 	    .cursor = {.c = connection_at(number), .direction = direction & 1},
-	    .op = {.base = base, .length = length},
+	    .op = &op,
 	    .left = length,
 	};
 	struct ssl_thread *thread = ssl_thread();
@@ -568,7 +569,7 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 	if (!thread || !c)
 		return 0;
 	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && try_request(c, &feed.op, feed.cursor.direction))) {
+	    !(c->unread == UNREAD_JOINED && try_request(c, &op, feed.cursor.direction))) {
 		c->unread_bytes += length;
 		return 0;
 	}
