@@ -15,13 +15,21 @@ from typing import Final
 import numpy as np
 
 from coral.bpf import Features, Rung, Step, kernel_names
-from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.contract import (
+    Coverage,
+    EventRows,
+    ServiceProcesses,
+    Summaries,
+    Support,
+    Unread,
+)
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
+from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
@@ -147,6 +155,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session["since"] = self._slot.never
         self._write_session()
         self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
+        self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -171,6 +180,9 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
+
+    def _read_unread(self) -> Mapping[str, Unread]:
+        return self._unread.read()
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())
