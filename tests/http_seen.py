@@ -39,6 +39,7 @@ class Request:
     local_port: int
     remote_port: int
     version: int
+    tls: int
 
     @property
     def exchange(self) -> tuple[str, str, int, int, int]:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +22,7 @@ import psutil
 
 from tests.support import ROOT, wait_until
 
+_NGINX = ROOT / "build/nginx/nginx"
 _PROGRAMS = ROOT / "tests/programs/http"
 _MODULES = Path("/usr/lib/apache2/modules")
 
@@ -56,6 +59,14 @@ class Logged(NamedTuple):
     upstream_head_s: float = -1
 
 
+# What is not installed, of what these servers and clients need: guests of another architecture than
+# this machine's do without.
+MISSING = [
+    *(str(name) for name in (_NGINX, "apache2", "node", "curl", "wrk") if not shutil.which(name)),
+    *(name for name in ("uvicorn",) if not find_spec(name)),
+]
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     with socket.socket() as it:
@@ -65,7 +76,7 @@ def free_port() -> int:
 
 
 @dataclass
-class Server:
+class Server(ABC):
     """A server of the files below `site`, at work in `directory`."""
 
     site: Path
@@ -87,7 +98,7 @@ class Server:
 
     def log(self) -> list[Logged]:
         """What it has logged so far."""
-        text = self._log_path.read_text()
+        text, _, _ = self._log_path.read_text().rpartition("\n")  # but for a line being written
         return [self._line(words) for line in text.splitlines() if (words := self._words(line))]
 
     def _words(self, line: str) -> Sequence[str]:
@@ -151,10 +162,9 @@ class Nginx(Server):
 
     @property
     def command(self) -> Sequence[object]:
-        installed = ROOT / "build/nginx/nginx"
         self._write_configuration()
         prefix = f"{self.directory}/"
-        return (installed, "-p", prefix, "-c", self.directory / "nginx.conf", "-e", "stderr")
+        return (_NGINX, "-p", prefix, "-c", self.directory / "nginx.conf", "-e", "stderr")
 
     def _write_configuration(self) -> None:
         places = "\n".join(
@@ -269,7 +279,7 @@ class Node(Server):
         return f"waits {path}\n" in self.output.read_text()
 
 
-SERVERS = {
+SERVERS: Mapping[str, Callable[[Path, Path], Server]] = {
     "nginx": Nginx,
     "apache": Apache,
     "http.server": PythonServer,

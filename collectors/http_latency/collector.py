@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 import numpy as np
 
 from coral.bpf import Features, Rung, Step, kernel_names
+from coral.bpf.closing import close_all
 from coral.collectors.contract import (
     Coverage,
     EventRows,
@@ -29,6 +30,8 @@ from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
+from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
+from coral.collectors.http_latency.tls import TlsHooks
 from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
@@ -91,6 +94,13 @@ class HttpLatencyOptions(KernelOptions):
         "aborted before a response",
     )
 
+    tls: bool = option(
+        boolean(),
+        "true",
+        "read what passes through OpenSSL, too; each of its functions becomes some microseconds "
+        "slower for every process that uses the same file",
+    )
+
     def check(self, service: ServiceProcesses | None) -> None:
         """Raises `OptionError`, too, for a filter of single events without single events."""
         super().check(service)
@@ -112,13 +122,16 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
     options_type = HttpLatencyOptions
+    thread_state = True
 
     def _plan(self, features: Features) -> Plan:
+        self._tls: TlsHooks | None = None
         return Plan(
             _OBJECT,
             features,
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
+            walks=TLS_PROGRAMS,
             options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
@@ -168,6 +181,12 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session["since"] = self._slot.since
         self._write_session()
 
+    def _on_filled(self) -> None:
+        if self._options.tls:
+            executing = self._options.pid if self._options.from_exec else ()
+            self._tls = self._slot.common(TlsHooks)
+            self._tls.join(self._slot, self._targets.present(), executing)
+
     def _write_session(self) -> None:
         self._slot.own("http_sessions", self._session)
 
@@ -186,6 +205,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())
+
+    def close(self) -> None:
+        tls, self._tls = self._tls, None
+        close_all([*([partial(tls.leave, self._slot)] if tls else []), super().close])
 
 
 COLLECTOR: Final = HttpLatencyCollector

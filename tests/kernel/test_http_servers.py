@@ -26,6 +26,7 @@ from tests.http_seen import (
 )
 from tests.http_servers import (
     CLIENTS,
+    MISSING,
     SERVERS,
     Call,
     Exchange,
@@ -39,7 +40,10 @@ from tests.http_servers import (
 from tests.network import connected, puppets
 from tests.support import wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_left"),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}"),
+]
 
 _CURL_GOT_A_PART, _CURL_TIMED_OUT = 18, 28  # of its exit statuses
 _WRK_S = 2
@@ -56,7 +60,7 @@ def site() -> Iterator[Path]:
         yield path
 
 
-def _tagged(site: Path, by: str, server: type[Server]) -> list[Call]:
+def _tagged(site: Path, by: str, server: Server) -> list[Call]:
     """Requests to paths of their own."""
     calls = []
     (site / by).mkdir(mode=0o755)
@@ -82,7 +86,7 @@ def _tagged(site: Path, by: str, server: type[Server]) -> list[Call]:
 @pytest.mark.parametrize("name", SERVERS)
 def test_every_request_once(name: str, site: Path, tmp_path: Path) -> None:
     server = SERVERS[name](site, tmp_path)
-    calls = {by: _tagged(site, by, SERVERS[name]) for by in CLIENTS}
+    calls = {by: _tagged(site, by, server) for by in CLIENTS}
     with server.running(), ExitStack() as stack:
         callers = {
             by: stack.enter_context(client(command(server.port, calls[by])))
@@ -232,11 +236,6 @@ def test_times_are_those_of_nginx(site: Path, tmp_path: Path) -> None:
         lines = _logged(proxy, len(calls))
     assert {each.status for each in told} == {200}
     for to_client, to_upstream, line in zip(places[1], places[2], lines, strict=True):
-        print(
-            to_client.duration_ns / 1e9 - line.request_s,
-            to_upstream.duration_ns / 1e9 - line.upstream_s,
-            to_upstream.first_byte_ns / 1e9 - line.upstream_head_s,
-        )
         # It says them in whole ms, by a clock that it reads once for all that it has to do.
         assert to_client.duration_ns / 1e9 == pytest.approx(line.request_s, rel=0.02, abs=2e-3)
         assert to_upstream.duration_ns / 1e9 == pytest.approx(line.upstream_s, rel=0.02, abs=2e-3)
@@ -301,6 +300,7 @@ def _as_wrk(times_us: list[int]) -> list[float]:
     return [float(np.percentile(every, part)) for part in (50, 99)]
 
 
+@pytest.mark.long
 @pytest.mark.timed
 def test_requests_of_wrk_are_those_in_the_log(site: Path, tmp_path: Path) -> None:
     server = Nginx(site, tmp_path)
@@ -329,7 +329,6 @@ def test_requests_of_wrk_are_those_in_the_log(site: Path, tmp_path: Path) -> Non
     assert {each.outcome for each in at_client} <= {COMPLETE, BY_CLIENT}
     assert len(complete) == told
     ours = _as_wrk([each.duration_ns // 1000 for each in complete])
-    print("wrk", told, percentiles_us, "ours", ours)
     for our_us, its_us in zip(ours, percentiles_us, strict=True):
         assert our_us == pytest.approx(its_us, rel=0.05, abs=20)
 
@@ -372,6 +371,5 @@ def test_times_to_the_first_byte_and_to_the_last() -> None:
         found = {role: seen.wait_for(len(waits), role) for role in told}
     for role, times_ns in told.items():
         for each, (first_ns, last_ns) in zip(found[role], times_ns, strict=True):
-            print(role, each.first_byte_ns - first_ns, each.duration_ns - last_ns)
             assert each.first_byte_ns == pytest.approx(first_ns, rel=0.02, abs=1e6)
             assert each.duration_ns == pytest.approx(last_ns, rel=0.02, abs=1e6)

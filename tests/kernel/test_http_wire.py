@@ -346,7 +346,26 @@ def test_how_it_ended(
     with seeing(client.pid, server.pid) as seen:
         act(client, server)  # type: ignore[operator]
         for (found,) in _both(seen):
-            print(found)
             assert (found.outcome, found.status) == (outcome, status)
             assert found.response_body_bytes == body_bytes
             assert found.path == ("" if act is tunnels else "/it")
+
+
+@pytest.mark.parametrize(("sent", "outcome"), [(5, COMPLETE), (4, BY_CLIENT)])
+def test_a_server_answers_a_client_that_has_gone(
+    sent: int, outcome: int, pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    with seeing(client.pid, server.pid) as seen:
+        _asked(client, server)
+        client.do("c.close()")
+        server.do("assert s.recv(1) == b''")
+        # The client's reset comes back while the call that sends has not returned yet.
+        body = b"x" * sent
+        server.do(
+            rf"s.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n' + {body!r}); s.close()"
+        )
+        (at_client,), (at_server,) = _both(seen)
+    assert (at_client.outcome, at_client.status) == (BY_CLIENT, 0)
+    assert (at_server.outcome, at_server.status) == (outcome, 200)
+    assert at_server.response_body_bytes == sent

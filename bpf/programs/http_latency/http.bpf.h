@@ -8,12 +8,13 @@
  * Whoever includes it says what to do when an exchange is over:
  *
  *	static void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
- *	static void path_spill(struct connection *c, __u32 number)
+ *	static void request_spill(struct connection *c, __u32 number)
  */
 #pragma once
 
 #define PATH_BYTES 256
-#define PIPELINE   32 /* requests that wait for their responses on one connection */
+#define PIPELINE   256 /* requests that wait for their responses on one connection */
+#define AT_HAND	   2   /* the newest of them; whoever includes this keeps the others */
 #define WINDOW	   512 /* bytes that are copied from user memory at once */
 #define WORD_BYTES 8
 
@@ -33,7 +34,7 @@ enum method {
 
 /* As enum HttpOutcome of the contract. */
 enum outcome {
-	OUTCOME_NONE,
+	OUTCOME_NONE, /* it was no exchange */
 	OUTCOME_COMPLETE,
 	OUTCOME_ABORTED_BY_CLIENT,
 	OUTCOME_ABORTED_BY_SERVER,
@@ -53,6 +54,8 @@ enum unread {
 	UNREAD_HTTP2,
 	UNREAD_OTHER, /* another protocol */
 	UNREAD_UPGRADED,
+	UNREAD_BEHIND, /* more requests waited than are kept: which response is whose is not known
+			*/
 };
 
 /* Where in a message the next byte lies. */
@@ -71,9 +74,10 @@ enum place {
 	AT_VALUE, /* of a header that does not matter */
 	AT_LENGTH,
 	AT_CODING,
+	AT_FOLD, /* after a header that matters, which may go on in the next line */
 	AT_HEAD_END,
 	AT_BODY,
-	AT_BODY_TO_CLOSE,
+	AT_BODY_TO_CLOSE, /* its end cannot be told */
 	AT_CHUNK_SIZE,
 	AT_CHUNK_EXTENSION,
 	AT_CHUNK,
@@ -88,7 +92,9 @@ enum place {
 #define HAS_LENGTH  1
 #define HAS_CODING  2
 #define IS_CHUNKED  4
-#define IS_ABSOLUTE 8
+#define IS_UNCLEAR  8  /* recipients disagree where such a message ends */
+#define IS_ANSWERED 16 /* a request, before its head was whole */
+#define IS_EARLY    32 /* a response that is over, and whose request has not been seen yet */
 
 /* One direction of a connection: the message that passes. */
 struct lane {
@@ -110,25 +116,26 @@ struct lane {
 /* Of a request. */
 #define PATH_CUT     1 /* longer than PATH_BYTES */
 #define PATH_QUERIED 2 /* it had a query, which was not copied */
-#define PATH_SPILLED 4
 
 struct request {
 	__u64 begun_ns;
 	__u64 ended_ns; /* its last byte; 0 if it has not passed yet */
 	__u64 body_bytes;
 	__u64 path_hash; /* FNV-1a */
+	__u32 number;	 /* on its connection */
 	__u16 path_bytes;
 	__u8 method;
 	__u8 version;
 	__u8 flags;
-	__u8 reserved[3];
+	__u8 reserved[7];
+	__u64 path[PATH_BYTES / 8]; /* characters; in words, which are quicker to copy */
 };
 
 #define ADDRESS_BYTES 16
 
 struct connection {
 	__u64 sk;
-	__u64 id; /* the socket's cookie, or a number of ours */
+	__u64 id;	  /* the socket's cookie, or a number of ours */
 	__u64 watching;	  /* the sessions that watch the process ... */
 	__u32 tgid;	  /* ... that used it last, */
 	__u32 generation; /* as of which they do */
@@ -145,14 +152,16 @@ struct connection {
 	__u8 local[ADDRESS_BYTES];
 	__u8 remote[ADDRESS_BYTES];
 	__u64 unread_bytes;
-	struct lane lanes[2]; /* by direction */
-	__u64 paths[2][PATH_BYTES / 8]; /* characters; in words, which are quicker to copy */
-	struct request requests[PIPELINE];
+	__u64 ssl;  /* the object of OpenSSL whose decrypted bytes are read; 0 for a socket */
+	__u64 tied; /* `sk` of the socket that carries these; of a socket: of what it carries */
+	struct lane lanes[2];	/* by direction */
+	__u8 methods[PIPELINE]; /* of the requests that wait, by number */
+	struct request requests[AT_HAND];
 };
 
 static __always_inline void exchange_ended(struct connection *c, enum outcome outcome,
 					   __u64 now_ns);
-static __always_inline void path_spill(struct connection *c, __u32 number);
+static __always_inline void request_spill(struct connection *c, __u32 number);
 
 /* Bytes of a connection that pass in one direction. Where the next one lies is kept here: the
  * verifier would go through each turn of the loop for a number that it knows. */
@@ -184,7 +193,12 @@ static __always_inline __u32 request_direction(const struct connection *c)
 
 static __always_inline struct request *request_at(struct connection *c, __u32 number)
 {
-	return &c->requests[number % PIPELINE];
+	return &c->requests[number % AT_HAND];
+}
+
+static __always_inline __u8 *method_at(struct connection *c, __u32 number)
+{
+	return &c->methods[number % PIPELINE];
 }
 
 static __always_inline void not_read(struct connection *c, __u8 why)
@@ -192,15 +206,14 @@ static __always_inline void not_read(struct connection *c, __u8 why)
 	c->unread = why;
 	c->on_trial = 0;
 	c->lanes[RECEIVED].place = c->lanes[SENT].place = AT_NOTHING;
+	c->lanes[RECEIVED].flags = c->lanes[SENT].flags = 0;
+	c->lanes[RECEIVED].status = c->lanes[SENT].status = 0;
 }
 
 /* What follows cannot be understood: what waits for a response gets none that is known. */
 static __always_inline void lose_track(struct connection *c, __u64 now_ns)
 {
-	if (c->on_trial)
-		c->answered = c->made; /* they were none */
-	else
-		exchange_ended(c, OUTCOME_UNKNOWN, now_ns);
+	exchange_ended(c, c->on_trial ? OUTCOME_NONE : OUTCOME_UNKNOWN, now_ns);
 	c->role = HTTP_ROLE_NONE;
 	not_read(c, UNREAD_JOINED);
 }
@@ -214,19 +227,22 @@ static __always_inline void give_up(struct connection *c, __u8 why, __u64 now_ns
 		lose_track(c, now_ns);
 }
 
+/* The characters of a token (RFC 9110, 5.6.2), a bit each: below '@', and from there. */
+#define TOKEN_BELOW 0x03FF6CFA00000000ULL
+#define TOKEN_ABOVE 0x57FFFFFFC7FFFFFEULL
+
 static __always_inline bool is_token(__u8 b)
 {
-	return (b >= 'A' && b <= 'Z') || (b >= 'a' && b <= 'z') || b == '-' || b == '_' ||
-	       (b >= '0' && b <= '9');
+	return b < 128 && ((b < 64 ? TOKEN_BELOW : TOKEN_ABOVE) >> (b & 63)) & 1;
 }
 
-#define CHARS_3(a, b, c)		    ((__u64)(a) << 16 | (b) << 8 | (c))
-#define CHARS_4(a, b, c, d)		    (CHARS_3(a, b, c) << 8 | (d))
-#define CHARS_7(a, b, c, d, e, f, g)	    (CHARS_4(a, b, c, d) << 24 | CHARS_3(e, f, g))
-#define CHARS_8(a, b, c, d, e, f, g, h)	    (CHARS_4(a, b, c, d) << 32 | CHARS_4(e, f, g, h))
-#define HTTP_1_0			    CHARS_8('H', 'T', 'T', 'P', '/', '1', '.', '0')
-#define HTTP_2_0			    CHARS_8('H', 'T', 'T', 'P', '/', '2', '.', '0')
-#define LITTLE_8(a, b, c, d, e, f, g, h)    CHARS_8(h, g, f, e, d, c, b, a)
+#define CHARS_3(a, b, c)		 ((__u64)(a) << 16 | (b) << 8 | (c))
+#define CHARS_4(a, b, c, d)		 (CHARS_3(a, b, c) << 8 | (d))
+#define CHARS_7(a, b, c, d, e, f, g)	 (CHARS_4(a, b, c, d) << 24 | CHARS_3(e, f, g))
+#define CHARS_8(a, b, c, d, e, f, g, h)	 (CHARS_4(a, b, c, d) << 32 | CHARS_4(e, f, g, h))
+#define HTTP_1_0			 CHARS_8('H', 'T', 'T', 'P', '/', '1', '.', '0')
+#define HTTP_2_0			 CHARS_8('H', 'T', 'T', 'P', '/', '2', '.', '0')
+#define LITTLE_8(a, b, c, d, e, f, g, h) CHARS_8(h, g, f, e, d, c, b, a)
 
 static __always_inline __u8 method_named(__u64 word, __u8 length)
 {
@@ -275,8 +291,9 @@ static __always_inline void request_begin(struct connection *c, struct lane *lan
 	struct request *request = request_at(c, c->made);
 
 	message_begin(lane, now_ns);
-	if (c->made - c->answered >= 2) /* whose path lies where this one's will */
-		path_spill(c, c->made - 2);
+	if (c->made - c->answered >= AT_HAND) /* one lies where this one will */
+		request_spill(c, c->made - AT_HAND);
+	request->number = c->made;
 	request->begun_ns = now_ns;
 	request->ended_ns = request->body_bytes = 0;
 	request->path_hash = FNV_OFFSET;
@@ -295,18 +312,25 @@ static __always_inline void path_add(struct connection *c, __u8 b)
 		request->flags |= PATH_CUT;
 		return;
 	}
-	((__u8 *)c->paths[c->made & 1])[at % PATH_BYTES] = b;
+	((__u8 *)request->path)[at % PATH_BYTES] = b;
 	request->path_bytes = at + 1;
 }
 
 /* The last byte of a request. */
 static __always_inline void request_end(struct connection *c, struct lane *lane, __u64 now_ns)
 {
+	struct lane *answer = lane_of(c, !request_direction(c));
 	struct request *request = request_at(c, c->made - 1);
 
 	request->body_bytes = lane->body_bytes;
 	request->ended_ns = now_ns;
 	token_begin(lane, AT_START);
+	if (!(answer->flags & IS_EARLY) || c->made == c->answered)
+		return;
+	answer->flags = 0;
+	if (answer->begun_ns < request->begun_ns)
+		answer->begun_ns = request->begun_ns;
+	exchange_ended(c, OUTCOME_COMPLETE, now_ns);
 }
 
 static __always_inline void body_begin(struct lane *lane)
@@ -322,52 +346,88 @@ static __always_inline bool has_body(const struct lane *lane)
 static __always_inline void request_head_ended(struct connection *c, struct lane *lane,
 					       __u64 now_ns)
 {
-	if (lane->flags & HAS_CODING && !(lane->flags & IS_CHUNKED)) {
-		lose_track(c, now_ns); /* no recipient can tell where it ends */
-		return;
-	}
-	c->made++;
-	if (has_body(lane))
+	bool answered = lane->flags & IS_ANSWERED;
+
+	if (!answered)
+		c->made++;
+	if (lane->flags & IS_UNCLEAR || (lane->flags & HAS_CODING && !(lane->flags & IS_CHUNKED))) {
+		token_begin(lane, AT_BODY_TO_CLOSE); /* its response can still be told */
+		if (answered)
+			lose_track(c, now_ns);
+	} else if (has_body(lane)) {
 		body_begin(lane);
-	else
+	} else {
 		request_end(c, lane, now_ns);
+	}
 }
 
+/* A response may be over before its request has been seen: where one thread sends and another one
+ * receives, their hooks run in any order. The next request is the one that it answers. */
 static __always_inline void response_end(struct connection *c, struct lane *lane,
 					 enum outcome outcome, __u64 now_ns)
 {
 	lane->last_ns = now_ns;
-	if (c->made != c->answered)
-		exchange_ended(c, outcome, now_ns);
 	token_begin(lane, AT_START);
+	if (c->made == c->answered) {
+		lane->flags = IS_EARLY;
+		return;
+	}
+	exchange_ended(c, outcome, now_ns);
+	if (lane_of(c, request_direction(c))->place == AT_BODY_TO_CLOSE && c->made == c->answered)
+		lose_track(c, now_ns); /* what that request was followed by */
+}
+
+/* A server may answer when it has seen enough of a request's head. */
+static __always_inline void answer_in_head(struct connection *c, __u8 version)
+{
+	struct lane *ask = lane_of(c, request_direction(c));
+	struct request *request = request_at(c, c->made);
+
+	if (ask->place < AT_TARGET || ask->place > AT_HEAD_END || ask->flags & IS_ANSWERED)
+		return;
+	if (ask->place <= AT_AUTHORITY)
+		request->flags |= PATH_CUT;
+	if (ask->place <= AT_VERSION)
+		request->version = version;
+	ask->flags |= IS_ANSWERED;
+	c->made++;
+}
+
+static __always_inline bool ends_with_head(const struct lane *lane)
+{
+	return lane->status == 204 || lane->status == 304 ||
+	       ((lane->flags & (HAS_LENGTH | HAS_CODING | IS_UNCLEAR)) == HAS_LENGTH &&
+		!lane->left);
 }
 
 static __always_inline void response_head_ended(struct connection *c, struct lane *lane,
 						__u64 now_ns)
 {
-	struct request *request = request_at(c, c->answered);
-	bool asked = c->made != c->answered;
 	__u16 status = lane->status;
-	bool tunnels = asked && request->method == METHOD_CONNECT && status / 100 == 2;
+	__u8 method = METHOD_NONE;
 
-	if (asked)
+	if (status / 100 != 1 && c->made == c->answered)
+		answer_in_head(c, lane->version);
+	if (c->made != c->answered) {
+		method = *method_at(c, c->answered);
 		c->on_trial = 0;
-	if (status == 101 || tunnels) {
+	}
+	if (status == 101 || (method == METHOD_CONNECT && status / 100 == 2)) { /* a tunnel */
 		response_end(c, lane, OUTCOME_UPGRADED, now_ns);
+		exchange_ended(c, OUTCOME_UNKNOWN, now_ns);
 		not_read(c, UNREAD_UPGRADED);
-		return;
-	}
-	if (status / 100 == 1) { /* the final one follows */
+	} else if (status / 100 == 1) { /* the final one follows */
 		token_begin(lane, AT_START);
-		return;
-	}
-	if ((asked && request->method == METHOD_HEAD) || status == 204 || status == 304 ||
-	    (lane->flags & HAS_LENGTH && !(lane->flags & HAS_CODING) && !lane->left))
+	} else if (method == METHOD_HEAD || ends_with_head(lane)) {
 		response_end(c, lane, OUTCOME_COMPLETE, now_ns);
-	else if (lane->flags & IS_CHUNKED || (lane->flags & HAS_LENGTH && !(lane->flags & HAS_CODING)))
+	} else if (lane->flags & IS_UNCLEAR) {
+		lose_track(c, now_ns);
+	} else if (lane->flags & IS_CHUNKED ||
+		   (lane->flags & (HAS_LENGTH | HAS_CODING)) == HAS_LENGTH) {
 		body_begin(lane);
-	else
+	} else {
 		token_begin(lane, AT_BODY_TO_CLOSE);
+	}
 }
 
 static __always_inline bool is_request_lane(const struct connection *c, __u32 direction)
@@ -469,83 +529,85 @@ static const __u8 header_names[2][NAME_ROOM] = {"content-length", "transfer-enco
 
 #define LOWER_CONTENT  LITTLE_8('c', 'o', 'n', 't', 'e', 'n', 't', '-')
 #define LOWER_TRANSFER LITTLE_8('t', 'r', 'a', 'n', 's', 'f', 'e', 'r')
-#define CASE_BITS      (ONES * 0x20)
+#define CASE_BIT       0x20
+#define CASE_BITS      (ONES * CASE_BIT)
 
-/* The first bytes of a header's name, if all eight are there: most names are none that matter. */
-static __always_inline __u32 name_started(struct cursor *cursor, struct lane *lane)
+/* Most names are none that matter. */
+static __always_inline __u32 name_started(struct lane *lane, __u64 word)
 {
-	__u64 word;
-
-	if (cursor->window->at + WORD_BYTES > cursor->window->end)
-		return 0;
-	word = word_at(cursor->window, cursor->window->at) | CASE_BITS;
-	if (word == LOWER_CONTENT)
+	if ((word | CASE_BITS >> 8) == LOWER_CONTENT) {
 		lane->name = NAME_LENGTH;
-	else if (word == LOWER_TRANSFER)
+	} else if ((word | CASE_BITS) == LOWER_TRANSFER) {
 		lane->name = NAME_CODING;
-	else
+	} else {
+		if ((__u8)word != '\r' && (__u8)word != '\n')
+			lane->place = AT_VALUE;
 		return 0;
+	}
 	lane->column = WORD_BYTES;
 	return WORD_BYTES;
 }
 
 static __always_inline void name_step(struct lane *lane, __u8 b)
 {
-	__u8 lower = b | 0x20, wanted;
+	__u8 lower = b & 0x40 ? b | CASE_BIT : b, wanted;
 
 	if (!lane->column)
 		lane->name = lower == 't' ? NAME_CODING : NAME_LENGTH;
 	wanted = header_names[lane->name & 1][lane->column % NAME_ROOM];
-	if (b == ':' && !wanted) {
-		lane->flags |= lane->name == NAME_CODING ? HAS_CODING : 0;
+	if (b && lower == wanted) {
+		lane->column++;
+	} else if (b == ':' && !wanted) {
 		token_begin(lane, lane->name == NAME_CODING ? AT_CODING : AT_LENGTH);
-		if (lane->place == AT_LENGTH)
-			lane->left = 0;
-		return;
-	}
-	if (lower != wanted) {
+	} else {
+		if (!wanted && (b == ' ' || b == '\t')) /* some take it for the name all the same */
+			lane->flags |= IS_UNCLEAR;
 		lane->place = b == '\n' ? AT_NAME : AT_VALUE;
 		lane->column = 0;
-		return;
 	}
-	lane->column++;
 }
 
 #define MOST_LENGTH (1ULL << 56)
 
-static __always_inline bool length_step(struct lane *lane, __u8 b)
+/* Equal lengths may be said several times, in a list or in several headers. */
+static __always_inline void length_ended(struct lane *lane, __u8 place)
 {
-	if (b >= '0' && b <= '9') {
-		if (lane->column == 2) /* digits again, after a space */
-			return false;
-		lane->left = lane->left * 10 + (b - '0');
+	if (!lane->column || (lane->flags & HAS_LENGTH && lane->left != lane->word))
+		lane->flags |= IS_UNCLEAR;
+	lane->flags |= HAS_LENGTH;
+	lane->left = lane->word;
+	token_begin(lane, place);
+}
+
+static __always_inline void length_step(struct lane *lane, __u8 b)
+{
+	if (b >= '0' && b <= '9' && lane->column < 2 && lane->word < MOST_LENGTH) {
+		lane->word = lane->word * 10 + (b - '0');
 		lane->column = 1;
-		return lane->left < MOST_LENGTH;
+	} else if (b == '\n' || b == ',') {
+		length_ended(lane, b == ',' ? AT_LENGTH : AT_FOLD);
+	} else if (b == ' ' || b == '\t' || b == '\r') {
+		if (lane->column)
+			lane->column = 2; /* no more digits */
+	} else {
+		lane->flags |= IS_UNCLEAR;
 	}
-	if (b == '\n') {
-		if (!lane->column)
-			return false;
-		lane->flags |= HAS_LENGTH;
-		token_begin(lane, AT_NAME);
-		return true;
-	}
-	if (lane->column)
-		lane->column = 2;
-	return b == ' ' || b == '\t' || b == '\r';
 }
 
 #define LOWER_CHUNKED CHARS_7('c', 'h', 'u', 'n', 'k', 'e', 'd')
 
+/* The last coding of all decides where the body ends. */
 static __always_inline void coding_step(struct lane *lane, __u8 b)
 {
 	if (b == '\n') {
+		lane->flags = (lane->flags & ~IS_CHUNKED) | HAS_CODING;
 		if (lane->word == LOWER_CHUNKED)
 			lane->flags |= IS_CHUNKED;
-		token_begin(lane, AT_NAME);
+		token_begin(lane, AT_FOLD);
 	} else if (b == ',') {
 		lane->word = 0;
 	} else if (b != ' ' && b != '\t' && b != '\r') {
-		lane->word = lane->word << 8 | (b | 0x20);
+		lane->word = lane->word << 8 | (b | CASE_BIT);
 	}
 }
 
@@ -623,7 +685,6 @@ static __always_inline bool target_step(struct connection *c, struct lane *lane,
 		return true;
 	}
 	if (!request->path_bytes && b != '/' && b != '*') {
-		lane->flags |= IS_ABSOLUTE;
 		lane->column = 0;
 		lane->place = AT_AUTHORITY;
 		return is_token(b) || b == '[';
@@ -639,12 +700,11 @@ static __always_inline bool authority_step(struct connection *c, struct lane *la
 		path_add(c, b);
 		lane->place = AT_TARGET;
 	} else if (b == ' ' || b == '?') {
-		if (lane->column == 2 || request_at(c, c->made)->method != METHOD_CONNECT)
+		if (lane->column == 2)
 			path_add(c, '/');
-		if (b == ' ')
-			token_begin(lane, AT_VERSION);
-		else
-			lane->place = AT_QUERY;
+		if (b == '?')
+			request_at(c, c->made)->flags |= PATH_QUERIED;
+		token_begin(lane, b == ' ' ? AT_VERSION : AT_QUERY);
 	}
 	return b >= ' ' && b != 127;
 }
@@ -653,6 +713,7 @@ static __always_inline bool method_step(struct connection *c, struct lane *lane,
 {
 	if (b == ' ') {
 		request_at(c, c->made)->method = method_named(lane->word, lane->column);
+		*method_at(c, c->made) = request_at(c, c->made)->method;
 		lane->place = AT_TARGET;
 		return lane->column;
 	}
@@ -692,8 +753,11 @@ static __always_inline bool start_step(struct connection *c, struct lane *lane, 
 	if (is_request_lane(c, direction)) {
 		if (b == '\r' || b == '\n')
 			return true;
-		if (c->made - c->answered >= PIPELINE)
-			return false;
+		if (c->made - c->answered >= PIPELINE) {
+			lose_track(c, now_ns);
+			c->unread = UNREAD_BEHIND;
+			return true;
+		}
 		request_begin(c, lane, now_ns);
 		return method_step(c, lane, b) && b != ' ';
 	}
@@ -730,10 +794,18 @@ static __always_inline bool byte_step(struct connection *c, struct lane *lane, _
 		token_begin(lane, AT_NAME);
 		return b == '\n';
 	case AT_LENGTH:
-		return length_step(lane, b);
+		length_step(lane, b);
+		return true;
 	case AT_CODING:
 		coding_step(lane, b);
 		return true;
+	case AT_FOLD:
+		if (b == ' ' || b == '\t') {
+			lane->flags |= IS_UNCLEAR;
+			lane->place = AT_VALUE;
+			return true;
+		}
+		lane->place = AT_NAME; /* fall through */
 	case AT_NAME:
 		if (!lane->column && (b == '\r' || b == '\n')) {
 			if (b == '\r')
@@ -772,6 +844,36 @@ static __always_inline bool byte_step(struct connection *c, struct lane *lane, _
 	return true;
 }
 
+static __always_inline __u32 protocol_started(struct lane *lane, __u64 word, __u64 now_ns)
+{
+	word = __builtin_bswap64(word);
+	if ((word & ~1ULL) != HTTP_1_0)
+		return 0;
+	if (lane->place == AT_START) {
+		message_begin(lane, now_ns);
+		lane->place = AT_PROTOCOL;
+	}
+	lane->word = word;
+	lane->column = WORD_BYTES;
+	return WORD_BYTES;
+}
+
+/* Takes in the first eight bytes of a token at once, where that is quicker and they are there. How
+ * many it took in. */
+static __always_inline __u32 token_started(struct cursor *cursor, struct lane *lane)
+{
+	__u32 at = cursor->window->at;
+
+	if (lane->column || at + WORD_BYTES > cursor->window->end)
+		return 0;
+	if (lane->place == AT_NAME)
+		return name_started(lane, word_at(cursor->window, at));
+	if (lane->place == AT_VERSION ||
+	    (lane->place == AT_START && !is_request_lane(cursor->c, cursor->direction)))
+		return protocol_started(lane, word_at(cursor->window, at), cursor->now_ns);
+	return 0;
+}
+
 static __always_inline bool skips_line(__u8 place)
 {
 	return place == AT_VALUE || place == AT_REASON || place == AT_CHUNK_EXTENSION ||
@@ -793,10 +895,17 @@ static long http_step(__u32 turn, struct cursor *cursor)
 	struct lane *lane = lane_of(c, cursor->direction);
 	__u32 at = cursor->window->at, end = cursor->window->end;
 	__u64 body, now_ns = cursor->now_ns;
-	__u8 place = lane->place, b;
+	__u32 started;
+	__u8 place, b;
 
 	if (at >= end)
 		return 1;
+	started = token_started(cursor, lane);
+	if (started) {
+		cursor->window->at = at + started;
+		return 0;
+	}
+	place = lane->place;
 	if (skips_line(place)) {
 		if (line_skipped(cursor))
 			line_ended(lane);
@@ -811,18 +920,10 @@ static long http_step(__u32 turn, struct cursor *cursor)
 			body_passed(c, lane, cursor->direction, body, now_ns);
 		return 0;
 	}
-	if (place == AT_NAME && !lane->column) {
-		__u32 started = name_started(cursor, lane);
-
-		if (started) {
-			cursor->window->at = at + started;
-			return 0;
-		}
-	}
 	b = cursor->window->bytes[at & (WINDOW - 1)];
 	cursor->window->at = at + 1;
 	if (!byte_step(c, lane, cursor->direction, b, now_ns))
-		give_up(c, b == 0x16 && !at ? UNREAD_TLS : UNREAD_OTHER, now_ns);
+		give_up(c, b == 0x16 && place == AT_START ? UNREAD_TLS : UNREAD_OTHER, now_ns);
 	return 0;
 }
 

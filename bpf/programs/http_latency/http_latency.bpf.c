@@ -57,23 +57,24 @@ IN_BTF(enum record_kind, record_kind);
 MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
 OPTIONS(struct connection, no_connection, 1); /* zeros, to create elements from */
 
-/* Paths of requests that wait behind at least two others. */
-struct path_key {
+/* Requests that wait behind as many as a connection has at hand. */
+struct request_key {
 	__u64 sk;
 	__u64 number;
 };
 
-struct path {
-	__u64 words[PATH_BYTES / 8];
-};
-
-MAP(HASH, spilled_paths, struct path_key, struct path, 16384, BPF_F_NO_PREALLOC);
+MAP(HASH, spilled_requests, struct request_key, struct request, 16384, BPF_F_NO_PREALLOC);
 MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
 
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
+#define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
 
 /* Where a record is made: for a process, or for a packet or a timer, which may come in between. */
 MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
+
+#define DRAFT_OF_THREAD 2
+
+static __always_inline struct http_exchange *draft_of_thread(void);
 
 /* What user space says about one session. */
 struct http_session {
@@ -104,7 +105,20 @@ SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
 
 static __always_inline struct http_exchange *draft_at(__u32 at)
 {
+	struct http_exchange *of_thread = at == DRAFT_OF_THREAD ? draft_of_thread() : NULL;
+
+	if (of_thread)
+		return of_thread;
+	if (at == DRAFT_OF_THREAD) /* a program that nothing comes between */
+		at = 0;
 	return bpf_map_lookup_elem(map_of(drafts), &at);
+}
+
+static __always_inline __u32 draft_for(__u32 outcome)
+{
+	if (outcome & BY_SSL)
+		return DRAFT_OF_THREAD;
+	return outcome & BY_PACKET ? 1 : 0;
 }
 
 /* Sends a draft to one session. */
@@ -122,59 +136,55 @@ static __always_inline struct connection *connection_at(__u64 sk)
 	return bpf_map_lookup_elem(map_of(connections), &sk);
 }
 
-/* Keeps the path of request NUMBER elsewhere. */
+/* Keeps request NUMBER elsewhere; where there is no room, its exchange is lost. */
 SUBPROGRAM int spill(__u64 sk, __u32 number)
 {
-	struct path_key key = {.sk = sk, .number = number};
+	struct request_key key = {.sk = sk, .number = number};
 	struct connection *c = connection_at(sk);
 
 	if (!c || c->answered - number - 1 < PIPELINE) /* it was answered */
 		return 0;
-	if (!bpf_map_update_elem(map_of(spilled_paths), &key, c->paths[number & 1], BPF_ANY))
-		request_at(c, number)->flags |= PATH_SPILLED;
-	else
-		request_at(c, number)->path_bytes = 0;
+	bpf_map_update_elem(map_of(spilled_requests), &key, request_at(c, number), BPF_ANY);
 	return 0;
 }
 
-static __always_inline void path_spill(struct connection *c, __u32 number)
+static __always_inline void request_spill(struct connection *c, __u32 number)
 {
 	spill(c->sk, number);
 }
 
-static __always_inline void draft_path(struct http_exchange *to, struct connection *c,
-				       const struct request *request, __u32 number)
+/* NULL if it was spilled, and there was no room. */
+static __always_inline const struct request *request_waiting(struct connection *c, __u32 number)
 {
-	struct path_key key = {.sk = c->sk, .number = number};
-	__u64 *path = c->paths[number & 1];
+	struct request_key key = {.sk = c->sk, .number = number};
 
-	if (request->flags & PATH_SPILLED) {
-		path = bpf_map_lookup_elem(map_of(spilled_paths), &key);
-		if (!path) {
-			to->path_bytes = 0;
-			return;
-		}
-	}
-	__builtin_memcpy(to->path, path, PATH_BYTES);
-	if (request->flags & PATH_SPILLED)
-		bpf_map_delete_elem(map_of(spilled_paths), &key);
+	if (request_at(c, number)->number == number)
+		return request_at(c, number);
+	return bpf_map_lookup_elem(map_of(spilled_requests), &key);
 }
 
-/* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
-static __always_inline void exchange_send(struct connection *c, __u32 outcome, __u64 now_ns)
+static __always_inline void request_forget(struct connection *c, __u32 number)
+{
+	struct request_key key = {.sk = c->sk, .number = number};
+
+	if (request_at(c, number)->number != number)
+		bpf_map_delete_elem(map_of(spilled_requests), &key);
+}
+
+static __always_inline void exchange_send(struct connection *c, const struct request *request,
+					  __u32 outcome, __u64 now_ns)
 {
 	struct lane *ask = lane_of(c, request_direction(c));
 	struct lane *answer = lane_of(c, !request_direction(c));
-	__u32 number = c->answered, at = outcome & BY_PACKET ? 1 : 0;
-	const struct request *request = request_at(c, number);
-	struct http_exchange *to = draft_at(at);
 	bool answers = answer->status >= 200 || answer->status == 101;
+	__u32 at = draft_for(outcome);
+	struct http_exchange *to = draft_at(at);
 
-	if (!to || !__sync_bool_compare_and_swap(&c->answered, number, number + 1))
+	if (!to)
 		return;
 	to->head.kind = RECORD_HTTP_EXCHANGE;
 	to->connection = c->id;
-	to->number = number;
+	to->number = request->number;
 	to->began_ns = request->begun_ns;
 	to->asked_ns = request->ended_ns;
 	to->ended_ns = now_ns;
@@ -193,16 +203,35 @@ static __always_inline void exchange_send(struct connection *c, __u32 outcome, _
 	to->born = c->born;
 	to->network = c->network;
 	to->role = c->role;
-	to->outcome = outcome & ~BY_PACKET;
+	to->outcome = outcome & ~(BY_PACKET | BY_SSL);
+	to->tls = c->ssl != 0;
 	to->local_port = c->local_port;
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	draft_path(to, c, request, number);
+	__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 		send_draft(slot, at);
 	}
-	answer->status = 0;
+}
+
+/* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
+static __always_inline void exchange_over(struct connection *c, __u32 outcome, __u64 now_ns)
+{
+	__u32 number = c->answered;
+	const struct request *request = request_waiting(c, number);
+
+	if (!__sync_bool_compare_and_swap(&c->answered, number, number + 1))
+		return;
+	if (!request) {
+		for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
+			account_loss(slot, LOSS_MAP_FULL);
+		}
+	} else if (outcome & ~BY_PACKET) {
+		exchange_send(c, request, outcome, now_ns);
+	}
+	request_forget(c, number);
+	lane_of(c, !request_direction(c))->status = 0;
 }
 
 static long exchange_end(__u32 turn, struct cursor *cursor)
@@ -211,7 +240,7 @@ static long exchange_end(__u32 turn, struct cursor *cursor)
 
 	if (c->answered == c->made)
 		return 1;
-	exchange_send(c, cursor->direction, cursor->now_ns);
+	exchange_over(c, cursor->direction, cursor->now_ns);
 	return 0;
 }
 
@@ -222,7 +251,8 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 	if (!cursor.c)
 		return 0;
-	if ((outcome & ~BY_PACKET) == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
+	outcome &= ~(BY_PACKET | BY_SSL);
+	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
 		exchange_end(0, &cursor);
 	else
 		bpf_loop(PIPELINE, exchange_end, &cursor, 0);
@@ -231,6 +261,8 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 static __always_inline void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
 {
+	if (c->ssl && !(outcome & BY_PACKET))
+		outcome |= BY_SSL;
 	end_exchanges(c->sk, outcome, now_ns);
 }
 
@@ -501,24 +533,11 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
-/*
- * A response begins that nothing waits for. If its request is still being sent, by a call that has
- * not returned, nothing of that is seen: it comes too late.
- */
-static __always_inline void request_catch_up(struct connection *c, struct tcp_sock *tp, bool typed)
-{
-	__u32 direction = request_direction(c), offset, gap;
-	struct lane *lane = lane_of(c, direction);
-
-	if (c->unread || c->made != c->answered)
-		return;
-	offset = offset_of(tp, direction, typed);
-	gap = offset - lane->offset;
-	if (!gap)
-		return;
-	lane->offset = offset;
-	unseen_passed(c, direction, gap, bpf_ktime_get_ns());
-}
+/* What is needed of tls.bpf.h: see there. */
+static __always_inline bool is_inside_ssl(void);
+static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length);
+static __always_inline struct connection *read_of(struct connection *c);
+static __always_inline void connection_left(struct connection *c);
 
 #define MSG_OOB	     0x1
 #define MSG_PEEK     0x2
@@ -556,12 +575,14 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
-	if (length && direction != request_direction(c))
-		request_catch_up(c, tp, typed);
-	if (length)
+	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
+		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
+	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
-		end_read(c);
+		end_read(read_of(c));
+	if (length && c->unread)
+		socket_used(c, direction, length);
 	if (c->unread != unread && c->unread)
 		count_unread(c->watching, c->unread, 1, 0);
 	return 0;
@@ -628,8 +649,12 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 
-	if (c->unread || c->on_trial || c->made == c->answered)
+	if (c->unread || c->made == c->answered)
 		return;
+	if (c->on_trial) {
+		exchange_ended(c, OUTCOME_NONE | context, 0);
+		return;
+	}
 	/* A server's own end ends the body, also where the client has ended its side before. */
 	if (answer->place == AT_BODY_TO_CLOSE && !failed && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE | context, answer->last_ns);
@@ -638,16 +663,22 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
-/* Whether the peer has ended a connection from which the process can still read; it ends then with
- * what is read, or when the process closes it. */
-static __always_inline bool is_readable(struct sock *sk, bool typed)
+/* Whether a packet has ended a connection that the process goes on using: a call that sends has not
+ * returned yet, so that no hook has seen its bytes, or what a client has received is still to be
+ * read. The exchange ends then with that, or when the process closes the socket. */
+static __always_inline bool is_in_use(struct connection *c, struct sock *sk, int old, bool typed)
 {
-	struct tcp_sock *tp = tcp_of(sk, typed);
 	bool closed = socket_read_if(typed, sk, sk_shutdown) == SHUTDOWN_MASK;
 	bool fin = socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
+	struct tcp_sock *tp = tcp_of(sk, typed);
 
-	return tp && (fin || !closed) &&
-	       socket_read_if(typed, tp, rcv_nxt) != socket_read_if(typed, tp, copied_seq);
+	if (!tp || (closed && !fin))
+		return false;
+	if ((old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT) &&
+	    offset_of(tp, SENT, typed) != c->lanes[SENT].offset)
+		return true;
+	return c->role == HTTP_CLIENT &&
+	       socket_read_if(typed, tp, rcv_nxt) != offset_of(tp, RECEIVED, typed);
 }
 
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
@@ -666,12 +697,13 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 			c->closed = RECEIVED + 1;
 		return 0;
 	}
-	if (state == TCP_CLOSE && c->role == HTTP_CLIENT && is_readable(sk, typed)) {
+	if (state == TCP_CLOSE && is_in_use(c, sk, old, typed)) {
 		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
 		return 0;
 	}
 	if (!c->closed && state != TCP_CLOSE)
 		c->closed = SENT + 1;
+	c = read_of(c);
 	closes = state == TCP_CLOSE || c->role == HTTP_SERVER ||
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
@@ -693,12 +725,15 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 
 	if (!c)
 		return 0;
-	connection_over(c, sk, option(typed_sockets));
+	connection_over(read_of(c), sk, option(typed_sockets));
+	connection_left(c);
 	if (c->unread && c->unread_bytes)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
 			     c->unread_bytes);
 	connection_forget(sk);
 	return 0;
 }
+
+#include "tls.bpf.h"
 
 LICENSED_AS("GPL");
