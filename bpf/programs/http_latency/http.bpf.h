@@ -891,7 +891,7 @@ static __always_inline __u32 response_started(struct cursor *cursor, struct lane
 	return WORD_BYTES + STATUS_BYTES;
 }
 
-#define RUN 16 /* characters in one step */
+#define RUN 8 /* characters in one step */
 
 /* The characters of a path, or of a query. */
 static __always_inline __u32 target_run(struct cursor *cursor, struct lane *lane, __u32 at)
