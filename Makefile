@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 CONTRACT_BASE := 770f74a
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
-TEST_PACKAGES := gcc libc6-dev strace bpftool procps iproute2 nftables
+TEST_PACKAGES := gcc libc6-dev strace bpftool procps iproute2 nftables apache2-bin curl nodejs wrk
+TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
@@ -32,25 +33,25 @@ run: setup ## run the agent in the foreground
 	$(BIN)/coral agent
 
 test: ## run the tests; those on the kernel need root
-	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
+	@$(BUILD) $(VENV)/.dev $(TEST_PROGRAMS)
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 
 test-soak: ## run the tests that `make test` leaves out: the longest, and the same again and again
-	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
+	@$(BUILD) $(VENV)/.dev $(TEST_PROGRAMS)
 	@deploy/packages $(TEST_PACKAGES)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak
 
 # Tests that bound a time may fail here, because every line is counted: the report comes all the same.
 coverage: ## run TESTS, by default all, and list what none of them reaches, in subprocesses too
-	@$(BUILD) $(VENV)/.dev build/prometheus/prometheus
+	@$(BUILD) $(VENV)/.dev $(TEST_PROGRAMS)
 	@deploy/packages $(TEST_PACKAGES)
 	rm -rf build/coverage && install -d -m 1777 build/coverage # some agents are not root's
 	-$(BIN)/python -P -m coverage run -m pytest -n 2 --dist loadfile $(TESTS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-kernels: $(VENV)/.dev ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
+test-kernels: $(VENV)/.dev build/nginx/nginx ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
@@ -101,6 +102,9 @@ $(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@ $(VENV)/.run
 
-# Only the program: Debian's package would start a service of its own.
+# Only the programs: Debian's packages would start services of their own.
 build/prometheus/prometheus:
-	@deploy/packages --extract prometheus build/prometheus
+	@deploy/packages --extract prometheus build/prometheus promtool
+
+build/nginx/nginx:
+	@deploy/packages --extract nginx build/nginx

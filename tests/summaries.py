@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coral.collectors.clock import Reading, UnixClock
 from coral.collectors.contract import Summaries
+from coral.collectors.http_latency import summaries as request_rows
+from coral.collectors.http_latency.paths import Paths
+from coral.collectors.http_latency.routes import Routes
 from coral.collectors.syscall_stats import rows as syscall_rows
 from coral.collectors.syscall_stats.counters import COLUMNS as SYSCALL_COLUMNS
 from coral.collectors.syscall_stats.counters import LATENCY, TOTAL_NS, Increase
@@ -36,6 +41,27 @@ RECORD = np.dtype(
         *((name, "u1") for name in ("role", "state", "end")),
         ("comm", "S16"),
         *((name, "u1", (16,)) for name in ("local", "remote")),
+    ]
+)  # fmt: skip
+
+# struct http_exchange, without its head.
+EXCHANGE = np.dtype(
+    [
+        *(
+            (name, "u8")
+            for name in (
+                "began_ns", "asked_ns", "first_ns", "ended_ns", "connection",
+                "request_body_bytes", "response_body_bytes", "path_hash",
+            )
+        ),
+        *((name, "u4") for name in ("number", "pid", "born", "network")),
+        *((name, "u2") for name in ("local_port", "remote_port", "status", "path_bytes")),
+        *(
+            (name, "u1")
+            for name in ("method", "version", "role", "outcome", "path_flags", "tls")
+        ),
+        *((name, "u1", (16,)) for name in ("local", "remote")),
+        ("path", "u8", (32,)),
     ]
 )  # fmt: skip
 
@@ -81,6 +107,51 @@ def changes(seed: int, count: int) -> Changes:
     established = (c["established_ns"] > 0) & (random.random(count) < 0.5)
     is_open = (c["ended_ns"] == 0) & (c["role"] != pb.TCP_ROLE_LISTENER)
     return Changes(c, total, delta, random.random(count) < 0.5, established, c[is_open])
+
+
+def exchanges(paths: Sequence[bytes]) -> NDArray[Any]:
+    """Requests for PATHS, all else 0."""
+    made = np.zeros(len(paths), EXCHANGE)
+    for exchange, path in zip(made, paths, strict=True):
+        kept = path[:256]
+        exchange["path"].view(np.uint8)[: len(kept)] = np.frombuffer(kept, np.uint8)
+        exchange["path_bytes"], exchange["path_flags"] = len(kept), len(path) > len(kept)
+        exchange["path_hash"] = fnv1a(path)
+    return made
+
+
+def fnv1a(path: bytes) -> int:
+    """The hash of a path, as in http.bpf.h."""
+    found = 0xCBF29CE484222325
+    for byte in path:
+        found = (found ^ byte) * 0x100000001B3 & (1 << 64) - 1
+    return found
+
+
+def random_exchanges(seed: int, count: int) -> NDArray[Any]:
+    """COUNT requests of every kind."""
+    random = np.random.default_rng(seed)
+    texts = (b"/", b"/users/7", b"/users/8", b"/orders/9/items", b"*", b"")
+    made = exchanges([texts[at] for at in random.integers(0, len(texts), count)])
+    answered = random.random(count) < 0.7
+    made["status"] = answered * random.choice([101, 200, 201, 404, 500, 503], count)
+    made["began_ns"] = random.integers(1, 10**9, count)
+    first_ns = 10 ** random.uniform(2, 10, count).astype(np.uint64)
+    made["first_ns"] = answered * (made["began_ns"] + first_ns)
+    last_ns = (10 ** random.uniform(2, 10, count)).astype(np.uint64)
+    made["ended_ns"] = made["began_ns"] + last_ns + np.where(answered, first_ns, 0)
+    made["asked_ns"] = (random.random(count) < 0.9) * (made["began_ns"] + np.uint64(5))
+    made["role"], made["method"] = random.integers(1, 3, count), random.integers(1, 11, count)
+    made["outcome"] = random.integers(1, 6, count)
+    made["version"], made["tls"] = random.integers(0, 2, count), random.integers(0, 2, count)
+    for name in ("request_body_bytes", "response_body_bytes"):
+        made[name] = random.integers(0, 10**9, count)
+    made["connection"], made["pid"] = random.integers(1, 5, count), random.integers(6, 9, count)
+    return made
+
+
+def requests(seed: int, count: int, top: int) -> Summaries:
+    return request_rows.summaries(random_exchanges(seed, count), Paths(Routes()), top)
 
 
 def syscalls(seed: int, count: int, top: int) -> Summaries:

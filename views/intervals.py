@@ -55,6 +55,11 @@ class Intervals:
         return 0.0 if self._began_ns is None else (self.reached_ns - self._began_ns) / 1e9
 
     @property
+    def quiet_s(self) -> float:
+        """How long ago the latest interval with rows ended."""
+        return (self.reached_ns - self._latest[1]) / 1e9 if self._latest[1] else self.seconds
+
+    @property
     def rate_s(self) -> float:
         """Over how many seconds a rate of the latest interval is taken; 0 where the interval is
         too short for a rate."""

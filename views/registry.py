@@ -11,6 +11,7 @@ from coral.views.contract import View
 _FOLDERS: Final = (
     "syscall_stats",
     "tcp_metrics",
+    "http_latency",
 )
 
 

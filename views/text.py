@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from rich.cells import cell_len, set_cell_size
@@ -15,6 +15,7 @@ _TIMES_NS: Final = (
     *(("ns", 1.0), ("µs", 1e3), ("ms", 1e6), ("s", 1e9)),
     *(("min", 60e9), ("h", 3600e9), ("d", 86_400e9), ("y", 31_557_600e9)),
 )
+_UNCOUNTED: Final = re.compile(" \N{MULTIPLICATION SIGN}[0-9,]+$")
 _CLAUSES: Final = re.compile(r"(?<=[,;]) ")
 _FOUR_DIGITS: Final = 999.5  # rounds to 1000
 _NS_PER_MS: Final = 1_000_000
@@ -112,6 +113,11 @@ def shorten(text: str, width: int, keep_end: int = 0) -> str:
     return f"{set_cell_size(text, room).rstrip() if room > 0 else ''}…{end}"
 
 
+def padded(text: str, width: int) -> str:
+    """TEXT with spaces up to WIDTH cells of a terminal."""
+    return text + " " * (width - cell_len(text))
+
+
 def wrapped(parts: Iterable[str], width: int, separator: str = " ") -> Iterator[str]:
     """PARTS joined into lines of at most WIDTH cells, broken between parts. Only a part that is
     longer than a line is broken inside."""
@@ -130,6 +136,20 @@ def wrapped(parts: Iterable[str], width: int, separator: str = " ") -> Iterator[
             line = line[len(head) :]
     if line:
         yield line
+
+
+def fitting(parts: Sequence[str]) -> Callable[[int], str]:
+    """A function that lists those of PARTS that fit into some cells, with an ellipsis for the
+    others; a part that does not fit is left out whole, so that no number is cut."""
+
+    def fit(width: int) -> str:
+        for shown in range(len(parts), 0, -1):
+            text = ", ".join([*parts[:shown], *(["…"] if shown < len(parts) else [])])
+            if cell_len(text) <= width:
+                return text
+        return shorten(f"{_UNCOUNTED.sub('', parts[0])}, …", width) if parts else ""
+
+    return fit
 
 
 def clauses(text: str, width: int) -> Iterator[str]:

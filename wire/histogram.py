@@ -67,11 +67,13 @@ class Histogram:
 @dataclass
 class Buckets:
     """Counts of values by upper bounds; see BucketHistogram in the contract. `sum` adds up the
-    values."""
+    values; `least` and `most` are the smallest and the greatest of them, where they are known."""
 
     bounds: tuple[int, ...] = ()
     counts: list[int] = field(default_factory=list)
     sum: int = 0
+    least: int | None = None
+    most: int | None = None
 
     @property
     def count(self) -> int:
@@ -84,24 +86,37 @@ class Buckets:
         if not more.counts:
             return
         bounds = tuple(more.bounds)
+        least, most = (more.least, more.most) if isinstance(more, Buckets) else (None, None)
         if not self.counts:
             self.bounds, self.counts, self.sum = bounds, list(more.counts), more.sum
+            self.least, self.most = least, most
             return
         if len(more.counts) != len(self.counts) or bounds != self.bounds:
             raise ValueError("histograms with other bounds cannot be added up")
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, more.counts, strict=True)]
         self.sum += more.sum
+        self.least = None if self.least is None or least is None else min(self.least, least)
+        self.most = None if self.most is None or most is None else max(self.most, most)
 
     def quantile(self, q: float) -> float:
         """The value that a share Q (0 to 1) of all values do not exceed, interpolated linearly
-        inside its slot; the last bound for values above all bounds. 0 where there are no
-        values."""
+        inside its slot, and between `least` and `most`. Where `most` is not known, the last bound
+        for values above all bounds. 0 where there are no values."""
         wanted, below = q * self.count, 0
         for slot, count in enumerate(self.counts):
             if count and below + count >= wanted:
-                if slot >= len(self.bounds):
-                    return float(self.bounds[-1])
-                lower = self.bounds[slot - 1] if slot else 0
-                return lower + (self.bounds[slot] - lower) * (wanted - below) / count
+                lower, upper = self._edges(slot)
+                return lower + (upper - lower) * (wanted - below) / count
             below += count
         return 0.0
+
+    def _edges(self, slot: int) -> tuple[int, int]:
+        """Between which values those of SLOT lie."""
+        above = slot >= len(self.bounds)
+        lower = self.bounds[slot - 1] if slot else 0
+        upper = lower if above else self.bounds[slot]
+        if self.most is not None:
+            upper = self.most if above else min(upper, self.most)
+        if self.least is not None:
+            lower = max(lower, self.least)
+        return lower, max(lower, upper)

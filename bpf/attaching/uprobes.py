@@ -43,7 +43,19 @@ class ProcessFile:
     """
 
     def __init__(self, pid: int, path: str) -> None:
-        self.fd = _open_in_root(f"/proc/{pid}/root", path)
+        self._take(_open_in_root(f"/proc/{pid}/root", path), path)
+
+    @classmethod
+    def mapped(cls, pid: int, where: str) -> Self:
+        """The file that PID has mapped at the addresses WHERE, as /proc/PID/maps writes them, even
+        if it was deleted or replaced since. Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
+        file = cls.__new__(cls)
+        path = f"/proc/{pid}/map_files/{where}"
+        file._take(os.open(path, _OPEN_FLAGS), path)  # noqa: SLF001
+        return file
+
+    def _take(self, fd: int, path: str) -> None:
+        self.fd = fd
         try:
             status = os.fstat(self.fd)
             if not stat.S_ISREG(status.st_mode):

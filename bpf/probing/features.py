@@ -35,6 +35,8 @@ _PROBE_OBJECT: Final = "features"
 _PROBE_RECORD: Final = "coral_p_record"
 _PROBE_RUN: Final = "coral_p_syscall"
 _PROBE_SESSIONS: Final = "coral_p_sessions"
+_PROBE_SOCKETS: Final = ("coral_p_sent", "coral_p_received")
+_PROBE_LOOP: Final = "coral_p_loop"
 _PROBE_STORAGE: Final = ("coral_p_task_storage", "coral_p_storage")  # a program and its map
 
 # Hook kinds, best first, with the program that tries each.
@@ -114,6 +116,8 @@ def probe() -> Features:
             *(_try(name, _attach_probe(name, program)) for name, program in HOOKS.items()),
             *(_try(name, _attach_iterator(*way)) for name, way in ITERATORS.items()),
             _try("syscall_program", _run_program),
+            _try("socket_hooks", _attach_to_sockets),
+            _try("loops", _load_loop),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _try("task_storage", _use_task_storage),
             _elements_on_demand(),
@@ -198,6 +202,18 @@ def _run_program() -> None:
     """Runs a program that calls a function for each element of a map (Linux 5.14)."""
     with _probe_object(walks=(_PROBE_RUN,)) as probe_object:
         probe_object.run(_PROBE_RUN)
+
+
+def _attach_to_sockets() -> None:
+    """Attaches to the tracepoints of each use of a socket (Linux 6.3)."""
+    with _probe_object(*_PROBE_SOCKETS) as probe_object:
+        probe_object.attach(tries=1)
+
+
+def _load_loop() -> None:
+    """Loads a program that has the kernel call a function again and again (Linux 5.17)."""
+    with _probe_object(_PROBE_LOOP):
+        pass
 
 
 def _make_map(number: int) -> Callable[[], None]:

@@ -67,6 +67,8 @@ TAKES: Final[Mapping[str, Takes]] = {
     "iterator": Takes("5.8", (_BTF,), caps.TRACING),
     "map_iterator": Takes("5.9", (_BTF,), caps.TRACING),
     "syscall_program": Takes("5.14", capabilities=caps.TRACING),
+    "socket_hooks": Takes("6.3", (_EVENTS, "CONFIG_NET"), caps.TRACING),
+    "loops": Takes("5.17", capabilities=caps.TRACING),
     "ring_buffer": Takes("5.8"),
     "task_storage": Takes("5.13", (_SYSCALL, _BTF, _EVENTS), caps.TRACING),
     "percpu_hash": Takes("4.6"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -14,14 +16,23 @@ from typing import Final
 import click
 
 from coral.cli.common import EXIT_ERROR, DurationType
-from coral.cli.demo.service import PATHS
-from coral.cli.private_agent import AgentDidNotStartError, coral, module, private_agent, process
+from coral.cli.demo.service import PAGES
+from coral.cli.private_agent import (
+    AgentDidNotStartError,
+    PrivateAgent,
+    coral,
+    module,
+    private_agent,
+    process,
+)
 from coral.cli.signals import exiting
+from coral.client import AgentClient, Capabilities
 
 _SERVICE: Final = "shop"
-_LOAD_LONGER_S: Final = 10.0  # than the tap, which begins later
+_KINDS: Final = ("http_latency", "syscall_stats")  # in the order in which they are shown
+_LOAD_LONGER_S: Final = 60.0  # than the taps, which begin later; it is ended with them
 _PAGE_BYTES: Final = 20_000
-_METRICS_SHOWN: Final = 3
+_METRICS: Final = ("http_server_request_duration_seconds_count", "coral_syscall_calls_total")
 
 
 @click.command()
@@ -49,7 +60,7 @@ def _demo(stack: ExitStack, directory: Path, duration_s: float) -> int:
     _say("starting a small HTTP service, and a load for it, on loopback")
     pages = directory / "pages"
     pages.mkdir()
-    for path in PATHS[:-1]:
+    for path in PAGES:
         (pages / path[1:]).write_text("coral " * (_PAGE_BYTES // 6))
     service = stack.enter_context(
         process(module("coral.cli.demo.service", "serve", str(pages)), stdout=subprocess.PIPE)
@@ -63,25 +74,46 @@ def _demo(stack: ExitStack, directory: Path, duration_s: float) -> int:
     _say("starting the agent: coral agent --config agent.yaml")
     agent = stack.enter_context(private_agent(directory, "--config", str(config)))
 
-    _say(f"coral tap {_SERVICE} --syscall-stats --duration {duration_s:g}s")
-    tap = subprocess.run(
-        coral(
-            *("tap", _SERVICE, "--syscall-stats", "--duration", f"{duration_s}s"),
-            *("--agent", agent.address),
-        ),
-        check=False,
-    )
+    failed = [_tap(agent, kind, duration_s / len(_KINDS)) for kind in _kinds(agent)]
 
-    _say(f"what Prometheus sees at {agent.metrics}/metrics, three lines of it")
+    _say(f"what Prometheus sees at {agent.metrics}/metrics, some lines of it")
     with urllib.request.urlopen(f"http://{agent.metrics}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     label = f'service="{_SERVICE}"'
-    shown = sorted(line for line in lines if line.startswith("coral_") and label in line)
-    click.echo("\n".join(shown[:_METRICS_SHOWN]))
+    shown = [
+        line
+        for start in _METRICS
+        for line in sorted(line for line in lines if line.startswith(start) and label in line)[:2]
+    ]
+    click.echo("\n".join(shown))
 
     status = agent.stop()
     _say(f"the agent has stopped with status {status}; its programs left the kernel with it")
-    return tap.returncode or status or (not shown)
+    return next(filter(None, failed), 0) or status or (not shown)
+
+
+def _kinds(agent: PrivateAgent) -> Iterator[str]:
+    """The kinds that this machine supports; says why not the others."""
+
+    async def capabilities() -> Capabilities:
+        async with AgentClient(agent.address) as client:
+            return await client.capabilities()
+
+    supported = {str(it.kind): it for it in asyncio.run(capabilities()).collectors}
+    for kind in _KINDS:
+        found = supported.get(kind)
+        if found and found.supported:
+            yield kind
+        else:
+            _say(f"{kind} cannot run here: {found.reason if found else 'the agent has none'}")
+
+
+def _tap(agent: PrivateAgent, kind: str, duration_s: float) -> int:
+    """Shows a tap of the service; returns its exit status."""
+    flag, duration = f"--{kind.replace('_', '-')}", f"{duration_s:g}s"
+    _say(f"coral tap {_SERVICE} {flag} --duration {duration}")
+    command = coral("tap", _SERVICE, flag, "--duration", duration, "--agent", agent.address)
+    return subprocess.run(command, check=False).returncode
 
 
 def _say(text: str) -> None:

@@ -1,12 +1,14 @@
 """A small real HTTP service and a load for it, for the demonstration: two processes on loopback.
 
-python -P -m coral.cli.demo.service serve DIRECTORY     serves the files there, prints its port
-python -P -m coral.cli.demo.service load PORT SECONDS   asks for them, and for one that is not there
+python -P -m coral.cli.demo.service serve DIRECTORY     serves a shop, prints its port
+python -P -m coral.cli.demo.service load PORT SECONDS   asks for its pages, and for one that is not
+                                                        there, looks at orders, and pays
 """
 
 from __future__ import annotations
 
 import http.client
+import random
 import sys
 import threading
 import time
@@ -14,13 +16,37 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
-PATHS: Final = ("/index.html", "/catalogue.html", "/basket.html", "/missing.html")
+PAGES: Final = ("/index.html", "/catalogue.html", "/basket.html")
+_MISSING: Final = "/missing.html"
 _CLIENTS: Final = 3
 _PAUSE_S: Final = 0.002  # a load that a person's machine can bear
+_ORDER_S: Final = 0.004  # how long the shop looks for an order, and how long it takes to pay
+_PAYMENT_S: Final = 0.02
+_ORDER_BYTES: Final = 1500
+_FAILING: Final = 25  # one payment in this many
 
 
-class _QuietHandler(SimpleHTTPRequestHandler):
+class _Shop(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/orders/"):
+            super().do_GET()
+            return
+        time.sleep(_ORDER_S)
+        self._answer(200, bytes(_ORDER_BYTES))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(_PAYMENT_S)
+        _, _, order = self.path.rpartition("/")
+        self._answer(503 if int(order) % _FAILING == 0 else 201, b"")
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *_args: object) -> None:
         """Nothing: the demonstration has the terminal."""
@@ -35,23 +61,30 @@ class _QuietServer(ThreadingHTTPServer):
 
 def serve(directory: str) -> None:
     """Serves until it is ended."""
-    handler = partial(_QuietHandler, directory=directory)
+    handler = partial(_Shop, directory=directory)
     with _QuietServer(("127.0.0.1", 0), handler) as server:
         print(server.server_port, flush=True)
         server.serve_forever()
 
 
 def load(port: int, seconds: float) -> None:
-    """Keeps a few connections busy for so long."""
+    """Keeps a few connections busy for SECONDS."""
     end = time.monotonic() + seconds
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port)
+
+        def ask(method: str, path: str, body: bytes | None = None) -> None:
+            connection.request(method, path, body)
+            connection.getresponse().read()
+            time.sleep(_PAUSE_S)
+
         while time.monotonic() < end:
-            for path in PATHS:
-                connection.request("GET", path)
-                connection.getresponse().read()
-                time.sleep(_PAUSE_S)
+            for page in (*PAGES, _MISSING):
+                ask("GET", page)
+            order = random.randrange(10_000)  # noqa: S311
+            ask("GET", f"/orders/{order}?currency=EUR")
+            ask("POST", f"/orders/{order}", bytes(300))
 
     threads = [threading.Thread(target=client) for _ in range(_CLIENTS)]
     for thread in threads:

@@ -9,18 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 import numpy as np
 
-from coral.bpf import Features, Rung, kernel_names
-from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries, Support
+from coral.bpf import Features, Rung, Step, kernel_names
+from coral.bpf.closing import close_all
+from coral.collectors.contract import (
+    Coverage,
+    EventRows,
+    ServiceProcesses,
+    Summaries,
+    Support,
+    Unread,
+)
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
+from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
+from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
+from coral.collectors.http_latency.tls import TlsHooks
+from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
@@ -37,14 +49,8 @@ from coral.collectors.options import (
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
-_SOCKET_PROGRAMS: Final = ("coral_received", "coral_sent")
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
-# What the programs need of the kernel's BTF, each with what it is.
-_NEEDED: Final[Mapping[str, str]] = {
-    "btf_trace_sock_recv_length": "tracepoint sock_recv_length (Linux 6.3)",
-    "btf_trace_sock_send_length": "tracepoint sock_send_length (Linux 6.3)",
-    "bpf_loop": "helper bpf_loop (Linux 5.17)",
-}
+_TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,13 @@ class HttpLatencyOptions(KernelOptions):
         "aborted before a response",
     )
 
+    tls: bool = option(
+        boolean(),
+        "true",
+        "read what passes through OpenSSL, too; each of its functions becomes some microseconds "
+        "slower for every process that uses the same file",
+    )
+
     def check(self, service: ServiceProcesses | None) -> None:
         """Raises `OptionError`, too, for a filter of single events without single events."""
         super().check(service)
@@ -100,10 +113,8 @@ class HttpLatencyOptions(KernelOptions):
 
 
 @cache
-def _lacking() -> tuple[str, ...]:
-    """What the programs need and this kernel lacks."""
-    found = kernel_names(_NEEDED)
-    return tuple(what for name, what in _NEEDED.items() if name not in found)
+def _has_typed_sockets() -> bool:
+    return bool(kernel_names([_TYPED]))
 
 
 class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
@@ -111,14 +122,17 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
     options_type = HttpLatencyOptions
+    thread_state = True
 
     def _plan(self, features: Features) -> Plan:
+        self._tls: TlsHooks | None = None
         return Plan(
             _OBJECT,
             features,
             self._rung,
-            programs=(*_SOCKET_PROGRAMS, *_END_PROGRAMS),
-            options={"typed_sockets": self._rung.hook.taken == "tp_btf"},
+            programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
+            walks=TLS_PROGRAMS,
+            options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
 
@@ -135,9 +149,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         support = super().support(features)
         if features.obstacle or not support.supported:
             return support
-        if reason := _obstacle(cls.climb(features)):
+        rung, step = cls.climb(features), sockets(features)
+        if reason := _obstacle(rung, step):
             return replace(support, supported=False, reason=reason)
-        return support
+        return replace(support, steps=(*support.steps, step))
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:
@@ -153,6 +168,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session["since"] = self._slot.never
         self._write_session()
         self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
+        self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -164,6 +180,12 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
     def _on_followed(self) -> None:
         self._session["since"] = self._slot.since
         self._write_session()
+
+    def _on_filled(self) -> None:
+        if self._options.tls:
+            executing = self._options.pid if self._options.from_exec else ()
+            self._tls = self._slot.common(TlsHooks)
+            self._tls.join(self._slot, self._targets.present(), executing)
 
     def _write_session(self) -> None:
         self._slot.own("http_sessions", self._session)
@@ -178,15 +200,22 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
 
+    def _read_unread(self) -> Mapping[str, Unread]:
+        return self._unread.read()
+
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())
+
+    def close(self) -> None:
+        tls, self._tls = self._tls, None
+        close_all([*([partial(tls.leave, self._slot)] if tls is not None else []), super().close])
 
 
 COLLECTOR: Final = HttpLatencyCollector
 
 
-def _obstacle(rung: Rung) -> str:
-    """Why the programs cannot run by RUNG on this kernel; empty if they can."""
+def _obstacle(rung: Rung, step: Step) -> str:
+    """Why the programs cannot run by RUNG and STEP, the way to sockets; empty if they can."""
     if rung.loader.taken != "core":
         return (
             "the programs need the kernel's BTF to find what sockets carry, and bcc does without it"
@@ -194,6 +223,4 @@ def _obstacle(rung: Rung) -> str:
     if rung.buffer.taken != "ring_buffer":
         why = rung.buffer.why_not or "this machine has none"
         return f"no ring buffer, which requests are sent through ({why})"
-    if lacking := _lacking():
-        return f"the kernel has no {', no '.join(lacking)}"
-    return ""
+    return "" if step.taken else f"no way to {step.what} ({step.why_not})"

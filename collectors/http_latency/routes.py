@@ -100,15 +100,21 @@ class Routes:
 
     def route_of(self, path: str) -> str:
         """The route of PATH, which has no query; it may end with CUT."""
-        if path in self._pattern_texts:
-            return path
-        if self._patterns and (match := self._regex.fullmatch(path)) and match.lastindex:
-            found = self._patterns[match.lastindex - 1]
-            if not path.endswith(CUT) or found.endswith(_ALL_OF):
-                return found
+        if found := self._matched(path):
+            return found
         if not path.startswith("/"):
             return path if path in ("", "*") else ANY
         return "/" + "/".join(self._segments(path))
+
+    def _matched(self, path: str) -> str:
+        """The first pattern that PATH matches, or ""."""
+        if path in self._pattern_texts:
+            return path
+        if not self._patterns or not _NAMES.isdisjoint(path.split("/")):
+            return ""  # a route that was made here stays the same
+        match = self._regex.fullmatch(path)
+        found = self._patterns[(match.lastindex or 1) - 1] if match else ""
+        return "" if path.endswith(CUT) and not found.endswith(_ALL_OF) else found
 
     def _segments(self, path: str) -> Iterator[str]:
         segments = path.split("/")[1:]

@@ -21,6 +21,7 @@ from coral.client import AgentClient, EndReason, NotFoundError, OutOfRangeError
 from tests.events import connected, receive, start_events
 from tests.network import connected as connect
 from tests.network import puppets, send, socket_of
+from tests.shop import WAIT_S, shop, visit, visitor
 from tests.support import INSECURE, ROOT, Calls, RunningAgent, running_agent, totals
 
 PAGE = (ROOT / "docs/client.md").read_text()
@@ -209,6 +210,22 @@ async def test_tcp_columns_say_what_was_carried_and_refused(
             while not len(await client.collectors()):
                 assert not busiest.done()
         assert re.fullmatch(r"\[\('127\.0\.0\.1', \d+\)\], 0 refused", await busiest)
+
+
+async def test_http_columns_have_quantiles_by_route(
+    agent: RunningAgent, functions: dict[str, Any]
+) -> None:
+    async with connected(agent) as client:
+        with shop() as server, visitor() as puppet:
+            started = await client.start(
+                "http_latency", config={"pid": server.pid, "until_exit": True}
+            )
+            assert started.supported, started.error
+            visit(puppet, server, *(("GET", f"/slow/{number}", 0) for number in range(3)))
+            visit(puppet, server, ("GET", "/", 0))
+        slowest = await functions["slowest"](client, started.collector_id)
+    assert set(slowest) == {"/slow/{id}", "/"}
+    assert slowest["/slow/{id}"] >= WAIT_S * 1000 > slowest["/"]
 
 
 async def test_a_proxy_in_the_environment_is_no_hindrance(

@@ -134,7 +134,7 @@ def in_pipe(arguments: list[str]) -> str:
     return (done.stdout + done.stderr).decode(errors="surrogateescape")
 
 
-@pytest.mark.parametrize("kind", ["syscall-stats", "tcp-metrics"])
+@pytest.mark.parametrize("kind", ["syscall-stats", "tcp-metrics", "http-latency"])
 def test_no_command_passes_a_name_of_a_process_on(
     kind: str, agent: RunningAgent, stack: ExitStack
 ) -> None:

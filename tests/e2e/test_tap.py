@@ -649,7 +649,8 @@ def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
     assert data_of("yaml", *command) == told
     assert told["supported"] is True
     assert told["kernel_version"] == os.uname().release
-    kinds = ["EBPF_COLLECTOR_KIND_SYSCALL_STATS", "EBPF_COLLECTOR_KIND_TCP_METRICS"]
+    names = ("SYSCALL_STATS", "TCP_METRICS", "HTTP_LATENCY")
+    kinds = [f"EBPF_COLLECTOR_KIND_{name}" for name in names]
     assert told["available_collectors"] == kinds
     assert [collector["kind"] for collector in told["collectors"]] == kinds
     for collector in told["collectors"]:
@@ -735,7 +736,7 @@ def test_capabilities_are_within_the_terminal_and_wrapped_between_words(
             assert option["name"] in words
 
 
-def test_the_demo_shows_system_calls_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_demo_shows_requests_and_system_calls_and_leaves_nothing_behind(tmp_path: Path) -> None:
     demo = subprocess.Popen(
         coral("demo", "-d", "2s"),
         env={**os.environ, "TMPDIR": str(tmp_path)},
@@ -746,10 +747,14 @@ def test_the_demo_shows_system_calls_and_leaves_nothing_behind(tmp_path: Path) -
     )
     out, err = demo.communicate(timeout=30)
     assert (demo.returncode, err) == (0, "")
-    heading, *lines = out[out.index("totals of ") :].splitlines()
+    _, http, calls = out.split("# coral tap shop ")
+    assert re.search(r"^← POST /orders/\{id\} +\d+ ", http, re.MULTILINE)
+    assert re.search(rf"^← GET /missing.html +(\d+) .* 0  404 {times(1)[0]}\d", http, re.MULTILINE)
+    heading, *lines = calls[calls.index("totals of ") :].splitlines()
     assert heading.endswith(", expired")
-    assert number(table_rows(lines)["sendto"][0]) > 100
-    assert re.search(r'^coral_\w+\{.*service="shop".*\} \d', out, re.MULTILINE)
+    assert number(table_rows(lines)["sendto"][0]) > 50
+    for name in ("coral_syscall_calls_total", "http_server_request_duration_seconds_count"):
+        assert re.search(rf'^{name}\{{.*service="shop".*\}} \d', out, re.MULTILINE)
     assert [p.pid for p in psutil.process_iter() if session_of(p.pid) == demo.pid] == []
     assert list(tmp_path.iterdir()) == []
 

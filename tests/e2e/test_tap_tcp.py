@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 import pytest
 
 from coral.views.text import times
+from tests import tapping
 from tests.network import READ_ALL, connected, listen, number, send, socket_of, ss, two_sides
 from tests.support import (
     Puppet,
@@ -22,6 +22,7 @@ from tests.support import (
     running_agent,
     wait_until,
 )
+from tests.tapping import columns, sheet
 from tests.terminal import Terminal
 
 LINGER: Final = "import struct; linger = struct.pack('ii', 1, 0)"
@@ -51,60 +52,7 @@ def pair() -> Iterator[tuple[Puppet, Puppet]]:
         yield client, server
 
 
-class Tap:
-    """A tap of some puppets in a pipe."""
-
-    def __init__(self, agent: RunningAgent, puppets: Sequence[Puppet], *arguments: str) -> None:
-        pids = ",".join(str(puppet.pid) for puppet in puppets)
-        self._agent = agent
-        self._process = subprocess.Popen(
-            coral("tap", "--agent", agent.address, "--tcp-metrics", f"pid:{pids}", *arguments),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        wait_until(lambda: any(it.subscribers for it in collectors_at_work(agent).values()))
-
-    def until(self, text: str) -> None:
-        """Reads until a line has that in it."""
-        assert self._process.stdout
-        assert any(text in line for line in self._process.stdout)
-
-    def finish(self) -> str:
-        """Ctrl-C; what it has printed since."""
-        self._process.send_signal(signal.SIGINT)
-        out, err = self._process.communicate(timeout=20)
-        assert (self._process.returncode, err) == (128 + signal.SIGINT, "")
-        assert "\x1b" not in out
-        return out
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@contextmanager
-def tapped(agent: RunningAgent, *puppets: Puppet, arguments: Sequence[str] = ()) -> Iterator[Tap]:
-    tap = Tap(agent, puppets, *arguments)
-    try:
-        yield tap
-    finally:
-        tap.kill()
-
-
-def sheet(out: str, *header: str) -> Mapping[str, Sequence[str]]:
-    """The last table whose columns begin with HEADER: by its first column, the others."""
-    lines = out.splitlines()
-    (*_, at) = (i for i, line in enumerate(lines) if columns(line)[: len(header)] == [*header])
-    rows = {}
-    for line in lines[at + 1 :]:
-        if not line:
-            break
-        first, *others = columns(line)
-        rows[first] = others
-    return rows
-
-
-def columns(line: str) -> list[str]:
-    return re.split(" {2,}", line.strip())
+tapped = partial(tapping.tapped, "--tcp-metrics")
 
 
 def nobody(puppet: Puppet) -> int:

@@ -16,12 +16,12 @@ from coral.collectors.syscall_stats import errno_class
 from coral.collectors.tcp_metrics.connections import NAMES
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
-from tests.summaries import Make, connections, peers, syscalls
+from tests.summaries import Make, connections, peers, requests, syscalls
 
 tops = st.integers(0, 6)
 seeds = st.integers(0, 2**32 - 1)
 counts = st.integers(0, 12)
-every_type = pytest.mark.parametrize("make", [syscalls, connections, peers])
+every_type = pytest.mark.parametrize("make", [syscalls, connections, peers, requests])
 few = settings(max_examples=25)
 
 
@@ -36,7 +36,12 @@ def columns_of(rows: Sequence[Any], summaries: Summaries) -> dict[str, NDArray[A
             made[name] = given
             continue
         width = given.shape[1:]
-        values = [_value(row, name, summaries, *width) for row in rows]
+        values = [
+            _value_of_requests(row, name)
+            if isinstance(row, pb.HttpLatencyHistogram)
+            else _value(row, name, summaries, *width)
+            for row in rows
+        ]
         if column.string_index:
             values = [summaries.strings.index(value) for value in values]
         made[name] = np.array(values, column.dtype).reshape(len(rows), *width)
@@ -63,9 +68,23 @@ def _value(row: Any, name: str, summaries: Summaries, width: int = 0) -> Any:
     return value
 
 
+def _value_of_requests(row: pb.HttpLatencyHistogram, name: str) -> Any:
+    if name == "outcomes":
+        complete = row.count - sum(row.outcomes.values())
+        named = {"complete": complete, **row.outcomes}
+        return [named.get(each, 0) for each in OUTCOMES]
+    if name.endswith("_ns"):
+        return round(getattr(row, name.removesuffix("_ns")) * 1e6)
+    return getattr(row, name)
+
+
 # Columns that count by name, and the column that has the names.
 _COUNTED_BY = {"errors_by_class": "error_classes", "failures": "failure_names", "ends": ""}
 ENDS = [end.name.removeprefix("TCP_END_").lower() for end in pb.TcpEnd.DESCRIPTOR.values]
+
+OUTCOMES = [
+    it.name.removeprefix("HTTP_OUTCOME_").lower() for it in pb.HttpOutcome.DESCRIPTOR.values
+]
 
 
 @every_type
@@ -111,7 +130,7 @@ def test_a_part_of_the_rows_is_that_part(
     assert summaries.take(order).as_messages() == rows[::-1]
 
 
-@every_type
+@pytest.mark.parametrize("make", [syscalls, connections, peers])
 @few
 @given(seed=seeds, count=counts, top=st.integers(1, 6))
 def test_top_sends_that_many_rows_and_other(make: Make, seed: int, count: int, top: int) -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coral.collectors.contract import Batch, Measures, Summaries
+from coral.collectors.contract import Batch, Measures, Summaries, Unread
+from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.series import le
 from coral.collectors.syscall_stats import errno_class
 from coral.collectors.syscall_stats.counters import LATENCY_SLOTS
@@ -19,7 +20,7 @@ from coral.collectors.syscall_stats.measures import SyscallMeasures
 from coral.collectors.tcp_metrics.connections import BOUNDS_US
 from coral.collectors.tcp_metrics.measures import TcpMeasures
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.summaries import Make, connections, peers, syscalls
+from tests.summaries import Make, connections, peers, requests, syscalls
 
 tops = st.integers(0, 6)
 seeds = st.integers(0, 2**32 - 1)
@@ -179,6 +180,77 @@ def test_metrics_of_connections_are_sums_over_rows(
     for row in rows:
         Row(sums, row, by_peer=by_peer, labelled=labelled).add_up()
     assert_same(measures, sums)
+
+
+def http_labels(row: pb.HttpLatencyHistogram) -> dict[str, str]:
+    """The attributes of OpenTelemetry's conventions for a row, in Prometheus' form."""
+    error = str(row.status) if row.status >= 500 else row.labels.get("outcome", "")
+    return {
+        "service": "shop",
+        "http_request_method": row.labels.get("method", ""),
+        "http_response_status_code": row.labels.get("status", ""),
+        "http_route": row.route,
+        "error_type": "" if error == "unknown" else error,
+        "url_scheme": row.labels.get("scheme", ""),
+        "network_protocol_version": row.labels.get("version", ""),
+    }
+
+
+@few
+@given(seed=seeds, count=counts, top=tops)
+def test_metrics_of_requests_are_sums_over_rows(seed: int, count: int, top: int) -> None:
+    measures, sums = HttpMeasures(1000), Sums()
+    for each in (seed, seed + 1):
+        summaries = requests(each, count, top)
+        measures.observe("shop", Batch(summaries, 0, 1))
+        rows: Any = summaries.as_messages()
+        for row in rows:
+            labels, name = http_labels(row), f"http_{row.labels['role']}"
+            bounds_s = [bound_ms / 1e3 for bound_ms in row.buckets]
+            for slot, times in enumerate(row.counts):
+                upper_s = [*bounds_s, float("inf")][slot]
+                sums.slot(f"{name}_request_duration_seconds", times, upper_s, bounds_s, labels)
+            sums.add(f"{name}_request_duration_seconds_sum", row.sum / 1e3, labels)
+            for side in ("request", "response"):
+                of = f"{name}_{side}_body_size_bytes"
+                sums.add(f"{of}_sum", getattr(row, f"{side}_body_bytes"), labels)
+                sums.add(f"{of}_count", row.count, labels)
+    assert_same(measures, sums)
+
+
+def test_requests_beyond_the_limit_are_other_of_their_role() -> None:
+    measures, summaries = HttpMeasures(4), requests(1, 40, 0)
+    measures.observe("shop", Batch(summaries, 0, 1))
+    rows: Any = summaries.as_messages()
+    for role in ("client", "server"):
+        counted = [
+            (dict(labels)["service"], value)
+            for (name, labels), value in exposed(measures).items()
+            if name == f"http_{role}_request_duration_seconds_count"
+        ]
+        assert "other" in dict(counted)
+        made = sum(row.count for row in rows if row.labels["role"] == role)
+        assert sum(value for _, value in counted) == made
+    assert len({labels for name, labels in exposed(measures) if name.endswith("s_sum")}) <= 4
+
+
+def test_what_cannot_be_read_is_counted_by_service_and_reason() -> None:
+    measures, nothing = HttpMeasures(1), requests(1, 0, 0)
+    for service, unread in (
+        ("shop", {"tls": Unread(2, 100), "unseen": Unread(1, 7)}),
+        ("shop", {"tls": Unread(1, 50)}),
+        ("bank", {"http2": Unread(1, 0)}),  # beyond the limit
+    ):
+        measures.observe(service, Batch(nothing, 0, 1, unread=unread))
+    assert {
+        (name, *sorted(dict(labels).values())): n for (name, labels), n in exposed(measures).items()
+    } == {
+        ("coral_http_unread_total", "shop", "tls"): 3,
+        ("coral_http_unread_bytes_total", "shop", "tls"): 150,
+        ("coral_http_unread_total", "shop", "unseen"): 1,
+        ("coral_http_unread_bytes_total", "shop", "unseen"): 7,
+        ("coral_http_unread_total", "http2", "other"): 1,
+    }
 
 
 def test_series_beyond_the_limit_are_other() -> None:

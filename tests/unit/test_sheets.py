@@ -9,31 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
 
 from coral.cli import show
 from coral.client import Batch, CollectorInfo, CollectorOption
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.contract import Story
+from coral.views.http_latency.story import HttpStory
 from coral.views.sheet import Column, Sheet
 from coral.views.syscall_stats.story import SyscallStory
 from coral.views.tcp_metrics.flows import CLIENT, SERVER
 from coral.views.tcp_metrics.story import TcpStory
 from coral.views.text import times
+from tests.drawing import drawn_lines as drawn
+from tests.requests import CLIENT as CLIENT_SIDE
+from tests.requests import POST, figures, row
 
 ID: Final = "0b7e5f3c-6a52-4a39-9d0f-3f3b1c2d4e5f"
 V6: Final = "2001:db8:1111:2222:3333:4444:5555:6666"
 # Names that others choose: markup, escape sequences, characters of two cells.
 HOSTILE: Final = ("[/x]", "[bold]a", "\x1b[2Jboom", "日本語のサービス", "a\nb")
 WIDTHS: Final = (60, 80, 120)
-
-
-def drawn(renderable: RenderableType, width: int) -> list[str]:
-    """The lines on a terminal of some width."""
-    console = Console(width=width, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def batch(kind: pb.EbpfCollectorKind, **rows: Any) -> Batch:
@@ -108,7 +103,22 @@ def peers() -> Story:
     return story
 
 
+def http_requests() -> Story:
+    story = HttpStory()
+    rows = [
+        row("/users/{id}/orders/{id}/items/{id}", [3] * 12_345, status=404),
+        row("/basket", [800] * 12, status=503, method=POST, request_body_bytes=10**9),
+        row("/stock", [1, 20, 9000], role=CLIENT_SIDE, response_body_bytes=10**12),
+        row("/stock", [3000] * 2, role=CLIENT_SIDE, status=0, outcome="aborted_by_server"),
+        *(row(f"/{name}", [1]) for name in HOSTILE),
+        row("other", [0.01] * 7, method=0),
+    ]
+    story.add(figures(0, 1, *rows))
+    return story
+
+
 STORIES: Final = {
+    "requests": (http_requests, ("REQUEST", "REQ/S", "ERRORS", "P99"), ("P50",)),
     "syscalls": (syscalls, ("SYSCALL", "CALLS", "ERRORS", "TIME"), ("ERRORS", "P99", "WHY")),
     "connections": (connections, ("PROCESS", "CONNECTION", "STATE"), ("OUT/S", "IN/S")),
     "peers": (peers, ("PEER", "OPEN", "ENDED BADLY"), ("OUT/S", "IN/S")),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import click
 import numpy as np
 import pytest
-from rich.console import Console, RenderableType
 
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -17,6 +16,7 @@ from coral.views.syscall_stats.calls import call_line
 from coral.views.syscall_stats.story import SyscallStory
 from coral.views.text import times
 from coral.wire.rows import row_layout
+from tests.drawing import drawn, table
 
 KIND = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
 START_NS = 1_700_000_000 * 10**9
@@ -67,22 +67,6 @@ def story_of(began_s: float, *batches: Batch, reached_s: float = 0.0) -> Syscall
         story.add(batch)
     story.intervals.reach(START_NS + int(reached_s * 1e9))
     return story
-
-
-def table(lines: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A plain table: rows by their first column, cells by their titles."""
-    header, *rows = (re.split(" {2,}", line) for line in lines)
-    assert {len(row) for row in rows} <= {len(header)}
-    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-
-
-def drawn(renderable: RenderableType, width: int = 120, *, colour: bool = False) -> str:
-    console = Console(
-        width=width, color_system="standard" if colour else None, force_terminal=colour
-    )
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get()
 
 
 def test_a_rate_of_the_whole_counts_quiet_time_before_between_and_after() -> None:

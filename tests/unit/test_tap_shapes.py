@@ -15,9 +15,11 @@ from rich.console import Console
 
 from coral.client import Batch, Buckets
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.addresses import address_text, endpoint
+from coral.views.data import plain
 from coral.views.names import Names
 from coral.views.sheet import Column, Sheet
-from coral.views.tcp_metrics.events import event_line, plain
+from coral.views.tcp_metrics.events import event_line
 from coral.views.tcp_metrics.flows import (
     CLIENT,
     LISTENER,
@@ -29,9 +31,9 @@ from coral.views.tcp_metrics.flows import (
     of_connection,
     of_peer,
 )
-from coral.views.tcp_metrics.peers import endpoint, peer
+from coral.views.tcp_metrics.peers import peer
 from coral.views.tcp_metrics.story import TcpStory
-from coral.views.tcp_metrics.tally import Tally, address_text
+from coral.views.tcp_metrics.tally import Tally
 from coral.views.text import format_age, format_amount, format_share, shorten, times
 from coral.wire.text import safe
 

@@ -72,7 +72,12 @@ TOY = View(
     ),
     cheaper="sample less often with --frequency",
 )
-REAL = (pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, pb.EBPF_COLLECTOR_KIND_TCP_METRICS)
+REAL = (
+    pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS,
+    pb.EBPF_COLLECTOR_KIND_TCP_METRICS,
+    pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY,
+)
+FLAGS = ("--syscall-stats", "--tcp-metrics", "--http-latency")
 WITH_TOY: dict[int, View] = {**{kind: VIEWS[kind] for kind in REAL}, TOY.kind: TOY}
 
 
@@ -117,11 +122,17 @@ def test_a_new_kind_has_its_flags_without_a_change_of_the_command(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((), "name what to collect: --syscall-stats, --tcp-metrics or --cpu-profile"),
+        (
+            (),
+            "name what to collect: --syscall-stats, --tcp-metrics, --http-latency or --cpu-profile",
+        ),
         (("--cpu-profile", "--tcp-metrics"), "give only one of --tcp-metrics and --cpu-profile"),
         (("--cpu-profile", "--resolve"), "--resolve goes with --tcp-metrics"),
         (("--tcp-metrics", "--include", "read"), "--include goes with --syscall-stats"),
-        (("--cpu-profile", "-i", "1s"), "--interval goes with --syscall-stats or --tcp-metrics"),
+        (
+            ("--cpu-profile", "-i", "1s"),
+            "--interval goes with --syscall-stats, --tcp-metrics or --http-latency",
+        ),
     ],
 )
 def test_a_flag_of_another_kind_is_a_usage_error(
@@ -145,7 +156,7 @@ def test_the_commands_know_no_kind_by_its_name() -> None:
 
 
 def test_every_view_has_what_the_commands_ask_of_it() -> None:
-    assert {VIEWS[kind].flag for kind in REAL} == {"--syscall-stats", "--tcp-metrics"}
+    assert {VIEWS[kind].flag for kind in REAL} == set(FLAGS)
     flags: dict[str, Flag] = {}
     for view in VIEWS.values():
         assert view.provocation

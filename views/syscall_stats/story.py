@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -14,7 +13,7 @@ from coral.views.intervals import Intervals
 from coral.views.sheet import Column, Content, Sheet
 from coral.views.syscall_stats.calls import QUANTILES, call_lines, records
 from coral.views.syscall_stats.totals import SyscallRow, SyscallTotals, sum_of
-from coral.views.text import bar, format_ns, format_rate, format_share, shorten, times
+from coral.views.text import bar, fitting, format_ns, format_rate, format_share, times
 
 _BAR_WIDTH: Final = 20
 _NOTHING: Final = "no system calls"
@@ -113,13 +112,4 @@ def _why(row: SyscallRow) -> Content:
     causes = row.causes.most_common()
     if len(causes) <= 1:
         return "".join(cause for cause, _ in causes)
-    texts = [f"{cause} {times(count)}" for cause, count in causes]
-
-    def fit(width: int) -> str:
-        for shown in range(len(texts), 0, -1):
-            text = ", ".join([*texts[:shown], *(["…"] if shown < len(texts) else [])])
-            if cell_len(text) <= width:
-                return text
-        return shorten(f"{causes[0][0]}, …", width)
-
-    return fit
+    return fitting([f"{cause} {times(count)}" for cause, count in causes])

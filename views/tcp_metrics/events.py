@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from google.protobuf.descriptor import EnumDescriptor
-from google.protobuf.message import Message
-
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.addresses import endpoint
+from coral.views.data import plain, short_name
 from coral.views.errnos import errno_name
 from coral.views.names import Names
 from coral.views.tcp_metrics.flows import CLIENT, LISTENER, SERVER, Flow, is_bad
-from coral.views.tcp_metrics.peers import endpoint, peer
+from coral.views.tcp_metrics.peers import peer
 from coral.views.tcp_metrics.tally import event_end, event_rows
 from coral.views.text import format_clock, shorten, styled, times
 from coral.wire.kinds import kind_name
@@ -132,16 +131,16 @@ def _what(event: Mapping[str, Any]) -> tuple[list[str], str]:
 
 def _state(number: int) -> str:
     """`syn-sent` and its like, as `ss` says."""
-    return _short(pb.TcpState.DESCRIPTOR, number).replace("_", "-")
+    return short_name(pb.TcpState.DESCRIPTOR, number).replace("_", "-")
 
 
 def records(batch: Batch, names: Names | None = None) -> Iterator[dict[str, Any]]:
     """Each row as plain data, with the names of the .proto."""
     message = batch.message
     head = {"collector": kind_name(message.kind), "service": message.service_name}
-    for event in event_rows(batch) if len(batch.events) else ():
+    for event in event_rows(batch):
         data = {
-            name: _short(_ENUMS[name], value).lower() if name in _ENUMS else value
+            name: short_name(_ENUMS[name], value).lower() if name in _ENUMS else value
             for name, value in event.items()
         }
         yield head | data | {"error": errno_name(event["error"])} | _named(event, names)
@@ -156,29 +155,3 @@ def records(batch: Batch, names: Names | None = None) -> Iterator[dict[str, Any]
 
 def _named(data: Mapping[str, Any], names: Names | None) -> dict[str, str]:
     return {"remote_name": names.of(data["remote_address"])} if names else {}
-
-
-def plain(message: Message) -> dict[str, Any]:
-    """A message with all its fields: numbers as numbers, enums by their short names."""
-    return {field.name: _plain(message, field) for field in message.DESCRIPTOR.fields}
-
-
-def _plain(message: Message, field: Any) -> Any:  # noqa: ANN401
-    value = getattr(message, field.name)
-    if field.message_type and field.message_type.GetOptions().map_entry:
-        return dict(value)
-    if field.message_type:
-        return plain(value)
-    if field.enum_type:
-        return _short(field.enum_type, value)
-    return list(value) if field.is_repeated else value
-
-
-def _short(enum: EnumDescriptor, number: int) -> str:
-    """A value's name in lower case, without what all of its enum begin with."""
-    names = enum.values_by_number
-    if number not in names:
-        return str(number)
-    first = enum.values[0].name
-    prefix = first[: first.rindex("_") + 1]
-    return names[number].name.removeprefix(prefix).lower()

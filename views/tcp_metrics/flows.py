@@ -10,6 +10,7 @@ from typing import Final
 
 from coral.client import Buckets
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.picking import pick
 
 CLIENT: Final = pb.TCP_ROLE_CLIENT
 SERVER: Final = pb.TCP_ROLE_SERVER
@@ -295,8 +296,7 @@ def choose(flows: Sequence[Flow], most: int) -> tuple[list[Flow], list[Flow]]:
     def worst(flow: Flow) -> tuple[int, int, int]:
         return (-flow.health, -max(flow.failed, flow.retransmits), -flow.connections)
 
-    bad = (flow for flow in flows if flow.health and flow.address != OTHER)
-    troubled = sorted(bad, key=worst)[: max(most // 2, 1)]
-    first = {id(flow) for flow in troubled}
-    ordered = troubled + sorted((flow for flow in flows if id(flow) not in first), key=busy)
-    return sorted(ordered[:most], key=busy), ordered[most:]
+    def in_trouble(flow: Flow) -> bool:
+        return bool(flow.health) and flow.address != OTHER
+
+    return pick(flows, most, busy, worst, in_trouble)

@@ -12,11 +12,6 @@ from coral.views.text import shorten, times
 _LEAST: Final = 12  # of an address; a client's own port is left out before it gets less
 
 
-def endpoint(host: str, port: int) -> str:
-    """HOST:PORT, with brackets where the host has colons itself."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def peer(flow: Flow, names: Names | None = None) -> Callable[[int], str]:
     """`→ HOST:PORT` of a client, `:PORT ← HOST` of a server, and the number where there are
     several. Where there is no room, an address loses its middle, a name its end, and a client's own

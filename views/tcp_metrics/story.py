@@ -4,7 +4,7 @@ peers, failures by cause, and a histogram of the round trips."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -12,15 +12,16 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
+from coral.views.headline import flowing
 from coral.views.intervals import Intervals
 from coral.views.names import Names
+from coral.views.pictures import histogram_sheet
 from coral.views.sheet import Column, Content, Sheet
 from coral.views.tcp_metrics.events import event_line, records
 from coral.views.tcp_metrics.flows import Flow, Health, choose, fold, fold_peers, is_bad, sum_of
 from coral.views.tcp_metrics.peers import peer
 from coral.views.tcp_metrics.tally import Tally, event_rows
 from coral.views.text import (
-    bar,
     clauses,
     format_age,
     format_amount,
@@ -33,7 +34,6 @@ from coral.views.text import (
 _MOST_LINES: Final = 50  # in a pipe, where a terminal's height is no limit
 _MOST_PEERS: Final = 20
 _MOST_TROUBLES: Final = 15
-_BAR_WIDTH: Final = 30
 _QUIET_S: Final = 2.0
 _STYLES: Final = {Health.WELL: "", Health.LOSSY: "yellow", Health.BAD: "bold red"}
 _US: Final = 1000
@@ -128,7 +128,7 @@ class TcpStory:
         if quiet:
             head = Text(f"{self._open()}nothing moved for {quiet_s:.0f}s", "dim")
         else:
-            head = _flowing(self._headline(), width)
+            head = flowing(self._headline(), width)
         most = most_lines - 3 - head.plain.count("\n")
         sheet = self._interval_sheet(self._folded[1], most)
         return Group(head, sheet.table(width)) if sheet.rows else head
@@ -316,34 +316,7 @@ class TcpStory:
         return sheet
 
     def _rtt_sheet(self) -> Sheet:
-        """A histogram of the round trips."""
-        rtt = self._tally.all.rtt
-        figures = ", ".join(f"p{q * 100:g} {_us(rtt.quantile(q))}" for q in (0.5, 0.95, 0.99))
-        sheet = Sheet((Column("ROUND TRIP"), Column("ACKS"), Column(figures, right=False)))
-        filled = [slot for slot, count in enumerate(rtt.counts) if count]
-        most = max(rtt.counts, default=0)
-        for slot in range(filled[0], filled[-1] + 1) if filled else ():
-            lower = _round_us(rtt.bounds[slot - 1]) if slot else "0"
-            above = slot == len(rtt.bounds)
-            name = f"over {lower}" if above else f"{lower} - {_round_us(rtt.bounds[slot])}"
-            count = rtt.counts[slot]
-            sheet.add(name, f"{count:,}", (bar(count / most, _BAR_WIDTH), "cyan"))
-        return sheet
-
-
-def _flowing(parts: Iterable[tuple[str, str]], width: int) -> Text:
-    """Texts with their styles, in lines of at most WIDTH cells that are broken between texts."""
-    text, used = Text(), 0
-    for part, style in parts:
-        if used and used + len(part) + 3 > width:
-            text.append(",\n")
-            used = 0
-        elif used:
-            text.append(", ")
-            used += 2
-        text.append(part, style)
-        used += len(part)
-    return text
+        return histogram_sheet("ROUND TRIP", "ACKS", self._tally.all.rtt, _US)
 
 
 def _peer_alone(flow: Flow, names: Names | None) -> Content:
@@ -361,14 +334,6 @@ def _bytes(amount: float) -> tuple[str, str]:
 
 def _us(us: float) -> str:
     return format_ns(us * _US) if us else ""
-
-
-def _round_us(us: int) -> str:
-    """A bound, which is a round number."""
-    for unit, size in (("s", 1_000_000), ("ms", 1000)):
-        if us >= size:
-            return f"{us / size:g}{unit}"
-    return f"{us}µs"
 
 
 def _resent(flow: Flow) -> tuple[str, str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
-from functools import lru_cache
-from ipaddress import IPv6Address
 from typing import Any, Final, NamedTuple
 
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views import data
 from coral.views.errnos import errno_name
 from coral.views.intervals import Intervals
 from coral.views.tcp_metrics.flows import (
@@ -192,29 +191,7 @@ def _peer_of(flow: Flow) -> _Peer:
 
 def event_rows(batch: Batch) -> Iterable[dict[str, Any]]:
     """Each single event, with addresses and names as texts."""
-    events = batch.events
-    names = events.dtype.names or ()
-    comms, reasons = batch.strings[events["comm"]], batch.strings[events["reason"]]
-    for values, comm, reason in zip(events.tolist(), comms.tolist(), reasons.tolist(), strict=True):
-        row = dict(zip(names, values, strict=True)) | {"comm": comm, "reason": reason}
-        event = {}
-        for name, value in row.items():
-            end, _, part = name.partition("_")
-            if part == "high":
-                low, scope = row[f"{end}_low"], row["scope_id"]
-                event[f"{end}_address"] = address_text(value, low, scope)
-            elif part != "low":
-                event[name] = value
-        yield event
-
-
-@lru_cache(4096)
-def address_text(high: int, low: int, scope: int = 0) -> str:
-    """An address of 128 bits as text; that of IPv4 in IPv6 as IPv4, a link-local one with its
-    scope."""
-    address = IPv6Address(high << 64 | low)
-    text = str(address.ipv4_mapped or address)
-    return f"{text}%{scope}" if scope and address.is_link_local else text
+    return data.event_rows(batch, "comm", "reason")
 
 
 def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:

@@ -101,4 +101,30 @@ int PROGRAM(coral_p_syscall, void *ctx)
 	return 0;
 }
 
+/* The kernel tells programs of each use of a socket (6.3). */
+SEC("raw_tp/sock_send_length")
+int RAW_PROGRAM(coral_p_sent, void *sk)
+{
+	return 0;
+}
+
+SEC("raw_tp/sock_recv_length")
+int RAW_PROGRAM(coral_p_received, void *sk)
+{
+	return 0;
+}
+
+/* The kernel calls a function of the program again and again (5.17). */
+static long coral_p_turn(__u32 turn, void *ctx)
+{
+	return 0;
+}
+
+SEC("raw_tp/sched_process_exec")
+int RAW_PROGRAM(coral_p_loop, void *task)
+{
+	bpf_loop(2, coral_p_turn, NULL, 0);
+	return 0;
+}
+
 LICENSED_AS("GPL");

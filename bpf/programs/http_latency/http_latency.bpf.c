@@ -14,6 +14,7 @@
 #include "include/targets.bpf.h"
 #include "http.bpf.h"
 #include "operations.bpf.h"
+#include "syscalls.bpf.h"
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
@@ -66,9 +67,14 @@ MAP(HASH, spilled_requests, struct request_key, struct request, 16384, BPF_F_NO_
 MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
 
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
+#define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
 
 /* Where a record is made: for a process, or for a packet or a timer, which may come in between. */
 MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
+
+#define DRAFT_OF_THREAD 2
+
+static __always_inline struct http_exchange *draft_of_thread(void);
 
 /* What user space says about one session. */
 struct http_session {
@@ -99,7 +105,20 @@ SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
 
 static __always_inline struct http_exchange *draft_at(__u32 at)
 {
+	struct http_exchange *of_thread = at == DRAFT_OF_THREAD ? draft_of_thread() : NULL;
+
+	if (of_thread)
+		return of_thread;
+	if (at == DRAFT_OF_THREAD) /* a program that nothing comes between */
+		at = 0;
 	return bpf_map_lookup_elem(map_of(drafts), &at);
+}
+
+static __always_inline __u32 draft_for(__u32 outcome)
+{
+	if (outcome & BY_SSL)
+		return DRAFT_OF_THREAD;
+	return outcome & BY_PACKET ? 1 : 0;
 }
 
 /* Sends a draft to one session. */
@@ -158,7 +177,7 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	struct lane *ask = lane_of(c, request_direction(c));
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool answers = answer->status >= 200 || answer->status == 101;
-	__u32 at = outcome & BY_PACKET ? 1 : 0;
+	__u32 at = draft_for(outcome);
 	struct http_exchange *to = draft_at(at);
 
 	if (!to)
@@ -184,7 +203,8 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	to->born = c->born;
 	to->network = c->network;
 	to->role = c->role;
-	to->outcome = outcome & ~BY_PACKET;
+	to->outcome = outcome & ~(BY_PACKET | BY_SSL);
+	to->tls = c->ssl != 0;
 	to->local_port = c->local_port;
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
@@ -231,7 +251,8 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 	if (!cursor.c)
 		return 0;
-	if ((outcome & ~BY_PACKET) == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
+	outcome &= ~(BY_PACKET | BY_SSL);
+	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
 		exchange_end(0, &cursor);
 	else
 		bpf_loop(PIPELINE, exchange_end, &cursor, 0);
@@ -240,6 +261,8 @@ SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 
 static __always_inline void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
 {
+	if (c->ssl && !(outcome & BY_PACKET))
+		outcome |= BY_SSL;
 	end_exchanges(c->sk, outcome, now_ns);
 }
 
@@ -293,21 +316,23 @@ static __always_inline __u32 offset_of(struct tcp_sock *tp, __u32 direction, boo
 	return socket_read_if(typed, tp, write_seq);
 }
 
-/* How many bytes have passed, modulo 2^32; a client's SYN may be among them. */
-static __always_inline __u32 passed_so_far(struct tcp_sock *tp, __u32 direction, bool typed)
+/* How many bytes have passed; a client's SYN may be among them. */
+static __always_inline __u64 passed_so_far(struct tcp_sock *tp, __u32 direction, bool typed)
 {
-	if (direction == RECEIVED)
-		return socket_read_if(typed, tp, copied_seq) -
-		       (socket_read_if(typed, tp, rcv_nxt) -
-			(__u32)socket_read_if(typed, tp, bytes_received));
-	return socket_read_if(typed, tp, write_seq) -
-	       (socket_read_if(typed, tp, snd_una) - (__u32)socket_read_if(typed, tp, bytes_acked));
+	__u32 rest;
+
+	if (direction == RECEIVED) {
+		rest = socket_read_if(typed, tp, rcv_nxt) - socket_read_if(typed, tp, copied_seq);
+		return socket_read_if(typed, tp, bytes_received) - rest;
+	}
+	rest = socket_read_if(typed, tp, write_seq) - socket_read_if(typed, tp, snd_una);
+	return socket_read_if(typed, tp, bytes_acked) + rest;
 }
 
 /* Whether the LENGTH bytes that have just passed are the first. */
 static __always_inline bool is_fresh(struct tcp_sock *tp, __u32 direction, __u32 length, bool typed)
 {
-	__u32 passed = passed_so_far(tp, direction, typed);
+	__u64 passed = passed_so_far(tp, direction, typed);
 
 	return (passed == length || (direction == SENT && passed == length + 1)) &&
 	       passed_so_far(tp, !direction, typed) <= 1;
@@ -371,7 +396,8 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	if (c && c->tgid == tgid && c->generation == generation)
 		return c->watching ? c : NULL;
 	watching = sessions_in_state(sessions_of_hub(all), tgid, MEMBER_ACTIVE);
-	if (!c && watching)
+	/* With fewer bytes it is another socket, which has the descriptor since. */
+	if (!c && watching && passed_so_far(tp, direction, typed) >= length)
 		c = connection_make(sk, tp, watching, direction, length, typed);
 	if (!c)
 		return NULL;
@@ -507,6 +533,36 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
+/*
+ * Takes in what has passed in the other direction, unseen, before an operation in DIRECTION: all of
+ * it while the connection is not read, and when a response begins, what is left of its request.
+ * Either that was spliced, or the call that sends it has not returned yet: when it does, its bytes
+ * come too late.
+ */
+static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, __u32 direction,
+				     bool typed)
+{
+	struct lane *lane = lane_of(c, !direction);
+	__u32 offset, gap;
+
+	if (!c->unread &&
+	    (direction == request_direction(c) || lane_of(c, direction)->place != AT_START))
+		return;
+	offset = offset_of(tp, !direction, typed);
+	gap = offset - lane->offset;
+	if (!c->unread && c->made != c->answered && body_ahead(lane) < gap)
+		return; /* the next request, whose call may yet show it */
+	lane->offset = offset;
+	if (gap)
+		unseen_passed(c, !direction, gap, bpf_ktime_get_ns());
+}
+
+/* What is needed of tls.bpf.h: see there. */
+static __always_inline bool is_inside_ssl(void);
+static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length);
+static __always_inline struct connection *read_of(struct connection *c);
+static __always_inline void connection_left(struct connection *c);
+
 #define MSG_OOB	     0x1
 #define MSG_PEEK     0x2
 #define MSG_TRUNC    0x20
@@ -538,13 +594,21 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	lane = lane_of(c, direction);
 	offset = offset_of(tp, direction, typed);
 	gap = offset - length - lane->offset;
+	if ((__s32)gap < 0) /* counted already, as a gap */
+		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
 	if (length)
+		catch_up(c, tp, direction, typed);
+	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
+		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
+	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
-		end_read(c);
+		end_read(read_of(c));
+	if (length && c->unread)
+		socket_used(c, direction, length);
 	if (c->unread != unread && c->unread)
 		count_unread(c->watching, c->unread, 1, 0);
 	return 0;
@@ -560,6 +624,38 @@ SEC("raw_tp/sock_send_length")
 int RAW_PROGRAM(coral_sent, struct sock *sk, int length, int flags)
 {
 	return used(sk, length, flags, SENT, option(typed_sockets));
+}
+
+/* How many bytes have passed since the last that was seen; 0 if none was. */
+static __always_inline __u32 passed_unseen(struct sock *sk, __u32 direction, bool typed)
+{
+	struct connection *c = connection_of(sk);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
+	if (!c || !tp)
+		return 0;
+	return offset_of(tp, direction, typed) - lane_of(c, direction)->offset;
+}
+
+/* Instead of both, where the kernel lacks their tracepoints. */
+SEC("raw_tp/sys_exit")
+int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
+{
+	struct sessions *all;
+	struct socket_call call;
+	struct sock *sk;
+
+	if (result < 0 || !socket_call_find(&call))
+		return 0;
+	all = all_sessions();
+	if (!all || surely_unwatched_here(all, current_tgid()))
+		return 0;
+	sk = socket_of_call(&call);
+	if (!sk)
+		return 0;
+	if (call.of_messages)
+		result = passed_unseen(sk, call.direction, option(typed_sockets));
+	return used(sk, result, call.flags, call.direction, option(typed_sockets));
 }
 
 /* Ends. */
@@ -593,6 +689,24 @@ static __always_inline void connection_over(struct connection *c, struct sock *s
 	    bpf_ktime_get_ns());
 }
 
+/* Whether a packet has ended a connection that the process goes on using: a call that sends has not
+ * returned yet, so that no hook has seen its bytes, or what a client has received is still to be
+ * read. The exchange ends then with that, or when the process closes the socket. */
+static __always_inline bool is_in_use(struct connection *c, struct sock *sk, int old, bool typed)
+{
+	bool closed = socket_read_if(typed, sk, sk_shutdown) == SHUTDOWN_MASK;
+	bool fin = socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+
+	if (!tp || (closed && !fin))
+		return false;
+	if ((old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT) &&
+	    offset_of(tp, SENT, typed) != c->lanes[SENT].offset)
+		return true;
+	return c->role == HTTP_CLIENT &&
+	       socket_read_if(typed, tp, rcv_nxt) != offset_of(tp, RECEIVED, typed);
+}
+
 static __always_inline int state_changed(struct sock *sk, int old, int state, bool typed)
 {
 	struct connection *c;
@@ -609,8 +723,13 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 			c->closed = RECEIVED + 1;
 		return 0;
 	}
+	if (state == TCP_CLOSE && is_in_use(c, sk, old, typed)) {
+		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
+		return 0;
+	}
 	if (!c->closed && state != TCP_CLOSE)
 		c->closed = SENT + 1;
+	c = read_of(c);
 	closes = state == TCP_CLOSE || c->role == HTTP_SERVER ||
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
@@ -632,12 +751,15 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 
 	if (!c)
 		return 0;
-	connection_over(c, sk, option(typed_sockets));
+	connection_over(read_of(c), sk, option(typed_sockets));
+	connection_left(c);
 	if (c->unread && c->unread_bytes)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
 			     c->unread_bytes);
 	connection_forget(sk);
 	return 0;
 }
+
+#include "tls.bpf.h"
 
 LICENSED_AS("GPL");

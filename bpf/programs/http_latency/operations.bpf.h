@@ -54,32 +54,37 @@ struct operation {
 	__u64 iov_count;
 };
 
-/* How the current system call was entered: its number and its first three arguments. */
+/* How the current system call was entered: its number and its first four arguments. */
 struct entry {
 	__u64 number;
-	__u64 arguments[3];
+	__u64 arguments[4];
 };
 
 #if defined(__TARGET_ARCH_x86) && !defined(CORAL_BCC)
-struct pt_regs___x86 {
+struct pt_regs___entry {
 	unsigned long orig_ax;
 	unsigned long di;
 	unsigned long si;
 	unsigned long dx;
-} __attribute__((preserve_access_index));
-
-struct thread_info___x86 {
-	__u32 status;
+	unsigned long r10;
 } __attribute__((preserve_access_index));
 
 #define TS_COMPAT 2
+#elif defined(__TARGET_ARCH_arm64) && !defined(CORAL_BCC)
+struct pt_regs___entry {
+	__u64 regs[31];
+	__u64 orig_x0; /* the first argument: the result of the call replaces it in regs */
+	int syscallno;
+} __attribute__((preserve_access_index));
+
+#define TIF_32BIT (1 << 22)
 #endif
 
 static __always_inline bool entry_read(struct entry *entry)
 {
 #if defined(__TARGET_ARCH_x86) && !defined(CORAL_BCC)
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct pt_regs___x86 *regs = (void *)bpf_task_pt_regs(task);
+	struct pt_regs___entry *regs = (void *)bpf_task_pt_regs(task);
 
 	if (task->thread_info.status & TS_COMPAT) /* 32-bit calls have other numbers */
 		return false;
@@ -87,6 +92,19 @@ static __always_inline bool entry_read(struct entry *entry)
 	entry->arguments[0] = regs->di;
 	entry->arguments[1] = regs->si;
 	entry->arguments[2] = regs->dx;
+	entry->arguments[3] = regs->r10;
+	return true;
+#elif defined(__TARGET_ARCH_arm64) && !defined(CORAL_BCC)
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pt_regs___entry *regs = (void *)bpf_task_pt_regs(task);
+
+	if (task->thread_info.flags & TIF_32BIT)
+		return false;
+	entry->number = regs->syscallno;
+	entry->arguments[0] = regs->orig_x0;
+	entry->arguments[1] = regs->regs[1];
+	entry->arguments[2] = regs->regs[2];
+	entry->arguments[3] = regs->regs[3];
 	return true;
 #else
 	struct user_registers regs;
@@ -97,6 +115,7 @@ static __always_inline bool entry_read(struct entry *entry)
 	entry->arguments[0] = syscall_argument(&regs, 1);
 	entry->arguments[1] = syscall_argument(&regs, 2);
 	entry->arguments[2] = syscall_argument(&regs, 3);
+	entry->arguments[3] = syscall_argument(&regs, 4);
 	return true;
 #endif
 }

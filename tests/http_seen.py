@@ -1,0 +1,116 @@
+"""A running `http_latency`, and all requests that it has seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+
+from coral import bpf
+from coral.collectors.contract import Batch, EventRows
+from coral.collectors.http_latency.collector import HttpLatencyCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.support import at_work, wait_until
+
+CLIENT, SERVER = pb.HTTP_ROLE_CLIENT, pb.HTTP_ROLE_SERVER
+COMPLETE, UPGRADED = pb.HTTP_OUTCOME_COMPLETE, pb.HTTP_OUTCOME_UPGRADED
+BY_CLIENT, BY_SERVER = pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER
+
+
+@dataclass(frozen=True)
+class Request:
+    """A row, with names in place of numbers."""
+
+    role: int
+    method: str
+    path: str
+    status: int
+    outcome: int
+    time_ns: int
+    duration_ns: int
+    request_ns: int
+    first_byte_ns: int
+    request_body_bytes: int
+    response_body_bytes: int
+    connection_id: int
+    number: int
+    pid: int
+    local_port: int
+    remote_port: int
+    version: int
+    tls: int
+
+    @property
+    def exchange(self) -> tuple[str, str, int, int, int]:
+        """What clients and servers say of it, too: method, path, status, bytes of both bodies."""
+        bodies = self.request_body_bytes, self.response_body_bytes
+        return (self.method, self.path, self.status, *bodies)
+
+
+_NUMBERS = [field.name for field in fields(Request) if field.name not in ("method", "path")]
+
+
+class Seen:
+    """The requests so far. As in tests/network.py, `missed` is an upper bound of what is missing
+    here, and `lost` exact."""
+
+    def __init__(self, collector: HttpLatencyCollector) -> None:
+        self.collector = collector
+        self.requests: list[Request] = []
+        self.lost = self.missed = 0
+
+    def drain(self) -> None:
+        """Takes in what there is."""
+        self.add(self.collector.drain())
+
+    def add(self, batch: Batch) -> None:
+        """Takes in a batch of single events."""
+        assert isinstance(batch.rows, EventRows)
+        missed = batch.losses.get(pb.Loss.STAGE_PROGRAM_MISSED, 0)
+        self.missed += missed
+        self.lost += sum(batch.losses.values()) - missed
+        strings = batch.rows.strings
+        for record in batch.rows.records:
+            self.requests.append(_request(record, strings))
+
+    def of(self, role: int) -> list[Request]:
+        """Those of one role, in the order of their ends."""
+        return [request for request in self.requests if request.role == role]
+
+    def until(self, condition: Callable[[], object], timeout_s: float = 15) -> None:
+        """Drains until CONDITION is true."""
+
+        def met() -> object:
+            self.drain()
+            return condition()
+
+        wait_until(met, timeout_s)
+
+    def wait_for(self, count: int, role: int) -> list[Request]:
+        """Waits for so many requests of one role; no more may have come."""
+        self.until(lambda: len(self.of(role)) >= count)
+        found = self.of(role)
+        assert len(found) == count
+        return found
+
+
+def _request(record: Any, strings: Any) -> Request:
+    numbers = {name: int(record[name]) for name in _NUMBERS}
+    method = pb.HttpMethod.Name(int(record["method"])).removeprefix("HTTP_METHOD_")
+    return Request(method=method, path=strings[record["path"]], **numbers)
+
+
+@contextmanager
+def seeing(*pids: int, without: tuple[str, ...] = (), **config: str) -> Iterator[Seen]:
+    """`http_latency` of these processes, each request for itself; WITHOUT these features of the
+    kernel."""
+    features = bpf.probe().without(*without)
+    support = HttpLatencyCollector.support(features)
+    if not support.supported:
+        pytest.skip(support.reason)
+    config = {"pid": ",".join(map(str, pids)), "mode": "events", "ring": "16MiB", **config}
+    with at_work(HttpLatencyCollector.create(config, None, features)) as collector:
+        yield Seen(collector)

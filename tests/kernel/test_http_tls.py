@@ -1,0 +1,419 @@
+"""`http_latency` of HTTP inside of TLS, against programs that say what they have done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from coral.collectors.http_latency.tls import PROGRAMS, TlsHooks
+from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
+from tests.support import ROOT, Puppet, built, wait_until
+
+pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
+
+SOURCES = ROOT / "tests/programs/http"
+# Says, path, status, port of the peer.
+Told = tuple[str, str, int, int]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of localhost, with its key."""
+    directory = tmp_path_factory.mktemp("certificate")
+    both = directory / "both.pem"
+    key = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -days 2"
+    command = ["openssl", "req", *key.split(), "-keyout", "key", "-out", "certificate"]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    both.write_bytes((directory / "certificate").read_bytes() + (directory / "key").read_bytes())
+    return both
+
+
+def _openssl(out: Path, *flags: str) -> list[str | Path]:
+    libraries = ("-lssl", "-lcrypto", "-ldl")
+    source = SOURCES / "openssl.c"
+    return ["cc", "-O2", "-Wall", "-Wextra", "-pthread", *flags, source, "-o", out, *libraries]
+
+
+@pytest.fixture(scope="module")
+def openssl() -> Path:
+    """tests/programs/http/openssl.c."""
+    return built("openssl", [SOURCES / "openssl.c"], _openssl)
+
+
+@pytest.fixture(scope="module")
+def static_openssl() -> Path:
+    """The same, with OpenSSL in the program itself."""
+    return built("openssl.static", [SOURCES / "openssl.c"], lambda out: _openssl(out, "-static"))
+
+
+class Server:
+    """tests/programs/http/tls.py."""
+
+    def __init__(self, how: str, certificate: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, SOURCES / "tls.py", how, certificate],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.process.pid
+        assert self.process.stdout
+        self.port = int(self.process.stdout.readline())
+
+    def told(self, count: int) -> list[Told]:
+        """The next COUNT requests that it says to have answered."""
+        assert self.process.stdout
+        lines = [self.process.stdout.readline().split() for _ in range(count)]
+        return [(method, path, int(status), int(port)) for method, path, status, port in lines]
+
+    def end(self) -> None:
+        """Kills it."""
+        self.process.kill()
+        with self.process:
+            pass
+
+
+@contextmanager
+def serving(how: str, certificate: Path) -> Iterator[Server]:
+    """A server at work."""
+    server = Server(how, certificate)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+@contextmanager
+def client_of(port: int, connections: int = 1) -> Iterator[Puppet]:
+    """A Python process with open connections `c[0]`, `c[1]`, ..."""
+    with Puppet() as client:
+        client.do("import http.client, ssl, threading")
+        client.do("context = ssl.create_default_context(); context.check_hostname = False")
+        client.do("context.verify_mode = ssl.CERT_NONE")
+        client.do(
+            f"c = [http.client.HTTPSConnection('127.0.0.1', {port}, context=context) "
+            f"for _ in range({connections})]"
+        )
+        client.do(
+            "def get(c, path, method='GET', body=None): "
+            "c.request(method, path, body); return c.getresponse().read()"
+        )
+        client.do("for one in c: one.connect()")
+        yield client
+
+
+def curl(port: int, *paths: str, more: Sequence[str] = ()) -> list[str]:
+    """The command that gets PATHS on one connection."""
+    urls = [f"https://127.0.0.1:{port}{path}" for path in paths]
+    return ["curl", "-sk", "--http1.1", *more, *urls]
+
+
+def told(requests: list[Request]) -> list[Told]:
+    """What the other side of these can tell, too."""
+    return [(it.method, it.path, it.status, it.remote_port) for it in requests]
+
+
+def hooks(seen: Seen) -> TlsHooks:
+    """The uprobes of a running collector."""
+    return seen.collector.bpf_object.common(TlsHooks)
+
+
+def left_over(seen: Seen, name: str) -> int:
+    """The number of elements in a map of the hub."""
+    return len(seen.collector.bpf_object.object.map(name).read_keys())
+
+
+@pytest.mark.parametrize("how", ["threads", "asyncio"])
+def test_both_sides_of_every_request_are_seen_once_with_its_peer(
+    how: str, certificate: Path
+) -> None:
+    with serving(how, certificate) as server, seeing(server.pid, os.getpid()) as seen:
+        paths = [*(f"/one/{i}" for i in range(5)), "/missing/1", "/after/0.02/x"]
+        clients = [
+            subprocess.Popen(
+                curl(server.port, *(f"{path}/{i}" for path in paths)), stdout=subprocess.DEVNULL
+            )
+            for i in range(4)
+        ]
+        for client in clients:
+            assert client.wait(20) == 0
+        truth = server.told(28)
+        of_server, of_client = seen.wait_for(28, SERVER), seen.wait_for(28, CLIENT)
+        assert sorted(told(of_server)) == sorted(truth)
+        assert {it.remote_port for it in of_client} == {server.port}
+        by_server = {(it.local_port, it.path): it for it in of_client}
+        for it in of_server:
+            other = by_server[it.remote_port, it.path]
+            assert other.exchange == it.exchange
+            assert it.tls == other.tls == 1
+            assert it.outcome == other.outcome == COMPLETE
+            assert it.version == other.version == 1
+            assert it.duration_ns <= other.duration_ns + 5_000_000
+        assert all(it.first_byte_ns >= 20_000_000 for it in of_server if "after" in it.path)
+        assert seen.lost == 0
+        wait_until(lambda: left_over(seen, "connections") == 0)
+        assert left_over(seen, "ssl_objects") == 0
+
+
+def test_a_body_goes_up_and_requests_share_one_connection(certificate: Path) -> None:
+    with (
+        serving("threads", certificate) as server,
+        seeing(server.pid, os.getpid()) as seen,
+        client_of(server.port) as client,
+    ):
+        client.do("for i in range(3): get(c[0], f'/up/{i}', 'POST', b'x' * 1000)")
+        truth = server.told(3)
+        found = seen.wait_for(3, SERVER)
+        assert told(found) == truth
+        assert [it.request_body_bytes for it in found] == [1000] * 3
+        assert [it.number for it in found] == [0, 1, 2]
+        assert len({it.connection_id for it in found}) == 1
+        assert [it.exchange for it in seen.wait_for(3, CLIENT)] == [it.exchange for it in found]
+
+
+@pytest.mark.parametrize("how", ["threads", "asyncio"])
+def test_a_connection_that_began_earlier_is_joined(how: str, certificate: Path) -> None:
+    with serving(how, certificate) as server, client_of(server.port, 3) as client:
+        client.do("for one in c: get(one, '/before')")
+        server.told(3)
+        # Threads of the server are inside of SSL_read now, which no uprobe has seen begin.
+        first = "/joined/0" if how == "threads" else ""
+        with seeing(server.pid, client.pid) as seen:
+            client.do("for i in range(3): [get(one, f'/joined/{i}') for one in c]")
+            truth = server.told(9)
+            assert told(seen.wait_for(9, CLIENT)) == [
+                (method, path, status, server.port) for method, path, status, _ in truth
+            ]
+            expected = [it for it in truth if it[1] != first]
+            assert told(seen.wait_for(len(expected), SERVER)) == expected
+
+
+def test_encrypted_bytes_are_never_taken_for_those_of_another_connection(
+    certificate: Path,
+) -> None:
+    """The server receives from both before it decrypts: requests of the same length."""
+    with serving("crossed", certificate) as server, seeing(server.pid) as seen:
+        with Puppet() as client:
+            client.do("import socket, ssl, time")
+            client.do("context = ssl.create_default_context(); context.check_hostname = False")
+            client.do("context.verify_mode = ssl.CERT_NONE")
+            client.do(
+                f"raw = [socket.create_connection(('127.0.0.1', {server.port})) for _ in '12']"
+            )
+            client.do("both = [context.wrap_socket(it) for it in raw]")
+            for turn in range(10):
+                client.do(
+                    f"for i in (0, 1): both[i].sendall(b'GET /crossed/%d/%d HTTP/1.1\\r\\n\\r\\n'"
+                    f" % (i, {turn}))"
+                )
+                client.do("for it in both: it.recv(65536)")
+            truth = {path: port for _, path, _, port in server.told(20)}
+            found = seen.wait_for(20, SERVER)
+        assert {it.path for it in found} == truth.keys()
+        assert all(it.remote_port in (0, truth[it.path]) for it in found)
+        tied = [it for it in found if it.remote_port]
+        assert len(tied) >= 9  # one connection at least is known once a request has come
+
+
+def test_each_function_of_openssl_counts_once_and_peeks_do_not(
+    openssl: Path, static_openssl: Path
+) -> None:
+    for program, how in ((openssl, "plain"), (static_openssl, "plain"), (openssl, "inner")):
+        with subprocess.Popen(
+            [program, how, "40"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdin
+            assert process.stdout
+            port = int(process.stdout.readline())
+            with seeing(process.pid) as seen:
+                process.stdin.write("x")
+                process.stdin.flush()
+                assert process.stdout.readline() == "done\n"
+                truth = [("GET", f"/said/{i}", 200 + i) for i in range(40)]
+                for role in (SERVER, CLIENT):
+                    found = seen.wait_for(40, role)
+                    assert [it[:3] for it in told(found)] == truth
+                    assert {it.tls for it in found} == {1}
+                if how == "plain":
+                    assert {it.remote_port for it in seen.of(SERVER)} == {port}
+                    assert {it.local_port for it in seen.of(CLIENT)} == {port}
+                else:
+                    assert {it.remote_port for it in seen.of(SERVER)} <= {0, port}
+                assert not any("ghost" in it.path for it in seen.requests)
+                wait_until(lambda: left_over(seen, "connections") == 0)
+                assert left_over(seen, "ssl_objects") == 0
+            process.stdin.write("x")
+
+
+def test_a_library_that_is_loaded_later_is_found(certificate: Path) -> None:
+    with (
+        serving("threads", certificate) as server,
+        Puppet() as client,
+        seeing(client.pid) as seen,
+    ):
+        assert len(hooks(seen)) == 0
+        client.do("import http.client, ssl")
+        wait_until(lambda: len(hooks(seen)) == 11)
+        client.do("context = ssl._create_unverified_context()")
+        client.do(f"c = http.client.HTTPSConnection('127.0.0.1', {server.port}, context=context)")
+        client.do("c.request('GET', '/later'); c.getresponse().read()")
+        assert told(seen.wait_for(1, CLIENT)) == [("GET", "/later", 200, server.port)]
+
+
+def test_a_file_in_another_mount_namespace_is_found(openssl: Path, tmp_path: Path) -> None:
+    """Over the library of its mount namespace lies a copy, which nobody else maps."""
+    listed = subprocess.run(["ldd", openssl], check=True, capture_output=True, text=True).stdout
+    library = Path(next(line for line in listed.splitlines() if "libssl" in line).split()[2])
+    shutil.copy(library.resolve(), tmp_path / "copy")
+    script = (
+        f"mount -t tmpfs coral-test {tmp_path / 'over'} && cp {tmp_path / 'copy'} "
+        f"{tmp_path / 'over'}/lib && mount --bind {tmp_path / 'over'}/lib {library.resolve()} && "
+        f"exec {openssl} plain 5"
+    )
+    (tmp_path / "over").mkdir()
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-ec", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        port = int(process.stdout.readline())
+        with seeing(process.pid) as seen:
+            process.stdin.write("x")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            assert {it.remote_port for it in seen.wait_for(5, SERVER)} == {port}
+        process.stdin.write("x")
+
+
+def test_a_program_is_seen_from_its_first_request_when_it_is_awaited(certificate: Path) -> None:
+    """Nobody else maps the library when the session begins."""
+    with serving("threads", certificate) as server:
+        command = " ".join(map(repr, curl(server.port, "/first")))
+        with subprocess.Popen(
+            ["sh", "-c", f"read line; exec {command}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        ) as process:
+            assert process.stdin
+            with seeing(process.pid, from_exec="true") as seen:
+                process.stdin.write(b"\n")
+                process.stdin.close()
+                assert process.wait(20) == 0
+                assert told(seen.wait_for(1, CLIENT)) == [("GET", "/first", 200, server.port)]
+
+
+def test_sessions_share_what_is_attached_and_come_and_go_while_requests_pass(
+    certificate: Path,
+) -> None:
+    with (
+        serving("threads", certificate) as server,
+        client_of(server.port, 2) as client,
+        seeing(client.pid) as seen,
+    ):
+        client.do("import itertools; stop = threading.Event(); made = [0, 0]")
+        client.do(
+            "def run(i):\n"
+            "  for n in itertools.count():\n"
+            "    if stop.is_set(): return\n"
+            "    get(c[i], f'/flow/{i}/{n}'); made[i] = n + 1\n".replace("\n", "\\n").join(
+                ("exec('''", "''')")
+            )
+        )
+        client.do("t = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]")
+        client.do("[it.start() for it in t]")
+        counts: list[int] = []
+        for _ in range(3):
+            with seeing(client.pid) as other:
+                assert hooks(other) is hooks(seen)
+                other.until(lambda: len(other.requests) >= 20)
+                assert len(hooks(seen)) == 11
+                counts.append(len(other.requests))
+            seen.drain()
+        client.do("stop.set(); [it.join() for it in t]")
+        made = [int(client.ask(f"made[{i}]")) for i in (0, 1)]
+        found = seen.wait_for(sum(made), CLIENT)
+        paths = sorted(it.path for it in found)
+        assert paths == sorted(f"/flow/{i}/{n}" for i in (0, 1) for n in range(made[i]))
+        assert {it.outcome for it in found} == {COMPLETE}
+        assert len(hooks(seen)) == 11
+
+
+def ends_with_its_connection(client: Puppet, _: Server) -> None:
+    """A body up to the end of the session, which the server says long before it closes."""
+    client.do("get(c[0], '/to-close/x')")
+    client.do("c[0].close()")
+
+
+def client_gives_up(client: Puppet, _: Server) -> None:
+    """The client closes while the server works on its request."""
+    client.do("c[0].request('GET', '/after/0.3/x'); time.sleep(0.05); c[0].close()")
+
+
+def server_dies(client: Puppet, server: Server) -> None:
+    """The server ends while it works on a request."""
+    client.do("c[0].request('GET', '/after/30/x'); time.sleep(0.05)")
+    server.process.kill()
+    server.process.wait()
+    client.do("import contextlib")
+    client.begin("try: c[0].getresponse()\\nexcept Exception: pass".join(("exec('", "')")))
+    client.done()
+
+
+@pytest.mark.parametrize(
+    ("act", "outcome"),
+    [
+        (ends_with_its_connection, COMPLETE),
+        (client_gives_up, pb.HTTP_OUTCOME_ABORTED_BY_CLIENT),
+        (server_dies, pb.HTTP_OUTCOME_ABORTED_BY_SERVER),
+    ],
+)
+def test_how_it_ended(
+    act: Callable[[Puppet, Server], None], outcome: int, certificate: Path
+) -> None:
+    with (
+        serving("threads", certificate) as server,
+        seeing(server.pid, os.getpid()) as seen,
+        client_of(server.port) as client,
+    ):
+        act(client, server)
+        for role in (CLIENT, SERVER):
+            (it,) = seen.wait_for(1, role)
+            assert it.outcome == outcome
+            assert it.status == (200 if outcome == COMPLETE else 0)
+            assert it.remote_port
+            assert it.response_body_bytes == (12 if outcome == COMPLETE else 0)
+            assert it.duration_ns < 150_000_000 or outcome != COMPLETE
+
+
+def test_objects_of_a_process_that_was_killed_are_freed(certificate: Path) -> None:
+    with serving("asyncio", certificate) as server, seeing(server.pid) as seen:
+        with client_of(server.port, 5) as client:
+            client.do("for one in c: get(one, '/x')")
+            seen.wait_for(5, SERVER)
+            assert left_over(seen, "ssl_objects") == 5
+            server.end()
+        wait_until(lambda: left_over(seen, "ssl_objects") == 0, 20)
+        assert left_over(seen, "connections") == 0
+
+
+def test_without_tls_nothing_is_attached(certificate: Path) -> None:
+    with (
+        serving("threads", certificate) as server,
+        client_of(server.port) as client,
+        seeing(client.pid, tls="false") as seen,
+    ):
+        client.do("get(c[0], '/x')")
+        seen.drain()
+        assert seen.requests == []
+        runs = seen.collector.bpf_object.program_stats()
+        assert {runs[name].run_count for name in PROGRAMS} == {0}
