@@ -208,7 +208,8 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def close(self) -> None:
         tls, self._tls = self._tls, None
-        close_all([*([partial(tls.leave, self._slot)] if tls else []), super().close])
+        leave = [partial(tls.leave, self._slot)] if tls is not None else []  # it may be empty
+        close_all([*leave, super().close])
 
 
 COLLECTOR: Final = HttpLatencyCollector
