@@ -208,8 +208,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def close(self) -> None:
         tls, self._tls = self._tls, None
-        leave = [partial(tls.leave, self._slot)] if tls is not None else []  # it may be empty
-        close_all([*leave, super().close])
+        close_all([*([partial(tls.leave, self._slot)] if tls is not None else []), super().close])
 
 
 COLLECTOR: Final = HttpLatencyCollector
