@@ -63,7 +63,7 @@ class HttpLatencyOptions(KernelOptions):
         "`summaries`: histograms for each interval; `events`: every request",
     )
     ring: int = option(
-        size(64 << 10, 256 << 20),
+        size(8 << 10, 256 << 20),
         "4MiB",
         "the size of the ring buffer for requests that are over, of which each takes about 0.4 KiB",
     )

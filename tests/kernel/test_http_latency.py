@@ -380,6 +380,30 @@ def test_requests_without_a_response_are_summed_by_their_end(pair: Pair) -> None
     assert not any(row.first_byte_counts)
 
 
+@pytest.mark.parametrize("mode", ["events", "summaries"])
+def test_what_a_small_ring_has_no_room_for_is_counted_to_the_one(mode: str, pair: Pair) -> None:
+    config = {"pid": str(pair.server.pid), "ring": "8KiB", "mode": mode}
+    with at_work(create(**config)) as collector, seeing(pair.server.pid) as seen:
+        pair.client.do("for n in range(200): ask('GET', f'/items/{n}')")
+        seen.wait_for(200, SERVER)
+        rows, lost = 0, 0
+
+        def all_told() -> bool:
+            nonlocal rows, lost
+            batch = collector.drain()
+            lost += batch.losses.get(pb.Loss.STAGE_KERNEL_BUFFER, 0)
+            if isinstance(batch.rows, EventRows):
+                rows += len(batch.rows)
+                paths = [batch.rows.strings[at] for at in batch.rows.records["path"].tolist()]
+                assert paths == [f"/items/{n}" for n in range(len(paths))]
+            else:
+                rows += int(batch.rows.columns["count"].sum())
+            return rows + lost == 200
+
+        wait_until(all_told)
+        assert 8 << 10 >= rows * 400 > 4 << 10
+
+
 def test_names_with_too_many_values_collapse(pair: Pair) -> None:
     with at_work(create(pid=str(pair.server.pid), max_children="10")) as collector:
         summed = Summed(collector)
