@@ -249,7 +249,7 @@ def test_every_request_fits_into_the_terminal(
 def test_a_tap_without_requests_says_what_would_be_seen(agent: RunningAgent) -> None:
     with Puppet() as idle, tapped(agent, idle) as tap:
         out = tap.finish()
-    assert "\nno HTTP requests: HTTP/1 in the clear on TCP sockets of the watched processes " in out
+    assert "\nno HTTP requests: HTTP/1 on TCP sockets of the watched processes " in out
 
 
 def test_patterns_of_the_user_are_routes(

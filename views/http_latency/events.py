@@ -163,6 +163,9 @@ def _bytes(event: Mapping[str, Any]) -> str:
 
 
 def _peer(event: Mapping[str, Any]) -> str:
+    """Empty where it is not known which socket carries the request."""
+    if not event["remote_port"]:
+        return ""
     return endpoint(event["remote_address"], event["remote_port"])
 
 
