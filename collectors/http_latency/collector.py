@@ -208,7 +208,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def close(self) -> None:
         tls, self._tls = self._tls, None
-        close_all([*([partial(tls.leave, self._slot)] if tls else []), super().close])
+        close_all([*([partial(tls.leave, self._slot)] if tls is not None else []), super().close])
 
 
 COLLECTOR: Final = HttpLatencyCollector
