@@ -206,8 +206,12 @@ static __always_inline void ssl_over(struct connection *c)
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 	enum outcome outcome = by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT;
 
-	if (c->unread || c->on_trial || c->made == c->answered)
+	if (c->unread || c->made == c->answered)
 		return;
+	if (c->on_trial) {
+		exchange_ended(c, OUTCOME_NONE, 0);
+		return;
+	}
 	if (answer->place == AT_BODY_TO_CLOSE && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE, answer->last_ns);
 	if (!c->closed && !c->tied)
