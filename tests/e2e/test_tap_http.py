@@ -24,7 +24,7 @@ from tests.support import (
     running_agent,
     wait_until,
 )
-from tests.tapping import Tap, columns, sheet
+from tests.tapping import START_S, Tap, columns, sheet
 from tests.terminal import Terminal
 
 COMM: Final = "python"
@@ -213,7 +213,7 @@ def test_a_terminal_shows_routes_in_colour_and_within_its_width(
 ) -> None:
     command = coral("tap", "--agent", agent.address, "--http-latency", "-i", "100ms", "-d", "50s")
     with Terminal([*command, f"pid:{client.pid},{server.pid}"], 24, width) as terminal:
-        wait_until(lambda: terminal.has_drawn("no HTTP requests in "))
+        wait_until(lambda: terminal.has_drawn("no HTTP requests in "), START_S)
         wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()))
         for _ in range(20):
             visit(client, server, ("GET", "/users/1", 0), ("GET", "/bad", 0))
@@ -234,7 +234,7 @@ def test_every_request_fits_into_the_terminal(
 ) -> None:
     command = coral("tap", "--agent", agent.address, "--http-latency", "--events", "-d", "50s")
     with Terminal([*command, f"pid:{client.pid},{server.pid}"], 24, width) as terminal:
-        wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()))
+        wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()), START_S)
         visit(client, server, *SHOPPING, ("GET", "/a" * 200, 0))
         wait_until(lambda: terminal.has_drawn("← GET /bad", "→ GET /bad", "→ GET /a"))
         terminal.press("\x03")
