@@ -297,6 +297,13 @@ def test_a_peer_that_is_not_known_is_none() -> None:
     unknown = ONE | {"remote_low": 0, "remote_port": 0}
     assert line(**unknown).endswith("py?thon3/1234567")
     assert line(200, **unknown).endswith("py?thon3/1234567")
+    assert line(**unknown, tls=1).endswith("py?thon3/1234567        TLS")
+
+
+def test_tls_is_told_with_the_peer() -> None:
+    assert line(**ONE, tls=1).endswith("  127.0.0.1:40000 TLS")
+    wide = ONE | {"remote_high": 0x2001_0DB8 << 32, "remote_low": 0x1111_2222_3333_4444}
+    assert line(120, **wide, tls=1).endswith("  …3333:4444]:40000 TLS")
 
 
 @pytest.mark.parametrize(
