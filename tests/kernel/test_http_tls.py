@@ -417,4 +417,3 @@ def test_without_tls_nothing_is_attached(certificate: Path) -> None:
         assert seen.requests == []
         runs = seen.collector.bpf_object.program_stats()
         assert {runs[name].run_count for name in PROGRAMS} == {0}
-
