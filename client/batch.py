@@ -82,6 +82,12 @@ class Batch:
         return by_stage(self.message.losses)
 
     @property
+    def unread(self) -> Mapping[str, tuple[int, int]]:
+        """What the session's processes used so far that the collector cannot read, by what it is:
+        `tls`, `http2` and so on; how many connections, and their bytes."""
+        return {it.what: (it.count, it.bytes) for it in self.message.unread}
+
+    @property
     def end(self) -> SessionEnd | None:
         """How the session ended, in its last batch; else None."""
         return SessionEnd.of(self.message.end) if self.message.HasField("end") else None

@@ -80,11 +80,24 @@ class Summaries:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """How many things of one sort could not be read, and their bytes: see Unread in the
+    contract."""
+
+    count: int
+    bytes: int
+
+    def __add__(self, more: Unread) -> Unread:
+        return Unread(self.count + more.count, self.bytes + more.bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What a collector saw in one interval: rows of one message type, and what it lost.
 
     Times are Unix time in nanoseconds. `losses` are counts by `pb.Loss.Stage`. `in_detail` says
-    that the request asked for metrics with more labels than by default.
+    that the request asked for metrics with more labels than by default. `unread` is what it came
+    upon and cannot read, by what that is.
     """
 
     rows: Summaries | EventRows
@@ -92,9 +105,10 @@ class Batch:
     interval_end_ns: int
     losses: Mapping[int, int] = field(default_factory=dict)
     in_detail: bool = False
+    unread: Mapping[str, Unread] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(len(self.rows) or self.losses)
+        return bool(len(self.rows) or self.losses or self.unread)
 
 
 Emit = Callable[[Batch], None]

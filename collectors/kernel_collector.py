@@ -30,6 +30,7 @@ from coral.collectors.contract import (
     ServiceProcesses,
     Summaries,
     Support,
+    Unread,
     Watched,
 )
 from coral.collectors.hubs import Plan, Slot
@@ -140,6 +141,10 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def _uncounted(self) -> int:
         """How many events the subclass itself could not count so far, for want of room in a map."""
         return 0
+
+    def _read_unread(self) -> Mapping[str, Unread]:
+        """What the programs came upon since this was last called and cannot read."""
+        return {}
 
     @classmethod
     def climb(cls, features: Features) -> Rung:
@@ -277,13 +282,15 @@ class KernelCollector(Collector, Generic[OptionsT]):
             events = self._events_in(rows)
         self._slot.tidy()
         losses: Mapping[int, int] = {}
+        unread: Mapping[str, Unread] = {}
         if counts:
+            unread = self._read_unread()
             # After the rows: a perf buffer says what it refused in records between them.
             losses = self._losses(counts)
             elapsed_ns = self._drained_at_ns - self._looked_at_ns
             self._looked_at_ns = self._drained_at_ns
             self._slot.note_work(events, elapsed_ns / 1e9)
-        return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail)
+        return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail, unread)
 
     def _should_look_closely(self) -> bool:
         """Whether this drain also reads what the kernel lost. Reading it takes a third of a small

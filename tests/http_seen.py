@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import pytest
+
 from coral import bpf
 from coral.collectors.contract import Batch, EventRows
 from coral.collectors.http_latency.collector import HttpLatencyCollector
@@ -102,8 +104,13 @@ def _request(record: Any, strings: Any) -> Request:
 
 
 @contextmanager
-def seeing(*pids: int, **config: str) -> Iterator[Seen]:
-    """`http_latency` of these processes, each request for itself."""
+def seeing(*pids: int, without: tuple[str, ...] = (), **config: str) -> Iterator[Seen]:
+    """`http_latency` of these processes, each request for itself; WITHOUT these features of the
+    kernel."""
+    features = bpf.probe().without(*without)
+    support = HttpLatencyCollector.support(features)
+    if not support.supported:
+        pytest.skip(support.reason)
     config = {"pid": ",".join(map(str, pids)), "mode": "events", "ring": "16MiB", **config}
-    with at_work(HttpLatencyCollector.create(config, None, bpf.probe())) as collector:
+    with at_work(HttpLatencyCollector.create(config, None, features)) as collector:
         yield Seen(collector)

@@ -79,6 +79,14 @@ def requests(start_s: float, end_s: float, *events: Mapping[str, Any]) -> Batch:
     return Batch(message, rows)
 
 
+def unread(at_s: float, **what: tuple[int, int]) -> Batch:
+    """A batch without rows that says what could not be read so far: how many, and their bytes."""
+    message = _message(at_s, at_s, 0)
+    for name, (count, size) in what.items():
+        message.unread.add(what=name, count=count, bytes=size)
+    return Batch(message, np.empty(0, _ROWS))
+
+
 def _message(start_s: float, end_s: float, count: int) -> pb.EbpfEventBatch:
     return pb.EbpfEventBatch(
         kind=pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY,

@@ -32,7 +32,7 @@ class Story(Protocol):
         progress there."""
 
     def add(self, batch: Batch) -> None:
-        """Takes in a batch that has rows."""
+        """Takes in a batch that has rows, or that says what the collector could not read."""
 
     def interval_table(self, width: int, most_lines: int) -> RenderableType:
         """The last interval, for a terminal, in about MOST_LINES."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from typing import Final
@@ -24,7 +24,7 @@ import numpy as np
 from coral.agent.streams.frame import Frame, Header, Held, loss_messages
 from coral.agent.streams.rows import row_bytes, row_sizes, take, with_used_strings
 from coral.agent.streams.subscription import Subscription, Terms
-from coral.collectors.contract import Batch, EventRows, Summaries
+from coral.collectors.contract import Batch, EventRows, Summaries, Unread
 from coral.collectors.metering import Charge, uncharged
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -58,6 +58,7 @@ class Channel:
         self.replay_bytes = replay_bytes
         self.produced = 0
         self.lost_in_kernel: Counter[int] = Counter()  # by stage
+        self.unread: Mapping[str, Unread] = {}
         self.ended = False
         self.subscriptions: set[Subscription] = set()
         self.subscribers_lost: Counter[int] = Counter()  # by stage, over all there ever were
@@ -76,6 +77,8 @@ class Channel:
         """Numbers a batch and offers it to every subscriber. Never blocks. Rows that are more than
         a message should hold become several frames. Raises RuntimeError after the end."""
         self.lost_in_kernel.update(batch.losses)
+        for what, more in batch.unread.items():
+            self.unread = {**self.unread, what: self.unread.get(what, Unread(0, 0)) + more}
         losses = {stage: count for stage, count in batch.losses.items() if count}
         for rows in _messages_of(batch.rows):
             if not (len(rows) or losses):
@@ -91,6 +94,7 @@ class Channel:
                     rows if len(rows) else None,
                     losses,
                     dict(self.lost_in_kernel),
+                    unread=self.unread,
                 )
             )
             losses = {}
@@ -111,7 +115,16 @@ class Channel:
     ) -> Frame:
         """A frame without rows, as of now."""
         lost = dict(self.lost_in_kernel)
-        return Frame(self.header, first_seq, last_seq, at_ns, at_ns, lost_in_kernel=lost, end=end)
+        return Frame(
+            self.header,
+            first_seq,
+            last_seq,
+            at_ns,
+            at_ns,
+            lost_in_kernel=lost,
+            unread=self.unread,
+            end=end,
+        )
 
     def _send(self, frame: Frame) -> None:
         if self.ended:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coral.agent.streams.filter import Filter
 from coral.agent.streams.rows import compact, layout_of, take
-from coral.collectors.contract import EventRows, Summaries
+from coral.collectors.contract import EventRows, Summaries, Unread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import WIRE_BYTES, varint
@@ -74,6 +74,7 @@ class Frame:
     rows: EventRows | Summaries | None = None
     losses: Counts = field(default_factory=dict)  # since the frame before
     lost_in_kernel: Counts = field(default_factory=dict)  # so far, those of this frame included
+    unread: Mapping[str, Unread] = field(default_factory=dict)  # so far
     seqs: NDArray[np.int64] | None = None
     end: pb.SessionEnd | None = None
     _made: _Made = field(default_factory=_Made)
@@ -223,6 +224,7 @@ class Frame:
             lost_in_kernel=loss_messages(self.lost_in_kernel),
             strings=rows.strings if isinstance(rows, EventRows) else strings,
             sample_every=rows.sample_every if isinstance(rows, EventRows) else 0,
+            unread=unread_messages(self.unread),
         )
         return message.SerializeToString()
 
@@ -301,6 +303,7 @@ class Frame:
         if not seq:
             event.produced = self.last_seq
             event.lost_in_kernel.extend(loss_messages(self.lost_in_kernel))
+            event.unread.extend(unread_messages(self.unread))
             if account and account.ByteSize():
                 event.account.CopyFrom(account)
         event.timestamp.FromNanoseconds(self.interval_end_ns)
@@ -310,7 +313,7 @@ class Frame:
 _HEAD_BYTES: Final = 200
 # A frame's objects of Python beside the bytes of its rows, and those of each column of summaries;
 # tests/unit/test_streams.py measures them.
-FRAME_BYTES: Final = 850
+FRAME_BYTES: Final = 880
 COLUMN_BYTES: Final = 130
 
 
@@ -321,6 +324,11 @@ def loss_messages(counts: Counts) -> list[pb.Loss]:
         for stage, count in counts.items()
         if count
     ]
+
+
+def unread_messages(unread: Mapping[str, Unread]) -> list[pb.Unread]:
+    """What could not be read as messages, by what that is."""
+    return [pb.Unread(what=what, count=it.count, bytes=it.bytes) for what, it in unread.items()]
 
 
 def _send_strings(event: pb.EbpfEvent, row: Message, strings: Sequence[str]) -> None:

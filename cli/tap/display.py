@@ -40,6 +40,7 @@ class Tapped:
         self.started_at = time.time()
         self.expires_at = (started.expires_at_ns or 0) / 1e9
         self.lost: Counter[str] = Counter()
+        self.unread: Mapping[str, tuple[int, int]] = {}  # so far
         self.end: SessionEnd | None = None
         self.interrupted = 0  # the signal
 
@@ -50,7 +51,8 @@ class Tapped:
     def add(self, batch: Batch) -> None:
         """Takes a batch in. One without rows says how far the collector has come, too."""
         self.story.intervals.reach(batch.message.interval_end_ns)
-        if batch.count:
+        self.unread = batch.unread
+        if batch.count or batch.unread:
             self.story.add(batch)
         self.end = batch.end
 
@@ -124,6 +126,8 @@ class _DataScreen:
         """Every row is shown as it comes."""
 
     def finish(self) -> None:
+        for what, (count, size) in self._tapped.unread.items():
+            echo_data({"unread": what, "count": count, "bytes": size}, self._output)
         end = self._tapped.end
         reason = end.reason.name if end else "UNKNOWN"
         detail = end.detail if end else self._tapped.end_text

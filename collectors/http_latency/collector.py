@@ -16,7 +16,14 @@ import numpy as np
 
 from coral.bpf import Features, Rung, Step, kernel_names
 from coral.bpf.closing import close_all
-from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.contract import (
+    Coverage,
+    EventRows,
+    ServiceProcesses,
+    Summaries,
+    Support,
+    Unread,
+)
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
@@ -25,6 +32,7 @@ from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
 from coral.collectors.http_latency.tls import TlsHooks
+from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
@@ -160,6 +168,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session["since"] = self._slot.never
         self._write_session()
         self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
+        self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -190,6 +199,9 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
+
+    def _read_unread(self) -> Mapping[str, Unread]:
+        return self._unread.read()
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())

@@ -7,14 +7,15 @@ Sizes of bodies are sums and counts, not histograms: summaries have no more.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Metric
-from prometheus_client.core import HistogramMetricFamily, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, SummaryMetricFamily
 
-from coral.collectors.contract import Batch, EventRows, Measures
+from coral.collectors.contract import Batch, EventRows, Measures, Unread
 from coral.collectors.http_latency.summaries import (
     BUCKETS,
     OTHER,
@@ -22,10 +23,12 @@ from coral.collectors.http_latency.summaries import (
     outcome_text,
     role_text,
 )
+from coral.collectors.http_latency.unread import WHAT
 from coral.collectors.series import SeriesTable, le
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.http import BOUNDS_NS
 
+_UNREAD_LABELS: Final = ("service", "reason")
 _LABELS: Final = (
     "service", "http_request_method", "http_response_status_code", "http_route", "error_type",
     "url_scheme", "network_protocol_version",
@@ -58,11 +61,17 @@ class HttpMeasures(Measures):
         # The rest of each role goes to a series of its own.
         self._most = max(0, max_series - len(_ROLES))
         self._series = SeriesTable(max_series, _Key("", OTHER))
+        self._unread = SeriesTable(max_series, OTHER)  # by service, of few reasons each
 
     def observe(self, service: str, batch: Batch) -> None:
         rows = batch.rows
         if isinstance(rows, EventRows):
             return  # filtered events do not measure the whole
+        if batch.unread:
+            nothing = Unread(0, 0)
+            unread = [batch.unread.get(what, nothing) for what in WHAT]
+            figures = np.array([(it.count, it.bytes) for it in unread], np.uint64)
+            self._unread.add(service, figures.reshape(-1))
         columns = rows.columns
         added = np.zeros((len(rows), _WIDTH), np.uint64)
         added[:, :BUCKETS] = columns["counts"]
@@ -74,7 +83,7 @@ class HttpMeasures(Measures):
             self._series.add(key if room else _Key(key.role, OTHER), figures)
 
     def collect(self) -> Iterable[Metric]:
-        return _families(self._series.copy())
+        return chain(_families(self._series.copy()), _unread_families(self._unread.copy()))
 
 
 def _keys(
@@ -134,3 +143,23 @@ def _families(series: Mapping[_Key, NDArray[np.uint64]]) -> Iterator[Metric]:
             asked.add_metric(labels, count, int(figures[_REQUEST_BYTES]))
             answered.add_metric(labels, count, int(figures[_RESPONSE_BYTES]))
         yield from (seconds, asked, answered)
+
+
+def _unread_families(series: Mapping[str, NDArray[np.uint64]]) -> Iterator[Metric]:
+    count = CounterMetricFamily(
+        "coral_http_unread",
+        "Connections of which something could not be read, by what that is; for `unseen`, reads "
+        "and writes.",
+        labels=_UNREAD_LABELS,
+    )
+    size = CounterMetricFamily(
+        "coral_http_unread_bytes",
+        "Bytes that could not be read; those of a connection are added when it ends.",
+        labels=_UNREAD_LABELS,
+    )
+    for service, figures in series.items():
+        for what, (number, length) in zip(WHAT, figures.reshape(-1, 2).tolist(), strict=True):
+            if number or length:
+                count.add_metric((service, what), number)
+                size.add_metric((service, what), length)
+    yield from (count, size)

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 
 from coral.views.text import times
 from tests import tapping
+from tests.network import connected, puppets
 from tests.shop import BODY_BYTES, WAIT_S, port_of, shop, visit, visitor
 from tests.support import (
     Puppet,
@@ -260,3 +261,24 @@ def test_patterns_of_the_user_are_routes(
     assert row(out, "← GET /users/{name}/**")["REQUESTS"] == "2"
     assert row(out, "← GET /late/*")["REQUESTS"] == "1"
     assert row(out, "← GET /slow/{id}")["REQUESTS"] == "1"
+
+
+def test_what_is_not_read_is_told(agent: RunningAgent) -> None:
+    hello = "b'\\x16\\x03\\x01' + bytes(497)"  # TLS begins so
+    with puppets(2) as (client, server), tapped(agent, client, server) as tap:
+        connected(client, server, "127.0.0.1")
+        client.do(f"c.sendall({hello})")
+        server.do("s.recv(500, socket.MSG_WAITALL); s.sendall(bytes(500))")
+        client.do("c.recv(500, socket.MSG_WAITALL); c.close()")
+        server.do("s.recv(1); s.close()")
+        out = tap.finish()
+    assert "\nno HTTP requests: not read: TLS on 2 connections (" in out
+
+
+def test_what_is_not_read_is_data(agent: RunningAgent) -> None:
+    with puppets(2) as (client, server), tapped(agent, client, arguments=("--json",)) as tap:
+        connected(client, server, "127.0.0.1")
+        client.do("c.sendall(b'PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n'); c.close()")
+        out = [json.loads(line) for line in tap.finish().splitlines()]
+    assert out[:-1] == [{"unread": "http2", "count": 1, "bytes": 0}]
+    assert out[-1]["end"] == "stopped"

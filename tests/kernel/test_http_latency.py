@@ -426,3 +426,44 @@ def test_prometheus_counts_what_a_session_sums(agent: RunningAgent, pair: Pair) 
     assert bounds[-3:] == ["7.5", "10.0", "+Inf"]
     assert list(buckets.values())[-1] == 7
     assert not samples(text, "http_client_request_duration_seconds_count")
+
+
+def test_what_is_no_http_1_is_counted_with_its_bytes() -> None:
+    with puppets(1) as (client,), at_work(create(pid=str(client.pid))) as collector:
+        client.do("import socket; l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen()")
+        client.do("c = socket.create_connection(l.getsockname()); s = l.accept()[0]")
+        counted: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()
+
+        def read() -> Counter[str]:
+            batch = collector.drain()
+            assert not len(batch.rows)
+            for what, unread in batch.unread.items():
+                counted[what] += unread.count
+                sizes[what] += unread.bytes
+            return counted
+
+        # Both ends are the same process's.
+        for first, what in (
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), "http2"),
+            (b"\x16\x03\x01\x00\x05hello", "tls"),
+            (b"SSH-2.0-x\r\n", "other"),
+        ):
+            client.do("c = socket.create_connection(l.getsockname()); s = l.accept()[0]")
+            client.do(f"c.sendall({first!r}); s.recv(100); s.sendall(bytes(50)); c.recv(100)")
+            wait_until(lambda what=what: read()[what] == 2)  # type: ignore[misc]
+            client.do("c.close(); s.close()")
+            # What came before it was clear is not among these.
+            wait_until(lambda what=what: read() and sizes[what] >= 100)  # type: ignore[misc]
+        assert counted == {"http2": 2, "tls": 2, "other": 2}
+
+
+def test_a_connection_that_is_joined_in_its_middle_is_counted(pair: Pair) -> None:
+    pair.client.do("c.request('GET', '/waits')")
+    with at_work(create(pid=str(pair.client.pid))) as collector:
+        pair.client.do("c.getresponse().read()")
+        batch = collector.drain()
+        assert {what: it.count for what, it in batch.unread.items()} == {"joined": 1}
+        pair.ask("GET", "/items/1")
+        summed = Summed(collector)
+        wait_until(lambda: summed.counts() == {("client", "GET", "/items/{id}", 200): 1})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coral.collectors.contract import Batch, Measures, Summaries
+from coral.collectors.contract import Batch, Measures, Summaries, Unread
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.series import le
 from coral.collectors.syscall_stats import errno_class
@@ -232,6 +232,25 @@ def test_requests_beyond_the_limit_are_other_of_their_role() -> None:
         made = sum(row.count for row in rows if row.labels["role"] == role)
         assert sum(value for _, value in counted) == made
     assert len({labels for name, labels in exposed(measures) if name.endswith("s_sum")}) <= 4
+
+
+def test_what_cannot_be_read_is_counted_by_service_and_reason() -> None:
+    measures, nothing = HttpMeasures(1), requests(1, 0, 0)
+    for service, unread in (
+        ("shop", {"tls": Unread(2, 100), "unseen": Unread(1, 7)}),
+        ("shop", {"tls": Unread(1, 50)}),
+        ("bank", {"http2": Unread(1, 0)}),  # beyond the limit
+    ):
+        measures.observe(service, Batch(nothing, 0, 1, unread=unread))
+    assert {
+        (name, *sorted(dict(labels).values())): n for (name, labels), n in exposed(measures).items()
+    } == {
+        ("coral_http_unread_total", "shop", "tls"): 3,
+        ("coral_http_unread_bytes_total", "shop", "tls"): 150,
+        ("coral_http_unread_total", "shop", "unseen"): 1,
+        ("coral_http_unread_bytes_total", "shop", "unseen"): 7,
+        ("coral_http_unread_total", "http2", "other"): 1,
+    }
 
 
 def test_series_beyond_the_limit_are_other() -> None:

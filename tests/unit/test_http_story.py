@@ -23,7 +23,7 @@ from coral.views.text import times
 from coral.wire.http import BOUNDS_NS
 from coral.wire.text import is_printable
 from tests.drawing import drawn, drawn_lines, table
-from tests.requests import CLIENT, GET, POST, SERVER, START_NS, figures, requests, row
+from tests.requests import CLIENT, GET, POST, SERVER, START_NS, figures, requests, row, unread
 
 ABORTED = "ABORTED by client"
 MS = 1_000_000
@@ -229,6 +229,27 @@ def test_a_tap_without_requests_says_what_would_be_seen() -> None:
         assert text.endswith("; TLS, HTTP/2, unix sockets and io_uring are not")
     assert " in 3s: " in drawn(story.interval_table(120, 20))
     assert max(map(len, drawn_lines(story.interval_table(40, 20), 40))) <= 40
+
+
+def test_what_cannot_be_read_is_told() -> None:
+    story = story_of(
+        unread(2, tls=(1, 0)), unread(3, tls=(3, 1_200_000), joined=(1, 0)), reached_s=3
+    )
+    told = "not read: TLS on 3 connections (1.20MB), 1 joined in the middle, up to the next request"
+    assert drawn_lines(story.interval_table(120, 20), 120) == [f"no HTTP requests in 3s: {told}"]
+    assert list(story.end_lines()) == [f"no HTTP requests: {told}"]
+    batch = figures(3, 4, SHOP[0])
+    batch.message.unread.add(what="http2", count=1)
+    batch.message.unread.add(what="unseen", count=7, bytes=99)
+    story.add(batch)
+    told = "not read: HTTP/2 on 1 connection, 7 reads and writes unseen (99B)"
+    assert drawn_lines(story.interval_table(120, 20), 120)[1] == told
+    assert (
+        drawn_lines(story.interval_table(40, 20), 40)[3]
+        == "not read: HTTP/2 on 1 connection, 7 rea…"
+    )
+    assert list(story.end_lines())[1] == told
+    assert list(routes(list(story.interval_lines()))) == ["← GET /users/{id}"]
 
 
 def test_a_pause_keeps_the_last_requests_in_sight() -> None:

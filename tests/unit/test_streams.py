@@ -38,7 +38,7 @@ from coral.agent.streams.passed import Passed, Queued
 from coral.agent.streams.rows import take
 from coral.agent.streams.subscription import ENTRY_BYTES
 from coral.client import Batch as Received
-from coral.collectors.contract import Batch, EventRows, Summaries
+from coral.collectors.contract import Batch, EventRows, Summaries, Unread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import NotFixedError, fields
@@ -1254,3 +1254,21 @@ def test_a_pause_earns_no_more_than_a_seconds_rate() -> None:
         stream.publish(calls(10))
     assert reader.account.queued == 10 + 40
     assert reader.account.lost == {pb.Loss.STAGE_RATE_LIMIT: 160}
+
+
+def test_each_message_says_what_could_not_be_read_so_far() -> None:
+    stream = channel()
+    early = stream.subscribe()
+    stream.publish(replace(calls(1), unread={"tls": Unread(1, 100)}))
+    stream.publish(replace(batch(0), unread={"tls": Unread(2, 50), "http2": Unread(1, 0)}))
+    stream.publish(batch(1))
+    stream.end(pb.SessionEnd.REASON_STOPPED, "", 3_000)
+    told = [Received.parse(early.message(frame)).unread for frame in take_all(early)]
+    everything = {"tls": (3, 150), "http2": (1, 0)}
+    # A message without rows or losses waits for what follows.
+    assert told == [{"tls": (1, 100)}, everything, everything]
+    late = stream.subscribe(Terms(after_seq=1))
+    frames = take_all(late)
+    assert [Received.parse(late.message(frame)).unread for frame in frames] == [everything] * 2
+    (end,) = (pb.EbpfEvent.FromString(wire) for wire in frames[-1].events())
+    assert {it.what: (it.count, it.bytes) for it in end.unread} == everything

@@ -24,6 +24,7 @@ from coral.views.http_latency.words import (
     process,
     request,
     status_word,
+    unread_text,
 )
 from coral.views.intervals import Intervals
 from coral.views.picking import pick
@@ -37,6 +38,7 @@ from coral.views.text import (
     format_ns,
     format_rate,
     format_share,
+    shorten,
     times,
 )
 
@@ -95,18 +97,20 @@ class HttpStory:
         return self._tally.intervals
 
     def add(self, batch: Batch) -> None:
-        """Takes in figures, or single requests."""
+        """Takes in figures, or single requests, and what could not be read."""
         self._tally.add(batch)
 
     def interval_table(self, width: int, most_lines: int) -> RenderableType:
         """The last interval, for a terminal. Where requests pause, the last one that had any."""
         tally, quiet_s = self._tally, self.intervals.quiet_s
         if not tally.latest:
-            text = f"{_NOTHING} in {quiet_s:.0f}s: {_SEEN}"
+            text = f"{_NOTHING} in {quiet_s:.0f}s: {self._unread or _SEEN}"
             return Group(*(Text(line, "dim") for line in clauses(text, width)))
         heads = [flowing(parts, width) for parts in self._headlines()]
         if quiet_s > max(2 * self.intervals.latest_s, _QUIET_S):
             heads.insert(0, Text(f"no requests for {quiet_s:.0f}s; the last were", "dim"))
+        if self._unread:
+            heads.append(Text(shorten(self._unread, width), "dim"))
         most = most_lines - 1 - sum(1 + head.plain.count("\n") for head in heads)
         slowest = self._slowest_sheet(tally.slowest_latest, most // 2 - 2)
         below: list[RenderableType] = [Text(), slowest.table(width)] if slowest.rows else []
@@ -170,7 +174,7 @@ class HttpStory:
     def _totals(self) -> Iterator[str]:
         """The whole session: a line for each role."""
         if not self._tally.all:
-            yield f"{_NOTHING}: {_SEEN}"
+            yield f"{_NOTHING}: {self._unread or _SEEN}"
         for role, requests in _by_role(self._tally.all.values()):
             word, _ = _ROLES[role]
             errors, _ = _errors(requests)
@@ -183,6 +187,14 @@ class HttpStory:
             ]
             more = "".join(f"; {end}" for end in ends)
             yield f"{requests.count:,} {_noun(requests)} {word}, {errors}{more}; {carried}"
+
+        if self._tally.all and self._unread:
+            yield self._unread
+
+    @property
+    def _unread(self) -> str:
+        """What could not be read so far."""
+        return unread_text(self._tally.unread)
 
     def _end_sheets(self) -> Iterator[Sheet]:
         tally = self._tally

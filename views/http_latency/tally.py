@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -148,9 +148,13 @@ class Tally:
         self.all: dict[_Key, Requests] = {}
         self.slowest_latest: list[dict[str, Any]] = []  # single requests, the slowest first
         self.slowest: list[dict[str, Any]] = []
+        self.unread: Mapping[str, tuple[int, int]] = {}
 
     def add(self, batch: Batch) -> None:
-        """Takes in figures, or single requests."""
+        """Takes in figures, or single requests, and what could not be read so far."""
+        self.unread = batch.unread
+        if not batch.count:
+            return
         if self.intervals.add(batch.message):
             self.latest = {}
             self.slowest_latest = []

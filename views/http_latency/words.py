@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.data import short_name
-from coral.views.text import shorten
+from coral.views.text import format_amount, shorten
 from coral.wire.text import safe
 
 CLIENT: Final = pb.HTTP_ROLE_CLIENT
@@ -25,6 +25,16 @@ _OUTCOMES: Final = {
     pb.HTTP_OUTCOME_ABORTED_BY_SERVER: "ABORTED by server",
     pb.HTTP_OUTCOME_UPGRADED: "upgraded",
     pb.HTTP_OUTCOME_UNKNOWN: "end not seen",
+}
+_PROTOCOLS: Final = {
+    "tls": "TLS",
+    "http2": "HTTP/2",
+    "other": "another protocol",
+    "upgraded": "what follows an upgrade",
+}
+_UNREAD: Final = {
+    "joined": "joined in the middle, up to the next request",
+    "unseen": "reads and writes unseen",
 }
 
 
@@ -66,6 +76,23 @@ def is_refusal(status: int) -> bool:
 def is_success(status: int) -> bool:
     """Whether this is a status of the class 2xx."""
     return _SUCCESS <= status < _REDIRECTION
+
+
+def unread_text(unread: Mapping[str, tuple[int, int]]) -> str:
+    """What could not be read, by the contract's word for it, with how many and their bytes; empty
+    if there was nothing."""
+    texts = []
+    for what, (count, size) in unread.items():
+        carried = f" ({format_amount(size)}B)" if size else ""
+        number = f"{count:,}"
+        if what in _PROTOCOLS:
+            number = (
+                f"{_PROTOCOLS[what]} on {number} {'connection' if count == 1 else 'connections'}"
+            )
+        else:
+            number = f"{number} {_UNREAD.get(what, what)}"
+        texts.append(number + carried)
+    return f"not read: {', '.join(texts)}" if texts else ""
 
 
 def request(role: int, method: int, path: str) -> Callable[[int], str]:

@@ -529,12 +529,22 @@ static const __u8 header_names[2][NAME_ROOM] = {"content-length", "transfer-enco
 
 #define LOWER_CONTENT  LITTLE_8('c', 'o', 'n', 't', 'e', 'n', 't', '-')
 #define LOWER_TRANSFER LITTLE_8('t', 'r', 'a', 'n', 's', 'f', 'e', 'r')
+#define LOWER_LENGTH   LITTLE_8('l', 'e', 'n', 'g', 't', 'h', ':', 0)
+#define FIRST_7	       (~0ULL >> 8)
 #define CASE_BIT       0x20
 #define CASE_BITS      (ONES * CASE_BIT)
 
 /* Most names are none that matter. */
 static __always_inline __u32 name_started(struct lane *lane, __u64 word)
 {
+	if (lane->column == WORD_BYTES && lane->name == NAME_LENGTH) {
+		if (((word | CASE_BITS >> 16) & FIRST_7) != LOWER_LENGTH)
+			return 0;
+		token_begin(lane, AT_LENGTH);
+		return 7;
+	}
+	if (lane->column)
+		return 0;
 	if ((word | CASE_BITS >> 8) == LOWER_CONTENT) {
 		lane->name = NAME_LENGTH;
 	} else if ((word | CASE_BITS) == LOWER_TRANSFER) {
@@ -844,33 +854,92 @@ static __always_inline bool byte_step(struct connection *c, struct lane *lane, _
 	return true;
 }
 
-static __always_inline __u32 protocol_started(struct lane *lane, __u64 word, __u64 now_ns)
+static __always_inline bool is_protocol(struct lane *lane, __u64 word)
 {
 	word = __builtin_bswap64(word);
 	if ((word & ~1ULL) != HTTP_1_0)
-		return 0;
-	if (lane->place == AT_START) {
-		message_begin(lane, now_ns);
-		lane->place = AT_PROTOCOL;
-	}
+		return false;
+	lane->version = word & 1;
 	lane->word = word;
 	lane->column = WORD_BYTES;
-	return WORD_BYTES;
+	return true;
 }
 
-/* Takes in the first eight bytes of a token at once, where that is quicker and they are there. How
- * many it took in. */
+#define STATUS_BYTES 5 /* and the spaces around it */
+
+/* WORD is what follows the protocol. */
+static __always_inline bool is_status(struct lane *lane, __u64 word)
+{
+	__u8 hundreds = (word >> 8) - '0', tens = (word >> 16) - '0', ones = (word >> 24) - '0';
+
+	if ((__u8)word != ' ' || (__u8)(word >> 32) != ' ' || hundreds < 1 || hundreds > 9 ||
+	    tens > 9 || ones > 9)
+		return false;
+	lane->status = hundreds * 100 + tens * 10 + ones;
+	lane->column = 0;
+	lane->place = AT_REASON;
+	return true;
+}
+
+static __always_inline __u32 response_started(struct cursor *cursor, struct lane *lane, __u32 at)
+{
+	if (!is_protocol(lane, word_at(cursor->window, at)))
+		return 0;
+	message_begin(lane, cursor->now_ns);
+	lane->place = AT_PROTOCOL;
+	if (at + 2 * WORD_BYTES > cursor->window->end ||
+	    !is_status(lane, word_at(cursor->window, at + WORD_BYTES)))
+		return WORD_BYTES;
+	return WORD_BYTES + STATUS_BYTES;
+}
+
+#define RUN 16 /* characters in one step */
+
+/* The characters of a path, or of a query. */
+static __always_inline __u32 target_run(struct cursor *cursor, struct lane *lane, __u32 at)
+{
+	struct request *request = request_at(cursor->c, cursor->c->made);
+	__u64 hash = request->path_hash;
+	__u32 length = request->path_bytes, passed = 0;
+	bool is_path = lane->place == AT_TARGET;
+	__u8 b;
+
+	if (is_path && !length)
+		return 0;
+	for (; passed < RUN && at < cursor->window->end; passed++, at++) {
+		b = cursor->window->bytes[at & (WINDOW - 1)];
+		if (b <= ' ' || b == 127 || (is_path && (b == '?' || length >= PATH_BYTES)))
+			break;
+		if (is_path) {
+			hash = (hash ^ b) * FNV_PRIME;
+			((__u8 *)request->path)[length % PATH_BYTES] = b;
+			length++;
+		}
+	}
+	request->path_hash = hash;
+	request->path_bytes = length;
+	return passed;
+}
+
+/* Takes in several bytes at once where that is quicker and they are there, most often the first
+ * eight of a token. How many it took in. */
 static __always_inline __u32 token_started(struct cursor *cursor, struct lane *lane)
 {
 	__u32 at = cursor->window->at;
+	__u8 place = lane->place;
 
-	if (lane->column || at + WORD_BYTES > cursor->window->end)
+	if (place == AT_TARGET || place == AT_QUERY)
+		return target_run(cursor, lane, at);
+	if (at + WORD_BYTES > cursor->window->end)
 		return 0;
-	if (lane->place == AT_NAME)
+	if (place == AT_NAME)
 		return name_started(lane, word_at(cursor->window, at));
-	if (lane->place == AT_VERSION ||
-	    (lane->place == AT_START && !is_request_lane(cursor->c, cursor->direction)))
-		return protocol_started(lane, word_at(cursor->window, at), cursor->now_ns);
+	if (lane->column)
+		return 0;
+	if (place == AT_VERSION)
+		return is_protocol(lane, word_at(cursor->window, at)) ? WORD_BYTES : 0;
+	if (place == AT_START && !is_request_lane(cursor->c, cursor->direction))
+		return response_started(cursor, lane, at);
 	return 0;
 }
 

@@ -533,6 +533,30 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
+/*
+ * Takes in what has passed in the other direction, unseen, before an operation in DIRECTION: all of
+ * it while the connection is not read, and when a response begins, what is left of its request.
+ * Either that was spliced, or the call that sends it has not returned yet: when it does, its bytes
+ * come too late.
+ */
+static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, __u32 direction,
+				     bool typed)
+{
+	struct lane *lane = lane_of(c, !direction);
+	__u32 offset, gap;
+
+	if (!c->unread &&
+	    (direction == request_direction(c) || lane_of(c, direction)->place != AT_START))
+		return;
+	offset = offset_of(tp, !direction, typed);
+	gap = offset - lane->offset;
+	if (!c->unread && c->made != c->answered && body_ahead(lane) < gap)
+		return; /* the next request, whose call may yet show it */
+	lane->offset = offset;
+	if (gap)
+		unseen_passed(c, !direction, gap, bpf_ktime_get_ns());
+}
+
 /* What is needed of tls.bpf.h: see there. */
 static __always_inline bool is_inside_ssl(void);
 static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length);
@@ -575,6 +599,8 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
 		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+	if (length)
+		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
 		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
 	else if (length)

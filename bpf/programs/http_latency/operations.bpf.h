@@ -61,7 +61,7 @@ struct entry {
 };
 
 #if defined(__TARGET_ARCH_x86) && !defined(CORAL_BCC)
-struct pt_regs___x86 {
+struct pt_regs___entry {
 	unsigned long orig_ax;
 	unsigned long di;
 	unsigned long si;
@@ -71,7 +71,7 @@ struct pt_regs___x86 {
 
 #define TS_COMPAT 2
 #elif defined(__TARGET_ARCH_arm64) && !defined(CORAL_BCC)
-struct pt_regs___arm64 {
+struct pt_regs___entry {
 	__u64 regs[31];
 	__u64 orig_x0; /* the first argument: the result of the call replaces it in regs */
 	int syscallno;
@@ -84,7 +84,7 @@ static __always_inline bool entry_read(struct entry *entry)
 {
 #if defined(__TARGET_ARCH_x86) && !defined(CORAL_BCC)
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct pt_regs___x86 *regs = (void *)bpf_task_pt_regs(task);
+	struct pt_regs___entry *regs = (void *)bpf_task_pt_regs(task);
 
 	if (task->thread_info.status & TS_COMPAT) /* 32-bit calls have other numbers */
 		return false;
@@ -96,7 +96,7 @@ static __always_inline bool entry_read(struct entry *entry)
 	return true;
 #elif defined(__TARGET_ARCH_arm64) && !defined(CORAL_BCC)
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct pt_regs___arm64 *regs = (void *)bpf_task_pt_regs(task);
+	struct pt_regs___entry *regs = (void *)bpf_task_pt_regs(task);
 
 	if (task->thread_info.flags & TIF_32BIT)
 		return false;
