@@ -180,7 +180,7 @@ def test_a_containers_root_becomes_a_user_with_what_that_takes(directory: Path) 
 
 
 def test_only_what_allowed_collectors_need_is_kept(directory: Path) -> None:
-    config = {"policy": {"collectors": ["http_latency"], "observe_only": True}}
+    config = {"policy": {"collectors": ["cpu_profile"], "observe_only": True}}
     with running_agent(directory, config, "--user", "nobody") as agent:
         kept = frozenset({*LISTENERS, *BUFFERS})
         assert {names(s["CapPrm"]) for s in status_of(agent.process.pid)} == {kept}

@@ -49,6 +49,7 @@ from tests.support import (
 SYSCALL_STATS: Final = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
 TCP_METRICS: Final = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
 HTTP_LATENCY: Final = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
+CPU_PROFILE: Final = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
 AGENT_ID: Final = "node-7"
 TOKEN: Final = "correct horse battery staple"
 AUTHORIZED: Final = (("authorization", f"Bearer {TOKEN}"),)
@@ -432,10 +433,11 @@ def test_an_ended_collector_is_not_found_and_says_how_it_ended(
 def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
     agent: RunningAgent,
 ) -> None:
-    answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=HTTP_LATENCY))
+    answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=CPU_PROFILE))
     assert answer == pb.StartEbpfCollectorResponse(
         supported=False,
-        error="this agent has no http_latency collector; it has syscall_stats, tcp_metrics",
+        error="this agent has no cpu_profile collector; it has syscall_stats, tcp_metrics, "
+        "http_latency",
     )
 
 

@@ -119,6 +119,7 @@ def test_the_wheel_contains_the_package_whole_and_nothing_else(built: Built) -> 
     assert in_wheel == on_disk
     assert {
         "coral/bpf/programs/features/features.bpf.o",
+        "coral/bpf/programs/http_latency/http_latency.bpf.o",
         "coral/bpf/programs/syscall_stats/syscall_stats.bpf.o",
         "coral/bpf/programs/tcp_metrics/tcp_metrics.bpf.o",
         "coral/cli/main.py",

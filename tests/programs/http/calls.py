@@ -6,15 +6,18 @@ REQUESTS are JSON: a list of [method, path, body bytes, headers]. A body is sent
 headers say so. Writes the status and the bytes of the body of each response in a line.
 """
 
+from __future__ import annotations
+
 import http.client
 import json
 import sys
+from collections.abc import Iterator
 
 
-def main():
+def main() -> None:
     connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
     for method, path, length, headers in json.loads(sys.argv[2]):
-        body = bytes(length) if length else None
+        body: bytes | Iterator[bytes] | None = bytes(length) if length else None
         if "Transfer-Encoding" in headers:
             body = iter([bytes(length // 2), bytes(length - length // 2)])
         connection.request(

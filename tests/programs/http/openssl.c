@@ -7,8 +7,8 @@
  *
  * With `inner`, what they say is encrypted twice: a BIO of their own passes the bytes of the inner
  * session through the outer one, by calls inside of calls. Prints the client's port and waits for a
- * byte on standard input; in the end prints "done" and waits for another one. The buffers into which
- * bytes are read or peeked contain a request that nobody has sent.
+ * byte on standard input; in the end prints "done" and waits for another one. The buffers into
+ * which bytes are read or peeked contain a request that nobody has sent.
  */
 #include <arpa/inet.h>
 #include <fcntl.h>
