@@ -418,6 +418,38 @@ static __always_inline struct connection *connection_used(const struct sessions 
 
 /* Reading what passes. */
 
+static __always_inline struct window *window_here(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(map_of(windows), &zero);
+}
+
+/* Functions that the verifier goes through once: each program comes to the parser by these. */
+
+SUBPROGRAM int window_read(__u64 sk, __u32 direction, __u64 now_ns)
+{
+	struct cursor cursor = {
+	    .c = connection_at(sk),
+	    .window = window_here(),
+	    .now_ns = now_ns,
+	    .direction = direction,
+	};
+
+	if (cursor.c && cursor.window)
+		bpf_loop(WINDOW, http_step, &cursor, 0);
+	return 0;
+}
+
+SUBPROGRAM int bytes_unseen(__u64 sk, __u32 direction, __u64 length, __u64 now_ns)
+{
+	struct connection *c = connection_at(sk);
+
+	if (c)
+		unseen_passed(c, direction, length, now_ns);
+	return 0;
+}
+
 struct feed {
 	struct cursor cursor;
 	struct operation *op;
@@ -434,11 +466,11 @@ static long feed_window(__u32 turn, struct feed *feed)
 		return 1;
 	body = body_ahead(lane);
 	if (body >= length) {
-		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
 		return 1;
 	}
 	if (!feed->op->length && !next_piece(feed->op)) {
-		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
 		return 1;
 	}
 	if (length > feed->op->length)
@@ -446,17 +478,17 @@ static long feed_window(__u32 turn, struct feed *feed)
 	if (body) {
 		if (length > body)
 			length = body;
-		body_passed(cursor->c, lane, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
 		if (bpf_probe_read_user(cursor->window->bytes, length, (void *)feed->op->base)) {
-			unseen_passed(cursor->c, cursor->direction, feed->left, cursor->now_ns);
+			bytes_unseen(cursor->c->sk, cursor->direction, feed->left, cursor->now_ns);
 			return 1;
 		}
 		cursor->window->at = 0;
 		cursor->window->end = length;
-		bpf_loop(WINDOW, http_step, cursor, 0);
+		window_read(cursor->c->sk, cursor->direction, cursor->now_ns);
 	}
 	feed->op->base += length;
 	feed->op->length -= length;
@@ -530,7 +562,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		unseen_passed(c, direction, length, feed.cursor.now_ns);
+		bytes_unseen(c->sk, direction, length, feed.cursor.now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */
@@ -570,7 +602,7 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 		return; /* the next request, whose call may yet show it */
 	lane->offset = offset;
 	if (gap)
-		unseen_passed(c, !direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -614,7 +646,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c->sk, direction, gap, bpf_ktime_get_ns());
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
