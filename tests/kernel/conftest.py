@@ -10,8 +10,16 @@ import pytest
 
 from coral.collectors.hubs.keeper import KEEPER
 from tests.attaching import Called
+from tests.http_seen import seeing
 from tests.network import Side, two_sides
-from tests.support import OWN_MACHINE, Puppet, compiled, wait_until
+from tests.support import (
+    OWN_MACHINE,
+    Puppet,
+    compiled,
+    loaded,
+    nothing_new_since,
+    wait_until,
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +40,16 @@ def pair(sides: tuple[Side, Side]) -> Iterator[tuple[Puppet, Puppet]]:
     """A client in one namespace, a server in the other."""
     with sides[0].puppet() as client, sides[1].puppet() as server:
         yield client, server
+
+
+@pytest.fixture(scope="module")
+def http_programs() -> Iterator[None]:
+    """Keeps the programs of `http_latency` loaded between the tests of a module, because the kernel
+    takes seconds to verify them."""
+    before = loaded()
+    with Puppet() as idle, seeing(idle.pid):
+        yield
+    wait_until(lambda: nothing_new_since(before))
 
 
 @pytest.fixture(scope="session")

@@ -38,10 +38,10 @@ from tests.http_servers import (
     exchanges,
 )
 from tests.network import connected, puppets
-from tests.support import wait_until
+from tests.support import PATIENCE, wait_until
 
 pytestmark = [
-    pytest.mark.usefixtures("nothing_left"),
+    pytest.mark.usefixtures("http_programs", "nothing_left"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}"),
 ]
 
@@ -142,10 +142,10 @@ def test_a_hundred_megabytes_each_way(site: Path, tmp_path: Path) -> None:
         ]
         assert {each.outcome for each in found} == {COMPLETE}
         for each, time_s in zip(found, times, strict=True):
-            assert each.duration_ns / 1e9 == pytest.approx(time_s, rel=0.1, abs=0.02)
+            assert each.duration_ns / 1e9 == pytest.approx(time_s, rel=0.1, abs=0.02 * PATIENCE)
     for each, line in zip(rows[1], lines, strict=True):
         # It reads the clock once for everything that it has to do at a time.
-        assert each.duration_ns / 1e9 == pytest.approx(line.request_s, rel=0.1, abs=0.02)
+        assert each.duration_ns / 1e9 == pytest.approx(line.request_s, rel=0.1, abs=0.02 * PATIENCE)
     assert lines[0].body_bytes == _MANY
 
 
@@ -218,8 +218,9 @@ def test_both_sides_of_a_proxy(site: Path, tmp_path: Path) -> None:
         assert {each.outcome for each in found} == {COMPLETE}
     for outer, inner in pairwise(places):
         for around, within in zip(outer, inner, strict=True):
-            assert around.time_ns <= within.time_ns
-            assert around.first_byte_ns >= within.first_byte_ns
+            # A client's request begins when its call that sends returns: the server may be quicker.
+            assert around.time_ns <= within.time_ns + 1e6 * PATIENCE
+            assert around.first_byte_ns >= within.first_byte_ns - 1e6 * PATIENCE
     assert [line.pid for line in lines] == [each.pid for each in places[1]]
 
 
@@ -237,10 +238,14 @@ def test_times_are_those_of_nginx(site: Path, tmp_path: Path) -> None:
     assert {each.status for each in told} == {200}
     for to_client, to_upstream, line in zip(places[1], places[2], lines, strict=True):
         # It says them in whole ms, by a clock that it reads once for all that it has to do.
-        assert to_client.duration_ns / 1e9 == pytest.approx(line.request_s, rel=0.02, abs=2e-3)
-        assert to_upstream.duration_ns / 1e9 == pytest.approx(line.upstream_s, rel=0.02, abs=2e-3)
+        assert to_client.duration_ns / 1e9 == pytest.approx(
+            line.request_s, rel=0.02, abs=2e-3 * PATIENCE
+        )
+        assert to_upstream.duration_ns / 1e9 == pytest.approx(
+            line.upstream_s, rel=0.02, abs=2e-3 * PATIENCE
+        )
         first_s = to_upstream.first_byte_ns / 1e9
-        assert first_s == pytest.approx(line.upstream_head_s, rel=0.02, abs=2e-3)
+        assert first_s == pytest.approx(line.upstream_head_s, rel=0.02, abs=2e-3 * PATIENCE)
 
 
 def test_a_client_that_gives_up_and_an_upstream_that_fails(site: Path, tmp_path: Path) -> None:
@@ -317,7 +322,7 @@ def test_requests_of_wrk_are_those_in_the_log(site: Path, tmp_path: Path) -> Non
             seen.until(lambda: len(seen.of(SERVER)) + seen.lost >= len(lines))
         assert not seen.lost
     at_client, at_server = seen.of(CLIENT), seen.of(SERVER)
-    assert told > 1000
+    assert told > 1000 / PATIENCE**2
     assert {(line.method, line.path, line.status, line.body_bytes, line.pid) for line in lines} == {
         (each.method, each.path, each.status, each.response_body_bytes, each.pid)
         for each in at_server
@@ -330,7 +335,7 @@ def test_requests_of_wrk_are_those_in_the_log(site: Path, tmp_path: Path) -> Non
     assert len(complete) == told
     ours = _as_wrk([each.duration_ns // 1000 for each in complete])
     for our_us, its_us in zip(ours, percentiles_us, strict=True):
-        assert our_us == pytest.approx(its_us, rel=0.05, abs=20)
+        assert our_us == pytest.approx(its_us, rel=0.05, abs=20 * PATIENCE**2)
 
 
 # Both sides read the clock beside each call that begins or ends something.
@@ -371,5 +376,5 @@ def test_times_to_the_first_byte_and_to_the_last() -> None:
         found = {role: seen.wait_for(len(waits), role) for role in told}
     for role, times_ns in told.items():
         for each, (first_ns, last_ns) in zip(found[role], times_ns, strict=True):
-            assert each.first_byte_ns == pytest.approx(first_ns, rel=0.02, abs=1e6)
-            assert each.duration_ns == pytest.approx(last_ns, rel=0.02, abs=1e6)
+            assert each.first_byte_ns == pytest.approx(first_ns, rel=0.02, abs=1e6 * PATIENCE)
+            assert each.duration_ns == pytest.approx(last_ns, rel=0.02, abs=1e6 * PATIENCE)
