@@ -7,8 +7,11 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from tests.support import Puppet, RunningAgent, collectors_at_work, coral, wait_until
+
+START_S: Final = 30.0  # of a first session, on a busy machine
 
 
 class Tap:
@@ -22,7 +25,9 @@ class Tap:
             coral("tap", "--agent", agent.address, kind, f"pid:{pids}", *arguments),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        wait_until(lambda: any(it.subscribers for it in collectors_at_work(agent).values()))
+        wait_until(
+            lambda: any(it.subscribers for it in collectors_at_work(agent).values()), START_S
+        )
 
     def until(self, text: str) -> str:
         """Reads until a line has that in it; returns the line."""

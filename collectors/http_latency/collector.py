@@ -7,7 +7,7 @@ an interval, by array.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Final
@@ -186,6 +186,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             executing = self._options.pid if self._options.from_exec else ()
             self._tls = self._slot.common(TlsHooks)
             self._tls.join(self._slot, self._targets.present(), executing)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return (*super().notes, *(self._tls.why_not(self._slot) if self._tls else ()))
 
     def _write_session(self) -> None:
         self._slot.own("http_sessions", self._session)

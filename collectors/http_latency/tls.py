@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,7 @@ class _Session:
     host: bool
     seen: set[int] = field(default_factory=set)  # tgids whose memory was looked at
     files: dict[tuple[int, ...], None] = field(default_factory=dict)  # by identity, oldest first
+    failed: set[str] = field(default_factory=set)  # reasons
 
     def members(self) -> set[int]:
         """The processes that it watches now."""
@@ -97,6 +98,7 @@ class TlsHooks:
         self._uprobes = Uprobes()
         self._mappings: MappingReader | None = None
         self._known: dict[tuple[int, int, str], dict[str, list[int]]] = {}  # offsets by function
+        self._refused: dict[tuple[int, int, str], str] = {}  # with the reasons
         self._stop = threading.Event()
         self._lost = self._looks = 0
 
@@ -108,19 +110,32 @@ class TlsHooks:
     def join(self, slot: Slot, tgids: Iterable[int], executing: Iterable[int] = ()) -> None:
         """The session in SLOT watches the processes TGIDS, and others to come. What these have
         mapped is attached when this returns, and what the processes EXECUTING are likely to map,
-        which are about to execute another program. Raises `BpfError`."""
+        which are about to execute another program. Where it cannot be, see `why_not`."""
         with self._lock:
             session = self._sessions[slot] = _Session(slot, slot.watches_host)
-            if self._mappings is None:  # before the look, so that nothing is missed in between
-                self._mappings = MappingReader(_MAPPINGS_BYTES)
-                self._stop = threading.Event()
-                threading.Thread(
-                    target=self._run, args=(self._stop,), name="coral-tls", daemon=True
-                ).start()
+            if len(self._sessions) == 1:
+                self._start(session)  # before the look, so that nothing is missed in between
             self._look_at(session, tgids)
             for tgid in executing:
                 for path in _libraries(tgid):
                     self._attach(session, _Mapped(tgid, 0, 0, path), "")
+
+    def _start(self, session: _Session) -> None:
+        try:
+            self._mappings = MappingReader(_MAPPINGS_BYTES)
+        except BpfError as error:
+            session.failed.add(f"files that are mapped later are not found: {error}")
+            return
+        self._stop = threading.Event()
+        threading.Thread(
+            target=self._run, args=(self._stop,), name="coral-tls", daemon=True
+        ).start()
+
+    def why_not(self, slot: Slot) -> Sequence[str]:
+        """What of TLS the session in SLOT does not see so far, and why."""
+        with self._lock:
+            session = self._sessions.get(slot)
+            return sorted(session.failed) if session else ()
 
     def leave(self, slot: Slot) -> None:
         """The session in SLOT ends. Returns at once; detaching takes a tenth of a second for each
@@ -189,6 +204,9 @@ class TlsHooks:
     def _attach(self, session: _Session, code: _Mapped, where: str) -> None:
         """Attaches what CODE defines; WHERE it lies in memory, if that is known."""
         key = (code.device, code.inode, code.path)
+        if key in self._refused:
+            session.failed.add(self._refused[key])
+            return
         found = self._known.get(key) if code.inode else None
         if found == {}:
             return
@@ -202,8 +220,9 @@ class TlsHooks:
                 if found and file.identity not in session.files:
                     self._attach_file(session, file, found)
         except BpfError as error:
-            _log.warning("TLS of %s is not seen: %s", code.path, error)
-            self._known[key] = {}
+            self._refused[key] = f"what {code.path} encrypts is not seen: {error}"
+            session.failed.add(self._refused[key])
+            _log.warning("%s", self._refused[key])
         except OSError:
             return  # the process has ended, or another one took its place
 

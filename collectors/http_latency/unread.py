@@ -13,7 +13,7 @@ from coral.bpf import HashMap
 from coral.collectors.contract import Unread
 
 # By enum unread of http.bpf.h; at UNREAD_NONE, reads and writes.
-WHAT: Final = ("unseen", "joined", "tls", "http2", "other", "upgraded", "behind")
+WHAT: Final = ("unseen", "joined", "tls", "http2", "other", "upgraded", "behind", "peer")
 
 
 class UnreadCounts:

@@ -745,7 +745,7 @@ def test_the_demo_shows_requests_and_system_calls_and_leaves_nothing_behind(tmp_
         text=True,
         start_new_session=True,
     )
-    out, err = demo.communicate(timeout=30)
+    out, err = demo.communicate(timeout=60)
     assert (demo.returncode, err) == (0, "")
     _, http, calls = out.split("# coral tap shop ")
     assert re.search(r"^← POST /orders/\{id\} +\d+ ", http, re.MULTILINE)

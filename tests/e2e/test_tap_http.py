@@ -24,7 +24,7 @@ from tests.support import (
     running_agent,
     wait_until,
 )
-from tests.tapping import Tap, columns, sheet
+from tests.tapping import START_S, Tap, columns, sheet
 from tests.terminal import Terminal
 
 COMM: Final = "python"
@@ -213,7 +213,7 @@ def test_a_terminal_shows_routes_in_colour_and_within_its_width(
 ) -> None:
     command = coral("tap", "--agent", agent.address, "--http-latency", "-i", "100ms", "-d", "50s")
     with Terminal([*command, f"pid:{client.pid},{server.pid}"], 24, width) as terminal:
-        wait_until(lambda: terminal.has_drawn("no HTTP requests in "))
+        wait_until(lambda: terminal.has_drawn("no HTTP requests in "), START_S)
         wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()))
         for _ in range(20):
             visit(client, server, ("GET", "/users/1", 0), ("GET", "/bad", 0))
@@ -234,7 +234,7 @@ def test_every_request_fits_into_the_terminal(
 ) -> None:
     command = coral("tap", "--agent", agent.address, "--http-latency", "--events", "-d", "50s")
     with Terminal([*command, f"pid:{client.pid},{server.pid}"], 24, width) as terminal:
-        wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()))
+        wait_until(lambda: any(i.subscribers for i in collectors_at_work(agent).values()), START_S)
         visit(client, server, *SHOPPING, ("GET", "/a" * 200, 0))
         wait_until(lambda: terminal.has_drawn("← GET /bad", "→ GET /bad", "→ GET /a"))
         terminal.press("\x03")
@@ -249,7 +249,7 @@ def test_every_request_fits_into_the_terminal(
 def test_a_tap_without_requests_says_what_would_be_seen(agent: RunningAgent) -> None:
     with Puppet() as idle, tapped(agent, idle) as tap:
         out = tap.finish()
-    assert "\nno HTTP requests: HTTP/1 in the clear on TCP sockets of the watched processes " in out
+    assert "\nno HTTP requests: HTTP/1 on TCP sockets of the watched processes " in out
 
 
 def test_patterns_of_the_user_are_routes(

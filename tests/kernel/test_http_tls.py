@@ -178,6 +178,21 @@ def test_a_body_goes_up_and_requests_share_one_connection(certificate: Path) -> 
         assert [it.exchange for it in seen.wait_for(3, CLIENT)] == [it.exchange for it in found]
 
 
+def test_the_first_byte_of_much_passes_before_the_last(certificate: Path) -> None:
+    """The server writes it by one call, and the client takes its time."""
+    with (
+        serving("threads", certificate) as server,
+        seeing(server.pid, os.getpid()) as seen,
+        client_of(server.port) as client,
+    ):
+        client.do("c[0].request('GET', '/much/x'); time.sleep(0.3); c[0].getresponse().read()")
+        for role in (SERVER, CLIENT):
+            (it,) = seen.wait_for(1, role)
+            assert it.response_body_bytes == 20_000_000
+            assert it.duration_ns >= 300_000_000
+            assert (it.first_byte_ns < 200_000_000) == (role == SERVER)
+
+
 @pytest.mark.parametrize("how", ["threads", "asyncio"])
 def test_a_connection_that_began_earlier_is_joined(how: str, certificate: Path) -> None:
     with serving(how, certificate) as server, client_of(server.port, 3) as client:

@@ -225,8 +225,8 @@ def test_a_tap_without_requests_says_what_would_be_seen() -> None:
         " ".join(story.end_lines()),
     ):
         assert text.startswith("no HTTP requests")
-        assert "HTTP/1 in the clear on TCP sockets of the watched processes would be seen" in text
-        assert text.endswith("; TLS, HTTP/2, unix sockets and io_uring are not")
+        assert "HTTP/1 on TCP sockets of the watched processes would be seen" in text
+        assert text.endswith("; other TLS, HTTP/2, unix sockets and io_uring are not")
     assert " in 3s: " in drawn(story.interval_table(120, 20))
     assert max(map(len, drawn_lines(story.interval_table(40, 20), 40))) <= 40
 
@@ -291,6 +291,19 @@ def test_a_request_is_a_line() -> None:
     assert "  \x1b[31;1m500\x1b[0m  " in line(**ONE, status=500)
     long = line(**ONE | {"path": "/a" * 100, "role": CLIENT, "method": POST})
     assert f"→ POST {'/a' * 100}  200 " in long
+
+
+def test_a_peer_that_is_not_known_is_none() -> None:
+    unknown = ONE | {"remote_low": 0, "remote_port": 0}
+    assert line(**unknown).endswith("py?thon3/1234567")
+    assert line(200, **unknown).endswith("py?thon3/1234567")
+    assert line(**unknown, tls=1).endswith("py?thon3/1234567        TLS")
+
+
+def test_tls_is_told_with_the_peer() -> None:
+    assert line(**ONE, tls=1).endswith("  127.0.0.1:40000 TLS")
+    wide = ONE | {"remote_high": 0x2001_0DB8 << 32, "remote_low": 0x1111_2222_3333_4444}
+    assert line(120, **wide, tls=1).endswith("  …3333:4444]:40000 TLS")
 
 
 @pytest.mark.parametrize(

@@ -163,11 +163,17 @@ def _bytes(event: Mapping[str, Any]) -> str:
 
 
 def _peer(event: Mapping[str, Any]) -> str:
-    return endpoint(event["remote_address"], event["remote_port"])
+    """With TLS where there is any; without an address where it is not known which socket carries
+    the request."""
+    port = event["remote_port"]
+    known = [endpoint(event["remote_address"], port)] if port else []
+    return " ".join([*known, *["TLS"] * bool(event["tls"])])
 
 
 def _short_peer(event: Mapping[str, Any]) -> str:
-    return shorten(_peer(event), _PEER_WIDTH, len(f":{event['remote_port']}"))
+    """Without the beginning of a long address."""
+    peer = _peer(event)
+    return shorten(peer, _PEER_WIDTH, _PEER_WIDTH - 1)
 
 
 def records(batch: Batch) -> Iterator[dict[str, Any]]:

@@ -47,8 +47,8 @@ _MOST_SLOWEST: Final = 10
 _QUIET_S: Final = 2.0
 _NOTHING: Final = "no HTTP requests"
 _SEEN: Final = (
-    "HTTP/1 in the clear on TCP sockets of the watched processes would be seen; TLS, HTTP/2, unix "
-    "sockets and io_uring are not"
+    "HTTP/1 on TCP sockets of the watched processes would be seen, in the clear or through "
+    "OpenSSL; other TLS, HTTP/2, unix sockets and io_uring are not"
 )
 _BAD: Final = "bold red"
 _WARNING: Final = "yellow"

@@ -35,6 +35,8 @@ _PROTOCOLS: Final = {
 _UNREAD: Final = {
     "joined": "joined in the middle, up to the next request",
     "unseen": "reads and writes unseen",
+    "behind": "with too many requests at a time",
+    "peer": "requests over TLS without a known peer",
 }
 
 

@@ -56,6 +56,7 @@ enum unread {
 	UNREAD_UPGRADED,
 	UNREAD_BEHIND, /* more requests waited than are kept: which response is whose is not known
 			*/
+	UNREAD_PEER,   /* no connection: an exchange over TLS, of which the peer is not known */
 };
 
 /* Where in a message the next byte lies. */

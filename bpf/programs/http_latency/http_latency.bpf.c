@@ -171,6 +171,8 @@ static __always_inline void request_forget(struct connection *c, __u32 number)
 		bpf_map_delete_elem(map_of(spilled_requests), &key);
 }
 
+SUBPROGRAM int count_unread(__u64 sessions, __u32 why, __u64 count, __u64 bytes);
+
 static __always_inline void exchange_send(struct connection *c, const struct request *request,
 					  __u32 outcome, __u64 now_ns)
 {
@@ -227,8 +229,11 @@ static __always_inline void exchange_over(struct connection *c, __u32 outcome, _
 		for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 			account_loss(slot, LOSS_MAP_FULL);
 		}
-	} else if (outcome & ~BY_PACKET) {
+	} else if (outcome & ~(BY_PACKET | BY_SSL)) {
 		exchange_send(c, request, outcome, now_ns);
+		if (c->ssl && !c->remote_port)
+			count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1,
+				     0);
 	}
 	request_forget(c, number);
 	lane_of(c, !request_direction(c))->status = 0;
@@ -703,7 +708,7 @@ static __always_inline bool is_in_use(struct connection *c, struct sock *sk, int
 	if ((old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT) &&
 	    offset_of(tp, SENT, typed) != c->lanes[SENT].offset)
 		return true;
-	return c->role == HTTP_CLIENT &&
+	return read_of(c)->role == HTTP_CLIENT &&
 	       socket_read_if(typed, tp, rcv_nxt) != offset_of(tp, RECEIVED, typed);
 }
 

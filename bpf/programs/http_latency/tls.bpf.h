@@ -24,6 +24,7 @@ struct ssl_call {
 	__u64 buffer;
 	__u64 length_at; /* where the number of bytes will be, or 0: it is what the call returns */
 	__u64 sk;	 /* the socket that carries it, 0 or SEVERAL */
+	__u64 sent_ns;	 /* when the first encrypted bytes were sent inside of it, or 0 */
 	__u32 direction;
 	__u8 closing;	 /* the peer has probably said that it sends no more */
 	__u8 by_address; /* how `sk` was found, see ssl_search */
@@ -206,8 +207,12 @@ static __always_inline void ssl_over(struct connection *c)
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 	enum outcome outcome = by_server ? OUTCOME_ABORTED_BY_SERVER : OUTCOME_ABORTED_BY_CLIENT;
 
-	if (c->unread || c->on_trial || c->made == c->answered)
+	if (c->unread || c->made == c->answered)
 		return;
+	if (c->on_trial) {
+		exchange_ended(c, OUTCOME_NONE, 0);
+		return;
+	}
 	if (answer->place == AT_BODY_TO_CLOSE && (by_server || c->role == HTTP_SERVER))
 		exchange_ended(c, OUTCOME_COMPLETE, answer->last_ns);
 	if (!c->closed && !c->tied)
@@ -328,6 +333,8 @@ static __always_inline void socket_used(struct connection *c, __u32 direction, _
 	call = innermost(thread);
 	if (call) {
 		call->sk = !call->sk || call->sk == c->sk ? c->sk : SEVERAL;
+		if (direction == SENT && !call->sent_ns)
+			call->sent_ns = bpf_ktime_get_ns();
 		if (direction == RECEIVED && seen && is_record(header) && is_alert(header))
 			call->closing = 1;
 	} else if (direction == RECEIVED && seen) {
@@ -475,7 +482,7 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 	call->buffer = user_argument(ctx, 2);
 	call->length_at = extended ? user_argument(ctx, 4) : 0;
 	call->direction = direction;
-	call->sk = 0;
+	call->sk = call->sent_ns = 0;
 	call->closing = call->by_address = 0;
 	thread->depth = depth + 1;
 	if (direction == RECEIVED && thread->heard.sk) {
@@ -553,9 +560,9 @@ static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct
 	return user_read(&length, call->length_at) || (__s64)length < 0 ? -1 : length;
 }
 
-/* Decrypted bytes of connection NUMBER have passed, and lie at BASE. A function of its own, so that
- * the verifier goes through the parser once. */
-SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 length)
+/* Decrypted bytes of connection NUMBER have passed at that time, and lie at BASE. A function of its
+ * own, so that the verifier goes through the parser once. */
+SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 length, __u64 now_ns)
 {
 	struct feed feed = {
 	    .cursor = {.c = connection_at(number), .direction = direction & 1},
@@ -573,10 +580,26 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 		return 0;
 	}
 	feed.cursor.window = &thread->window;
-	feed.cursor.now_ns = bpf_ktime_get_ns();
-	lane_of(c, direction)->last_ns = feed.cursor.now_ns;
+	feed.cursor.now_ns = now_ns;
+	lane_of(c, direction)->last_ns = now_ns;
 	bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	return 0;
+}
+
+/* The bytes of a call that returns. Of many that were written, the first may have passed long ago.
+ */
+static __always_inline void ssl_call_passed(struct connection *c, const struct ssl_call *call,
+					    __u64 length)
+{
+	__u64 head = 0;
+
+	if (call->sent_ns && call->direction == SENT && !c->unread) {
+		head = length < WINDOW ? length : WINDOW;
+		ssl_passed(c->sk, SENT, call->buffer, head, call->sent_ns);
+	}
+	if (head < length)
+		ssl_passed(c->sk, call->direction, call->buffer + head, length - head,
+			   bpf_ktime_get_ns());
 }
 
 static __always_inline void ssl_returned(struct ssl_thread *thread, struct ssl_call *call,
@@ -597,7 +620,7 @@ static __always_inline void ssl_returned(struct ssl_thread *thread, struct ssl_c
 		if (call->sk > SEVERAL)
 			tie(c, call->sk);
 		unread = c->unread;
-		ssl_passed(c->sk, call->direction, call->buffer, length);
+		ssl_call_passed(c, call, length);
 		if (c->unread != unread && c->unread)
 			count_unread(c->watching, c->unread, 1, 0);
 	} else if (call->direction == RECEIVED && call->closing) {

@@ -6,7 +6,7 @@ HOW it uses OpenSSL: `threads`, each on its socket; `asyncio`, which passes encr
 itself; `crossed`, likewise, but it receives from two connections before it decrypts what came on
 either. Writes its port, then a line for each request: method, path, status and the client's port.
 The path says what to answer: `/after/0.1/x` after a tenth of a second, `/to-close/x` with a body
-that ends with the connection, which stays open for a while.
+that ends with the connection, which stays open for a while, `/much/x` with 20 MB in one call.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def wait_of(path: str) -> float:
 def response(path: str) -> bytes:
     if path.startswith("/to-close/"):
         return b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nall there is"
+    if path.startswith("/much/"):
+        return b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(20_000_000)
     status = 404 if "missing" in path else 200
     return b"HTTP/1.1 %d Said\r\nContent-Length: 5\r\n\r\nhello" % status
 
