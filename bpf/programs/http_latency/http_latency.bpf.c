@@ -376,8 +376,6 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	else
 		not_read(c, UNREAD_JOINED);
-	if (c->unread)
-		count_unread(watching, UNREAD_JOINED, 1, 0);
 	return c;
 }
 
@@ -538,6 +536,15 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
+/* A connection counts as unread once bytes of it are. */
+static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
+{
+	if (!c->unread_bytes)
+		count_unread(c->watching, c->unread, 1, 0);
+	c->unread_bytes += length;
+	c->unread_last = direction + 1;
+}
+
 /* LENGTH bytes; COPIED, they lie in the process's memory. */
 static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
@@ -550,12 +557,18 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
 	if (!feed.cursor.window || !feed.op)
 		return;
+	if (c->unread && c->unread != UNREAD_JOINED) {
+		leave_unread(c, direction, length);
+		return;
+	}
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
+	/* Where the same side has just sent something that was not read, this may be more of that.
+	 */
 	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && seen && try_request(c, feed.op, direction))) {
-		c->unread_bytes += length;
+	    !(seen && c->unread_last != direction + 1 && try_request(c, feed.op, direction))) {
+		leave_unread(c, direction, length);
 		return;
 	}
 	lane_of(c, direction)->last_ns = feed.cursor.now_ns;
@@ -650,15 +663,15 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
-		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
+		leave_unread(c, direction, length); /* maybe plain text that the kernel encrypts */
 	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
 		end_read(read_of(c));
 	if (length && c->unread)
 		socket_used(c, direction, length);
-	if (c->unread != unread && c->unread)
-		count_unread(c->watching, c->unread, 1, 0);
+	if (length && c->unread && c->unread != unread)
+		leave_unread(c, direction, length);
 	return 0;
 }
 
