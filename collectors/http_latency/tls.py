@@ -40,6 +40,7 @@ _HOOKS: Final = {
     "SSL_read_ex": (_Hook("coral_ssl_read_ex"), _RETURN),
     "SSL_write": (_Hook("coral_ssl_write"), _RETURN),
     "SSL_write_ex": (_Hook("coral_ssl_write_ex"), _RETURN),
+    "SSL_do_handshake": (_Hook("coral_ssl_handshake"), _RETURN),
     "SSL_new": (_Hook("coral_ssl_new", at_return=True),),
     "SSL_free": (_Hook("coral_ssl_free"),),
     "SSL_shutdown": (_Hook("coral_ssl_shutdown"),),

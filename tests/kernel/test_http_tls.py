@@ -19,6 +19,7 @@ from tests.support import ROOT, Puppet, built, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
+HOOKS = 13  # in a file: where functions begin, and where most of them return
 SOURCES = ROOT / "tests/programs/http"
 # Says, path, status, port of the peer.
 Told = tuple[str, str, int, int]
@@ -275,7 +276,7 @@ def test_a_library_that_is_loaded_later_is_found(certificate: Path) -> None:
     ):
         assert len(hooks(seen)) == 0
         client.do("import http.client, ssl")
-        wait_until(lambda: len(hooks(seen)) == 11)
+        wait_until(lambda: len(hooks(seen)) == HOOKS)
         client.do("context = ssl._create_unverified_context()")
         client.do(f"c = http.client.HTTPSConnection('127.0.0.1', {server.port}, context=context)")
         client.do("c.request('GET', '/later'); c.getresponse().read()")
@@ -351,7 +352,7 @@ def test_sessions_share_what_is_attached_and_come_and_go_while_requests_pass(
             with seeing(client.pid) as other:
                 assert hooks(other) is hooks(seen)
                 other.until(lambda: len(other.requests) >= 20)
-                assert len(hooks(seen)) == 11
+                assert len(hooks(seen)) == HOOKS
                 counts.append(len(other.requests))
             seen.drain()
         client.do("stop.set(); [it.join() for it in t]")
@@ -360,7 +361,31 @@ def test_sessions_share_what_is_attached_and_come_and_go_while_requests_pass(
         paths = sorted(it.path for it in found)
         assert paths == sorted(f"/flow/{i}/{n}" for i in (0, 1) for n in range(made[i]))
         assert {it.outcome for it in found} == {COMPLETE}
-        assert len(hooks(seen)) == 11
+        assert len(hooks(seen)) == HOOKS
+
+
+def test_what_passed_while_no_session_watched_is_no_part_of_a_later_one(certificate: Path) -> None:
+    """Another session keeps the uprobes where they are, and the server has half of a request."""
+    with (
+        serving("threads", certificate) as server,
+        client_of(server.port) as other,
+        seeing(other.pid),
+        seeing(server.pid, os.getpid()) as first,
+        client_of(server.port) as client,
+    ):
+        client.do("get(c[0], '/first')")
+        assert [it.path for it in first.wait_for(1, SERVER)] == ["/first"]
+        first.collector.close()
+        client.do("c[0].sock.sendall(b'GET /unseen HTTP/1.1\\r\\nX: ')")
+        client.do("time.sleep(0.1)")  # the server has read that
+        with seeing(server.pid, client.pid) as second:
+            client.do("c[0].sock.sendall(b'y\\r\\n\\r\\n'); c[0].sock.recv(999)")
+            client.do("for i in range(3): get(c[0], f'/second/{i}')")
+            for role in (SERVER, CLIENT):
+                second.until(lambda: second.of(role)[-1:])  # noqa: B023
+                second.until(lambda: second.of(role)[-1].path == "/second/2")  # noqa: B023
+                paths = [it.path for it in second.of(role)]
+                assert paths == [f"/second/{i}" for i in range(3)]
 
 
 def ends_with_its_connection(client: Puppet, _: Server) -> None:

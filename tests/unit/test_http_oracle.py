@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import h11
@@ -222,7 +223,7 @@ def test_any_bytes_have_one_answer(
 def fuzz(conversations: int, first: int) -> None:
     """Random conversations, with address and undefined-behaviour sanitizers; each three times,
     whole, in random pieces, and byte by byte."""
-    command = [str(fuzzer()), str(first), str(conversations)]
+    command: list[str | Path] = [fuzzer(), str(first), str(conversations)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=100 * PATIENCE, check=False
     )

@@ -5,7 +5,9 @@
  * nothing but the path, and looks at no header but Content-Length and Transfer-Encoding.
  *
  * The parser knows of no socket, no map and no clock, and is compiled in user space too, for tests.
- * Whoever includes it says what to do when an exchange is over:
+ * Whoever includes it says what to do when the oldest exchange is over (with OUTCOME_COMPLETE or
+ * OUTCOME_UPGRADED), or all that wait are (with another outcome), and keeps requests for which the
+ * connection has no room:
  *
  *	static void exchange_ended(struct connection *c, enum outcome outcome, __u64 now_ns)
  *	static void request_spill(struct connection *c, __u32 number)
@@ -371,7 +373,9 @@ static __always_inline void response_end(struct connection *c, struct lane *lane
 	token_begin(lane, AT_START);
 	if (c->made == c->answered) {
 		lane->flags = IS_EARLY;
-		return;
+		if (*(volatile __u32 *)&c->made == c->answered)
+			return;
+		lane->flags = 0; /* its request came meanwhile */
 	}
 	exchange_ended(c, outcome, now_ns);
 	if (lane_of(c, request_direction(c))->place == AT_BODY_TO_CLOSE && c->made == c->answered)
@@ -894,7 +898,7 @@ static __always_inline __u32 response_started(struct cursor *cursor, struct lane
 	return WORD_BYTES + STATUS_BYTES;
 }
 
-#define RUN 16 /* characters in one step */
+#define RUN 8 /* characters in one step */
 
 /* The characters of a path, or of a query. */
 static __always_inline __u32 target_run(struct cursor *cursor, struct lane *lane, __u32 at)

@@ -65,6 +65,9 @@ struct request_key {
 
 MAP(HASH, spilled_requests, struct request_key, struct request, 16384, BPF_F_NO_PREALLOC);
 MAP(PERCPU_ARRAY, windows, __u32, struct window, 1, 0);
+/* In a map, where the verifier knows nothing of it: it would go through the parser for each kind of
+ * call. */
+MAP(PERCPU_ARRAY, operations, __u32, struct operation, 1, 0);
 
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
 #define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
@@ -417,7 +420,7 @@ static __always_inline struct connection *connection_used(const struct sessions 
 
 struct feed {
 	struct cursor cursor;
-	struct operation op;
+	struct operation *op;
 	__u64 left;
 };
 
@@ -434,12 +437,12 @@ static long feed_window(__u32 turn, struct feed *feed)
 		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
 		return 1;
 	}
-	if (!feed->op.length && !next_piece(&feed->op)) {
+	if (!feed->op->length && !next_piece(feed->op)) {
 		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
 		return 1;
 	}
-	if (length > feed->op.length)
-		length = feed->op.length;
+	if (length > feed->op->length)
+		length = feed->op->length;
 	if (body) {
 		if (length > body)
 			length = body;
@@ -447,7 +450,7 @@ static long feed_window(__u32 turn, struct feed *feed)
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
-		if (bpf_probe_read_user(cursor->window->bytes, length, (void *)feed->op.base)) {
+		if (bpf_probe_read_user(cursor->window->bytes, length, (void *)feed->op->base)) {
 			unseen_passed(cursor->c, cursor->direction, feed->left, cursor->now_ns);
 			return 1;
 		}
@@ -455,8 +458,8 @@ static long feed_window(__u32 turn, struct feed *feed)
 		cursor->window->end = length;
 		bpf_loop(WINDOW, http_step, cursor, 0);
 	}
-	feed->op.base += length;
-	feed->op.length -= length;
+	feed->op->base += length;
+	feed->op->length -= length;
 	feed->left -= length;
 	return 0;
 }
@@ -478,15 +481,22 @@ static __always_inline bool looks_like_request(const __u8 *bytes)
 	return false;
 }
 
+/* Whether a request may be what lies at ADDRESS. A function of its own, so that the verifier does
+ * not go through the parser once more for what it learns here. */
+SUBPROGRAM int request_lies_at(__u64 address, __u64 length)
+{
+	__u8 bytes[GLANCE] = {};
+
+	return length >= GLANCE && !bpf_probe_read_user(bytes, GLANCE, (void *)address) &&
+	       looks_like_request(bytes);
+}
+
 /* A connection that was joined in its middle: takes what may be a request for one, until the
  * response shows. */
 static __always_inline bool try_request(struct connection *c, const struct operation *op,
 					__u32 direction)
 {
-	__u8 bytes[GLANCE] = {};
-
-	if (op->length < GLANCE || bpf_probe_read_user(bytes, GLANCE, (void *)op->base) ||
-	    !looks_like_request(bytes))
+	if (!request_lies_at(op->base, op->length))
 		return false;
 	c->unread = UNREAD_NONE;
 	c->on_trial = 1;
@@ -505,13 +515,14 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 
 	feed.cursor.now_ns = bpf_ktime_get_ns();
 	feed.cursor.window = bpf_map_lookup_elem(map_of(windows), &zero);
-	if (!feed.cursor.window)
+	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
+	if (!feed.cursor.window || !feed.op)
 		return;
-	seen = copied && operation_find(&feed.op, length);
+	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
 	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && seen && try_request(c, &feed.op, direction))) {
+	    !(c->unread == UNREAD_JOINED && seen && try_request(c, feed.op, direction))) {
 		c->unread_bytes += length;
 		return;
 	}
@@ -649,6 +660,7 @@ int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
 	struct sessions *all;
 	struct socket_call call;
 	struct sock *sk;
+	__u32 direction;
 
 	if (result < 0 || !socket_call_find(&call))
 		return 0;
@@ -658,9 +670,10 @@ int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
 	sk = socket_of_call(&call);
 	if (!sk)
 		return 0;
-	if (call.of_messages)
-		result = passed_unseen(sk, call.direction, option(typed_sockets));
-	return used(sk, result, call.flags, call.direction, option(typed_sockets));
+	direction = call.kind & 1;
+	if (call.kind & OF_MESSAGES)
+		result = passed_unseen(sk, direction, option(typed_sockets));
+	return used(sk, result, flags_of(&call), direction, option(typed_sockets));
 }
 
 /* Ends. */

@@ -45,65 +45,53 @@ struct task_struct___files {
 #pragma clang attribute pop
 #endif
 
-/* What a system call has done with a socket. */
-struct socket_call {
-	__u32 direction;
-	__u32 descriptor;
-	__u32 flags;
-	__u32 target;	  /* of splice: the descriptor that is written to; one of both is a pipe */
-	bool of_messages; /* the call returns how many messages have passed, not how many bytes */
+/* What a system call does with its descriptor. */
+#define CALL_RECEIVES 2
+#define CALL_SENDS    3 /* the lowest bit is enum direction */
+#define FLAGS_THIRD   4 /* which argument has flags */
+#define FLAGS_FOURTH  8
+#define OF_MESSAGES   16 /* it returns how many messages have passed, not how many bytes */
+#define SPLICES	      32 /* it receives by the first descriptor, or sends by the third argument */
+
+#define SOCKET_CALLS 512
+
+/* By number, so that the verifier goes one way for all. */
+static const __u8 socket_calls[SOCKET_CALLS] = {
+    [NR_READ] = CALL_RECEIVES,
+    [NR_READV] = CALL_RECEIVES,
+    [NR_PREADV2] = CALL_RECEIVES,
+    [NR_RECVFROM] = CALL_RECEIVES | FLAGS_FOURTH,
+    [NR_RECVMSG] = CALL_RECEIVES | FLAGS_THIRD,
+    [NR_RECVMMSG] = CALL_RECEIVES | FLAGS_FOURTH | OF_MESSAGES,
+    [NR_WRITE] = CALL_SENDS,
+    [NR_WRITEV] = CALL_SENDS,
+    [NR_PWRITEV2] = CALL_SENDS,
+    [NR_SENDFILE] = CALL_SENDS,
+    [NR_SENDTO] = CALL_SENDS | FLAGS_FOURTH,
+    [NR_SENDMSG] = CALL_SENDS | FLAGS_THIRD,
+    [NR_SENDMMSG] = CALL_SENDS | FLAGS_FOURTH | OF_MESSAGES,
+    [NR_SPLICE] = CALL_RECEIVES | SPLICES,
 };
 
-#define NO_DESCRIPTOR 0xFFFFFFFF
+struct socket_call {
+	struct entry entry;
+	__u8 kind;
+};
 
 /* False if the call is none that passes bytes through sockets. */
 static __always_inline bool socket_call_find(struct socket_call *call)
 {
-	struct entry entry;
-
-	if (!entry_read(&entry))
+	if (!entry_read(&call->entry) || call->entry.number >= SOCKET_CALLS)
 		return false;
-	call->direction = SENT;
-	call->descriptor = entry.arguments[0];
-	call->target = NO_DESCRIPTOR;
-	call->flags = 0;
-	call->of_messages = false;
-	switch (entry.number) {
-	case NR_READ:
-	case NR_READV:
-	case NR_PREADV2:
-		call->direction = RECEIVED;
-		return true;
-	case NR_WRITE:
-	case NR_WRITEV:
-	case NR_PWRITEV2:
-	case NR_SENDFILE:
-		return true;
-	case NR_RECVMMSG:
-		call->of_messages = true;
-		/* fall through */
-	case NR_RECVFROM:
-		call->direction = RECEIVED;
-		call->flags = entry.arguments[3];
-		return true;
-	case NR_SENDMMSG:
-		call->of_messages = true;
-		/* fall through */
-	case NR_SENDTO:
-		call->flags = entry.arguments[3];
-		return true;
-	case NR_RECVMSG:
-		call->direction = RECEIVED;
-		/* fall through */
-	case NR_SENDMSG:
-		call->flags = entry.arguments[2];
-		return true;
-	case NR_SPLICE:
-		call->direction = RECEIVED;
-		call->target = entry.arguments[2];
-		return true;
-	}
-	return false;
+	call->kind = socket_calls[call->entry.number];
+	return call->kind;
+}
+
+static __always_inline __u32 flags_of(const struct socket_call *call)
+{
+	__u32 third = call->kind / FLAGS_THIRD & 1, fourth = call->kind / FLAGS_FOURTH & 1;
+
+	return (call->entry.arguments[2] & -third) | (call->entry.arguments[3] & -fourth);
 }
 
 /* The socket with this DESCRIPTOR in the current process, or NULL. */
@@ -118,14 +106,14 @@ static __always_inline struct sock *socket_of_descriptor(__u32 descriptor)
 	return file ? socket_of(file) : NULL;
 }
 
-/* The socket that CALL has used, or NULL. Sets the direction of splice. */
+/* The socket that CALL has used, or NULL. */
 static __always_inline struct sock *socket_of_call(struct socket_call *call)
 {
-	struct sock *sk = socket_of_descriptor(call->descriptor);
+	struct sock *sk = socket_of_descriptor(call->entry.arguments[0]);
 
-	if (!sk && call->target != NO_DESCRIPTOR) {
-		call->direction = SENT;
-		sk = socket_of_descriptor(call->target);
+	if (!sk && call->kind & SPLICES) {
+		call->kind |= CALL_SENDS;
+		sk = socket_of_descriptor(call->entry.arguments[2]);
 	}
 	return sk ? socket_at((__u64)sk) : NULL;
 }

@@ -16,6 +16,7 @@
 #define SSL_NESTED 3	/* calls of one thread for different objects, through filters */
 #define SSL_ROOM   4	/* a power of two */
 #define SEVERAL	   1ULL /* instead of the address of a socket */
+#define HANDSHAKE  2	/* instead of a direction: a call that passes no bytes */
 
 /* A call that has not returned yet. */
 struct ssl_call {
@@ -65,6 +66,7 @@ struct ssl_object {
 	__u64 watching;	  /* the sessions that have seen all of it ... */
 	__u32 generation; /* ... as of this generation */
 	__u32 searched;	  /* how often its socket was looked for */
+	__u64 sk;	  /* the socket that carried its handshake, or 0 */
 };
 
 MAP(HASH, ssl_objects, struct ssl_key, struct ssl_object, 65536, BPF_F_NO_PREALLOC);
@@ -122,36 +124,37 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 							      __u64 watching, __u32 generation,
 							      __u32 direction)
 {
+	bool whole = object && sessions_of_then(object->watching & watching, object->generation);
 	struct ssl_object made = {};
-	struct connection *c;
+	struct connection *c = NULL;
 	__u64 number, *last;
 	__u32 zero = 0;
-	int error = 0;
 
 	last = bpf_map_lookup_elem(map_of(ssl_numbers), &zero);
 	if (!last)
 		return NULL;
 	number = FIRST_SSL + __sync_fetch_and_add(last, 1);
-	made.connection = number;
-	made.watching = watching;
-	made.generation = generation;
-	bpf_map_update_elem(map_of(connections), &number, (void *)element(no_connection, 0),
-			    BPF_ANY);
-	c = bpf_map_lookup_elem(map_of(connections), &number);
-	if (c)
-		error = bpf_map_update_elem(map_of(ssl_objects), key, &made, BPF_ANY);
-	if (!c || error) {
-		bpf_map_delete_elem(map_of(connections), &number);
+	if (!object) {
+		bpf_map_update_elem(map_of(ssl_objects), key, &made, BPF_NOEXIST);
+		object = bpf_map_lookup_elem(map_of(ssl_objects), key);
+	}
+	if (object) {
+		bpf_map_update_elem(map_of(connections), &number, (void *)element(no_connection, 0),
+				    BPF_ANY);
+		c = bpf_map_lookup_elem(map_of(connections), &number);
+	}
+	if (!object || !c) {
 		for_each_session (slot, watching) {
 			account_loss(slot, LOSS_MAP_FULL);
 		}
 		return NULL;
 	}
+	object->connection = number;
 	c->sk = c->id = number;
 	c->ssl = key->ssl;
 	c->tgid = key->process;
 	c->born = key->process >> 32;
-	if (object && sessions_of_then(object->watching & watching, object->generation)) {
+	if (whole) {
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	} else {
 		not_read(c, UNREAD_JOINED);
@@ -161,10 +164,11 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 }
 
 /* The connection of an SSL object of the current process; NULL if no session watches that. */
-static __always_inline struct connection *
-ssl_connection_used(const struct sessions *all, const struct ssl_key *key, __u32 direction)
+static __always_inline struct connection *ssl_connection_used(const struct sessions *all,
+							      const struct ssl_key *key,
+							      struct ssl_object *object,
+							      __u32 direction)
 {
-	struct ssl_object *object = bpf_map_lookup_elem(map_of(ssl_objects), key);
 	struct connection *c =
 	    object && object->connection ? connection_at(object->connection) : NULL;
 	__u32 generation = generation_of(all);
@@ -251,7 +255,7 @@ static __always_inline void connection_left(struct connection *c)
 	if (object && object->connection == number) {
 		object->watching = carried->watching;
 		object->generation = carried->generation;
-		object->connection = 0;
+		object->connection = object->sk = 0;
 	}
 	bpf_map_delete_elem(map_of(connections), &number);
 }
@@ -493,6 +497,13 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 	return 0;
 }
 
+/* SSL_do_handshake, which SSL_accept and SSL_connect call, too. */
+SEC("uprobe")
+int PROGRAM(coral_ssl_handshake, struct user_registers *ctx)
+{
+	return ssl_entered(ctx, HANDSHAKE, false);
+}
+
 SEC("uprobe")
 int PROGRAM(coral_ssl_read, struct user_registers *ctx)
 {
@@ -564,9 +575,10 @@ static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct
  * own, so that the verifier goes through the parser once. */
 SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 length, __u64 now_ns)
 {
+	struct operation op = {.base = base, .length = length};
 	struct feed feed = {
 	    .cursor = {.c = connection_at(number), .direction = direction & 1},
-	    .op = {.base = base, .length = length},
+	    .op = &op,
 	    .left = length,
 	};
 	struct ssl_thread *thread = ssl_thread();
@@ -575,7 +587,7 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 	if (!thread || !c)
 		return 0;
 	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && try_request(c, &feed.op, feed.cursor.direction))) {
+	    !(c->unread == UNREAD_JOINED && try_request(c, &op, feed.cursor.direction))) {
 		c->unread_bytes += length;
 		return 0;
 	}
@@ -602,29 +614,39 @@ static __always_inline void ssl_call_passed(struct connection *c, const struct s
 			   bpf_ktime_get_ns());
 }
 
+/* Ties C to the socket that the call has used, or that carried the handshake of OBJECT. */
+static __always_inline void ssl_tie(struct ssl_thread *thread, struct connection *c,
+				    const struct ssl_call *call, const struct ssl_object *object,
+				    __u64 length)
+{
+	if (call->sk > SEVERAL && (!call->by_address || heard_record_of(&thread->heard, length)))
+		tie(c, call->sk);
+	else if (!c->tied && object && object->sk)
+		tie(c, object->sk);
+}
+
 static __always_inline void ssl_returned(struct ssl_thread *thread, struct ssl_call *call,
 					 __s64 length)
 {
 	struct ssl_key key = {.process = current_process(), .ssl = call->ssl};
+	struct ssl_object *object = bpf_map_lookup_elem(map_of(ssl_objects), &key);
 	struct sessions *all = all_sessions();
-	struct ssl_object *object;
 	struct connection *c;
 	__u8 unread;
 
-	if (length > 0) {
-		c = all ? ssl_connection_used(all, &key, call->direction) : NULL;
+	if (call->direction == HANDSHAKE) {
+		if (length > 0 && object && call->sk > SEVERAL)
+			object->sk = call->sk;
+	} else if (length > 0) {
+		c = all ? ssl_connection_used(all, &key, object, call->direction) : NULL;
 		if (!c)
 			return;
-		if (call->by_address && !heard_record_of(&thread->heard, length))
-			call->sk = 0;
-		if (call->sk > SEVERAL)
-			tie(c, call->sk);
+		ssl_tie(thread, c, call, object, length);
 		unread = c->unread;
 		ssl_call_passed(c, call, length);
 		if (c->unread != unread && c->unread)
 			count_unread(c->watching, c->unread, 1, 0);
 	} else if (call->direction == RECEIVED && call->closing) {
-		object = bpf_map_lookup_elem(map_of(ssl_objects), &key);
 		c = object ? connection_at(object->connection) : NULL;
 		if (c)
 			end_read(c);
