@@ -625,7 +625,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		end_read(read_of(c));
 	if (length && c->unread)
 		socket_used(c, direction, length);
-	if (c->unread != unread && c->unread)
+	if (c->unread != unread && c->unread && c->unread != UNREAD_TLS)
 		count_unread(c->watching, c->unread, 1, 0);
 	return 0;
 }
@@ -771,7 +771,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 		return 0;
 	connection_over(read_of(c), sk, option(typed_sockets));
 	connection_left(c);
-	if (c->unread && c->unread_bytes)
+	if (c->unread && c->unread_bytes && !c->tied)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
 			     c->unread_bytes);
 	connection_forget(sk);
