@@ -50,7 +50,8 @@ class ProcessFile:
         """The file that PID has mapped at the addresses WHERE, as /proc/PID/maps writes them, even
         if it was deleted or replaced since. Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
         file = cls.__new__(cls)
-        path = f"/proc/{pid}/map_files/{where}"
+        bounds = "-".join(f"{int(bound, 16):x}" for bound in where.split("-"))  # without zeros
+        path = f"/proc/{pid}/map_files/{bounds}"
         file._take(os.open(path, _OPEN_FLAGS), path)  # noqa: SLF001
         return file
 

@@ -193,6 +193,34 @@ def test_a_deleted_or_replaced_file_is_still_the_one_that_was_opened(
         process.kill()
 
 
+def test_a_replaced_file_is_found_by_where_it_is_mapped(
+    attaching_object: Path, static_program: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "prog"
+    copy.write_bytes(static_program.read_bytes())
+    copy.chmod(0o755)
+    process = Called(copy, "200")
+    try:
+        wait_until(partial(runs_prog, process.pid))
+        copy.unlink()
+        copy.write_bytes(b"something else")
+        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        where = next(line.split()[0] for line in maps if " r-xp " in line and "prog" in line)
+        with (
+            watching(attaching_object, process.pid) as bpf_object,
+            Uprobes() as uprobes,
+            ProcessFile.mapped(process.pid, where) as file,
+        ):
+            (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, offset)
+            process.finish()
+            assert counted(bpf_object)["entered"] == 200
+        with pytest.raises(FileNotFoundError):
+            ProcessFile.mapped(os.getpid(), "0-1000")
+    finally:
+        process.kill()
+
+
 def test_what_cannot_be_attached_is_told_and_leaves_nothing(
     attaching_object: Path, programs: Path
 ) -> None:

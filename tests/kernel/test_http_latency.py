@@ -475,7 +475,8 @@ def test_what_is_no_http_1_is_counted_with_its_bytes() -> None:
         ):
             client.do("c = socket.create_connection(l.getsockname()); s = l.accept()[0]")
             client.do(f"c.sendall({first!r}); s.recv(100); s.sendall(bytes(50)); c.recv(100)")
-            wait_until(lambda what=what: read()[what] == 2)  # type: ignore[misc]
+            if what != "tls":  # which functions of OpenSSL may read yet
+                wait_until(lambda what=what: read()[what] == 2)  # type: ignore[misc]
             client.do("c.close(); s.close()")
             # What came before it was clear is not among these.
             wait_until(lambda what=what: read() and sizes[what] >= 100)  # type: ignore[misc]

@@ -446,6 +446,22 @@ def test_objects_of_a_process_that_was_killed_are_freed(certificate: Path) -> No
         assert left_over(seen, "connections") == 0
 
 
+def test_what_is_not_read_is_told_and_what_is_read_is_not(certificate: Path) -> None:
+    """Each connection once: those that no function of OpenSSL is called for."""
+    with serving("threads", certificate) as server:
+        for tls, counted in (("true", {}), ("false", {"tls": 6})):
+            with seeing(server.pid, os.getpid(), tls=tls) as seen:
+                with client_of(server.port, 3) as client:
+                    client.do("for one in c: get(one, '/told'); one.close()")
+                    assert len(server.told(3)) == 3
+                    if tls == "true":
+                        seen.wait_for(3, SERVER)
+                wait_until(lambda: left_over(seen, "connections") == 0)
+                batch = seen.collector.drain()
+                told = {what: it.count for what, it in batch.unread.items()}
+                assert told == counted
+
+
 def test_without_tls_nothing_is_attached(certificate: Path) -> None:
     with (
         serving("threads", certificate) as server,

@@ -539,7 +539,7 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 /* A connection counts as unread once bytes of it are. */
 static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
 {
-	if (!c->unread_bytes)
+	if (!c->unread_bytes && c->unread != UNREAD_TLS) /* which OpenSSL may be about to read */
 		count_unread(c->watching, c->unread, 1, 0);
 	c->unread_bytes += length;
 	c->unread_last = direction + 1;
@@ -816,7 +816,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 		return 0;
 	connection_over(read_of(c), sk, option(typed_sockets));
 	connection_left(c);
-	if (c->unread && c->unread_bytes)
+	if (c->unread && c->unread_bytes && !c->tied)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
 			     c->unread_bytes);
 	connection_forget(sk);

@@ -157,8 +157,7 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 	if (whole) {
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	} else {
-		not_read(c, UNREAD_JOINED);
-		count_unread(watching, UNREAD_JOINED, 1, 0);
+		not_read(c, UNREAD_JOINED); /* as is its socket, which was counted */
 	}
 	return c;
 }
@@ -238,6 +237,8 @@ static __always_inline struct connection *read_of(struct connection *c)
 	return carried;
 }
 
+#define TLS_PATIENCE 32 /* operations, more than a handshake needs */
+
 /* The socket of C is gone, and so is what it carried. The object may be used for another one. */
 static __always_inline void connection_left(struct connection *c)
 {
@@ -246,6 +247,8 @@ static __always_inline void connection_left(struct connection *c)
 	struct ssl_key key = {};
 	__u64 number;
 
+	if (!c->tied && c->unread == UNREAD_TLS && c->encrypted < TLS_PATIENCE)
+		count_unread(sessions_of_then(c->watching, c->generation), UNREAD_TLS, 1, 0);
 	if (!carried)
 		return;
 	number = carried->sk;
@@ -326,6 +329,10 @@ static __always_inline void socket_used(struct connection *c, __u32 direction, _
 
 	if (c->unread != UNREAD_TLS && c->unread != UNREAD_JOINED)
 		return;
+	/* It is told once it is clear that no function of OpenSSL is called for it. */
+	if (c->unread == UNREAD_TLS && !c->tied && c->encrypted < TLS_PATIENCE &&
+	    ++c->encrypted == TLS_PATIENCE)
+		count_unread(c->watching, UNREAD_TLS, 1, 0);
 	if (c->unread == UNREAD_JOINED || direction == RECEIVED)
 		seen = operation_find(&op, length) && op.length >= TLS_HEADER &&
 		       !bpf_probe_read_user(header, sizeof(header), (void *)op.base);
