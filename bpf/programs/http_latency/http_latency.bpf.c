@@ -423,18 +423,22 @@ static __always_inline struct window *window_here(void)
 	return bpf_map_lookup_elem(map_of(windows), &zero);
 }
 
+static __always_inline struct window *ssl_window(void); /* of tls.bpf.h */
+
 /* Functions that the verifier goes through once: each program comes to the parser by these. */
 
 SUBPROGRAM int window_read(__u64 sk, __u32 direction, __u64 now_ns)
 {
 	struct cursor cursor = {
 	    .c = connection_at(sk),
-	    .window = window_here(),
 	    .now_ns = now_ns,
 	    .direction = direction,
 	};
 
-	if (cursor.c && cursor.window)
+	if (!cursor.c)
+		return 0;
+	cursor.window = cursor.c->ssl ? ssl_window() : window_here();
+	if (cursor.window)
 		bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }

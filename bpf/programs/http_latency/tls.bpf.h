@@ -565,6 +565,14 @@ static __always_inline bool heard_record_of(const struct heard *heard, __u64 len
 	return false;
 }
 
+/* A thread has its own: the kernel may preempt it at a uprobe. */
+static __always_inline struct window *ssl_window(void)
+{
+	struct ssl_thread *thread = ssl_thread();
+
+	return thread ? &thread->window : NULL;
+}
+
 /* How many decrypted bytes a call has passed; negative if that cannot be read. */
 static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct ssl_call *call)
 {
