@@ -722,7 +722,7 @@ int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
 	direction = call.kind & 1;
 	if (call.kind & OF_MESSAGES)
 		result = passed_unseen(sk, direction, option(typed_sockets));
-	return used(sk, result, flags_of(&call), direction, option(typed_sockets));
+	return used(sk, result, call.flags, direction, option(typed_sockets));
 }
 
 /* Ends. */
