@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -446,9 +447,10 @@ def test_objects_of_a_process_that_was_killed_are_freed(certificate: Path) -> No
         assert left_over(seen, "connections") == 0
 
 
-def unread(seen: Seen) -> dict[str, int]:
-    """How many connections were not read, by the reason; most drains do not look."""
-    return {what: it.count for what, it in seen.collector.drain().unread.items()}
+def tells(seen: Seen, counted: dict[str, int]) -> bool:
+    """Whether so many connections were not read, by the reason; most drains do not look."""
+    unread = seen.collector.drain().unread
+    return {what: it.count for what, it in unread.items()} == counted
 
 
 def test_what_is_not_read_is_told_and_what_is_read_is_not(certificate: Path) -> None:
@@ -462,7 +464,7 @@ def test_what_is_not_read_is_told_and_what_is_read_is_not(certificate: Path) -> 
                     if tls == "true":
                         seen.wait_for(3, SERVER)
                 wait_until(lambda: left_over(seen, "connections") == 0)
-                wait_until(lambda seen=seen, counted=counted: unread(seen) == counted)
+                wait_until(partial(tells, seen, counted))
 
 
 def test_without_tls_nothing_is_attached(certificate: Path) -> None:
