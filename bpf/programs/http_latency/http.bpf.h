@@ -175,13 +175,14 @@ struct window {
 	__u8 bytes[WINDOW + WORD_BYTES];
 	__u32 at;
 	__u32 end; /* at most WINDOW */
+	__u32 direction;
+	__u32 reserved;
+	__u64 now_ns;
 };
 
 struct cursor {
 	struct connection *c;
 	struct window *window;
-	__u64 now_ns;
-	__u32 direction;
 };
 
 #define FNV_OFFSET 0xCBF29CE484222325ULL
@@ -893,7 +894,7 @@ static __always_inline __u32 response_started(struct cursor *cursor, struct lane
 {
 	if (!is_protocol(lane, word_at(cursor->window, at)))
 		return 0;
-	message_begin(lane, cursor->now_ns);
+	message_begin(lane, cursor->window->now_ns);
 	lane->place = AT_PROTOCOL;
 	if (at + 2 * WORD_BYTES > cursor->window->end ||
 	    !is_status(lane, word_at(cursor->window, at + WORD_BYTES)))
@@ -946,7 +947,7 @@ static __always_inline __u32 token_started(struct cursor *cursor, struct lane *l
 		return 0;
 	if (place == AT_VERSION)
 		return is_protocol(lane, word_at(cursor->window, at)) ? WORD_BYTES : 0;
-	if (place == AT_START && !is_request_lane(cursor->c, cursor->direction))
+	if (place == AT_START && !is_request_lane(cursor->c, cursor->window->direction))
 		return response_started(cursor, lane, at);
 	return 0;
 }
@@ -969,9 +970,9 @@ static __always_inline void line_ended(struct lane *lane)
 static long http_step(__u32 turn, struct cursor *cursor)
 {
 	struct connection *c = cursor->c;
-	struct lane *lane = lane_of(c, cursor->direction);
+	struct lane *lane = lane_of(c, cursor->window->direction);
 	__u32 at = cursor->window->at, end = cursor->window->end;
-	__u64 body, now_ns = cursor->now_ns;
+	__u64 body, now_ns = cursor->window->now_ns;
 	__u32 started;
 	__u8 place, b;
 
@@ -994,12 +995,12 @@ static long http_step(__u32 turn, struct cursor *cursor)
 			body = end - at;
 		cursor->window->at = at + body;
 		if (place != AT_NOTHING)
-			body_passed(c, lane, cursor->direction, body, now_ns);
+			body_passed(c, lane, cursor->window->direction, body, now_ns);
 		return 0;
 	}
 	b = cursor->window->bytes[at & (WINDOW - 1)];
 	cursor->window->at = at + 1;
-	if (!byte_step(c, lane, cursor->direction, b, now_ns))
+	if (!byte_step(c, lane, cursor->window->direction, b, now_ns))
 		give_up(c, b == 0x16 && place == AT_START ? UNREAD_TLS : UNREAD_OTHER, now_ns);
 	return 0;
 }

@@ -242,28 +242,35 @@ static __always_inline void exchange_over(struct connection *c, __u32 outcome, _
 	lane_of(c, !request_direction(c))->status = 0;
 }
 
-static long exchange_end(__u32 turn, struct cursor *cursor)
+/* What has ended the exchanges of a connection. */
+struct ending {
+	struct connection *c;
+	__u64 now_ns;
+	__u32 outcome;
+};
+
+static long exchange_end(__u32 turn, struct ending *ending)
 {
-	struct connection *c = cursor->c;
+	struct connection *c = ending->c;
 
 	if (c->answered == c->made)
 		return 1;
-	exchange_over(c, cursor->direction, cursor->now_ns);
+	exchange_over(c, ending->outcome, ending->now_ns);
 	return 0;
 }
 
 /* The exchange that waits longest is over; with an outcome that is no answer, all that wait are. */
 SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
 {
-	struct cursor cursor = {.c = connection_at(sk), .direction = outcome, .now_ns = now_ns};
+	struct ending ending = {.c = connection_at(sk), .outcome = outcome, .now_ns = now_ns};
 
-	if (!cursor.c)
+	if (!ending.c)
 		return 0;
 	outcome &= ~(BY_PACKET | BY_SSL);
 	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
-		exchange_end(0, &cursor);
+		exchange_end(0, &ending);
 	else
-		bpf_loop(PIPELINE, exchange_end, &cursor, 0);
+		bpf_loop(PIPELINE, exchange_end, &ending, 0);
 	return 0;
 }
 
@@ -427,13 +434,9 @@ static __always_inline struct window *ssl_window(void); /* of tls.bpf.h */
 
 /* Functions that the verifier goes through once: each program comes to the parser by these. */
 
-SUBPROGRAM int window_read(__u64 sk, __u32 direction, __u64 now_ns)
+SUBPROGRAM int window_read(__u64 sk)
 {
-	struct cursor cursor = {
-	    .c = connection_at(sk),
-	    .now_ns = now_ns,
-	    .direction = direction,
-	};
+	struct cursor cursor = {.c = connection_at(sk)};
 
 	if (!cursor.c)
 		return 0;
@@ -453,26 +456,28 @@ SUBPROGRAM int bytes_unseen(__u64 sk, __u32 direction, __u64 length, __u64 now_n
 }
 
 struct feed {
-	struct cursor cursor;
+	struct connection *c;
+	struct window *window;
 	struct operation *op;
 	__u64 left;
 };
 
 static long feed_window(__u32 turn, struct feed *feed)
 {
-	struct cursor *cursor = &feed->cursor;
-	struct lane *lane = lane_of(cursor->c, cursor->direction);
-	__u64 length = feed->left, body;
+	struct window *window = feed->window;
+	__u64 length = feed->left, body, now_ns = window->now_ns;
+	__u32 direction = window->direction;
+	struct lane *lane = lane_of(feed->c, direction);
 
 	if (!length)
 		return 1;
 	body = body_ahead(lane);
 	if (body >= length) {
-		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(feed->c->sk, direction, length, now_ns);
 		return 1;
 	}
 	if (!feed->op->length && !next_piece(feed->op)) {
-		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(feed->c->sk, direction, length, now_ns);
 		return 1;
 	}
 	if (length > feed->op->length)
@@ -480,17 +485,17 @@ static long feed_window(__u32 turn, struct feed *feed)
 	if (body) {
 		if (length > body)
 			length = body;
-		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(feed->c->sk, direction, length, now_ns);
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
-		if (bpf_probe_read_user(cursor->window->bytes, length, (void *)feed->op->base)) {
-			bytes_unseen(cursor->c->sk, cursor->direction, feed->left, cursor->now_ns);
+		if (bpf_probe_read_user(window->bytes, length, (void *)feed->op->base)) {
+			bytes_unseen(feed->c->sk, direction, feed->left, now_ns);
 			return 1;
 		}
-		cursor->window->at = 0;
-		cursor->window->end = length;
-		window_read(cursor->c->sk, cursor->direction, cursor->now_ns);
+		window->at = 0;
+		window->end = length;
+		window_read(feed->c->sk);
 	}
 	feed->op->base += length;
 	feed->op->length -= length;
@@ -552,15 +557,17 @@ static __always_inline void leave_unread(struct connection *c, __u32 direction, 
 /* LENGTH bytes; COPIED, they lie in the process's memory. */
 static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
-	struct feed feed = {.cursor = {.c = c, .direction = direction}, .left = length};
+	struct feed feed = {.c = c, .left = length};
+	__u64 now_ns = bpf_ktime_get_ns();
 	__u32 zero = 0;
 	bool seen;
 
-	feed.cursor.now_ns = bpf_ktime_get_ns();
-	feed.cursor.window = bpf_map_lookup_elem(map_of(windows), &zero);
+	feed.window = window_here();
 	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
-	if (!feed.cursor.window || !feed.op)
+	if (!feed.window || !feed.op)
 		return;
+	feed.window->now_ns = now_ns;
+	feed.window->direction = direction;
 	if (c->unread && c->unread != UNREAD_JOINED) {
 		leave_unread(c, direction, length);
 		return;
@@ -575,11 +582,11 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		leave_unread(c, direction, length);
 		return;
 	}
-	lane_of(c, direction)->last_ns = feed.cursor.now_ns;
+	lane_of(c, direction)->last_ns = now_ns;
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		bytes_unseen(c->sk, direction, length, feed.cursor.now_ns);
+		bytes_unseen(c->sk, direction, length, now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */

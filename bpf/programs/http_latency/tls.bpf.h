@@ -46,6 +46,7 @@ struct ssl_thread {
 	__u32 depth;
 	__u32 reserved;
 	struct heard heard;
+	struct operation op;
 	struct window window;
 	struct http_exchange draft;
 };
@@ -319,7 +320,7 @@ static __always_inline void socket_heard(struct ssl_thread *thread, struct conne
 }
 
 /* LENGTH bytes that are no HTTP have passed through the socket of C. */
-static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length)
+static __always_inline void bytes_heard(struct connection *c, __u32 direction, __u32 length)
 {
 	__u8 header[TLS_HEADER] = {};
 	struct ssl_thread *thread;
@@ -327,8 +328,6 @@ static __always_inline void socket_used(struct connection *c, __u32 direction, _
 	struct operation op;
 	bool seen = false;
 
-	if (c->unread != UNREAD_TLS && c->unread != UNREAD_JOINED)
-		return;
 	/* It is told once it is clear that no function of OpenSSL is called for it. */
 	if (c->unread == UNREAD_TLS && !c->tied && c->encrypted < TLS_PATIENCE &&
 	    ++c->encrypted == TLS_PATIENCE)
@@ -351,6 +350,22 @@ static __always_inline void socket_used(struct connection *c, __u32 direction, _
 	} else if (direction == RECEIVED && seen) {
 		socket_heard(thread, c, &op, length);
 	}
+}
+
+/* A function of its own, whose stack is not there while the parser works. */
+SUBPROGRAM int hear(__u64 sk, __u32 direction, __u32 length)
+{
+	struct connection *c = connection_at(sk);
+
+	if (c)
+		bytes_heard(c, direction, length);
+	return 0;
+}
+
+static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length)
+{
+	if (c->unread == UNREAD_TLS || c->unread == UNREAD_JOINED)
+		hear(c->sk, direction, length);
 }
 
 static __always_inline bool is_inside_ssl(void)
@@ -590,24 +605,23 @@ static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct
  * own, so that the verifier goes through the parser once. */
 SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 length, __u64 now_ns)
 {
-	struct operation op = {.base = base, .length = length};
-	struct feed feed = {
-	    .cursor = {.c = connection_at(number), .direction = direction & 1},
-	    .op = &op,
-	    .left = length,
-	};
+	struct feed feed = {.c = connection_at(number), .left = length};
 	struct ssl_thread *thread = ssl_thread();
-	struct connection *c = feed.cursor.c;
+	struct connection *c = feed.c;
 
 	if (!thread || !c)
 		return 0;
-	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && try_request(c, &op, feed.cursor.direction))) {
+	feed.op = &thread->op;
+	feed.window = &thread->window;
+	thread->op.base = base;
+	thread->op.length = length;
+	thread->op.iov = thread->op.iov_count = 0;
+	if (c->unread && !(c->unread == UNREAD_JOINED && try_request(c, feed.op, direction & 1))) {
 		c->unread_bytes += length;
 		return 0;
 	}
-	feed.cursor.window = &thread->window;
-	feed.cursor.now_ns = now_ns;
+	thread->window.now_ns = now_ns;
+	thread->window.direction = direction & 1;
 	lane_of(c, direction)->last_ns = now_ns;
 	bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	return 0;

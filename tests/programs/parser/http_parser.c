@@ -135,11 +135,12 @@ void talk_begin(struct talk *talk, __u8 role, bool on_trial)
 void talk_feed(struct talk *talk, __u32 direction, const __u8 *bytes, __u64 left, __u64 now_ns)
 {
 	struct lane *lane = lane_of(&talk->c, direction);
-	struct cursor cursor = {
-	    .c = &talk->c, .window = &talk->window, .direction = direction, .now_ns = now_ns};
+	struct cursor cursor = {.c = &talk->c, .window = &talk->window};
 	__u64 length, body;
 	__u32 before;
 
+	talk->window.direction = direction;
+	talk->window.now_ns = now_ns;
 	lane->last_ns = now_ns;
 	talk->bytes += left;
 	for (; left; bytes += length, left -= length) {
