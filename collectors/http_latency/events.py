@@ -37,6 +37,7 @@ _ROW: Final = np.dtype(
             for name in (
                 "local_port", "remote_port", "pid", "comm", "role", "method", "outcome", "status",
                 "path", "route", "number", "version", "tls", "network_namespace",
+                "failed",
             )
         ),
     ]
@@ -84,6 +85,7 @@ class RequestRows:
         rows["first_byte_ns"] = first_byte_ns(records)
         rows["connection_id"] = records["connection"]
         rows["network_namespace"] = records["network"]
+        rows["failed"] = has_failed(records)
         for name in _COPIED:
             rows[name] = records[name]
         for end in ("local", "remote"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from coral.agent.streams import Filter
 from coral.collectors.clock import CLOCK
 from coral.collectors.contract import EventRows
 from coral.collectors.http_latency.events import RequestRows
@@ -86,6 +87,17 @@ def test_what_had_not_passed_has_no_time() -> None:
     record["began_ns"], record["ended_ns"], record["outcome"] = 10**9, 10**9 + 7, 2
     (row,) = messages(maker().rows(record, changes()))
     assert (row.duration_ns, row.request_ns, row.first_byte_ns, row.status) == (7, 0, 0, 0)
+
+
+def test_a_subscriber_can_ask_for_those_that_failed() -> None:
+    records = exchanges([b"/"] * 6)
+    records["status"] = [200, 499, 500, 599, 0, 0]
+    records["outcome"] = [1, 2, 1, 1, 3, 5]
+    records["number"] = range(6)
+    rows = maker().rows(records, changes())
+    assert rows.records["failed"].tolist() == [0, 0, 1, 1, 1, 0]
+    selected = rows.records[Filter(errors_only=True).mask(rows)]
+    assert selected["number"].tolist() == [2, 3, 4]
 
 
 def test_each_batch_has_the_strings_of_its_own_rows_alone() -> None:

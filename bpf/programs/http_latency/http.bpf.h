@@ -155,6 +155,7 @@ struct connection {
 	__u8 local[ADDRESS_BYTES];
 	__u8 remote[ADDRESS_BYTES];
 	__u64 unread_bytes;
+	__u64 unread_last; /* enum direction + 1 of the last bytes that were not read */
 	__u64 ssl;  /* the object of OpenSSL whose decrypted bytes are read; 0 for a socket */
 	__u64 tied; /* `sk` of the socket that carries these; of a socket: of what it carries */
 	__u32 encrypted; /* operations of TLS that has not been read so far */

@@ -376,8 +376,6 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	else
 		not_read(c, UNREAD_JOINED);
-	if (c->unread)
-		count_unread(watching, UNREAD_JOINED, 1, 0);
 	return c;
 }
 
@@ -418,6 +416,42 @@ static __always_inline struct connection *connection_used(const struct sessions 
 
 /* Reading what passes. */
 
+static __always_inline struct window *window_here(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(map_of(windows), &zero);
+}
+
+/* Functions that the verifier goes through once: each program comes to the parser by these. */
+
+static __always_inline struct window *window_of_thread(void);
+
+SUBPROGRAM int window_read(__u64 sk, __u32 direction, __u64 now_ns)
+{
+	struct cursor cursor = {
+	    .c = connection_at(sk),
+	    .window = window_here(),
+	    .now_ns = now_ns,
+	    .direction = direction,
+	};
+
+	if (cursor.c && cursor.c->ssl)
+		cursor.window = window_of_thread();
+	if (cursor.c && cursor.window)
+		bpf_loop(WINDOW, http_step, &cursor, 0);
+	return 0;
+}
+
+SUBPROGRAM int bytes_unseen(__u64 sk, __u32 direction, __u64 length, __u64 now_ns)
+{
+	struct connection *c = connection_at(sk);
+
+	if (c)
+		unseen_passed(c, direction, length, now_ns);
+	return 0;
+}
+
 struct feed {
 	struct cursor cursor;
 	struct operation *op;
@@ -434,11 +468,11 @@ static long feed_window(__u32 turn, struct feed *feed)
 		return 1;
 	body = body_ahead(lane);
 	if (body >= length) {
-		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
 		return 1;
 	}
 	if (!feed->op->length && !next_piece(feed->op)) {
-		unseen_passed(cursor->c, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
 		return 1;
 	}
 	if (length > feed->op->length)
@@ -446,17 +480,17 @@ static long feed_window(__u32 turn, struct feed *feed)
 	if (body) {
 		if (length > body)
 			length = body;
-		body_passed(cursor->c, lane, cursor->direction, length, cursor->now_ns);
+		bytes_unseen(cursor->c->sk, cursor->direction, length, cursor->now_ns);
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
 		if (bpf_probe_read_user(cursor->window->bytes, length, (void *)feed->op->base)) {
-			unseen_passed(cursor->c, cursor->direction, feed->left, cursor->now_ns);
+			bytes_unseen(cursor->c->sk, cursor->direction, feed->left, cursor->now_ns);
 			return 1;
 		}
 		cursor->window->at = 0;
 		cursor->window->end = length;
-		bpf_loop(WINDOW, http_step, cursor, 0);
+		window_read(cursor->c->sk, cursor->direction, cursor->now_ns);
 	}
 	feed->op->base += length;
 	feed->op->length -= length;
@@ -506,6 +540,15 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
+/* A connection counts as unread once bytes of it are. */
+static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
+{
+	if (!c->unread_bytes && c->unread != UNREAD_TLS) /* see socket_used */
+		count_unread(c->watching, c->unread, 1, 0);
+	c->unread_bytes += length;
+	c->unread_last = direction + 1;
+}
+
 /* LENGTH bytes; COPIED, they lie in the process's memory. */
 static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
@@ -518,19 +561,25 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
 	if (!feed.cursor.window || !feed.op)
 		return;
+	if (c->unread && c->unread != UNREAD_JOINED) {
+		leave_unread(c, direction, length);
+		return;
+	}
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
+	/* Where the same side has just sent something that was not read, this may be more of that.
+	 */
 	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && seen && try_request(c, feed.op, direction))) {
-		c->unread_bytes += length;
+	    !(seen && c->unread_last != direction + 1 && try_request(c, feed.op, direction))) {
+		leave_unread(c, direction, length);
 		return;
 	}
 	lane_of(c, direction)->last_ns = feed.cursor.now_ns;
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		unseen_passed(c, direction, length, feed.cursor.now_ns);
+		bytes_unseen(c->sk, direction, length, feed.cursor.now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */
@@ -570,7 +619,7 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 		return; /* the next request, whose call may yet show it */
 	lane->offset = offset;
 	if (gap)
-		unseen_passed(c, !direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -614,19 +663,19 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		unseen_passed(c, direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c->sk, direction, gap, bpf_ktime_get_ns());
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
-		c->unread_bytes += length; /* it may be plain text that the kernel encrypts */
+		c->unread_bytes += length; /* maybe plain text that the kernel encrypts */
 	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
 		end_read(read_of(c));
 	if (length && c->unread)
 		socket_used(c, direction, length);
-	if (c->unread != unread && c->unread && c->unread != UNREAD_TLS)
-		count_unread(c->watching, c->unread, 1, 0);
+	if (length && c->unread && c->unread != unread)
+		leave_unread(c, direction, length);
 	return 0;
 }
 

@@ -97,6 +97,14 @@ static __always_inline struct http_exchange *draft_of_thread(void)
 	return thread ? &thread->draft : NULL;
 }
 
+/* Other programs may come between those of this file. */
+static __always_inline struct window *window_of_thread(void)
+{
+	struct ssl_thread *thread = ssl_thread();
+
+	return thread ? &thread->window : NULL;
+}
+
 static __always_inline __u64 current_process(void)
 {
 	return process_of(current_tgid(), born_of(kernel_read(this_task(), group_leader)));
@@ -157,7 +165,7 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 	if (whole) {
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	} else {
-		not_read(c, UNREAD_JOINED); /* as is its socket, which was counted */
+		not_read(c, UNREAD_JOINED);
 	}
 	return c;
 }
@@ -593,9 +601,9 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 
 	if (!thread || !c)
 		return 0;
-	if (c->unread &&
-	    !(c->unread == UNREAD_JOINED && try_request(c, &op, feed.cursor.direction))) {
-		c->unread_bytes += length;
+	if (c->unread && !(c->unread == UNREAD_JOINED && c->unread_last != direction + 1 &&
+			   try_request(c, &op, feed.cursor.direction))) {
+		leave_unread(c, direction, length);
 		return 0;
 	}
 	feed.cursor.window = &thread->window;
@@ -651,8 +659,8 @@ static __always_inline void ssl_returned(struct ssl_thread *thread, struct ssl_c
 		ssl_tie(thread, c, call, object, length);
 		unread = c->unread;
 		ssl_call_passed(c, call, length);
-		if (c->unread != unread && c->unread)
-			count_unread(c->watching, c->unread, 1, 0);
+		if (c->unread && c->unread != unread)
+			leave_unread(c, call->direction, length);
 	} else if (call->direction == RECEIVED && call->closing) {
 		c = object ? connection_at(object->connection) : NULL;
 		if (c)
