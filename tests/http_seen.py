@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -114,3 +114,8 @@ def seeing(*pids: int, without: tuple[str, ...] = (), **config: str) -> Iterator
     config = {"pid": ",".join(map(str, pids)), "mode": "events", "ring": "16MiB", **config}
     with at_work(HttpLatencyCollector.create(config, None, features)) as collector:
         yield Seen(collector)
+
+
+def seeing_plain(*pids: int, ring: str = "16MiB") -> AbstractContextManager[Seen]:
+    """The same without the functions of OpenSSL, which the kernel takes seconds to let go of."""
+    return seeing(*pids, tls="false", ring=ring)

@@ -189,7 +189,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     @property
     def notes(self) -> Sequence[str]:
-        return (*super().notes, *(self._tls.why_not(self._slot) if self._tls else ()))
+        return (*super().notes, *(self._tls.why_not(self._slot) if self._tls is not None else ()))
 
     def _write_session(self) -> None:
         self._slot.own("http_sessions", self._session)

@@ -10,7 +10,7 @@ import pytest
 
 from coral.collectors.hubs.keeper import KEEPER
 from tests.attaching import Called
-from tests.http_seen import seeing
+from tests.http_seen import seeing_plain
 from tests.network import Side, two_sides
 from tests.support import (
     OWN_MACHINE,
@@ -47,7 +47,7 @@ def http_programs() -> Iterator[None]:
     """Keeps the programs of `http_latency` loaded between the tests of a module, because the kernel
     takes seconds to verify them."""
     before = loaded()
-    with Puppet() as idle, seeing(idle.pid):
+    with Puppet() as idle, seeing_plain(idle.pid):
         yield
     wait_until(lambda: nothing_new_since(before))
 

@@ -22,7 +22,7 @@ from tests.http_seen import (
     SERVER,
     Request,
     Seen,
-    seeing,
+    seeing_plain,
 )
 from tests.http_servers import (
     CLIENTS,
@@ -92,7 +92,7 @@ def test_every_request_once(name: str, site: Path, tmp_path: Path) -> None:
             by: stack.enter_context(client(command(server.port, calls[by])))
             for by, command in CLIENTS.items()
         }
-        seen = stack.enter_context(seeing(*server.pids, *(it.pid for it in callers.values())))
+        seen = stack.enter_context(seeing_plain(*server.pids, *(it.pid for it in callers.values())))
         for caller in callers.values():
             caller.go()
         told = {by: exchanges(calls[by], caller.finish()) for by, caller in callers.items()}
@@ -130,7 +130,7 @@ def test_a_hundred_megabytes_each_way(site: Path, tmp_path: Path) -> None:
     told = ("--silent", "--output", "/dev/null", "--write-out", "%{http_code} %{time_total}\n")
     command = ("curl", *told, f"{place}/down", "--next", *told, "-T", site / "down", f"{place}/up")
     with server.running(), client(command) as caller:
-        with seeing(*server.pids, caller.pid) as seen:
+        with seeing_plain(*server.pids, caller.pid) as seen:
             times = [float(line.split()[1]) for line in caller.run().splitlines()]
             rows = seen.wait_for(2, CLIENT), seen.wait_for(2, SERVER)
             assert not seen.lost
@@ -208,7 +208,7 @@ def test_both_sides_of_a_proxy(site: Path, tmp_path: Path) -> None:
     calls += [Call("POST", name, 1000) for name in names]
     with _proxied(site, tmp_path) as (proxy, upstream), ExitStack() as stack:
         caller = stack.enter_context(client(CLIENTS["http.client"](proxy.port, calls)))
-        seen = stack.enter_context(seeing(*proxy.pids, *upstream.pids, caller.pid))
+        seen = stack.enter_context(seeing_plain(*proxy.pids, *upstream.pids, caller.pid))
         chain = _Chain(seen, caller.pid, proxy, upstream)
         told = exchanges(calls, caller.run())
         places = chain.wait_for(len(calls))
@@ -230,7 +230,7 @@ def test_times_are_those_of_nginx(site: Path, tmp_path: Path) -> None:
     calls = [Call("GET", f"/via/wait/{first}/{rest}") for first, rest in waits]
     with _proxied(site, tmp_path) as (proxy, upstream), ExitStack() as stack:
         caller = stack.enter_context(client(CLIENTS["curl"](proxy.port, calls)))
-        seen = stack.enter_context(seeing(*proxy.pids, *upstream.pids, caller.pid))
+        seen = stack.enter_context(seeing_plain(*proxy.pids, *upstream.pids, caller.pid))
         chain = _Chain(seen, caller.pid, proxy, upstream)
         told = exchanges(calls, caller.run())
         places = chain.wait_for(len(calls))
@@ -256,7 +256,7 @@ def test_a_client_that_gives_up_and_an_upstream_that_fails(site: Path, tmp_path:
         gets_half = stack.enter_context(client((*silent, "30", f"{place}/0/cut")))
         is_refused = stack.enter_context(client((*silent, "30", f"{place}/9000/2")))
         callers = [it.pid for it in (gives_up, gets_half, is_refused)]
-        seen = stack.enter_context(seeing(*proxy.pids, *upstream.pids, *callers))
+        seen = stack.enter_context(seeing_plain(*proxy.pids, *upstream.pids, *callers))
         chains = [_Chain(seen, pid, proxy, upstream) for pid in callers]
 
         def ends(chain: _Chain) -> list[tuple[int, int, int]]:
@@ -312,7 +312,7 @@ def test_requests_of_wrk_are_those_in_the_log(site: Path, tmp_path: Path) -> Non
     (tmp_path / "tag.lua").write_text(_TAGGING)
     load = ("wrk", "-t1", "-c8", f"-d{_WRK_S}s", "-s", tmp_path / "tag.lua")
     with server.running(), client((*load, f"http://127.0.0.1:{server.port}")) as caller:
-        with seeing(*server.pids, caller.pid, ring="64MiB") as seen:
+        with seeing_plain(*server.pids, caller.pid, ring="64MiB") as seen:
             caller.go()
             seen.until(caller.has_ended, 60)
             output = caller.finish()
@@ -365,7 +365,7 @@ for _ in waits:
 @pytest.mark.timed
 def test_times_to_the_first_byte_and_to_the_last() -> None:
     waits = [(0, 0), (0.005, 0), (0, 0.005), (0.02, 0.03), (0.1, 0.05), (0.001, 0.3)] * 3
-    with puppets(2) as (caller, server), seeing(caller.pid, server.pid) as seen:
+    with puppets(2) as (caller, server), seeing_plain(caller.pid, server.pid) as seen:
         connected(caller, server, "127.0.0.1")
         for puppet in (server, caller):
             puppet.do(f"waits = {waits}; times = []")

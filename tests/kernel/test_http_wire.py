@@ -16,7 +16,7 @@ from tests.http_seen import (
     UPGRADED,
     Request,
     Seen,
-    seeing,
+    seeing_plain,
 )
 from tests.network import connected, puppets
 from tests.support import Puppet, wait_until
@@ -83,7 +83,7 @@ _RESPONSE = (
 
 
 def test_messages_split_at_every_offset(pair: tuple[Puppet, Puppet]) -> None:
-    with seeing(*(puppet.pid for puppet in pair)) as seen:
+    with seeing_plain(*(puppet.pid for puppet in pair)) as seen:
         _exchange_all(
             pair,
             f"for n in range(200):\n"
@@ -100,7 +100,7 @@ def test_messages_split_at_every_offset(pair: tuple[Puppet, Puppet]) -> None:
 
 
 def test_messages_sent_and_read_by_single_bytes(pair: tuple[Puppet, Puppet]) -> None:
-    with seeing(*(puppet.pid for puppet in pair)) as seen:
+    with seeing_plain(*(puppet.pid for puppet in pair)) as seen:
         _exchange_all(
             pair,
             f"for n in range(3):\n"
@@ -117,7 +117,7 @@ def test_messages_sent_and_read_by_single_bytes(pair: tuple[Puppet, Puppet]) -> 
 
 def test_heads_of_every_length_up_to_three_windows(pair: tuple[Puppet, Puppet]) -> None:
     lengths = [*range(1, 40), *range(380, 560), *range(960, 1060), 20_000]
-    with seeing(*(puppet.pid for puppet in pair)) as seen:
+    with seeing_plain(*(puppet.pid for puppet in pair)) as seen:
         _exchange_all(
             pair,
             f"for n in {lengths}:\n"
@@ -135,7 +135,7 @@ def test_heads_of_every_length_up_to_three_windows(pair: tuple[Puppet, Puppet]) 
 
 
 def test_pipelined_requests_are_answered_first_in_first_out(pair: tuple[Puppet, Puppet]) -> None:
-    with seeing(*(puppet.pid for puppet in pair)) as seen:
+    with seeing_plain(*(puppet.pid for puppet in pair)) as seen:
         _exchange_all(
             pair,
             "methods = [b'GET', b'HEAD', b'DELETE', b'brew'] * 8\n"
@@ -343,7 +343,7 @@ def test_how_it_ended(
     act: object, outcome: int, status: int, body_bytes: int, pair: tuple[Puppet, Puppet]
 ) -> None:
     client, server = pair
-    with seeing(client.pid, server.pid) as seen:
+    with seeing_plain(client.pid, server.pid) as seen:
         act(client, server)  # type: ignore[operator]
         for (found,) in _both(seen):
             assert (found.outcome, found.status) == (outcome, status)
@@ -356,7 +356,7 @@ def test_a_server_answers_a_client_that_has_gone(
     sent: int, outcome: int, pair: tuple[Puppet, Puppet]
 ) -> None:
     client, server = pair
-    with seeing(client.pid, server.pid) as seen:
+    with seeing_plain(client.pid, server.pid) as seen:
         _asked(client, server)
         client.do("c.close()")
         server.do("assert s.recv(1) == b''")

@@ -381,7 +381,7 @@ def test_single_requests_are_data() -> None:
         "remote_address": "127.0.0.1", "remote_port": 40_000, "pid": 77, "comm": "shop",
         "role": "server", "method": "GET", "outcome": "complete", "status": 200,
         "path": "/users/42", "route": "/users/{id}", "number": 0, "version": "1.1", "tls": False,
-        "network_namespace": 0,
+        "network_namespace": 0, "failed": False,
     }  # fmt: skip
     assert (aborted["role"], aborted["status"]) == ("client", 0)
     assert aborted["outcome"] == "aborted_by_client"

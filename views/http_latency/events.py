@@ -197,7 +197,8 @@ def records(batch: Batch) -> Iterator[dict[str, Any]]:
 def _words(data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of DATA that are words, or yes or no."""
     version = f"1.{data['version']}" if data["method"] not in ("unspecified", 0) else ""
-    words: dict[str, Any] = {"version": version, "tls": bool(data["tls"])}
+    words: dict[str, Any] = {"version": version}
+    words |= {name: bool(data[name]) for name in ("tls", "failed") if name in data}
     for name, enum in (("role", pb.HttpRole), ("outcome", pb.HttpOutcome)):
         if isinstance(data.get(name), int):
             words[name] = short_name(enum.DESCRIPTOR, data[name])

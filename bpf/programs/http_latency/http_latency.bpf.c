@@ -423,22 +423,22 @@ static __always_inline struct window *window_here(void)
 	return bpf_map_lookup_elem(map_of(windows), &zero);
 }
 
-/* Functions that the verifier goes through once: each program comes to the parser by these. */
+static __always_inline struct window *ssl_window(void); /* of tls.bpf.h */
 
-static __always_inline struct window *window_of_thread(void);
+/* Functions that the verifier goes through once: each program comes to the parser by these. */
 
 SUBPROGRAM int window_read(__u64 sk, __u32 direction, __u64 now_ns)
 {
 	struct cursor cursor = {
 	    .c = connection_at(sk),
-	    .window = window_here(),
 	    .now_ns = now_ns,
 	    .direction = direction,
 	};
 
-	if (cursor.c && cursor.c->ssl)
-		cursor.window = window_of_thread();
-	if (cursor.c && cursor.window)
+	if (!cursor.c)
+		return 0;
+	cursor.window = cursor.c->ssl ? ssl_window() : window_here();
+	if (cursor.window)
 		bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }
@@ -543,7 +543,7 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 /* A connection counts as unread once bytes of it are. */
 static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
 {
-	if (!c->unread_bytes && c->unread != UNREAD_TLS) /* see socket_used */
+	if (!c->unread_bytes && c->unread != UNREAD_TLS) /* which OpenSSL may be about to read */
 		count_unread(c->watching, c->unread, 1, 0);
 	c->unread_bytes += length;
 	c->unread_last = direction + 1;
@@ -722,7 +722,7 @@ int RAW_PROGRAM(coral_left, struct pt_regs *regs, long result)
 	direction = call.kind & 1;
 	if (call.kind & OF_MESSAGES)
 		result = passed_unseen(sk, direction, option(typed_sockets));
-	return used(sk, result, flags_of(&call), direction, option(typed_sockets));
+	return used(sk, result, call.flags, direction, option(typed_sockets));
 }
 
 /* Ends. */

@@ -74,24 +74,27 @@ static const __u8 socket_calls[SOCKET_CALLS] = {
 };
 
 struct socket_call {
-	struct entry entry;
-	__u8 kind;
+	__u32 descriptor;
+	__u32 target; /* of splice: what is sent to */
+	__u32 flags;
+	__u32 kind;
 };
 
 /* False if the call is none that passes bytes through sockets. */
 static __always_inline bool socket_call_find(struct socket_call *call)
 {
-	if (!entry_read(&call->entry) || call->entry.number >= SOCKET_CALLS)
+	struct entry entry;
+	__u32 third, fourth;
+
+	if (!entry_read(&entry) || entry.number >= SOCKET_CALLS)
 		return false;
-	call->kind = socket_calls[call->entry.number];
+	call->kind = socket_calls[entry.number];
+	third = call->kind / FLAGS_THIRD & 1;
+	fourth = call->kind / FLAGS_FOURTH & 1;
+	call->flags = (entry.arguments[2] & -third) | (entry.arguments[3] & -fourth);
+	call->descriptor = entry.arguments[0];
+	call->target = entry.arguments[2];
 	return call->kind;
-}
-
-static __always_inline __u32 flags_of(const struct socket_call *call)
-{
-	__u32 third = call->kind / FLAGS_THIRD & 1, fourth = call->kind / FLAGS_FOURTH & 1;
-
-	return (call->entry.arguments[2] & -third) | (call->entry.arguments[3] & -fourth);
 }
 
 /* The socket with this DESCRIPTOR in the current process, or NULL. */
@@ -109,11 +112,11 @@ static __always_inline struct sock *socket_of_descriptor(__u32 descriptor)
 /* The socket that CALL has used, or NULL. */
 static __always_inline struct sock *socket_of_call(struct socket_call *call)
 {
-	struct sock *sk = socket_of_descriptor(call->entry.arguments[0]);
+	struct sock *sk = socket_of_descriptor(call->descriptor);
 
 	if (!sk && call->kind & SPLICES) {
 		call->kind |= CALL_SENDS;
-		sk = socket_of_descriptor(call->entry.arguments[2]);
+		sk = socket_of_descriptor(call->target);
 	}
 	return sk ? socket_at((__u64)sk) : NULL;
 }

@@ -97,14 +97,6 @@ static __always_inline struct http_exchange *draft_of_thread(void)
 	return thread ? &thread->draft : NULL;
 }
 
-/* Other programs may come between those of this file. */
-static __always_inline struct window *window_of_thread(void)
-{
-	struct ssl_thread *thread = ssl_thread();
-
-	return thread ? &thread->window : NULL;
-}
-
 static __always_inline __u64 current_process(void)
 {
 	return process_of(current_tgid(), born_of(kernel_read(this_task(), group_leader)));
@@ -571,6 +563,14 @@ static __always_inline bool heard_record_of(const struct heard *heard, __u64 len
 		at += TLS_HEADER + bytes;
 	}
 	return false;
+}
+
+/* A thread has its own: the kernel may preempt it at a uprobe. */
+static __always_inline struct window *ssl_window(void)
+{
+	struct ssl_thread *thread = ssl_thread();
+
+	return thread ? &thread->window : NULL;
 }
 
 /* How many decrypted bytes a call has passed; negative if that cannot be read. */
