@@ -674,7 +674,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
-		leave_unread(c, direction, length); /* maybe plain text that the kernel encrypts */
+		c->unread_bytes += length; /* maybe plain text that the kernel encrypts */
 	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else

@@ -158,7 +158,7 @@ static __always_inline struct connection *ssl_connection_make(const struct ssl_k
 	if (whole) {
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	} else {
-		not_read(c, UNREAD_JOINED); /* as is its socket, which was counted */
+		not_read(c, UNREAD_JOINED);
 	}
 	return c;
 }
@@ -616,8 +616,9 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 	thread->op.base = base;
 	thread->op.length = length;
 	thread->op.iov = thread->op.iov_count = 0;
-	if (c->unread && !(c->unread == UNREAD_JOINED && try_request(c, feed.op, direction & 1))) {
-		c->unread_bytes += length;
+	if (c->unread && !(c->unread == UNREAD_JOINED && c->unread_last != direction + 1 &&
+			   try_request(c, feed.op, direction & 1))) {
+		leave_unread(c, direction, length);
 		return 0;
 	}
 	thread->window.now_ns = now_ns;
@@ -673,8 +674,8 @@ static __always_inline void ssl_returned(struct ssl_thread *thread, struct ssl_c
 		ssl_tie(thread, c, call, object, length);
 		unread = c->unread;
 		ssl_call_passed(c, call, length);
-		if (c->unread != unread && c->unread)
-			count_unread(c->watching, c->unread, 1, 0);
+		if (c->unread && c->unread != unread)
+			leave_unread(c, call->direction, length);
 	} else if (call->direction == RECEIVED && call->closing) {
 		c = object ? connection_at(object->connection) : NULL;
 		if (c)
