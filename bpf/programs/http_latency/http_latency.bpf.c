@@ -625,8 +625,10 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 	if (!c->unread && c->made != c->answered && body_ahead(lane) < gap)
 		return; /* the next request, whose call may yet show it */
 	lane->offset = offset;
-	if (gap)
-		bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
+	if (!gap)
+		return;
+	c->unread_last = !direction + 1;
+	bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
 }
 
 /* What is needed of tls.bpf.h: see there. */
