@@ -18,7 +18,7 @@ from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
 from tests.network import number, puppets
 from tests.support import Puppet, RunningAgent, at_work, samples, scrape, wait_until, watching
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.long]
 
 KIND = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
 BY_CLIENT, BY_SERVER = pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER

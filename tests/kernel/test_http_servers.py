@@ -41,6 +41,7 @@ from tests.network import connected, puppets
 from tests.support import PATIENCE, wait_until
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.usefixtures("http_programs", "nothing_left"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed here: {', '.join(MISSING)}"),
 ]

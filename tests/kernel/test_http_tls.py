@@ -17,7 +17,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
 from tests.support import ROOT, Puppet, built, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left", "no_descriptors_left"), pytest.mark.long]
 
 HOOKS = 13  # in a file: where functions begin, and where most of them return
 SOURCES = ROOT / "tests/programs/http"

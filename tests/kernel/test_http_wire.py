@@ -21,7 +21,7 @@ from tests.http_seen import (
 from tests.network import connected, puppets
 from tests.support import Puppet, wait_until
 
-pytestmark = pytest.mark.usefixtures("http_programs", "nothing_left")
+pytestmark = [pytest.mark.usefixtures("http_programs", "nothing_left"), pytest.mark.long]
 
 
 TCP_CLOSE = "7"
