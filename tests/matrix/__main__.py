@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import psutil
@@ -16,7 +16,7 @@ from tests.matrix.apt import KERNELS_DIRECTORY, KernelMissingError
 from tests.matrix.kernels import Kernel, kernel, machine_of
 from tests.matrix.report import Outcome, failures, instructions, table
 from tests.matrix.rows import HOST, KERNELS, Row, rows_of
-from tests.matrix.run import GUEST_MEMORY_MIB, missing_packages, run_guest, run_here
+from tests.matrix.run import GUEST_MEMORY_MIB, Say, missing_packages, run_guest, run_here
 
 # A boot takes seconds and a row takes minutes, so that guests of one row each share the CPUs best.
 _ROWS_A_GUEST: Final = 1
@@ -52,6 +52,16 @@ def at_once() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), fitting))
 
 
+async def tried_again(guest: str, booted: Kernel, first: Outcome, say: Say) -> Outcome:
+    """An emulated machine stands still for a second now and then, and others work on the one below:
+    what failed FIRST in a guest is tried once more, by itself in another, and named."""
+    if not first.failed:
+        return first
+    row = replace(first.row, tests=first.failed)
+    (again,) = await run_guest(f"{guest}-again", booted, [row], say)
+    return first.with_second_tries(again.cases)
+
+
 async def run(names: Sequence[str]) -> list[Outcome]:
     """Runs every row of the kernels NAMES, and prints the outcome of each as it ends."""
     started = time.monotonic()
@@ -74,7 +84,7 @@ async def run(names: Sequence[str]) -> list[Outcome]:
             return
         async with room:
             for result in await run_guest(plan.name, plan.kernel, plan.rows, say):
-                outcomes[result.row] = result
+                outcomes[result.row] = await tried_again(plan.name, plan.kernel, result, say)
 
     async with asyncio.TaskGroup() as group:
         # Those of bcc first: they take longest.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 from xml.etree import ElementTree
@@ -25,8 +25,8 @@ _TIMED_OUT: Final = (124, 137)
 class Case(NamedTuple):
     """One test: its module, its collector, its name, `passed`, `failed` or `skipped`, and the
     reason; the rung that it was forced onto, or empty; its measurements by name; and what pytest
-    tells of its failure. With `again` it failed at first, and passed when it was run once more: it
-    is named all the same."""
+    tells of its failure. With `again` it failed at first, and passed when it was run once more, in
+    a guest that had just booted: it is named all the same."""
 
     module: str
     collector: str
@@ -37,6 +37,11 @@ class Case(NamedTuple):
     measured: Mapping[str, int]
     told: str = ""
     again: bool = False
+
+    @property
+    def argument(self) -> str:
+        """What pytest calls it."""
+        return f"{self.module.replace('.', '/')}.py::{self.name}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,22 @@ class Outcome:
         failed = any(case.state == "failed" for case in self.cases)
         return self.excused or not (self.problem or failed)
 
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Arguments of pytest, for the tests that failed."""
+        return tuple(case.argument for case in self.cases if case.state == "failed")
+
+    def with_second_tries(self, tries: Sequence[Case]) -> Outcome:
+        """The same, in which cases that failed have passed if they did so in TRIES."""
+        passed = {case.argument for case in tries if case.state == "passed"}
+        cases = (
+            case._replace(state="passed", again=True)
+            if case.state == "failed" and case.argument in passed
+            else case
+            for case in self.cases
+        )
+        return replace(self, cases=tuple(cases))
+
     def __str__(self) -> str:
         states = Counter(case.state for case in self.cases)
         said = ", ".join(f"{states[state]} {state}" for state in ("passed", "failed", "skipped"))
@@ -70,9 +91,7 @@ class Outcome:
 def outcome(row: Row, release: str, result: Path, status: int, *, seconds: float) -> Outcome:
     """The outcome from RESULT.xml and RESULT.log of pytest, whose exit status is STATUS."""
     log = result.with_suffix(".log").relative_to(ROOT)
-    cases = _with_second_tries(
-        _read(result.with_suffix(".xml")), _read(result.with_name(f"{result.name}.again.xml"))
-    )
+    cases = _read(result.with_suffix(".xml"))
     problem = ""
     if status in _TIMED_OUT:
         problem = f"stopped for taking too long, see {log}"
@@ -89,17 +108,6 @@ def _read(junit: Path) -> tuple[Case, ...]:
         return tuple(_cases(junit))
     except (OSError, ElementTree.ParseError):
         return ()
-
-
-def _with_second_tries(cases: tuple[Case, ...], tries: tuple[Case, ...]) -> tuple[Case, ...]:
-    """CASES, in which those that failed have passed if they did so in TRIES."""
-    passed = {(case.module, case.name) for case in tries if case.state == "passed"}
-    return tuple(
-        case._replace(state="passed", again=True)
-        if case.state == "failed" and (case.module, case.name) in passed
-        else case
-        for case in cases
-    )
 
 
 def _cases(junit: Path) -> Iterable[Case]:
