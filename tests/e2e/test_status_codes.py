@@ -294,8 +294,10 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "sample": ("1", "10", "1000000"),
     "by": ("connection", "peer"),
     "prometheus": ("service", "peer"),
+    "routes": ("/a/{id}", "/*/b/**", "/{}"),
+    "max_children": ("1", "100", "10000"),
     **dict.fromkeys(
-        ("follow_children", "until_exit", "from_exec", "errors_only"), ("true", "false")
+        ("follow_children", "until_exit", "from_exec", "errors_only", "tls"), ("true", "false")
     ),
 }
 ALLOWED: Final = {

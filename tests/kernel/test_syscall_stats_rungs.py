@@ -115,10 +115,11 @@ def test_no_program_comes_near_the_verifiers_limit(
     without: tuple[str, ...], record_property: Callable[[str, object], None]
 ) -> None:
     """The kernel reports how many instructions its verifier processed to accept each program."""
-    for cls in COLLECTORS.values():
-        features = bpf.probe().without(*without)
-        if not cls.support(features).supported:
-            pytest.skip(cls.support(features).reason)
+    features = bpf.probe().without(*without)
+    kinds = [cls for cls in COLLECTORS.values() if cls.support(features).supported]
+    if not kinds:
+        pytest.skip("no kind of collector can run here")
+    for cls in kinds:
         for mode in ("summaries", "events"):
             with at_work(
                 cls.create({"pid": str(os.getpid()), "mode": mode}, None, features)
