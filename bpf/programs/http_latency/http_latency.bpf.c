@@ -18,9 +18,15 @@
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
+	RECORD_HTTP_SHORT_EXCHANGE,
 };
 
-/* The record of one exchange. */
+/* How many characters of a path a short record has room for. Most of what a record costs are the
+ * cache lines of the ring, which the reader's CPU had last: with its frame, a short one has three.
+ */
+#define SHORT_PATH_BYTES 48
+
+/* The record of one exchange. A short one ends after SHORT_PATH_BYTES of the path. */
 struct http_exchange {
 	struct record_head head;
 	__u64 began_ns; /* CLOCK_MONOTONIC: the first byte of the request */
@@ -51,7 +57,12 @@ struct http_exchange {
 	__u64 path[PATH_BYTES / 8]; /* its characters */
 };
 
+struct http_short_exchange {
+	__u8 bytes[__builtin_offsetof(struct http_exchange, path) + SHORT_PATH_BYTES];
+};
+
 IN_BTF(struct http_exchange, http_exchange);
+IN_BTF(struct http_short_exchange, http_short_exchange);
 IN_BTF(enum record_kind, record_kind);
 
 MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
@@ -129,7 +140,11 @@ SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 {
 	struct http_exchange *exchange = draft_at(at);
 
-	if (exchange)
+	if (!exchange)
+		return 0;
+	if (exchange->head.kind == RECORD_HTTP_SHORT_EXCHANGE)
+		record_send(NULL, slot, exchange, sizeof(struct http_short_exchange));
+	else
 		record_send(NULL, slot, exchange, sizeof(*exchange));
 	return 0;
 }
@@ -184,10 +199,12 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	bool answers = answer->status >= 200 || answer->status == 101;
 	__u32 at = draft_for(outcome);
 	struct http_exchange *to = draft_at(at);
+	bool is_short;
 
 	if (!to)
 		return;
-	to->head.kind = RECORD_HTTP_EXCHANGE;
+	is_short = request->path_bytes <= SHORT_PATH_BYTES;
+	to->head.kind = is_short ? RECORD_HTTP_SHORT_EXCHANGE : RECORD_HTTP_EXCHANGE;
 	to->connection = c->id;
 	to->number = request->number;
 	to->began_ns = request->begun_ns;
@@ -214,7 +231,10 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	__builtin_memcpy(to->path, request->path, PATH_BYTES);
+	if (is_short)
+		__builtin_memcpy(to->path, request->path, SHORT_PATH_BYTES);
+	else
+		__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 		send_draft(slot, at);
 	}
@@ -388,9 +408,13 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 
 /* The kernel gives the memory of a socket to another one. Its end is only missed where the kernel
  * skips a program. */
-static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk, bool typed)
+static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk,
+					   struct tcp_sock *tp, bool typed)
 {
-	return c->remote_port == remote_port_of(sk, typed) && c->local_port == local_port_of(sk);
+	__u16 local_port = socket_read_if(typed, tp, inet_conn.icsk_inet.inet_sport);
+
+	return c->remote_port == remote_port_of(sk, typed) &&
+	       c->local_port == bpf_ntohs(local_port);
 }
 
 /* The connection of SK, which the current process uses; NULL if no session watches that. */
@@ -402,7 +426,7 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	__u32 tgid = current_tgid(), generation = generation_of(all);
 	__u64 watching;
 
-	if (c && !is_same_socket(c, sk, typed)) {
+	if (c && !is_same_socket(c, sk, tp, typed)) {
 		connection_forget(sk);
 		c = NULL;
 	}
