@@ -280,11 +280,11 @@ static long exchange_end(__u32 turn, struct ending *ending)
 }
 
 /* The exchange that waits longest is over; with an outcome that is no answer, all that wait are. */
-SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
+SUBPROGRAM int end_exchanges(struct connection *c, __u32 outcome, __u64 now_ns)
 {
-	struct ending ending = {.c = connection_at(sk), .outcome = outcome, .now_ns = now_ns};
+	struct ending ending = {.c = c, .outcome = outcome, .now_ns = now_ns};
 
-	if (!ending.c)
+	if (!c)
 		return 0;
 	outcome &= ~(BY_PACKET | BY_SSL);
 	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
@@ -298,7 +298,7 @@ static __always_inline void exchange_ended(struct connection *c, enum outcome ou
 {
 	if (c->ssl && !(outcome & BY_PACKET))
 		outcome |= BY_SSL;
-	end_exchanges(c->sk, outcome, now_ns);
+	end_exchanges(c, outcome, now_ns);
 }
 
 /* What a session's processes used that was not read, by enum unread: connections, when that became
@@ -458,22 +458,20 @@ static __always_inline struct window *ssl_window(void); /* of tls.bpf.h */
 
 /* Functions that the verifier goes through once: each program comes to the parser by these. */
 
-SUBPROGRAM int window_read(__u64 sk)
+SUBPROGRAM int window_read(struct connection *c)
 {
-	struct cursor cursor = {.c = connection_at(sk)};
+	struct cursor cursor = {.c = c};
 
-	if (!cursor.c)
+	if (!c)
 		return 0;
-	cursor.window = cursor.c->ssl ? ssl_window() : window_here();
+	cursor.window = c->ssl ? ssl_window() : window_here();
 	if (cursor.window)
 		bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }
 
-SUBPROGRAM int bytes_unseen(__u64 sk, __u32 direction, __u64 length, __u64 now_ns)
+SUBPROGRAM int bytes_unseen(struct connection *c, __u32 direction, __u64 length, __u64 now_ns)
 {
-	struct connection *c = connection_at(sk);
-
 	if (c)
 		unseen_passed(c, direction, length, now_ns);
 	return 0;
@@ -497,11 +495,11 @@ static long feed_window(__u32 turn, struct feed *feed)
 		return 1;
 	body = body_ahead(lane);
 	if (body >= length) {
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 		return 1;
 	}
 	if (!feed->op->length && !next_piece(feed->op)) {
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 		return 1;
 	}
 	if (length > feed->op->length)
@@ -509,17 +507,17 @@ static long feed_window(__u32 turn, struct feed *feed)
 	if (body) {
 		if (length > body)
 			length = body;
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
 		if (bpf_probe_read_user(window->bytes, length, (void *)feed->op->base)) {
-			bytes_unseen(feed->c->sk, direction, feed->left, now_ns);
+			bytes_unseen(feed->c, direction, feed->left, now_ns);
 			return 1;
 		}
 		window->at = 0;
 		window->end = length;
-		window_read(feed->c->sk);
+		window_read(feed->c);
 	}
 	feed->op->base += length;
 	feed->op->length -= length;
@@ -610,7 +608,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		bytes_unseen(c->sk, direction, length, now_ns);
+		bytes_unseen(c, direction, length, now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */
@@ -652,7 +650,7 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 	if (!gap)
 		return;
 	c->unread_last = !direction + 1;
-	bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
+	bytes_unseen(c, !direction, gap, bpf_ktime_get_ns());
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -696,7 +694,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		bytes_unseen(c->sk, direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c, direction, gap, bpf_ktime_get_ns());
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
