@@ -580,20 +580,17 @@ static __always_inline void leave_unread(struct connection *c, __u32 direction, 
 static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
 	struct feed feed = {.c = c, .left = length};
-	__u64 now_ns = bpf_ktime_get_ns();
 	__u32 zero = 0;
 	bool seen;
 
-	feed.window = window_here();
-	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
-	if (!feed.window || !feed.op)
-		return;
-	feed.window->now_ns = now_ns;
-	feed.window->direction = direction;
 	if (c->unread && c->unread != UNREAD_JOINED) {
 		leave_unread(c, direction, length);
 		return;
 	}
+	feed.window = window_here();
+	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
+	if (!feed.window || !feed.op)
+		return;
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
@@ -604,11 +601,12 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		leave_unread(c, direction, length);
 		return;
 	}
-	lane_of(c, direction)->last_ns = now_ns;
+	feed.window->direction = direction;
+	lane_of(c, direction)->last_ns = feed.window->now_ns = bpf_ktime_get_ns();
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		bytes_unseen(c, direction, length, now_ns);
+		bytes_unseen(c, direction, length, feed.window->now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */
