@@ -66,8 +66,8 @@ class HttpLatencyOptions(KernelOptions):
     ring: int = option(
         size(8 << 10, 256 << 20),
         "4MiB",
-        "the size of the ring buffer for requests that are over, of which each takes 0.2 KiB, or 0.4 "
-        "with a long path",
+        "the size of the ring buffer for requests that are over, of which each takes 0.2 KiB, "
+        "or 0.4 KiB with a long path",
     )
     routes: tuple[str, ...] = option(
         items(pattern, PATTERN),
