@@ -13,8 +13,9 @@ from typing import Final
 
 from benchmarks import kernel, peers
 from benchmarks.bench import Bench, Tap, compile_bpf, per_call_ns
-from benchmarks.peers import Peer, PeerError
+from benchmarks.peers import Peer
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
+from benchmarks.turns import measure_each
 from coral.bpf import BpfObject
 from coral.client import AgentClient
 from tests.support import Calls, totals
@@ -74,12 +75,8 @@ async def measure(bench: Bench) -> Report:
         variants = _variants(bench, client)
         disturbed = 0
         for turn in range(ROUNDS):
-            # A different one is first each time, so that no variant always follows the same other.
-            first = turn % len(variants)
             foreign = kernel.foreign_programs()
-            for variant in variants[first:] + variants[:first]:
-                if not variant.failure:
-                    await _try(bench, variant)
+            await measure_each(bench, variants, turn)
             disturbed += foreign or kernel.foreign_programs()
             bench.say(f"round {turn + 1} of {ROUNDS}: {_progress(variants)}")
     return _report(variants, disturbed)
@@ -92,14 +89,6 @@ def _variants(bench: Bench, client: AgentClient) -> list[Variant]:
         Variant("coral: not a target", _ours_elsewhere(bench, client)),
         *(Variant(peer.name, _peer(bench, peer), peer.calls) for peer in peers.ALL),
     ]
-
-
-async def _try(bench: Bench, variant: Variant) -> None:
-    try:
-        await variant.measure(bench)
-    except PeerError as error:
-        variant.failure = str(error)
-        bench.say(f"{variant.name} cannot be measured here: {error}")
 
 
 async def _bare(bench: Bench) -> float:

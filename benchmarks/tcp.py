@@ -19,12 +19,14 @@ from contextlib import (
     contextmanager,
 )
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple
 
 from benchmarks import kernel, peers
-from benchmarks.bench import Bench, compile_bpf, start
-from benchmarks.peers import Peer, PeerError
+from benchmarks.bench import Bench, compile_bpf, watching
+from benchmarks.peers import Peer
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
+from benchmarks.turns import measure_each
 from coral.bpf import BpfObject
 from coral.client import AgentClient, Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -125,11 +127,7 @@ async def measure(bench: Bench) -> Report:
         client = await stack.enter_async_context(AgentClient(agent.address))
         variants = _variants(bench, agent, client)
         for turn in range(ROUNDS):
-            # A different one is first each time, so that no variant always follows the same other.
-            first = turn % len(variants)
-            for variant in variants[first:] + variants[:first]:
-                if not variant.failure:
-                    await _try(bench, variant)
+            await measure_each(bench, variants, turn)
             ours = next(variant for variant in variants if variant.name == _OURS)
             shown = ", ".join(f"{x.name} {ours.lost(x.name).values[-1]:+.1%}" for x in EXCHANGES)
             bench.say(f"round {turn + 1} of {ROUNDS}: {_OURS}, lost: {shown}")
@@ -149,14 +147,6 @@ def _variants(bench: Bench, agent: RunningAgent, client: AgentClient) -> list[Va
         Variant("coral: not a target", _ours_elsewhere(bench, agent, client)),
         *(Variant(peer.name, _peer(bench, peer)) for peer in peers.TCP),
     ]
-
-
-async def _try(bench: Bench, variant: Variant) -> None:
-    try:
-        await variant.measure(bench)
-    except PeerError as error:
-        variant.failure = str(error)
-        bench.say(f"{variant.name} cannot be measured here: {error}")
 
 
 @contextmanager
@@ -201,12 +191,12 @@ def _empty(bench: Bench) -> Watching:
     path = compile_bpf(bench.directory, "tcp_empty")
 
     @asynccontextmanager
-    async def watching(_server: Server) -> AsyncIterator[Seen]:
+    async def attached(_server: Server) -> AsyncIterator[Seen]:
         with BpfObject(path, programs=_EMPTY) as empty:
             empty.attach()
             yield Seen()
 
-    return watching
+    return attached
 
 
 @asynccontextmanager
@@ -215,51 +205,45 @@ async def _ours(
 ) -> AsyncIterator[Seen]:
     seen = Seen(connections=0)
     before_ns = kernel.cpu_ns(agent.process.pid)
-    started = await start(client, pb.EBPF_COLLECTOR_KIND_TCP_METRICS, **config)
-    async with client.subscribe(started.collector_id) as stream:
-        reading = asyncio.create_task(_count(stream, server, seen))
-        try:
-            yield seen
-        finally:
-            await client.stop(started.collector_id)
-            await reading
+    count = partial(_count, server, seen)
+    async with watching(client, pb.EBPF_COLLECTOR_KIND_TCP_METRICS, count, **config):
+        yield seen
     seen.cpu_s = (kernel.cpu_ns(agent.process.pid) - before_ns) / 1e9
 
 
 def _ours_elsewhere(bench: Bench, agent: RunningAgent, client: AgentClient) -> Watching:
     @asynccontextmanager
-    async def watching(server: Server) -> AsyncIterator[Seen]:
+    async def elsewhere(server: Server) -> AsyncIterator[Seen]:
         with bench.calls(1) as other:
             async with _ours(agent, client, server, pid=str(other.pid)) as seen:
                 yield seen
 
-    return watching
+    return elsewhere
 
 
-async def _count(stream: AsyncIterator[Batch], server: Server, seen: Seen) -> None:
+def _count(server: Server, seen: Seen, batch: Batch) -> None:
     """Counts the ends of the server's connections; of others nothing is looked at."""
-    async for batch in stream:
-        seen.lost += sum(batch.lost.values())
-        ends = sum(
-            row.end != pb.TCP_END_OPEN
-            for row in batch.message.tcp_metrics
-            if row.local_port == server.port and row.role == pb.TCP_ROLE_SERVER
-        )
-        ends += sum(
-            row.connections_closed
-            for row in batch.message.tcp_peers
-            if row.port == server.port and row.role == pb.TCP_ROLE_SERVER
-        )
-        if len(batch.events):
-            closes = batch.events["new_state"] == _CLOSE
-            closes &= batch.events["local_port"] == server.port
-            ends += int((closes & (batch.events["role"] == pb.TCP_ROLE_SERVER)).sum())
-        seen.connections = (seen.connections or 0) + ends
+    seen.lost += sum(batch.lost.values())
+    ends = sum(
+        row.end != pb.TCP_END_OPEN
+        for row in batch.message.tcp_metrics
+        if row.local_port == server.port and row.role == pb.TCP_ROLE_SERVER
+    )
+    ends += sum(
+        row.connections_closed
+        for row in batch.message.tcp_peers
+        if row.port == server.port and row.role == pb.TCP_ROLE_SERVER
+    )
+    if len(batch.events):
+        closes = batch.events["new_state"] == _CLOSE
+        closes &= batch.events["local_port"] == server.port
+        ends += int((closes & (batch.events["role"] == pb.TCP_ROLE_SERVER)).sum())
+    seen.connections = (seen.connections or 0) + ends
 
 
 def _peer(bench: Bench, peer: Peer) -> Watching:
     @asynccontextmanager
-    async def watching(server: Server) -> AsyncIterator[Seen]:
+    async def at_work(server: Server) -> AsyncIterator[Seen]:
         seen = Seen()
         with peers.running(bench, peer, server.pid, server.port) as one:
             before_ns = kernel.cpu_ns(one.pid)
@@ -269,7 +253,7 @@ def _peer(bench: Bench, peer: Peer) -> Watching:
         if peer.counted is not peers.NONE:
             seen.connections = one.lines_counted()
 
-    return watching
+    return at_work
 
 
 async def _until_idle(pid: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 from coral.collectors.http_latency.tls import PROGRAMS, TlsHooks
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
+from tests.http_servers import certificate
 from tests.support import ROOT, Puppet, built, wait_until
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_descriptors_left"), pytest.mark.long]
@@ -25,16 +26,10 @@ SOURCES = ROOT / "tests/programs/http"
 Told = tuple[str, str, int, int]
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", name="certificate")
+def certificate_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate of localhost, with its key."""
-    directory = tmp_path_factory.mktemp("certificate")
-    both = directory / "both.pem"
-    key = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -days 2"
-    command = ["openssl", "req", *key.split(), "-keyout", "key", "-out", "certificate"]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    both.write_bytes((directory / "certificate").read_bytes() + (directory / "key").read_bytes())
-    return both
+    return certificate(tmp_path_factory.mktemp("certificate"))
 
 
 def _openssl(out: Path, *flags: str) -> list[str | Path]:
