@@ -20,7 +20,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
 _ROUNDS: Final = 3
-_LOAD_S: Final = 4
+_LOAD_S: Final = 3
 _MODES: Final = {"summaries": 5.0, "events": 20.0}  # us of CPU time a request that are the aim
 
 

@@ -90,18 +90,18 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(f"note: {remark}"))
 
 
-def page(reports: Sequence[Report], machine: Mapping[str, str], command: str) -> str:
-    """REPORTS as a page of docs/, made by COMMAND on MACHINE."""
+def page(reports: Mapping[str, Report], machine: Mapping[str, str], command: str) -> str:
+    """REPORTS by section, as a page of docs/ that was made by COMMAND on MACHINE."""
     measured_on = "; ".join(f"{what} {value}" for what, value in machine.items() if value)
     parts = [
-        f"# Benchmarks: {', '.join(report.title for report in reports)}",
+        f"# Benchmarks: {', '.join(reports)}",
         f"```\n{command}\n```",
         _wrapped(
-            "Made by this command; see [benchmarks](benchmarks.md) for the others, and for how "
-            f"they measure. The machine: {measured_on}."
+            "This command has made this page. [Benchmarks](benchmarks.md) has the other sections. "
+            f"The machine: {measured_on}."
         ),
     ]
-    for report in reports:
+    for report in reports.values():
         parts += [f"## {report.title}", _wrapped(report.how), _table(report.columns, report.rows)]
         if report.aims:
             parts.append("\n".join(f"* {aim}" for aim in report.aims))

@@ -106,7 +106,7 @@ def _measure(options: argparse.Namespace, console: Console, arguments: Sequence[
         options.json.write_text(json.dumps(written, indent=2) + "\n")
     if options.page:
         command = f"sudo .venv/bin/python -P -m benchmarks.run {shlex.join(arguments)}"
-        options.page.write_text(page(list(reports.values()), machine, command))
+        options.page.write_text(page(reports, machine, command))
     return 0
 
 
