@@ -6,15 +6,12 @@ Each variant is measured right after a bare run of the same server, and both are
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
 )
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -31,7 +28,7 @@ from coral.client import AgentClient, Batch
 from coral.collectors.contract import Summaries
 from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.support import RunningAgent, at_work
+from tests.support import Puppet, RunningAgent, at_work
 
 _ROUNDS: Final = 6
 _TLS_ROUNDS: Final = 4
@@ -125,32 +122,14 @@ class _Ours:
     def watching(self, **config: str) -> Watching:
         return lambda server: self._session(str(server.pid), **config)
 
-    def elsewhere(self, bench: Bench) -> Watching:
-        @asynccontextmanager
-        async def elsewhere(_: Nginx) -> AsyncIterator[Seen]:
-            with self._other(bench) as pid:
-                async with self._session(str(pid)) as seen:
-                    yield seen
-
-        return elsewhere
-
-    @contextmanager
-    def _other(self, bench: Bench) -> Iterator[int]:
-        """Another process that waits; with libssl if the server has it."""
-        if not self.tls:
-            with bench.calls(1) as calls:
-                yield calls.pid
-            return
-        code = "import ssl, sys; print(flush=True); sys.stdin.read()"
-        with subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as process:
-            try:
-                assert process.stdout
-                process.stdout.readline()
-                yield process.pid
-            finally:
-                process.kill()
+    @asynccontextmanager
+    async def elsewhere(self, _: Nginx) -> AsyncIterator[Seen]:
+        """Another process is watched, which waits; with libssl if the server has it."""
+        with Puppet() as other:
+            if self.tls:
+                other.do("import ssl")
+            async with self._session(str(other.pid)) as seen:
+                yield seen
 
     @asynccontextmanager
     async def _session(self, pid: str, **config: str) -> AsyncIterator[Seen]:
@@ -190,11 +169,11 @@ async def measure(bench: Bench) -> Report:
     def variants(server: Nginx, ours: _Ours) -> list[Variant]:
         return [
             Variant("empty pair: sock_send, recv", server, sockets),
-            Variant(_ELSEWHERE, server, ours.elsewhere(bench)),
+            Variant(_ELSEWHERE, server, ours.elsewhere),
             Variant(_WATCHED, server, ours.watching()),
             Variant(f"{_WATCHED}, mode=events", server, ours.watching(mode="events")),
             Variant("empty pair: sys_enter, exit", server, calls),
-            Variant("coral by sys_exit: not a target", server, _old_rung_elsewhere(bench)),
+            Variant("coral by sys_exit: not a target", server, _old_rung_elsewhere),
             Variant("coral by sys_exit: watched", server, _old_rung),
             *(Variant(peer.name, server, _peer(bench, peer)) for peer in peers.HTTP),
         ]
@@ -217,7 +196,7 @@ async def measure_tls(bench: Bench) -> Report:
 
     def variants(server: Nginx, ours: _Ours) -> list[Variant]:
         return [
-            Variant(f"{_ELSEWHERE}, of the same libssl", server, ours.elsewhere(bench)),
+            Variant(f"{_ELSEWHERE}, of the same libssl", server, ours.elsewhere),
             Variant(_WATCHED, server, ours.watching()),
             Variant(f"{_WATCHED}, mode=events", server, ours.watching(mode="events")),
             *(Variant(peer.name, server, _peer(bench, peer)) for peer in peers.HTTPS),
@@ -266,14 +245,11 @@ def _empty(bench: Bench, name: str, programs: Sequence[str]) -> Watching:
     return attached
 
 
-def _old_rung_elsewhere(bench: Bench) -> Watching:
-    @asynccontextmanager
-    async def elsewhere(_: Nginx) -> AsyncIterator[Seen]:
-        with bench.calls(1) as calls:
-            async with _by_old_rung(calls.pid) as seen:
-                yield seen
-
-    return elsewhere
+@asynccontextmanager
+async def _old_rung_elsewhere(_: Nginx) -> AsyncIterator[Seen]:
+    with Puppet() as other:
+        async with _by_old_rung(other.pid) as seen:
+            yield seen
 
 
 def _old_rung(server: Nginx) -> AbstractAsyncContextManager[Seen]:
