@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from benchmarks import kernel, peers
-from benchmarks.bench import Bench, Tap, compile_bpf, per_call_ns
+from benchmarks.bench import Bench, Tap, per_call_ns
+from benchmarks.empty import Empty, attached
 from benchmarks.peers import Peer
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
 from benchmarks.turns import measure_each
-from coral.bpf import BpfObject
 from coral.client import AgentClient
 from tests.support import Calls, totals
 
@@ -97,12 +97,9 @@ async def _bare(bench: Bench) -> float:
 
 
 def _empty(bench: Bench) -> Watching:
-    path = compile_bpf(bench.directory, "empty")
-
     @asynccontextmanager
     async def watching(_calls: Calls) -> AsyncIterator[Counted]:
-        with BpfObject(path, programs=("coral_empty_enter", "coral_empty_exit")) as empty:
-            empty.attach()
+        with attached(bench, Empty.AT_CALLS):
             yield lambda: None
 
     return watching

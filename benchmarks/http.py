@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from benchmarks import kernel, nginx, peers
-from benchmarks.bench import Bench, BenchError, compile_bpf, watching
+from benchmarks.bench import Bench, BenchError, watching
+from benchmarks.empty import Empty, attached
 from benchmarks.nginx import Load, Nginx
 from benchmarks.peers import Peer
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
 from benchmarks.turns import measure_each
 from coral import bpf
-from coral.bpf import BpfObject
 from coral.client import AgentClient, Batch
 from coral.collectors.contract import Summaries
 from coral.collectors.http_latency.collector import HttpLatencyCollector
@@ -37,8 +37,6 @@ _MOST_LOST_WATCHED: Final = 7.0  # percent
 _MOST_LOST_ELSEWHERE: Final = 3.0
 _ELSEWHERE: Final = "coral: not a target"
 _WATCHED: Final = "coral: watched"
-_SOCKET_PROGRAMS: Final = ("coral_empty_send", "coral_empty_receive")
-_CALL_PROGRAMS: Final = ("coral_empty_enter", "coral_empty_exit")
 _OLD_RUNG: Final = "socket_hooks"  # what a kernel before 6.3 lacks
 _DRAIN_S: Final = 0.05
 _DETACH_TIMEOUT_S: Final = 30.0
@@ -163,8 +161,7 @@ def _counted(batch: Batch) -> int:
 
 async def measure(bench: Bench) -> Report:
     """The section in the clear."""
-    sockets = _empty(bench, "http_empty", _SOCKET_PROGRAMS)
-    calls = _empty(bench, "empty", _CALL_PROGRAMS)
+    sockets, calls = _empty(bench, Empty.AT_SOCKETS), _empty(bench, Empty.AT_CALLS)
 
     def variants(server: Nginx, ours: _Ours) -> list[Variant]:
         return [
@@ -233,16 +230,13 @@ async def _measure(
     return variants
 
 
-def _empty(bench: Bench, name: str, programs: Sequence[str]) -> Watching:
-    path = compile_bpf(bench.directory, name)
-
+def _empty(bench: Bench, empty: Empty) -> Watching:
     @asynccontextmanager
-    async def attached(_: Nginx) -> AsyncIterator[Seen]:
-        with BpfObject(path, programs=programs) as empty:
-            empty.attach()
+    async def floor(_: Nginx) -> AsyncIterator[Seen]:
+        with attached(bench, empty):
             yield Seen()
 
-    return attached
+    return floor
 
 
 @asynccontextmanager

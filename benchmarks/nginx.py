@@ -74,9 +74,8 @@ class Nginx:
         cpu_ns, text = kernel.cpu_ns(self.pid) - before_ns, out.decode()
         requests, per_second = _REQUESTS.search(text), _PER_SECOND.search(text)
         failed = _FAILED.search(text)
-        if failed or not (requests and per_second):
+        if failed or not (requests and per_second and (made := int(requests[1]))):
             raise BenchError(f"wrk: {failed[0].strip() if failed else text}")
-        made = int(requests[1])
         return Load(made, float(per_second[1]), cpu_ns / made / 1e3)
 
 

@@ -23,11 +23,11 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from benchmarks import kernel, peers
-from benchmarks.bench import Bench, compile_bpf, watching
+from benchmarks.bench import Bench, watching
+from benchmarks.empty import Empty, attached
 from benchmarks.peers import Peer
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
 from benchmarks.turns import measure_each
-from coral.bpf import BpfObject
 from coral.client import AgentClient, Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
@@ -37,7 +37,6 @@ _REPEATS: Final = 3  # of each exchange in a round; the best counts
 _MOST_THROUGHPUT_LOST: Final = 0.02
 _MOST_CONNECTIONS_LOST: Final = 0.05
 _OURS: Final = "coral: watched"
-_EMPTY: Final = tuple(f"coral_empty_{name}" for name in ("state", "destroy", "segment"))
 _CLOSE: Final = 7  # TCP_CLOSE
 _IDLE_S: Final = 0.2
 _IDLE_NS: Final = 2_000_000  # of CPU time in it
@@ -188,15 +187,12 @@ async def _ask(bench: Bench, server: Server, exchange: Exchange) -> float:
 
 
 def _empty(bench: Bench) -> Watching:
-    path = compile_bpf(bench.directory, "tcp_empty")
-
     @asynccontextmanager
-    async def attached(_server: Server) -> AsyncIterator[Seen]:
-        with BpfObject(path, programs=_EMPTY) as empty:
-            empty.attach()
+    async def floor(_server: Server) -> AsyncIterator[Seen]:
+        with attached(bench, Empty.AT_CONNECTIONS):
             yield Seen()
 
-    return attached
+    return floor
 
 
 @asynccontextmanager
