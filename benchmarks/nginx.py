@@ -23,7 +23,9 @@ _TRIES: Final = 3
 _PATH: Final = "/said/"  # returns 20 bytes
 _REQUESTS: Final = re.compile(r"^ *(\d+) requests in ", re.MULTILINE)
 _PER_SECOND: Final = re.compile(r"^Requests/sec: *([\d.]+)", re.MULTILINE)
-_FAILED: Final = re.compile(r"^ *(?:Socket errors|Non-2xx).*", re.MULTILINE)
+_FAILED: Final = re.compile(
+    r"^ *(?:Socket errors: (?!connect 0, read 0, write 0)|Non-2xx).*", re.MULTILINE
+)
 
 # wrk has no rate: each of these connections waits so long after each response.
 _PACED_CONNECTIONS: Final = 60

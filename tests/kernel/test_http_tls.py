@@ -50,6 +50,37 @@ def static_openssl() -> Path:
     return built("openssl.static", [SOURCES / "openssl.c"], lambda out: _openssl(out, "-static"))
 
 
+class OpensslTalk:
+    """tests/programs/http/openssl.c: a client and a server in one process, which wait."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin
+        assert process.stdout
+        self.pid, self._in, self._out = process.pid, process.stdin, process.stdout
+        self.port = int(self._out.readline())
+
+    def go(self) -> None:
+        """Has them make their requests, and waits until these are made."""
+        self._in.write("x")
+        self._in.flush()
+        assert self._out.readline() == "done\n"
+
+    def end(self) -> None:
+        """Lets the process end."""
+        self._in.write("x")
+
+
+@contextmanager
+def talking(command: Sequence[str | Path]) -> Iterator[OpensslTalk]:
+    """COMMAND runs the program, which ends with the block."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        talk = OpensslTalk(process)
+        yield talk
+        talk.end()
+
+
 class Server:
     """tests/programs/http/tls.py."""
 
@@ -237,30 +268,21 @@ def test_each_function_of_openssl_counts_once_and_peeks_do_not(
     openssl: Path, static_openssl: Path
 ) -> None:
     for program, how in ((openssl, "plain"), (static_openssl, "plain"), (openssl, "inner")):
-        with subprocess.Popen(
-            [program, how, "40"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdin
-            assert process.stdout
-            port = int(process.stdout.readline())
-            with seeing(process.pid) as seen:
-                process.stdin.write("x")
-                process.stdin.flush()
-                assert process.stdout.readline() == "done\n"
-                truth = [("GET", f"/said/{i}", 200 + i) for i in range(40)]
-                for role in (SERVER, CLIENT):
-                    found = seen.wait_for(40, role)
-                    assert [it[:3] for it in told(found)] == truth
-                    assert {it.tls for it in found} == {1}
-                if how == "plain":
-                    assert {it.remote_port for it in seen.of(SERVER)} == {port}
-                    assert {it.local_port for it in seen.of(CLIENT)} == {port}
-                else:
-                    assert {it.remote_port for it in seen.of(SERVER)} <= {0, port}
-                assert not any("ghost" in it.path for it in seen.requests)
-                wait_until(lambda: left_over(seen, "connections") == 0)
-                assert left_over(seen, "ssl_objects") == 0
-            process.stdin.write("x")
+        with talking([program, how, "40"]) as talk, seeing(talk.pid) as seen:
+            talk.go()
+            truth = [("GET", f"/said/{i}", 200 + i) for i in range(40)]
+            for role in (SERVER, CLIENT):
+                found = seen.wait_for(40, role)
+                assert [it[:3] for it in told(found)] == truth
+                assert {it.tls for it in found} == {1}
+            if how == "plain":
+                assert {it.remote_port for it in seen.of(SERVER)} == {talk.port}
+                assert {it.local_port for it in seen.of(CLIENT)} == {talk.port}
+            else:
+                assert {it.remote_port for it in seen.of(SERVER)} <= {0, talk.port}
+            assert not any("ghost" in it.path for it in seen.requests)
+            wait_until(lambda: left_over(seen, "connections") == 0)
+            assert left_over(seen, "ssl_objects") == 0
 
 
 def test_a_library_that_is_loaded_later_is_found(certificate: Path) -> None:
@@ -289,21 +311,9 @@ def test_a_file_in_another_mount_namespace_is_found(openssl: Path, tmp_path: Pat
         f"exec {openssl} plain 5"
     )
     (tmp_path / "over").mkdir()
-    with subprocess.Popen(
-        ["unshare", "--mount", "sh", "-ec", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        port = int(process.stdout.readline())
-        with seeing(process.pid) as seen:
-            process.stdin.write("x")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            assert {it.remote_port for it in seen.wait_for(5, SERVER)} == {port}
-        process.stdin.write("x")
+    with talking(["unshare", "--mount", "sh", "-ec", script]) as talk, seeing(talk.pid) as seen:
+        talk.go()
+        assert {it.remote_port for it in seen.wait_for(5, SERVER)} == {talk.port}
 
 
 def test_a_program_is_seen_from_its_first_request_when_it_is_awaited(certificate: Path) -> None:
