@@ -21,14 +21,14 @@ from benchmarks.bench import Bench, BenchError, watching
 from benchmarks.empty import Empty, attached
 from benchmarks.nginx import Load, Nginx
 from benchmarks.peers import Peer
-from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
-from benchmarks.turns import measure_each
+from benchmarks.report import NOT_HERE, Aim, Report, Samples
+from benchmarks.turns import measure_in_turns
 from coral import bpf
 from coral.client import AgentClient, Batch
 from coral.collectors.contract import Summaries
 from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.support import Puppet, RunningAgent, at_work
+from tests.support import Puppet, RunningAgent, at_work, held_by
 
 _ROUNDS: Final = 6
 _TLS_ROUNDS: Final = 4
@@ -138,12 +138,8 @@ class _Ours:
 
     @asynccontextmanager
     async def _session(self, pid: str, **config: str) -> AsyncIterator[Seen]:
-        agent_pid = self.agent.process.pid
-        kind, seen, idle = (
-            pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY,
-            Seen(0),
-            kernel.attachments(agent_pid),
-        )
+        agent_pid, kind = self.agent.process.pid, pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
+        seen, idle = Seen(0), _attached(agent_pid)
 
         def take(batch: Batch) -> None:
             requests = batch.count if len(batch.events) else _counted(batch)
@@ -156,10 +152,15 @@ class _Ours:
             yield seen
         seen.cpu_s = (kernel.cpu_ns(agent_pid) - before_ns) / 1e9
         end = time.monotonic() + _DETACH_TIMEOUT_S
-        while kernel.attachments(agent_pid) > idle:
+        while _attached(agent_pid) > idle:
             if time.monotonic() > end:
                 raise BenchError(f"programs are still attached after {_DETACH_TIMEOUT_S:g} s")
             await asyncio.sleep(_DRAIN_S)
+
+
+def _attached(pid: int) -> int:
+    """How much a process has attached: to tracepoints and functions, and by links."""
+    return kernel.attachments(pid) + len(held_by(pid)["link"])
 
 
 def _counted(batch: Batch) -> int:
@@ -182,14 +183,14 @@ async def measure(bench: Bench) -> Report:
             *(Variant(peer.name, server, _peer(bench, peer)) for peer in peers.HTTP),
         ]
 
-    measured = await _measure(bench, variants, _ROUNDS, tls=False)
+    measured, remarks = await _measure(bench, variants, _ROUNDS, tls=False)
     found = {variant.name: variant for variant in measured}
     aims = [
         *_aims(found[_ELSEWHERE], _MOST_LOST_ELSEWHERE),
         *_aims(found[_WATCHED], _MOST_LOST_WATCHED),
     ]
     title = "Cost of watching a server's requests"
-    return _report(title, measured, _ROUNDS, _BY_SYS_EXIT, aims)
+    return _report(title, measured, _ROUNDS, [_BY_SYS_EXIT, *remarks], aims)
 
 
 async def measure_tls(bench: Bench) -> Report:
@@ -203,9 +204,9 @@ async def measure_tls(bench: Bench) -> Report:
             *(Variant(peer.name, server, _peer(bench, peer)) for peer in peers.HTTPS),
         ]
 
-    measured = await _measure(bench, variants, _TLS_ROUNDS, tls=True)
+    measured, remarks = await _measure(bench, variants, _TLS_ROUNDS, tls=True)
     title = "Cost of watching a server's requests over TLS"
-    return _report(title, measured, _TLS_ROUNDS, _WRK_PAYS)
+    return _report(title, measured, _TLS_ROUNDS, [_WRK_PAYS, *remarks])
 
 
 async def _measure(
@@ -214,21 +215,21 @@ async def _measure(
     rounds: int,
     *,
     tls: bool,
-) -> list[Variant]:
+) -> tuple[list[Variant], list[str]]:
+    """What was measured, with remarks."""
     async with AsyncExitStack() as stack:
         agent = stack.enter_context(bench.agent(cpu_percent=1000))
         client = await stack.enter_async_context(AgentClient(agent.address))
         server = stack.enter_context(nginx.serving(bench, tls=tls))
         variants = variants_of(server, _Ours(agent, client, tls))
         await server.load(_LOAD_S)  # warm
-        for turn in range(rounds):
-            await measure_each(bench, variants, turn)
-            ours = next(variant for variant in variants if variant.name == _WATCHED)
-            bench.say(
-                f"round {turn + 1} of {rounds}: {_WATCHED}, {ours.by_rate.values[-1]:.3f} of bare, "
-                f"{ours.by_cpu.values[-1]:.3f} by CPU time"
-            )
-    return variants
+        ours = next(variant for variant in variants if variant.name == _WATCHED)
+
+        def progress() -> str:
+            by_rate, by_cpu = ours.by_rate.values[-1], ours.by_cpu.values[-1]
+            return f"{_WATCHED}, {by_rate:.3f} of bare, {by_cpu:.3f} by CPU time"
+
+        return variants, await measure_in_turns(bench, variants, rounds, progress)
 
 
 def _empty(bench: Bench, empty: Empty) -> Watching:
@@ -302,7 +303,11 @@ def _aims(variant: Variant, most_lost: float) -> list[Aim]:
 
 
 def _report(
-    title: str, variants: Sequence[Variant], rounds: int, remark: str, aims: Sequence[Aim] = ()
+    title: str,
+    variants: Sequence[Variant],
+    rounds: int,
+    remarks: Sequence[str],
+    aims: Sequence[Aim] = (),
 ) -> Report:
     bare = [load for variant in variants for load in variant.bare]
     return Report(
@@ -321,7 +326,7 @@ def _report(
         ),
         rows=[("bare", *_figures(bare, ("", "", "")), "", ""), *map(_row, variants)],
         aims=aims,
-        remarks=(remark, *not_measured({v.name: v.failure for v in variants if v.failure})),
+        remarks=remarks,
         samples={
             f"{variant.name}, {what}": values
             for variant in variants

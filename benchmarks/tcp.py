@@ -26,8 +26,8 @@ from benchmarks import kernel, peers
 from benchmarks.bench import Bench, watching
 from benchmarks.empty import Empty, attached
 from benchmarks.peers import Peer
-from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
-from benchmarks.turns import measure_each
+from benchmarks.report import NOT_HERE, Aim, Report, Samples
+from benchmarks.turns import measure_in_turns
 from coral.client import AgentClient, Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
@@ -125,12 +125,14 @@ async def measure(bench: Bench) -> Report:
         agent = stack.enter_context(bench.agent(cpu_percent=1000))
         client = await stack.enter_async_context(AgentClient(agent.address))
         variants = _variants(bench, agent, client)
-        for turn in range(ROUNDS):
-            await measure_each(bench, variants, turn)
-            ours = next(variant for variant in variants if variant.name == _OURS)
+        ours = next(variant for variant in variants if variant.name == _OURS)
+
+        def progress() -> str:
             shown = ", ".join(f"{x.name} {ours.lost(x.name).values[-1]:+.1%}" for x in EXCHANGES)
-            bench.say(f"round {turn + 1} of {ROUNDS}: {_OURS}, lost: {shown}")
-    return _report(variants)
+            return f"{_OURS}, lost: {shown}"
+
+        remarks = await measure_in_turns(bench, variants, ROUNDS, progress)
+    return _report(variants, remarks)
 
 
 def _variants(bench: Bench, agent: RunningAgent, client: AgentClient) -> list[Variant]:
@@ -261,7 +263,7 @@ async def _until_idle(pid: int) -> None:
         await asyncio.sleep(_IDLE_S)
 
 
-def _report(variants: Sequence[Variant]) -> Report:
+def _report(variants: Sequence[Variant], remarks: Sequence[str]) -> Report:
     by_name = {variant.name: variant for variant in variants}
     ours = by_name[_OURS]
     bare = {
@@ -295,7 +297,7 @@ def _report(variants: Sequence[Variant]) -> Report:
         ),
         rows=rows,
         aims=aims,
-        remarks=not_measured({v.name: v.failure for v in variants if v.failure}),
+        remarks=remarks,
         samples={
             f"{variant.name}, {x.name}, {what} us": [us[x.name] for us in taken]
             for variant in variants
