@@ -32,9 +32,9 @@ async def measure(bench: Bench) -> Report:
         os.close(statistics)
     return Report(
         title="The programs of http_latency",
-        how=f"By the kernel's run-time statistics, which take about 60 ns of each figure, while "
-        f"nginx answers wrk at full speed for {_LOAD_S} s. Half of the runs are wrk's, which is not "
-        f"watched. What runs for fewer than one request in {1 / _LEAST_RUNS:.0f} is left out. "
+        how="By the kernel's run-time statistics, which take about 60 ns of each figure, while "
+        f"nginx answers wrk at full speed for {_LOAD_S} s. Half of the runs are of wrk, which "
+        f"is not watched. What runs for fewer than one request in {1 / _LEAST_RUNS:.0f} is left out. "
         "Instructions as the kernel's verifier counts them, of "
         f"{bpf.VERIFIER_LIMIT:,} that it goes through at most.",
         columns=("nginx is", "program", "runs a request", "ns a run", "instructions"),
