@@ -34,8 +34,8 @@ async def measure(bench: Bench) -> Report:
         title="The programs of http_latency",
         how="By the kernel's run-time statistics, which take about 60 ns of each figure, while "
         f"nginx answers wrk at full speed for {_LOAD_S} s. Half of the runs are of wrk, which "
-        f"is not watched. What runs for fewer than one request in {1 / _LEAST_RUNS:.0f} is left out. "
-        "Instructions as the kernel's verifier counts them, of "
+        f"is not watched. What runs for fewer than one request in {1 / _LEAST_RUNS:.0f} is left "
+        "out. Instructions as the kernel's verifier counts them, of "
         f"{bpf.VERIFIER_LIMIT:,} that it goes through at most.",
         columns=("nginx is", "program", "runs a request", "ns a run", "instructions"),
         rows=rows,
