@@ -9,9 +9,11 @@ import asyncio
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from benchmarks import kernel
@@ -26,6 +28,8 @@ _PER_SECOND: Final = re.compile(r"^Requests/sec: *([\d.]+)", re.MULTILINE)
 _FAILED: Final = re.compile(
     r"^ *(?:Socket errors: (?!connect 0, read 0, write 0)|Non-2xx).*", re.MULTILINE
 )
+
+_LIBSSL: Final = re.compile(r"=> (/\S*libssl\.so\S*) ")
 
 # wrk has no rate: each of these connections waits so long after each response.
 _PACED_CONNECTIONS: Final = 60
@@ -48,10 +52,11 @@ class _OneWorker(http_servers.Nginx):
 
 @dataclass(frozen=True)
 class Nginx:
-    """nginx at work. `pid` is its worker's."""
+    """nginx at work. `pid` is its worker's, `libssl` the library that it alone has."""
 
     pid: int
     url: str
+    libssl: Path | None
     _wrk: Sequence[str]  # as far as it is the same for all loads
     _script: str
 
@@ -102,8 +107,10 @@ def serving(bench: Bench, *, tls: bool = False) -> Iterator[Nginx]:
     directory.mkdir()
     (script := directory / "paced.lua").write_text(_PACED_SCRIPT)
     server = _OneWorker(directory, directory)
-    port = server.port
+    port, libssl = server.port, None
     if tls:
+        libssl = _own_libssl(server.command[0], directory)
+        server.environment["LD_LIBRARY_PATH"] = str(directory)
         port, pem = http_servers.free_port(), http_servers.certificate(directory)
         server.upstreams = f"""
             ssl_certificate {pem}; ssl_certificate_key {pem};
@@ -116,4 +123,14 @@ def serving(bench: Bench, *, tls: bool = False) -> Iterator[Nginx]:
         worker = server.pids[-1]
         os.sched_setaffinity(worker, {own})
         url = f"{'https' if tls else 'http'}://127.0.0.1:{port}{_PATH}"
-        yield Nginx(worker, url, ("taskset", "-c", cpus, "wrk", "-t1"), str(script))
+        yield Nginx(worker, url, libssl, ("taskset", "-c", cpus, "wrk", "-t1"), str(script))
+
+
+def _own_libssl(program: object, directory: Path) -> Path:
+    """A copy of PROGRAM's libssl, so that nobody else enters what is attached there: not wrk, and
+    no other program of this machine."""
+    listed = subprocess.run(["ldd", str(program)], check=True, capture_output=True, text=True)
+    found = _LIBSSL.search(listed.stdout)
+    if not found:
+        raise BenchError(f"{program} has no libssl")
+    return Path(shutil.copy(found[1], directory))

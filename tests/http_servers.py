@@ -90,6 +90,7 @@ class Server(ABC):
 
     def __post_init__(self) -> None:
         self.output = self.directory / "output"
+        self.environment: dict[str, str] = {}
 
     @property
     @abstractmethod
@@ -131,7 +132,12 @@ class Server(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "SITE": str(self.site), "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ,
+                    "SITE": str(self.site),
+                    "PYTHONUNBUFFERED": "1",
+                    **self.environment,
+                },
                 start_new_session=True,  # Apache ends its whole process group
             )
         self.pid = process.pid
