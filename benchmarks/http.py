@@ -30,7 +30,7 @@ from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import Puppet, RunningAgent, at_work, held_by
 
-_ROUNDS: Final = 6
+_ROUNDS: Final = 5
 _TLS_ROUNDS: Final = 4
 _LOAD_S: Final = 1
 _MOST_LOST_WATCHED: Final = 7.0  # percent
