@@ -19,7 +19,6 @@ from coral.bpf.closing import close_all
 from coral.collectors.contract import (
     Coverage,
     EventRows,
-    ServiceProcesses,
     Summaries,
     Support,
     Unread,
@@ -35,13 +34,16 @@ from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
 from coral.collectors.http_latency.tls import TlsHooks
 from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.collectors.kernel_collector import (
+    KernelCollector,
+    KernelOptions,
+    errors_only_option,
+    min_duration_option,
+    top_option,
+)
 from coral.collectors.options import (
-    OptionError,
     boolean,
     choice,
-    duration,
-    format_duration,
     integer,
     items,
     option,
@@ -57,6 +59,8 @@ _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 @dataclass(frozen=True)
 class HttpLatencyOptions(KernelOptions):
     """The options of `http_latency`."""
+
+    selecting = ("min_duration", "errors_only")
 
     mode: str = option(
         choice("summaries", "events"),
@@ -80,38 +84,17 @@ class HttpLatencyOptions(KernelOptions):
         "how many different segments to tell apart at one place of a path; more than these become "
         "`{*}`",
     )
-    top: int = option(
-        integer(0, 10240),
-        "0",
-        "how many rows to send for each interval: those with most requests, then the row `other` "
-        "of each role, which adds up the rest; 0: all rows",
+    top: int = top_option("those with most requests", " of each role")
+    min_duration: float = min_duration_option("requests")
+    errors_only: bool = errors_only_option(
+        "requests with a status of 500 or more, and those that were aborted before a response"
     )
-    min_duration: float = option(
-        duration(0, 3600), "0s", "with mode=events: send only requests that took at least this long"
-    )
-    errors_only: bool = option(
-        boolean(),
-        "false",
-        "with mode=events: send only requests with a status of 500 or more, and those that were "
-        "aborted before a response",
-    )
-
     tls: bool = option(
         boolean(),
         "true",
         "read what passes through OpenSSL, too; each of its functions becomes some microseconds "
         "slower for every process that uses the same file",
     )
-
-    def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError`, too, for a filter of single events without single events."""
-        super().check(service)
-        for name, value in (
-            ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
-            ("errors_only", "true" if self.errors_only else ""),
-        ):
-            if value and not self.single_events:
-                raise OptionError(name, value, "it with mode=events only")
 
 
 @cache
