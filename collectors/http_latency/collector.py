@@ -31,7 +31,7 @@ from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
-from coral.collectors.http_latency.tls import TlsHooks
+from coral.collectors.http_latency.tls import TlsHooks, uprobes
 from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
@@ -131,7 +131,8 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             features,
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
-            walks=TLS_PROGRAMS,
+            late=TLS_PROGRAMS if self._options.tls else (),
+            many_places=uprobes(features).taken == "uprobe_multi",
             options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
@@ -152,7 +153,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         rung, step = cls.climb(features), sockets(features)
         if reason := _obstacle(rung, step):
             return replace(support, supported=False, reason=reason)
-        return replace(support, steps=(*support.steps, step))
+        return replace(support, steps=(*support.steps, step, uprobes(features)))
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:

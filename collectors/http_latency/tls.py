@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from coral.bpf import BpfError, BpfObject
+from coral.bpf import BpfError, BpfObject, Features, Step
 from coral.bpf.attaching.elf import ElfError, function_offsets
 from coral.bpf.attaching.mappings import MappingReader
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
@@ -29,25 +29,33 @@ _log: Final = logging.getLogger(__name__)
 
 
 class _Hook(NamedTuple):
+    """A program, and the functions of OpenSSL that it runs at. A function's cookie is the constant
+    of `enum ssl_place` with its name in capital letters, 0 if there is none."""
+
     program: str
+    functions: Sequence[str]
     at_return: bool = False
 
 
-_RETURN: Final = _Hook("coral_ssl_return", at_return=True)
 # SSL_peek and its like are none of these: what they give is given again.
-_HOOKS: Final = {
-    "SSL_read": (_Hook("coral_ssl_read"), _RETURN),
-    "SSL_read_ex": (_Hook("coral_ssl_read_ex"), _RETURN),
-    "SSL_write": (_Hook("coral_ssl_write"), _RETURN),
-    "SSL_write_ex": (_Hook("coral_ssl_write_ex"), _RETURN),
-    "SSL_do_handshake": (_Hook("coral_ssl_handshake"), _RETURN),
-    "SSL_new": (_Hook("coral_ssl_new", at_return=True),),
-    "SSL_free": (_Hook("coral_ssl_free"),),
-    "SSL_shutdown": (_Hook("coral_ssl_shutdown"),),
-}
+_CALLS: Final = (
+    *("SSL_read", "SSL_read_ex", "SSL_write", "SSL_write_ex"),
+    *("SSL_sendfile", "SSL_do_handshake"),
+)
+# In the order in which they are attached. A call that is seen to begin is seen to return; and an
+# object is seen from its beginning only if no call for it passes unseen.
+_HOOKS: Final = (
+    _Hook("coral_ssl_end", ("SSL_free", "SSL_shutdown")),
+    _Hook("coral_ssl_return", _CALLS, at_return=True),
+    _Hook("coral_ssl_enter", _CALLS),
+    _Hook("coral_ssl_new", ("SSL_new",), at_return=True),
+)
+_FUNCTIONS: Final = frozenset(name for hook in _HOOKS for name in hook.functions)
 _INDISPENSABLE: Final = {"SSL_read", "SSL_write"}
-PROGRAMS: Final = tuple(sorted({hook.program for hooks in _HOOKS.values() for hook in hooks}))
-"""The programs, which the hub is to load and not to attach."""
+PROGRAMS: Final = tuple(hook.program for hook in _HOOKS)
+"""The programs, which the hub is to load late."""
+_MANY: Final = "uprobe_multi"
+_PLACE: Final = "SSL_PLACE_"
 
 _LOOK_EVERY_S: Final = 0.1
 _SWEEP_EVERY: Final = 50  # looks
@@ -72,6 +80,12 @@ class _Mapped(NamedTuple):
     path: str
 
 
+def uprobes(features: Features) -> Step:
+    """How the programs are attached to functions on this kernel."""
+    many = features[_MANY]
+    return Step("uprobes", _MANY) if many.available else Step("uprobes", "perf_events", (many,))
+
+
 @dataclass
 class _Session:
     """A session, and what it has made this module look at."""
@@ -94,9 +108,11 @@ class TlsHooks:
 
     def __init__(self, bpf_object: BpfObject) -> None:
         self._object = bpf_object
+        places = bpf_object.btf.enum("ssl_place")
+        self._cookies = {f"SSL_{name.removeprefix(_PLACE).lower()}": it for name, it in places.items()}
         self._lock = threading.Lock()
         self._sessions: dict[Slot, _Session] = {}
-        self._uprobes = Uprobes()
+        self._uprobes = Uprobes()  # of the sessions here
         self._mappings: MappingReader | None = None
         self._known: dict[tuple[int, int, str], dict[str, list[int]]] = {}  # offsets by function
         self._refused: dict[tuple[int, int, str], str] = {}  # with the reasons
@@ -115,6 +131,7 @@ class TlsHooks:
         with self._lock:
             session = self._sessions[slot] = _Session(slot, slot.watches_host)
             if len(self._sessions) == 1:
+                self._uprobes = Uprobes(many=slot.plan.many_places)
                 self._start(session)  # before the look, so that nothing is missed in between
             self._look_at(session, tgids)
             for tgid in executing:
@@ -140,7 +157,7 @@ class TlsHooks:
 
     def leave(self, slot: Slot) -> None:
         """The session in SLOT ends. Returns at once; detaching takes a tenth of a second for each
-        function. No error if it never joined."""
+        hook, or each function where the kernel has no link for many. No error if it never joined."""
         with self._lock:
             session = self._sessions.pop(slot, None)
             if session is None:
@@ -230,6 +247,13 @@ class TlsHooks:
     def _attach_file(
         self, session: _Session, file: ProcessFile, found: dict[str, list[int]]
     ) -> None:
+        try:
+            programs = session.slot.late()
+        except BpfError as error:
+            why = str(error).partition("\n")[0]  # without the verifier's log
+            session.failed.add(f"what OpenSSL encrypts is not seen: {why}")
+            _log.warning("what OpenSSL encrypts is not seen: %s", error)
+            return
         while len(session.files) >= _MOST_FILES:
             oldest = next(iter(session.files))
             del session.files[oldest]
@@ -237,12 +261,15 @@ class TlsHooks:
         user = (session.slot, file.identity)
         with ExitStack() as failing:
             failing.callback(self._uprobes.release, user)
-            # Those of objects first, so that no object of which more is seen seems to be whole.
-            for name in reversed(_HOOKS):
-                for offset in found.get(name, ()):
-                    for hook in _HOOKS[name]:
-                        program = self._object.program_fd(hook.program)
-                        self._uprobes.attach(user, program, file, offset, at_return=hook.at_return)
+            for hook in _HOOKS:
+                cookies = {
+                    offset: self._cookies.get(name, 0)
+                    for name in hook.functions
+                    for offset in found.get(name, ())
+                }
+                program = programs.program_fd(hook.program)
+                if cookies:
+                    self._uprobes.attach(user, program, file, cookies, at_return=hook.at_return)
             failing.pop_all()
         session.files[file.identity] = None
 
@@ -320,7 +347,7 @@ def _functions(fd: int) -> dict[str, list[int]]:
     """The functions of OpenSSL that a file defines, with their offsets; none without those that
     read and write."""
     try:
-        found = function_offsets(fd, _HOOKS.keys())
+        found = function_offsets(fd, _FUNCTIONS)
     except ElfError:
         return {}
     return found if found.keys() >= _INDISPENSABLE else {}

@@ -34,8 +34,8 @@ def attach_both(
 ) -> ProcessFile:
     with ProcessFile(pid, path) as file:
         (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-        uprobes.attach(user, bpf_object.program_fd(ENTERED), file, offset)
-        uprobes.attach(user, bpf_object.program_fd(LEFT), file, offset, at_return=True)
+        uprobes.attach(user, bpf_object.program_fd(ENTERED), file, {offset: 0})
+        uprobes.attach(user, bpf_object.program_fd(LEFT), file, {offset: 0}, at_return=True)
     return file
 
 
@@ -186,7 +186,7 @@ def test_a_deleted_or_replaced_file_is_still_the_one_that_was_opened(
             copy.unlink()
             copy.write_bytes(b"something else")
             (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, offset)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, {offset: 0})
             process.finish()
             assert counted(bpf_object)["entered"] == 200
     finally:
@@ -212,7 +212,7 @@ def test_a_replaced_file_is_found_by_where_it_is_mapped(
             ProcessFile.mapped(process.pid, where) as file,
         ):
             (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, offset)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, {offset: 0})
             process.finish()
             assert counted(bpf_object)["entered"] == 200
         with pytest.raises(FileNotFoundError):
@@ -230,9 +230,9 @@ def test_what_cannot_be_attached_is_told_and_leaves_nothing(
         ProcessFile(os.getpid(), str(programs / "called")) as file,
     ):
         with pytest.raises(AttachError, match="a uprobe at offset 0xfffffff: EINVAL"):
-            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, 0xFFFFFFF)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, {0xFFFFFFF: 0})
         with pytest.raises(AttachError, match="a uprobe at offset 0x1000: EINVAL"):
-            uprobes.attach(1, file.fd, file, 0x1000)
+            uprobes.attach(1, file.fd, file, {0x1000: 0})
         assert len(uprobes) == 0
     with pytest.raises(OSError, match="not a regular file"):
         ProcessFile(os.getpid(), "/dev/null")

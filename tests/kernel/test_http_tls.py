@@ -479,4 +479,4 @@ def test_without_tls_nothing_is_attached(certificate: Path) -> None:
         seen.drain()
         assert seen.requests == []
         runs = seen.collector.bpf_object.program_stats()
-        assert {runs[name].run_count for name in PROGRAMS} == {0}
+        assert not runs.keys() & set(PROGRAMS)

@@ -18,6 +18,27 @@
 #define SEVERAL	   1ULL /* instead of the address of a socket */
 #define HANDSHAKE  2	/* instead of a direction: a call that passes no bytes */
 
+/*
+ * Where a program runs: user space attaches each to several functions, with these numbers as
+ * cookies. Few programs mean a quick start: the verifier goes through the parser for each.
+ */
+#define SSL_DIRECTION 3 /* a mask */
+#define SSL_EXTENDED  4 /* the fourth argument says where the number of bytes will be */
+#define SSL_UNSEEN    8 /* there is no buffer */
+
+enum ssl_place {
+	SSL_PLACE_READ = RECEIVED,
+	SSL_PLACE_READ_EX = RECEIVED | SSL_EXTENDED,
+	SSL_PLACE_WRITE = SENT,
+	SSL_PLACE_WRITE_EX = SENT | SSL_EXTENDED,
+	SSL_PLACE_SENDFILE = SENT | SSL_UNSEEN,
+	SSL_PLACE_DO_HANDSHAKE = HANDSHAKE, /* which SSL_accept and SSL_connect call, too */
+	SSL_PLACE_FREE = 16,
+	SSL_PLACE_SHUTDOWN,
+};
+
+IN_BTF(enum ssl_place, ssl_place);
+
 /* A call that has not returned yet. */
 struct ssl_call {
 	__u64 ssl;
@@ -465,12 +486,12 @@ static __always_inline void ssl_search(struct ssl_thread *thread, struct ssl_cal
 /* Calls. */
 
 /* Remembers a call of the current thread for its return. */
-static __always_inline int ssl_entered(struct user_registers *ctx, __u32 direction, bool extended)
+static __always_inline int ssl_entered(struct user_registers *ctx, __u32 place)
 {
 	struct sessions *all = all_sessions();
-	__u32 depth, tgid = current_tgid();
+	__u32 depth, tgid = current_tgid(), direction = place & SSL_DIRECTION;
 	struct ssl_thread *thread;
-	__u64 sp = user_sp(ctx);
+	__u64 sp = user_sp(ctx), ssl = user_argument(ctx, 1);
 	struct ssl_call *call;
 
 	if (!all || surely_unwatched_here(all, tgid))
@@ -481,7 +502,7 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 			return 0;
 		thread = ssl_thread_make();
 		if (!thread) {
-			ssl_lost(user_argument(ctx, 1));
+			ssl_lost(ssl);
 			return 0;
 		}
 	}
@@ -495,18 +516,18 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 	}
 	thread->depth = depth;
 	for (int i = 0; i < SSL_NESTED; i++) {
-		if (i < depth && thread->calls[i].ssl == user_argument(ctx, 1))
+		if (i < depth && thread->calls[i].ssl == ssl)
 			return 0; /* the outer call counts */
 	}
 	if (depth >= SSL_NESTED) {
-		ssl_lost(user_argument(ctx, 1));
+		ssl_lost(ssl);
 		return 0;
 	}
 	call = call_at(thread, depth);
-	call->ssl = user_argument(ctx, 1);
+	call->ssl = ssl;
 	call->sp = sp;
-	call->buffer = user_argument(ctx, 2);
-	call->length_at = extended ? user_argument(ctx, 4) : 0;
+	call->buffer = place & SSL_UNSEEN ? 0 : user_argument(ctx, 2);
+	call->length_at = place & SSL_EXTENDED ? user_argument(ctx, 4) : 0;
 	call->direction = direction;
 	call->sk = call->sent_ns = 0;
 	call->closing = call->by_address = 0;
@@ -519,35 +540,11 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 	return 0;
 }
 
-/* SSL_do_handshake, which SSL_accept and SSL_connect call, too. */
+/* A function that passes bytes, or shakes hands, begins. */
 SEC("uprobe")
-int PROGRAM(coral_ssl_handshake, struct user_registers *ctx)
+int PROGRAM(coral_ssl_enter, struct user_registers *ctx)
 {
-	return ssl_entered(ctx, HANDSHAKE, false);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_read, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, RECEIVED, false);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_read_ex, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, RECEIVED, true);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_write, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, SENT, false);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_write_ex, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, SENT, true);
+	return ssl_entered(ctx, bpf_get_attach_cookie(ctx));
 }
 
 #if defined(__TARGET_ARCH_x86)
@@ -752,43 +749,42 @@ static __always_inline struct connection *ssl_connection_of(struct user_register
 }
 
 /* SSL_free is called. Where there is a socket, its end tells more. */
-SEC("uprobe")
-int PROGRAM(coral_ssl_free, struct user_registers *ctx)
+static __always_inline void ssl_freed(const struct ssl_key *key, struct connection *c)
 {
-	struct sessions *all = all_sessions();
-	struct connection *c;
-	struct ssl_key key;
 	__u64 number;
 
-	if (!all || surely_unwatched_here(all, current_tgid()))
-		return 0;
-	c = ssl_connection_of(ctx, &key);
-	bpf_map_delete_elem(map_of(ssl_objects), &key);
+	bpf_map_delete_elem(map_of(ssl_objects), key);
 	if (!c || (c->tied && connection_at(c->tied)))
-		return 0;
+		return;
 	ssl_over(c);
 	number = c->sk;
 	bpf_map_delete_elem(map_of(connections), &number);
-	return 0;
 }
 
 /* SSL_shutdown is called: this side sends nothing more. */
-SEC("uprobe")
-int PROGRAM(coral_ssl_shutdown, struct user_registers *ctx)
+static __always_inline void ssl_shut_down(struct connection *c)
 {
-	struct sessions *all = all_sessions();
-	struct connection *c, *carrier;
-	struct ssl_key key;
+	struct connection *carrier = c->tied ? connection_at(c->tied) : NULL;
 
-	if (!all || surely_unwatched_here(all, current_tgid()))
-		return 0;
-	c = ssl_connection_of(ctx, &key);
-	if (!c)
-		return 0;
-	carrier = c->tied ? connection_at(c->tied) : NULL;
 	if (!c->closed)
 		c->closed = carrier && carrier->closed ? carrier->closed : SENT + 1;
 	if (c->role == HTTP_SERVER)
 		ssl_over(c);
+}
+
+SEC("uprobe")
+int PROGRAM(coral_ssl_end, struct user_registers *ctx)
+{
+	struct sessions *all = all_sessions();
+	struct connection *c;
+	struct ssl_key key;
+
+	if (!all || surely_unwatched_here(all, current_tgid()))
+		return 0;
+	c = ssl_connection_of(ctx, &key);
+	if (bpf_get_attach_cookie(ctx) == SSL_PLACE_FREE)
+		ssl_freed(&key, c);
+	else if (c)
+		ssl_shut_down(c);
 	return 0;
 }
