@@ -19,7 +19,7 @@ from tests.support import ROOT, Puppet, built, wait_until
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_descriptors_left"), pytest.mark.long]
 
-HOOKS = 13  # in a file: where functions begin, and where most of them return
+HOOKS = 15  # in a file: where functions begin, and where most of them return
 SOURCES = ROOT / "tests/programs/http"
 # Says, path, status, port of the peer.
 Told = tuple[str, str, int, int]

@@ -112,6 +112,12 @@ static __always_inline struct ssl_thread *ssl_thread_make(void)
 	return thread ?: thread_state_make(&me, (void *)element(no_ssl_thread, 0));
 }
 
+/* Gives the current thread what it needs. A function of its own, for its stack. */
+SUBPROGRAM int ssl_thread_prepare(__u32 unused)
+{
+	return !ssl_thread_make();
+}
+
 static __always_inline struct http_exchange *draft_of_thread(void)
 {
 	struct ssl_thread *thread = ssl_thread();
@@ -269,8 +275,9 @@ static __always_inline void connection_left(struct connection *c)
 	struct ssl_key key = {};
 	__u64 number;
 
-	if (!c->tied && c->unread == UNREAD_TLS && c->encrypted < TLS_PATIENCE)
-		count_unread(sessions_of_then(c->watching, c->generation), UNREAD_TLS, 1, 0);
+	if (!c->tied && c->encrypted < TLS_PATIENCE &&
+	    (c->unread == UNREAD_TLS || (c->unread == UNREAD_JOINED && c->encrypted)))
+		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 1, 0);
 	if (!carried)
 		return;
 	number = carried->sk;
@@ -340,27 +347,36 @@ static __always_inline void socket_heard(struct ssl_thread *thread, struct conne
 	heard->sk = c->sk;
 }
 
-/* LENGTH bytes that are no HTTP have passed through the socket of C. */
-static __always_inline void bytes_heard(struct connection *c, __u32 direction, __u32 length)
+/* A connection that carries TLS is told as not read once it is clear that no function of OpenSSL is
+ * called for it. One that was joined may have been told before, when other bytes of it passed. */
+static __always_inline void count_encrypted(struct connection *c)
 {
+	if (c->tied || c->encrypted >= TLS_PATIENCE ||
+	    (c->unread == UNREAD_JOINED && c->unread_bytes && !c->encrypted))
+		return;
+	if (++c->encrypted == TLS_PATIENCE)
+		count_unread(c->watching, c->unread, 1, 0);
+}
+
+/* LENGTH bytes that are no HTTP have passed through the socket of C. Whether they are of TLS as far
+ * as one can tell. */
+static __always_inline bool bytes_heard(struct connection *c, __u32 direction, __u32 length)
+{
+	struct ssl_thread *thread = ssl_thread();
 	__u8 header[TLS_HEADER] = {};
-	struct ssl_thread *thread;
 	struct ssl_call *call;
 	struct operation op;
 	bool seen = false;
 
-	/* It is told once it is clear that no function of OpenSSL is called for it. */
-	if (c->unread == UNREAD_TLS && !c->tied && c->encrypted < TLS_PATIENCE &&
-	    ++c->encrypted == TLS_PATIENCE)
-		count_unread(c->watching, UNREAD_TLS, 1, 0);
 	if (c->unread == UNREAD_JOINED || direction == RECEIVED)
 		seen = operation_find(&op, length) && op.length >= TLS_HEADER &&
 		       !bpf_probe_read_user(header, sizeof(header), (void *)op.base);
 	if (c->unread == UNREAD_JOINED && !(seen && is_record(header)))
-		return;
+		return thread && thread->depth; /* maybe plain text that the kernel encrypts */
+	count_encrypted(c);
 	thread = ssl_thread_make();
 	if (!thread)
-		return;
+		return true;
 	call = innermost(thread);
 	if (call) {
 		call->sk = !call->sk || call->sk == c->sk ? c->sk : SEVERAL;
@@ -371,6 +387,7 @@ static __always_inline void bytes_heard(struct connection *c, __u32 direction, _
 	} else if (direction == RECEIVED && seen) {
 		socket_heard(thread, c, &op, length);
 	}
+	return true;
 }
 
 /* A function of its own, whose stack is not there while the parser works. */
@@ -378,22 +395,12 @@ SUBPROGRAM int hear(__u64 sk, __u32 direction, __u32 length)
 {
 	struct connection *c = connection_at(sk);
 
-	if (c)
-		bytes_heard(c, direction, length);
-	return 0;
+	return c && bytes_heard(c, direction, length);
 }
 
-static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length)
+static __always_inline bool encrypted_passed(struct connection *c, __u32 direction, __u32 length)
 {
-	if (c->unread == UNREAD_TLS || c->unread == UNREAD_JOINED)
-		hear(c->sk, direction, length);
-}
-
-static __always_inline bool is_inside_ssl(void)
-{
-	struct ssl_thread *thread = ssl_thread();
-
-	return thread && thread->depth;
+	return hear(c->sk, direction, length);
 }
 
 /*
