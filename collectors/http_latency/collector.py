@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coral.bpf import Features, Rung, Step, kernel_names
 from coral.bpf.closing import close_all
@@ -197,13 +198,17 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        return self._requests.rows(records["http_exchange"], records["process_change"])
+        exchanges = self._with_untold(records["http_exchange"])
+        return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        exchanges = self._drain_records()["http_exchange"]
+        exchanges = self._with_untold(self._drain_records()["http_exchange"])
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
+
+    def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
+        return self._tls.untold(self._slot, exchanges) if self._tls is not None else exchanges
 
     def _read_unread(self) -> Mapping[str, Unread]:
         return self._unread.read()

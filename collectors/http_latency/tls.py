@@ -12,16 +12,21 @@ import logging
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from coral.bpf import BpfError, BpfObject, Features, Step
 from coral.bpf.attaching.elf import ElfError, function_offsets
 from coral.bpf.attaching.mappings import MappingReader
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
+from coral.collectors.http_latency.untold import untold
 from coral.collectors.hubs import FIRST_ENDED, Slot
 from coral.collectors.hubs.keeper import KEEPER
 
@@ -55,10 +60,11 @@ _INDISPENSABLE: Final = {"SSL_read", "SSL_write"}
 PROGRAMS: Final = tuple(hook.program for hook in _HOOKS)
 """The programs, which the hub is to load late."""
 _MANY: Final = "uprobe_multi"
+_SPILLED: Final = "spilled_requests"
 _PLACE: Final = "SSL_PLACE_"
 
 _LOOK_EVERY_S: Final = 0.1
-_SWEEP_EVERY: Final = 50  # looks
+_SWEEP_EVERY: Final = 20  # looks
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _MOST_FILES: Final = 64  # attached at once; each has as many descriptors as there are hooks
 _MOST_KNOWN: Final = 8192
@@ -95,6 +101,7 @@ class _Session:
     seen: set[int] = field(default_factory=set)  # tgids whose memory was looked at
     files: dict[tuple[int, ...], None] = field(default_factory=dict)  # by identity, oldest first
     failed: set[str] = field(default_factory=set)  # reasons
+    untold: deque[NDArray[Any]] = field(default_factory=deque)  # see `TlsHooks.untold`
 
     def members(self) -> set[int]:
         """The processes that it watches now."""
@@ -274,18 +281,43 @@ class TlsHooks:
         session.files[file.identity] = None
 
     def _sweep(self) -> None:
-        """Forgets the SSL objects of processes that have ended without freeing them."""
+        """Forgets the SSL objects of processes that have ended without freeing them, and has the
+        sessions told of the requests that waited there."""
         objects = self._object.map("ssl_objects")
         keys, values = objects.read()
-        gone = [
-            at
-            for at, process in enumerate(keys["process"].tolist())
-            if not os.path.exists(f"/proc/{process & 0xFFFFFFFF}")  # noqa: PTH110  many of them
-        ]
-        if gone:
-            objects.delete(keys[gone])
-            numbers = values["connection"][gone]
-            self._object.map("connections").delete(numbers[numbers != 0])
+        processes = np.unique(keys["process"])
+        gone = np.isin(keys["process"], [it for it in processes.tolist() if not _runs(it)])
+        if not gone.any():
+            return
+        objects.delete(keys[gone])
+        numbers = values["connection"][gone]
+        connections = self._object.map("connections")
+        read = [connections.read_one(number) for number in numbers[numbers != 0].tolist()]
+        left = [it for it in read if it is not None]
+        connections.delete(numbers[numbers != 0])
+        if left:
+            self._tell(np.array(left, connections.value_dtype))
+
+    def _tell(self, left: NDArray[Any]) -> None:
+        record = self._object.btf.struct_dtype("http_exchange")
+        for watching, generation, records in untold(left, self._object.map(_SPILLED), record):
+            for slot, session in self._sessions.items():
+                began_since = (slot.since - generation) % (1 << 32) in range(1, 1 << 31)
+                if watching & slot.bit and not began_since:
+                    session.untold.append(records)
+
+    def untold(self, slot: Slot, records: NDArray[Any]) -> NDArray[Any]:
+        """RECORDS, struct http_exchange of shape (n,), and before them those of requests whose
+        process has ended since this was last called, where no socket tells that. Waits for
+        nothing."""
+        session, found = self._sessions.get(slot), [records]
+        while session and session.untold:
+            found.append(session.untold.popleft())
+        return np.concatenate(found[::-1]) if len(found) > 1 else records
+
+
+def _runs(process: int) -> bool:
+    return os.path.exists(f"/proc/{process & 0xFFFFFFFF}")  # noqa: PTH110  many of them
 
 
 def _later(job: Callable[..., None], *arguments: object) -> None:
