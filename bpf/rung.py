@@ -94,8 +94,8 @@ class Rung:
         `preallocated` are the hash maps whose elements are allocated when they are made on kernels
         that cannot allocate them on demand; `walks` are programs that user space runs;
         `without_maps` are not created, nor are those that the rung does not use; `shared` are maps
-        of another object; `many_places` as in `BpfObject`. The object has to include sessions.bpf.h and records.bpf.h, and
-        thread.bpf.h if the rung has a thread state.
+        of another object; `many_places` as in `BpfObject`. The object has to include sessions.bpf.h
+        and records.bpf.h, and thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
         without = [*without_maps, *(("perfs", "record_drafts") if ringed else ("rings",))]

@@ -13,16 +13,10 @@ _BTF: Final = Path("/sys/kernel/btf/vmlinux")
 FUNCTION: Final = "called_function"
 
 
-def toy(path: Path, *programs: str, many_places: bool = False, **options: object) -> BpfObject:
+def toy(path: Path, *programs: str, **options: object) -> BpfObject:
     """An object with PROGRAMS to be loaded; by bcc where the kernel has no BTF."""
-    return BpfObject(
-        path,
-        programs=(),
-        walks=programs,
-        options=options,
-        many_places=many_places,
-        loader="core" if _BTF.exists() else "bcc",
-    )
+    loader = "core" if _BTF.exists() else "bcc"
+    return BpfObject(path, programs=(), walks=programs, options=options, loader=loader)
 
 
 class Called:

@@ -114,10 +114,10 @@ class BpfObject:
     `without_maps` are not made at all: no chosen program may use them. `shared` are maps of another
     object, by their descriptors, which are used instead of new ones of those names. With TYPED,
     programs of `raw_tp/` are loaded as those of `tp_btf/`: the verifier knows the types of their
-    arguments. With MANY_PLACES, programs of `uprobe` are loaded for a link to many functions at once
-    (Linux 6.6), and for nothing else. A name that the object does not have is a KeyError. Maps are read in batches where
-    the kernel has them, unless BATCHES is off. LOADER is one of `LOADERS`. Nothing touches the
-    kernel before `load`.
+    arguments. With MANY_PLACES, programs of `uprobe` are loaded for a link to many functions at
+    once (Linux 6.6), and for nothing else. A name that the object does not have is a KeyError. Maps
+    are read in batches where the kernel has them, unless BATCHES is off. LOADER is one of
+    `LOADERS`. Nothing touches the kernel before `load`.
     """
 
     def __init__(

@@ -116,7 +116,9 @@ class TlsHooks:
     def __init__(self, bpf_object: BpfObject) -> None:
         self._object = bpf_object
         places = bpf_object.btf.enum("ssl_place")
-        self._cookies = {f"SSL_{name.removeprefix(_PLACE).lower()}": it for name, it in places.items()}
+        self._cookies = {
+            f"SSL_{name.removeprefix(_PLACE).lower()}": it for name, it in places.items()
+        }
         self._lock = threading.Lock()
         self._sessions: dict[Slot, _Session] = {}
         self._uprobes = Uprobes()  # of the sessions here
@@ -164,7 +166,8 @@ class TlsHooks:
 
     def leave(self, slot: Slot) -> None:
         """The session in SLOT ends. Returns at once; detaching takes a tenth of a second for each
-        hook, or each function where the kernel has no link for many. No error if it never joined."""
+        hook, or for each function where the kernel has no link for many. No error if it never
+        joined."""
         with self._lock:
             session = self._sessions.pop(slot, None)
             if session is None:

@@ -26,8 +26,8 @@ def untold(
 ) -> list[tuple[int, int, NDArray[Any]]]:
     """The requests that wait on CONNECTIONS, struct connection of shape (n,), which end here:
     outcome unknown, at the last byte that was seen. For each connection the mask of the sessions
-    that watched it, their generation, and struct http_exchange of shape (k,), which is RECORD. Those
-    of them that SPILLED keeps are removed there. Raises `BpfError`."""
+    that watched it, their generation, and struct http_exchange of shape (k,), which is RECORD.
+    Those of them that SPILLED keeps are removed there. Raises `BpfError`."""
     waiting = (connections["unread"] == 0) & (connections["on_trial"] == 0)
     waiting &= connections["made"] != connections["answered"]
     found = []
@@ -40,7 +40,7 @@ def untold(
     return found
 
 
-def _requests(c: Any, spilled: HashMap) -> Iterator[Any]:
+def _requests(c: np.void, spilled: HashMap) -> Iterator[np.void]:
     at_hand = c["requests"]
     for number in range(int(c["answered"]), int(c["made"])):
         request = at_hand[number % len(at_hand)]
@@ -52,7 +52,7 @@ def _requests(c: Any, spilled: HashMap) -> Iterator[Any]:
             yield request
 
 
-def _fill(to: Any, c: Any, request: Any) -> None:
+def _fill(to: np.void, c: np.void, request: np.void) -> None:
     asks = _RECEIVED if c["role"] == pb.HTTP_ROLE_SERVER else _SENT
     ask, answer = c["lanes"][asks], c["lanes"][1 - asks]
     status = int(answer["status"]) if request["number"] == c["answered"] else 0

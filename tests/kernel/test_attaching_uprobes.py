@@ -21,7 +21,12 @@ ENTERED, LEFT = "function_entered", "function_left"
 
 
 def watching(path: Path, tgid: int, *, many: bool = False) -> BpfObject:
-    return toy(path, ENTERED, LEFT, wanted_tgid=tgid, many_places=many)
+    options = {"wanted_tgid": tgid}
+    if many:
+        return BpfObject(
+            path, programs=(), walks=(ENTERED, LEFT), options=options, many_places=True
+        )
+    return toy(path, ENTERED, LEFT, **options)
 
 
 @pytest.fixture(params=[False, True], ids=["each", "many"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from sysconfig import get_path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from tests.support import ROOT, Puppet, built, wait_until
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_descriptors_left"), pytest.mark.long]
 
 MOST_OBJECTS = 65536
+TCP_ULP = 31
 HOOKS = 15  # in a file: where functions begin, and where most of them return
 SOURCES = ROOT / "tests/programs/http"
 # Says, path, status, port of the peer.
@@ -56,6 +59,21 @@ def openssl() -> Path:
 def static_openssl() -> Path:
     """The same, with OpenSSL in the program itself."""
     return built("openssl.static", [SOURCES / "openssl.c"], lambda out: _openssl(out, "-static"))
+
+
+@pytest.fixture(scope="module")
+def openssl_1_1() -> Path:
+    """The same with OpenSSL 1.1, which the wheel of an old psycopg2 brings along."""
+    of_wheel = Path(get_path("platlib")) / "psycopg2_binary.libs"
+    names = ("libssl", "libcrypto")
+    libraries = [path for name in names for path in of_wheel.glob(f"{name}-*.so.1.1")]
+    if len(libraries) != 2:
+        pytest.skip("the wheel of psycopg2 2.9.5 is not for this machine")
+    links = ["-pthread", f"-Wl,-rpath,{of_wheel}", "-Wl,--allow-shlib-undefined"]
+    source = SOURCES / "openssl.c"
+    return built(
+        "openssl.1.1", [source], lambda out: ["cc", "-O2", source, "-o", out, *libraries, *links]
+    )
 
 
 class Server:
@@ -329,9 +347,15 @@ def test_encrypted_bytes_are_never_taken_for_those_of_another_connection(
 
 
 def test_each_function_of_openssl_counts_once_and_peeks_do_not(
-    openssl: Path, static_openssl: Path
+    openssl: Path, static_openssl: Path, openssl_1_1: Path
 ) -> None:
-    for program, how in ((openssl, "plain"), (static_openssl, "plain"), (openssl, "inner")):
+    for program, how in (
+        (openssl, "plain"),
+        (static_openssl, "plain"),
+        (openssl, "inner"),
+        (openssl_1_1, "plain"),
+        (openssl_1_1, "inner"),
+    ):
         with subprocess.Popen(
             [program, how, "40"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
@@ -356,6 +380,42 @@ def test_each_function_of_openssl_counts_once_and_peeks_do_not(
                 wait_until(lambda: left_over(seen, "connections") == 0)
                 assert left_over(seen, "ssl_objects") == 0
             process.stdin.write("x")
+
+
+def has_kernel_tls() -> bool:
+    """Whether the kernel can encrypt what a socket sends."""
+    with socket.socket() as listener, socket.socket() as it:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        it.connect(listener.getsockname())
+        try:
+            it.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
+        except FileNotFoundError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(not has_kernel_tls(), reason="the kernel has no TLS (CONFIG_TLS)")
+def test_what_the_kernel_encrypts_is_seen_with_its_bodies(openssl: Path) -> None:
+    with subprocess.Popen(
+        [openssl, "kernel", "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        port = int(process.stdout.readline())
+        with seeing(process.pid) as seen:
+            process.stdin.write("x")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            for role in (SERVER, CLIENT):
+                found = seen.wait_for(20, role)
+                assert [it[:3] for it in told(found)] == [
+                    ("GET", f"/said/{i}", 200 + i) for i in range(20)
+                ]
+                assert {it.response_body_bytes for it in found} == {1000}
+                assert {(it.tls, it.outcome) for it in found} == {(1, COMPLETE)}
+                assert port in {found[0].remote_port, found[0].local_port}
+        process.stdin.write("x")
 
 
 def test_a_library_that_is_loaded_later_is_found(certificate: Path) -> None:

@@ -72,9 +72,9 @@ MAP(PERCPU_ARRAY, operations, __u32, struct operation, 1, 0);
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
 #define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
 
-/* Where a record is made: for a process, or for a packet or a timer, which may come in between. What
- * OpenSSL has passed is ended by uprobes, too, between which the kernel changes threads: there each
- * thread has its own. */
+/* Where a record is made: for a process, or for a packet or a timer, which may come in between.
+ * What OpenSSL has passed is ended by uprobes, too, between which the kernel changes threads: there
+ * each thread has its own. */
 MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
 
 #define DRAFT_OF_THREAD 2
