@@ -1,9 +1,10 @@
 """How programs get to functions of user space: by a link for many places at once where the kernel
 has that (Linux 6.6), otherwise by a perf event for each place.
 
-One link is attached and detached several times as fast as perf events for the same places, and its
-programs run sooner at each hit, because nothing prepares a perf sample: docs/kernels.md has the
-figures. A program is loaded for one of the two ways (`BpfObject`).
+A link needs CAP_BPF and CAP_PERFMON; a perf event of this kind needs CAP_SYS_ADMIN. One link is
+attached and detached several times as fast as perf events for the same places, and its programs run
+sooner at each hit, because nothing prepares a perf sample: docs/kernels.md has the figures. A
+program is loaded for one of the two ways (`BpfObject`).
 """
 
 from __future__ import annotations
@@ -123,7 +124,10 @@ def _event(path: str, offset: int, *, at_return: bool) -> int:
             config2=offset,
         )
     except OSError as error:
-        raise AttachError(_at([offset]), error.errno or errno.EIO) from error
+        why = ", which needs CAP_SYS_ADMIN" if error.errno == errno.EACCES else ""
+        raise AttachError(
+            f"{_at([offset])} by a perf event{why}", error.errno or errno.EIO
+        ) from error
 
 
 def _set_program(event: int, program_fd: int, offset: int) -> None:

@@ -74,7 +74,17 @@ _EXECUTED: Final = re.compile(
 )
 # Where a program that is yet to be executed will find libssl.
 _LIBRARIES: Final = ("lib/*/libssl.so*", "usr/lib/*/libssl.so*", "usr/lib*/libssl.so*")
+_LIBRARY: Final = "/libssl"
 _DELETED: Final = " (deleted)"
+# What is not seen.
+_NO_ACCESS: Final = (
+    "TLS of other users' processes is not seen: the files that they execute can only be opened "
+    "with CAP_SYS_PTRACE"
+)
+_REPLACED: Final = (
+    "what {} encrypts is not seen: it has been replaced since a process mapped it, and that file "
+    "can only be opened with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"
+)
 
 
 class _Mapped(NamedTuple):
@@ -226,7 +236,12 @@ class TlsHooks:
     def _look_at(self, session: _Session, tgids: Iterable[int]) -> None:
         for tgid in tgids:
             session.seen.add(tgid)
-            for code, where in _executed(tgid):
+            try:
+                executed = list(_executed(tgid))
+            except PermissionError:
+                session.failed.add(_NO_ACCESS)
+                continue
+            for code, where in executed:
                 self._attach(session, code, where)
 
     def _attach(self, session: _Session, code: _Mapped, where: str) -> None:
@@ -251,8 +266,11 @@ class TlsHooks:
             self._refused[key] = f"what {code.path} encrypts is not seen: {error}"
             session.failed.add(self._refused[key])
             _log.warning("%s", self._refused[key])
-        except OSError:
-            return  # the process has ended, or another one took its place
+        except PermissionError:
+            session.failed.add(_NO_ACCESS)
+        except OSError:  # the process has ended, or another one took its place
+            if _LIBRARY in code.path and code.path.endswith(_DELETED) and _runs(code.tgid):
+                session.failed.add(_REPLACED.format(code.path.removesuffix(_DELETED)))
 
     def _attach_file(
         self, session: _Session, file: ProcessFile, found: dict[str, list[int]]
@@ -346,10 +364,13 @@ class _Any:
 
 
 def _executed(tgid: int) -> Iterator[tuple[_Mapped, str]]:
-    """The files that a process has mapped to execute, and where; none if it has ended."""
+    """The files that a process has mapped to execute, and where; none if it has ended. Raises
+    PermissionError."""
     try:
         with open(f"/proc/{tgid}/maps", "rb") as maps:  # noqa: PTH123  quicker
             text = maps.read()
+    except PermissionError:
+        raise
     except OSError:
         return
     for where, _, device, inode, path in _EXECUTED.findall(text):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from sysconfig import get_path
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ import pytest
 from coral.collectors.http_latency.tls import PROGRAMS, TlsHooks
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
-from tests.support import ROOT, Puppet, built, wait_until
+from tests.openssl import openssl_1_1_program, openssl_program, static_openssl_program
+from tests.support import ROOT, Puppet, wait_until
 
 pytestmark = [pytest.mark.usefixtures("nothing_left", "no_descriptors_left"), pytest.mark.long]
 
@@ -43,37 +43,24 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return both
 
 
-def _openssl(out: Path, *flags: str) -> list[str | Path]:
-    libraries = ("-lssl", "-lcrypto", "-ldl")
-    source = SOURCES / "openssl.c"
-    return ["cc", "-O2", "-Wall", "-Wextra", "-pthread", *flags, source, "-o", out, *libraries]
-
-
 @pytest.fixture(scope="module")
 def openssl() -> Path:
     """tests/programs/http/openssl.c."""
-    return built("openssl", [SOURCES / "openssl.c"], _openssl)
+    return openssl_program()
 
 
 @pytest.fixture(scope="module")
 def static_openssl() -> Path:
     """The same, with OpenSSL in the program itself."""
-    return built("openssl.static", [SOURCES / "openssl.c"], lambda out: _openssl(out, "-static"))
+    return static_openssl_program()
 
 
 @pytest.fixture(scope="module")
 def openssl_1_1() -> Path:
-    """The same with OpenSSL 1.1, which the wheel of an old psycopg2 brings along."""
-    of_wheel = Path(get_path("platlib")) / "psycopg2_binary.libs"
-    names = ("libssl", "libcrypto")
-    libraries = [path for name in names for path in of_wheel.glob(f"{name}-*.so.1.1")]
-    if len(libraries) != 2:
-        pytest.skip("the wheel of psycopg2 2.9.5 is not for this machine")
-    links = ["-pthread", f"-Wl,-rpath,{of_wheel}", "-Wl,--allow-shlib-undefined"]
-    source = SOURCES / "openssl.c"
-    return built(
-        "openssl.1.1", [source], lambda out: ["cc", "-O2", source, "-o", out, *libraries, *links]
-    )
+    """The same with OpenSSL 1.1."""
+    if program := openssl_1_1_program():
+        return program
+    pytest.skip("the wheel of psycopg2 2.9.5 is not for this machine")
 
 
 class Server:
