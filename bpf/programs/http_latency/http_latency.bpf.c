@@ -18,9 +18,15 @@
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
+	RECORD_HTTP_SHORT_EXCHANGE,
 };
 
-/* The record of one exchange. */
+/* How many characters of a path a short record has room for. Most of what a record costs are the
+ * cache lines of the ring, which the reader's CPU had last: with its frame, a short one has three.
+ */
+#define SHORT_PATH_BYTES 48
+
+/* The record of one exchange. A short one ends after SHORT_PATH_BYTES of the path. */
 struct http_exchange {
 	struct record_head head;
 	__u64 began_ns; /* CLOCK_MONOTONIC: the first byte of the request */
@@ -51,7 +57,12 @@ struct http_exchange {
 	__u64 path[PATH_BYTES / 8]; /* its characters */
 };
 
+struct http_short_exchange {
+	__u8 bytes[__builtin_offsetof(struct http_exchange, path) + SHORT_PATH_BYTES];
+};
+
 IN_BTF(struct http_exchange, http_exchange);
+IN_BTF(struct http_short_exchange, http_short_exchange);
 IN_BTF(enum record_kind, record_kind);
 
 MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
@@ -128,7 +139,11 @@ SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 {
 	struct http_exchange *exchange = draft_at(at);
 
-	if (exchange)
+	if (!exchange)
+		return 0;
+	if (exchange->head.kind == RECORD_HTTP_SHORT_EXCHANGE)
+		record_send(NULL, slot, exchange, sizeof(struct http_short_exchange));
+	else
 		record_send(NULL, slot, exchange, sizeof(*exchange));
 	return 0;
 }
@@ -183,10 +198,12 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	bool answers = answer->status >= 200 || answer->status == 101;
 	__u32 at = draft_for(outcome);
 	struct http_exchange *to = draft_at(at);
+	bool is_short;
 
 	if (!to)
 		return;
-	to->head.kind = RECORD_HTTP_EXCHANGE;
+	is_short = request->path_bytes <= SHORT_PATH_BYTES;
+	to->head.kind = is_short ? RECORD_HTTP_SHORT_EXCHANGE : RECORD_HTTP_EXCHANGE;
 	to->connection = c->id;
 	to->number = request->number;
 	to->began_ns = request->begun_ns;
@@ -213,7 +230,10 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	__builtin_memcpy(to->path, request->path, PATH_BYTES);
+	if (is_short)
+		__builtin_memcpy(to->path, request->path, SHORT_PATH_BYTES);
+	else
+		__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 		send_draft(slot, at);
 	}
@@ -260,11 +280,11 @@ static long exchange_end(__u32 turn, struct ending *ending)
 }
 
 /* The exchange that waits longest is over; with an outcome that is no answer, all that wait are. */
-SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
+SUBPROGRAM int end_exchanges(struct connection *c, __u32 outcome, __u64 now_ns)
 {
-	struct ending ending = {.c = connection_at(sk), .outcome = outcome, .now_ns = now_ns};
+	struct ending ending = {.c = c, .outcome = outcome, .now_ns = now_ns};
 
-	if (!ending.c)
+	if (!c)
 		return 0;
 	if (outcome & BY_SSL)
 		ssl_thread_prepare(0);
@@ -280,7 +300,7 @@ static __always_inline void exchange_ended(struct connection *c, enum outcome ou
 {
 	if (c->ssl && !(outcome & BY_PACKET))
 		outcome |= BY_SSL;
-	end_exchanges(c->sk, outcome, now_ns);
+	end_exchanges(c, outcome, now_ns);
 }
 
 /* What a session's processes used that was not read, by enum unread: connections, when that became
@@ -390,9 +410,13 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 
 /* The kernel gives the memory of a socket to another one. Its end is only missed where the kernel
  * skips a program. */
-static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk, bool typed)
+static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk,
+					   struct tcp_sock *tp, bool typed)
 {
-	return c->remote_port == remote_port_of(sk, typed) && c->local_port == local_port_of(sk);
+	__u16 local_port = socket_read_if(typed, tp, inet_conn.icsk_inet.inet_sport);
+
+	return c->remote_port == remote_port_of(sk, typed) &&
+	       c->local_port == bpf_ntohs(local_port);
 }
 
 /* The connection of SK, which the current process uses; NULL if no session watches that. */
@@ -404,7 +428,7 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	__u32 tgid = current_tgid(), generation = generation_of(all);
 	__u64 watching;
 
-	if (c && !is_same_socket(c, sk, typed)) {
+	if (c && !is_same_socket(c, sk, tp, typed)) {
 		connection_forget(sk);
 		c = NULL;
 	}
@@ -436,22 +460,20 @@ static __always_inline struct window *ssl_window(void); /* of tls.bpf.h */
 
 /* Functions that the verifier goes through once: each program comes to the parser by these. */
 
-SUBPROGRAM int window_read(__u64 sk)
+SUBPROGRAM int window_read(struct connection *c)
 {
-	struct cursor cursor = {.c = connection_at(sk)};
+	struct cursor cursor = {.c = c};
 
-	if (!cursor.c)
+	if (!c)
 		return 0;
-	cursor.window = cursor.c->ssl ? ssl_window() : window_here();
+	cursor.window = c->ssl ? ssl_window() : window_here();
 	if (cursor.window)
 		bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }
 
-SUBPROGRAM int bytes_unseen(__u64 sk, __u32 direction, __u64 length, __u64 now_ns)
+SUBPROGRAM int bytes_unseen(struct connection *c, __u32 direction, __u64 length, __u64 now_ns)
 {
-	struct connection *c = connection_at(sk);
-
 	if (c)
 		unseen_passed(c, direction, length, now_ns);
 	return 0;
@@ -475,11 +497,11 @@ static long feed_window(__u32 turn, struct feed *feed)
 		return 1;
 	body = body_ahead(lane);
 	if (body >= length) {
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 		return 1;
 	}
 	if (!feed->op->length && !next_piece(feed->op)) {
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 		return 1;
 	}
 	if (length > feed->op->length)
@@ -487,17 +509,17 @@ static long feed_window(__u32 turn, struct feed *feed)
 	if (body) {
 		if (length > body)
 			length = body;
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
 		if (bpf_probe_read_user(window->bytes, length, (void *)feed->op->base)) {
-			bytes_unseen(feed->c->sk, direction, feed->left, now_ns);
+			bytes_unseen(feed->c, direction, feed->left, now_ns);
 			return 1;
 		}
 		window->at = 0;
 		window->end = length;
-		window_read(feed->c->sk);
+		window_read(feed->c);
 	}
 	feed->op->base += length;
 	feed->op->length -= length;
@@ -560,20 +582,17 @@ static __always_inline void leave_unread(struct connection *c, __u32 direction, 
 static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
 	struct feed feed = {.c = c, .left = length};
-	__u64 now_ns = bpf_ktime_get_ns();
 	__u32 zero = 0;
 	bool seen;
 
-	feed.window = window_here();
-	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
-	if (!feed.window || !feed.op)
-		return;
-	feed.window->now_ns = now_ns;
-	feed.window->direction = direction;
 	if (c->unread && c->unread != UNREAD_JOINED) {
 		leave_unread(c, direction, length);
 		return;
 	}
+	feed.window = window_here();
+	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
+	if (!feed.window || !feed.op)
+		return;
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
@@ -584,11 +603,12 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		leave_unread(c, direction, length);
 		return;
 	}
-	lane_of(c, direction)->last_ns = now_ns;
+	feed.window->direction = direction;
+	lane_of(c, direction)->last_ns = feed.window->now_ns = bpf_ktime_get_ns();
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		bytes_unseen(c->sk, direction, length, now_ns);
+		bytes_unseen(c, direction, length, feed.window->now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */
@@ -630,7 +650,7 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 	if (!gap)
 		return;
 	c->unread_last = !direction + 1;
-	bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
+	bytes_unseen(c, !direction, gap, bpf_ktime_get_ns());
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -673,7 +693,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		bytes_unseen(c->sk, direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c, direction, gap, bpf_ktime_get_ns());
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && encrypted_passed(c, direction, length))
