@@ -170,6 +170,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         options = self._options
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
+        self._session["reads_tls"] = options.tls
         self._write_session()
         # There are only rings: nothing is sorted by time when it is read.
         self._open_records({**dict.fromkeys(RECORDS), "process_change": "time_ns"})

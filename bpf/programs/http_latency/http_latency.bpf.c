@@ -96,7 +96,7 @@ SUBPROGRAM int ssl_thread_prepare(__u32 unused);
 /* What user space says about one session. */
 struct http_session {
 	__u32 since; /* the generation in which it began */
-	__u32 reserved;
+	__u32 reads_tls;
 };
 
 MAP(ARRAY, http_sessions, __u32, struct http_session, SESSIONS, 0);

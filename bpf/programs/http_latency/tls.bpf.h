@@ -147,6 +147,21 @@ static __always_inline struct ssl_call *innermost(struct ssl_thread *thread)
 
 /* Connections of SSL objects. */
 
+/* Those of SESSIONS that read TLS: others may have attached these programs. */
+SUBPROGRAM __u64 sessions_of_tls(__u64 sessions)
+{
+	__u64 found = 0;
+
+	for_each_session (slot, sessions) {
+		__u32 key = slot;
+		struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &key);
+
+		if (session && session->reads_tls)
+			found |= session_bit(slot);
+	}
+	return found;
+}
+
 static __always_inline struct connection *ssl_connection_make(const struct ssl_key *key,
 							      struct ssl_object *object,
 							      __u64 watching, __u32 generation,
@@ -203,7 +218,8 @@ static __always_inline struct connection *ssl_connection_used(const struct sessi
 
 	if (c && c->generation == generation)
 		return c->watching ? c : NULL;
-	watching = sessions_in_state(sessions_of_hub(all), key->process, MEMBER_ACTIVE);
+	watching =
+	    sessions_in_state(sessions_of_tls(sessions_of_hub(all)), key->process, MEMBER_ACTIVE);
 	if (c) {
 		/* Calls that no session wanted to see may have come in between. */
 		if (!c->unread && !sessions_of_then(c->watching & watching, c->generation))
@@ -730,7 +746,8 @@ int PROGRAM(coral_ssl_new, struct user_registers *ctx)
 	if (!all || !key.ssl || surely_unwatched_here(all, current_tgid()))
 		return 0;
 	object.generation = generation_of(all);
-	object.watching = sessions_in_state(sessions_of_hub(all), current_tgid(), MEMBER_ACTIVE);
+	object.watching =
+	    sessions_in_state(sessions_of_tls(sessions_of_hub(all)), current_tgid(), MEMBER_ACTIVE);
 	if (!object.watching)
 		return 0;
 	key.process = current_process();

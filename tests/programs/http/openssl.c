@@ -168,8 +168,8 @@ static void send_body(SSL *ssl)
 
 static int response(char *text, int turn)
 {
-	return sprintf(text, "HTTP/1.1 %d Said\r\nContent-Length: %d\r\n\r\n", 200 + turn % 50,
-		       is_by_kernel ? BODY : 0);
+	return sprintf(text, "HTTP/1.1 %d Said\r\nContent-Length: %d\r\n\r\n",
+		       is_by_kernel ? 200 : 200 + turn % 50, is_by_kernel ? BODY : 0);
 }
 
 struct listening {
