@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coral.bpf import Features, Rung, Step, kernel_names
 from coral.bpf.closing import close_all
@@ -31,7 +32,7 @@ from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
-from coral.collectors.http_latency.tls import TlsHooks
+from coral.collectors.http_latency.tls import TlsHooks, uprobes
 from coral.collectors.http_latency.unread import UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import (
@@ -116,7 +117,8 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             features,
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
-            walks=TLS_PROGRAMS,
+            late=TLS_PROGRAMS if self._options.tls else (),
+            many_places=uprobes(features).taken == "uprobe_multi",
             options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
@@ -137,7 +139,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         rung, step = cls.climb(features), sockets(features)
         if reason := _obstacle(rung, step):
             return replace(support, supported=False, reason=reason)
-        return replace(support, steps=(*support.steps, step))
+        return replace(support, steps=(*support.steps, step, uprobes(features)))
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:
@@ -151,6 +153,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         options = self._options
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
+        self._session["reads_tls"] = options.tls
         self._write_session()
         # There are only rings: nothing is sorted by time when it is read.
         self._open_records({**dict.fromkeys(RECORDS), "process_change": "time_ns"})
@@ -182,13 +185,17 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        return self._requests.rows(exchanges_of(records), records["process_change"])
+        exchanges = self._with_untold(exchanges_of(records))
+        return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        exchanges = exchanges_of(self._drain_records())
+        exchanges = self._with_untold(exchanges_of(self._drain_records()))
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
+
+    def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
+        return self._tls.untold(self._slot, exchanges) if self._tls is not None else exchanges
 
     def _read_unread(self) -> Mapping[str, Unread]:
         return self._unread.read()
