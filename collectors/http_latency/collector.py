@@ -24,6 +24,7 @@ from coral.collectors.contract import (
     Support,
     Unread,
 )
+from coral.collectors.http_latency.details import Wants
 from coral.collectors.http_latency.events import RequestRows
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
@@ -93,7 +94,24 @@ class HttpLatencyOptions(KernelOptions):
         "with mode=events: send only requests with a status of 500 or more, and those that were "
         "aborted before a response",
     )
-
+    include_query: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy the query of requests, too, as far as the 256 bytes for the path "
+        "have room for it; queries can have secrets in them",
+    )
+    include_host: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy 64 bytes of the host that requests are for, by their target or "
+        "their `Host` header",
+    )
+    traceparent: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy the ids of the trace and of the parent span from valid "
+        "`traceparent` headers of requests (W3C Trace Context)",
+    )
     tls: bool = option(
         boolean(),
         "true",
@@ -102,14 +120,27 @@ class HttpLatencyOptions(KernelOptions):
     )
 
     def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError`, too, for a filter of single events without single events."""
+        """Raises `OptionError`, too, for an option of single events without single events."""
         super().check(service)
+        flags = ("errors_only", "include_query", "include_host", "traceparent")
         for name, value in (
             ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
-            ("errors_only", "true" if self.errors_only else ""),
+            *((flag, "true" if getattr(self, flag) else "") for flag in flags),
         ):
             if value and not self.single_events:
                 raise OptionError(name, value, "it with mode=events only")
+
+    @property
+    def wants(self) -> Wants:
+        """What is copied of requests besides their path."""
+        wanted = Wants(0)
+        if self.include_query:
+            wanted |= Wants.QUERY
+        if self.traceparent:
+            wanted |= Wants.TRACE
+        if self.include_host:
+            wanted |= Wants.HOST
+        return wanted
 
 
 @cache
@@ -166,8 +197,11 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         options = self._options
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
+        self._session["wants"] = int(options.wants)
         self._write_session()
-        self._open_records({"http_exchange": "ended_ns", "process_change": "time_ns"})
+        # A ring keeps the order of its records.
+        self._exchanges = "http_detailed" if options.wants else "http_exchange"
+        self._open_records({self._exchanges: None, "process_change": "time_ns"})
         self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
@@ -196,10 +230,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        return self._requests.rows(records["http_exchange"], records["process_change"])
+        return self._requests.rows(records[self._exchanges], records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        exchanges = self._drain_records()["http_exchange"]
+        exchanges = self._drain_records()[self._exchanges]
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)

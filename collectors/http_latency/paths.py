@@ -19,7 +19,7 @@ _NO_PATH: Final = np.uint64(0)  # in place of a hash
 
 
 def path_text(path: bytes) -> str:
-    """PATH as text: percent-escapes for bytes that are not UTF-8, and for characters that a
+    """PATH, or another part of a target, as text: percent-escapes for bytes that are not UTF-8, and for characters that a
     terminal or a log would act on."""
     text = path.decode(errors="surrogateescape")
     if is_printable(text):

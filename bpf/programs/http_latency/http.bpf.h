@@ -2,7 +2,8 @@
 /*
  * One idiom: HTTP/1.0 and 1.1, read byte by byte (RFC 9112). The state of a connection holds
  * everything that was read, so that the answer is the same however the bytes are cut. It copies
- * nothing but the path, and looks at no header but Content-Length and Transfer-Encoding.
+ * nothing but the path, and looks at no header but Content-Length and Transfer-Encoding; where a
+ * session wants more of a request, see details.bpf.h.
  *
  * The parser knows of no socket, no map and no clock, and is compiled in user space too, for tests.
  * Whoever includes it says what to do when the oldest exchange is over (with OUTCOME_COMPLETE or
@@ -15,6 +16,7 @@
 #pragma once
 
 #define PATH_BYTES 256
+#define HOST_BYTES 64
 #define PIPELINE   256 /* requests that wait for their responses on one connection */
 #define AT_HAND	   2   /* the newest of them; whoever includes this keeps the others */
 #define WINDOW	   512 /* bytes that are copied from user memory at once */
@@ -77,6 +79,8 @@ enum place {
 	AT_VALUE, /* of a header that does not matter */
 	AT_LENGTH,
 	AT_CODING,
+	AT_HOST,
+	AT_TRACE,
 	AT_FOLD, /* after a header that matters, which may go on in the next line */
 	AT_HEAD_END,
 	AT_BODY,
@@ -113,12 +117,17 @@ struct lane {
 	__u8 name;   /* which header it may be */
 	__u8 flags;
 	__u8 version; /* minor */
-	__u8 reserved[5];
+	__u8 wants;   /* of a request: what is copied besides its path, see details.bpf.h */
+	__u8 reserved[4];
 };
 
 /* Of a request. */
 #define PATH_CUT     1 /* longer than PATH_BYTES */
-#define PATH_QUERIED 2 /* it had a query, which was not copied */
+#define PATH_QUERIED 2 /* it had a query */
+#define QUERY_CUT    4 /* it is not whole: it had no room behind the path, or has not passed */
+#define HOST_CUT     8 /* likewise: longer than HOST_BYTES, or has not passed */
+#define TRACE_SEEN   16
+#define HAS_TRACE    32 /* a valid one */
 
 struct request {
 	__u64 begun_ns;
@@ -130,8 +139,15 @@ struct request {
 	__u8 method;
 	__u8 version;
 	__u8 flags;
-	__u8 reserved[7];
+	__u8 wants; /* as of the lane when it began */
+	__u16 query_bytes;
+	__u8 host_bytes;
+	__u8 reserved[3];
 	__u64 path[PATH_BYTES / 8]; /* characters; in words, which are quicker to copy */
+	/* Where they are wanted, `query_bytes` more follow the path in its place; and: */
+	__u64 host[HOST_BYTES / 8];
+	__u64 trace[2];
+	__u64 parent;
 };
 
 #define ADDRESS_BYTES 16
@@ -159,7 +175,7 @@ struct connection {
 	__u64 ssl;  /* the object of OpenSSL whose decrypted bytes are read; 0 for a socket */
 	__u64 tied; /* `sk` of the socket that carries these; of a socket: of what it carries */
 	__u32 encrypted; /* operations of TLS that has not been read so far */
-	__u32 reserved;
+	__u32 wants;	 /* what the sessions `watching` want of its requests */
 	struct lane lanes[2];	/* by direction */
 	__u8 methods[PIPELINE]; /* of the requests that wait, by number */
 	struct request requests[AT_HAND];
@@ -183,6 +199,7 @@ struct window {
 struct cursor {
 	struct connection *c;
 	struct window *window;
+	__u64 wants; /* of the window, see details_wanted */
 };
 
 #define FNV_OFFSET 0xCBF29CE484222325ULL
@@ -291,6 +308,7 @@ static __always_inline void message_begin(struct lane *lane, __u64 now_ns)
 	lane->body_bytes = lane->left = 0;
 	lane->flags = 0;
 	lane->status = 0;
+	lane->wants = 0;
 }
 
 static __always_inline void request_begin(struct connection *c, struct lane *lane, __u64 now_ns)
@@ -306,6 +324,7 @@ static __always_inline void request_begin(struct connection *c, struct lane *lan
 	request->path_hash = FNV_OFFSET;
 	request->path_bytes = 0;
 	request->flags = 0;
+	lane->wants = c->wants | request->wants; /* see details_begin */
 	token_begin(lane, AT_METHOD);
 }
 
@@ -952,6 +971,8 @@ static __always_inline __u32 token_started(struct cursor *cursor, struct lane *l
 	return 0;
 }
 
+#include "details.bpf.h"
+
 static __always_inline bool skips_line(__u8 place)
 {
 	return place == AT_VALUE || place == AT_REASON || place == AT_CHUNK_EXTENSION ||
@@ -969,13 +990,20 @@ static __always_inline void line_ended(struct lane *lane)
 /* Takes in at least one byte of the window; 1 at its end. */
 static long http_step(__u32 turn, struct cursor *cursor)
 {
-	struct connection *c = cursor->c;
-	struct lane *lane = lane_of(c, cursor->window->direction);
-	__u32 at = cursor->window->at, end = cursor->window->end;
-	__u64 body, now_ns = cursor->window->now_ns;
-	__u32 started;
+	struct connection *c;
+	struct lane *lane;
+	__u32 at, end, started;
+	__u64 body, now_ns;
 	__u8 place, b;
 
+	if (cursor->wants && details_taken(cursor))
+		return 0;
+	asm volatile("" : "+r"(cursor)); /* nothing is kept over the call: less stack */
+	c = cursor->c;
+	lane = lane_of(c, cursor->window->direction);
+	at = cursor->window->at;
+	end = cursor->window->end;
+	now_ns = cursor->window->now_ns;
 	if (at >= end)
 		return 1;
 	started = token_started(cursor, lane);

@@ -18,6 +18,7 @@
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
+	RECORD_HTTP_DETAILED,
 };
 
 /* The record of one exchange. */
@@ -51,7 +52,19 @@ struct http_exchange {
 	__u64 path[PATH_BYTES / 8]; /* its characters */
 };
 
+/* Instead, for a session that wants more of requests: what it does not want is zero. */
+struct http_detailed {
+	struct http_exchange exchange; /* the query follows the path in its place */
+	__u64 trace[2];
+	__u64 parent;
+	__u64 host[HOST_BYTES / 8];
+	__u16 query_bytes;
+	__u8 host_bytes;
+	__u8 reserved[5];
+};
+
 IN_BTF(struct http_exchange, http_exchange);
+IN_BTF(struct http_detailed, http_detailed);
 IN_BTF(enum record_kind, record_kind);
 
 MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
@@ -72,17 +85,24 @@ MAP(PERCPU_ARRAY, operations, __u32, struct operation, 1, 0);
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
 #define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
 
-/* Where a record is made: for a process, or for a packet or a timer, which may come in between. */
-MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
+/* Where a record is made. */
+struct draft {
+	struct http_detailed record;
+	__u64 wants;	     /* what any session may want of it; if so: */
+	struct request kept; /* from which each is made */
+};
+
+/* For a process, or for a packet or a timer, which may come in between. */
+MAP(PERCPU_ARRAY, drafts, __u32, struct draft, 2, 0);
 
 #define DRAFT_OF_THREAD 2
 
-static __always_inline struct http_exchange *draft_of_thread(void);
+static __always_inline struct draft *draft_of_thread(void);
 
 /* What user space says about one session. */
 struct http_session {
 	__u32 since; /* the generation in which it began */
-	__u32 reserved;
+	__u32 wants; /* of a request, see details.bpf.h */
 };
 
 MAP(ARRAY, http_sessions, __u32, struct http_session, SESSIONS, 0);
@@ -106,9 +126,24 @@ SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
 	return found;
 }
 
-static __always_inline struct http_exchange *draft_at(__u32 at)
+/* What any of the sessions WATCHING wants of a request. */
+SUBPROGRAM __u32 wants_of(__u64 watching)
 {
-	struct http_exchange *of_thread = at == DRAFT_OF_THREAD ? draft_of_thread() : NULL;
+	__u32 found = 0;
+
+	for_each_session (slot, watching) {
+		__u32 key = slot;
+		struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &key);
+
+		if (session)
+			found |= session->wants;
+	}
+	return found;
+}
+
+static __always_inline struct draft *draft_at(__u32 at)
+{
+	struct draft *of_thread = at == DRAFT_OF_THREAD ? draft_of_thread() : NULL;
 
 	if (of_thread)
 		return of_thread;
@@ -124,14 +159,77 @@ static __always_inline __u32 draft_for(__u32 outcome)
 	return outcome & BY_PACKET ? 1 : 0;
 }
 
+/* Removes everything behind the path. */
+static __always_inline void query_forget(struct http_exchange *exchange)
+{
+	__u32 length = exchange->path_bytes;
+
+	for (__u32 i = 0; i < PATH_BYTES / 8; i++) {
+		if (i * 8 >= length)
+			exchange->path[i] = 0;
+		else if (length - i * 8 < 8)
+			exchange->path[i] &= (1ULL << 8 * (length - i * 8)) - 1;
+	}
+}
+
+/* Makes the record for one session of a draft of which others may want more, or less. */
+SUBPROGRAM int draft_for_session(__u32 slot, __u32 at)
+{
+	struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &slot);
+	struct draft *draft = draft_at(at);
+	struct http_detailed *to;
+	__u32 wants;
+
+	if (!draft || !session)
+		return 0;
+	to = &draft->record;
+	wants = session->wants;
+	to->exchange.head.kind = wants ? RECORD_HTTP_DETAILED : RECORD_HTTP_EXCHANGE;
+	__builtin_memcpy(to->exchange.path, draft->kept.path, PATH_BYTES);
+	to->query_bytes = draft->kept.query_bytes;
+	if (!(wants & WANTS_QUERY)) {
+		to->query_bytes = 0;
+		query_forget(&to->exchange);
+	}
+	to->trace[0] = to->trace[1] = to->parent = 0;
+	if (wants & WANTS_TRACE && draft->kept.flags & HAS_TRACE) {
+		to->trace[0] = draft->kept.trace[0];
+		to->trace[1] = draft->kept.trace[1];
+		to->parent = draft->kept.parent;
+	}
+	to->host_bytes = wants & WANTS_HOST ? draft->kept.host_bytes : 0;
+	for (int i = 0; i < HOST_BYTES / 8; i++)
+		to->host[i] = wants & WANTS_HOST ? draft->kept.host[i] : 0;
+	return 0;
+}
+
 /* Sends a draft to one session. */
 SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 {
-	struct http_exchange *exchange = draft_at(at);
+	struct draft *draft = draft_at(at);
 
-	if (exchange)
-		record_send(NULL, slot, exchange, sizeof(*exchange));
+	if (draft)
+		record_send(NULL, slot, &draft->record.exchange, sizeof(struct http_exchange));
 	return 0;
+}
+
+SUBPROGRAM int send_detailed_draft(__u32 slot, __u32 at)
+{
+	struct draft *draft = draft_at(at);
+
+	if (draft)
+		record_send(NULL, slot, &draft->record, sizeof(draft->record));
+	return 0;
+}
+
+static __always_inline void send_to(const struct draft *draft, __u32 slot, __u32 at)
+{
+	if (draft->wants)
+		draft_for_session(slot, at);
+	if (draft->record.exchange.head.kind == RECORD_HTTP_DETAILED)
+		send_detailed_draft(slot, at);
+	else
+		send_draft(slot, at);
 }
 
 static __always_inline struct connection *connection_at(__u64 sk)
@@ -183,10 +281,12 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool answers = answer->status >= 200 || answer->status == 101;
 	__u32 at = draft_for(outcome);
-	struct http_exchange *to = draft_at(at);
+	struct draft *draft = draft_at(at);
+	struct http_exchange *to;
 
-	if (!to)
+	if (!draft)
 		return;
+	to = &draft->record.exchange;
 	to->head.kind = RECORD_HTTP_EXCHANGE;
 	to->connection = c->id;
 	to->number = request->number;
@@ -215,8 +315,11 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
 	__builtin_memcpy(to->path, request->path, PATH_BYTES);
+	draft->wants = c->wants | request->wants;
+	if (draft->wants)
+		__builtin_memcpy(&draft->kept, request, sizeof(*request));
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
-		send_draft(slot, at);
+		send_to(draft, slot, at);
 	}
 }
 
@@ -415,6 +518,7 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	if (!c)
 		return NULL;
 	c->watching = watching;
+	c->wants = wants_of(watching);
 	c->generation = generation;
 	c->tgid = tgid;
 	c->born = born_of(kernel_read(this_task(), group_leader));
@@ -441,8 +545,10 @@ SUBPROGRAM int window_read(__u64 sk)
 	if (!cursor.c)
 		return 0;
 	cursor.window = cursor.c->ssl ? ssl_window() : window_here();
-	if (cursor.window)
-		bpf_loop(WINDOW, http_step, &cursor, 0);
+	if (!cursor.window)
+		return 0;
+	cursor.wants = details_wanted(cursor.c, cursor.window->direction);
+	bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }
 

@@ -48,7 +48,7 @@ struct ssl_thread {
 	struct heard heard;
 	struct operation op;
 	struct window window;
-	struct http_exchange draft;
+	struct draft draft;
 };
 
 #define THREAD_STATE struct ssl_thread
@@ -91,11 +91,14 @@ static __always_inline struct ssl_thread *ssl_thread_make(void)
 	return thread ?: thread_state_make(&me, (void *)element(no_ssl_thread, 0));
 }
 
-static __always_inline struct http_exchange *draft_of_thread(void)
+static __always_inline struct draft *draft_of_thread(void)
 {
 	struct ssl_thread *thread = ssl_thread();
 
-	return thread ? &thread->draft : NULL;
+	if (!thread)
+		return NULL;
+	barrier_var(thread); /* clang would add to NULL, which the verifier does not like */
+	return &thread->draft;
 }
 
 static __always_inline __u64 current_process(void)
@@ -187,6 +190,7 @@ static __always_inline struct connection *ssl_connection_used(const struct sessi
 	if (!c)
 		return NULL;
 	c->watching = watching;
+	c->wants = wants_of(watching);
 	c->generation = generation;
 	return watching ? c : NULL;
 }
