@@ -7,12 +7,14 @@ an interval, by array.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coral.bpf import Features, Rung, Step, kernel_names
 from coral.bpf.closing import close_all
@@ -33,7 +35,8 @@ from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
 from coral.collectors.http_latency.tls import TlsHooks
-from coral.collectors.http_latency.unread import UnreadCounts
+from coral.collectors.http_latency.unfinished import Unfinished
+from coral.collectors.http_latency.unread import IN_PROGRESS, UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector, KernelOptions
 from coral.collectors.options import (
@@ -157,6 +160,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _plan(self, features: Features) -> Plan:
         self._tls: TlsHooks | None = None
+        self._in_progress = Unread(0, 0)
         return Plan(
             _OBJECT,
             features,
@@ -203,6 +207,9 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._exchanges = "http_detailed" if options.wants else "http_exchange"
         self._open_records({self._exchanges: None, "process_change": "time_ns"})
         self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
+        dtype = self._slot.object.btf.struct_dtype(self._exchanges)
+        self._unfinished = Unfinished(dtype, options.wants)
+        self._slot.before_detach = self._read_unfinished
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -230,16 +237,36 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        return self._requests.rows(records[self._exchanges], records["process_change"])
+        exchanges = records[self._exchanges]
+        if len(unfinished := self._left_unfinished(exchanges)):
+            exchanges = np.concatenate([exchanges, unfinished])
+        return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
         exchanges = self._drain_records()[self._exchanges]
+        self._left_unfinished(exchanges)  # which have no times to sum
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
 
     def _read_unread(self) -> Mapping[str, Unread]:
-        return self._unread.read()
+        unread = self._unread.read()
+        in_progress, self._in_progress = self._in_progress, Unread(0, 0)
+        return {**unread, IN_PROGRESS: in_progress} if in_progress.count else unread
+
+    def _read_unfinished(self) -> None:
+        """Before programs forget which requests the session waits for."""
+        maps = (self._slot.object.map(name) for name in ("connections", "spilled_requests"))
+        self._unfinished.read(*maps, self._slot.bit, self._slot.since, time.monotonic_ns())
+
+    def _left_unfinished(self, exchanges: NDArray[Any]) -> NDArray[Any]:
+        """With the last records of a session that has ended, EXCHANGES, its requests that have not;
+        else none."""
+        self._unfinished.forget(exchanges)
+        if self._slot.attached or (self._records and self._records.pending_bytes):
+            return exchanges[:0]
+        records, self._in_progress = self._unfinished.take()
+        return records
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())

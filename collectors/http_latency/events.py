@@ -86,7 +86,11 @@ class RequestRows:
 
     def _fill(self, rows: NDArray[Any], records: NDArray[Any], strings: Strings) -> None:
         rows["time_ns"] = CLOCK.unix_ns(records["began_ns"])
-        rows["duration_ns"] = since_began_ns(records, "ended_ns")
+        rows["duration_ns"] = np.where(
+            records["outcome"] == pb.HTTP_OUTCOME_IN_PROGRESS,
+            0,
+            since_began_ns(records, "ended_ns"),
+        )
         rows["request_ns"] = since_began_ns(records, "asked_ns")
         rows["first_byte_ns"] = first_byte_ns(records)
         rows["connection_id"] = records["connection"]

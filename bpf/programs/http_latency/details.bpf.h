@@ -57,7 +57,8 @@ static __always_inline __u32 details_wanted(const struct connection *c, __u32 di
 	return wants;
 }
 
-/* With the name of a lane, which is not needed for names there: more came than there is room for. */
+/* With the name of a lane, which is not needed for names there: more came than there is room for.
+ */
 #define IS_OVER 0x80
 
 static __always_inline void host_add(struct request *request, struct lane *lane, __u8 b)
@@ -94,8 +95,8 @@ static __always_inline __u32 tunnel_taken(struct request *request, struct lane *
 /* The next character of scheme://user@host:port, which another step takes in. */
 static __always_inline void authority_seen(struct request *request, struct lane *lane, __u8 b)
 {
-	bool is_host = request->method == METHOD_CONNECT ? !lane->column
-							 : lane->column == 2 && lane->name;
+	bool is_host =
+	    request->method == METHOD_CONNECT ? !lane->column : lane->column == 2 && lane->name;
 
 	if (b == '/' && lane->column == 1)
 		lane->name = (lane->word & 0xFFFF) == (':' << 8 | '/');
@@ -245,8 +246,8 @@ static __always_inline bool trace_digit(struct request *request, struct lane *la
 	return true;
 }
 
-static __always_inline bool trace_separator(struct request *request, struct lane *lane,
-					    __u8 column, __u8 b)
+static __always_inline bool trace_separator(struct request *request, struct lane *lane, __u8 column,
+					    __u8 b)
 {
 	if (b != '-')
 		return false;

@@ -58,9 +58,10 @@ enum unread {
 	UNREAD_HTTP2,
 	UNREAD_OTHER, /* another protocol */
 	UNREAD_UPGRADED,
-	UNREAD_BEHIND, /* more requests waited than are kept: which response is whose is not known
-			*/
-	UNREAD_PEER,   /* no connection: an exchange over TLS, of which the peer is not known */
+	UNREAD_BEHIND,	 /* more requests waited than are kept: which response is whose is not known
+			  */
+	UNREAD_PEER,	 /* no connection: an exchange over TLS, of which the peer is not known */
+	UNREAD_IO_URING, /* no connection: operations of io_uring, whose bytes cannot be seen */
 };
 
 /* Where in a message the next byte lies. */
@@ -174,8 +175,8 @@ struct connection {
 	__u64 unread_last; /* enum direction + 1 of the last bytes that were not read */
 	__u64 ssl;  /* the object of OpenSSL whose decrypted bytes are read; 0 for a socket */
 	__u64 tied; /* `sk` of the socket that carries these; of a socket: of what it carries */
-	__u32 encrypted; /* operations of TLS that has not been read so far */
-	__u32 wants;	 /* what the sessions `watching` want of its requests */
+	__u32 encrypted;	/* operations of TLS that has not been read so far */
+	__u32 wants;		/* what the sessions `watching` want of its requests */
 	struct lane lanes[2];	/* by direction */
 	__u8 methods[PIPELINE]; /* of the requests that wait, by number */
 	struct request requests[AT_HAND];

@@ -385,9 +385,10 @@ static __always_inline void exchange_ended(struct connection *c, enum outcome ou
 }
 
 /* What a session's processes used that was not read, by enum unread: connections, when that became
- * clear, and their bytes, when they end. At UNREAD_NONE, operations whose bytes could not be seen.
+ * clear, and their bytes, when they end. At UNREAD_NONE and UNREAD_IO_URING, operations whose bytes
+ * could not be seen.
  */
-#define UNREADS 8 /* a power of two */
+#define UNREADS 16 /* a power of two */
 
 struct http_unread {
 	__u64 count[UNREADS];
@@ -680,7 +681,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	}
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
-		count_unread(c->watching, UNREAD_NONE, 1, length);
+		count_unread(c->watching, by_io_uring() ? UNREAD_IO_URING : UNREAD_NONE, 1, length);
 	/* Where the same side has just sent something that was not read, this may be more of that.
 	 */
 	if (c->unread &&
