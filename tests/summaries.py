@@ -65,6 +65,14 @@ EXCHANGE = np.dtype(
     ]
 )  # fmt: skip
 
+# struct http_detailed.
+DETAILED = np.dtype(
+    [
+        ("exchange", EXCHANGE), ("trace", "u8", (2,)), ("parent", "u8"), ("host", "u8", (8,)),
+        ("query_bytes", "u2"), ("host_bytes", "u1"),
+    ]
+)  # fmt: skip
+
 
 def increase(seed: int, count: int) -> Increase:
     """Calls of COUNT pairs of process and system call."""
