@@ -103,9 +103,10 @@ class Seen:
 
 
 def _request(record: Any, strings: Any) -> Request:
-    numbers = {name: int(record[name]) for name in _NUMBERS}
+    values: dict[str, Any] = {name: int(record[name]) for name in _NUMBERS}
+    values |= {name: strings[record[name]] for name in _TEXTS}
     method = pb.HttpMethod.Name(int(record["method"])).removeprefix("HTTP_METHOD_")
-    return Request(method=method, **{name: strings[record[name]] for name in _TEXTS}, **numbers)
+    return Request(method=method, **values)
 
 
 @contextmanager

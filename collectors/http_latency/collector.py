@@ -256,8 +256,14 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_unfinished(self) -> None:
         """Before programs forget which requests the session waits for."""
-        maps = (self._slot.object.map(name) for name in ("connections", "spilled_requests"))
-        self._unfinished.read(*maps, self._slot.bit, self._slot.since, time.monotonic_ns())
+        slot, maps = self._slot, self._slot.object
+        self._unfinished.read(
+            maps.map("connections"),
+            maps.map("spilled_requests"),
+            slot.bit,
+            slot.since,
+            time.monotonic_ns(),
+        )
 
     def _left_unfinished(self, exchanges: NDArray[Any]) -> NDArray[Any]:
         """With the last records of a session that has ended, EXCHANGES, its requests that have not;

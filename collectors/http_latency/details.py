@@ -1,5 +1,5 @@
-"""What a session can have copied of the head of a request besides its path: query, host, and the ids
-of a trace. The C side is details.bpf.h."""
+"""What a session can have copied of the head of a request besides its path: query, host, and the
+ids of a trace. The C side is details.bpf.h."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ _NO_PATH: Final = np.uint64(0)  # in place of a hash
 
 
 def path_text(path: bytes) -> str:
-    """PATH, or another part of a target, as text: percent-escapes for bytes that are not UTF-8, and for characters that a
-    terminal or a log would act on."""
+    """PATH, or another part of a head, as text: percent-escapes for bytes that are not UTF-8, and
+    for characters that a terminal or a log would act on."""
     text = path.decode(errors="surrogateescape")
     if is_printable(text):
         return text

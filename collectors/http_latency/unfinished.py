@@ -41,7 +41,7 @@ class Unfinished:
 
     def __init__(self, dtype: np.dtype[Any], wants: Wants) -> None:
         self._wants = wants
-        self.records = np.empty(0, dtype)
+        self.records: NDArray[Any] = np.empty(0, dtype)
         self._unknown = 0
 
     def read(
@@ -56,9 +56,7 @@ class Unfinished:
                 parts.append(self._records_of(waiting, spilled, now_ns))
         self.records = np.concatenate(parts)
 
-    def _records_of(
-        self, connections: NDArray[Any], spilled: HashMap, now_ns: int
-    ) -> NDArray[Any]:
+    def _records_of(self, connections: NDArray[Any], spilled: HashMap, now_ns: int) -> NDArray[Any]:
         of, numbers = waiting_numbers(connections)
         requests = connections["requests"][of, numbers % _AT_HAND]
         is_here = requests["number"] == numbers
@@ -76,7 +74,7 @@ class Unfinished:
                     requests[at], is_here[at] = request, True
         self._unknown += int((~is_here).sum())
         of, requests = of[is_here], requests[is_here]
-        records = np.zeros(len(of), self.records.dtype)
+        records: NDArray[Any] = np.zeros(len(of), self.records.dtype)
         is_detailed = "exchange" in (records.dtype.names or ())
         fill(records["exchange"] if is_detailed else records, connections[of], requests, now_ns)
         if is_detailed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Final
 
 import pytest
@@ -52,6 +53,13 @@ def both_ends() -> Iterator[Puppet]:
         yield puppet
 
 
+def watching(
+    puppet: Puppet, options: Mapping[str, str], without: tuple[str, ...] = ()
+) -> AbstractContextManager[Seen]:
+    """What a session with OPTIONS sees of a process."""
+    return seeing(puppet.pid, without=without, tls="false", **options)
+
+
 def details(request: Request) -> tuple[str, str, str, str]:
     return request.query, request.host, request.trace_id, request.parent_span_id
 
@@ -68,7 +76,7 @@ def seen_details(seen: Seen, count: int) -> list[tuple[str, str, str, str]]:
 def test_details_are_copied_wherever_the_head_is_cut(
     both_ends: Puppet, without: tuple[str, ...]
 ) -> None:
-    with seeing(both_ends.pid, without=without, tls="false", **ALL) as seen:
+    with watching(both_ends, ALL, without) as seen:
         code = f"head = {HEAD!r}\nfor n in range(1, len(head)): exchange(head[:n], head[n:])"
         both_ends.do(f"exec({code!r})")
         assert seen_details(seen, len(HEAD) - 1) == [EVERYTHING] * (len(HEAD) - 1)
@@ -85,8 +93,8 @@ def test_each_session_has_what_it_asks_for_and_nothing_else(both_ends: Puppet, o
         "": NOTHING,
     }[option]
     with (
-        seeing(both_ends.pid, tls="false", **own) as one,
-        seeing(both_ends.pid, tls="false", **ALL) as other,
+        watching(both_ends, own) as one,
+        watching(both_ends, ALL) as other,
     ):
         for _ in range(3):
             both_ends.do(f"exchange({HEAD!r})")
@@ -99,7 +107,7 @@ def test_no_byte_of_a_query_leaves_the_kernel_for_a_session_that_does_not_ask(
 ) -> None:
     config = {"pid": str(both_ends.pid), "mode": "events", "tls": "false"}
     collector = HttpLatencyCollector.create(config, None, bpf.probe())
-    with at_work(collector), seeing(both_ends.pid, tls="false", **ALL) as other:
+    with at_work(collector), watching(both_ends, ALL) as other:
         for path in (b"/", b"/users/7", b"/seventeen-letters"):
             both_ends.do(f"exchange({HEAD.replace(b'/users/7', path)!r})")
         seen_details(other, 3)
@@ -116,9 +124,9 @@ def test_no_byte_of_a_query_leaves_the_kernel_for_a_session_that_does_not_ask(
 
 
 def test_a_session_that_begins_later_has_the_details_of_the_next_request(both_ends: Puppet) -> None:
-    with seeing(both_ends.pid, tls="false") as first:
+    with watching(both_ends, {}) as first:
         both_ends.do(f"exchange({HEAD!r})")
-        with seeing(both_ends.pid, tls="false", **ALL) as second:
+        with watching(both_ends, ALL) as second:
             for _ in range(2):
                 both_ends.do(f"exchange({HEAD!r})")
             assert seen_details(second, 2) == [EVERYTHING] * 2
@@ -127,10 +135,8 @@ def test_a_session_that_begins_later_has_the_details_of_the_next_request(both_en
 
 
 def test_pipelined_requests_keep_their_own_details(both_ends: Puppet) -> None:
-    heads = b"".join(
-        b"GET /%d?q=%d HTTP/1.1\r\nHost: h%d\r\n\r\n" % (n, n, n) for n in range(20)
-    )
-    with seeing(both_ends.pid, tls="false", **ALL) as seen:
+    heads = b"".join(b"GET /%d?q=%d HTTP/1.1\r\nHost: h%d\r\n\r\n" % (n, n, n) for n in range(20))
+    with watching(both_ends, ALL) as seen:
         both_ends.do(f"exchange({heads!r})")
         answers = b"HTTP/1.1 204 No Content\r\n\r\n" * 19
         both_ends.do(f"s.sendall({answers!r}); c.recv({len(answers)}, socket.MSG_WAITALL)")
@@ -138,7 +144,7 @@ def test_pipelined_requests_keep_their_own_details(both_ends: Puppet) -> None:
 
 
 def test_what_is_too_long_is_cut_and_marked(both_ends: Puppet) -> None:
-    with seeing(both_ends.pid, tls="false", **ALL) as seen:
+    with watching(both_ends, ALL) as seen:
         head = b"GET /a?%b HTTP/1.1\r\nHost: %b\r\n\r\n" % (b"q" * 300, b"h" * 65)
         both_ends.do(f"exchange({head!r})")
         assert seen_details(seen, 1) == [("q" * 254 + "…", "h" * 64 + "…", "", "")]

@@ -183,7 +183,7 @@ def test_many_drains_at_the_end_tell_each_request_once(both_ends: Puppet) -> Non
         collector.bpf_object.detach()
         outcomes: list[int] = []
         told = 0
-        while collector.records and collector.records.pending_bytes or not outcomes:
+        while (collector.records and collector.records.pending_bytes) or not outcomes:
             batch = collector.drain()
             assert isinstance(batch.rows, EventRows)
             outcomes += batch.rows.records["outcome"].tolist()

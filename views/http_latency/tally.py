@@ -17,7 +17,8 @@ from coral.views.http_latency.words import OTHER, is_error, outcome_of
 from coral.views.intervals import Intervals
 from coral.wire.http import BOUNDS_NS
 
-TEXTS: Final = ("comm", "path", "route", "query", "host", "trace_id", "parent_span_id")  # fields of an event that point to strings
+# Fields of an event that point to strings.
+TEXTS: Final = ("comm", "path", "route", "query", "host", "trace_id", "parent_span_id")
 _NS_PER_MS: Final = 1_000_000
 _MOST_ROUTES: Final = 10_000
 _MOST_SLOWEST: Final = 20
