@@ -282,8 +282,38 @@ static __always_inline bool trace_step(struct request *request, struct lane *lan
 	return trace_digit(request, lane, column, b);
 }
 
-static __always_inline __u32 trace_taken(struct request *request, struct lane *lane, __u8 b)
+/* As many digits of the trace and of its parent as there are in a step. */
+static __always_inline __u32 digits_taken(struct cursor *cursor, struct request *request,
+					  struct lane *lane)
 {
+	__u32 at = cursor->window->at, column = lane->column, passed = 0;
+	__u64 word = lane->word;
+	__u8 digit, b;
+
+	for (; passed < RUN && at < cursor->window->end; passed++, at++, column++) {
+		b = cursor->window->bytes[at & (WINDOW - 1)];
+		digit = digit_of(b);
+		if (digit > 15 || (b >= 'A' && b <= 'F') || column == TRACE_END ||
+		    column >= PARENT_END)
+			break;
+		word = word << 4 | digit;
+		if (column == HALF_TRACE)
+			request->trace[0] = word;
+	}
+	lane->word = word;
+	lane->column = column;
+	return passed;
+}
+
+static __always_inline __u32 trace_taken(struct cursor *cursor, struct request *request,
+					 struct lane *lane, __u8 b)
+{
+	__u32 passed = lane->column > VERSION_END && lane->column < PARENT_END
+			   ? digits_taken(cursor, request, lane)
+			   : 0;
+
+	if (passed)
+		return passed;
 	if (b == '\n') {
 		if ((lane->column & ~IS_PADDED) >= TRACE_BYTES &&
 		    (request->trace[0] | request->trace[1]) && request->parent)
@@ -324,7 +354,7 @@ static __always_inline __u32 detail_taken(struct cursor *cursor, struct lane *la
 	case AT_HOST:
 		return host_taken(cursor, request, lane, b);
 	case AT_TRACE:
-		return trace_taken(request, lane, b);
+		return trace_taken(cursor, request, lane, b);
 	}
 	return 0;
 }
