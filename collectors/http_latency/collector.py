@@ -28,6 +28,7 @@ from coral.collectors.contract import (
 )
 from coral.collectors.http_latency.details import Wants
 from coral.collectors.http_latency.events import RequestRows
+from coral.collectors.http_latency.exchanges import DETAILED, RECORDS, exchanges_of
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
@@ -69,7 +70,8 @@ class HttpLatencyOptions(KernelOptions):
     ring: int = option(
         size(8 << 10, 256 << 20),
         "4MiB",
-        "the size of the ring buffer for requests that are over, of which each takes about 0.4 KiB",
+        "the size of the ring buffer for requests that are over, of which each takes 0.2 KiB, "
+        "or 0.4 KiB with a long path",
     )
     routes: tuple[str, ...] = option(
         items(pattern, PATTERN),
@@ -203,11 +205,11 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session["since"] = self._slot.never
         self._session["wants"] = int(options.wants)
         self._write_session()
-        # A ring keeps the order of its records.
-        self._exchanges = "http_detailed" if options.wants else "http_exchange"
-        self._open_records({self._exchanges: None, "process_change": "time_ns"})
+        # There are only rings: nothing is sorted by time when it is read.
+        kinds = (DETAILED,) if options.wants else RECORDS
+        self._open_records({**dict.fromkeys(kinds), "process_change": "time_ns"})
         self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
-        dtype = self._slot.object.btf.struct_dtype(self._exchanges)
+        dtype = self._slot.object.btf.struct_dtype(DETAILED if options.wants else RECORDS[0])
         self._unfinished = Unfinished(dtype, options.wants)
         self._slot.before_detach = self._read_unfinished
         self._paths = Paths(Routes(options.routes, options.max_children))
@@ -237,13 +239,13 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        exchanges = records[self._exchanges]
+        exchanges = exchanges_of(records)
         if len(unfinished := self._left_unfinished(exchanges)):
             exchanges = np.concatenate([exchanges, unfinished])
         return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        exchanges = self._drain_records()[self._exchanges]
+        exchanges = exchanges_of(self._drain_records())
         self._left_unfinished(exchanges)  # which have no times to sum
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -9,8 +10,31 @@ from numpy.typing import NDArray
 
 from coral.mesh.v1 import ebpf_pb2 as pb
 
+RECORDS: Final = ("http_exchange", "http_short_exchange")
+"""The structs in which exchanges are recorded."""
+DETAILED: Final = "http_detailed"
+"""The one of a session that wants more of requests, instead of these."""
+
 _FAILED_FROM: Final = 500  # the first status that says that the server failed (RFC 9110, 15.6)
 _ABORTS: Final = (pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
+
+
+def exchanges_of(records: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """All exchanges of a drain as struct http_exchange of shape (n,), or as struct http_detailed
+    where the session wants more, in the order in which they ended. Nothing is known of the path
+    beyond its `path_bytes` and a query."""
+    if DETAILED in records:
+        return records[DETAILED]
+    long, short = (records[name] for name in RECORDS)
+    if not len(short):
+        return long
+    exchanges = np.empty(len(long) + len(short), long.dtype)
+    bytes_of = exchanges.view(np.uint8).reshape(len(exchanges), -1)
+    bytes_of[: len(short), : short.itemsize] = short.view(np.uint8).reshape(len(short), -1)
+    if not len(long):
+        return exchanges
+    exchanges[len(short) :] = long
+    return exchanges[np.argsort(exchanges["ended_ns"], kind="stable")]
 
 
 def since_began_ns(records: NDArray[Any], name: str) -> NDArray[np.uint64]:

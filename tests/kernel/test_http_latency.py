@@ -401,7 +401,7 @@ def test_what_a_small_ring_has_no_room_for_is_counted_to_the_one(mode: str, pair
             return rows + lost == 200
 
         wait_until(all_told)
-        assert 8 << 10 >= rows * 400 > 4 << 10
+        assert 8 << 10 >= rows * 192 > 4 << 10
 
 
 def test_names_with_too_many_values_collapse(pair: Pair) -> None:

@@ -54,6 +54,7 @@ def get(target: bytes, *headers: bytes) -> bytes:
 FULL: Final = get(
     b"/orders/7?user=a&b=%20c",
     b"Transfer-encodings: none",
+    b"Content-Length: 0",
     b"Host: shop.example:8080",
     b"Accept: */*",
     b"Trace-parent: x",

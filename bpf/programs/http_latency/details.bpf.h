@@ -113,18 +113,18 @@ static __always_inline void authority_seen(struct request *request, struct lane 
 	}
 }
 
-static __always_inline __u32 query_taken(struct cursor *cursor, struct request *request,
+static __always_inline __u32 query_taken(struct window *window, struct request *request,
 					 struct lane *lane)
 {
-	__u32 at = cursor->window->at, length = request->path_bytes + request->query_bytes;
+	__u32 at = window->at, length = request->path_bytes + request->query_bytes;
 	__u32 passed = 0;
 	__u8 b;
 
 	if (!(request->flags & QUERY_CUT))
 		lane->name = 0;
 	request->flags |= QUERY_CUT;
-	for (; passed < RUN && at < cursor->window->end; passed++, at++) {
-		b = cursor->window->bytes[at & (WINDOW - 1)];
+	for (; passed < RUN && at < window->end; passed++, at++) {
+		b = window->bytes[at & (WINDOW - 1)];
 		if (!is_visible(b))
 			break;
 		if (length < PATH_BYTES) {
@@ -157,15 +157,15 @@ static __always_inline void detail_begin(struct request *request, struct lane *l
 }
 
 /* "traceparent" begins like "transfer-encoding", which another step reads up to there. */
-static __always_inline __u32 name_taken(struct cursor *cursor, struct request *request,
+static __always_inline __u32 name_taken(struct window *window, struct request *request,
 					struct lane *lane, __u8 b)
 {
 	__u8 lower = b & 0x40 ? b | CASE_BIT : b, wants = lane->wants, wanted;
-	__u32 at = cursor->window->at;
+	__u32 at = window->at;
 	__u64 word;
 
-	if (!lane->column && at + WORD_BYTES <= cursor->window->end) {
-		word = word_at(cursor->window, at);
+	if (!lane->column && at + WORD_BYTES <= window->end) {
+		word = word_at(window, at);
 		if (wants & WANTS_HOST && ((word | CASE_BITS >> 32) & FIRST_5) == HOST_COLON) {
 			detail_begin(request, lane, NAME_HOST);
 			return 5;
@@ -199,10 +199,10 @@ static __always_inline __u32 name_taken(struct cursor *cursor, struct request *r
 	return 1;
 }
 
-static __always_inline __u32 host_taken(struct cursor *cursor, struct request *request,
+static __always_inline __u32 host_taken(struct window *window, struct request *request,
 					struct lane *lane, __u8 b)
 {
-	__u32 at = cursor->window->at, passed = 0;
+	__u32 at = window->at, passed = 0;
 
 	if (!is_visible(b)) {
 		host_end(request, lane);
@@ -212,8 +212,8 @@ static __always_inline __u32 host_taken(struct cursor *cursor, struct request *r
 			token_begin(lane, AT_VALUE);
 		return 1;
 	}
-	for (; passed < RUN && at < cursor->window->end; passed++, at++) {
-		b = cursor->window->bytes[at & (WINDOW - 1)];
+	for (; passed < RUN && at < window->end; passed++, at++) {
+		b = window->bytes[at & (WINDOW - 1)];
 		if (!is_visible(b))
 			break;
 		host_add(request, lane, b);
@@ -283,15 +283,15 @@ static __always_inline bool trace_step(struct request *request, struct lane *lan
 }
 
 /* As many digits of the trace and of its parent as there are in a step. */
-static __always_inline __u32 digits_taken(struct cursor *cursor, struct request *request,
+static __always_inline __u32 digits_taken(struct window *window, struct request *request,
 					  struct lane *lane)
 {
-	__u32 at = cursor->window->at, column = lane->column, passed = 0;
+	__u32 at = window->at, column = lane->column, passed = 0;
 	__u64 word = lane->word;
 	__u8 digit, b;
 
-	for (; passed < RUN && at < cursor->window->end; passed++, at++, column++) {
-		b = cursor->window->bytes[at & (WINDOW - 1)];
+	for (; passed < RUN && at < window->end; passed++, at++, column++) {
+		b = window->bytes[at & (WINDOW - 1)];
 		digit = digit_of(b);
 		if (digit > 15 || (b >= 'A' && b <= 'F') || column == TRACE_END ||
 		    column >= PARENT_END)
@@ -305,11 +305,11 @@ static __always_inline __u32 digits_taken(struct cursor *cursor, struct request 
 	return passed;
 }
 
-static __always_inline __u32 trace_taken(struct cursor *cursor, struct request *request,
+static __always_inline __u32 trace_taken(struct window *window, struct request *request,
 					 struct lane *lane, __u8 b)
 {
 	__u32 passed = lane->column > VERSION_END && lane->column < PARENT_END
-			   ? digits_taken(cursor, request, lane)
+			   ? digits_taken(window, request, lane)
 			   : 0;
 
 	if (passed)
@@ -326,9 +326,10 @@ static __always_inline __u32 trace_taken(struct cursor *cursor, struct request *
 }
 
 /* How many of the next bytes are no other step's; there is at least one. */
-static __always_inline __u32 detail_taken(struct cursor *cursor, struct lane *lane, __u8 b)
+static __always_inline __u32 detail_taken(struct connection *c, struct window *window,
+					  struct lane *lane, __u8 b)
 {
-	struct request *request = request_at(cursor->c, cursor->c->made);
+	struct request *request = request_at(c, c->made);
 	__u8 place = lane->place;
 
 	if (lane->flags & IS_ANSWERED && place != AT_NAME) { /* `request` is the next one */
@@ -338,8 +339,8 @@ static __always_inline __u32 detail_taken(struct cursor *cursor, struct lane *la
 	}
 	switch (place) {
 	case AT_METHOD:
-		if (lane->column == 1)
-			details_begin(cursor->c, request, lane);
+		if (!lane->column)
+			details_begin(c, request, lane);
 		return 0;
 	case AT_TARGET:
 		return lane->wants & WANTS_HOST ? tunnel_taken(request, lane, b) : 0;
@@ -348,26 +349,33 @@ static __always_inline __u32 detail_taken(struct cursor *cursor, struct lane *la
 			authority_seen(request, lane, b);
 		return 0;
 	case AT_QUERY:
-		return lane->wants & WANTS_QUERY ? query_taken(cursor, request, lane) : 0;
+		return lane->wants & WANTS_QUERY ? query_taken(window, request, lane) : 0;
+	case AT_FOLD:
+		if (is_blank(b))
+			return 0;
+		lane->place = AT_NAME; /* fall through */
 	case AT_NAME:
-		return name_taken(cursor, request, lane, b);
+		return name_taken(window, request, lane, b);
 	case AT_HOST:
-		return host_taken(cursor, request, lane, b);
+		return host_taken(window, request, lane, b);
 	case AT_TRACE:
-		return trace_taken(cursor, request, lane, b);
+		return trace_taken(window, request, lane, b);
 	}
 	return 0;
 }
 
 /* Takes in the next bytes where they are no other step's; 0 if it does not. */
-static __noinline __u32 details_taken(struct cursor *cursor)
+SUBPROGRAM int details_taken(struct connection *c, struct window *window)
 {
-	struct lane *lane = lane_of(cursor->c, cursor->window->direction);
-	__u32 at = cursor->window->at, taken;
+	struct lane *lane;
+	__u32 taken;
 
-	if (!lane->wants || at >= cursor->window->end)
+	if (!c || !window)
 		return 0;
-	taken = detail_taken(cursor, lane, cursor->window->bytes[at & (WINDOW - 1)]);
-	cursor->window->at = at + taken;
+	lane = lane_of(c, window->direction);
+	if (!lane->wants || window->at >= window->end)
+		return 0;
+	taken = detail_taken(c, window, lane, window->bytes[window->at & (WINDOW - 1)]);
+	window->at += taken;
 	return taken;
 }

@@ -75,9 +75,8 @@ enum place {
 	AT_LINE_END,
 	AT_PROTOCOL,
 	AT_STATUS,
-	AT_REASON,
 	AT_NAME,
-	AT_VALUE, /* of a header that does not matter */
+	AT_VALUE, /* of a header that does not matter, or the reason of a status */
 	AT_LENGTH,
 	AT_CODING,
 	AT_HOST,
@@ -509,11 +508,11 @@ static __always_inline __u64 body_ahead(const struct lane *lane)
 #define ONES  0x0101010101010101ULL
 #define HIGHS 0x8080808080808080ULL
 
-/* How many of the eight bytes of WORD, in the order of memory, lie up to the first line feed,
- * itself included; 0 if there is none. */
-static __always_inline __u32 up_to_line_feed(__u64 word)
+/* How many of the eight bytes of WORD, in the order of memory, lie up to the first B, itself
+ * included; 0 if there is none. */
+static __always_inline __u32 up_to_byte(__u64 word, __u8 b)
 {
-	__u64 differ = word ^ (ONES * '\n'), found = (differ - ONES) & ~differ & HIGHS;
+	__u64 differ = word ^ (ONES * b), found = (differ - ONES) & ~differ & HIGHS;
 
 	if (!found)
 		return 0;
@@ -523,31 +522,6 @@ static __always_inline __u32 up_to_line_feed(__u64 word)
 static __always_inline __u64 word_at(const struct window *window, __u32 at)
 {
 	return *(const __u64 *)&window->bytes[at & (WINDOW - 1)];
-}
-
-#define SKIPS 6 /* words in one step */
-
-/* Skips the rest of a line; true once its end has passed. */
-static __always_inline bool line_skipped(struct cursor *cursor)
-{
-	__u32 at = cursor->window->at, end = cursor->window->end, found;
-
-	for (int i = 0; i < SKIPS; i++) {
-		if (at + WORD_BYTES > end)
-			break;
-		found = up_to_line_feed(word_at(cursor->window, at));
-		if (found) {
-			cursor->window->at = at + found;
-			return true;
-		}
-		at += WORD_BYTES;
-	}
-	if (at < end && at + WORD_BYTES > end) {
-		cursor->window->at = at + 1;
-		return cursor->window->bytes[at & (WINDOW - 1)] == '\n';
-	}
-	cursor->window->at = at;
-	return false;
 }
 
 #define NAME_LENGTH 0 /* content-length */
@@ -562,6 +536,19 @@ static const __u8 header_names[2][NAME_ROOM] = {"content-length", "transfer-enco
 #define FIRST_7	       (~0ULL >> 8)
 #define CASE_BIT       0x20
 #define CASE_BITS      (ONES * CASE_BIT)
+
+static __always_inline bool ends_line(__u64 word)
+{
+	return (__u8)word == '\r' || (__u8)word == '\n';
+}
+
+/* Whether a line that begins with WORD has to be looked at: the end of the head, or a header that
+ * may matter. */
+static __always_inline bool line_matters(__u64 word)
+{
+	return ends_line(word) || (word | CASE_BITS >> 8) == LOWER_CONTENT ||
+	       (word | CASE_BITS) == LOWER_TRANSFER;
+}
 
 /* Most names are none that matter. */
 static __always_inline __u32 name_started(struct lane *lane, __u64 word)
@@ -579,12 +566,17 @@ static __always_inline __u32 name_started(struct lane *lane, __u64 word)
 	} else if ((word | CASE_BITS) == LOWER_TRANSFER) {
 		lane->name = NAME_CODING;
 	} else {
-		if ((__u8)word != '\r' && (__u8)word != '\n')
+		if (!ends_line(word))
 			lane->place = AT_VALUE;
 		return 0;
 	}
 	lane->column = WORD_BYTES;
 	return WORD_BYTES;
+}
+
+static __always_inline bool is_blank(__u8 b)
+{
+	return b == ' ' || b == '\t';
 }
 
 static __always_inline void name_step(struct lane *lane, __u8 b)
@@ -599,7 +591,7 @@ static __always_inline void name_step(struct lane *lane, __u8 b)
 	} else if (b == ':' && !wanted) {
 		token_begin(lane, lane->name == NAME_CODING ? AT_CODING : AT_LENGTH);
 	} else {
-		if (!wanted && (b == ' ' || b == '\t')) /* some take it for the name all the same */
+		if (!wanted && is_blank(b)) /* some take it for the name all the same */
 			lane->flags |= IS_UNCLEAR;
 		lane->place = b == '\n' ? AT_NAME : AT_VALUE;
 		lane->column = 0;
@@ -631,6 +623,33 @@ static __always_inline void length_step(struct lane *lane, __u8 b)
 	} else {
 		lane->flags |= IS_UNCLEAR;
 	}
+}
+
+#define LENGTH_DIGITS                                                                              \
+	5 /* as many as a word has room for beside the space and the end of the line */
+#define LINE_END ('\n' << 8 | '\r')
+
+/* A length as it is mostly written: how many bytes of WORD it took in. */
+static __always_inline __u32 length_started(struct lane *lane, __u64 word)
+{
+	__u32 value = 0, digits = 0;
+
+	if (lane->column || lane->flags & HAS_LENGTH || (__u8)word != ' ')
+		return 0;
+	word >>= 8;
+	for (; digits < LENGTH_DIGITS; digits++, word >>= 8) {
+		__u8 digit = (__u8)word - '0';
+
+		if (digit > 9)
+			break;
+		value = value * 10 + digit;
+	}
+	if (!digits || (__u16)word != LINE_END)
+		return 0;
+	lane->flags |= HAS_LENGTH;
+	lane->left = value;
+	token_begin(lane, AT_FOLD);
+	return digits + 3;
 }
 
 #define LOWER_CHUNKED CHARS_7('c', 'h', 'u', 'n', 'k', 'e', 'd')
@@ -748,12 +767,16 @@ static __always_inline bool authority_step(struct connection *c, struct lane *la
 	return b >= ' ' && b != 127;
 }
 
+static __always_inline void method_ended(struct connection *c, struct lane *lane, __u8 method)
+{
+	request_at(c, c->made)->method = *method_at(c, c->made) = method;
+	lane->place = AT_TARGET;
+}
+
 static __always_inline bool method_step(struct connection *c, struct lane *lane, __u8 b)
 {
 	if (b == ' ') {
-		request_at(c, c->made)->method = method_named(lane->word, lane->column);
-		*method_at(c, c->made) = request_at(c, c->made)->method;
-		lane->place = AT_TARGET;
+		method_ended(c, lane, method_named(lane->word, lane->column));
 		return lane->column;
 	}
 	lane->word = lane->word << 8 | b;
@@ -767,7 +790,7 @@ static __always_inline bool status_step(struct lane *lane, __u8 b)
 		lane->status = lane->status * 10 + (b - '0');
 		return b >= '0' && b <= '9';
 	}
-	lane->place = b == '\n' ? AT_NAME : AT_REASON;
+	lane->place = b == '\n' ? AT_NAME : AT_VALUE;
 	lane->column = 0;
 	return lane->status >= 100 && (b == ' ' || b == '\r' || b == '\n');
 }
@@ -785,21 +808,13 @@ static __always_inline bool protocol_step(struct lane *lane, __u8 b)
 	return b == ' ';
 }
 
-/* Begins a message with B; a request may come after empty lines. */
+/* Begins a response with B. A request has begun by now, unless B belongs to an empty line before.
+ */
 static __always_inline bool start_step(struct connection *c, struct lane *lane, __u32 direction,
 				       __u8 b, __u64 now_ns)
 {
-	if (is_request_lane(c, direction)) {
-		if (b == '\r' || b == '\n')
-			return true;
-		if (c->made - c->answered >= PIPELINE) {
-			lose_track(c, now_ns);
-			c->unread = UNREAD_BEHIND;
-			return true;
-		}
-		request_begin(c, lane, now_ns);
-		return method_step(c, lane, b) && b != ' ';
-	}
+	if (is_request_lane(c, direction))
+		return true;
 	message_begin(lane, now_ns);
 	token_begin(lane, AT_PROTOCOL);
 	return protocol_step(lane, b) && b == 'H';
@@ -839,7 +854,7 @@ static __always_inline bool byte_step(struct connection *c, struct lane *lane, _
 		coding_step(lane, b);
 		return true;
 	case AT_FOLD:
-		if (b == ' ' || b == '\t') {
+		if (is_blank(b)) {
 			lane->flags |= IS_UNCLEAR;
 			lane->place = AT_VALUE;
 			return true;
@@ -906,18 +921,18 @@ static __always_inline bool is_status(struct lane *lane, __u64 word)
 		return false;
 	lane->status = hundreds * 100 + tens * 10 + ones;
 	lane->column = 0;
-	lane->place = AT_REASON;
+	lane->place = AT_VALUE;
 	return true;
 }
 
-static __always_inline __u32 response_started(struct cursor *cursor, struct lane *lane, __u32 at)
+static __always_inline __u32 response_started(struct connection *c, struct window *window,
+					      struct lane *lane, __u32 at)
 {
-	if (!is_protocol(lane, word_at(cursor->window, at)))
+	if (!is_protocol(lane, word_at(window, at)))
 		return 0;
-	message_begin(lane, cursor->window->now_ns);
+	message_begin(lane, window->now_ns);
 	lane->place = AT_PROTOCOL;
-	if (at + 2 * WORD_BYTES > cursor->window->end ||
-	    !is_status(lane, word_at(cursor->window, at + WORD_BYTES)))
+	if (at + 2 * WORD_BYTES > window->end || !is_status(lane, word_at(window, at + WORD_BYTES)))
 		return WORD_BYTES;
 	return WORD_BYTES + STATUS_BYTES;
 }
@@ -925,18 +940,19 @@ static __always_inline __u32 response_started(struct cursor *cursor, struct lane
 #define RUN 8 /* characters in one step */
 
 /* The characters of a path, or of a query. */
-static __always_inline __u32 target_run(struct cursor *cursor, struct lane *lane, __u32 at)
+static __always_inline __u32 target_run(struct connection *c, struct window *window,
+					struct lane *lane, __u32 at)
 {
-	struct request *request = request_at(cursor->c, cursor->c->made);
+	struct request *request = request_at(c, c->made);
 	__u64 hash = request->path_hash;
 	__u32 length = request->path_bytes, passed = 0;
 	bool is_path = lane->place == AT_TARGET;
-	__u8 b;
+	__u8 b = 0;
 
-	if (is_path && !length)
+	if (is_path && !length && window->bytes[at & (WINDOW - 1)] != '/')
 		return 0;
-	for (; passed < RUN && at < cursor->window->end; passed++, at++) {
-		b = cursor->window->bytes[at & (WINDOW - 1)];
+	for (; passed < RUN && at < window->end; passed++, at++) {
+		b = window->bytes[at & (WINDOW - 1)];
 		if (b <= ' ' || b == 127 || (is_path && (b == '?' || length >= PATH_BYTES)))
 			break;
 		if (is_path) {
@@ -947,28 +963,138 @@ static __always_inline __u32 target_run(struct cursor *cursor, struct lane *lane
 	}
 	request->path_hash = hash;
 	request->path_bytes = length;
+	if (b == ' ') {
+		token_begin(lane, AT_VERSION);
+		passed++;
+	}
 	return passed;
+}
+
+static __always_inline __u32 version_started(struct connection *c, struct window *window,
+					     struct lane *lane, __u32 at)
+{
+	if (!is_protocol(lane, word_at(window, at)))
+		return 0;
+	if (at + WORD_BYTES + 2 > window->end ||
+	    (__u16)word_at(window, at + WORD_BYTES) != LINE_END)
+		return WORD_BYTES;
+	request_at(c, c->made)->version = lane->version;
+	token_begin(lane, AT_NAME);
+	return WORD_BYTES + 2;
+}
+
+/* A method that has a number, and the space after it. */
+static __always_inline __u32 method_started(struct connection *c, struct window *window,
+					    struct lane *lane, __u32 at)
+{
+	__u64 word = word_at(window, at);
+	__u32 length = up_to_byte(word, ' ');
+	__u8 method;
+
+	if (length < 2 || !(__u8)word) /* zeros before a method would not show in its number */
+		return 0;
+	method = method_named(__builtin_bswap64(word) >> (WORD_BYTES + 1 - length) * 8, length - 1);
+	if (method == METHOD_OTHER)
+		return 0;
+	method_ended(c, lane, method);
+	return length;
+}
+
+#define SKIPS 16 /* words in one step */
+
+/* Skips the rest of a line, and with IN_HEAD those lines after it that do not matter; true once the
+ * end of the last has passed. */
+SUBPROGRAM int lines_skipped(struct window *window, bool in_head)
+{
+	__u32 at, end, found;
+
+	if (!window)
+		return false;
+	at = window->at;
+	end = window->end;
+
+	for (int i = 0; i < SKIPS; i++) {
+		if (at + WORD_BYTES > end)
+			break;
+		found = up_to_byte(word_at(window, at), '\n');
+		if (!found) {
+			at += WORD_BYTES;
+			continue;
+		}
+		at += found;
+		if (!in_head || at + WORD_BYTES > end || line_matters(word_at(window, at))) {
+			window->at = at;
+			return true;
+		}
+	}
+	if (at < end && at + WORD_BYTES > end) {
+		window->at = at + 1;
+		return window->bytes[at & (WINDOW - 1)] == '\n';
+	}
+	window->at = at;
+	return false;
 }
 
 /* Takes in several bytes at once where that is quicker and they are there, most often the first
  * eight of a token. How many it took in. */
-static __always_inline __u32 token_started(struct cursor *cursor, struct lane *lane)
+static __always_inline __u32 token_started(struct connection *c, struct window *window,
+					   struct lane *lane)
 {
-	__u32 at = cursor->window->at;
+	__u32 at = window->at;
 	__u8 place = lane->place;
 
 	if (place == AT_TARGET || place == AT_QUERY)
-		return target_run(cursor, lane, at);
-	if (at + WORD_BYTES > cursor->window->end)
+		return target_run(c, window, lane, at);
+	if (place == AT_NAME && !lane->column && at + 2 <= window->end &&
+	    (__u16)word_at(window, at) == LINE_END) {
+		token_begin(lane, AT_HEAD_END);
+		return 1;
+	}
+	if (at + WORD_BYTES > window->end)
 		return 0;
+	if (place == AT_FOLD && !is_blank(window->bytes[at & (WINDOW - 1)]))
+		lane->place = place = AT_NAME;
 	if (place == AT_NAME)
-		return name_started(lane, word_at(cursor->window, at));
+		return name_started(lane, word_at(window, at));
+	if (place == AT_LENGTH)
+		return length_started(lane, word_at(window, at));
 	if (lane->column)
 		return 0;
+	if (place == AT_METHOD)
+		return method_started(c, window, lane, at);
 	if (place == AT_VERSION)
-		return is_protocol(lane, word_at(cursor->window, at)) ? WORD_BYTES : 0;
-	if (place == AT_START && !is_request_lane(cursor->c, cursor->window->direction))
-		return response_started(cursor, lane, at);
+		return version_started(c, window, lane, at);
+	if (place == AT_START && !is_request_lane(c, window->direction))
+		return response_started(c, window, lane, at);
+	return 0;
+}
+
+#define TOKENS 8 /* in one step */
+
+/* Takes in what can be taken in faster than by single bytes. True if what follows may be wanted, see
+ * details.bpf.h. */
+SUBPROGRAM int tokens_read(struct connection *c, struct window *window)
+{
+	struct lane *lane;
+	__u32 taken;
+
+	if (!c || !window)
+		return 0;
+	lane = lane_of(c, window->direction);
+	for (int i = 0; i < TOKENS && window->at < window->end; i++) {
+		if (lane->place == AT_VALUE) {
+			if (!lines_skipped(window, !lane->wants))
+				break;
+			token_begin(lane, AT_NAME);
+		} else {
+			taken = token_started(c, window, lane);
+			if (!taken)
+				break;
+			window->at += taken;
+		}
+		if (lane->wants)
+			return true;
+	}
 	return 0;
 }
 
@@ -976,8 +1102,7 @@ static __always_inline __u32 token_started(struct cursor *cursor, struct lane *l
 
 static __always_inline bool skips_line(__u8 place)
 {
-	return place == AT_VALUE || place == AT_REASON || place == AT_CHUNK_EXTENSION ||
-	       place == AT_TRAILER_REST;
+	return place == AT_VALUE || place == AT_CHUNK_EXTENSION || place == AT_TRAILER_REST;
 }
 
 static __always_inline void line_ended(struct lane *lane)
@@ -988,49 +1113,65 @@ static __always_inline void line_ended(struct lane *lane)
 		token_begin(lane, lane->place == AT_TRAILER_REST ? AT_TRAILER : AT_NAME);
 }
 
-/* Takes in at least one byte of the window; 1 at its end. */
+/* Begins a request with B, unless that belongs to an empty line before it. */
+static __always_inline void request_started(struct connection *c, struct lane *lane, __u8 b,
+					    __u64 now_ns)
+{
+	if (b == '\r' || b == '\n')
+		return;
+	if (c->made - c->answered >= PIPELINE) {
+		lose_track(c, now_ns);
+		c->unread = UNREAD_BEHIND;
+	} else {
+		request_begin(c, lane, now_ns);
+	}
+}
+
+/* Whether LANE has taken in the first byte of a message, which is none. */
+static __always_inline bool failed_at_once(const struct lane *lane)
+{
+	return lane->place == AT_PROTOCOL ? lane->column == 1
+					  : lane->place == AT_METHOD && !lane->column;
+}
+
+/* Takes in at least one byte of the window; 1 at its end. Reads what it needs again after each
+ * call: the stack has no room to keep it. */
 static long http_step(__u32 turn, struct cursor *cursor)
 {
-	struct connection *c;
-	struct lane *lane;
-	__u32 at, end, started;
-	__u64 body, now_ns;
-	__u8 place, b;
+	struct connection *c = cursor->c;
+	struct window *window = cursor->window;
+	struct lane *lane = lane_of(c, window->direction);
+	__u64 body;
+	__u8 b;
 
-	if (cursor->wants && details_taken(cursor))
-		return 0;
-	asm volatile("" : "+r"(cursor)); /* nothing is kept over the call: less stack */
-	c = cursor->c;
-	lane = lane_of(c, cursor->window->direction);
-	at = cursor->window->at;
-	end = cursor->window->end;
-	now_ns = cursor->window->now_ns;
-	if (at >= end)
+	if (window->at >= window->end)
 		return 1;
-	started = token_started(cursor, lane);
-	if (started) {
-		cursor->window->at = at + started;
+	if (lane->place == AT_START && is_request_lane(c, window->direction))
+		request_started(c, lane, window->bytes[window->at & (WINDOW - 1)], window->now_ns);
+	if (cursor->wants && details_taken(c, window))
 		return 0;
-	}
-	place = lane->place;
-	if (skips_line(place)) {
-		if (line_skipped(cursor))
+	if (tokens_read(c, window))
+		return 0;
+	if (window->at >= window->end)
+		return 1;
+	if (skips_line(lane->place)) {
+		if (lines_skipped(window, lane->place == AT_VALUE && !lane->wants))
 			line_ended(lane);
 		return 0;
 	}
 	body = body_ahead(lane);
 	if (body) {
-		if (body > end - at)
-			body = end - at;
-		cursor->window->at = at + body;
-		if (place != AT_NOTHING)
-			body_passed(c, lane, cursor->window->direction, body, now_ns);
+		if (body > window->end - window->at)
+			body = window->end - window->at;
+		window->at += body;
+		if (lane->place != AT_NOTHING)
+			body_passed(c, lane, window->direction, body, window->now_ns);
 		return 0;
 	}
-	b = cursor->window->bytes[at & (WINDOW - 1)];
-	cursor->window->at = at + 1;
-	if (!byte_step(c, lane, cursor->window->direction, b, now_ns))
-		give_up(c, b == 0x16 && place == AT_START ? UNREAD_TLS : UNREAD_OTHER, now_ns);
+	b = window->bytes[window->at++ & (WINDOW - 1)];
+	if (!byte_step(c, lane, window->direction, b, window->now_ns))
+		give_up(c, b == 0x16 && failed_at_once(lane) ? UNREAD_TLS : UNREAD_OTHER,
+			window->now_ns);
 	return 0;
 }
 

@@ -18,10 +18,16 @@
 
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
+	RECORD_HTTP_SHORT_EXCHANGE,
 	RECORD_HTTP_DETAILED,
 };
 
-/* The record of one exchange. */
+/* How many characters of a path a short record has room for. Most of what a record costs are the
+ * cache lines of the ring, which the reader's CPU had last: with its frame, a short one has three.
+ */
+#define SHORT_PATH_BYTES 48
+
+/* The record of one exchange. A short one ends after SHORT_PATH_BYTES of the path. */
 struct http_exchange {
 	struct record_head head;
 	__u64 began_ns; /* CLOCK_MONOTONIC: the first byte of the request */
@@ -52,6 +58,10 @@ struct http_exchange {
 	__u64 path[PATH_BYTES / 8]; /* its characters */
 };
 
+struct http_short_exchange {
+	__u8 bytes[__builtin_offsetof(struct http_exchange, path) + SHORT_PATH_BYTES];
+};
+
 /* Instead, for a session that wants more of requests: what it does not want is zero. */
 struct http_detailed {
 	struct http_exchange exchange; /* the query follows the path in its place */
@@ -65,6 +75,7 @@ struct http_detailed {
 
 IN_BTF(struct http_exchange, http_exchange);
 IN_BTF(struct http_detailed, http_detailed);
+IN_BTF(struct http_short_exchange, http_short_exchange);
 IN_BTF(enum record_kind, record_kind);
 
 MAP(HASH, connections, __u64, struct connection, 65536, BPF_F_NO_PREALLOC);
@@ -159,6 +170,12 @@ static __always_inline __u32 draft_for(__u32 outcome)
 	return outcome & BY_PACKET ? 1 : 0;
 }
 
+static __always_inline __u32 kind_of(const struct request *request)
+{
+	return request->path_bytes <= SHORT_PATH_BYTES ? RECORD_HTTP_SHORT_EXCHANGE
+						       : RECORD_HTTP_EXCHANGE;
+}
+
 /* Removes everything behind the path. */
 static __always_inline void query_forget(struct http_exchange *exchange)
 {
@@ -184,7 +201,7 @@ SUBPROGRAM int draft_for_session(__u32 slot, __u32 at)
 		return 0;
 	to = &draft->record;
 	wants = session->wants;
-	to->exchange.head.kind = wants ? RECORD_HTTP_DETAILED : RECORD_HTTP_EXCHANGE;
+	to->exchange.head.kind = wants ? RECORD_HTTP_DETAILED : kind_of(&draft->kept);
 	__builtin_memcpy(to->exchange.path, draft->kept.path, PATH_BYTES);
 	to->query_bytes = draft->kept.query_bytes;
 	if (!(wants & WANTS_QUERY)) {
@@ -208,7 +225,12 @@ SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 {
 	struct draft *draft = draft_at(at);
 
-	if (draft)
+	if (!draft)
+		return 0;
+	if (draft->record.exchange.head.kind == RECORD_HTTP_SHORT_EXCHANGE)
+		record_send(NULL, slot, &draft->record.exchange,
+			    sizeof(struct http_short_exchange));
+	else
 		record_send(NULL, slot, &draft->record.exchange, sizeof(struct http_exchange));
 	return 0;
 }
@@ -287,7 +309,7 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	if (!draft)
 		return;
 	to = &draft->record.exchange;
-	to->head.kind = RECORD_HTTP_EXCHANGE;
+	to->head.kind = kind_of(request);
 	to->connection = c->id;
 	to->number = request->number;
 	to->began_ns = request->begun_ns;
@@ -314,7 +336,10 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	__builtin_memcpy(to->path, request->path, PATH_BYTES);
+	if (to->head.kind == RECORD_HTTP_SHORT_EXCHANGE)
+		__builtin_memcpy(to->path, request->path, SHORT_PATH_BYTES);
+	else
+		__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	draft->wants = c->wants | request->wants;
 	if (draft->wants)
 		__builtin_memcpy(&draft->kept, request, sizeof(*request));
@@ -363,11 +388,11 @@ static long exchange_end(__u32 turn, struct ending *ending)
 }
 
 /* The exchange that waits longest is over; with an outcome that is no answer, all that wait are. */
-SUBPROGRAM int end_exchanges(__u64 sk, __u32 outcome, __u64 now_ns)
+SUBPROGRAM int end_exchanges(struct connection *c, __u32 outcome, __u64 now_ns)
 {
-	struct ending ending = {.c = connection_at(sk), .outcome = outcome, .now_ns = now_ns};
+	struct ending ending = {.c = c, .outcome = outcome, .now_ns = now_ns};
 
-	if (!ending.c)
+	if (!c)
 		return 0;
 	outcome &= ~(BY_PACKET | BY_SSL);
 	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
@@ -381,7 +406,7 @@ static __always_inline void exchange_ended(struct connection *c, enum outcome ou
 {
 	if (c->ssl && !(outcome & BY_PACKET))
 		outcome |= BY_SSL;
-	end_exchanges(c->sk, outcome, now_ns);
+	end_exchanges(c, outcome, now_ns);
 }
 
 /* What a session's processes used that was not read, by enum unread: connections, when that became
@@ -492,9 +517,13 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 
 /* The kernel gives the memory of a socket to another one. Its end is only missed where the kernel
  * skips a program. */
-static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk, bool typed)
+static __always_inline bool is_same_socket(const struct connection *c, struct sock *sk,
+					   struct tcp_sock *tp, bool typed)
 {
-	return c->remote_port == remote_port_of(sk, typed) && c->local_port == local_port_of(sk);
+	__u16 local_port = socket_read_if(typed, tp, inet_conn.icsk_inet.inet_sport);
+
+	return c->remote_port == remote_port_of(sk, typed) &&
+	       c->local_port == bpf_ntohs(local_port);
 }
 
 /* The connection of SK, which the current process uses; NULL if no session watches that. */
@@ -506,7 +535,7 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	__u32 tgid = current_tgid(), generation = generation_of(all);
 	__u64 watching;
 
-	if (c && !is_same_socket(c, sk, typed)) {
+	if (c && !is_same_socket(c, sk, tp, typed)) {
 		connection_forget(sk);
 		c = NULL;
 	}
@@ -539,24 +568,22 @@ static __always_inline struct window *ssl_window(void); /* of tls.bpf.h */
 
 /* Functions that the verifier goes through once: each program comes to the parser by these. */
 
-SUBPROGRAM int window_read(__u64 sk)
+SUBPROGRAM int window_read(struct connection *c)
 {
-	struct cursor cursor = {.c = connection_at(sk)};
+	struct cursor cursor = {.c = c};
 
-	if (!cursor.c)
+	if (!c)
 		return 0;
-	cursor.window = cursor.c->ssl ? ssl_window() : window_here();
+	cursor.window = c->ssl ? ssl_window() : window_here();
 	if (!cursor.window)
 		return 0;
-	cursor.wants = details_wanted(cursor.c, cursor.window->direction);
+	cursor.wants = details_wanted(c, cursor.window->direction);
 	bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }
 
-SUBPROGRAM int bytes_unseen(__u64 sk, __u32 direction, __u64 length, __u64 now_ns)
+SUBPROGRAM int bytes_unseen(struct connection *c, __u32 direction, __u64 length, __u64 now_ns)
 {
-	struct connection *c = connection_at(sk);
-
 	if (c)
 		unseen_passed(c, direction, length, now_ns);
 	return 0;
@@ -580,11 +607,11 @@ static long feed_window(__u32 turn, struct feed *feed)
 		return 1;
 	body = body_ahead(lane);
 	if (body >= length) {
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 		return 1;
 	}
 	if (!feed->op->length && !next_piece(feed->op)) {
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 		return 1;
 	}
 	if (length > feed->op->length)
@@ -592,17 +619,17 @@ static long feed_window(__u32 turn, struct feed *feed)
 	if (body) {
 		if (length > body)
 			length = body;
-		bytes_unseen(feed->c->sk, direction, length, now_ns);
+		bytes_unseen(feed->c, direction, length, now_ns);
 	} else {
 		if (length > WINDOW)
 			length = WINDOW;
 		if (bpf_probe_read_user(window->bytes, length, (void *)feed->op->base)) {
-			bytes_unseen(feed->c->sk, direction, feed->left, now_ns);
+			bytes_unseen(feed->c, direction, feed->left, now_ns);
 			return 1;
 		}
 		window->at = 0;
 		window->end = length;
-		window_read(feed->c->sk);
+		window_read(feed->c);
 	}
 	feed->op->base += length;
 	feed->op->length -= length;
@@ -665,20 +692,17 @@ static __always_inline void leave_unread(struct connection *c, __u32 direction, 
 static __always_inline void passed(struct connection *c, __u32 direction, __u32 length, bool copied)
 {
 	struct feed feed = {.c = c, .left = length};
-	__u64 now_ns = bpf_ktime_get_ns();
 	__u32 zero = 0;
 	bool seen;
 
-	feed.window = window_here();
-	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
-	if (!feed.window || !feed.op)
-		return;
-	feed.window->now_ns = now_ns;
-	feed.window->direction = direction;
 	if (c->unread && c->unread != UNREAD_JOINED) {
 		leave_unread(c, direction, length);
 		return;
 	}
+	feed.window = window_here();
+	feed.op = bpf_map_lookup_elem(map_of(operations), &zero);
+	if (!feed.window || !feed.op)
+		return;
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, by_io_uring() ? UNREAD_IO_URING : UNREAD_NONE, 1, length);
@@ -689,11 +713,12 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		leave_unread(c, direction, length);
 		return;
 	}
-	lane_of(c, direction)->last_ns = now_ns;
+	feed.window->direction = direction;
+	lane_of(c, direction)->last_ns = feed.window->now_ns = bpf_ktime_get_ns();
 	if (seen)
 		bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
 	else
-		bytes_unseen(c->sk, direction, length, now_ns);
+		bytes_unseen(c, direction, length, feed.window->now_ns);
 }
 
 /* The peer sends nothing more, and the process has read that. */
@@ -735,7 +760,7 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 	if (!gap)
 		return;
 	c->unread_last = !direction + 1;
-	bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
+	bytes_unseen(c, !direction, gap, bpf_ktime_get_ns());
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -779,7 +804,7 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		return 0;
 	lane->offset = offset;
 	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		bytes_unseen(c->sk, direction, gap, bpf_ktime_get_ns());
+		bytes_unseen(c, direction, gap, bpf_ktime_get_ns());
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())

@@ -86,7 +86,8 @@ static __always_inline bool entry_read(struct entry *entry)
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct pt_regs___entry *regs = (void *)bpf_task_pt_regs(task);
 
-	if (task->thread_info.status & TS_COMPAT) /* 32-bit calls have other numbers */
+	/* 32-bit calls have other numbers. */
+	if (task->flags & PF_KTHREAD || task->thread_info.status & TS_COMPAT)
 		return false;
 	entry->number = regs->orig_ax;
 	entry->arguments[0] = regs->di;
@@ -98,7 +99,7 @@ static __always_inline bool entry_read(struct entry *entry)
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct pt_regs___entry *regs = (void *)bpf_task_pt_regs(task);
 
-	if (task->thread_info.flags & TIF_32BIT)
+	if (task->flags & PF_KTHREAD || task->thread_info.flags & TIF_32BIT)
 		return false;
 	entry->number = regs->syscallno;
 	entry->arguments[0] = regs->orig_x0;

@@ -18,7 +18,7 @@
 
 #undef __always_inline
 #define __always_inline inline __attribute__((always_inline))
-#define __noinline	__attribute__((noinline))
+#define SUBPROGRAM	static
 
 #include "../../../bpf/programs/http_latency/http.bpf.h"
 
@@ -416,6 +416,9 @@ static void assert_equal(const struct talk *one, const struct talk *other, __u64
 	    !memcmp(one->exchanges, other->exchanges, one->count * sizeof(one->exchanges[0])))
 		return;
 	fprintf(stderr, "the answer depends on how the bytes are cut: seed %llu\n", seed);
+	fprintf(stderr, "exchanges: %u, %u; states:\n", one->count, other->count);
+	for (int i = 0; i < 12; i++)
+		fprintf(stderr, "%llu, %llu\n", states[0][i], states[1][i]);
 	abort();
 }
 
