@@ -14,7 +14,7 @@ from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen
 from tests.network import puppets
-from tests.support import Puppet, at_work
+from tests.support import Puppet, RunningAgent, at_work, watching
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -190,3 +190,30 @@ def test_many_drains_at_the_end_tell_each_request_once(both_ends: Puppet) -> Non
             told += batch.unread.get("in_progress", Unread(0, 0)).count
         assert outcomes.count(COMPLETE) == 2 * count
         assert (outcomes.count(IN_PROGRESS), told) == (2, 2)
+
+
+@pytest.mark.parametrize("mode", ["events", "summaries"])
+def test_the_last_batches_of_a_stream_tell_what_is_in_progress(
+    agent: RunningAgent, both_ends: Puppet, mode: str
+) -> None:
+    config = {"pid": str(both_ends.pid), "tls": "false", "mode": mode}
+    with watching(agent, 60.0, "shop", pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY, **config) as watch:
+        both_ends.do(r"ask(b'GET /quick HTTP/1.1\r\n\r\n')")
+        both_ends.do(r"answer(b'HTTP/1.1 204 No Content\r\n\r\n')")
+        both_ends.do(r"ask(b'GET /slow HTTP/1.1\r\n\r\n')")
+        watch.stop()
+    ends = [
+        (batch.strings[row.path], row.outcome, row.status, row.duration_ns > 0)
+        for batch in watch.batches
+        for row in batch.http_requests
+    ]
+    known = [("/quick", COMPLETE, 204, True), ("/slow", IN_PROGRESS, 0, False)]
+    assert sorted(ends) == [each for each in known for _ in range(2 * (mode == "events"))]
+    unread = {each.what: each.count for each in watch.batches[-1].unread}
+    assert unread == {"in_progress": 2}
+    assert watch.end
+    assert watch.end.produced == watch.batches[-1].last_seq
+    if mode == "summaries":
+        rows = [row for batch in watch.batches for row in batch.http_latency]
+        assert {row.route for row in rows} == {"/quick"}
+        assert sum(row.count for row in rows) == 2
