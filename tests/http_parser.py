@@ -14,7 +14,7 @@ from tests.support import ROOT, built
 
 SOURCE: Final = ROOT / "tests/programs/parser/http_parser.c"
 _PROGRAMS: Final = ROOT / "bpf/programs/http_latency"
-PARSER: Final = (_PROGRAMS / "http.bpf.h", _PROGRAMS / "details.bpf.h")
+PARSER: Final = tuple(_PROGRAMS.glob("*.bpf.h"))
 FLAGS: Final = (
     *("-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-sign-compare"),
     "-fno-strict-aliasing",  # the parser reads characters a word at a time, as the kernel does

@@ -1071,8 +1071,8 @@ static __always_inline __u32 token_started(struct connection *c, struct window *
 
 #define TOKENS 8 /* in one step */
 
-/* Takes in what can be taken in faster than by single bytes. True if what follows may be wanted, see
- * details.bpf.h. */
+/* Takes in what can be taken in faster than by single bytes. True if what follows may be wanted,
+ * see details.bpf.h. */
 SUBPROGRAM int tokens_read(struct connection *c, struct window *window)
 {
 	struct lane *lane;
