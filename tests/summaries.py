@@ -129,7 +129,7 @@ def exchanges(paths: Sequence[bytes]) -> NDArray[Any]:
 
 
 def fnv1a(path: bytes) -> int:
-    """The hash of a path, as in http.bpf.h."""
+    """The hash of a path, as in messages.bpf.h."""
     found = 0xCBF29CE484222325
     for byte in path:
         found = (found ^ byte) * 0x100000001B3 & (1 << 64) - 1

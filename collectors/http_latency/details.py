@@ -13,7 +13,7 @@ from coral.collectors.columns import Strings
 from coral.collectors.http_latency.paths import path_text
 from coral.collectors.http_latency.routes import CUT
 
-# Flags of a record, as in http.bpf.h.
+# Flags of a record, as in connection.bpf.h.
 _QUERY_CUT: Final = 4
 _HOST_CUT: Final = 8
 

@@ -14,7 +14,7 @@ from coral.collectors.http_latency.routes import CUT, Routes
 from coral.wire.text import is_printable
 
 _MOST_PATHS: Final = 16_384
-_CUT_FLAG: Final = 1  # PATH_CUT of http.bpf.h
+_CUT_FLAG: Final = 1  # PATH_CUT of connection.bpf.h
 _NO_PATH: Final = np.uint64(0)  # in place of a hash
 
 

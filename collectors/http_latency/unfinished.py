@@ -1,5 +1,5 @@
 """Requests that have not ended when a session does: what the programs' state of connections, struct
-connection of http.bpf.h, says of them."""
+connection of connection.bpf.h, says of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coral.collectors.contract import Unread
 from coral.collectors.http_latency.details import Wants
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-# As in http.bpf.h.
+# As in connection.bpf.h.
 _SERVER: Final = pb.HTTP_ROLE_SERVER
 _RECEIVED, _SENT = 0, 1
 _AT_HAND: Final = 2

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from coral.bpf import HashMap
 from coral.collectors.contract import Unread
 
-# By enum unread of http.bpf.h; at UNREAD_NONE, reads and writes.
+# By enum unread of connection.bpf.h; at UNREAD_NONE, reads and writes.
 _BY_NUMBER: Final = (
     "unseen", "joined", "tls", "http2", "other", "upgraded", "behind", "peer", "io_uring",
 )  # fmt: skip

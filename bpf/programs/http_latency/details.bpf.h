@@ -13,7 +13,7 @@
 #define WANTS_TRACE 2
 #define WANTS_HOST  4
 
-#define NAME_HOST  2 /* beside those of http.bpf.h */
+#define NAME_HOST  2 /* beside those of headers.bpf.h */
 #define NAME_TRACE 3
 
 /* Not of 32 bytes: clang would put it into a section that libbpf does not know. */
