@@ -7,6 +7,7 @@ an interval, by array.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -24,8 +25,9 @@ from coral.collectors.contract import (
     Support,
     Unread,
 )
+from coral.collectors.http_latency.details import Wants
 from coral.collectors.http_latency.events import RequestRows
-from coral.collectors.http_latency.exchanges import RECORDS, exchanges_of
+from coral.collectors.http_latency.exchanges import DETAILED, RECORDS, exchanges_of
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
@@ -33,7 +35,8 @@ from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
 from coral.collectors.http_latency.tls import TlsHooks, uprobes
-from coral.collectors.http_latency.unread import UnreadCounts
+from coral.collectors.http_latency.unfinished import Unfinished
+from coral.collectors.http_latency.unread import IN_PROGRESS, UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import (
     KernelCollector,
@@ -61,7 +64,7 @@ _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 class HttpLatencyOptions(KernelOptions):
     """The options of `http_latency`."""
 
-    selecting = ("min_duration", "errors_only")
+    selecting = ("min_duration", "errors_only", "include_query", "include_host", "traceparent")
 
     mode: str = option(
         choice("summaries", "events"),
@@ -90,12 +93,42 @@ class HttpLatencyOptions(KernelOptions):
     errors_only: bool = errors_only_option(
         "requests with a status of 500 or more, and those that were aborted before a response"
     )
+    include_query: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy the query of requests, too, as far as the 256 bytes for the path "
+        "have room for it; queries can have secrets in them",
+    )
+    include_host: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy 64 bytes of the host that requests are for, by their target or "
+        "their `Host` header",
+    )
+    traceparent: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy the ids of the trace and of the parent span from valid "
+        "`traceparent` headers of requests (W3C Trace Context)",
+    )
     tls: bool = option(
         boolean(),
         "true",
         "read what passes through OpenSSL, too; each of its functions becomes some microseconds "
         "slower for every process that uses the same file",
     )
+
+    @property
+    def wants(self) -> Wants:
+        """What is copied of requests besides their path."""
+        wanted = Wants(0)
+        if self.include_query:
+            wanted |= Wants.QUERY
+        if self.traceparent:
+            wanted |= Wants.TRACE
+        if self.include_host:
+            wanted |= Wants.HOST
+        return wanted
 
 
 @cache
@@ -112,6 +145,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _plan(self, features: Features) -> Plan:
         self._tls: TlsHooks | None = None
+        self._in_progress = Unread(0, 0)
         return Plan(
             _OBJECT,
             features,
@@ -153,11 +187,16 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         options = self._options
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
+        self._session["wants"] = int(options.wants)
         self._session["reads_tls"] = options.tls
         self._write_session()
         # There are only rings: nothing is sorted by time when it is read.
-        self._open_records({**dict.fromkeys(RECORDS), "process_change": "time_ns"})
+        kinds = (DETAILED,) if options.wants else RECORDS
+        self._open_records({**dict.fromkeys(kinds), "process_change": "time_ns"})
         self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
+        dtype = self._slot.object.btf.struct_dtype(DETAILED if options.wants else RECORDS[0])
+        self._unfinished = Unfinished(dtype, options.wants)
+        self._slot.before_detach = self._read_unfinished
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -186,19 +225,51 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
     def _read_events(self) -> EventRows:
         records = self._drain_records()
         exchanges = self._with_untold(exchanges_of(records))
+        if len(unfinished := self._left_unfinished(exchanges)):
+            exchanges = np.concatenate([exchanges, unfinished])
         return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
         exchanges = self._with_untold(exchanges_of(self._drain_records()))
+        self._left_unfinished(exchanges)  # which have no times to sum
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
 
     def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
-        return self._tls.untold(self._slot, exchanges) if self._tls is not None else exchanges
+        """EXCHANGES, and before them those of processes that have ended without telling."""
+        if self._tls is None:
+            return exchanges
+        untold = [
+            self._unfinished.records_of(waiting, waiting.last_ns, pb.HTTP_OUTCOME_UNKNOWN)
+            for waiting in self._tls.untold(self._slot)
+        ]
+        return np.concatenate([*untold, exchanges]) if untold else exchanges
 
     def _read_unread(self) -> Mapping[str, Unread]:
-        return self._unread.read()
+        unread = self._unread.read()
+        in_progress, self._in_progress = self._in_progress, Unread(0, 0)
+        return {**unread, IN_PROGRESS: in_progress} if in_progress.count else unread
+
+    def _read_unfinished(self) -> None:
+        """Before programs forget which requests the session waits for."""
+        slot, maps = self._slot, self._slot.object
+        self._unfinished.read(
+            maps.map("connections"),
+            maps.map("spilled_requests"),
+            slot.bit,
+            slot.since,
+            time.monotonic_ns(),
+        )
+
+    def _left_unfinished(self, exchanges: NDArray[Any]) -> NDArray[Any]:
+        """With the last records of a session that has ended, EXCHANGES, its requests that have not;
+        else none."""
+        self._unfinished.forget(exchanges)
+        if self._slot.attached or (self._records and self._records.pending_bytes):
+            return exchanges[:0]
+        records, self._in_progress = self._unfinished.take()
+        return records
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())

@@ -12,6 +12,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 RECORDS: Final = ("http_exchange", "http_short_exchange")
 """The structs in which exchanges are recorded."""
+DETAILED: Final = "http_detailed"
+"""The one of a session that wants more of requests, instead of these."""
 
 _FAILED_FROM: Final = 500  # the first status that says that the server failed (RFC 9110, 15.6)
 _BY_CLIENT: Final = int(pb.HTTP_OUTCOME_ABORTED_BY_CLIENT)
@@ -19,8 +21,11 @@ _BY_SERVER: Final = int(pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
 
 
 def exchanges_of(records: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """All exchanges of a drain as struct http_exchange of shape (n,), in the order in which they
-    ended. Nothing is known of the path beyond its `path_bytes`."""
+    """All exchanges of a drain as struct http_exchange of shape (n,), or as struct http_detailed
+    where the session wants more, in the order in which they ended. Nothing is known of the path
+    beyond its `path_bytes` and a query."""
+    if DETAILED in records:
+        return records[DETAILED]
     long, short = (records[name] for name in RECORDS)
     if not len(short):
         return long
