@@ -136,6 +136,7 @@ class TlsHooks:
         """The session in SLOT watches the processes TGIDS, and others to come. What these have
         mapped is attached when this returns, and what the processes EXECUTING are likely to map,
         which are about to execute another program. Where it cannot be, see `why_not`."""
+        slot.begin_late()
         with self._lock:
             session = self._sessions[slot] = _Session(slot, slot.watches_host)
             if len(self._sessions) == 1:

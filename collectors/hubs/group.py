@@ -187,7 +187,6 @@ class Group:
                 second.attach()
                 failing.pop_all()
                 hub.object = second
-            hub.begin_late(plan, self.number_of(plan.name))
             return first, second
 
     def attach(self, hub: Hub, names: Sequence[str]) -> None:

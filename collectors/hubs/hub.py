@@ -39,14 +39,13 @@ class Hub:
         return [loaded for loaded in (self.object, self.late) if loaded is not None]
 
     def begin_late(self, plan: Plan, number: int) -> None:
-        """Has a thread load the late programs of PLAN, if it has any, unless that is done: a
-        session that does not use them has started long before they are verified. NUMBER is that of
-        the hubs of this name. Call it while `lock` is held and `object` is loaded."""
-        loaded = self.object
-        if not plan.late or loaded is None:
-            return
-        if self.loading_late is None or self.loading_late.has_failed:
-            self.loading_late = Background(partial(self._load_late, plan, number, loaded))
+        """Has a thread load the late programs of PLAN, unless that is done: a session that does not
+        use them has started long before they are verified. NUMBER is that of the hubs of this
+        name."""
+        with self.lock:
+            loaded, before = self.object, self.loading_late
+            if loaded is not None and (before is None or before.has_failed):
+                self.loading_late = Background(partial(self._load_late, plan, number, loaded))
 
     def _load_late(self, plan: Plan, number: int, loaded: BpfObject) -> None:
         late = plan.late_part(number, loaded.map_fds(loaded.map_names))

@@ -118,9 +118,12 @@ class Slot:
         self.processes, self.object = place.group.load(place, self.plan)
         place.group.attach(place.hub, self.plan.wanted)
 
+    def begin_late(self) -> None:
+        """Has a thread load the late programs of the plan, which use all maps of the hub."""
+        self.hub.begin_late(self.plan, self._group.number_of(self.plan.name))
+
     def late(self) -> BpfObject:
-        """The object with the late programs of the plan. Waits until they are loaded. Raises
-        `BpfError`."""
+        """The object with these programs, when they are loaded. Raises `BpfError`."""
         return self.hub.loaded_late()
 
     def install(self) -> None:
