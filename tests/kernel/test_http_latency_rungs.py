@@ -52,6 +52,8 @@ def many(call, end, buffers, *more):
     assert call(end.fileno(), headers, len(pieces), 0, *more) == len(pieces)
 def buffers_of(data):
     return [(ctypes.c_char * len(part)).from_buffer_copy(part) for part in (data[:4], data[4:])]
+def whole(data):
+    return [(ctypes.c_char * len(data)).from_buffer_copy(data)]
 def send_file(end, data):
     with tempfile.TemporaryFile() as file:
         file.write(data)
@@ -81,6 +83,7 @@ send = {
     'pwritev2': lambda end, data: os.pwritev(end.fileno(), cut(data), -1),
     'sendmsg': lambda end, data: end.sendmsg(cut(data)),
     'sendmmsg': lambda end, data: many(libc.sendmmsg, end, buffers_of(data)),
+    'sendmmsg of one': lambda end, data: many(libc.sendmmsg, end, whole(data)),
     'sendfile': send_file,
     'splice': splice_to,
 }
@@ -92,6 +95,7 @@ receive = {
     'preadv2': lambda end, length: os.preadv(end.fileno(), room(length), -1),
     'recvmsg': lambda end, length: end.recvmsg_into(room(length), 0, socket.MSG_WAITALL),
     'recvmmsg': lambda end, length: many(libc.recvmmsg, end, buffers_of(bytes(length)), None),
+    'recvmmsg of one': lambda end, length: many(libc.recvmmsg, end, whole(bytes(length)), None),
     'splice': splice_from,
 }
 """
@@ -101,6 +105,7 @@ SEEN = [
     ("writev", "readv"),
     ("pwritev2", "preadv2"),
     ("sendmsg", "recvmsg"),
+    ("sendmmsg of one", "recvmmsg of one"),
     ("send", "peek"),
 ]
 # Those whose bytes lie nowhere in the process, or may be any of several.
@@ -147,7 +152,7 @@ def test_every_call_that_carries_bytes(without: tuple[str, ...]) -> None:
         with seeing(client.pid, server.pid, without=without) as seen:
             names = []
             for ways in SEEN:
-                names.append("-".join(ways))
+                names.append("-".join(ways).replace(" ", "-"))
                 _exchange(client, server, names[-1], ways, None)
             for ways in UNSEEN:
                 names.append("-".join(ways))
@@ -167,6 +172,20 @@ def test_requests_whose_heads_cannot_be_seen_are_none(without: tuple[str, ...]) 
                 names.append(f"after-{ways[0]}")
                 _exchange(client, server, names[-1], SEEN[0], None)
             _assert_seen(seen, names)
+
+
+@every_rung
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_a_body_that_was_spliced_out_before_the_end(first: str, without: tuple[str, ...]) -> None:
+    with puppets(2) as (client, server):
+        _prepared(client, server)
+        connected(client, server, "127.0.0.1")
+        with seeing(client.pid, server.pid, without=without, tls="false") as seen:
+            _exchange(client, server, "spliced", SEEN[0], ("send", "splice"))
+            closes = [(client, "c.close()"), (server, "s.close()")]
+            for puppet, close in closes if first == "client" else reversed(closes):
+                puppet.do(close)
+            _assert_seen(seen, ["spliced"])
 
 
 @every_rung

@@ -243,6 +243,14 @@ def body_ends_with_the_connection(client: Puppet, server: Puppet) -> None:
     client.do("assert c.recv(1) == b''; c.close()")
 
 
+def body_ends_with_a_reset(client: Puppet, server: Puppet) -> None:
+    _asked(client, server)
+    _answered(client, server, _TO_CLOSE)
+    server.do("import struct; linger = struct.pack('ii', 1, 0)")
+    server.do("s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger); s.close()")
+    client.do("exec('try: c.recv(1)\\nexcept ConnectionResetError: c.close()')")
+
+
 def client_ends_its_side_first(client: Puppet, server: Puppet) -> None:
     _asked(client, server)
     client.do("c.shutdown(socket.SHUT_WR)")
@@ -329,6 +337,7 @@ def tunnels(client: Puppet, server: Puppet) -> None:
         (server_is_killed, BY_SERVER, 0, 0),
         (server_is_killed_halfway, BY_SERVER, 200, 5),
         (body_ends_with_the_connection, COMPLETE, 200, 5),
+        (body_ends_with_a_reset, BY_SERVER, 200, 5),
         (client_ends_its_side_first, COMPLETE, 200, 5),
         (client_ends_its_side_and_body_ends_later, COMPLETE, 200, 5),
         (client_reads_late, COMPLETE, 200, 5),
@@ -369,3 +378,18 @@ def test_a_server_answers_a_client_that_has_gone(
     assert (at_client.outcome, at_client.status) == (BY_CLIENT, 0)
     assert (at_server.outcome, at_server.status) == (outcome, 200)
     assert at_server.response_body_bytes == sent
+
+
+def test_the_rest_of_a_body_that_looks_like_a_request_hides_no_request_after_it(
+    pair: tuple[Puppet, Puppet],
+) -> None:
+    client, server = pair
+    looks = r"b'GET /never HTTP/1.1\r\n\r\n'"
+    _asked(client, server)
+    _answered(client, server, r"b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n-'")
+    with seeing_plain(client.pid, server.pid) as seen:
+        _answered(client, server, looks)
+        _asked(client, server)
+        _answered(client, server, r"b'HTTP/1.1 204 None\r\n\r\n'")
+        for (found,) in _both(seen):
+            assert (found.path, found.status, found.outcome) == ("/it", 204, COMPLETE)

@@ -368,6 +368,12 @@ static __always_inline void request_head_ended(struct connection *c, struct lane
 	}
 }
 
+/* Whether nobody can tell where the next request begins. */
+static __always_inline bool ends_unknown(const struct lane *lane)
+{
+	return lane->place == AT_BODY_TO_CLOSE || lane->place == AT_NOTHING;
+}
+
 /* A response may be over before its request has been seen: where one thread sends and another one
  * receives, their hooks run in any order. The next request is the one that it answers. */
 static __always_inline void response_end(struct connection *c, struct lane *lane,
@@ -382,7 +388,7 @@ static __always_inline void response_end(struct connection *c, struct lane *lane
 		lane->flags = 0; /* its request came meanwhile */
 	}
 	exchange_ended(c, outcome, now_ns);
-	if (lane_of(c, request_direction(c))->place == AT_BODY_TO_CLOSE && c->made == c->answered)
+	if (c->made == c->answered && ends_unknown(lane_of(c, request_direction(c))))
 		lose_track(c, now_ns); /* what that request was followed by */
 }
 
@@ -966,6 +972,13 @@ static __always_inline void line_ended(struct lane *lane)
 		token_begin(lane, lane->place == AT_TRAILER_REST ? AT_TRAILER : AT_NAME);
 }
 
+/* Whether requests wait whose responses can still be told, though what follows them in DIRECTION is
+ * none: a client may begin to use a tunnel before it is there, or send more than it said. */
+static __always_inline bool answers_follow(const struct connection *c, __u32 direction)
+{
+	return is_request_lane(c, direction) && c->made != c->answered && !c->on_trial;
+}
+
 /* Takes in at least one byte of the window; 1 at its end. */
 static long http_step(__u32 turn, struct cursor *cursor)
 {
@@ -1000,7 +1013,11 @@ static long http_step(__u32 turn, struct cursor *cursor)
 	}
 	b = cursor->window->bytes[at & (WINDOW - 1)];
 	cursor->window->at = at + 1;
-	if (!byte_step(c, lane, cursor->window->direction, b, now_ns))
+	if (byte_step(c, lane, cursor->window->direction, b, now_ns))
+		return 0;
+	if (answers_follow(c, cursor->window->direction))
+		token_begin(lane, AT_NOTHING);
+	else
 		give_up(c, b == 0x16 && place == AT_START ? UNREAD_TLS : UNREAD_OTHER, now_ns);
 	return 0;
 }

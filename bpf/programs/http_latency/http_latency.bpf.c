@@ -545,6 +545,20 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
+/* Whether it is not known yet if a response begins in DIRECTION, or the first clean request: what was
+ * taken for one may have been part of a body. */
+static __always_inline bool may_be_other_way(struct connection *c, __u32 direction)
+{
+	return c->on_trial && direction != request_direction(c) &&
+	       lane_of(c, direction)->place == AT_START;
+}
+
+static __always_inline void end_trial(struct connection *c, __u32 direction)
+{
+	lose_track(c, 0);
+	c->unread_last = !direction + 1;
+}
+
 /* A connection counts as unread once bytes of it are. */
 static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
 {
@@ -573,6 +587,9 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		return;
 	}
 	seen = copied && operation_find(feed.op, length);
+	if (seen && may_be_other_way(c, direction) &&
+	    request_lies_at(feed.op->base, feed.op->length))
+		end_trial(c, direction);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
 	/* Where the same side has just sent something that was not read, this may be more of that.
@@ -744,10 +761,33 @@ static __always_inline bool ended_by_peer(const struct connection *c, struct soc
 	return socket_read_if(typed, sk, sk_err);
 }
 
-static __always_inline void connection_over(struct connection *c, struct sock *sk, bool typed)
+/* Takes in what the process has received, and no hook has seen: by splice. */
+static __always_inline void catch_up_at_end(struct connection *c, struct sock *sk, bool typed)
+{
+	struct lane *lane = lane_of(c, RECEIVED);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+	__u32 offset, gap;
+
+	if (!tp || c->ssl || c->unread || !held_by_process(sk))
+		return;
+	offset = offset_of(tp, RECEIVED, typed);
+	gap = offset - lane->offset;
+	if (socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
+	    socket_read_if(typed, tp, rcv_nxt) == offset)
+		gap--; /* the FIN has a number, too */
+	if ((__s32)gap <= 0)
+		return;
+	lane->offset = offset;
+	bytes_unseen(c->sk, RECEIVED, gap, bpf_ktime_get_ns());
+}
+
+/* RESET: a side has ended the connection at once. */
+static __always_inline void connection_over(struct connection *c, struct sock *sk, bool reset,
+					    bool typed)
 {
 	__u32 context = held_by_process(sk) ? 0 : BY_PACKET;
-	bool by_peer = ended_by_peer(c, sk, typed), failed = socket_read_if(typed, sk, sk_err);
+	bool by_peer = ended_by_peer(c, sk, typed);
+	bool failed = reset || socket_read_if(typed, sk, sk_err);
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 
@@ -810,7 +850,10 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
 		return 0;
-	connection_over(c, sk, typed);
+	catch_up_at_end(c, sk, typed);
+	connection_over(c, sk,
+			state == TCP_CLOSE && (old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT),
+			typed);
 	return 0;
 }
 
@@ -827,7 +870,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 
 	if (!c)
 		return 0;
-	connection_over(read_of(c), sk, option(typed_sockets));
+	connection_over(read_of(c), sk, false, option(typed_sockets));
 	connection_left(c);
 	if (c->unread && c->unread_bytes && !c->tied)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
