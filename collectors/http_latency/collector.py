@@ -7,6 +7,7 @@ an interval, by array.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -50,6 +51,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
+_COARSE_CLOCK: Final = 6  # CLOCK_MONOTONIC_COARSE, which advances once a jiffy
 _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 
 
@@ -132,7 +134,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
             walks=TLS_PROGRAMS,
-            options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
+            options={
+                "typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets(),
+                "ns_per_jiffy": round(time.clock_getres(_COARSE_CLOCK) * 1e9),
+            },
             sizes=self._sizes,
         )
 

@@ -189,6 +189,22 @@ def test_a_body_that_was_spliced_out_before_the_end(first: str, without: tuple[s
 
 
 @every_rung
+@pytest.mark.timed
+def test_idle_time_after_a_body_that_was_spliced_out_is_nobodys(without: tuple[str, ...]) -> None:
+    with puppets(2) as (client, server):
+        _prepared(client, server)
+        connected(client, server, "127.0.0.1")
+        with seeing(client.pid, server.pid, without=without, tls="false") as seen:
+            for name in ("first", "second"):
+                _exchange(client, server, name, SEEN[0], ("send", "splice"))
+                client.do("time.sleep(0.5)")
+            client.do("c.close()")
+            server.do("s.close()")
+            _assert_seen(seen, ["first", "second"])
+            assert max(it.duration_ns for it in seen.requests) < 400e6
+
+
+@every_rung
 def test_a_descriptor_that_becomes_another_socket_during_a_call(without: tuple[str, ...]) -> None:
     """System calls tell nothing of the first request then, and nothing wrong of others."""
     first, response = REQUEST % (b"first", BODY), RESPONSE % BODY

@@ -622,30 +622,48 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
+OPTION(__u64, ns_per_jiffy, 4000000);
+
+/* When unseen bytes of LANE passed, in DIRECTION. Those that were spliced out of the socket may have
+ * been so at any time since they came, and no time without traffic belongs to them. */
+static __always_inline __u64 unseen_ns(const struct lane *lane, struct tcp_sock *tp,
+				       __u32 direction, bool typed)
+{
+	__u64 now_ns = bpf_ktime_get_ns(), came_ns;
+	__u32 jiffies = bpf_jiffies64();
+
+	if (direction == SENT)
+		return now_ns;
+	jiffies -= socket_read_if(typed, tp, inet_conn.icsk_ack.lrcvtime);
+	came_ns = now_ns - jiffies * option(ns_per_jiffy);
+	return came_ns > now_ns || came_ns < lane->last_ns ? lane->last_ns : came_ns;
+}
+
 /*
  * Takes in what has passed in the other direction, unseen, before an operation in DIRECTION: all of
- * it while the connection is not read, and when a response begins, what is left of its request.
+ * it while the connection is not read, and when a message begins, what is left of the last one.
  * Either that was spliced, or the call that sends it has not returned yet: when it does, its bytes
  * come too late.
  */
 static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, __u32 direction,
 				     bool typed)
 {
+	bool asks = direction == request_direction(c);
 	struct lane *lane = lane_of(c, !direction);
 	__u32 offset, gap;
 
 	if (!c->unread &&
-	    (direction == request_direction(c) || lane_of(c, direction)->place != AT_START))
+	    ((asks && direction == RECEIVED) || lane_of(c, direction)->place != AT_START))
 		return;
 	offset = offset_of(tp, !direction, typed);
 	gap = offset - lane->offset;
-	if (!c->unread && c->made != c->answered && body_ahead(lane) < gap)
-		return; /* the next request, whose call may yet show it */
+	if (!c->unread && (asks || c->made != c->answered) && body_ahead(lane) < gap)
+		return; /* the next message, whose call may yet show it */
 	lane->offset = offset;
 	if (!gap)
 		return;
 	c->unread_last = !direction + 1;
-	bytes_unseen(c->sk, !direction, gap, bpf_ktime_get_ns());
+	bytes_unseen(c->sk, !direction, gap, unseen_ns(lane, tp, !direction, typed));
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -778,7 +796,7 @@ static __always_inline void catch_up_at_end(struct connection *c, struct sock *s
 	if ((__s32)gap <= 0)
 		return;
 	lane->offset = offset;
-	bytes_unseen(c->sk, RECEIVED, gap, bpf_ktime_get_ns());
+	bytes_unseen(c->sk, RECEIVED, gap, unseen_ns(lane, tp, RECEIVED, typed));
 }
 
 /* RESET: a side has ended the connection at once. */
