@@ -54,6 +54,7 @@ _SWEEP_EVERY: Final = 50  # looks
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _MOST_FILES: Final = 64  # attached at once; each has as many descriptors as there are hooks
 _MOST_KNOWN: Final = 8192
+_MOST_REASONS: Final = 16
 _EXECUTED: Final = re.compile(
     rb"^([0-9a-f]+-[0-9a-f]+) ..x. ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([1-9][0-9]*) +(/.*)$",
     re.MULTILINE,
@@ -81,6 +82,11 @@ class _Session:
     seen: set[int] = field(default_factory=set)  # tgids whose memory was looked at
     files: dict[tuple[int, ...], None] = field(default_factory=dict)  # by identity, oldest first
     failed: set[str] = field(default_factory=set)  # reasons
+
+    def fail(self, reason: str) -> None:
+        """Keeps REASON; a process can map any number of files, so there are not more than a few."""
+        if len(self.failed) < _MOST_REASONS:
+            self.failed.add(reason)
 
     def members(self) -> set[int]:
         """The processes that it watches now."""
@@ -125,7 +131,7 @@ class TlsHooks:
         try:
             self._mappings = MappingReader(_MAPPINGS_BYTES)
         except BpfError as error:
-            session.failed.add(f"files that are mapped later are not found: {error}")
+            session.fail(f"files that are mapped later are not found: {error}")
             return
         self._stop = threading.Event()
         threading.Thread(
@@ -206,7 +212,7 @@ class TlsHooks:
         """Attaches what CODE defines; WHERE it lies in memory, if that is known."""
         key = (code.device, code.inode, code.path)
         if key in self._refused:
-            session.failed.add(self._refused[key])
+            session.fail(self._refused[key])
             return
         found = self._known.get(key) if code.inode else None
         if found == {}:
@@ -221,8 +227,10 @@ class TlsHooks:
                 if found and file.identity not in session.files:
                     self._attach_file(session, file, found)
         except BpfError as error:
+            if len(self._refused) >= _MOST_KNOWN:
+                self._refused.clear()
             self._refused[key] = f"what {code.path} encrypts is not seen: {error}"
-            session.failed.add(self._refused[key])
+            session.fail(self._refused[key])
             _log.warning("%s", self._refused[key])
         except OSError:
             return  # the process has ended, or another one took its place

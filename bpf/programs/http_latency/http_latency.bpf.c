@@ -545,16 +545,14 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
-/* Whether it is not known yet if a response begins in DIRECTION, or the first clean request: what was
- * taken for one may have been part of a body. */
-static __always_inline bool may_be_other_way(struct connection *c, __u32 direction)
+/* What is on trial as a request may have been part of a body that looks like one: where a response
+ * should begin in DIRECTION, and a request does, the trial is over. */
+static __always_inline void reconsider(struct connection *c, const struct operation *op,
+				       __u32 direction)
 {
-	return c->on_trial && direction != request_direction(c) &&
-	       lane_of(c, direction)->place == AT_START;
-}
-
-static __always_inline void end_trial(struct connection *c, __u32 direction)
-{
+	if (!c->on_trial || direction == request_direction(c) ||
+	    lane_of(c, direction)->place != AT_START || !request_lies_at(op->base, op->length))
+		return;
 	lose_track(c, 0);
 	c->unread_last = !direction + 1;
 }
@@ -587,9 +585,8 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		return;
 	}
 	seen = copied && operation_find(feed.op, length);
-	if (seen && may_be_other_way(c, direction) &&
-	    request_lies_at(feed.op->base, feed.op->length))
-		end_trial(c, direction);
+	if (seen)
+		reconsider(c, feed.op, direction);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, UNREAD_NONE, 1, length);
 	/* Where the same side has just sent something that was not read, this may be more of that.
@@ -624,8 +621,8 @@ static __always_inline void end_read(struct connection *c)
 
 OPTION(__u64, ns_per_jiffy, 4000000);
 
-/* When unseen bytes of LANE passed, in DIRECTION. Those that were spliced out of the socket may have
- * been so at any time since they came, and no time without traffic belongs to them. */
+/* When unseen bytes of LANE passed, in DIRECTION. Nothing tells when the process spliced them out
+ * of the socket, so it is the time at which they came: idle time belongs to no request. */
 static __always_inline __u64 unseen_ns(const struct lane *lane, struct tcp_sock *tp,
 				       __u32 direction, bool typed)
 {
@@ -869,9 +866,8 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 	if (!closes)
 		return 0;
 	catch_up_at_end(c, sk, typed);
-	connection_over(c, sk,
-			state == TCP_CLOSE && (old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT),
-			typed);
+	connection_over(
+	    c, sk, state == TCP_CLOSE && (old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT), typed);
 	return 0;
 }
 
