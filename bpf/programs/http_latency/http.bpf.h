@@ -159,7 +159,8 @@ struct connection {
 	__u64 ssl;  /* the object of OpenSSL whose decrypted bytes are read; 0 for a socket */
 	__u64 tied; /* `sk` of the socket that carries these; of a socket: of what it carries */
 	__u32 encrypted; /* operations of TLS that has not been read so far */
-	__u32 reserved;
+	__u8 reset;	 /* it ended at once, with or without the last bytes */
+	__u8 reserved[3];
 	struct lane lanes[2];	/* by direction */
 	__u8 methods[PIPELINE]; /* of the requests that wait, by number */
 	struct request requests[AT_HAND];

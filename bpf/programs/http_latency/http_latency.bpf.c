@@ -344,12 +344,15 @@ static __always_inline __u64 passed_so_far(struct tcp_sock *tp, __u32 direction,
 	return socket_read_if(typed, tp, bytes_acked) + rest;
 }
 
-/* Whether the LENGTH bytes that have just passed are the first. */
-static __always_inline bool is_fresh(struct tcp_sock *tp, __u32 direction, __u32 length, bool typed)
+/* Whether the LENGTH bytes that have just passed are the first. A SYN or a FIN may be among them.
+ */
+static __always_inline bool is_fresh(struct sock *sk, struct tcp_sock *tp, __u32 direction,
+				     __u32 length, bool typed)
 {
 	__u64 passed = passed_so_far(tp, direction, typed);
+	bool more = direction == SENT || socket_read_if(typed, sk, sk_shutdown) & RCV_SHUTDOWN;
 
-	return (passed == length || (direction == SENT && passed == length + 1)) &&
+	return (passed == length || (more && passed == length + 1)) &&
 	       passed_so_far(tp, !direction, typed) <= 1;
 }
 
@@ -379,7 +382,7 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 	c->lanes[RECEIVED].offset = offset_of(tp, RECEIVED, typed);
 	c->lanes[SENT].offset = offset_of(tp, SENT, typed);
 	lane_of(c, direction)->offset -= length;
-	if (is_fresh(tp, direction, length, typed))
+	if (is_fresh(sk, tp, direction, length, typed))
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	else
 		not_read(c, UNREAD_JOINED);
@@ -663,6 +666,14 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 	bytes_unseen(c->sk, !direction, gap, unseen_ns(lane, tp, !direction, typed));
 }
 
+/* Whether the process has received the FIN, which has a number, too: OFFSET is the one after it. */
+static __always_inline bool is_behind_fin(struct sock *sk, struct tcp_sock *tp, __u32 offset,
+					  bool typed)
+{
+	return socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
+	       socket_read_if(typed, tp, rcv_nxt) == offset;
+}
+
 /* What is needed of tls.bpf.h: see there. */
 static __always_inline bool is_inside_ssl(void);
 static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length);
@@ -703,8 +714,10 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	if ((__s32)gap < 0) /* counted already, as a gap */
 		return 0;
 	lane->offset = offset;
-	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		bytes_unseen(c->sk, direction, gap, bpf_ktime_get_ns());
+	if (gap && ended && is_behind_fin(sk, tp, offset, typed))
+		gap--;
+	if (gap)
+		bytes_unseen(c->sk, direction, gap, unseen_ns(lane, tp, direction, typed));
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
@@ -787,22 +800,19 @@ static __always_inline void catch_up_at_end(struct connection *c, struct sock *s
 		return;
 	offset = offset_of(tp, RECEIVED, typed);
 	gap = offset - lane->offset;
-	if (socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
-	    socket_read_if(typed, tp, rcv_nxt) == offset)
-		gap--; /* the FIN has a number, too */
+	if (gap && is_behind_fin(sk, tp, offset, typed))
+		gap--;
 	if ((__s32)gap <= 0)
 		return;
 	lane->offset = offset;
 	bytes_unseen(c->sk, RECEIVED, gap, unseen_ns(lane, tp, RECEIVED, typed));
 }
 
-/* RESET: a side has ended the connection at once. */
-static __always_inline void connection_over(struct connection *c, struct sock *sk, bool reset,
-					    bool typed)
+static __always_inline void connection_over(struct connection *c, struct sock *sk, bool typed)
 {
 	__u32 context = held_by_process(sk) ? 0 : BY_PACKET;
 	bool by_peer = ended_by_peer(c, sk, typed);
-	bool failed = reset || socket_read_if(typed, sk, sk_err);
+	bool failed = c->reset || socket_read_if(typed, sk, sk_err);
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 
@@ -854,6 +864,8 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 			c->closed = RECEIVED + 1;
 		return 0;
 	}
+	if (state == TCP_CLOSE && (old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT))
+		read_of(c)->reset = 1; /* by either side, without a FIN of this one */
 	if (state == TCP_CLOSE && is_in_use(c, sk, old, typed)) {
 		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
 		return 0;
@@ -866,8 +878,7 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 	if (!closes)
 		return 0;
 	catch_up_at_end(c, sk, typed);
-	connection_over(
-	    c, sk, state == TCP_CLOSE && (old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT), typed);
+	connection_over(c, sk, typed);
 	return 0;
 }
 
@@ -884,7 +895,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 
 	if (!c)
 		return 0;
-	connection_over(read_of(c), sk, false, option(typed_sockets));
+	connection_over(read_of(c), sk, option(typed_sockets));
 	connection_left(c);
 	if (c->unread && c->unread_bytes && !c->tied)
 		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 0,
