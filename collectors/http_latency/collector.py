@@ -57,6 +57,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
+_COARSE_CLOCK: Final = 6  # CLOCK_MONOTONIC_COARSE, which advances once a jiffy
 _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 
 
@@ -153,7 +154,10 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
             late=TLS_PROGRAMS if self._options.tls else (),
             many_places=uprobes(features).taken == "uprobe_multi",
-            options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
+            options={
+                "typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets(),
+                "ns_per_jiffy": round(time.clock_getres(_COARSE_CLOCK) * 1e9),
+            },
             sizes=self._sizes,
         )
 

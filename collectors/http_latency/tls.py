@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,10 @@ from coral.collectors.hubs import FIRST_ENDED, Slot
 from coral.collectors.hubs.keeper import KEEPER
 
 _log: Final = logging.getLogger(__name__)
+
+
+_File = tuple[int, int, str]  # its device, its number and its path
+_V = TypeVar("_V")
 
 
 class _Hook(NamedTuple):
@@ -74,6 +78,7 @@ _SWEEP_EVERY: Final = 20  # looks
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _MOST_FILES: Final = 64  # attached at once; each has as many descriptors as there are hooks
 _MOST_KNOWN: Final = 8192
+_MOST_REASONS: Final = 16  # of one session
 # What is not seen.
 _NO_ACCESS: Final = (
     "TLS of other users' processes is not seen: the files that they execute can only be opened "
@@ -102,6 +107,11 @@ class _Session:
     failed: set[str] = field(default_factory=set)  # reasons
     untold: deque[Waiting] = field(default_factory=deque)  # see `TlsHooks.untold`
 
+    def fail(self, reason: str) -> None:
+        """Keeps REASON; a process can map any number of files, so there are not more than a few."""
+        if len(self.failed) < _MOST_REASONS:
+            self.failed.add(reason)
+
     def members(self) -> set[int]:
         """The processes that it watches now."""
         keys = self.slot.keys_of("members")
@@ -122,8 +132,8 @@ class TlsHooks:
         self._sessions: dict[Slot, _Session] = {}
         self._uprobes = Uprobes()  # of the sessions here
         self._mappings: MappingReader | None = None
-        self._known: dict[tuple[int, int, str], dict[str, list[int]]] = {}  # offsets by function
-        self._refused: dict[tuple[int, int, str], str] = {}  # with the reasons
+        self._known: dict[_File, dict[str, list[int]]] = {}  # offsets by function
+        self._refused: dict[_File, str] = {}  # with the reasons
         self._stop = threading.Event()
         self._lost = self._looks = 0
 
@@ -151,7 +161,7 @@ class TlsHooks:
         try:
             self._mappings = MappingReader(_MAPPINGS_BYTES)
         except BpfError as error:
-            session.failed.add(f"files that are mapped later are not found: {error}")
+            session.fail(f"files that are mapped later are not found: {error}")
             return
         self._stop = threading.Event()
         threading.Thread(
@@ -227,7 +237,7 @@ class TlsHooks:
             try:
                 found = list(executed(tgid))
             except PermissionError:
-                session.failed.add(_NO_ACCESS)
+                session.fail(_NO_ACCESS)
                 continue
             for code, where in found:
                 self._attach(session, code, where)
@@ -236,7 +246,7 @@ class TlsHooks:
         """Attaches what CODE defines; WHERE it lies in memory, if that is known."""
         key = (code.device, code.inode, code.path)
         if key in self._refused:
-            session.failed.add(self._refused[key])
+            session.fail(self._refused[key])
             return
         found = self._known.get(key) if code.inode else None
         if found == {}:
@@ -245,20 +255,19 @@ class TlsHooks:
             with opened(code, where) as file:
                 if found is None:
                     found = functions(file.fd, _FUNCTIONS, _INDISPENSABLE)
-                    if len(self._known) >= _MOST_KNOWN:
-                        self._known.clear()
-                    self._known[key] = found
+                    _remember(self._known, key, found)
                 if found and file.identity not in session.files:
                     self._attach_file(session, file, found)
         except BpfError as error:
-            self._refused[key] = f"what {code.path} encrypts is not seen: {error}"
-            session.failed.add(self._refused[key])
-            _log.warning("%s", self._refused[key])
+            why = f"what {code.path} encrypts is not seen: {error}"
+            _remember(self._refused, key, why)
+            session.fail(why)
+            _log.warning("%s", why)
         except PermissionError:
-            session.failed.add(_NO_ACCESS)
+            session.fail(_NO_ACCESS)
         except OSError:  # the process has ended, or another one took its place
             if LIBRARY in code.path and code.path.endswith(DELETED) and _runs(code.tgid):
-                session.failed.add(_REPLACED.format(code.path.removesuffix(DELETED)))
+                session.fail(_REPLACED.format(code.path.removesuffix(DELETED)))
 
     def _attach_file(
         self, session: _Session, file: ProcessFile, found: dict[str, list[int]]
@@ -267,7 +276,7 @@ class TlsHooks:
             programs = session.slot.late()
         except BpfError as error:
             why = str(error).partition("\n")[0]  # without the verifier's log
-            session.failed.add(f"what OpenSSL encrypts is not seen: {why}")
+            session.fail(f"what OpenSSL encrypts is not seen: {why}")
             _log.warning("what OpenSSL encrypts is not seen: %s", error)
             return
         while len(session.files) >= _MOST_FILES:
@@ -325,6 +334,13 @@ class TlsHooks:
         session = self._sessions.get(slot)
         while session and session.untold:
             yield session.untold.popleft()
+
+
+def _remember(known: dict[_File, _V], key: _File, value: _V) -> None:
+    """Keeps VALUE; a process can map any number of files, so there are not more than some."""
+    if len(known) >= _MOST_KNOWN:
+        known.clear()
+    known[key] = value
 
 
 def _runs(process: int) -> bool:

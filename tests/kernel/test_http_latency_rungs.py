@@ -53,6 +53,8 @@ def many(call, end, buffers, *more):
     assert call(end.fileno(), headers, len(pieces), 0, *more) == len(pieces)
 def buffers_of(data):
     return [(ctypes.c_char * len(part)).from_buffer_copy(part) for part in (data[:4], data[4:])]
+def whole(data):
+    return [(ctypes.c_char * len(data)).from_buffer_copy(data)]
 def send_file(end, data):
     with tempfile.TemporaryFile() as file:
         file.write(data)
@@ -82,6 +84,7 @@ send = {
     'pwritev2': lambda end, data: os.pwritev(end.fileno(), cut(data), -1),
     'sendmsg': lambda end, data: end.sendmsg(cut(data)),
     'sendmmsg': lambda end, data: many(libc.sendmmsg, end, buffers_of(data)),
+    'sendmmsg of one': lambda end, data: many(libc.sendmmsg, end, whole(data)),
     'sendfile': send_file,
     'splice': splice_to,
 }
@@ -93,6 +96,7 @@ receive = {
     'preadv2': lambda end, length: os.preadv(end.fileno(), room(length), -1),
     'recvmsg': lambda end, length: end.recvmsg_into(room(length), 0, socket.MSG_WAITALL),
     'recvmmsg': lambda end, length: many(libc.recvmmsg, end, buffers_of(bytes(length)), None),
+    'recvmmsg of one': lambda end, length: many(libc.recvmmsg, end, whole(bytes(length)), None),
     'splice': splice_from,
 }
 """
@@ -102,6 +106,7 @@ SEEN = [
     ("writev", "readv"),
     ("pwritev2", "preadv2"),
     ("sendmsg", "recvmsg"),
+    ("sendmmsg of one", "recvmmsg of one"),
     ("send", "peek"),
 ]
 # Those whose bytes lie nowhere in the process, or may be any of several.
@@ -155,7 +160,7 @@ def test_every_call_that_carries_bytes(without: tuple[str, ...]) -> None:
     with _pair_seen(without) as (client, server, seen):
         names = []
         for ways in SEEN:
-            names.append("-".join(ways))
+            names.append("-".join(ways).replace(" ", "-"))
             _exchange(client, server, names[-1], ways, None)
         for ways in UNSEEN:
             names.append("-".join(ways))
@@ -172,6 +177,38 @@ def test_requests_whose_heads_cannot_be_seen_are_none(without: tuple[str, ...]) 
             names.append(f"after-{ways[0]}")
             _exchange(client, server, names[-1], SEEN[0], None)
         _assert_seen(seen, names)
+
+
+@every_rung
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_a_body_that_was_spliced_out_before_the_end(first: str, without: tuple[str, ...]) -> None:
+    with puppets(2) as (client, server):
+        _prepared(client, server)
+        connected(client, server, "127.0.0.1")
+        with seeing(client.pid, server.pid, without=without, tls="false") as seen:
+            _exchange(client, server, "spliced", SEEN[0], ("send", "splice"))
+            closes = [(client, "c.close()"), (server, "s.close()")]
+            if first == "server":
+                closes = [closes[1], (client, "assert c.recv(1) == b''; c.close()")]
+            for puppet, close in closes:
+                puppet.do(close)
+            _assert_seen(seen, ["spliced"])
+
+
+@every_rung
+@pytest.mark.timed
+def test_idle_time_after_a_body_that_was_spliced_out_is_nobodys(without: tuple[str, ...]) -> None:
+    with puppets(2) as (client, server):
+        _prepared(client, server)
+        connected(client, server, "127.0.0.1")
+        with seeing(client.pid, server.pid, without=without, tls="false") as seen:
+            for name in ("first", "second"):
+                _exchange(client, server, name, SEEN[0], ("send", "splice"))
+                client.do("time.sleep(0.5)")
+            client.do("c.close()")
+            server.do("s.close()")
+            _assert_seen(seen, ["first", "second"])
+            assert max(it.duration_ns for it in seen.requests) < 400e6
 
 
 @every_rung

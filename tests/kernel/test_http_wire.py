@@ -243,6 +243,14 @@ def body_ends_with_the_connection(client: Puppet, server: Puppet) -> None:
     client.do("assert c.recv(1) == b''; c.close()")
 
 
+def body_ends_with_a_reset(client: Puppet, server: Puppet) -> None:
+    _asked(client, server)
+    _answered(client, server, _TO_CLOSE)
+    server.do("import struct; linger = struct.pack('ii', 1, 0)")
+    server.do("s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger); s.close()")
+    client.do("exec('try: c.recv(1)\\nexcept ConnectionResetError: c.close()')")
+
+
 def client_ends_its_side_first(client: Puppet, server: Puppet) -> None:
     _asked(client, server)
     client.do("c.shutdown(socket.SHUT_WR)")
@@ -292,6 +300,15 @@ def client_reads_after_a_reset(client: Puppet, server: Puppet) -> None:
     _reads_late(client)
 
 
+def body_ends_with_a_reset_that_comes_before_it_is_read(client: Puppet, server: Puppet) -> None:
+    client.do(r"c.sendall(b'GET /it HTTP/1.1\r\n\r\n-')")
+    server.do("take(s, 20); s.recv(1, socket.MSG_PEEK)")
+    server.do(f"s.sendall({_TO_CLOSE}); s.close()")
+    wait_until(lambda: client.ask("c.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO)") == TCP_CLOSE)
+    client.do(f"take(c, len({_TO_CLOSE}))")
+    client.do("exec('try: c.recv(1)\\nexcept ConnectionResetError: c.close()')")
+
+
 def server_refuses_a_body(client: Puppet, server: Puppet) -> None:
     _asked(client, server, r"b'POST /it HTTP/1.1\r\nContent-Length: 10\r\n\r\n12345'")
     _answered(client, server, r"b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12345'")
@@ -329,11 +346,13 @@ def tunnels(client: Puppet, server: Puppet) -> None:
         (server_is_killed, BY_SERVER, 0, 0),
         (server_is_killed_halfway, BY_SERVER, 200, 5),
         (body_ends_with_the_connection, COMPLETE, 200, 5),
+        (body_ends_with_a_reset, BY_SERVER, 200, 5),
         (client_ends_its_side_first, COMPLETE, 200, 5),
         (client_ends_its_side_and_body_ends_later, COMPLETE, 200, 5),
         (client_reads_late, COMPLETE, 200, 5),
         (client_ends_its_side_and_reads_late, COMPLETE, 200, 5),
         (client_reads_after_a_reset, COMPLETE, 200, 5),
+        (body_ends_with_a_reset_that_comes_before_it_is_read, BY_SERVER, 200, 5),
         (server_refuses_a_body, COMPLETE, 200, 5),
         (goes_on_with_another_protocol, UPGRADED, 101, 0),
         (tunnels, UPGRADED, 200, 0),
@@ -369,3 +388,30 @@ def test_a_server_answers_a_client_that_has_gone(
     assert (at_client.outcome, at_client.status) == (BY_CLIENT, 0)
     assert (at_server.outcome, at_server.status) == (outcome, 200)
     assert at_server.response_body_bytes == sent
+
+
+def test_a_request_and_the_end_of_its_side_come_at_once(pair: tuple[Puppet, Puppet]) -> None:
+    client, server = pair
+    with seeing_plain(client.pid, server.pid) as seen:
+        client.do(f"c.sendall({_GET}); c.shutdown(socket.SHUT_WR)")
+        server.do(f"take(s, len({_GET})); assert s.recv(1) == b''; s.close()")
+        client.do("assert c.recv(1) == b''; c.close()")
+        (at_client,), (at_server,) = _both(seen)
+    # To a server, a client that has ended its side is one that has left.
+    assert (at_client.outcome, at_client.status) == (BY_SERVER, 0)
+    assert (at_server.outcome, at_server.status) == (BY_CLIENT, 0)
+
+
+def test_the_rest_of_a_body_that_looks_like_a_request_hides_no_request_after_it(
+    pair: tuple[Puppet, Puppet],
+) -> None:
+    client, server = pair
+    looks = r"b'GET /never HTTP/1.1\r\n\r\n'"
+    _asked(client, server)
+    _answered(client, server, r"b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n-'")
+    with seeing_plain(client.pid, server.pid) as seen:
+        _answered(client, server, looks)
+        _asked(client, server)
+        _answered(client, server, r"b'HTTP/1.1 204 None\r\n\r\n'")
+        for (found,) in _both(seen):
+            assert (found.path, found.status, found.outcome) == ("/it", 204, COMPLETE)

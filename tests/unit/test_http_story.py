@@ -260,7 +260,7 @@ def test_what_cannot_be_read_is_told() -> None:
     batch.message.unread.add(what="http2", count=1)
     batch.message.unread.add(what="unseen", count=7, bytes=99)
     story.add(batch)
-    told = "not read: HTTP/2 on 1 connection, 7 reads and writes unseen (99B)"
+    told = "not read: HTTP/2 on 1 connection, 7 reads and writes unseen, such as by io_uring (99B)"
     assert drawn_lines(story.interval_table(120, 20), 120)[1] == told
     assert (
         drawn_lines(story.interval_table(40, 20), 40)[3]

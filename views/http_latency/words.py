@@ -36,7 +36,7 @@ _PROTOCOLS: Final = {
 }
 _UNREAD: Final = {
     "joined": "joined in the middle, up to the next request",
-    "unseen": "reads and writes unseen",
+    "unseen": "reads and writes unseen, such as by io_uring",
     "behind": "with too many requests at a time",
     "peer": "requests over TLS without a known peer",
     "io_uring": "reads and writes by io_uring",

@@ -164,8 +164,10 @@ struct connection {
 	__u64 unread_last; /* enum direction + 1 of the last bytes that were not read */
 	__u64 ssl;  /* the object of OpenSSL whose decrypted bytes are read; 0 for a socket */
 	__u64 tied; /* `sk` of the socket that carries these; of a socket: of what it carries */
-	__u32 encrypted;	/* operations of TLS that has not been read so far */
-	__u32 wants;		/* what the sessions `watching` want of its requests */
+	__u32 encrypted; /* operations of TLS that has not been read so far */
+	__u16 wants;	 /* what the sessions `watching` want of its requests */
+	__u8 reset;	 /* it ended at once, with or without the last bytes */
+	__u8 reserved;
 	struct lane lanes[2];	/* by direction */
 	__u8 methods[PIPELINE]; /* of the requests that wait, by number */
 	struct request requests[AT_HAND];

@@ -265,6 +265,13 @@ static __always_inline bool failed_at_once(const struct lane *lane)
 					  : lane->place == AT_METHOD && !lane->column;
 }
 
+/* Whether requests wait whose responses can still be told, though what follows them in DIRECTION is
+ * none: a client may begin to use a tunnel before it is there, or send more than it said. */
+static __always_inline bool answers_follow(const struct connection *c, __u32 direction)
+{
+	return is_request_lane(c, direction) && c->made != c->answered && !c->on_trial;
+}
+
 /* Takes in at least one byte of the window; 1 at its end. Reads what it needs again after each
  * call: the stack has no room to keep it. */
 static long http_step(__u32 turn, struct cursor *cursor)
@@ -300,7 +307,11 @@ static long http_step(__u32 turn, struct cursor *cursor)
 		return 0;
 	}
 	b = window->bytes[window->at++ & (WINDOW - 1)];
-	if (!byte_step(c, lane, window->direction, b, window->now_ns))
+	if (byte_step(c, lane, window->direction, b, window->now_ns))
+		return 0;
+	if (answers_follow(c, window->direction))
+		token_begin(lane, AT_NOTHING);
+	else
 		give_up(c, b == 0x16 && failed_at_once(lane) ? UNREAD_TLS : UNREAD_OTHER,
 			window->now_ns);
 	return 0;

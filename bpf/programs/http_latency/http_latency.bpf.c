@@ -476,12 +476,15 @@ static __always_inline __u64 passed_so_far(struct tcp_sock *tp, __u32 direction,
 	return socket_read_if(typed, tp, bytes_acked) + rest;
 }
 
-/* Whether the LENGTH bytes that have just passed are the first. */
-static __always_inline bool is_fresh(struct tcp_sock *tp, __u32 direction, __u32 length, bool typed)
+/* Whether the LENGTH bytes that have just passed are the first. A SYN or a FIN may be among them.
+ */
+static __always_inline bool is_fresh(struct sock *sk, struct tcp_sock *tp, __u32 direction,
+				     __u32 length, bool typed)
 {
 	__u64 passed = passed_so_far(tp, direction, typed);
+	bool more = direction == SENT || socket_read_if(typed, sk, sk_shutdown) & RCV_SHUTDOWN;
 
-	return (passed == length || (direction == SENT && passed == length + 1)) &&
+	return (passed == length || (more && passed == length + 1)) &&
 	       passed_so_far(tp, !direction, typed) <= 1;
 }
 
@@ -511,7 +514,7 @@ static __always_inline struct connection *connection_make(struct sock *sk, struc
 	c->lanes[RECEIVED].offset = offset_of(tp, RECEIVED, typed);
 	c->lanes[SENT].offset = offset_of(tp, SENT, typed);
 	lane_of(c, direction)->offset -= length;
-	if (is_fresh(tp, direction, length, typed))
+	if (is_fresh(sk, tp, direction, length, typed))
 		c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	else
 		not_read(c, UNREAD_JOINED);
@@ -682,6 +685,18 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	return true;
 }
 
+/* What is on trial as a request may have been part of a body that looks like one: where a response
+ * should begin in DIRECTION, and a request does, the trial is over. */
+static __always_inline void reconsider(struct connection *c, const struct operation *op,
+				       __u32 direction)
+{
+	if (!c->on_trial || direction == request_direction(c) ||
+	    lane_of(c, direction)->place != AT_START || !request_lies_at(op->base, op->length))
+		return;
+	lose_track(c, 0);
+	c->unread_last = !direction + 1;
+}
+
 /* A connection counts as unread once bytes of it are. */
 static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
 {
@@ -707,6 +722,8 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	if (!feed.window || !feed.op)
 		return;
 	seen = copied && operation_find(feed.op, length);
+	if (seen)
+		reconsider(c, feed.op, direction);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, by_io_uring() ? UNREAD_IO_URING : UNREAD_NONE, 1, length);
 	/* Where the same side has just sent something that was not read, this may be more of that.
@@ -740,30 +757,56 @@ static __always_inline void end_read(struct connection *c)
 		exchange_ended(c, OUTCOME_ABORTED_BY_SERVER, now_ns);
 }
 
+OPTION(__u64, ns_per_jiffy, 4000000);
+
+/* When unseen bytes of LANE passed, in DIRECTION. Nothing tells when the process spliced them out
+ * of the socket, so it is the time at which they came: idle time belongs to no request. */
+static __always_inline __u64 unseen_ns(const struct lane *lane, struct tcp_sock *tp,
+				       __u32 direction, bool typed)
+{
+	__u64 now_ns = bpf_ktime_get_ns(), came_ns;
+	__u32 jiffies = bpf_jiffies64();
+
+	if (direction == SENT)
+		return now_ns;
+	jiffies -= socket_read_if(typed, tp, inet_conn.icsk_ack.lrcvtime);
+	came_ns = now_ns - jiffies * option(ns_per_jiffy);
+	return came_ns > now_ns || came_ns < lane->last_ns ? lane->last_ns : came_ns;
+}
+
 /*
  * Takes in what has passed in the other direction, unseen, before an operation in DIRECTION: all of
- * it while the connection is not read, and when a response begins, what is left of its request.
+ * it while the connection is not read, and when a message begins, what is left of the last one.
  * Either that was spliced, or the call that sends it has not returned yet: when it does, its bytes
  * come too late.
  */
 static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, __u32 direction,
 				     bool typed)
 {
+	bool asks = direction == request_direction(c);
 	struct lane *lane = lane_of(c, !direction);
 	__u32 offset, gap;
 
 	if (!c->unread &&
-	    (direction == request_direction(c) || lane_of(c, direction)->place != AT_START))
+	    ((asks && direction == RECEIVED) || lane_of(c, direction)->place != AT_START))
 		return;
 	offset = offset_of(tp, !direction, typed);
 	gap = offset - lane->offset;
-	if (!c->unread && c->made != c->answered && body_ahead(lane) < gap)
-		return; /* the next request, whose call may yet show it */
+	if (!c->unread && (asks || c->made != c->answered) && body_ahead(lane) < gap)
+		return; /* the next message, whose call may yet show it */
 	lane->offset = offset;
 	if (!gap)
 		return;
 	c->unread_last = !direction + 1;
-	bytes_unseen(c, !direction, gap, bpf_ktime_get_ns());
+	bytes_unseen(c, !direction, gap, unseen_ns(lane, tp, !direction, typed));
+}
+
+/* Whether the process has received the FIN, which has a number, too: OFFSET is the one after it. */
+static __always_inline bool is_behind_fin(struct sock *sk, struct tcp_sock *tp, __u32 offset,
+					  bool typed)
+{
+	return socket_read_if(typed, sk, __sk_common.skc_flags) & (1UL << SOCK_DONE) &&
+	       socket_read_if(typed, tp, rcv_nxt) == offset;
 }
 
 /* What is needed of tls.bpf.h: see there. */
@@ -805,8 +848,10 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 	if ((__s32)gap < 0) /* counted already, as a gap */
 		return 0;
 	lane->offset = offset;
-	if (gap && !(ended && gap == 1)) /* the FIN has a number, too */
-		bytes_unseen(c, direction, gap, bpf_ktime_get_ns());
+	if (gap && ended && is_behind_fin(sk, tp, offset, typed))
+		gap--;
+	if (gap)
+		bytes_unseen(c, direction, gap, unseen_ns(lane, tp, direction, typed));
 	if (length)
 		catch_up(c, tp, direction, typed);
 	if (length && c->unread == UNREAD_JOINED && encrypted_passed(c, direction, length))
@@ -878,10 +923,30 @@ static __always_inline bool ended_by_peer(const struct connection *c, struct soc
 	return socket_read_if(typed, sk, sk_err);
 }
 
+/* Takes in what the process has received, and no hook has seen: by splice. */
+static __always_inline void catch_up_at_end(struct connection *c, struct sock *sk, bool typed)
+{
+	struct lane *lane = lane_of(c, RECEIVED);
+	struct tcp_sock *tp = tcp_of(sk, typed);
+	__u32 offset, gap;
+
+	if (!tp || c->ssl || c->unread || !held_by_process(sk))
+		return;
+	offset = offset_of(tp, RECEIVED, typed);
+	gap = offset - lane->offset;
+	if (gap && is_behind_fin(sk, tp, offset, typed))
+		gap--;
+	if ((__s32)gap <= 0)
+		return;
+	lane->offset = offset;
+	bytes_unseen(c, RECEIVED, gap, unseen_ns(lane, tp, RECEIVED, typed));
+}
+
 static __always_inline void connection_over(struct connection *c, struct sock *sk, bool typed)
 {
 	__u32 context = held_by_process(sk) ? 0 : BY_PACKET;
-	bool by_peer = ended_by_peer(c, sk, typed), failed = socket_read_if(typed, sk, sk_err);
+	bool by_peer = ended_by_peer(c, sk, typed);
+	bool failed = c->reset || socket_read_if(typed, sk, sk_err);
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool by_server = by_peer == (c->role == HTTP_CLIENT);
 
@@ -933,6 +998,8 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 			c->closed = RECEIVED + 1;
 		return 0;
 	}
+	if (state == TCP_CLOSE && (old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT))
+		read_of(c)->reset = 1; /* by either side, without a FIN of this one */
 	if (state == TCP_CLOSE && is_in_use(c, sk, old, typed)) {
 		c->closed = RECEIVED + 1; /* also where the client had ended its side before */
 		return 0;
@@ -944,6 +1011,7 @@ static __always_inline int state_changed(struct sock *sk, int old, int state, bo
 		 (socket_read_if(typed, sk, sk_shutdown) & SHUTDOWN_MASK) == SHUTDOWN_MASK;
 	if (!closes)
 		return 0;
+	catch_up_at_end(c, sk, typed);
 	connection_over(c, sk, typed);
 	return 0;
 }

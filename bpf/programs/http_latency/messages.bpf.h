@@ -97,6 +97,12 @@ static __always_inline void request_head_ended(struct connection *c, struct lane
 	}
 }
 
+/* Whether nobody can tell where the next request begins. */
+static __always_inline bool ends_unknown(const struct lane *lane)
+{
+	return lane->place == AT_BODY_TO_CLOSE || lane->place == AT_NOTHING;
+}
+
 /* A response may be over before its request has been seen: where one thread sends and another one
  * receives, their hooks run in any order. The next request is the one that it answers. */
 static __always_inline void response_end(struct connection *c, struct lane *lane,
@@ -111,7 +117,7 @@ static __always_inline void response_end(struct connection *c, struct lane *lane
 		lane->flags = 0; /* its request came meanwhile */
 	}
 	exchange_ended(c, outcome, now_ns);
-	if (lane_of(c, request_direction(c))->place == AT_BODY_TO_CLOSE && c->made == c->answered)
+	if (c->made == c->answered && ends_unknown(lane_of(c, request_direction(c))))
 		lose_track(c, now_ns); /* what that request was followed by */
 }
 

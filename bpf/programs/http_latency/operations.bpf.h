@@ -18,6 +18,8 @@
 #define NR_RECVFROM 45
 #define NR_SENDMSG  46
 #define NR_RECVMSG  47
+#define NR_RECVMMSG 299
+#define NR_SENDMMSG 307
 #define NR_PREADV2  327
 #define NR_PWRITEV2 328
 #elif defined(__TARGET_ARCH_arm64)
@@ -29,6 +31,8 @@
 #define NR_RECVFROM 207
 #define NR_SENDMSG  211
 #define NR_RECVMSG  212
+#define NR_RECVMMSG 243
+#define NR_SENDMMSG 269
 #define NR_PREADV2  286
 #define NR_PWRITEV2 287
 #endif
@@ -180,6 +184,11 @@ static __always_inline bool operation_find(struct operation *op, __u64 length)
 		op->iov = entry.arguments[1];
 		op->iov_count = entry.arguments[2];
 		return next_piece(op);
+	case NR_SENDMMSG:
+	case NR_RECVMMSG:
+		if (entry.arguments[2] != 1) /* how many messages */
+			return false;
+		/* The header of a message comes first in what surrounds it: fall through */
 	case NR_SENDMSG:
 	case NR_RECVMSG:
 		if (user_read(&header, entry.arguments[1]))

@@ -17,13 +17,9 @@
 #if defined(__TARGET_ARCH_x86)
 #define NR_SENDFILE 40
 #define NR_SPLICE   275
-#define NR_RECVMMSG 299
-#define NR_SENDMMSG 307
 #elif defined(__TARGET_ARCH_arm64)
 #define NR_SENDFILE 71
 #define NR_SPLICE   76
-#define NR_RECVMMSG 243
-#define NR_SENDMMSG 269
 #endif
 
 #ifndef CORAL_BCC

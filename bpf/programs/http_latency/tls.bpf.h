@@ -640,6 +640,7 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 	thread->op.base = base;
 	thread->op.length = length;
 	thread->op.iov = thread->op.iov_count = 0;
+	reconsider(c, feed.op, direction & 1);
 	if (c->unread && !(c->unread == UNREAD_JOINED && c->unread_last != direction + 1 &&
 			   try_request(c, feed.op, direction & 1))) {
 		leave_unread(c, direction, length);
