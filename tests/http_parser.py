@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 from tests.support import ROOT, built
 
 SOURCE: Final = ROOT / "tests/programs/parser/http_parser.c"
-PARSER: Final = ROOT / "bpf/programs/http_latency/http.bpf.h"
+_PROGRAMS: Final = ROOT / "bpf/programs/http_latency"
+PARSER: Final = tuple(_PROGRAMS.glob("*.bpf.h"))
 FLAGS: Final = (
     *("-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-sign-compare"),
     "-fno-strict-aliasing",  # the parser reads characters a word at a time, as the kernel does
@@ -26,14 +27,24 @@ METHODS: Final = (
     *("", "GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"),
     "_OTHER",
 )
-PATH_CUT, PATH_QUERIED = 1, 2
+PATH_CUT, PATH_QUERIED, QUERY_CUT, HOST_CUT, TRACE_SEEN, HAS_TRACE = 1, 2, 4, 8, 16, 32
 PATH_BYTES: Final = 256
+HOST_BYTES: Final = 64
 PIPELINE: Final = 256
 
 
 class Role(IntEnum):
     CLIENT = 1
     SERVER = 2
+
+
+class Want(IntFlag):
+    """What is copied of a request where a session wants it."""
+
+    NOTHING = 0
+    QUERY = 1
+    TRACE = 2
+    HOST = 4
 
 
 class Outcome(IntEnum):
@@ -78,6 +89,10 @@ class Exchange(NamedTuple):
     path_flags: int
     path_hash: int
     number: int
+    query: bytes = b""
+    host: bytes = b""
+    trace: str = ""
+    """Trace and parent, as in the header."""
 
 
 class Answer(NamedTuple):
@@ -157,8 +172,13 @@ class _Exchange(ctypes.Structure):
         ("version", ctypes.c_uint8),
         ("outcome", ctypes.c_uint8),
         ("path_flags", ctypes.c_uint8),
-        ("reserved", ctypes.c_uint8 * 4),
-        ("path", ctypes.c_uint8 * 256),
+        ("host_bytes", ctypes.c_uint8),
+        ("reserved", ctypes.c_uint8),
+        ("query_bytes", ctypes.c_uint16),
+        ("path", ctypes.c_uint8 * PATH_BYTES),
+        ("host", ctypes.c_uint8 * HOST_BYTES),
+        ("trace", ctypes.c_uint64 * 2),
+        ("parent", ctypes.c_uint64),
     )
 
 
@@ -177,7 +197,7 @@ def fuzzer() -> Path:
     """The program that compares answers, compiled with sanitizers."""
     return built(
         "http_parser.sanitized",
-        [SOURCE, PARSER],
+        [SOURCE, *PARSER],
         lambda output: ["cc", *FUZZER_FLAGS, SOURCE, "-o", output],
     )
 
@@ -186,13 +206,14 @@ def fuzzer() -> Path:
 def _library() -> ctypes.CDLL:
     path = built(
         "http_parser.so",
-        [SOURCE, PARSER],
+        [SOURCE, *PARSER],
         lambda output: ["cc", *FLAGS, "-shared", "-fPIC", SOURCE, "-o", output],
     )
     library = ctypes.CDLL(str(path))
     pointer, u64, u32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32
     library.talk_bytes.restype = u32
     library.talk_begin.argtypes = (pointer, ctypes.c_uint8, ctypes.c_bool)
+    library.talk_want.argtypes = (pointer, u32)
     library.talk_feed.argtypes = (pointer, u32, ctypes.c_char_p, u64, u64)
     library.talk_feed_parts.argtypes = (pointer, pointer, u32, u32, pointer)
     library.talk_unseen.argtypes = (pointer, u32, u64, u64)
@@ -206,12 +227,23 @@ def _library() -> ctypes.CDLL:
 class Talk:
     """One connection, as ROLE sees it; ON_TRIAL if it was joined in its middle."""
 
-    def __init__(self, role: Role = Role.SERVER, *, on_trial: bool = False) -> None:
+    def __init__(
+        self,
+        role: Role = Role.SERVER,
+        *,
+        on_trial: bool = False,
+        wants: Want = Want.NOTHING,
+    ) -> None:
         self._c = _library()
         self._role = role
         self._memory = ctypes.create_string_buffer(self._c.talk_bytes())
         self._now = 0
         self._c.talk_begin(self._memory, role, on_trial)
+        self.want(wants)
+
+    def want(self, wants: Want) -> None:
+        """Copies WANTS from the next request on."""
+        self._c.talk_want(self._memory, wants)
 
     def _direction(self, *, is_request: bool) -> int:
         return int(is_request == (self._role is Role.CLIENT))  # 1: sent
@@ -261,6 +293,7 @@ class Talk:
 
 
 def _read(one: _Exchange) -> Exchange:
+    has_trace = one.path_flags & HAS_TRACE
     return Exchange(
         method=METHODS[one.method],
         path=bytes(one.path[: one.path_bytes]),
@@ -276,4 +309,7 @@ def _read(one: _Exchange) -> Exchange:
         path_flags=one.path_flags,
         path_hash=one.path_hash,
         number=one.number,
+        query=bytes(one.path[one.path_bytes : one.path_bytes + one.query_bytes]),
+        host=bytes(one.host[: one.host_bytes]),
+        trace=f"{one.trace[0]:016x}{one.trace[1]:016x}-{one.parent:016x}" if has_trace else "",
     )

@@ -43,6 +43,10 @@ class Request:
     remote_port: int
     version: int
     tls: int
+    query: str
+    host: str
+    trace_id: str
+    parent_span_id: str
 
     @property
     def exchange(self) -> tuple[str, str, int, int, int]:
@@ -51,7 +55,8 @@ class Request:
         return (self.method, self.path, self.status, *bodies)
 
 
-_NUMBERS = [field.name for field in fields(Request) if field.name not in ("method", "path")]
+_TEXTS = ("path", "query", "host", "trace_id", "parent_span_id")
+_NUMBERS = [field.name for field in fields(Request) if field.name not in ("method", *_TEXTS)]
 
 
 class Seen:
@@ -101,9 +106,10 @@ class Seen:
 
 
 def _request(record: Any, strings: Any) -> Request:
-    numbers = {name: int(record[name]) for name in _NUMBERS}
+    values: dict[str, Any] = {name: int(record[name]) for name in _NUMBERS}
+    values |= {name: strings[record[name]] for name in _TEXTS}
     method = pb.HttpMethod.Name(int(record["method"])).removeprefix("HTTP_METHOD_")
-    return Request(method=method, path=strings[record["path"]], **numbers)
+    return Request(method=method, **values)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def figures(start_s: float, end_s: float, *rows: pb.HttpLatencyHistogram) -> Bat
 def requests(start_s: float, end_s: float, *events: Mapping[str, Any]) -> Batch:
     """Single requests; what they do not say is that of a `GET /` that a server answered at once."""
     message = _message(start_s, end_s, len(events))
-    strings: list[str] = []
+    strings = [""]
     rows = np.zeros(len(events), _ROWS)
     for at, event in enumerate(events):
         whole: dict[str, Any] = {

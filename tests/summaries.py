@@ -65,6 +65,14 @@ EXCHANGE = np.dtype(
     ]
 )  # fmt: skip
 
+# struct http_detailed.
+DETAILED = np.dtype(
+    [
+        ("exchange", EXCHANGE), ("trace", "u8", (2,)), ("parent", "u8"), ("host", "u8", (8,)),
+        ("query_bytes", "u2"), ("host_bytes", "u1"),
+    ]
+)  # fmt: skip
+
 
 def increase(seed: int, count: int) -> Increase:
     """Calls of COUNT pairs of process and system call."""
@@ -121,7 +129,7 @@ def exchanges(paths: Sequence[bytes]) -> NDArray[Any]:
 
 
 def fnv1a(path: bytes) -> int:
-    """The hash of a path, as in http.bpf.h."""
+    """The hash of a path, as in messages.bpf.h."""
     found = 0xCBF29CE484222325
     for byte in path:
         found = (found ^ byte) * 0x100000001B3 & (1 << 64) - 1

@@ -66,6 +66,18 @@ class HashMap:
         """
         return self._read("bpf_map_lookup_batch", self._read_each)
 
+    def read_batches(self) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Like `read`, some thousand elements at a time if the kernel can do that: for maps that
+        are too large to be in memory twice."""
+        if self.batches:
+            try:
+                for keys, slots in self._read_batches("bpf_map_lookup_batch"):
+                    yield keys, self._values(slots)
+                return
+            except _NoBatchesError:
+                self.batches = False
+        yield self._read_each()
+
     def read_and_delete(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Like `read`, and removes what it returns. What a running program adds to an element
         between reading and removal is lost: do not use it where every count matters."""

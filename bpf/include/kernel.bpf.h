@@ -85,8 +85,9 @@ static __always_inline struct task_struct *this_task(void)
 }
 
 #ifndef CORAL_BCC
-#define PF_EXITING 0x00000004
-#define PF_KTHREAD 0x00200000
+#define PF_EXITING   0x00000004
+#define PF_IO_WORKER 0x00000010 /* a thread of io_uring in the process that uses it */
+#define PF_KTHREAD   0x00200000
 #endif
 
 static __always_inline bool in_kernel_thread(void)

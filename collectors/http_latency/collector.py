@@ -7,6 +7,7 @@ an interval, by array.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,13 +21,13 @@ from coral.bpf.closing import close_all
 from coral.collectors.contract import (
     Coverage,
     EventRows,
-    ServiceProcesses,
     Summaries,
     Support,
     Unread,
 )
+from coral.collectors.http_latency.details import Wants
 from coral.collectors.http_latency.events import RequestRows
-from coral.collectors.http_latency.exchanges import RECORDS, exchanges_of
+from coral.collectors.http_latency.exchanges import DETAILED, RECORDS, exchanges_of
 from coral.collectors.http_latency.measures import HttpMeasures
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
@@ -34,15 +35,19 @@ from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
 from coral.collectors.http_latency.tls import TlsHooks, uprobes
-from coral.collectors.http_latency.unread import UnreadCounts
+from coral.collectors.http_latency.unfinished import Unfinished
+from coral.collectors.http_latency.unread import IN_PROGRESS, UnreadCounts
 from coral.collectors.hubs import Plan
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.collectors.kernel_collector import (
+    KernelCollector,
+    KernelOptions,
+    errors_only_option,
+    min_duration_option,
+    top_option,
+)
 from coral.collectors.options import (
-    OptionError,
     boolean,
     choice,
-    duration,
-    format_duration,
     integer,
     items,
     option,
@@ -58,6 +63,8 @@ _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 @dataclass(frozen=True)
 class HttpLatencyOptions(KernelOptions):
     """The options of `http_latency`."""
+
+    selecting = ("min_duration", "errors_only", "include_query", "include_host", "traceparent")
 
     mode: str = option(
         choice("summaries", "events"),
@@ -81,22 +88,29 @@ class HttpLatencyOptions(KernelOptions):
         "how many different segments to tell apart at one place of a path; more than these become "
         "`{*}`",
     )
-    top: int = option(
-        integer(0, 10240),
-        "0",
-        "how many rows to send for each interval: those with most requests, then the row `other` "
-        "of each role, which adds up the rest; 0: all rows",
+    top: int = top_option("those with most requests", " of each role")
+    min_duration: float = min_duration_option("requests")
+    errors_only: bool = errors_only_option(
+        "requests with a status of 500 or more, and those that were aborted before a response"
     )
-    min_duration: float = option(
-        duration(0, 3600), "0s", "with mode=events: send only requests that took at least this long"
-    )
-    errors_only: bool = option(
+    include_query: bool = option(
         boolean(),
         "false",
-        "with mode=events: send only requests with a status of 500 or more, and those that were "
-        "aborted before a response",
+        "with mode=events: copy the query of requests, too, as far as the 256 bytes for the path "
+        "have room for it; queries can have secrets in them",
     )
-
+    include_host: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy 64 bytes of the host that requests are for, by their target or "
+        "their `Host` header",
+    )
+    traceparent: bool = option(
+        boolean(),
+        "false",
+        "with mode=events: copy the ids of the trace and of the parent span from valid "
+        "`traceparent` headers of requests (W3C Trace Context)",
+    )
     tls: bool = option(
         boolean(),
         "true",
@@ -104,15 +118,17 @@ class HttpLatencyOptions(KernelOptions):
         "slower for every process that uses the same file",
     )
 
-    def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError`, too, for a filter of single events without single events."""
-        super().check(service)
-        for name, value in (
-            ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
-            ("errors_only", "true" if self.errors_only else ""),
-        ):
-            if value and not self.single_events:
-                raise OptionError(name, value, "it with mode=events only")
+    @property
+    def wants(self) -> Wants:
+        """What is copied of requests besides their path."""
+        wanted = Wants(0)
+        if self.include_query:
+            wanted |= Wants.QUERY
+        if self.traceparent:
+            wanted |= Wants.TRACE
+        if self.include_host:
+            wanted |= Wants.HOST
+        return wanted
 
 
 @cache
@@ -129,6 +145,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _plan(self, features: Features) -> Plan:
         self._tls: TlsHooks | None = None
+        self._in_progress = Unread(0, 0)
         return Plan(
             _OBJECT,
             features,
@@ -170,11 +187,16 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         options = self._options
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
+        self._session["wants"] = int(options.wants)
         self._session["reads_tls"] = options.tls
         self._write_session()
         # There are only rings: nothing is sorted by time when it is read.
-        self._open_records({**dict.fromkeys(RECORDS), "process_change": "time_ns"})
+        kinds = (DETAILED,) if options.wants else RECORDS
+        self._open_records({**dict.fromkeys(kinds), "process_change": "time_ns"})
         self._unread = UnreadCounts(self._slot.object.map("http_unreads"), self._slot.number)
+        dtype = self._slot.object.btf.struct_dtype(DETAILED if options.wants else RECORDS[0])
+        self._unfinished = Unfinished(dtype, options.wants)
+        self._slot.before_detach = self._read_unfinished
         self._paths = Paths(Routes(options.routes, options.max_children))
         self._requests = RequestRows(
             self._targets,
@@ -203,19 +225,51 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
     def _read_events(self) -> EventRows:
         records = self._drain_records()
         exchanges = self._with_untold(exchanges_of(records))
+        if len(unfinished := self._left_unfinished(exchanges)):
+            exchanges = np.concatenate([exchanges, unfinished])
         return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
         exchanges = self._with_untold(exchanges_of(self._drain_records()))
+        self._left_unfinished(exchanges)  # which have no times to sum
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
 
     def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
-        return self._tls.untold(self._slot, exchanges) if self._tls is not None else exchanges
+        """EXCHANGES, and before them those of processes that have ended without telling."""
+        if self._tls is None:
+            return exchanges
+        untold = [
+            self._unfinished.records_of(waiting, waiting.last_ns, pb.HTTP_OUTCOME_UNKNOWN)
+            for waiting in self._tls.untold(self._slot)
+        ]
+        return np.concatenate([*untold, exchanges]) if untold else exchanges
 
     def _read_unread(self) -> Mapping[str, Unread]:
-        return self._unread.read()
+        unread = self._unread.read()
+        in_progress, self._in_progress = self._in_progress, Unread(0, 0)
+        return {**unread, IN_PROGRESS: in_progress} if in_progress.count else unread
+
+    def _read_unfinished(self) -> None:
+        """Before programs forget which requests the session waits for."""
+        slot, maps = self._slot, self._slot.object
+        self._unfinished.read(
+            maps.map("connections"),
+            maps.map("spilled_requests"),
+            slot.bit,
+            slot.since,
+            time.monotonic_ns(),
+        )
+
+    def _left_unfinished(self, exchanges: NDArray[Any]) -> NDArray[Any]:
+        """With the last records of a session that has ended, EXCHANGES, its requests that have not;
+        else none."""
+        self._unfinished.forget(exchanges)
+        if self._slot.attached or (self._records and self._records.pending_bytes):
+            return exchanges[:0]
+        records, self._in_progress = self._unfinished.take()
+        return records
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["count"].sum())

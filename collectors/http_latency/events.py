@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from coral.collectors.clock import CLOCK
 from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
+from coral.collectors.http_latency.details import details_of
 from coral.collectors.http_latency.exchanges import first_byte_ns, has_failed, since_began_ns
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.process_names import ProcessNames
@@ -37,7 +38,7 @@ _ROW: Final = np.dtype(
             for name in (
                 "local_port", "remote_port", "pid", "comm", "role", "method", "outcome", "status",
                 "path", "route", "number", "version", "tls", "network_namespace",
-                "failed",
+                "failed", "query", "host", "trace_id", "parent_span_id",
             )
         ),
     ]
@@ -57,30 +58,39 @@ class RequestRows:
         self._errors_only = errors_only
 
     def rows(self, records: NDArray[Any], changes: NDArray[Any]) -> EventRows:
-        """The rows of RECORDS, struct http_exchange of shape (n,): with Unix time, addresses as
-        numbers, and names. CHANGES are the struct process_change of the same drain."""
+        """The rows of RECORDS, struct http_exchange or http_detailed of shape (n,): with Unix time,
+        addresses as numbers, and names. CHANGES are the struct process_change of the same drain.
+        """
         # Each batch has its own strings: most paths are in few batches.
         strings = Strings()
         self._processes.forget_indices()
         self._processes.learn(changes)
         wanted = self._wanted(records)
-        rows = np.empty(len(wanted), _ROW)
+        rows = np.zeros(len(wanted), _ROW)
         if len(wanted):
-            self._fill(rows, wanted, strings)
+            self._fill(rows, _exchanges(wanted), strings)
+            if _is_detailed(wanted):
+                for name, indices in details_of(wanted, strings)._asdict().items():
+                    rows[name] = indices
         self._processes.forget(changes)
         return EventRows(pb.HttpRequest, rows, strings.table)
 
     def _wanted(self, records: NDArray[Any]) -> NDArray[Any]:
         if not (self._min_duration_ns or self._errors_only):
             return records
-        wanted = since_began_ns(records, "ended_ns") >= self._min_duration_ns
+        exchanges = _exchanges(records)
+        wanted = since_began_ns(exchanges, "ended_ns") >= self._min_duration_ns
         if self._errors_only:
-            wanted &= has_failed(records)
+            wanted &= has_failed(exchanges)
         return records[wanted]
 
     def _fill(self, rows: NDArray[Any], records: NDArray[Any], strings: Strings) -> None:
         rows["time_ns"] = CLOCK.unix_ns(records["began_ns"])
-        rows["duration_ns"] = since_began_ns(records, "ended_ns")
+        rows["duration_ns"] = np.where(
+            records["outcome"] == pb.HTTP_OUTCOME_IN_PROGRESS,
+            0,
+            since_began_ns(records, "ended_ns"),
+        )
         rows["request_ns"] = since_began_ns(records, "asked_ns")
         rows["first_byte_ns"] = first_byte_ns(records)
         rows["connection_id"] = records["connection"]
@@ -95,3 +105,12 @@ class RequestRows:
         paths, routes = self._paths.find(records)
         rows["path"] = strings.indices(paths, self._paths.texts.__getitem__)
         rows["route"] = strings.indices(routes, self._paths.routes.__getitem__)
+
+
+def _is_detailed(records: NDArray[Any]) -> bool:
+    return "exchange" in (records.dtype.names or ())
+
+
+def _exchanges(records: NDArray[Any]) -> NDArray[Any]:
+    """RECORDS as struct http_exchange."""
+    return records["exchange"] if _is_detailed(records) else records

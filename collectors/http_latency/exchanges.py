@@ -12,14 +12,20 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 RECORDS: Final = ("http_exchange", "http_short_exchange")
 """The structs in which exchanges are recorded."""
+DETAILED: Final = "http_detailed"
+"""The one of a session that wants more of requests, instead of these."""
 
 _FAILED_FROM: Final = 500  # the first status that says that the server failed (RFC 9110, 15.6)
-_ABORTS: Final = (pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
+_BY_CLIENT: Final = int(pb.HTTP_OUTCOME_ABORTED_BY_CLIENT)
+_BY_SERVER: Final = int(pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
 
 
 def exchanges_of(records: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """All exchanges of a drain as struct http_exchange of shape (n,), in the order in which they
-    ended. Nothing is known of the path beyond its `path_bytes`."""
+    """All exchanges of a drain as struct http_exchange of shape (n,), or as struct http_detailed
+    where the session wants more, in the order in which they ended. Nothing is known of the path
+    beyond its `path_bytes` and a query."""
+    if DETAILED in records:
+        return records[DETAILED]
     long, short = (records[name] for name in RECORDS)
     if not len(short):
         return long
@@ -56,7 +62,8 @@ def first_byte_ns(records: NDArray[Any]) -> NDArray[np.uint64]:
 def has_failed(records: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether the server said that it failed, or a side ended the connection before a response. An
     outcome that is not known is no failure."""
-    aborted = np.isin(records["outcome"], _ABORTS)
+    outcomes = records["outcome"]
+    aborted = (outcomes == _BY_CLIENT) | (outcomes == _BY_SERVER)  # isin takes ten times as long
     failed: NDArray[np.bool_] = (records["status"] >= _FAILED_FROM) | (
         aborted & ~has_response(records)
     )

@@ -14,13 +14,13 @@ from coral.collectors.http_latency.routes import CUT, Routes
 from coral.wire.text import is_printable
 
 _MOST_PATHS: Final = 16_384
-_CUT_FLAG: Final = 1  # PATH_CUT of http.bpf.h
+_CUT_FLAG: Final = 1  # PATH_CUT of connection.bpf.h
 _NO_PATH: Final = np.uint64(0)  # in place of a hash
 
 
 def path_text(path: bytes) -> str:
-    """PATH as text: percent-escapes for bytes that are not UTF-8, and for characters that a
-    terminal or a log would act on."""
+    """PATH, or another part of a head, as text: percent-escapes for bytes that are not UTF-8, and
+    for characters that a terminal or a log would act on."""
     text = path.decode(errors="surrogateescape")
     if is_printable(text):
         return text

@@ -32,7 +32,7 @@ from coral.collectors.http_latency.openssl import (
     libraries,
     opened,
 )
-from coral.collectors.http_latency.untold import untold
+from coral.collectors.http_latency.unfinished import Waiting, spilled_keys, waiting_on
 from coral.collectors.hubs import FIRST_ENDED, Slot
 from coral.collectors.hubs.keeper import KEEPER
 
@@ -100,7 +100,7 @@ class _Session:
     seen: set[int] = field(default_factory=set)  # tgids whose memory was looked at
     files: dict[tuple[int, ...], None] = field(default_factory=dict)  # by identity, oldest first
     failed: set[str] = field(default_factory=set)  # reasons
-    untold: deque[NDArray[Any]] = field(default_factory=deque)  # see `TlsHooks.untold`
+    untold: deque[Waiting] = field(default_factory=deque)  # see `TlsHooks.untold`
 
     def members(self) -> set[int]:
         """The processes that it watches now."""
@@ -308,21 +308,23 @@ class TlsHooks:
             self._tell(np.array(left, connections.value_dtype))
 
     def _tell(self, left: NDArray[Any]) -> None:
-        record = self._object.btf.struct_dtype("http_exchange")
-        for watching, generation, records in untold(left, self._object.map(_SPILLED), record):
-            for slot, session in self._sessions.items():
-                began_since = (slot.since - generation) % (1 << 32) in range(1, 1 << 31)
-                if watching & slot.bit and not began_since:
-                    session.untold.append(records)
+        left = left[(left["unread"] == 0) & (left["made"] != left["answered"])]
+        if not len(left):
+            return
+        spilled = self._object.map(_SPILLED)
+        waiting, _ = waiting_on(left, spilled)
+        for slot, session in self._sessions.items():
+            its = waiting.of_session(slot.bit, slot.since)
+            if len(its.requests):
+                session.untold.append(its)
+        spilled.delete(spilled_keys(waiting.connections, waiting.requests["number"]))
 
-    def untold(self, slot: Slot, records: NDArray[Any]) -> NDArray[Any]:
-        """RECORDS, struct http_exchange of shape (n,), and before them those of requests whose
-        process has ended since this was last called, where no socket tells that. Waits for
-        nothing."""
-        session, found = self._sessions.get(slot), [records]
+    def untold(self, slot: Slot) -> Iterator[Waiting]:
+        """The requests whose process has ended since this was last called, where no socket tells
+        that. Waits for nothing."""
+        session = self._sessions.get(slot)
         while session and session.untold:
-            found.append(session.untold.popleft())
-        return np.concatenate(found[::-1]) if len(found) > 1 else records
+            yield session.untold.popleft()
 
 
 def _runs(process: int) -> bool:

@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 from coral.bpf import HashMap
 from coral.collectors.contract import Unread
 
-# By enum unread of http.bpf.h; at UNREAD_NONE, reads and writes.
-WHAT: Final = ("unseen", "joined", "tls", "http2", "other", "upgraded", "behind", "peer")
+# By enum unread of connection.bpf.h; at UNREAD_NONE, reads and writes.
+_BY_NUMBER: Final = (
+    "unseen", "joined", "tls", "http2", "other", "upgraded", "behind", "peer", "io_uring",
+)  # fmt: skip
+IN_PROGRESS: Final = "in_progress"
+"""Requests that had not ended when the session did."""
+WHAT: Final = (*_BY_NUMBER, IN_PROGRESS)
 
 
 class UnreadCounts:
@@ -29,7 +34,7 @@ class UnreadCounts:
         added, self._before = total - self._before, total
         return {
             what: Unread(int(count), int(size))
-            for what, (count, size) in zip(WHAT, added.T, strict=False)
+            for what, (count, size) in zip(_BY_NUMBER, added.T, strict=False)
             if count or size
         }
 

@@ -59,6 +59,7 @@ class Slot:
         self._readers: list[Walk | ElementReader] = []
         self._active = self._closed = self._detailed = self._has_prepared = False
         self.watches_host = False
+        self.before_detach: Callable[[], None] | None = None
         self._lock = threading.Lock()  # held while its maps are read from elsewhere, or closed
         self._ended = np.empty(0, np.uint64)  # members that had ended when they were last tidied
         self._memory_bytes = 0
@@ -285,9 +286,13 @@ class Slot:
         return self._active
 
     def detach(self) -> None:
-        """The programs stop working for the session; its maps stay readable until `close`. When
-        this returns, none of them is still at work."""
-        self._detach(self.plan.read_last)
+        """The programs stop working for the session, after `before_detach`; its maps stay readable
+        until `close`. When this returns, none of them is still at work."""
+        try:
+            if self._active and self.before_detach:
+                self.before_detach()
+        finally:
+            self._detach(self.plan.read_last)
 
     def _detach(self, kept: Collection[str] = ()) -> None:
         if not self._active:

@@ -297,7 +297,17 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "routes": ("/a/{id}", "/*/b/**", "/{}"),
     "max_children": ("1", "100", "10000"),
     **dict.fromkeys(
-        ("follow_children", "until_exit", "from_exec", "errors_only", "tls"), ("true", "false")
+        (
+            "follow_children",
+            "until_exit",
+            "from_exec",
+            "errors_only",
+            "tls",
+            "include_query",
+            "include_host",
+            "traceparent",
+        ),
+        ("true", "false"),
     ),
 }
 ALLOWED: Final = {

@@ -18,6 +18,7 @@ import pytest
 from coral.collectors.http_latency.tls import PROGRAMS, TlsHooks
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
+from tests.http_servers import certificate
 from tests.openssl import openssl_1_1_program, openssl_program, static_openssl_program
 from tests.support import ROOT, Puppet, wait_until
 
@@ -30,16 +31,10 @@ SOURCES = ROOT / "tests/programs/http"
 Told = tuple[str, str, int, int]
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", name="certificate")
+def certificate_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate of localhost, with its key."""
-    directory = tmp_path_factory.mktemp("certificate")
-    both = directory / "both.pem"
-    key = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -days 2"
-    command = ["openssl", "req", *key.split(), "-keyout", "key", "-out", "certificate"]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    both.write_bytes((directory / "certificate").read_bytes() + (directory / "key").read_bytes())
-    return both
+    return certificate(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +55,37 @@ def openssl_1_1() -> Path:
     if program := openssl_1_1_program():
         return program
     pytest.skip("the wheel of psycopg2 2.9.5 is not for this machine")
+
+
+class OpensslTalk:
+    """tests/programs/http/openssl.c: a client and a server in one process, which wait."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin
+        assert process.stdout
+        self.pid, self._in, self._out = process.pid, process.stdin, process.stdout
+        self.port = int(self._out.readline())
+
+    def go(self) -> None:
+        """Has them make their requests, and waits until these are made."""
+        self._in.write("x")
+        self._in.flush()
+        assert self._out.readline() == "done\n"
+
+    def end(self) -> None:
+        """Lets the process end."""
+        self._in.write("x")
+
+
+@contextmanager
+def talking(command: Sequence[str | Path]) -> Iterator[OpensslTalk]:
+    """COMMAND runs the program, which ends with the block."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        talk = OpensslTalk(process)
+        yield talk
+        talk.end()
 
 
 class Server:
@@ -308,7 +334,7 @@ def test_no_cpu_has_a_record_of_tls_in_its_draft(certificate: Path) -> None:
             assert it.tls == 1
         drafts = seen.collector.bpf_object.object.map("drafts").read_one(0)
         assert drafts is not None
-        assert drafts["tls"].max() == 0
+        assert drafts["record"]["exchange"]["tls"].max() == 0
 
 
 def test_encrypted_bytes_are_never_taken_for_those_of_another_connection(
@@ -348,30 +374,21 @@ def test_each_function_of_openssl_counts_once_and_peeks_do_not(
         (openssl_1_1, "plain"),
         (openssl_1_1, "inner"),
     ):
-        with subprocess.Popen(
-            [program, how, "40"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdin
-            assert process.stdout
-            port = int(process.stdout.readline())
-            with seeing(process.pid) as seen:
-                process.stdin.write("x")
-                process.stdin.flush()
-                assert process.stdout.readline() == "done\n"
-                truth = [("GET", f"/said/{i}", 200 + i) for i in range(40)]
-                for role in (SERVER, CLIENT):
-                    found = seen.wait_for(40, role)
-                    assert [it[:3] for it in told(found)] == truth
-                    assert {it.tls for it in found} == {1}
-                if how == "plain":
-                    assert {it.remote_port for it in seen.of(SERVER)} == {port}
-                    assert {it.local_port for it in seen.of(CLIENT)} == {port}
-                else:
-                    assert {it.remote_port for it in seen.of(SERVER)} <= {0, port}
-                assert not any("ghost" in it.path for it in seen.requests)
-                wait_until(lambda: left_over(seen, "connections") == 0)
-                assert left_over(seen, "ssl_objects") == 0
-            process.stdin.write("x")
+        with talking([program, how, "40"]) as talk, seeing(talk.pid) as seen:
+            talk.go()
+            truth = [("GET", f"/said/{i}", 200 + i) for i in range(40)]
+            for role in (SERVER, CLIENT):
+                found = seen.wait_for(40, role)
+                assert [it[:3] for it in told(found)] == truth
+                assert {it.tls for it in found} == {1}
+            if how == "plain":
+                assert {it.remote_port for it in seen.of(SERVER)} == {talk.port}
+                assert {it.local_port for it in seen.of(CLIENT)} == {talk.port}
+            else:
+                assert {it.remote_port for it in seen.of(SERVER)} <= {0, talk.port}
+            assert not any("ghost" in it.path for it in seen.requests)
+            wait_until(lambda: left_over(seen, "connections") == 0)
+            assert left_over(seen, "ssl_objects") == 0
 
 
 def test_a_library_that_is_loaded_later_is_found(certificate: Path) -> None:
@@ -400,21 +417,9 @@ def test_a_file_in_another_mount_namespace_is_found(openssl: Path, tmp_path: Pat
         f"exec {openssl} plain 5"
     )
     (tmp_path / "over").mkdir()
-    with subprocess.Popen(
-        ["unshare", "--mount", "sh", "-ec", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        port = int(process.stdout.readline())
-        with seeing(process.pid) as seen:
-            process.stdin.write("x")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            assert {it.remote_port for it in seen.wait_for(5, SERVER)} == {port}
-        process.stdin.write("x")
+    with talking(["unshare", "--mount", "sh", "-ec", script]) as talk, seeing(talk.pid) as seen:
+        talk.go()
+        assert {it.remote_port for it in seen.wait_for(5, SERVER)} == {talk.port}
 
 
 def test_a_program_is_seen_from_its_first_request_when_it_is_awaited(certificate: Path) -> None:

@@ -19,7 +19,8 @@ from coral.collectors.targets import Targets
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import field_of
 from coral.wire.rows import row_layout
-from tests.summaries import exchanges
+from tests.http_parser import HOST_CUT, QUERY_CUT
+from tests.summaries import DETAILED, exchanges
 
 CHANGE = np.dtype([("tgid", "u4"), ("born", "u4"), ("change", "u4"), ("comm", "S16")])
 NAMED, ENDED = 2, 3
@@ -146,3 +147,59 @@ def test_filters_leave_out_what_was_not_asked_for(
     rows = maker(**filters).rows(records, changes())
     assert rows.records["number"].tolist() == expected
     assert len(messages(rows)) == len(expected)
+
+
+def detailed(path: bytes, query: bytes = b"", host: bytes = b"", flags: int = 0) -> NDArray[Any]:
+    """A request with details, as the kernel's record has them."""
+    record = np.zeros(1, DETAILED)
+    record["exchange"] = exchanges([path])
+    target = record["exchange"]["path"].view(np.uint8)
+    target[0, len(path) : len(path) + len(query)] = np.frombuffer(query, np.uint8)
+    target[0, len(path) + len(query) :] = 0x78  # of a longer one before
+    record["host"].view(np.uint8)[0, : len(host)] = np.frombuffer(host, np.uint8)
+    record["query_bytes"], record["host_bytes"] = len(query), len(host)
+    record["exchange"]["path_flags"] |= flags
+    return record
+
+
+def test_details_are_strings_of_the_batch() -> None:
+    records = np.concatenate(
+        [
+            detailed(b"/a", b"b=c", b"shop:80"),
+            detailed(b"/a", b"b=c", b"shop:80", QUERY_CUT | HOST_CUT),
+            detailed(b"/a"),
+            detailed(b"/users/7", b"e=\x1b[1m\xff", b"h" * 64),
+            detailed(b"/", b"q" * 255),
+            detailed(b"/" * 256, b"", b"", QUERY_CUT),
+        ]
+    )
+    records["trace"][0], records["parent"][0] = (0x4BF9, 2**63), 255
+    records["trace"][3], records["parent"][3] = (0, 1), 2**64 - 1
+    rows = maker().rows(records, changes())
+    texts = {
+        name: [rows.strings[at] for at in rows.records[name].tolist()]
+        for name in ("query", "host", "trace_id", "parent_span_id", "path", "route")
+    }
+    assert texts["query"] == ["b=c", "b=c…", "", "e=%1B[1m%FF", "q" * 255, "…"]
+    assert texts["host"] == ["shop:80", "shop:80…", "", "h" * 64, "", ""]
+    assert texts["trace_id"] == [f"{0x4BF9:016x}{2**63:016x}", "", "", f"{1:032x}", "", ""]
+    assert texts["parent_span_id"] == [f"{255:016x}", "", "", "f" * 16, "", ""]
+    assert texts["path"] == ["/a"] * 3 + ["/users/7", "/", "/" * 256]
+    assert texts["route"][3] == "/users/{id}"
+    assert len(messages(rows)) == 6
+
+
+def test_filters_apply_to_requests_with_details() -> None:
+    records = np.concatenate([detailed(b"/a", b"x"), detailed(b"/b", b"y")])
+    records["exchange"]["ended_ns"] = [1_000, 2_000]
+    rows = maker(min_duration_ns=2_000).rows(records, changes())
+    assert [rows.strings[at] for at in rows.records["query"].tolist()] == ["y"]
+
+
+def test_what_is_in_progress_has_no_duration() -> None:
+    records = exchanges([b"/"] * 2)
+    records["began_ns"], records["ended_ns"] = 10**9, 10**9 + 5_000
+    records["outcome"] = [1, 6]
+    rows = maker(min_duration_ns=5_000).rows(records, changes())
+    assert rows.records["duration_ns"].tolist() == [5_000, 0]
+    assert rows.records["failed"].tolist() == [0, 0]

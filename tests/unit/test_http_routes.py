@@ -103,8 +103,17 @@ def test_the_option_routes_says_what_it_accepts() -> None:
         HttpLatencyCollector.check({"scope": "host", "routes": "users"}, None)
 
 
-@pytest.mark.parametrize(("option", "value"), [("min_duration", "1s"), ("errors_only", "true")])
-def test_filters_of_events_are_refused_for_summaries(option: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("min_duration", "1s"),
+        *(
+            (flag, "true")
+            for flag in ("errors_only", "include_query", "include_host", "traceparent")
+        ),
+    ],
+)
+def test_options_of_single_events_are_refused_for_summaries(option: str, value: str) -> None:
     config = {"scope": "host", option: value}
     HttpLatencyCollector.check({**config, "mode": "events"}, None)
     with pytest.raises(OptionError, match="it with mode=events only"):

@@ -196,6 +196,24 @@ def test_single_requests_add_up_to_the_same_table() -> None:
     assert shown["→ GET /stock"]["NOT 2xx"] == f"{ABORTED} {times(1)}"
 
 
+def test_requests_in_progress_are_lines_without_a_duration_and_in_no_figure() -> None:
+    unfinished = {
+        "path": "/slow", "status": 0, "first_byte_ns": 0,
+        "outcome": pb.HTTP_OUTCOME_IN_PROGRESS,
+    }  # fmt: skip
+    batch = requests(0, 1, *SINGLE, unfinished)
+    batch.message.unread.add(what="in_progress", count=1)
+    lines = list(story_of(batch).end_lines())
+    assert lines[0] == "3 requests served, 1 ERROR (33%); 345B in, 20.0kB out"
+    assert "not read: 1 requests in progress at the end" in lines
+    assert not any("/slow" in line for line in lines)
+    last = list(event_lines(batch))[-1]
+    assert re.search(r"← GET /slow +-  .*in progress$", last)
+    assert "0ns" not in last
+    *_, data = records(batch)
+    assert (data["outcome"], data["duration_ns"], data["failed"]) == ("in_progress", 0, False)
+
+
 def test_the_slowest_requests_are_a_line_each() -> None:
     story = story_of(requests(0, 1, *SINGLE), requests(1, 2, SINGLE[0]))
     for lines in (list(story.end_lines()), drawn_lines(story.end_table(160), 160)):
@@ -382,6 +400,7 @@ def test_single_requests_are_data() -> None:
         "role": "server", "method": "GET", "outcome": "complete", "status": 200,
         "path": "/users/42", "route": "/users/{id}", "number": 0, "version": "1.1", "tls": False,
         "network_namespace": 0, "failed": False,
+        "query": "", "host": "", "trace_id": "", "parent_span_id": "",
     }  # fmt: skip
     assert (aborted["role"], aborted["status"]) == ("client", 0)
     assert aborted["outcome"] == "aborted_by_client"

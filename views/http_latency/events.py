@@ -99,7 +99,7 @@ def event_line(event: Mapping[str, Any], width: int | None = None) -> str:
     if width is not None and width < _NARROW:
         clock = clock[:_MILLISECONDS]
     called = request(event["role"], event["method"], safe(event["path"]))
-    status, total = _status(event), _time(event["duration_ns"])
+    status, total = _status(event), _total(event)
     if width is None:
         text = called(_NO_LIMIT)
         middle = f"{padded(text, _WIDE_REQUEST)}  {status}  {_first_byte(event)}  {total}"
@@ -149,6 +149,12 @@ def _coloured(text: str, event: Mapping[str, Any]) -> str:
 
 def _first_byte(event: Mapping[str, Any]) -> str:
     return _time(event["first_byte_ns"]) if event["status"] else " " * _TIME_WIDTH
+
+
+def _total(event: Mapping[str, Any]) -> str:
+    if event["outcome"] == pb.HTTP_OUTCOME_IN_PROGRESS:
+        return " " * _TIME_WIDTH
+    return _time(event["duration_ns"])
 
 
 def _time(ns: int) -> str:

@@ -17,7 +17,8 @@ from coral.views.http_latency.words import OTHER, is_error, outcome_of
 from coral.views.intervals import Intervals
 from coral.wire.http import BOUNDS_NS
 
-TEXTS: Final = ("comm", "path", "route")  # fields of an event that point to strings
+# Fields of an event that point to strings.
+TEXTS: Final = ("comm", "path", "route", "query", "host", "trace_id", "parent_span_id")
 _NS_PER_MS: Final = 1_000_000
 _MOST_ROUTES: Final = 10_000
 _MOST_SLOWEST: Final = 20
@@ -108,7 +109,7 @@ def _of_times(times_ns: _Events) -> Buckets:
 
 def of_events(batch: Batch) -> Iterator[Requests]:
     """Single requests, added up by role, method and route."""
-    events = batch.events
+    events = _ended(batch.events)
     if not len(events):
         return
     keys = np.stack([events[name] for name in ("role", "method", "route")], axis=1)
@@ -137,6 +138,11 @@ def _of_alike(events: _Events, role: int, method: int, route: str) -> Requests:
     pairs = zip(events["status"].tolist(), events["outcome"].tolist(), strict=True)
     requests.errors = sum(is_error(status, outcome) for status, outcome in pairs)
     return requests
+
+
+def _ended(events: _Events) -> _Events:
+    """Without requests that were in progress when the session ended: nobody knows their times."""
+    return events[events["outcome"] != pb.HTTP_OUTCOME_IN_PROGRESS] if len(events) else events
 
 
 class Tally:
@@ -176,7 +182,7 @@ def _take(rows: dict[_Key, Requests], requests: Requests) -> None:
 
 def _slowest_of(batch: Batch) -> Iterator[dict[str, Any]]:
     """The slowest of a batch, without a Python object for each of the others."""
-    events = batch.events
+    events = _ended(batch.events)
     order = np.argsort(events["duration_ns"], kind="stable")[-_MOST_SLOWEST:]
     yield from event_rows(Batch(batch.message, events[order]), *TEXTS)
 

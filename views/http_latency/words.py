@@ -25,7 +25,9 @@ _OUTCOMES: Final = {
     pb.HTTP_OUTCOME_ABORTED_BY_SERVER: "ABORTED by server",
     pb.HTTP_OUTCOME_UPGRADED: "upgraded",
     pb.HTTP_OUTCOME_UNKNOWN: "end not seen",
+    pb.HTTP_OUTCOME_IN_PROGRESS: "in progress",
 }
+_ENDS_NOT_KNOWN: Final = (pb.HTTP_OUTCOME_UNKNOWN, pb.HTTP_OUTCOME_IN_PROGRESS)
 _PROTOCOLS: Final = {
     "tls": "TLS",
     "http2": "HTTP/2",
@@ -37,6 +39,8 @@ _UNREAD: Final = {
     "unseen": "reads and writes unseen",
     "behind": "with too many requests at a time",
     "peer": "requests over TLS without a known peer",
+    "io_uring": "reads and writes by io_uring",
+    "in_progress": "requests in progress at the end",
 }
 
 
@@ -67,7 +71,7 @@ def status_word(status: int) -> str:
 def is_error(status: int, outcome: int = pb.HTTP_OUTCOME_COMPLETE) -> bool:
     """Whether the contract counts a request as an error: a status of 500 or more, or no response
     where that is known."""
-    return status >= _SERVER_ERROR or (not status and outcome != pb.HTTP_OUTCOME_UNKNOWN)
+    return status >= _SERVER_ERROR or (not status and outcome not in _ENDS_NOT_KNOWN)
 
 
 def is_refusal(status: int) -> bool:

@@ -19,6 +19,7 @@
 enum record_kind {
 	RECORD_HTTP_EXCHANGE = 1,
 	RECORD_HTTP_SHORT_EXCHANGE,
+	RECORD_HTTP_DETAILED,
 };
 
 /* How many characters of a path a short record has room for. Most of what a record costs are the
@@ -61,7 +62,19 @@ struct http_short_exchange {
 	__u8 bytes[__builtin_offsetof(struct http_exchange, path) + SHORT_PATH_BYTES];
 };
 
+/* Instead, for a session that wants more of requests: what it does not want is zero. */
+struct http_detailed {
+	struct http_exchange exchange; /* the query follows the path in its place */
+	__u64 trace[2];
+	__u64 parent;
+	__u64 host[HOST_BYTES / 8];
+	__u16 query_bytes;
+	__u8 host_bytes;
+	__u8 reserved[5];
+};
+
 IN_BTF(struct http_exchange, http_exchange);
+IN_BTF(struct http_detailed, http_detailed);
 IN_BTF(struct http_short_exchange, http_short_exchange);
 IN_BTF(enum record_kind, record_kind);
 
@@ -83,20 +96,29 @@ MAP(PERCPU_ARRAY, operations, __u32, struct operation, 1, 0);
 #define BY_PACKET 0x100 /* with an outcome: no process runs the program */
 #define BY_SSL	  0x200 /* likewise: a program of tls.bpf.h runs, which others may come between */
 
-/* Where a record is made: for a process, or for a packet or a timer, which may come in between.
- * What OpenSSL has passed is ended by uprobes, too, between which the kernel changes threads: there
- * each thread has its own. */
-MAP(PERCPU_ARRAY, drafts, __u32, struct http_exchange, 2, 0);
+/* Where a record is made. */
+struct draft {
+	struct http_detailed record;
+	__u64 wants;	     /* what any session may want of it; if so: */
+	struct request kept; /* from which each is made */
+};
+
+/* For a process, or for a packet or a timer, which may come in between. What OpenSSL has passed is
+ * ended by uprobes, too, between which the kernel changes threads: there each thread has its own.
+ */
+MAP(PERCPU_ARRAY, drafts, __u32, struct draft, 2, 0);
 
 #define DRAFT_OF_THREAD 2
 
-static __always_inline struct http_exchange *draft_of_thread(void);
+static __always_inline struct draft *draft_of_thread(void);
 SUBPROGRAM int ssl_thread_prepare(__u32 unused);
 
 /* What user space says about one session. */
 struct http_session {
 	__u32 since; /* the generation in which it began */
+	__u32 wants; /* of a request, see details.bpf.h */
 	__u32 reads_tls;
+	__u32 reserved;
 };
 
 MAP(ARRAY, http_sessions, __u32, struct http_session, SESSIONS, 0);
@@ -120,7 +142,22 @@ SUBPROGRAM __u64 sessions_of_then(__u64 watching, __u32 generation)
 	return found;
 }
 
-static __always_inline struct http_exchange *draft_at(__u32 at)
+/* What any of the sessions WATCHING wants of a request. */
+SUBPROGRAM __u32 wants_of(__u64 watching)
+{
+	__u32 found = 0;
+
+	for_each_session (slot, watching) {
+		__u32 key = slot;
+		struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &key);
+
+		if (session)
+			found |= session->wants;
+	}
+	return found;
+}
+
+static __always_inline struct draft *draft_at(__u32 at)
 {
 	if (at == DRAFT_OF_THREAD)
 		return draft_of_thread();
@@ -134,18 +171,88 @@ static __always_inline __u32 draft_for(__u32 outcome)
 	return outcome & BY_PACKET ? 1 : 0;
 }
 
+static __always_inline __u32 kind_of(const struct request *request)
+{
+	return request->path_bytes <= SHORT_PATH_BYTES ? RECORD_HTTP_SHORT_EXCHANGE
+						       : RECORD_HTTP_EXCHANGE;
+}
+
+/* Removes everything behind the path. */
+static __always_inline void query_forget(struct http_exchange *exchange)
+{
+	__u32 length = exchange->path_bytes;
+
+	for (__u32 i = 0; i < PATH_BYTES / 8; i++) {
+		if (i * 8 >= length)
+			exchange->path[i] = 0;
+		else if (length - i * 8 < 8)
+			exchange->path[i] &= (1ULL << 8 * (length - i * 8)) - 1;
+	}
+}
+
+/* Makes the record for one session of a draft of which others may want more, or less. */
+SUBPROGRAM int draft_for_session(__u32 slot, __u32 at)
+{
+	struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &slot);
+	struct draft *draft = draft_at(at);
+	struct http_detailed *to;
+	__u32 wants;
+
+	if (!draft || !session)
+		return 0;
+	to = &draft->record;
+	wants = session->wants;
+	to->exchange.head.kind = wants ? RECORD_HTTP_DETAILED : kind_of(&draft->kept);
+	__builtin_memcpy(to->exchange.path, draft->kept.path, PATH_BYTES);
+	to->query_bytes = draft->kept.query_bytes;
+	if (!(wants & WANTS_QUERY)) {
+		to->query_bytes = 0;
+		query_forget(&to->exchange);
+	}
+	to->trace[0] = to->trace[1] = to->parent = 0;
+	if (wants & WANTS_TRACE && draft->kept.flags & HAS_TRACE) {
+		to->trace[0] = draft->kept.trace[0];
+		to->trace[1] = draft->kept.trace[1];
+		to->parent = draft->kept.parent;
+	}
+	to->host_bytes = wants & WANTS_HOST ? draft->kept.host_bytes : 0;
+	for (int i = 0; i < HOST_BYTES / 8; i++)
+		to->host[i] = wants & WANTS_HOST ? draft->kept.host[i] : 0;
+	return 0;
+}
+
 /* Sends a draft to one session. */
 SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 {
-	struct http_exchange *exchange = draft_at(at);
+	struct draft *draft = draft_at(at);
 
-	if (!exchange)
+	if (!draft)
 		return 0;
-	if (exchange->head.kind == RECORD_HTTP_SHORT_EXCHANGE)
-		record_send(NULL, slot, exchange, sizeof(struct http_short_exchange));
+	if (draft->record.exchange.head.kind == RECORD_HTTP_SHORT_EXCHANGE)
+		record_send(NULL, slot, &draft->record.exchange,
+			    sizeof(struct http_short_exchange));
 	else
-		record_send(NULL, slot, exchange, sizeof(*exchange));
+		record_send(NULL, slot, &draft->record.exchange, sizeof(struct http_exchange));
 	return 0;
+}
+
+SUBPROGRAM int send_detailed_draft(__u32 slot, __u32 at)
+{
+	struct draft *draft = draft_at(at);
+
+	if (draft)
+		record_send(NULL, slot, &draft->record, sizeof(draft->record));
+	return 0;
+}
+
+static __always_inline void send_to(const struct draft *draft, __u32 slot, __u32 at)
+{
+	if (draft->wants)
+		draft_for_session(slot, at);
+	if (draft->record.exchange.head.kind == RECORD_HTTP_DETAILED)
+		send_detailed_draft(slot, at);
+	else
+		send_draft(slot, at);
 }
 
 static __always_inline struct connection *connection_at(__u64 sk)
@@ -190,20 +297,21 @@ static __always_inline void request_forget(struct connection *c, __u32 number)
 
 SUBPROGRAM int count_unread(__u64 sessions, __u32 why, __u64 count, __u64 bytes);
 
-static __always_inline void exchange_send(struct connection *c, const struct request *request,
+/* False if there is no room to make the record. */
+static __always_inline bool exchange_send(struct connection *c, const struct request *request,
 					  __u32 outcome, __u64 now_ns)
 {
 	struct lane *ask = lane_of(c, request_direction(c));
 	struct lane *answer = lane_of(c, !request_direction(c));
 	bool answers = answer->status >= 200 || answer->status == 101;
 	__u32 at = draft_for(outcome);
-	struct http_exchange *to = draft_at(at);
-	bool is_short;
+	struct draft *draft = draft_at(at);
+	struct http_exchange *to;
 
-	if (!to)
-		return;
-	is_short = request->path_bytes <= SHORT_PATH_BYTES;
-	to->head.kind = is_short ? RECORD_HTTP_SHORT_EXCHANGE : RECORD_HTTP_EXCHANGE;
+	if (!draft)
+		return false;
+	to = &draft->record.exchange;
+	to->head.kind = kind_of(request);
 	to->connection = c->id;
 	to->number = request->number;
 	to->began_ns = request->begun_ns;
@@ -230,13 +338,19 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	to->remote_port = c->remote_port;
 	__builtin_memcpy(to->local, c->local, ADDRESS_BYTES);
 	__builtin_memcpy(to->remote, c->remote, ADDRESS_BYTES);
-	if (is_short)
+	if (to->head.kind == RECORD_HTTP_SHORT_EXCHANGE)
 		__builtin_memcpy(to->path, request->path, SHORT_PATH_BYTES);
 	else
 		__builtin_memcpy(to->path, request->path, PATH_BYTES);
+	draft->wants = c->wants | request->wants;
+	if (draft->wants)
+		__builtin_memcpy(&draft->kept, request, sizeof(*request));
 	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
-		send_draft(slot, at);
+		send_to(draft, slot, at);
 	}
+	if (c->ssl && !c->remote_port)
+		count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1, 0);
+	return true;
 }
 
 /* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
@@ -244,19 +358,14 @@ static __always_inline void exchange_over(struct connection *c, __u32 outcome, _
 {
 	__u32 number = c->answered;
 	const struct request *request = request_waiting(c, number);
-	bool is_sent = outcome & ~(BY_PACKET | BY_SSL);
+	bool is_none = !(outcome & ~(BY_PACKET | BY_SSL));
 
 	if (!__sync_bool_compare_and_swap(&c->answered, number, number + 1))
 		return;
-	if (!request || (is_sent && !draft_at(draft_for(outcome)))) {
+	if (!request || !(is_none || exchange_send(c, request, outcome, now_ns))) {
 		for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 			account_loss(slot, LOSS_MAP_FULL);
 		}
-	} else if (is_sent) {
-		exchange_send(c, request, outcome, now_ns);
-		if (c->ssl && !c->remote_port)
-			count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1,
-				     0);
 	}
 	request_forget(c, number);
 	lane_of(c, !request_direction(c))->status = 0;
@@ -304,9 +413,10 @@ static __always_inline void exchange_ended(struct connection *c, enum outcome ou
 }
 
 /* What a session's processes used that was not read, by enum unread: connections, when that became
- * clear, and their bytes, when they end. At UNREAD_NONE, operations whose bytes could not be seen.
+ * clear, and their bytes, when they end. At UNREAD_NONE and UNREAD_IO_URING, operations whose bytes
+ * could not be seen.
  */
-#define UNREADS 8 /* a power of two */
+#define UNREADS 16 /* a power of two */
 
 struct http_unread {
 	__u64 count[UNREADS];
@@ -441,6 +551,7 @@ static __always_inline struct connection *connection_used(const struct sessions 
 	if (!c)
 		return NULL;
 	c->watching = watching;
+	c->wants = wants_of(watching);
 	c->generation = generation;
 	c->tgid = tgid;
 	c->born = born_of(kernel_read(this_task(), group_leader));
@@ -467,8 +578,10 @@ SUBPROGRAM int window_read(struct connection *c)
 	if (!c)
 		return 0;
 	cursor.window = c->ssl ? ssl_window() : window_here();
-	if (cursor.window)
-		bpf_loop(WINDOW, http_step, &cursor, 0);
+	if (!cursor.window)
+		return 0;
+	cursor.wants = details_wanted(c, cursor.window->direction);
+	bpf_loop(WINDOW, http_step, &cursor, 0);
 	return 0;
 }
 
@@ -595,7 +708,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 		return;
 	seen = copied && operation_find(feed.op, length);
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
-		count_unread(c->watching, UNREAD_NONE, 1, length);
+		count_unread(c->watching, by_io_uring() ? UNREAD_IO_URING : UNREAD_NONE, 1, length);
 	/* Where the same side has just sent something that was not read, this may be more of that.
 	 */
 	if (c->unread &&

@@ -135,6 +135,26 @@ static __always_inline bool next_piece(struct operation *op)
 	return true;
 }
 
+/* Whether the bytes that pass are those of no call of the present thread, whatever its registers
+ * say. */
+static __always_inline bool in_thread_without_calls(void)
+{
+	return kernel_read(this_task(), flags) & (PF_KTHREAD | PF_IO_WORKER);
+}
+
+/* The same number on all architectures. */
+#define NR_IO_URING_ENTER 426
+
+/* Whether the bytes that pass are io_uring's: in the call that has it work, or in its threads. */
+SUBPROGRAM int by_io_uring(void)
+{
+	struct entry entry;
+
+	if (kernel_read(this_task(), flags) & PF_IO_WORKER)
+		return true;
+	return entry_read(&entry) && entry.number == NR_IO_URING_ENTER;
+}
+
 /* False if the bytes of the present call cannot be seen: sendfile and splice have none in user
  * memory, io_uring works elsewhere, and of several messages nothing tells which one it is. */
 static __always_inline bool operation_find(struct operation *op, __u64 length)
@@ -144,7 +164,7 @@ static __always_inline bool operation_find(struct operation *op, __u64 length)
 
 	op->length = length;
 	op->base = op->iov = op->iov_count = 0;
-	if (!entry_read(&entry))
+	if (in_thread_without_calls() || !entry_read(&entry))
 		return false;
 	switch (entry.number) {
 	case NR_READ:

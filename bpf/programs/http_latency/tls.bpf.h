@@ -69,7 +69,7 @@ struct ssl_thread {
 	struct heard heard;
 	struct operation op;
 	struct window window;
-	struct http_exchange draft;
+	struct draft draft;
 };
 
 #define THREAD_STATE struct ssl_thread
@@ -118,11 +118,14 @@ SUBPROGRAM int ssl_thread_prepare(__u32 unused)
 	return !ssl_thread_make();
 }
 
-static __always_inline struct http_exchange *draft_of_thread(void)
+static __always_inline struct draft *draft_of_thread(void)
 {
 	struct ssl_thread *thread = ssl_thread();
 
-	return thread ? &thread->draft : NULL;
+	if (!thread)
+		return NULL;
+	barrier_var(thread); /* clang would add to NULL, which the verifier does not like */
+	return &thread->draft;
 }
 
 static __always_inline __u64 current_process(void)
@@ -230,6 +233,7 @@ static __always_inline struct connection *ssl_connection_used(const struct sessi
 	if (!c)
 		return NULL;
 	c->watching = watching;
+	c->wants = wants_of(watching);
 	c->generation = generation;
 	return watching ? c : NULL;
 }

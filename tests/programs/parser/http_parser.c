@@ -40,8 +40,13 @@ struct exchange {
 	__u8 version;
 	__u8 outcome;
 	__u8 path_flags;
-	__u8 reserved[4];
-	__u8 path[PATH_BYTES];
+	__u8 host_bytes;
+	__u8 reserved;
+	__u16 query_bytes;
+	__u8 path[PATH_BYTES]; /* and the query */
+	__u8 host[HOST_BYTES];
+	__u64 trace[2];
+	__u64 parent;
 };
 
 struct talk {
@@ -77,7 +82,9 @@ static void exchange_add(struct connection *c, enum outcome outcome, __u64 now_n
 	if (request->number != c->answered)
 		request = &talk->spilled[c->answered % PIPELINE];
 	assert(request->number == c->answered && request->method);
-	assert(request->path_bytes <= PATH_BYTES);
+	assert(request->path_bytes + request->query_bytes <= PATH_BYTES);
+	assert(request->host_bytes <= HOST_BYTES);
+	assert(request->wants || !(request->query_bytes || request->host_bytes));
 	if (outcome == OUTCOME_NONE) {
 		/* it was none */
 	} else if (talk->count < MOST_EXCHANGES) {
@@ -97,8 +104,15 @@ static void exchange_add(struct connection *c, enum outcome outcome, __u64 now_n
 		    .version = request->version,
 		    .outcome = outcome,
 		    .path_flags = request->flags,
+		    .host_bytes = request->host_bytes,
+		    .query_bytes = request->query_bytes,
 		};
-		memcpy(to->path, request->path, request->path_bytes);
+		memcpy(to->path, request->path, request->path_bytes + request->query_bytes);
+		memcpy(to->host, request->host, request->host_bytes);
+		if (request->flags & HAS_TRACE) {
+			memcpy(to->trace, request->trace, sizeof(to->trace));
+			to->parent = request->parent;
+		}
 	} else {
 		talk->lost++;
 	}
@@ -132,6 +146,12 @@ void talk_begin(struct talk *talk, __u8 role, bool on_trial)
 	talk->c.on_trial = on_trial;
 }
 
+/* From the next request on. */
+void talk_want(struct talk *talk, __u32 wants)
+{
+	talk->c.wants = wants;
+}
+
 /* Takes in bytes of one operation, as feed_window does. */
 void talk_feed(struct talk *talk, __u32 direction, const __u8 *bytes, __u64 left, __u64 now_ns)
 {
@@ -161,6 +181,7 @@ void talk_feed(struct talk *talk, __u32 direction, const __u8 *bytes, __u64 left
 		memcpy(talk->window.bytes, bytes, length);
 		talk->window.at = 0;
 		talk->window.end = length;
+		cursor.wants = details_wanted(&talk->c, direction);
 		for (__u32 turn = 0;; turn++, talk->turns++) {
 			before = talk->window.at;
 			if (http_step(turn, &cursor))
@@ -266,6 +287,9 @@ static const char *const requests[] = {
     "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "\x16\x03\x01\x02\x00\x01\x00",
     "EHLO a\r\n",
+    "GET http://u:p@a.example:8080/b?c=d HTTP/1.1\r\nHost: b\r\n\r\n",
+    "GET /t?u HTTP/1.1\r\nTraceparent: "
+    "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nhost: a:80\r\n\r\n",
 };
 
 static const char *const responses[] = {
@@ -303,6 +327,10 @@ static const char *const words[] = {
     "Transfer-Encoding : chunked\r\n",
     "Transfer-Encoding: gzip, chunked\r\n",
     "X-Content-Length: 3\r\n",
+    "Host: b\r\n",
+    "traceparent: 01-0123456789abcdef0123456789abcdef-0123456789abcdef-00-a\r\n",
+    "trace",
+    "@",
     "chunked",
     ",",
     "\t",
@@ -407,6 +435,7 @@ int main(int argc, char **argv)
 		__u64 seed = (first + i) * 0x9E3779B97F4A7C15ULL | 1, pieces;
 		__u8 role = next_random(&seed) % 2 ? HTTP_CLIENT : HTTP_SERVER;
 		bool on_trial = next_random(&seed) % 8 == 0, by_server = next_random(&seed) % 2;
+		__u32 wants = next_random(&seed) % 8;
 		__u32 used = 1 + next_random(&seed) % MOST_PARTS;
 
 		for (__u32 j = 0; j < used; j++) {
@@ -420,6 +449,9 @@ int main(int argc, char **argv)
 		talk_begin(&whole, role, on_trial);
 		talk_begin(&cut, role, on_trial);
 		talk_begin(&single, role, on_trial);
+		talk_want(&whole, wants);
+		talk_want(&cut, wants);
+		talk_want(&single, wants);
 		talk_feed_parts(&whole, parts, used, 0, &pieces);
 		talk_feed_parts(&cut, parts, used, 1 + next_random(&seed) % 40, &pieces);
 		talk_feed_parts(&single, parts, used, 1, &pieces);
