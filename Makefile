@@ -78,7 +78,7 @@ format: $(VENV)/.dev ## format Python and C
 docs: $(VENV)/.dev ## generate pages from the code
 	$(BIN)/python -P docs/generate.py
 
-bench: $(VENV)/.dev ## measure beside bpftrace, bcc, libbpf-tools and strace
+bench: $(VENV)/.dev build/nginx/nginx ## measure beside bpftrace, bcc, libbpf-tools and strace
 	@deploy/packages $(BENCH_PACKAGES)
 	$(BIN)/python -P -m benchmarks.run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,26 +98,19 @@ class Tap:
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    async def _read(self, stream: AsyncIterator[Batch]) -> None:
-        async for batch in stream:
-            self.rows.extend(batch.message.syscall_stats)
-            self.batches += bool(batch.message.syscall_stats)
-            self.lost += sum(batch.lost.values())
-            self._arrived.set()
+    def _take(self, batch: Batch) -> None:
+        self.rows.extend(batch.message.syscall_stats)
+        self.batches += bool(batch.message.syscall_stats)
+        self.lost += sum(batch.lost.values())
+        self._arrived.set()
 
     @classmethod
     @asynccontextmanager
     async def on(cls, client: AgentClient, pid: int, **config: str) -> AsyncIterator[Tap]:
         """Watches a process. After the block the rows are all there are."""
-        tap = cls()
-        started = await start_syscall_stats(client, pid, **config)
-        async with client.subscribe(started.collector_id) as stream:
-            reading = asyncio.create_task(tap._read(stream))
-            try:
-                yield tap
-            finally:
-                await client.stop(started.collector_id)
-                await reading
+        tap, kind = cls(), pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
+        async with watching(client, kind, tap._take, pid=str(pid), **config):
+            yield tap
 
 
 async def start_syscall_stats(client: AgentClient, pid: int, **config: str) -> Started:
@@ -131,6 +124,30 @@ async def start(client: AgentClient, kind: pb.EbpfCollectorKind, **config: str) 
     if not started.supported:
         raise BenchError(started.error)
     return started
+
+
+@asynccontextmanager
+async def watching(
+    client: AgentClient,
+    kind: pb.EbpfCollectorKind,
+    take: Callable[[Batch], None],
+    **config: str,
+) -> AsyncIterator[None]:
+    """One of our collectors at work, and its subscriber: TAKE is called with each batch, and after
+    the block has had them all."""
+    started = await start(client, kind, **config)
+    async with client.subscribe(started.collector_id) as stream:
+
+        async def read() -> None:
+            async for batch in stream:
+                take(batch)
+
+        reading = asyncio.create_task(read())
+        try:
+            yield
+        finally:
+            await client.stop(started.collector_id)
+            await reading
 
 
 def compile_bpf(directory: Path, name: str) -> Path:

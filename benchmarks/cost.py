@@ -11,11 +11,12 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, field
 from typing import Final
 
-from benchmarks import kernel, peers
-from benchmarks.bench import Bench, Tap, compile_bpf, per_call_ns
-from benchmarks.peers import Peer, PeerError
-from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured, times
-from coral.bpf import BpfObject
+from benchmarks import peers
+from benchmarks.bench import Bench, Tap, per_call_ns
+from benchmarks.empty import Empty, attached
+from benchmarks.peers import Peer
+from benchmarks.report import NOT_HERE, Aim, Report, Samples, times
+from benchmarks.turns import measure_in_turns
 from coral.client import AgentClient
 from tests.support import Calls, totals
 
@@ -72,17 +73,8 @@ async def measure(bench: Bench) -> Report:
         agent = stack.enter_context(bench.agent())
         client = await stack.enter_async_context(AgentClient(agent.address))
         variants = _variants(bench, client)
-        disturbed = 0
-        for turn in range(ROUNDS):
-            # A different one is first each time, so that no variant always follows the same other.
-            first = turn % len(variants)
-            foreign = kernel.foreign_programs()
-            for variant in variants[first:] + variants[:first]:
-                if not variant.failure:
-                    await _try(bench, variant)
-            disturbed += foreign or kernel.foreign_programs()
-            bench.say(f"round {turn + 1} of {ROUNDS}: {_progress(variants)}")
-    return _report(variants, disturbed)
+        remarks = await measure_in_turns(bench, variants, ROUNDS, lambda: _progress(variants))
+    return _report(variants, remarks)
 
 
 def _variants(bench: Bench, client: AgentClient) -> list[Variant]:
@@ -94,26 +86,15 @@ def _variants(bench: Bench, client: AgentClient) -> list[Variant]:
     ]
 
 
-async def _try(bench: Bench, variant: Variant) -> None:
-    try:
-        await variant.measure(bench)
-    except PeerError as error:
-        variant.failure = str(error)
-        bench.say(f"{variant.name} cannot be measured here: {error}")
-
-
 async def _bare(bench: Bench) -> float:
     with bench.calls(_CALLS) as calls:
         return await per_call_ns(calls, _CALLS)
 
 
 def _empty(bench: Bench) -> Watching:
-    path = compile_bpf(bench.directory, "empty")
-
     @asynccontextmanager
     async def watching(_calls: Calls) -> AsyncIterator[Counted]:
-        with BpfObject(path, programs=("coral_empty_enter", "coral_empty_exit")) as empty:
-            empty.attach()
+        with attached(bench, Empty.AT_CALLS):
             yield lambda: None
 
     return watching
@@ -153,7 +134,7 @@ def _progress(variants: Sequence[Variant]) -> str:
     return ", ".join(f"{v.name} {v.added_ns[-1]:+,.0f} ns" for v in shown)
 
 
-def _report(variants: Sequence[Variant], disturbed: int) -> Report:
+def _report(variants: Sequence[Variant], remarks: Sequence[str]) -> Report:
     bare = Samples([ns for variant in variants for ns in variant.bare_ns])
     by_name = {variant.name: variant for variant in variants}
     ours, reference = by_name[_OURS], by_name[_REFERENCE]
@@ -162,12 +143,6 @@ def _report(variants: Sequence[Variant], disturbed: int) -> Report:
     aims = [Aim(f"{_OURS}, added", Samples(ours.added_ns).median, _MOST_ADDED_NS, " ns")]
     if shares := _shares(ours, reference):
         aims.append(Aim(f"{_OURS}, of what syscount adds", shares.median, _MOST_OF_SYSCOUNT, " x"))
-    remarks = list(not_measured({v.name: v.failure for v in variants if v.failure}))
-    if disturbed:
-        remarks.append(
-            f"around {disturbed} of {ROUNDS} rounds others had programs loaded on this machine: "
-            "they may have slowed every call, bare ones too"
-        )
     return Report(
         title="Cost of one traced getppid call, in ns",
         how=f"Median (middle half) of {ROUNDS} rounds, each variant right after a bare run of the "

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from benchmarks.tracefs import hold_tracefs, mount_source
 
-_TRACING: Final = ("tracing", "raw_tracepoint", "tracepoint")
+_TRACING: Final = ("tracing", "raw_tracepoint", "tracepoint", "kprobe")  # uprobes are of the last
 _GRACE_S: Final = 0.5
 _CPUCLOCK_SCHED: Final = 2  # a clock's number has a pid in it (clock_getcpuclockid)
 _PROCESSOR: Final = {"x86_64": "x86", "aarch64": "arm64"}
@@ -39,8 +39,8 @@ def cpu_ns(pid: int) -> int:
 
 
 def foreign_programs() -> bool:
-    """Whether programs that could slow down a system call are loaded now, while we have none. Ours
-    are gone a moment after they are detached, when no CPU can be in them any more."""
+    """Whether programs that could slow down what is measured are loaded now, while we have none.
+    Ours are gone a moment after they are detached, when no CPU can be in them any more."""
     end = time.monotonic() + _GRACE_S
     while any(program["type"] in _TRACING for program in _bpftool("prog", "list")):
         if time.monotonic() > end:

@@ -145,6 +145,54 @@ TCP: Final = (
 )
 
 
+# A histogram of times to first byte and a count, with nothing of HTTP: a send after a receive on
+# the same socket answers a request.
+_BPFTRACE_HTTP: Final = """
+tracepoint:sock:sock_recv_length /pid == {pid} && args->ret > 0 && !@began[args->sk]/ {{
+    @began[args->sk] = nsecs;
+}}
+tracepoint:sock:sock_send_length /pid == {pid} && args->ret > 0 && @began[args->sk]/ {{
+    @ns = hist(nsecs - @began[args->sk]);
+    @requests = count();
+    delete(@began[args->sk]);
+}}
+"""
+# The same by the functions of OpenSSL.
+_BPFTRACE_HTTPS: Final = """
+uprobe:{libssl}:SSL_read /pid == {pid}/ {{ @ssl[tid] = arg0; }}
+uretprobe:{libssl}:SSL_read /pid == {pid} && (int32)retval > 0 && !@began[@ssl[tid]]/ {{
+    @began[@ssl[tid]] = nsecs;
+}}
+uprobe:{libssl}:SSL_write /pid == {pid} && @began[arg0]/ {{
+    @ns = hist(nsecs - @began[arg0]);
+    @requests = count();
+    delete(@began[arg0]);
+}}
+"""
+_REQUESTS: Final = re.compile(r"^@requests: (\d+)", re.MULTILINE)
+_LIBSSL: Final = re.compile(r" (/\S*/libssl\.so\S*)$", re.MULTILINE)
+
+
+def _bpftrace_https(pid: int) -> Sequence[str]:
+    found = _LIBSSL.search(Path(f"/proc/{pid}/maps").read_text())
+    if not found:
+        raise PeerError("the server has no libssl")
+    return ("bpftrace", "-e", _BPFTRACE_HTTPS.format(pid=pid, libssl=found[1]))
+
+
+# Of a server's requests, in the clear and in TLS.
+HTTP: Final = (
+    Peer(
+        "bpftrace, times to first byte",
+        lambda pid: ("bpftrace", "-e", _BPFTRACE_HTTP.format(pid=pid)),
+        _REQUESTS,
+    ),
+)
+HTTPS: Final = (
+    Peer("bpftrace, times to first byte", _bpftrace_https, _REQUESTS, is_attached=_has_programs),
+)
+
+
 class RunningPeer:
     """A peer that is attached."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 NOT_HERE = "-"
+_PAGE_WIDTH = 115
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,41 @@ def show(report: Report, console: Console) -> None:
         console.print(Text(str(aim), "green" if aim.met else "bold red"))
     for remark in report.remarks:
         console.print(Text(f"note: {remark}"))
+
+
+def page(reports: Mapping[str, Report], machine: Mapping[str, str], command: str) -> str:
+    """REPORTS by section, as a page of docs/ that was made by COMMAND on MACHINE."""
+    measured_on = "; ".join(f"{what} {value}" for what, value in machine.items() if value)
+    parts = [
+        f"# Benchmarks: {', '.join(reports)}",
+        f"```\n{command}\n```",
+        _wrapped(
+            "This command has made this page. [Benchmarks](benchmarks.md) has the other sections. "
+            f"The machine: {measured_on}."
+        ),
+    ]
+    for report in reports.values():
+        parts += [f"## {report.title}", _wrapped(report.how), _table(report.columns, report.rows)]
+        if report.aims:
+            parts.append("\n".join(f"* {aim}" for aim in report.aims))
+        if report.remarks:
+            parts.append("\n".join(_wrapped(f"* {remark}", "  ") for remark in report.remarks))
+    return "\n\n".join(parts) + "\n"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text, _PAGE_WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown: the first column to the left, the others to the right."""
+    alignment = ["---", *["---:"] * (len(columns) - 1)]
+    lines = [columns, alignment, *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def not_measured(reasons: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Measures coral beside its peers, on processes that it starts itself, and prints tables.
 
-    python -P -m benchmarks.run [--json FILE] [SECTION ...]
+    python -P -m benchmarks.run [--json FILE] [--page FILE] [SECTION ...]
 
 A section is a module with `async def measure(bench) -> Report` and a line in SECTIONS.
 """
@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,9 @@ from benchmarks import (
     delivery,
     drain,
     encoders,
+    http,
+    http_agent,
+    http_programs,
     kernel,
     lag,
     loop_lag,
@@ -47,7 +51,7 @@ from benchmarks import (
     tcp,
 )
 from benchmarks.bench import Bench, BenchError
-from benchmarks.report import Report, show
+from benchmarks.report import Report, page, show
 from coral import bpf
 from coral.cli.signals import exiting
 
@@ -56,6 +60,10 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "memory": memory.measure,
     "cost": cost.measure,
     "tcp": tcp.measure,
+    "http": http.measure,
+    "https": http.measure_tls,
+    "http_agent": http_agent.measure,
+    "http_programs": http_programs.measure,
     "sessions": sessions.measure,
     "rungs": rungs.measure,
     "programs": rungs.measure_programs,
@@ -79,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     # What was started is ended, what was mounted unmounted.
     with exiting():
-        return _measure(options, console)
+        return _measure(options, console, sys.argv[1:] if arguments is None else arguments)
 
 
-def _measure(options: argparse.Namespace, console: Console) -> int:
+def _measure(options: argparse.Namespace, console: Console, arguments: Sequence[str]) -> int:
     try:
         _check_can_trace()
         machine = kernel.machine()  # now, for the load is others' now, and ours afterwards
@@ -98,6 +106,9 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
             "sections": {name: report.as_json() for name, report in reports.items()},
         }
         options.json.write_text(json.dumps(written, indent=2) + "\n")
+    if options.page:
+        command = f"sudo .venv/bin/python -P -m benchmarks.run {shlex.join(arguments)}"
+        options.page.write_text(page(reports, machine, command))
     return 0
 
 
@@ -105,6 +116,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -P -m benchmarks.run", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there too")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page of Markdown there")
     options = parser.parse_args(arguments)
     for name in options.sections:
         if name not in SECTIONS:

@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.bench import Bench, compile_bpf
+from benchmarks.bench import Bench
+from benchmarks.empty import Empty, attached
 from benchmarks.report import Aim, Report, Samples
 from coral import bpf
-from coral.bpf import BpfObject
 from coral.collectors.contract import Collector
 from coral.collectors.registry import COLLECTORS
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
@@ -43,7 +43,7 @@ async def measure(bench: Bench) -> Report:
             bare.append(_call_ns(program, (), watched=False))
             variants = [(f"unwatched, {n} sessions", n, False) for n in _UNWATCHED]
             variants += [(f"watched by {n}", n, True) for n in _WATCHED]
-            with _empty(bench):
+            with attached(bench, Empty.AT_CALLS):
                 added.setdefault(_EMPTY, []).append(_call_ns(program, (), watched=False) - bare[-1])
             for name, count, watched in variants:
                 pids = [other.pid] * count
@@ -105,14 +105,6 @@ def _call_ns(program: Path, pids: Sequence[int], *, watched: bool) -> float:
 def _session(pid: int, number: int) -> Collector:
     kinds = list(COLLECTORS.values())
     return kinds[number % len(kinds)].create({"pid": str(pid)}, None, bpf.probe())
-
-
-@contextmanager
-def _empty(bench: Bench) -> Iterator[None]:
-    path = compile_bpf(bench.directory, "empty")
-    with BpfObject(path, programs=("coral_empty_enter", "coral_empty_exit")) as empty:
-        empty.attach()
-        yield
 
 
 def _starts_ms(pid: int) -> list[float]:

@@ -19,13 +19,15 @@ from contextlib import (
     contextmanager,
 )
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple
 
 from benchmarks import kernel, peers
-from benchmarks.bench import Bench, compile_bpf, start
-from benchmarks.peers import Peer, PeerError
-from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
-from coral.bpf import BpfObject
+from benchmarks.bench import Bench, watching
+from benchmarks.empty import Empty, attached
+from benchmarks.peers import Peer
+from benchmarks.report import NOT_HERE, Aim, Report, Samples
+from benchmarks.turns import measure_in_turns
 from coral.client import AgentClient, Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
@@ -35,7 +37,6 @@ _REPEATS: Final = 3  # of each exchange in a round; the best counts
 _MOST_THROUGHPUT_LOST: Final = 0.02
 _MOST_CONNECTIONS_LOST: Final = 0.05
 _OURS: Final = "coral: watched"
-_EMPTY: Final = tuple(f"coral_empty_{name}" for name in ("state", "destroy", "segment"))
 _CLOSE: Final = 7  # TCP_CLOSE
 _IDLE_S: Final = 0.2
 _IDLE_NS: Final = 2_000_000  # of CPU time in it
@@ -124,16 +125,14 @@ async def measure(bench: Bench) -> Report:
         agent = stack.enter_context(bench.agent(cpu_percent=1000))
         client = await stack.enter_async_context(AgentClient(agent.address))
         variants = _variants(bench, agent, client)
-        for turn in range(ROUNDS):
-            # A different one is first each time, so that no variant always follows the same other.
-            first = turn % len(variants)
-            for variant in variants[first:] + variants[:first]:
-                if not variant.failure:
-                    await _try(bench, variant)
-            ours = next(variant for variant in variants if variant.name == _OURS)
+        ours = next(variant for variant in variants if variant.name == _OURS)
+
+        def progress() -> str:
             shown = ", ".join(f"{x.name} {ours.lost(x.name).values[-1]:+.1%}" for x in EXCHANGES)
-            bench.say(f"round {turn + 1} of {ROUNDS}: {_OURS}, lost: {shown}")
-    return _report(variants)
+            return f"{_OURS}, lost: {shown}"
+
+        remarks = await measure_in_turns(bench, variants, ROUNDS, progress)
+    return _report(variants, remarks)
 
 
 def _variants(bench: Bench, agent: RunningAgent, client: AgentClient) -> list[Variant]:
@@ -149,14 +148,6 @@ def _variants(bench: Bench, agent: RunningAgent, client: AgentClient) -> list[Va
         Variant("coral: not a target", _ours_elsewhere(bench, agent, client)),
         *(Variant(peer.name, _peer(bench, peer)) for peer in peers.TCP),
     ]
-
-
-async def _try(bench: Bench, variant: Variant) -> None:
-    try:
-        await variant.measure(bench)
-    except PeerError as error:
-        variant.failure = str(error)
-        bench.say(f"{variant.name} cannot be measured here: {error}")
 
 
 @contextmanager
@@ -198,15 +189,12 @@ async def _ask(bench: Bench, server: Server, exchange: Exchange) -> float:
 
 
 def _empty(bench: Bench) -> Watching:
-    path = compile_bpf(bench.directory, "tcp_empty")
-
     @asynccontextmanager
-    async def watching(_server: Server) -> AsyncIterator[Seen]:
-        with BpfObject(path, programs=_EMPTY) as empty:
-            empty.attach()
+    async def floor(_server: Server) -> AsyncIterator[Seen]:
+        with attached(bench, Empty.AT_CONNECTIONS):
             yield Seen()
 
-    return watching
+    return floor
 
 
 @asynccontextmanager
@@ -215,51 +203,45 @@ async def _ours(
 ) -> AsyncIterator[Seen]:
     seen = Seen(connections=0)
     before_ns = kernel.cpu_ns(agent.process.pid)
-    started = await start(client, pb.EBPF_COLLECTOR_KIND_TCP_METRICS, **config)
-    async with client.subscribe(started.collector_id) as stream:
-        reading = asyncio.create_task(_count(stream, server, seen))
-        try:
-            yield seen
-        finally:
-            await client.stop(started.collector_id)
-            await reading
+    count = partial(_count, server, seen)
+    async with watching(client, pb.EBPF_COLLECTOR_KIND_TCP_METRICS, count, **config):
+        yield seen
     seen.cpu_s = (kernel.cpu_ns(agent.process.pid) - before_ns) / 1e9
 
 
 def _ours_elsewhere(bench: Bench, agent: RunningAgent, client: AgentClient) -> Watching:
     @asynccontextmanager
-    async def watching(server: Server) -> AsyncIterator[Seen]:
+    async def elsewhere(server: Server) -> AsyncIterator[Seen]:
         with bench.calls(1) as other:
             async with _ours(agent, client, server, pid=str(other.pid)) as seen:
                 yield seen
 
-    return watching
+    return elsewhere
 
 
-async def _count(stream: AsyncIterator[Batch], server: Server, seen: Seen) -> None:
+def _count(server: Server, seen: Seen, batch: Batch) -> None:
     """Counts the ends of the server's connections; of others nothing is looked at."""
-    async for batch in stream:
-        seen.lost += sum(batch.lost.values())
-        ends = sum(
-            row.end != pb.TCP_END_OPEN
-            for row in batch.message.tcp_metrics
-            if row.local_port == server.port and row.role == pb.TCP_ROLE_SERVER
-        )
-        ends += sum(
-            row.connections_closed
-            for row in batch.message.tcp_peers
-            if row.port == server.port and row.role == pb.TCP_ROLE_SERVER
-        )
-        if len(batch.events):
-            closes = batch.events["new_state"] == _CLOSE
-            closes &= batch.events["local_port"] == server.port
-            ends += int((closes & (batch.events["role"] == pb.TCP_ROLE_SERVER)).sum())
-        seen.connections = (seen.connections or 0) + ends
+    seen.lost += sum(batch.lost.values())
+    ends = sum(
+        row.end != pb.TCP_END_OPEN
+        for row in batch.message.tcp_metrics
+        if row.local_port == server.port and row.role == pb.TCP_ROLE_SERVER
+    )
+    ends += sum(
+        row.connections_closed
+        for row in batch.message.tcp_peers
+        if row.port == server.port and row.role == pb.TCP_ROLE_SERVER
+    )
+    if len(batch.events):
+        closes = batch.events["new_state"] == _CLOSE
+        closes &= batch.events["local_port"] == server.port
+        ends += int((closes & (batch.events["role"] == pb.TCP_ROLE_SERVER)).sum())
+    seen.connections = (seen.connections or 0) + ends
 
 
 def _peer(bench: Bench, peer: Peer) -> Watching:
     @asynccontextmanager
-    async def watching(server: Server) -> AsyncIterator[Seen]:
+    async def at_work(server: Server) -> AsyncIterator[Seen]:
         seen = Seen()
         with peers.running(bench, peer, server.pid, server.port) as one:
             before_ns = kernel.cpu_ns(one.pid)
@@ -269,7 +251,7 @@ def _peer(bench: Bench, peer: Peer) -> Watching:
         if peer.counted is not peers.NONE:
             seen.connections = one.lines_counted()
 
-    return watching
+    return at_work
 
 
 async def _until_idle(pid: int) -> None:
@@ -281,7 +263,7 @@ async def _until_idle(pid: int) -> None:
         await asyncio.sleep(_IDLE_S)
 
 
-def _report(variants: Sequence[Variant]) -> Report:
+def _report(variants: Sequence[Variant], remarks: Sequence[str]) -> Report:
     by_name = {variant.name: variant for variant in variants}
     ours = by_name[_OURS]
     bare = {
@@ -315,7 +297,7 @@ def _report(variants: Sequence[Variant]) -> Report:
         ),
         rows=rows,
         aims=aims,
-        remarks=not_measured({v.name: v.failure for v in variants if v.failure}),
+        remarks=remarks,
         samples={
             f"{variant.name}, {x.name}, {what} us": [us[x.name] for us in taken]
             for variant in variants

@@ -87,14 +87,15 @@ class Rung:
         walks: Sequence[str] = (),
         without_maps: Collection[str] = (),
         shared: Mapping[str, int] | None = None,
+        many_places: bool = False,
     ) -> BpfObject:
         """The object NAME with PROGRAMS, as the rung has it.
 
         `preallocated` are the hash maps whose elements are allocated when they are made on kernels
         that cannot allocate them on demand; `walks` are programs that user space runs;
         `without_maps` are not created, nor are those that the rung does not use; `shared` are maps
-        of another object. The object has to include sessions.bpf.h and records.bpf.h, and
-        thread.bpf.h if the rung has a thread state.
+        of another object; `many_places` as in `BpfObject`. The object has to include sessions.bpf.h
+        and records.bpf.h, and thread.bpf.h if the rung has a thread state.
         """
         stored, ringed = self.state.taken == "task_storage", self.buffer.taken == "ring_buffer"
         without = [*without_maps, *(("perfs", "record_drafts") if ringed else ("rings",))]
@@ -119,6 +120,7 @@ class Rung:
             map_flags={} if self.on_demand.available else dict.fromkeys(hashes, 0),
             without_maps=without,
             shared=shared or {},
+            many_places=many_places,
             typed=self.hook.taken == "tp_btf",
             loader=self.loader.taken,
             batches=self.reads.taken == "batch",

@@ -38,12 +38,15 @@ from coral.collectors.losses import by_stage
 from coral.collectors.options import (
     Option,
     OptionError,
+    boolean,
     choice,
     describe,
     duration,
+    integer,
     option,
     parse_options,
     size,
+    value_text,
 )
 from coral.collectors.targets import TargetOptions, Targets, refused_options
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -57,6 +60,9 @@ _LOOK_EVERY_NS: Final = 100_000_000
 @dataclass(frozen=True)
 class KernelOptions(TargetOptions):
     """The options that all of these collectors have; a collector's own options extend this."""
+
+    # Options that select single events: those with mode=events only.
+    selecting: ClassVar[Sequence[str]] = ()
 
     interval: float = option(duration(0.1, 60), "1s", "how often to send summaries")
     mode: str = option(
@@ -72,6 +78,38 @@ class KernelOptions(TargetOptions):
     def single_events(self) -> bool:
         """Whether the session sends single events, not summaries."""
         return self.mode == "events"
+
+    def check(self, service: ServiceProcesses | None) -> None:
+        """Raises `OptionError`, too, for a selection of single events without single events."""
+        super().check(service)
+        for name in self.selecting:
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and not self.single_events:
+                raise OptionError(name, value_text(value), "it with mode=events only")
+
+
+def top_option(which: str, rest: str = "", all_rows: str = "all rows") -> Any:  # noqa: ANN401
+    """The option `top`: WHICH rows come first, whose the REST is, and what 0 stands for."""
+    return option(
+        integer(0, 10240),
+        "0",
+        f"how many rows to send for each interval: {which}, then the row `other`{rest}, which adds "
+        f"up the rest; 0: {all_rows}",
+    )
+
+
+def min_duration_option(events: str) -> Any:  # noqa: ANN401
+    """The option `min_duration` of single EVENTS."""
+    return option(
+        duration(0, 3600),
+        "0s",
+        f"with mode=events: send only {events} that took at least this long",
+    )
+
+
+def errors_only_option(errors: str) -> Any:  # noqa: ANN401
+    """The option `errors_only`: send ERRORS."""
+    return option(boolean(), "false", f"with mode=events: send only {errors}")
 
 
 OptionsT = TypeVar("OptionsT", bound=KernelOptions)

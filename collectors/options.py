@@ -131,6 +131,13 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:g}s"
 
 
+def value_text(value: object) -> str:
+    """The shortest text of the VALUE of an option, of which only durations have fractions."""
+    if isinstance(value, float):
+        return format_duration(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def duration(least_s: float, most_s: float) -> Parser:
     """A duration in seconds, within bounds."""
     accepts = f"a duration from {format_duration(least_s)} to {format_duration(most_s)}"

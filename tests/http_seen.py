@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
@@ -66,6 +67,7 @@ class Seen:
         self.collector = collector
         self.requests: list[Request] = []
         self.lost = self.missed = 0
+        self.unread: Counter[str] = Counter()  # connections and operations, by what they are
 
     def drain(self) -> None:
         """Takes in what there is."""
@@ -77,6 +79,7 @@ class Seen:
         missed = batch.losses.get(pb.Loss.STAGE_PROGRAM_MISSED, 0)
         self.missed += missed
         self.lost += sum(batch.losses.values()) - missed
+        self.unread.update({what: it.count for what, it in batch.unread.items()})
         strings = batch.rows.strings
         for record in batch.rows.records:
             self.requests.append(_request(record, strings))

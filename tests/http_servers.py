@@ -90,6 +90,7 @@ class Server(ABC):
 
     def __post_init__(self) -> None:
         self.output = self.directory / "output"
+        self.environment: dict[str, str] = {}
 
     @property
     @abstractmethod
@@ -131,7 +132,12 @@ class Server(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "SITE": str(self.site), "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ,
+                    "SITE": str(self.site),
+                    "PYTHONUNBUFFERED": "1",
+                    **self.environment,
+                },
                 start_new_session=True,  # Apache ends its whole process group
             )
         self.pid = process.pid
@@ -157,6 +163,7 @@ class Nginx(Server):
 
     takes = "PUT"
     workers = 2
+    logs = True
     upstreams = ""  # blocks of its configuration
     locations = ""
 
@@ -172,6 +179,7 @@ class Nginx(Server):
             for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         owner = "user root;" if os.geteuid() == 0 else ""
+        log = f"{self.directory}/access.log fields" if self.logs else "off"
         configuration = f"""
             daemon off; worker_processes {self.workers}; pid {self.directory}/nginx.pid; {owner}
             error_log stderr crit;
@@ -179,7 +187,7 @@ class Nginx(Server):
             http {{
                 log_format fields '$request_method $uri $status $body_bytes_sent $pid '
                     '$request_time $upstream_response_time $upstream_header_time';
-                access_log {self.directory}/access.log fields;
+                access_log {log};
                 sendfile on; tcp_nodelay on; keepalive_requests 1000000; client_max_body_size 200m;
                 {places}
                 {self.upstreams}
@@ -277,6 +285,16 @@ class Node(Server):
     def lets_wait(self, path: str) -> bool:
         """Whether a request to PATH has come that waits for its answer."""
         return f"waits {path}\n" in self.output.read_text()
+
+
+def certificate(directory: Path) -> Path:
+    """A new certificate of localhost with its key, in one file of DIRECTORY."""
+    both = directory / "both.pem"
+    key = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=localhost -days 2"
+    command = ["openssl", "req", *key.split(), "-keyout", "key", "-out", "certificate"]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    both.write_bytes((directory / "certificate").read_bytes() + (directory / "key").read_bytes())
+    return both
 
 
 SERVERS: Mapping[str, Callable[[Path, Path], Server]] = {

@@ -20,3 +20,8 @@ def flowing(parts: Iterable[tuple[str, str]], width: int) -> Text:
         text.append(part, style)
         used += len(part)
     return text
+
+
+def in_line(parts: Iterable[tuple[str, str]]) -> str:
+    """The same for a pipe, without styles."""
+    return ", ".join(text for text, _ in parts)

@@ -14,6 +14,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 # may be, which ends as soon as there is anything to show, and the last.
 _LONG_S: Final = 0.5
 _SHORT_S: Final = 0.05
+_QUIET_S: Final = 2.0
 
 
 class Intervals:
@@ -58,6 +59,10 @@ class Intervals:
     def quiet_s(self) -> float:
         """How long ago the latest interval with rows ended."""
         return (self.reached_ns - self._latest[1]) / 1e9 if self._latest[1] else self.seconds
+
+    def is_quiet(self, quiet_s: float) -> bool:
+        """Whether QUIET_S without rows is so long that the latest interval is not the present."""
+        return quiet_s > max(2 * self.latest_s, _QUIET_S)
 
     @property
     def rate_s(self) -> float:

@@ -15,11 +15,12 @@ from rich.cells import cell_len
 from rich.console import Group
 from rich.text import Text
 
-from coral.views.text import shorten, wrapped
+from coral.views.text import format_amount, shorten, wrapped
 from coral.wire.text import safe
 
 # A text, or a function that makes a text of at most the given number of cells.
 Content = str | Callable[[int], str]
+MOST_LINES: Final = 50  # in a pipe, where a terminal's height is no limit
 _GAP: Final = 2
 _INDENT: Final = 2  # of what stands below a row
 _MINOR: Final = 6  # columns that are at least so spare are of little importance
@@ -212,6 +213,11 @@ class Sheet:
                     return
                 widest = max(over, key=lambda at: widths[at])
                 widths[widest] -= 1
+
+
+def bytes_cell(amount: float) -> tuple[str, str]:
+    """An amount of bytes with its style."""
+    return (f"{format_amount(amount)}B", "") if amount else ("0", "dim")
 
 
 def _total(shown: Sequence[int], widths: Sequence[int]) -> int:

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import stat
 import struct
 import sys
-from collections.abc import Hashable
-from functools import cache
-from pathlib import Path
+from collections.abc import Hashable, Mapping
 from typing import Final, NamedTuple, Self
 
-from coral.bpf.attaching.each_cpu import online_cpus
-from coral.bpf.buffers.perf_event import IOC_ENABLE, IOC_SET_BPF, open_perf_event
-from coral.bpf.libbpf import AttachError
+from coral.bpf.attaching.link import Link
+from coral.bpf.attaching.uprobe_links import attach_each, attach_many
+from coral.bpf.closing import close_all
 
-_PMU: Final = Path("/sys/bus/event_source/devices/uprobe")
 _SYS_OPENAT2: Final = 437  # on every processor
 _RESOLVE_IN_ROOT: Final = 0x10
 _OPEN_HOW: Final = struct.Struct("=QQQ")
@@ -114,25 +110,27 @@ def _open_in_root(root: str, path: str) -> int:
         os.close(directory)
 
 
-class _Place(NamedTuple):
+class _Places(NamedTuple):
     """What is attached at most once."""
 
     program_fd: int
     file: tuple[int, ...]
-    offset: int
+    cookies: tuple[tuple[int, int], ...]  # by offset
     at_return: bool
 
 
 class Uprobes:
     """Programs at places in files, each attached while it has a user.
 
-    A user is whatever asks for a place, usually a process with the time of its start. Not safe to
-    use from two threads at once.
+    A user is whatever asks for a place, usually a process with the time of its start. MANY, the
+    programs are loaded for many places at once (`BpfObject`). Not safe to use from two threads at
+    once.
     """
 
-    def __init__(self) -> None:
-        self._events: dict[_Place, int] = {}
-        self._users: dict[_Place, set[Hashable]] = {}
+    def __init__(self, *, many: bool = False) -> None:
+        self._attach = attach_many if many else attach_each
+        self._links: dict[_Places, Link] = {}
+        self._users: dict[_Places, set[Hashable]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -142,71 +140,44 @@ class Uprobes:
 
     def __len__(self) -> int:
         """The number of attached places."""
-        return len(self._events)
+        return sum(len(places.cookies) for places in self._links)
 
     def attach(
         self,
         user: Hashable,
         program_fd: int,
         file: ProcessFile,
-        offset: int,
+        cookies: Mapping[int, int],
         *,
         at_return: bool = False,
     ) -> None:
-        """Has a `uprobe` program run whenever a process executes the instruction at OFFSET of FILE,
-        or AT_RETURN of the function that begins there, on behalf of USER. Every process, not only
-        this one: the program must look who runs it. Processes that map the file later are included.
+        """Has a `uprobe` program run whenever a process executes the instructions at the offsets of
+        COOKIES in FILE, or AT_RETURN of the functions that begin there, on behalf of USER; the
+        program finds the cookie of the offset (bpf_get_attach_cookie). Every process, not only this
+        one: the program must look who runs it. Processes that map the file later are included.
 
         Raises `AttachError`.
         """
-        place = _Place(program_fd, file.identity, offset, at_return)
-        if place not in self._events:
-            self._events[place] = _open_uprobe(place, file.fd)
-        self._users.setdefault(place, set()).add(user)
+        places = _Places(program_fd, file.identity, tuple(sorted(cookies.items())), at_return)
+        if places not in self._links:
+            # By the descriptor, so that it is certainly this file.
+            path = f"/proc/self/fd/{file.fd}"
+            self._links[places] = self._attach(program_fd, path, cookies, at_return=at_return)
+        self._users.setdefault(places, set()).add(user)
 
     def release(self, user: Hashable) -> None:
         """USER needs nothing any more: what nobody else needs is detached, which waits for the
-        kernel for 20 to 100 ms each. No error if it had nothing."""
-        for place, users in list(self._users.items()):
+        kernel for 20 to 100 ms, once or for each place. No error if it had nothing."""
+        unused = []
+        for places, users in list(self._users.items()):
             users.discard(user)
             if not users:
-                del self._users[place]
-                os.close(self._events.pop(place))
+                del self._users[places]
+                unused.append(self._links.pop(places))
+        close_all([link.detach for link in unused])
 
     def close(self) -> None:
         """Detaches everything. Safe to call twice."""
         self._users.clear()
-        while self._events:
-            os.close(self._events.popitem()[1])
-
-
-def _open_uprobe(place: _Place, file_fd: int) -> int:
-    what = f"attaching a uprobe at offset {place.offset:#x}"
-    try:
-        type_, at_return = _pmu()
-        # By the descriptor, so that it is certainly this file.
-        path = ctypes.create_string_buffer(f"/proc/self/fd/{file_fd}".encode())
-        fd = open_perf_event(
-            type_,
-            at_return if place.at_return else 0,
-            online_cpus()[0],  # counts there, but runs its program on every CPU
-            config1=ctypes.addressof(path),
-            config2=place.offset,
-        )
-    except OSError as error:
-        raise AttachError(what, error.errno or errno.EIO) from error
-    try:
-        fcntl.ioctl(fd, IOC_SET_BPF, place.program_fd)
-        fcntl.ioctl(fd, IOC_ENABLE, 0)
-    except OSError as error:
-        os.close(fd)
-        raise AttachError(what, error.errno or errno.EIO) from error
-    return fd
-
-
-@cache
-def _pmu() -> tuple[int, int]:
-    """The type of uprobe events, and the value of `config` that means returns. Raises OSError: the
-    kernel has none before 4.17, or without CONFIG_UPROBE_EVENTS."""
-    bit = (_PMU / "format/retprobe").read_text().strip().removeprefix("config:")
-    return int((_PMU / "type").read_text()), 1 << int(bit)
+        links, self._links = self._links, {}
+        close_all([link.detach for link in links.values()])

@@ -25,8 +25,10 @@ from coral.bpf.loading.object_file import ObjectFile
 
 VERIFIER_LOG_BYTES: Final = 1 << 20
 RAW_TP: Final = "raw_tp"
+UPROBE: Final = "uprobe"
 _TRACING: Final = 26  # BPF_PROG_TYPE_TRACING
 _TRACE_RAW_TP: Final = 23
+_UPROBE_MULTI: Final = 48
 # libbpf retries a map that the kernel refuses without its types; if the map must have them, the
 # second errno is meaningless.
 _RETRIED: Final = re.compile(
@@ -59,6 +61,8 @@ class LoadedByLibbpf:
         """Has libbpf load a program, and puts into LOG what the verifier says if it refuses it."""
         if self._description.typed:
             self._give_types(name)
+        if self._description.many_places and self._file.hook_of(name)[0] == UPROBE:
+            call("bpf_program__set_expected_attach_type", self._file.programs[name], _UPROBE_MULTI)
         # libbpf first loads without a log, and requests one only if that fails.
         program = self._file.programs[name]
         call("bpf_program__set_autoload", program, True)

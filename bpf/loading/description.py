@@ -22,6 +22,7 @@ class Description:
     without_maps: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
     typed: bool = False
+    many_places: bool = False
 
     @property
     def chosen(self) -> tuple[str, ...]:

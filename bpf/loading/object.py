@@ -114,9 +114,10 @@ class BpfObject:
     `without_maps` are not made at all: no chosen program may use them. `shared` are maps of another
     object, by their descriptors, which are used instead of new ones of those names. With TYPED,
     programs of `raw_tp/` are loaded as those of `tp_btf/`: the verifier knows the types of their
-    arguments. A name that the object does not have is a KeyError. Maps are read in batches where
-    the kernel has them, unless BATCHES is off. LOADER is one of `LOADERS`. Nothing touches the
-    kernel before `load`.
+    arguments. With MANY_PLACES, programs of `uprobe` are loaded for a link to many functions at
+    once (Linux 6.6), and for nothing else. A name that the object does not have is a KeyError. Maps
+    are read in batches where the kernel has them, unless BATCHES is off. LOADER is one of
+    `LOADERS`. Nothing touches the kernel before `load`.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class BpfObject:
         without_maps: Collection[str] = (),
         shared: Mapping[str, int] | None = None,
         typed: bool = False,
+        many_places: bool = False,
         batches: bool = True,
         loader: str = "core",
     ) -> None:
@@ -144,6 +146,7 @@ class BpfObject:
             without_maps=frozenset(without_maps),
             shared=dict(shared or {}),
             typed=typed,
+            many_places=many_places,
         )
         self._batches = batches
         self._loader = LOADERS[loader]
@@ -262,6 +265,11 @@ class BpfObject:
     def map_fd(self, name: str) -> int:
         """The descriptor of a map of the loaded object; negative if it was not created."""
         return self._in_kernel.map_fd(name)
+
+    @property
+    def map_names(self) -> Collection[str]:
+        """The maps of the object, without the sections of global variables."""
+        return [name for name in self._opened.definitions if "." not in name]
 
     def map_fds(self, names: Collection[str]) -> Mapping[str, int]:
         """The descriptors of those of the maps NAMES that are made, for another object to share."""

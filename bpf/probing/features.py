@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
+from coral.bpf.attaching.uprobe_links import attach_many
 from coral.bpf.libbpf import (
     VMLINUX_BTF,
+    AttachError,
     BpfError,
     LibbpfMissingError,
     call,
@@ -37,6 +39,7 @@ _PROBE_RUN: Final = "coral_p_syscall"
 _PROBE_SESSIONS: Final = "coral_p_sessions"
 _PROBE_SOCKETS: Final = ("coral_p_sent", "coral_p_received")
 _PROBE_LOOP: Final = "coral_p_loop"
+_PROBE_UPROBE: Final = "coral_p_uprobe"
 _PROBE_STORAGE: Final = ("coral_p_task_storage", "coral_p_storage")  # a program and its map
 
 # Hook kinds, best first, with the program that tries each.
@@ -118,6 +121,7 @@ def probe() -> Features:
             _try("syscall_program", _run_program),
             _try("socket_hooks", _attach_to_sockets),
             _try("loops", _load_loop),
+            _try("uprobe_multi", _attach_to_many),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _try("task_storage", _use_task_storage),
             _elements_on_demand(),
@@ -214,6 +218,24 @@ def _load_loop() -> None:
     """Loads a program that has the kernel call a function again and again (Linux 5.17)."""
     with _probe_object(_PROBE_LOOP):
         pass
+
+
+def _attach_to_many() -> None:
+    """Attaches to functions of a directory (Linux 6.6), which a kernel that has a link for many
+    refuses for what it is."""
+    probe_object = BpfObject(
+        _PROBE_OBJECT,
+        programs=(),
+        walks=(_PROBE_UPROBE,),
+        many_places=True,
+        without_maps=_PROBE_STORAGE[1:],
+    )
+    with probe_object:
+        try:
+            attach_many(probe_object.program_fd(_PROBE_UPROBE), "/", {0: 0}).detach()
+        except AttachError as error:
+            if error.errno != errno.EBADF:
+                raise
 
 
 def _make_map(number: int) -> Callable[[], None]:

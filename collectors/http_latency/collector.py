@@ -21,7 +21,6 @@ from coral.bpf.closing import close_all
 from coral.collectors.contract import (
     Coverage,
     EventRows,
-    ServiceProcesses,
     Summaries,
     Support,
     Unread,
@@ -35,17 +34,20 @@ from coral.collectors.http_latency.routes import PATTERN, Routes, pattern
 from coral.collectors.http_latency.sockets import PROGRAMS, sockets
 from coral.collectors.http_latency.summaries import summaries
 from coral.collectors.http_latency.tls import PROGRAMS as TLS_PROGRAMS
-from coral.collectors.http_latency.tls import TlsHooks
+from coral.collectors.http_latency.tls import TlsHooks, uprobes
 from coral.collectors.http_latency.unfinished import Unfinished
 from coral.collectors.http_latency.unread import IN_PROGRESS, UnreadCounts
 from coral.collectors.hubs import Plan
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.collectors.kernel_collector import (
+    KernelCollector,
+    KernelOptions,
+    errors_only_option,
+    min_duration_option,
+    top_option,
+)
 from coral.collectors.options import (
-    OptionError,
     boolean,
     choice,
-    duration,
-    format_duration,
     integer,
     items,
     option,
@@ -61,6 +63,8 @@ _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 @dataclass(frozen=True)
 class HttpLatencyOptions(KernelOptions):
     """The options of `http_latency`."""
+
+    selecting = ("min_duration", "errors_only", "include_query", "include_host", "traceparent")
 
     mode: str = option(
         choice("summaries", "events"),
@@ -84,20 +88,10 @@ class HttpLatencyOptions(KernelOptions):
         "how many different segments to tell apart at one place of a path; more than these become "
         "`{*}`",
     )
-    top: int = option(
-        integer(0, 10240),
-        "0",
-        "how many rows to send for each interval: those with most requests, then the row `other` "
-        "of each role, which adds up the rest; 0: all rows",
-    )
-    min_duration: float = option(
-        duration(0, 3600), "0s", "with mode=events: send only requests that took at least this long"
-    )
-    errors_only: bool = option(
-        boolean(),
-        "false",
-        "with mode=events: send only requests with a status of 500 or more, and those that were "
-        "aborted before a response",
+    top: int = top_option("those with most requests", " of each role")
+    min_duration: float = min_duration_option("requests")
+    errors_only: bool = errors_only_option(
+        "requests with a status of 500 or more, and those that were aborted before a response"
     )
     include_query: bool = option(
         boolean(),
@@ -123,17 +117,6 @@ class HttpLatencyOptions(KernelOptions):
         "read what passes through OpenSSL, too; each of its functions becomes some microseconds "
         "slower for every process that uses the same file",
     )
-
-    def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError`, too, for an option of single events without single events."""
-        super().check(service)
-        flags = ("errors_only", "include_query", "include_host", "traceparent")
-        for name, value in (
-            ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
-            *((flag, "true" if getattr(self, flag) else "") for flag in flags),
-        ):
-            if value and not self.single_events:
-                raise OptionError(name, value, "it with mode=events only")
 
     @property
     def wants(self) -> Wants:
@@ -168,7 +151,8 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             features,
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
-            walks=TLS_PROGRAMS,
+            late=TLS_PROGRAMS if self._options.tls else (),
+            many_places=uprobes(features).taken == "uprobe_multi",
             options={"typed_sockets": self._rung.hook.taken == "tp_btf" and _has_typed_sockets()},
             sizes=self._sizes,
         )
@@ -189,7 +173,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         rung, step = cls.climb(features), sockets(features)
         if reason := _obstacle(rung, step):
             return replace(support, supported=False, reason=reason)
-        return replace(support, steps=(*support.steps, step))
+        return replace(support, steps=(*support.steps, step, uprobes(features)))
 
     @classmethod
     def measures(cls, max_series: int) -> HttpMeasures:
@@ -204,6 +188,7 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         self._session = np.zeros((), self._slot.object.map("http_sessions").value_dtype)
         self._session["since"] = self._slot.never
         self._session["wants"] = int(options.wants)
+        self._session["reads_tls"] = options.tls
         self._write_session()
         # There are only rings: nothing is sorted by time when it is read.
         kinds = (DETAILED,) if options.wants else RECORDS
@@ -239,17 +224,20 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
 
     def _read_events(self) -> EventRows:
         records = self._drain_records()
-        exchanges = exchanges_of(records)
+        exchanges = self._with_untold(exchanges_of(records))
         if len(unfinished := self._left_unfinished(exchanges)):
             exchanges = np.concatenate([exchanges, unfinished])
         return self._requests.rows(exchanges, records["process_change"])
 
     def _read_summaries(self) -> Summaries:
-        exchanges = exchanges_of(self._drain_records())
+        exchanges = self._with_untold(exchanges_of(self._drain_records()))
         self._left_unfinished(exchanges)  # which have no times to sum
         if len(ended := self._targets.read().ended):
             self._targets.forget(ended)
         return summaries(exchanges, self._paths, self._options.top)
+
+    def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
+        return self._tls.untold(self._slot, exchanges) if self._tls is not None else exchanges
 
     def _read_unread(self) -> Mapping[str, Unread]:
         unread = self._unread.read()

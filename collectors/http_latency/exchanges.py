@@ -16,7 +16,8 @@ DETAILED: Final = "http_detailed"
 """The one of a session that wants more of requests, instead of these."""
 
 _FAILED_FROM: Final = 500  # the first status that says that the server failed (RFC 9110, 15.6)
-_ABORTS: Final = (pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
+_BY_CLIENT: Final = int(pb.HTTP_OUTCOME_ABORTED_BY_CLIENT)
+_BY_SERVER: Final = int(pb.HTTP_OUTCOME_ABORTED_BY_SERVER)
 
 
 def exchanges_of(records: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
@@ -35,6 +36,16 @@ def exchanges_of(records: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         return exchanges
     exchanges[len(short) :] = long
     return exchanges[np.argsort(exchanges["ended_ns"], kind="stable")]
+
+
+def in_form_of(records: NDArray[Any], exchanges: NDArray[Any]) -> NDArray[Any]:
+    """EXCHANGES, struct http_exchange, as what RECORDS are, with nothing more in struct
+    http_detailed."""
+    if records.dtype == exchanges.dtype:
+        return exchanges
+    made: NDArray[Any] = np.zeros(len(exchanges), records.dtype)
+    made["exchange"] = exchanges
+    return made
 
 
 def since_began_ns(records: NDArray[Any], name: str) -> NDArray[np.uint64]:
@@ -61,7 +72,8 @@ def first_byte_ns(records: NDArray[Any]) -> NDArray[np.uint64]:
 def has_failed(records: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether the server said that it failed, or a side ended the connection before a response. An
     outcome that is not known is no failure."""
-    aborted = np.isin(records["outcome"], _ABORTS)
+    outcomes = records["outcome"]
+    aborted = (outcomes == _BY_CLIENT) | (outcomes == _BY_SERVER)  # isin takes ten times as long
     failed: NDArray[np.bool_] = (records["status"] >= _FAILED_FROM) | (
         aborted & ~has_response(records)
     )

@@ -31,11 +31,7 @@ _NS_PER_MS: Final = 1e6
 # What tells rows apart beside the route, and how many bits of a key each has.
 _KEYS: Final = {"role": 2, "method": 5, "status": 10, "version": 2, "tls": 1, "outcome": 3}
 _NAMES: Final = ("role", "method", "status", "version", "tls")
-# How the figures of several rows become those of one.
-_ADDED: Final = (
-    "count", "errors", "outcomes", "counts", "first_byte_counts", "sum_ns", "first_byte_sum_ns",
-    "request_body_bytes", "response_body_bytes",
-)  # fmt: skip
+# How the figures of several rows become those of one; all others are added.
 _LEAST: Final = ("min_ns", "first_byte_min_ns")
 _MOST: Final = ("max_ns", "first_byte_max_ns")
 _NEVER: Final = np.uint64(2**64 - 1)  # the least of no values
@@ -48,7 +44,7 @@ def summaries(records: NDArray[Any], paths: Paths, top: int = 0) -> Summaries:
     strings = Strings()
     _, routes = paths.find(records)
     first, of_record = group(_keys(records, routes))
-    figures = _added_up(_figures(records), of_record, len(first))
+    figures = _figures(records, of_record, len(first))
     busiest, rest = split_top(figures["count"], top)
     names = {
         "route": strings.indices(routes[first], paths.routes.__getitem__)[busiest],
@@ -57,7 +53,7 @@ def summaries(records: NDArray[Any], paths: Paths, top: int = 0) -> Summaries:
     columns: dict[str, NDArray[Any]] = {name: values[busiest] for name, values in figures.items()}
     if len(rest):
         roles, of_rest = np.unique(records["role"][first][rest], return_inverse=True)
-        others = _added_up({k: values[rest] for k, values in figures.items()}, of_rest, len(roles))
+        others = _joined({k: values[rest] for k, values in figures.items()}, of_rest, len(roles))
         columns = {name: np.concatenate([columns[name], others[name]]) for name in columns}
         names = {name: np.append(it, np.zeros(len(roles), it.dtype)) for name, it in names.items()}
         names["role"][-len(roles) :] = roles
@@ -80,48 +76,66 @@ def _keys(records: NDArray[Any], routes: NDArray[np.intp]) -> NDArray[np.uint64]
     return keys
 
 
-def _figures(records: NDArray[Any]) -> dict[str, NDArray[np.uint64]]:
-    """The figures of each record, of shape (n,) or (n, width)."""
+def _figures(
+    records: NDArray[Any], of_row: NDArray[np.intp], rows: int
+) -> dict[str, NDArray[np.uint64]]:
+    """The figures of ROWS rows, of shape (rows,) or (rows, width). OF_ROW is the row of each
+    record."""
     total_ns, first_ns = since_began_ns(records, "ended_ns"), first_byte_ns(records)
     answered = has_response(records)
+    joined = _joined(
+        {
+            "sum_ns": total_ns,
+            "min_ns": total_ns,
+            "max_ns": total_ns,
+            "first_byte_sum_ns": first_ns,
+            "first_byte_min_ns": np.where(answered, first_ns, _NEVER),
+            "first_byte_max_ns": first_ns,
+            "request_body_bytes": records["request_body_bytes"],
+            "response_body_bytes": records["response_body_bytes"],
+        },
+        of_row,
+        rows,
+    )
     return {
-        "count": np.ones(len(records), np.uint64),
-        "errors": has_failed(records).astype(np.uint64),
-        "outcomes": _marked(records["outcome"] % OUTCOMES, OUTCOMES),
-        # "left": a value that equals a bound belongs to the bucket that ends there.
-        "counts": _marked(np.searchsorted(_BOUNDS, total_ns, side="left"), BUCKETS),
-        "first_byte_counts": _marked(np.searchsorted(_BOUNDS, first_ns, side="left"), BUCKETS)
-        * answered[:, np.newaxis],
-        "sum_ns": total_ns,
-        "min_ns": total_ns,
-        "max_ns": total_ns,
-        "first_byte_sum_ns": first_ns,
-        "first_byte_min_ns": np.where(answered, first_ns, _NEVER),
-        "first_byte_max_ns": first_ns,
-        "request_body_bytes": records["request_body_bytes"],
-        "response_body_bytes": records["response_body_bytes"],
+        "count": _counted(of_row, rows),
+        "errors": _counted(of_row[has_failed(records)], rows),
+        "outcomes": _counted(of_row, rows, records["outcome"] % OUTCOMES, OUTCOMES),
+        "counts": _counted(of_row, rows, _bucket(total_ns), BUCKETS),
+        "first_byte_counts": _counted(of_row[answered], rows, _bucket(first_ns[answered]), BUCKETS),
+        **joined,
     }
 
 
-def _marked(at: NDArray[Any], width: int) -> NDArray[np.uint64]:
-    """A matrix of shape (n, WIDTH) with a one in each row, in the column AT, of shape (n,)."""
-    marked = np.zeros((len(at), width), np.uint64)
-    marked[np.arange(len(at)), at] = 1
-    return marked
+def _bucket(times_ns: NDArray[np.uint64]) -> NDArray[np.intp]:
+    # "left": a value that equals a bound belongs to the bucket that ends there.
+    return np.searchsorted(_BOUNDS, times_ns, side="left")
 
 
-def _added_up(
-    figures: Mapping[str, NDArray[np.uint64]], of_row: NDArray[np.intp], groups: int
+def _counted(
+    of_row: NDArray[np.intp], rows: int, column: NDArray[Any] | None = None, width: int = 0
+) -> NDArray[np.uint64]:
+    """How many records each row has, of shape (rows,); or with the COLUMN of each record, how many
+    each row has in each column, of shape (rows, WIDTH)."""
+    if column is None:
+        return np.bincount(of_row, minlength=rows).astype(np.uint64)
+    counts = np.bincount(of_row * width + column, minlength=rows * width)
+    return counts.astype(np.uint64).reshape(rows, width)
+
+
+def _joined(
+    figures: Mapping[str, NDArray[np.uint64]], of_row: NDArray[np.intp], rows: int
 ) -> dict[str, NDArray[np.uint64]]:
-    """FIGURES, of shape (n, ...), of the rows of each group, of shape (groups, ...). OF_ROW is the
-    group of each row; no group is empty."""
+    """FIGURES, of shape (n, ...), of the members of each row, of shape (rows, ...). OF_ROW is the
+    row of each member; no row is without one."""
+    if not rows:
+        return dict(figures)
     order = np.argsort(of_row, kind="stable")
-    starts = np.searchsorted(of_row[order], np.arange(groups))
+    starts = np.searchsorted(of_row[order], np.arange(rows))
     joined = {}
-    for names, join in ((_ADDED, np.add), (_LEAST, np.minimum), (_MOST, np.maximum)):
-        for name in names:
-            values = figures[name][order]
-            joined[name] = join.reduceat(values, starts, axis=0) if groups else values
+    for name, values in figures.items():
+        join = np.minimum if name in _LEAST else np.maximum if name in _MOST else np.add
+        joined[name] = join.reduceat(values[order], starts, axis=0)
     return joined
 
 

@@ -12,16 +12,22 @@ import logging
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from coral.bpf import BpfError, BpfObject
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf import BpfError, BpfObject, Features, Step
 from coral.bpf.attaching.elf import ElfError, function_offsets
 from coral.bpf.attaching.mappings import MappingReader
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
+from coral.collectors.http_latency.exchanges import in_form_of
+from coral.collectors.http_latency.untold import untold
 from coral.collectors.hubs import FIRST_ENDED, Slot
 from coral.collectors.hubs.keeper import KEEPER
 
@@ -29,28 +35,37 @@ _log: Final = logging.getLogger(__name__)
 
 
 class _Hook(NamedTuple):
+    """A program, and the functions of OpenSSL that it runs at. A function's cookie is the constant
+    of `enum ssl_place` with its name in capital letters, 0 if there is none."""
+
     program: str
+    functions: Sequence[str]
     at_return: bool = False
 
 
-_RETURN: Final = _Hook("coral_ssl_return", at_return=True)
 # SSL_peek and its like are none of these: what they give is given again.
-_HOOKS: Final = {
-    "SSL_read": (_Hook("coral_ssl_read"), _RETURN),
-    "SSL_read_ex": (_Hook("coral_ssl_read_ex"), _RETURN),
-    "SSL_write": (_Hook("coral_ssl_write"), _RETURN),
-    "SSL_write_ex": (_Hook("coral_ssl_write_ex"), _RETURN),
-    "SSL_do_handshake": (_Hook("coral_ssl_handshake"), _RETURN),
-    "SSL_new": (_Hook("coral_ssl_new", at_return=True),),
-    "SSL_free": (_Hook("coral_ssl_free"),),
-    "SSL_shutdown": (_Hook("coral_ssl_shutdown"),),
-}
+_CALLS: Final = (
+    *("SSL_read", "SSL_read_ex", "SSL_write", "SSL_write_ex"),
+    *("SSL_sendfile", "SSL_do_handshake"),
+)
+# In the order in which they are attached. A call that is seen to begin is seen to return; and an
+# object is seen from its beginning only if no call for it passes unseen.
+_HOOKS: Final = (
+    _Hook("coral_ssl_end", ("SSL_free", "SSL_shutdown")),
+    _Hook("coral_ssl_return", _CALLS, at_return=True),
+    _Hook("coral_ssl_enter", _CALLS),
+    _Hook("coral_ssl_new", ("SSL_new",), at_return=True),
+)
+_FUNCTIONS: Final = frozenset(name for hook in _HOOKS for name in hook.functions)
 _INDISPENSABLE: Final = {"SSL_read", "SSL_write"}
-PROGRAMS: Final = tuple(sorted({hook.program for hooks in _HOOKS.values() for hook in hooks}))
-"""The programs, which the hub is to load and not to attach."""
+PROGRAMS: Final = tuple(hook.program for hook in _HOOKS)
+"""The programs, which the hub is to load late."""
+_MANY: Final = "uprobe_multi"
+_SPILLED: Final = "spilled_requests"
+_PLACE: Final = "SSL_PLACE_"
 
 _LOOK_EVERY_S: Final = 0.1
-_SWEEP_EVERY: Final = 50  # looks
+_SWEEP_EVERY: Final = 20  # looks
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _MOST_FILES: Final = 64  # attached at once; each has as many descriptors as there are hooks
 _MOST_KNOWN: Final = 8192
@@ -60,7 +75,17 @@ _EXECUTED: Final = re.compile(
 )
 # Where a program that is yet to be executed will find libssl.
 _LIBRARIES: Final = ("lib/*/libssl.so*", "usr/lib/*/libssl.so*", "usr/lib*/libssl.so*")
+_LIBRARY: Final = "/libssl"
 _DELETED: Final = " (deleted)"
+# What is not seen.
+_NO_ACCESS: Final = (
+    "TLS of other users' processes is not seen: the files that they execute can only be opened "
+    "with CAP_SYS_PTRACE"
+)
+_REPLACED: Final = (
+    "what {} encrypts is not seen: it has been replaced since a process mapped it, and that file "
+    "can only be opened with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"
+)
 
 
 class _Mapped(NamedTuple):
@@ -72,6 +97,12 @@ class _Mapped(NamedTuple):
     path: str
 
 
+def uprobes(features: Features) -> Step:
+    """How the programs are attached to functions on this kernel."""
+    many = features[_MANY]
+    return Step("uprobes", _MANY) if many.available else Step("uprobes", "perf_events", (many,))
+
+
 @dataclass
 class _Session:
     """A session, and what it has made this module look at."""
@@ -81,6 +112,7 @@ class _Session:
     seen: set[int] = field(default_factory=set)  # tgids whose memory was looked at
     files: dict[tuple[int, ...], None] = field(default_factory=dict)  # by identity, oldest first
     failed: set[str] = field(default_factory=set)  # reasons
+    untold: deque[NDArray[Any]] = field(default_factory=deque)  # see `TlsHooks.untold`
 
     def members(self) -> set[int]:
         """The processes that it watches now."""
@@ -94,9 +126,13 @@ class TlsHooks:
 
     def __init__(self, bpf_object: BpfObject) -> None:
         self._object = bpf_object
+        places = bpf_object.btf.enum("ssl_place")
+        self._cookies = {
+            f"SSL_{name.removeprefix(_PLACE).lower()}": it for name, it in places.items()
+        }
         self._lock = threading.Lock()
         self._sessions: dict[Slot, _Session] = {}
-        self._uprobes = Uprobes()
+        self._uprobes = Uprobes()  # of the sessions here
         self._mappings: MappingReader | None = None
         self._known: dict[tuple[int, int, str], dict[str, list[int]]] = {}  # offsets by function
         self._refused: dict[tuple[int, int, str], str] = {}  # with the reasons
@@ -115,6 +151,7 @@ class TlsHooks:
         with self._lock:
             session = self._sessions[slot] = _Session(slot, slot.watches_host)
             if len(self._sessions) == 1:
+                self._uprobes = Uprobes(many=slot.plan.many_places)
                 self._start(session)  # before the look, so that nothing is missed in between
             self._look_at(session, tgids)
             for tgid in executing:
@@ -140,7 +177,8 @@ class TlsHooks:
 
     def leave(self, slot: Slot) -> None:
         """The session in SLOT ends. Returns at once; detaching takes a tenth of a second for each
-        function. No error if it never joined."""
+        hook, or for each function where the kernel has no link for many. No error if it never
+        joined."""
         with self._lock:
             session = self._sessions.pop(slot, None)
             if session is None:
@@ -199,7 +237,12 @@ class TlsHooks:
     def _look_at(self, session: _Session, tgids: Iterable[int]) -> None:
         for tgid in tgids:
             session.seen.add(tgid)
-            for code, where in _executed(tgid):
+            try:
+                executed = list(_executed(tgid))
+            except PermissionError:
+                session.failed.add(_NO_ACCESS)
+                continue
+            for code, where in executed:
                 self._attach(session, code, where)
 
     def _attach(self, session: _Session, code: _Mapped, where: str) -> None:
@@ -224,12 +267,22 @@ class TlsHooks:
             self._refused[key] = f"what {code.path} encrypts is not seen: {error}"
             session.failed.add(self._refused[key])
             _log.warning("%s", self._refused[key])
-        except OSError:
-            return  # the process has ended, or another one took its place
+        except PermissionError:
+            session.failed.add(_NO_ACCESS)
+        except OSError:  # the process has ended, or another one took its place
+            if _LIBRARY in code.path and code.path.endswith(_DELETED) and _runs(code.tgid):
+                session.failed.add(_REPLACED.format(code.path.removesuffix(_DELETED)))
 
     def _attach_file(
         self, session: _Session, file: ProcessFile, found: dict[str, list[int]]
     ) -> None:
+        try:
+            programs = session.slot.late()
+        except BpfError as error:
+            why = str(error).partition("\n")[0]  # without the verifier's log
+            session.failed.add(f"what OpenSSL encrypts is not seen: {why}")
+            _log.warning("what OpenSSL encrypts is not seen: %s", error)
+            return
         while len(session.files) >= _MOST_FILES:
             oldest = next(iter(session.files))
             del session.files[oldest]
@@ -237,28 +290,56 @@ class TlsHooks:
         user = (session.slot, file.identity)
         with ExitStack() as failing:
             failing.callback(self._uprobes.release, user)
-            # Those of objects first, so that no object of which more is seen seems to be whole.
-            for name in reversed(_HOOKS):
-                for offset in found.get(name, ()):
-                    for hook in _HOOKS[name]:
-                        program = self._object.program_fd(hook.program)
-                        self._uprobes.attach(user, program, file, offset, at_return=hook.at_return)
+            for hook in _HOOKS:
+                cookies = {
+                    offset: self._cookies.get(name, 0)
+                    for name in hook.functions
+                    for offset in found.get(name, ())
+                }
+                program = programs.program_fd(hook.program)
+                if cookies:
+                    self._uprobes.attach(user, program, file, cookies, at_return=hook.at_return)
             failing.pop_all()
         session.files[file.identity] = None
 
     def _sweep(self) -> None:
-        """Forgets the SSL objects of processes that have ended without freeing them."""
+        """Forgets the SSL objects of processes that have ended without freeing them, and has the
+        sessions told of the requests that waited there."""
         objects = self._object.map("ssl_objects")
         keys, values = objects.read()
-        gone = [
-            at
-            for at, process in enumerate(keys["process"].tolist())
-            if not os.path.exists(f"/proc/{process & 0xFFFFFFFF}")  # noqa: PTH110  many of them
-        ]
-        if gone:
-            objects.delete(keys[gone])
-            numbers = values["connection"][gone]
-            self._object.map("connections").delete(numbers[numbers != 0])
+        processes = np.unique(keys["process"])
+        gone = np.isin(keys["process"], [it for it in processes.tolist() if not _runs(it)])
+        if not gone.any():
+            return
+        objects.delete(keys[gone])
+        numbers = values["connection"][gone]
+        connections = self._object.map("connections")
+        read = [connections.read_one(number) for number in numbers[numbers != 0].tolist()]
+        left = [it for it in read if it is not None]
+        connections.delete(numbers[numbers != 0])
+        if left:
+            self._tell(np.array(left, connections.value_dtype))
+
+    def _tell(self, left: NDArray[Any]) -> None:
+        record = self._object.btf.struct_dtype("http_exchange")
+        for watching, generation, records in untold(left, self._object.map(_SPILLED), record):
+            for slot, session in self._sessions.items():
+                began_since = (slot.since - generation) % (1 << 32) in range(1, 1 << 31)
+                if watching & slot.bit and not began_since:
+                    session.untold.append(records)
+
+    def untold(self, slot: Slot, records: NDArray[Any]) -> NDArray[Any]:
+        """RECORDS, struct http_exchange or http_detailed of shape (n,), and before them those of
+        requests whose process has ended since this was last called, where no socket tells that.
+        Waits for nothing."""
+        session, found = self._sessions.get(slot), [records]
+        while session and session.untold:
+            found.append(in_form_of(records, session.untold.popleft()))
+        return np.concatenate(found[::-1]) if len(found) > 1 else records
+
+
+def _runs(process: int) -> bool:
+    return os.path.exists(f"/proc/{process & 0xFFFFFFFF}")  # noqa: PTH110  many of them
 
 
 def _later(job: Callable[..., None], *arguments: object) -> None:
@@ -284,10 +365,13 @@ class _Any:
 
 
 def _executed(tgid: int) -> Iterator[tuple[_Mapped, str]]:
-    """The files that a process has mapped to execute, and where; none if it has ended."""
+    """The files that a process has mapped to execute, and where; none if it has ended. Raises
+    PermissionError."""
     try:
         with open(f"/proc/{tgid}/maps", "rb") as maps:  # noqa: PTH123  quicker
             text = maps.read()
+    except PermissionError:
+        raise
     except OSError:
         return
     for where, _, device, inode, path in _EXECUTED.findall(text):
@@ -320,7 +404,7 @@ def _functions(fd: int) -> dict[str, list[int]]:
     """The functions of OpenSSL that a file defines, with their offsets; none without those that
     read and write."""
     try:
-        found = function_offsets(fd, _HOOKS.keys())
+        found = function_offsets(fd, _FUNCTIONS)
     except ElfError:
         return {}
     return found if found.keys() >= _INDISPENSABLE else {}

@@ -47,11 +47,18 @@ class Hub:
         self.making = threading.Lock()  # held while something in common is made
         self.reading = threading.Lock()  # held while the one room for readings is used
         self.loading: Background | None = None  # while `object` is not yet to be used
+        self.late: BpfObject | None = None  # with programs over the same maps
+        self.loading_late: Background | None = None
 
     def wait(self) -> None:
         """Returns when `object` is loaded. Raises `BpfError` if that failed."""
         if self.loading:
             self.loading.wait()
+
+    @property
+    def objects(self) -> list[BpfObject]:
+        """Those that are loaded."""
+        return [loaded for loaded in (self.object, self.late) if loaded is not None]
 
 
 class Group:
@@ -206,7 +213,20 @@ class Group:
                 second.attach()
                 failing.pop_all()
                 hub.object = second
+            if plan.late and (hub.loading_late is None or hub.loading_late.has_failed):
+                # A session that does not need them has started long before they are verified.
+                hub.loading_late = Background(partial(self._load_late, hub, second, plan))
             return first, second
+
+    def _load_late(self, hub: Hub, loaded: BpfObject, plan: Plan) -> None:
+        """Loads the late programs of a hub, whose object is LOADED and is not closed meanwhile."""
+        late = plan.late_part(self.number_of(plan.name), loaded.map_fds(loaded.map_names))
+        try:
+            late.load()
+        except BaseException:
+            late.close()
+            raise
+        hub.late = late
 
     def attach(self, hub: Hub, names: Sequence[str]) -> None:
         """Attaches optional programs that a session wants. Raises `AttachError`."""
@@ -343,10 +363,11 @@ def _close(hub: Hub) -> None:
     with hub.lock:
         with suppress(Exception):  # those who wait for it are told
             hub.wait()
-        if hub.object is not None:
-            hub.object.close()
-            hub.object = None
-            hub.common, hub.links = {}, {}
+        if hub.loading_late:
+            hub.loading_late.end()
+        close_all([loaded.close for loaded in reversed(hub.objects)])
+        hub.object = hub.late = hub.loading_late = None
+        hub.common, hub.links = {}, {}
 
 
 @dataclass(frozen=True)

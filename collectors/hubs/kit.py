@@ -87,10 +87,19 @@ class Background:
         except Exception as error:  # noqa: BLE001  `wait` raises it
             self._error = error
 
-    def wait(self) -> None:
-        """Returns when STEP is done; raises its exception. Can be called by several threads."""
+    @property
+    def has_failed(self) -> bool:
+        """Whether STEP has raised an exception."""
+        return self._error is not None
+
+    def end(self) -> None:
+        """Returns when STEP is done, whatever came of it."""
         if self._thread:
             self._thread.join()
+
+    def wait(self) -> None:
+        """Returns when STEP is done; raises its exception. Can be called by several threads."""
+        self.end()
         if self._error:
             raise self._error
 

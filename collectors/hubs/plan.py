@@ -23,7 +23,7 @@ _CGROUPS: Final = Path("/proc/cgroups")  # with CONFIG_CGROUPS
 class Plan:
     """The hub NAME, as RUNG has it: the arguments of `Rung.object`. SIZES are those of the maps
     that the session has of its own. Sessions on the same features share `processes`, and those of
-    one name a hub: their plans differ in `sizes`, `wanted` and `read_last` alone."""
+    one name a hub: their plans differ in `sizes`, `wanted`, `late` and `read_last` alone."""
 
     name: str
     features: Features
@@ -37,6 +37,9 @@ class Plan:
     # Programs that only some sessions of the hub want to be attached, and those of this session.
     optional: tuple[str, ...] = field(default=(), compare=False)
     wanted: tuple[str, ...] = field(default=(), compare=False)
+    # Programs that are loaded after the others, while the session starts, and how (`BpfObject`).
+    late: tuple[str, ...] = field(default=(), compare=False)
+    many_places: bool = field(default=False, compare=False)
     # Maps of the session that programs read for user space after it was detached.
     read_last: tuple[str, ...] = field(default=(), compare=False)
 
@@ -51,6 +54,19 @@ class Plan:
             walks=(*self.optional, *self.walks),
             without_maps=self.without_maps,
             shared=shared,
+        )
+
+    def late_part(self, number: int, shared: Mapping[str, int]) -> BpfObject:
+        """An object with the late programs of the hub of this NUMBER, which uses all of its maps,
+        SHARED. Nothing of it is attached by itself."""
+        return self.rung.object(
+            self.name,
+            programs=(),
+            options={**self.options, "hub": number},
+            walks=self.late,
+            without_maps=self.without_maps,
+            shared=shared,
+            many_places=self.many_places,
         )
 
     def processes(self) -> BpfObject:

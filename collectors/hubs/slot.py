@@ -118,6 +118,16 @@ class Slot:
         self.processes, self.object = place.group.load(place, self.plan)
         place.group.attach(place.hub, self.plan.wanted)
 
+    def late(self) -> BpfObject:
+        """The object with the late programs of the plan. Waits until they are loaded. Raises
+        `BpfError`."""
+        hub = self.hub
+        if hub.loading_late:
+            hub.loading_late.wait()
+        if hub.late is None:
+            raise BpfError("these programs are not loaded")
+        return hub.late
+
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless
         that is done already. Raises `BpfError`."""
@@ -334,9 +344,8 @@ class Slot:
                 own = sum(each.memory_bytes for each in list(self._maps.values()))
                 own += self._buffers_bytes
                 for hub in (self._place.hub, self._place.processes):
-                    loaded, sharers = hub.object, len(hub.slots)
-                    if loaded is not None and sharers:
-                        own += loaded.map_memory_bytes // sharers
+                    if sharers := len(hub.slots):
+                        own += sum(each.map_memory_bytes for each in hub.objects) // sharers
                 own += self._group.memory_of_kits(self.plan.name) // max(len(self.hub.slots), 1)
                 self._memory_bytes = own
         except OSError:
@@ -372,15 +381,14 @@ class Slot:
 
     @staticmethod
     def _for_each_program(hub: Hub, share: float) -> dict[str, float]:
-        loaded = hub.object
-        return dict.fromkeys(loaded.loaded_programs, share) if loaded else {}
+        programs = [name for loaded in hub.objects for name in loaded.loaded_programs]
+        return dict.fromkeys(programs, share)
 
     def program_stats(self) -> Mapping[str, ProgramStats]:
         """The kernel's figures of the programs that work for the session and others."""
         found: dict[str, ProgramStats] = {}
         for hub in (self._place.processes, self._place.hub) if self._place else ():
-            loaded = hub.object
-            if loaded is not None:
+            for loaded in hub.objects:
                 found |= loaded.program_stats()
         return found
 

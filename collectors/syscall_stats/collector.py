@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import Features, HashMap
-from coral.collectors.contract import Coverage, EventRows, ServiceProcesses, Summaries
+from coral.collectors.contract import Coverage, EventRows, Summaries
 from coral.collectors.hubs import Plan
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.collectors.kernel_collector import (
+    KernelCollector,
+    KernelOptions,
+    errors_only_option,
+    min_duration_option,
+    top_option,
+)
 from coral.collectors.options import (
-    OptionError,
-    boolean,
-    duration,
-    format_duration,
     integer,
     items,
     option,
@@ -48,6 +50,8 @@ def _syscall(name: str) -> str:
 class SyscallStatsOptions(KernelOptions):
     """The options of `syscall_stats`."""
 
+    selecting = ("min_duration", "errors_only", "sample")
+
     include: tuple[str, ...] = option(
         items(_syscall, "names of system calls, comma-separated"), "", "count only these calls"
     )
@@ -56,36 +60,18 @@ class SyscallStatsOptions(KernelOptions):
         "",
         "count all calls except these",
     )
-    top: int = option(
-        integer(0, 10240),
-        "0",
-        "how many rows to send for each interval: those that took most time, then the row `other`, "
-        "which adds up the rest; 0: all rows",
-    )
+    top: int = top_option("those that took most time")
     entries: int = option(
         integer(1, 10240),
         "10240",
         "how many pairs of process and call to keep; calls of further pairs are lost at the stage "
         "MAP_FULL",
     )
-    min_duration: float = option(
-        duration(0, 3600), "0s", "with mode=events: send only calls that took at least this long"
-    )
-    errors_only: bool = option(boolean(), "false", "with mode=events: send only calls that failed")
+    min_duration: float = min_duration_option("calls")
+    errors_only: bool = errors_only_option("calls that failed")
     sample: int = option(
         integer(1, 1_000_000), "1", "with mode=events: send one call in this many, by chance"
     )
-
-    def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError`, too, for a filter of single events without single events."""
-        super().check(service)
-        for name, value in (
-            ("min_duration", format_duration(self.min_duration) if self.min_duration else ""),
-            ("errors_only", "true" if self.errors_only else ""),
-            ("sample", str(self.sample) if self.sample > 1 else ""),
-        ):
-            if value and not self.single_events:
-                raise OptionError(name, value, "it with mode=events only")
 
     @property
     def wanted(self) -> NDArray[np.uint64]:

@@ -30,7 +30,11 @@ from coral.bpf.probing import capabilities as caps
 from coral.collectors.clock import CLOCK
 from coral.collectors.contract import Coverage, EventRows, Summaries, Support
 from coral.collectors.hubs import Plan, SlotReader
-from coral.collectors.kernel_collector import KernelCollector, KernelOptions
+from coral.collectors.kernel_collector import (
+    KernelCollector,
+    KernelOptions,
+    top_option,
+)
 from coral.collectors.options import choice, integer, option, size
 from coral.collectors.tcp_metrics.connections import LISTENER, Connections
 from coral.collectors.tcp_metrics.diag import DiagConnections
@@ -85,11 +89,8 @@ class TcpMetricsOptions(KernelOptions):
         "connection",
         "`connection`: a row for each connection; `peer`: a row for each remote address and port",
     )
-    top: int = option(
-        integer(0, 10240),
-        "0",
-        "how many rows to send for each interval: those with most bytes, then the row `other`, "
-        "which adds up the rest; 0: all connections, but at most 1000 peers",
+    top: int = top_option(
+        "those with most bytes", all_rows="all connections, but at most 1000 peers"
     )
     prometheus: str = option(
         choice("service", "peer"),

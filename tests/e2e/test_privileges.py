@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 from tests.e2e.test_refusals import has_tried_the_kernel, refused_start
 from tests.e2e.test_services import in_cgroup
+from tests.openssl import openssl_program
 from tests.support import (
     ROOT,
     Puppet,
@@ -268,6 +269,74 @@ def test_an_ordinary_users_agent_follows_another_users_connections(
             sent = 100 if mode == "summaries" else 0
             assert sorted(ended) == [(puppet.pid, 0), (puppet.pid, sent)]
             assert not watch.losses
+
+
+ENCRYPTED: Final = 20  # requests
+
+
+@contextmanager
+def encrypting() -> Iterator[tuple[int, Callable[[], None]]]:
+    """A process of root's that speaks HTTPS with itself once it is let go, by what this yields."""
+    with subprocess.Popen(
+        [openssl_program(), "plain", str(ENCRYPTED)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+
+        def let_go() -> None:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(b"x")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"done\n"
+
+        try:
+            yield process.pid, let_go
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("given", "without"),
+    [(ORDINARY, ""), (ROOTS, "uprobe_multi")],
+    ids=["by a link for many", "by perf events"],
+)
+def test_these_are_enough_to_see_what_another_users_process_encrypts(
+    directory: Path, given: frozenset[str], without: str
+) -> None:
+    environment = {"CORAL_WITHOUT": without}
+    kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
+    with (
+        running_agent(directory, prefix=as_nobody(given), environment=environment) as agent,
+        encrypting() as (pid, let_go),
+        watching(agent, 60, "", kind, pid=str(pid), mode="events") as watch,
+    ):
+        assert not watch.notes
+        let_go()
+        found: list[pb.HttpRequest] = []
+        while len(found) < 2 * ENCRYPTED:
+            found += watch.read().http_requests
+        assert {it.tls for it in found} == {True}
+        assert not watch.losses
+
+
+@pytest.mark.parametrize(
+    ("missing", "without"), [("CAP_SYS_PTRACE", ""), ("CAP_SYS_ADMIN", "uprobe_multi")]
+)
+def test_tls_that_cannot_be_seen_for_want_of_one_is_told_with_its_name(
+    directory: Path, missing: str, without: str
+) -> None:
+    kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
+    environment, less = {"CORAL_WITHOUT": without}, ORDINARY - {missing}
+    with (
+        running_agent(directory, prefix=as_nobody(less), environment=environment) as agent,
+        encrypting() as (pid, _),
+        watching(agent, 60, "", kind, pid=str(pid), mode="events") as watch,
+    ):
+        (note,) = watch.notes
+        assert " is not seen: " in note
+        assert missing in note
 
 
 @pytest.mark.parametrize("given", [ORDINARY, ROOTS], ids=["documented", "with CAP_SYS_ADMIN"])

@@ -33,7 +33,7 @@ def attached(path: Path, process: Called, program: Path) -> Iterator[BpfObject]:
         Uprobes() as uprobes,
     ):
         (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-        uprobes.attach(1, bpf_object.program_fd(STAGES[0]), file, offset)
+        uprobes.attach(1, bpf_object.program_fd(STAGES[0]), file, {offset: 0})
         yield bpf_object
 
 

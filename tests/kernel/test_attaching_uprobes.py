@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coral.bpf import AttachError, BpfObject
+from coral.bpf import AttachError, BpfObject, probe
 from coral.bpf.attaching.elf import function_offsets
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
 from tests.attaching import FUNCTION, Called, toy
@@ -20,8 +20,21 @@ pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 ENTERED, LEFT = "function_entered", "function_left"
 
 
-def watching(path: Path, tgid: int) -> BpfObject:
-    return toy(path, ENTERED, LEFT, wanted_tgid=tgid)
+def watching(path: Path, tgid: int, *, many: bool = False) -> BpfObject:
+    options = {"wanted_tgid": tgid}
+    if many:
+        return BpfObject(
+            path, programs=(), walks=(ENTERED, LEFT), options=options, many_places=True
+        )
+    return toy(path, ENTERED, LEFT, **options)
+
+
+@pytest.fixture(params=[False, True], ids=["each", "many"])
+def many(request: pytest.FixtureRequest) -> bool:
+    """Whether programs are attached by a link for many places."""
+    if request.param and not (feature := probe()["uprobe_multi"]).available:
+        pytest.skip(feature.reason)
+    return bool(request.param)
 
 
 def counted(bpf_object: BpfObject) -> dict[str, object]:
@@ -34,15 +47,18 @@ def attach_both(
 ) -> ProcessFile:
     with ProcessFile(pid, path) as file:
         (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-        uprobes.attach(user, bpf_object.program_fd(ENTERED), file, offset)
-        uprobes.attach(user, bpf_object.program_fd(LEFT), file, offset, at_return=True)
+        uprobes.attach(user, bpf_object.program_fd(ENTERED), file, {offset: 0})
+        uprobes.attach(user, bpf_object.program_fd(LEFT), file, {offset: 0}, at_return=True)
     return file
 
 
 def test_every_call_is_counted_with_its_arguments_and_its_result(
-    attaching_object: Path, called: Called, programs: Path
+    attaching_object: Path, called: Called, programs: Path, many: bool
 ) -> None:
-    with watching(attaching_object, called.pid) as bpf_object, Uprobes() as uprobes:
+    with (
+        watching(attaching_object, called.pid, many=many) as bpf_object,
+        Uprobes(many=many) as uprobes,
+    ):
         attach_both(uprobes, 1, bpf_object, called.pid, str(programs / "called"))
         assert len(uprobes) == 2
         total = called.finish()
@@ -82,9 +98,12 @@ def test_a_file_of_several_processes_is_attached_once_and_detached_with_the_last
 
 
 def test_nothing_is_counted_once_its_last_user_is_gone(
-    attaching_object: Path, called: Called, programs: Path
+    attaching_object: Path, called: Called, programs: Path, many: bool
 ) -> None:
-    with watching(attaching_object, called.pid) as bpf_object, Uprobes() as uprobes:
+    with (
+        watching(attaching_object, called.pid, many=many) as bpf_object,
+        Uprobes(many=many) as uprobes,
+    ):
         attach_both(uprobes, 1, bpf_object, called.pid, str(programs / "called"))
         uprobes.release(1)
         called.finish()
@@ -164,6 +183,12 @@ def test_containers_of_one_image_share_what_is_attached(
             assert counted(watcher)["entered"] == counted(watcher)["left"] == 100
 
 
+def where_prog_lies(pid: int) -> str:
+    """Where its code is mapped; empty while an exec has not mapped it yet."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return next((it.split()[0] for it in maps if " r-xp " in it and "prog" in it), "")
+
+
 def runs_prog(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/exe").readlink().name == "prog"
@@ -186,7 +211,7 @@ def test_a_deleted_or_replaced_file_is_still_the_one_that_was_opened(
             copy.unlink()
             copy.write_bytes(b"something else")
             (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, offset)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, {offset: 0})
             process.finish()
             assert counted(bpf_object)["entered"] == 200
     finally:
@@ -204,15 +229,14 @@ def test_a_replaced_file_is_found_by_where_it_is_mapped(
         wait_until(partial(runs_prog, process.pid))
         copy.unlink()
         copy.write_bytes(b"something else")
-        maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-        where = next(line.split()[0] for line in maps if " r-xp " in line and "prog" in line)
+        where = wait_until(partial(where_prog_lies, process.pid))
         with (
             watching(attaching_object, process.pid) as bpf_object,
             Uprobes() as uprobes,
             ProcessFile.mapped(process.pid, where) as file,
         ):
             (offset,) = function_offsets(file.fd, [FUNCTION])[FUNCTION]
-            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, offset)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, {offset: 0})
             process.finish()
             assert counted(bpf_object)["entered"] == 200
         with pytest.raises(FileNotFoundError):
@@ -222,17 +246,17 @@ def test_a_replaced_file_is_found_by_where_it_is_mapped(
 
 
 def test_what_cannot_be_attached_is_told_and_leaves_nothing(
-    attaching_object: Path, programs: Path
+    attaching_object: Path, programs: Path, many: bool
 ) -> None:
     with (
-        watching(attaching_object, 1) as bpf_object,
-        Uprobes() as uprobes,
+        watching(attaching_object, 1, many=many) as bpf_object,
+        Uprobes(many=many) as uprobes,
         ProcessFile(os.getpid(), str(programs / "called")) as file,
     ):
         with pytest.raises(AttachError, match="a uprobe at offset 0xfffffff: EINVAL"):
-            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, 0xFFFFFFF)
+            uprobes.attach(1, bpf_object.program_fd(ENTERED), file, {0xFFFFFFF: 0})
         with pytest.raises(AttachError, match="a uprobe at offset 0x1000: EINVAL"):
-            uprobes.attach(1, file.fd, file, 0x1000)
+            uprobes.attach(1, file.fd, file, {0x1000: 0})
         assert len(uprobes) == 0
     with pytest.raises(OSError, match="not a regular file"):
         ProcessFile(os.getpid(), "/dev/null")

@@ -4,7 +4,8 @@ a socket, the system calls do."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def _prepared(*puppets: Puppet) -> None:
         puppet.do(f"exec({CODE!r})")
 
 
+@contextmanager
+def _pair_seen(without: tuple[str, ...]) -> Iterator[tuple[Puppet, Puppet, Seen]]:
+    """A client and a server with a connection, both watched."""
+    with puppets(2) as (client, server):
+        _prepared(client, server)
+        connected(client, server, "127.0.0.1")
+        with seeing(client.pid, server.pid, without=without) as seen:
+            yield client, server, seen
+
+
 def _exchange(
     client: Puppet, server: Puppet, name: str, ways: tuple[str, str], apart: tuple[str, str] | None
 ) -> None:
@@ -141,32 +152,26 @@ def _assert_seen(seen: Seen, names: list[str]) -> None:
 
 @every_rung
 def test_every_call_that_carries_bytes(without: tuple[str, ...]) -> None:
-    with puppets(2) as (client, server):
-        _prepared(client, server)
-        connected(client, server, "127.0.0.1")
-        with seeing(client.pid, server.pid, without=without) as seen:
-            names = []
-            for ways in SEEN:
-                names.append("-".join(ways))
-                _exchange(client, server, names[-1], ways, None)
-            for ways in UNSEEN:
-                names.append("-".join(ways))
-                _exchange(client, server, names[-1], SEEN[0], ways)
-            _assert_seen(seen, names)
+    with _pair_seen(without) as (client, server, seen):
+        names = []
+        for ways in SEEN:
+            names.append("-".join(ways))
+            _exchange(client, server, names[-1], ways, None)
+        for ways in UNSEEN:
+            names.append("-".join(ways))
+            _exchange(client, server, names[-1], SEEN[0], ways)
+        _assert_seen(seen, names)
 
 
 @every_rung
 def test_requests_whose_heads_cannot_be_seen_are_none(without: tuple[str, ...]) -> None:
-    with puppets(2) as (client, server):
-        _prepared(client, server)
-        connected(client, server, "127.0.0.1")
-        with seeing(client.pid, server.pid, without=without) as seen:
-            names = []
-            for ways in UNSEEN[1:]:
-                _exchange(client, server, "unseen", ways, None)
-                names.append(f"after-{ways[0]}")
-                _exchange(client, server, names[-1], SEEN[0], None)
-            _assert_seen(seen, names)
+    with _pair_seen(without) as (client, server, seen):
+        names = []
+        for ways in UNSEEN[1:]:
+            _exchange(client, server, "unseen", ways, None)
+            names.append(f"after-{ways[0]}")
+            _exchange(client, server, names[-1], SEEN[0], None)
+        _assert_seen(seen, names)
 
 
 @every_rung
@@ -201,24 +206,21 @@ def test_a_response_that_comes_while_its_request_is_sent(without: tuple[str, ...
     size = 16 << 20
     head = b"POST /large HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size
     early = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n"
-    with puppets(2) as (client, server):
-        _prepared(client, server)
-        connected(client, server, "127.0.0.1")
-        with seeing(client.pid, server.pid, without=without) as seen:
-            _exchange(client, server, "before", SEEN[0], None)
-            client.do(
-                f"import threading; data = {head!r} + bytes({size}); "
-                "it = threading.Thread(target=c.send, args=(data,)); it.start()"
-            )
-            server.do(f"s.recv({len(head)}, socket.MSG_WAITALL); s.send({early!r})")
-            client.do(f"c.recv({len(early)}, socket.MSG_WAITALL)")
-            server.do(f"exec({READ_ALL.format(s='s', n=size)!r})")
-            client.do("it.join()")
-            names = ["after", "and", "more"]
-            for name in names:
-                _exchange(client, server, name, SEEN[0], None)
-            _assert_paths(seen, SERVER, "before", "large", *names)
-            _assert_paths(seen, CLIENT, "before", *names)
+    with _pair_seen(without) as (client, server, seen):
+        _exchange(client, server, "before", SEEN[0], None)
+        client.do(
+            f"import threading; data = {head!r} + bytes({size}); "
+            "it = threading.Thread(target=c.send, args=(data,)); it.start()"
+        )
+        server.do(f"s.recv({len(head)}, socket.MSG_WAITALL); s.send({early!r})")
+        client.do(f"c.recv({len(early)}, socket.MSG_WAITALL)")
+        server.do(f"exec({READ_ALL.format(s='s', n=size)!r})")
+        client.do("it.join()")
+        names = ["after", "and", "more"]
+        for name in names:
+            _exchange(client, server, name, SEEN[0], None)
+        _assert_paths(seen, SERVER, "before", "large", *names)
+        _assert_paths(seen, CLIENT, "before", *names)
 
 
 def _assert_paths(seen: Seen, role: int, *names: str) -> None:

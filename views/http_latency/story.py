@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
-from coral.views.headline import flowing
+from coral.views.ending import end_lines, end_table
+from coral.views.headline import flowing, in_line
 from coral.views.http_latency.events import event_lines, records
 from coral.views.http_latency.tally import Requests, Tally, sum_of
 from coral.views.http_latency.words import (
@@ -29,7 +30,7 @@ from coral.views.http_latency.words import (
 from coral.views.intervals import Intervals
 from coral.views.picking import pick
 from coral.views.pictures import QUANTILES, filled, histogram_sheet, slot_edges, strip
-from coral.views.sheet import Column, Content, Sheet
+from coral.views.sheet import MOST_LINES, Column, Content, Sheet, bytes_cell
 from coral.views.text import (
     clauses,
     fitting,
@@ -42,9 +43,7 @@ from coral.views.text import (
     times,
 )
 
-_MOST_LINES: Final = 50  # in a pipe, where a terminal's height is no limit
 _MOST_SLOWEST: Final = 10
-_QUIET_S: Final = 2.0
 _NOTHING: Final = "no HTTP requests"
 _SEEN: Final = (
     "HTTP/1 on TCP sockets of the watched processes would be seen, in the clear or through "
@@ -107,7 +106,7 @@ class HttpStory:
             text = f"{_NOTHING} in {quiet_s:.0f}s: {self._unread or _SEEN}"
             return Group(*(Text(line, "dim") for line in clauses(text, width)))
         heads = [flowing(parts, width) for parts in self._headlines()]
-        if quiet_s > max(2 * self.intervals.latest_s, _QUIET_S):
+        if self.intervals.is_quiet(quiet_s):
             heads.insert(0, Text(f"no requests for {quiet_s:.0f}s; the last were", "dim"))
         if self._unread:
             heads.append(Text(shorten(self._unread, width), "dim"))
@@ -122,9 +121,9 @@ class HttpStory:
     def interval_lines(self) -> Iterator[str]:
         """The last interval, for a pipe."""
         for parts in self._headlines():
-            yield ", ".join(text for text, _ in parts)
+            yield in_line(parts)
         rows = self._tally.latest.values()
-        yield from self._routes_sheet(rows, self.intervals.rate_s, _MOST_LINES).lines()
+        yield from self._routes_sheet(rows, self.intervals.rate_s, MOST_LINES).lines()
         slowest = self._slowest_sheet(self._tally.slowest_latest, _MOST_SLOWEST)
         if slowest.rows:
             yield ""
@@ -132,19 +131,11 @@ class HttpStory:
 
     def end_table(self, width: int) -> RenderableType:
         """The whole session, for a terminal."""
-        parts: list[RenderableType] = [
-            Text(line) for text in self._totals() for line in clauses(text, width)
-        ]
-        for sheet in self._end_sheets():
-            parts += [Text(), sheet.table(width)]
-        return Group(*parts)
+        return end_table(self._totals(), self._end_sheets(), width)
 
     def end_lines(self) -> Iterator[str]:
         """The whole session, for a pipe."""
-        yield from self._totals()
-        for sheet in self._end_sheets():
-            yield ""
-            yield from sheet.lines()
+        yield from end_lines(self._totals(), self._end_sheets())
 
     def event_lines(self, batch: Batch, width: int | None = None) -> Iterator[str]:
         """A line for each single request."""
@@ -200,7 +191,7 @@ class HttpStory:
         tally = self._tally
         if not tally.all:
             return
-        yield self._routes_sheet(tally.all.values(), self.intervals.total_rate_s, _MOST_LINES)
+        yield self._routes_sheet(tally.all.values(), self.intervals.total_rate_s, MOST_LINES)
         slowest = self._slowest_sheet(tally.slowest, _MOST_SLOWEST)
         if slowest.rows:
             yield slowest
@@ -264,8 +255,8 @@ def _cells(
     yield format_rate(row.count, seconds) if seconds else ""
     yield f"{row.errors:,}", style or "dim"
     yield fitting(_besides(row)), style or _WARNING
-    yield _bytes(received)
-    yield _bytes(sent)
+    yield bytes_cell(received)
+    yield bytes_cell(sent)
     for buckets in (row.first_byte, row.total):
         for quantile in QUANTILES:
             yield format_ns(buckets.quantile(quantile)) if buckets.count else ""
@@ -332,7 +323,3 @@ def _errors(requests: Requests) -> tuple[str, str]:
         return "0 errors", "dim"
     word = "ERROR" if count == 1 else "ERRORS"
     return f"{count:,} {word} ({format_share(count / requests.count)})", _BAD
-
-
-def _bytes(amount: int) -> tuple[str, str]:
-    return (f"{format_amount(amount)}B", "") if amount else ("0", "dim")

@@ -12,17 +12,17 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
-from coral.views.headline import flowing
+from coral.views.ending import end_lines, end_table
+from coral.views.headline import flowing, in_line
 from coral.views.intervals import Intervals
 from coral.views.names import Names
 from coral.views.pictures import histogram_sheet
-from coral.views.sheet import Column, Content, Sheet
+from coral.views.sheet import MOST_LINES, Column, Content, Sheet, bytes_cell
 from coral.views.tcp_metrics.events import event_line, records
 from coral.views.tcp_metrics.flows import Flow, Health, choose, fold, fold_peers, is_bad, sum_of
 from coral.views.tcp_metrics.peers import peer
 from coral.views.tcp_metrics.tally import Tally, event_rows
 from coral.views.text import (
-    clauses,
     format_age,
     format_amount,
     format_ns,
@@ -31,10 +31,8 @@ from coral.views.text import (
     times,
 )
 
-_MOST_LINES: Final = 50  # in a pipe, where a terminal's height is no limit
 _MOST_PEERS: Final = 20
 _MOST_TROUBLES: Final = 15
-_QUIET_S: Final = 2.0
 _STYLES: Final = {Health.WELL: "", Health.LOSSY: "yellow", Health.BAD: "bold red"}
 _US: Final = 1000
 
@@ -120,7 +118,7 @@ class TcpStory:
     def interval_table(self, width: int, most_lines: int) -> RenderableType:
         """The last interval, for a terminal: connections in which nothing moves stay in sight."""
         quiet_s = time.monotonic() - self._heard_s
-        quiet = quiet_s > max(2 * self._tally.intervals.latest_s, _QUIET_S)
+        quiet = self._tally.intervals.is_quiet(quiet_s)
         if not self._folded or self._folded[0] != quiet:
             flows = [] if quiet else self._tally.latest
             idle = [] if self._tally.by_peer else self._tally.idle(everything=quiet)
@@ -135,24 +133,16 @@ class TcpStory:
 
     def interval_lines(self) -> Iterator[str]:
         """The last interval, for a pipe."""
-        yield ", ".join(text for text, _ in self._headline())
-        yield from self._interval_sheet(self._fold(self._tally.latest), _MOST_LINES).lines()
+        yield in_line(self._headline())
+        yield from self._interval_sheet(self._fold(self._tally.latest), MOST_LINES).lines()
 
     def end_table(self, width: int) -> RenderableType:
         """The whole session, for a terminal."""
-        parts: list[RenderableType] = [
-            Text(line) for text in self._totals() for line in clauses(text, width)
-        ]
-        for sheet in self._end_sheets():
-            parts += [Text(), sheet.table(width)]
-        return Group(*parts)
+        return end_table(self._totals(), self._end_sheets(), width)
 
     def end_lines(self) -> Iterator[str]:
         """The whole session, for a pipe."""
-        yield from self._totals()
-        for sheet in self._end_sheets():
-            yield ""
-            yield from sheet.lines()
+        yield from end_lines(self._totals(), self._end_sheets())
 
     def event_lines(self, batch: Batch, width: int | None = None) -> Iterator[str]:
         """A line for each single event."""
@@ -214,8 +204,8 @@ class TcpStory:
         yield flow.word, style
         yield _bytes_rate(flow.bytes_out, seconds)
         yield _bytes_rate(flow.bytes_in, seconds)
-        yield _bytes(flow.ever_out)
-        yield _bytes(flow.ever_in)
+        yield bytes_cell(flow.ever_out)
+        yield bytes_cell(flow.ever_in)
         yield _us(flow.round_trip_us)
         yield _us(flow.rtt.quantile(0.5))
         yield _us(flow.rtt.quantile(0.99))
@@ -283,8 +273,8 @@ class TcpStory:
         yield f"{flow.opened:,}"
         yield f"{flow.open:,}"
         yield f"{flow.failed:,}", _bad(flow.failed)
-        yield _bytes(flow.bytes_out)
-        yield _bytes(flow.bytes_in)
+        yield bytes_cell(flow.bytes_out)
+        yield bytes_cell(flow.bytes_in)
         yield _us(flow.rtt.quantile(0.5))
         yield _us(flow.rtt.quantile(0.99))
         yield _resent(flow)
@@ -325,11 +315,7 @@ def _peer_alone(flow: Flow, names: Names | None) -> Content:
 
 
 def _bytes_rate(amount: int, seconds: float) -> tuple[str, str]:
-    return _bytes(amount / seconds) if seconds else ("", "")
-
-
-def _bytes(amount: float) -> tuple[str, str]:
-    return (f"{format_amount(amount)}B", "") if amount else ("0", "dim")
+    return bytes_cell(amount / seconds) if seconds else ("", "")
 
 
 def _us(us: float) -> str:

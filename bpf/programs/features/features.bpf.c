@@ -127,4 +127,11 @@ int RAW_PROGRAM(coral_p_loop, void *task)
 	return 0;
 }
 
+/* At a function of user space. */
+SEC("uprobe")
+int PROGRAM(coral_p_uprobe, void *ctx)
+{
+	return 0;
+}
+
 LICENSED_AS("GPL");

@@ -103,17 +103,22 @@ struct draft {
 	struct request kept; /* from which each is made */
 };
 
-/* For a process, or for a packet or a timer, which may come in between. */
+/* For a process, or for a packet or a timer, which may come in between. What OpenSSL has passed is
+ * ended by uprobes, too, between which the kernel changes threads: there each thread has its own.
+ */
 MAP(PERCPU_ARRAY, drafts, __u32, struct draft, 2, 0);
 
 #define DRAFT_OF_THREAD 2
 
 static __always_inline struct draft *draft_of_thread(void);
+SUBPROGRAM int ssl_thread_prepare(__u32 unused);
 
 /* What user space says about one session. */
 struct http_session {
 	__u32 since; /* the generation in which it began */
 	__u32 wants; /* of a request, see details.bpf.h */
+	__u32 reads_tls;
+	__u32 reserved;
 };
 
 MAP(ARRAY, http_sessions, __u32, struct http_session, SESSIONS, 0);
@@ -154,12 +159,8 @@ SUBPROGRAM __u32 wants_of(__u64 watching)
 
 static __always_inline struct draft *draft_at(__u32 at)
 {
-	struct draft *of_thread = at == DRAFT_OF_THREAD ? draft_of_thread() : NULL;
-
-	if (of_thread)
-		return of_thread;
-	if (at == DRAFT_OF_THREAD) /* a program that nothing comes between */
-		at = 0;
+	if (at == DRAFT_OF_THREAD)
+		return draft_of_thread();
 	return bpf_map_lookup_elem(map_of(drafts), &at);
 }
 
@@ -336,14 +337,15 @@ static __always_inline void exchange_over(struct connection *c, __u32 outcome, _
 {
 	__u32 number = c->answered;
 	const struct request *request = request_waiting(c, number);
+	bool is_sent = outcome & ~(BY_PACKET | BY_SSL);
 
 	if (!__sync_bool_compare_and_swap(&c->answered, number, number + 1))
 		return;
-	if (!request) {
+	if (!request || (is_sent && !draft_at(draft_for(outcome)))) {
 		for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 			account_loss(slot, LOSS_MAP_FULL);
 		}
-	} else if (outcome & ~(BY_PACKET | BY_SSL)) {
+	} else if (is_sent) {
 		exchange_send(c, request, outcome, now_ns);
 		if (c->ssl && !c->remote_port)
 			count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1,
@@ -377,6 +379,8 @@ SUBPROGRAM int end_exchanges(struct connection *c, __u32 outcome, __u64 now_ns)
 
 	if (!c)
 		return 0;
+	if (outcome & BY_SSL)
+		ssl_thread_prepare(0);
 	outcome &= ~(BY_PACKET | BY_SSL);
 	if (outcome == OUTCOME_COMPLETE || outcome == OUTCOME_UPGRADED)
 		exchange_end(0, &ending);
@@ -747,8 +751,7 @@ static __always_inline void catch_up(struct connection *c, struct tcp_sock *tp, 
 }
 
 /* What is needed of tls.bpf.h: see there. */
-static __always_inline bool is_inside_ssl(void);
-static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length);
+static __always_inline bool encrypted_passed(struct connection *c, __u32 direction, __u32 length);
 static __always_inline struct connection *read_of(struct connection *c);
 static __always_inline void connection_left(struct connection *c);
 
@@ -790,14 +793,14 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		bytes_unseen(c, direction, gap, bpf_ktime_get_ns());
 	if (length)
 		catch_up(c, tp, direction, typed);
-	if (length && c->unread == UNREAD_JOINED && is_inside_ssl())
-		c->unread_bytes += length; /* maybe plain text that the kernel encrypts */
+	if (length && c->unread == UNREAD_JOINED && encrypted_passed(c, direction, length))
+		c->unread_bytes += length;
 	else if (length)
 		passed(c, direction, length, !(direction == RECEIVED && flags & MSG_TRUNC));
 	else
 		end_read(read_of(c));
-	if (length && c->unread)
-		socket_used(c, direction, length);
+	if (length && c->unread == UNREAD_TLS)
+		encrypted_passed(c, direction, length);
 	if (length && c->unread && c->unread != unread)
 		leave_unread(c, direction, length);
 	return 0;

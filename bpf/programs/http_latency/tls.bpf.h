@@ -18,6 +18,27 @@
 #define SEVERAL	   1ULL /* instead of the address of a socket */
 #define HANDSHAKE  2	/* instead of a direction: a call that passes no bytes */
 
+/*
+ * Where a program runs: user space attaches each to several functions, with these numbers as
+ * cookies. Few programs mean a quick start: the verifier goes through the parser for each.
+ */
+#define SSL_DIRECTION 3 /* a mask */
+#define SSL_EXTENDED  4 /* the fourth argument says where the number of bytes will be */
+#define SSL_UNSEEN    8 /* there is no buffer */
+
+enum ssl_place {
+	SSL_PLACE_READ = RECEIVED,
+	SSL_PLACE_READ_EX = RECEIVED | SSL_EXTENDED,
+	SSL_PLACE_WRITE = SENT,
+	SSL_PLACE_WRITE_EX = SENT | SSL_EXTENDED,
+	SSL_PLACE_SENDFILE = SENT | SSL_UNSEEN,
+	SSL_PLACE_DO_HANDSHAKE = HANDSHAKE, /* which SSL_accept and SSL_connect call, too */
+	SSL_PLACE_FREE = 16,
+	SSL_PLACE_SHUTDOWN,
+};
+
+IN_BTF(enum ssl_place, ssl_place);
+
 /* A call that has not returned yet. */
 struct ssl_call {
 	__u64 ssl;
@@ -91,6 +112,12 @@ static __always_inline struct ssl_thread *ssl_thread_make(void)
 	return thread ?: thread_state_make(&me, (void *)element(no_ssl_thread, 0));
 }
 
+/* Gives the current thread what it needs. A function of its own, for its stack. */
+SUBPROGRAM int ssl_thread_prepare(__u32 unused)
+{
+	return !ssl_thread_make();
+}
+
 static __always_inline struct draft *draft_of_thread(void)
 {
 	struct ssl_thread *thread = ssl_thread();
@@ -122,6 +149,21 @@ static __always_inline struct ssl_call *innermost(struct ssl_thread *thread)
 }
 
 /* Connections of SSL objects. */
+
+/* Those of SESSIONS that read TLS: others may have attached these programs. */
+SUBPROGRAM __u64 sessions_of_tls(__u64 sessions)
+{
+	__u64 found = 0;
+
+	for_each_session (slot, sessions) {
+		__u32 key = slot;
+		struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &key);
+
+		if (session && session->reads_tls)
+			found |= session_bit(slot);
+	}
+	return found;
+}
 
 static __always_inline struct connection *ssl_connection_make(const struct ssl_key *key,
 							      struct ssl_object *object,
@@ -179,7 +221,8 @@ static __always_inline struct connection *ssl_connection_used(const struct sessi
 
 	if (c && c->generation == generation)
 		return c->watching ? c : NULL;
-	watching = sessions_in_state(sessions_of_hub(all), key->process, MEMBER_ACTIVE);
+	watching =
+	    sessions_in_state(sessions_of_tls(sessions_of_hub(all)), key->process, MEMBER_ACTIVE);
 	if (c) {
 		/* Calls that no session wanted to see may have come in between. */
 		if (!c->unread && !sessions_of_then(c->watching & watching, c->generation))
@@ -252,8 +295,9 @@ static __always_inline void connection_left(struct connection *c)
 	struct ssl_key key = {};
 	__u64 number;
 
-	if (!c->tied && c->unread == UNREAD_TLS && c->encrypted < TLS_PATIENCE)
-		count_unread(sessions_of_then(c->watching, c->generation), UNREAD_TLS, 1, 0);
+	if (!c->tied && c->encrypted < TLS_PATIENCE &&
+	    (c->unread == UNREAD_TLS || (c->unread == UNREAD_JOINED && c->encrypted)))
+		count_unread(sessions_of_then(c->watching, c->generation), c->unread, 1, 0);
 	if (!carried)
 		return;
 	number = carried->sk;
@@ -323,27 +367,36 @@ static __always_inline void socket_heard(struct ssl_thread *thread, struct conne
 	heard->sk = c->sk;
 }
 
-/* LENGTH bytes that are no HTTP have passed through the socket of C. */
-static __always_inline void bytes_heard(struct connection *c, __u32 direction, __u32 length)
+/* A connection that carries TLS is told as not read once it is clear that no function of OpenSSL is
+ * called for it. One that was joined may have been told before, when other bytes of it passed. */
+static __always_inline void count_encrypted(struct connection *c)
 {
+	if (c->tied || c->encrypted >= TLS_PATIENCE ||
+	    (c->unread == UNREAD_JOINED && c->unread_bytes && !c->encrypted))
+		return;
+	if (++c->encrypted == TLS_PATIENCE)
+		count_unread(c->watching, c->unread, 1, 0);
+}
+
+/* LENGTH bytes that are no HTTP have passed through the socket of C. Whether they are of TLS as far
+ * as one can tell. */
+static __always_inline bool bytes_heard(struct connection *c, __u32 direction, __u32 length)
+{
+	struct ssl_thread *thread = ssl_thread();
 	__u8 header[TLS_HEADER] = {};
-	struct ssl_thread *thread;
 	struct ssl_call *call;
 	struct operation op;
 	bool seen = false;
 
-	/* It is told once it is clear that no function of OpenSSL is called for it. */
-	if (c->unread == UNREAD_TLS && !c->tied && c->encrypted < TLS_PATIENCE &&
-	    ++c->encrypted == TLS_PATIENCE)
-		count_unread(c->watching, UNREAD_TLS, 1, 0);
 	if (c->unread == UNREAD_JOINED || direction == RECEIVED)
 		seen = operation_find(&op, length) && op.length >= TLS_HEADER &&
 		       !bpf_probe_read_user(header, sizeof(header), (void *)op.base);
 	if (c->unread == UNREAD_JOINED && !(seen && is_record(header)))
-		return;
+		return thread && thread->depth; /* maybe plain text that the kernel encrypts */
+	count_encrypted(c);
 	thread = ssl_thread_make();
 	if (!thread)
-		return;
+		return true;
 	call = innermost(thread);
 	if (call) {
 		call->sk = !call->sk || call->sk == c->sk ? c->sk : SEVERAL;
@@ -354,6 +407,7 @@ static __always_inline void bytes_heard(struct connection *c, __u32 direction, _
 	} else if (direction == RECEIVED && seen) {
 		socket_heard(thread, c, &op, length);
 	}
+	return true;
 }
 
 /* A function of its own, whose stack is not there while the parser works. */
@@ -361,22 +415,12 @@ SUBPROGRAM int hear(__u64 sk, __u32 direction, __u32 length)
 {
 	struct connection *c = connection_at(sk);
 
-	if (c)
-		bytes_heard(c, direction, length);
-	return 0;
+	return c && bytes_heard(c, direction, length);
 }
 
-static __always_inline void socket_used(struct connection *c, __u32 direction, __u32 length)
+static __always_inline bool encrypted_passed(struct connection *c, __u32 direction, __u32 length)
 {
-	if (c->unread == UNREAD_TLS || c->unread == UNREAD_JOINED)
-		hear(c->sk, direction, length);
-}
-
-static __always_inline bool is_inside_ssl(void)
-{
-	struct ssl_thread *thread = ssl_thread();
-
-	return thread && thread->depth;
+	return hear(c->sk, direction, length);
 }
 
 /*
@@ -469,12 +513,12 @@ static __always_inline void ssl_search(struct ssl_thread *thread, struct ssl_cal
 /* Calls. */
 
 /* Remembers a call of the current thread for its return. */
-static __always_inline int ssl_entered(struct user_registers *ctx, __u32 direction, bool extended)
+static __always_inline int ssl_entered(struct user_registers *ctx, __u32 place)
 {
 	struct sessions *all = all_sessions();
-	__u32 depth, tgid = current_tgid();
+	__u32 depth, tgid = current_tgid(), direction = place & SSL_DIRECTION;
 	struct ssl_thread *thread;
-	__u64 sp = user_sp(ctx);
+	__u64 sp = user_sp(ctx), ssl = user_argument(ctx, 1);
 	struct ssl_call *call;
 
 	if (!all || surely_unwatched_here(all, tgid))
@@ -485,7 +529,7 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 			return 0;
 		thread = ssl_thread_make();
 		if (!thread) {
-			ssl_lost(user_argument(ctx, 1));
+			ssl_lost(ssl);
 			return 0;
 		}
 	}
@@ -499,18 +543,18 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 	}
 	thread->depth = depth;
 	for (int i = 0; i < SSL_NESTED; i++) {
-		if (i < depth && thread->calls[i].ssl == user_argument(ctx, 1))
+		if (i < depth && thread->calls[i].ssl == ssl)
 			return 0; /* the outer call counts */
 	}
 	if (depth >= SSL_NESTED) {
-		ssl_lost(user_argument(ctx, 1));
+		ssl_lost(ssl);
 		return 0;
 	}
 	call = call_at(thread, depth);
-	call->ssl = user_argument(ctx, 1);
+	call->ssl = ssl;
 	call->sp = sp;
-	call->buffer = user_argument(ctx, 2);
-	call->length_at = extended ? user_argument(ctx, 4) : 0;
+	call->buffer = place & SSL_UNSEEN ? 0 : user_argument(ctx, 2);
+	call->length_at = place & SSL_EXTENDED ? user_argument(ctx, 4) : 0;
 	call->direction = direction;
 	call->sk = call->sent_ns = 0;
 	call->closing = call->by_address = 0;
@@ -523,35 +567,11 @@ static __always_inline int ssl_entered(struct user_registers *ctx, __u32 directi
 	return 0;
 }
 
-/* SSL_do_handshake, which SSL_accept and SSL_connect call, too. */
+/* A function that passes bytes, or shakes hands, begins. */
 SEC("uprobe")
-int PROGRAM(coral_ssl_handshake, struct user_registers *ctx)
+int PROGRAM(coral_ssl_enter, struct user_registers *ctx)
 {
-	return ssl_entered(ctx, HANDSHAKE, false);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_read, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, RECEIVED, false);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_read_ex, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, RECEIVED, true);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_write, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, SENT, false);
-}
-
-SEC("uprobe")
-int PROGRAM(coral_ssl_write_ex, struct user_registers *ctx)
-{
-	return ssl_entered(ctx, SENT, true);
+	return ssl_entered(ctx, bpf_get_attach_cookie(ctx));
 }
 
 #if defined(__TARGET_ARCH_x86)
@@ -730,7 +750,8 @@ int PROGRAM(coral_ssl_new, struct user_registers *ctx)
 	if (!all || !key.ssl || surely_unwatched_here(all, current_tgid()))
 		return 0;
 	object.generation = generation_of(all);
-	object.watching = sessions_in_state(sessions_of_hub(all), current_tgid(), MEMBER_ACTIVE);
+	object.watching =
+	    sessions_in_state(sessions_of_tls(sessions_of_hub(all)), current_tgid(), MEMBER_ACTIVE);
 	if (!object.watching)
 		return 0;
 	key.process = current_process();
@@ -756,43 +777,42 @@ static __always_inline struct connection *ssl_connection_of(struct user_register
 }
 
 /* SSL_free is called. Where there is a socket, its end tells more. */
-SEC("uprobe")
-int PROGRAM(coral_ssl_free, struct user_registers *ctx)
+static __always_inline void ssl_freed(const struct ssl_key *key, struct connection *c)
 {
-	struct sessions *all = all_sessions();
-	struct connection *c;
-	struct ssl_key key;
 	__u64 number;
 
-	if (!all || surely_unwatched_here(all, current_tgid()))
-		return 0;
-	c = ssl_connection_of(ctx, &key);
-	bpf_map_delete_elem(map_of(ssl_objects), &key);
+	bpf_map_delete_elem(map_of(ssl_objects), key);
 	if (!c || (c->tied && connection_at(c->tied)))
-		return 0;
+		return;
 	ssl_over(c);
 	number = c->sk;
 	bpf_map_delete_elem(map_of(connections), &number);
-	return 0;
 }
 
 /* SSL_shutdown is called: this side sends nothing more. */
-SEC("uprobe")
-int PROGRAM(coral_ssl_shutdown, struct user_registers *ctx)
+static __always_inline void ssl_shut_down(struct connection *c)
 {
-	struct sessions *all = all_sessions();
-	struct connection *c, *carrier;
-	struct ssl_key key;
+	struct connection *carrier = c->tied ? connection_at(c->tied) : NULL;
 
-	if (!all || surely_unwatched_here(all, current_tgid()))
-		return 0;
-	c = ssl_connection_of(ctx, &key);
-	if (!c)
-		return 0;
-	carrier = c->tied ? connection_at(c->tied) : NULL;
 	if (!c->closed)
 		c->closed = carrier && carrier->closed ? carrier->closed : SENT + 1;
 	if (c->role == HTTP_SERVER)
 		ssl_over(c);
+}
+
+SEC("uprobe")
+int PROGRAM(coral_ssl_end, struct user_registers *ctx)
+{
+	struct sessions *all = all_sessions();
+	struct connection *c;
+	struct ssl_key key;
+
+	if (!all || surely_unwatched_here(all, current_tgid()))
+		return 0;
+	c = ssl_connection_of(ctx, &key);
+	if (bpf_get_attach_cookie(ctx) == SSL_PLACE_FREE)
+		ssl_freed(&key, c);
+	else if (c)
+		ssl_shut_down(c);
 	return 0;
 }

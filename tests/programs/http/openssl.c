@@ -3,27 +3,35 @@
  * A client and a server, each a thread, that speak HTTP over TLS through all functions of OpenSSL
  * that pass bytes.
  *
- *	openssl plain|inner REQUESTS
+ *	openssl plain|inner|kernel REQUESTS
  *
- * With `inner`, what they say is encrypted twice: a BIO of their own passes the bytes of the inner
- * session through the outer one, by calls inside of calls. Prints the client's port and waits for a
- * byte on standard input; in the end prints "done" and waits for another one. The buffers into
- * which bytes are read or peeked contain a request that nobody has sent.
+ * With `kernel`, the kernel encrypts and decrypts (kTLS), and each response has a body of BODY
+ * bytes by SSL_sendfile; the program ends with status 3 where OpenSSL or the kernel lack that.
+ * With `inner`, what they say is encrypted twice: a BIO of their own passes the bytes of the
+ * inner session through the outer one, by calls inside of calls. Prints the client's port and
+ * waits for a byte on standard input; in the end prints "done" and waits for another one. The
+ * buffers into which bytes are read or peeked contain a request that nobody has sent.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 #include <openssl/ssl.h>
 #include <openssl/x509.h>
 
+#define BODY  1000
 #define GHOST "GET /ghost HTTP/1.1\r\nHost: nobody\r\n\r\n"
+
+#pragma weak SSL_sendfile /* OpenSSL 1.1 has none, nor is it called there */
 
 static int requests;
 static int is_inner;
+static int is_by_kernel;
 
 static void die(const char *what)
 {
@@ -31,10 +39,24 @@ static void die(const char *what)
 	exit(1);
 }
 
+/* By functions that OpenSSL 1.1 has, too. */
+static EVP_PKEY *new_key(void)
+{
+	EVP_PKEY_CTX *context = EVP_PKEY_CTX_new_id(EVP_PKEY_EC, NULL);
+	EVP_PKEY *key = NULL;
+
+	if (EVP_PKEY_keygen_init(context) != 1 ||
+	    EVP_PKEY_CTX_ctrl_str(context, "ec_paramgen_curve", "P-256") != 1 ||
+	    EVP_PKEY_keygen(context, &key) != 1)
+		die("key");
+	EVP_PKEY_CTX_free(context);
+	return key;
+}
+
 static SSL_CTX *server_context(void)
 {
 	SSL_CTX *context = SSL_CTX_new(TLS_server_method());
-	EVP_PKEY *key = EVP_EC_gen("P-256");
+	EVP_PKEY *key = new_key();
 	X509 *certificate = X509_new();
 	X509_NAME *name = X509_get_subject_name(certificate);
 
@@ -85,14 +107,14 @@ static SSL *inside(SSL_CTX *context, SSL *outer)
 	return inner;
 }
 
-/* Reads until what came ends with an empty line, each time by another function, now and then only
- * a few bytes. */
-static void read_head(SSL *ssl, int turn, char *head)
+/* Reads until what came ends with an empty line and has LEAST bytes, each time by another function,
+ * now and then only a few bytes. */
+static void read_head(SSL *ssl, int turn, char *head, size_t least)
 {
 	size_t length = 0, count;
 	int result;
 
-	for (int i = turn; length < 4 || memcmp(head + length - 4, "\r\n\r\n", 4); i++) {
+	for (int i = turn; length < least || memcmp(head + length - 4, "\r\n\r\n", 4); i++) {
 		char buffer[512] = GHOST, peeked[512] = GHOST;
 
 		if (i % 3 == 1)
@@ -123,6 +145,33 @@ static void write_all(SSL *ssl, int turn, const char *text)
 		die("write");
 }
 
+static void let_kernel_encrypt(SSL_CTX *context)
+{
+	SSL_CTX_set_options(context, SSL_OP_ENABLE_KTLS);
+	SSL_CTX_set_max_proto_version(context, TLS1_2_VERSION); /* in which it can decrypt, too */
+}
+
+/* Sends a file that ends with an empty line. */
+static void send_body(SSL *ssl)
+{
+	char text[BODY];
+	int file = memfd_create("body", 0);
+
+	if (!BIO_get_ktls_send(SSL_get_wbio(ssl)) || !BIO_get_ktls_recv(SSL_get_rbio(ssl)))
+		exit(3);
+	memset(text, 'x', BODY - 4);
+	memcpy(text + BODY - 4, "\r\n\r\n", 4);
+	if (write(file, text, BODY) != BODY || SSL_sendfile(ssl, file, 0, BODY, 0) != BODY)
+		die("sendfile");
+	close(file);
+}
+
+static int response(char *text, int turn)
+{
+	return sprintf(text, "HTTP/1.1 %d Said\r\nContent-Length: %d\r\n\r\n",
+		       is_by_kernel ? 200 : 200 + turn % 50, is_by_kernel ? BODY : 0);
+}
+
 struct listening {
 	SSL_CTX *context;
 	int fd;
@@ -133,7 +182,7 @@ static void *serve(void *argument)
 	struct listening *listening = argument;
 	SSL *ssl = SSL_new(listening->context), *outer = ssl;
 	int fd = accept(listening->fd, NULL, NULL);
-	char head[1024], text[256];
+	char head[4096], text[256];
 
 	SSL_set_fd(ssl, fd);
 	if (SSL_accept(ssl) != 1)
@@ -146,9 +195,11 @@ static void *serve(void *argument)
 		fcntl(fd, F_SETFL, O_NONBLOCK);
 	}
 	for (int i = 0; i < requests; i++) {
-		read_head(ssl, i, head);
-		sprintf(text, "HTTP/1.1 %d Said\r\nContent-Length: 0\r\n\r\n", 200 + i % 50);
+		read_head(ssl, i, head, 4);
+		response(text, i);
 		write_all(ssl, i, text);
+		if (is_by_kernel)
+			send_body(ssl);
 	}
 	SSL_shutdown(ssl);
 	if (ssl != outer)
@@ -161,9 +212,12 @@ static void *serve(void *argument)
 static void ask(int fd)
 {
 	SSL_CTX *context = SSL_CTX_new(TLS_client_method());
-	SSL *ssl = SSL_new(context), *outer = ssl;
-	char head[1024], text[256];
+	SSL *ssl, *outer;
+	char head[4096], text[256];
 
+	if (is_by_kernel)
+		let_kernel_encrypt(context);
+	ssl = outer = SSL_new(context);
 	SSL_set_fd(ssl, fd);
 	if (SSL_connect(ssl) != 1)
 		die("connect");
@@ -175,7 +229,7 @@ static void ask(int fd)
 	for (int i = 0; i < requests; i++) {
 		sprintf(text, "GET /said/%d HTTP/1.1\r\nHost: localhost\r\n\r\n", i);
 		write_all(ssl, i + 1, text);
-		read_head(ssl, i + 1, head);
+		read_head(ssl, i + 1, head, response(text, i) + (is_by_kernel ? BODY : 0));
 	}
 	SSL_shutdown(ssl);
 	if (ssl != outer)
@@ -196,8 +250,11 @@ int main(int argc, char **argv)
 	if (argc != 3)
 		return 2;
 	is_inner = !strcmp(argv[1], "inner");
+	is_by_kernel = !strcmp(argv[1], "kernel");
 	requests = atoi(argv[2]);
 	listening.context = server_context();
+	if (is_by_kernel)
+		let_kernel_encrypt(listening.context);
 	if (bind(listening.fd, (void *)&address, length) || listen(listening.fd, 1) ||
 	    getsockname(listening.fd, (void *)&address, &length) ||
 	    connect(fd, (void *)&address, length) || getsockname(fd, (void *)&address, &length))

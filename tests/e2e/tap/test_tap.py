@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,19 +42,6 @@ COLUMNS: Final = [
 
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
-    limits = {"limits": {"cpu_percent": 1000}}  # however slow the machine: that is not asked here
-    with running_agent(tmp_path_factory.mktemp("tap") / "agent", limits) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_collector_left(agent: RunningAgent) -> Iterator[None]:
-    yield
-    assert collectors_at_work(agent) == {}
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,6 @@ from tests.support import (
     RunningAgent,
     collectors_at_work,
     coral,
-    running_agent,
     wait_until,
 )
 from tests.tapping import START_S, Tap, columns, sheet
@@ -31,19 +30,6 @@ COMM: Final = "python"
 
 tapped = partial(tapping.tapped, "--http-latency")
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
-    limits = {"limits": {"cpu_percent": 1000}}  # however slow the machine: that is not asked here
-    with running_agent(tmp_path_factory.mktemp("tap") / "agent", limits) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_collector_left(agent: RunningAgent) -> Iterator[None]:
-    yield
-    assert collectors_at_work(agent) == {}
 
 
 @pytest.fixture
