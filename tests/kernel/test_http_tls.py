@@ -334,7 +334,7 @@ def test_no_cpu_has_a_record_of_tls_in_its_draft(certificate: Path) -> None:
             assert it.tls == 1
         drafts = seen.collector.bpf_object.object.map("drafts").read_one(0)
         assert drafts is not None
-        assert drafts["tls"].max() == 0
+        assert drafts["record"]["exchange"]["tls"].max() == 0
 
 
 def test_encrypted_bytes_are_never_taken_for_those_of_another_connection(
