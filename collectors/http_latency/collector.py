@@ -237,7 +237,14 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         return summaries(exchanges, self._paths, self._options.top)
 
     def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
-        return self._tls.untold(self._slot, exchanges) if self._tls is not None else exchanges
+        """EXCHANGES, and before them those of processes that have ended without telling."""
+        if self._tls is None:
+            return exchanges
+        untold = [
+            self._unfinished.records_of(waiting, waiting.last_ns, pb.HTTP_OUTCOME_UNKNOWN)
+            for waiting in self._tls.untold(self._slot)
+        ]
+        return np.concatenate([*untold, exchanges]) if untold else exchanges
 
     def _read_unread(self) -> Mapping[str, Unread]:
         unread = self._unread.read()

@@ -38,16 +38,6 @@ def exchanges_of(records: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     return exchanges[np.argsort(exchanges["ended_ns"], kind="stable")]
 
 
-def in_form_of(records: NDArray[Any], exchanges: NDArray[Any]) -> NDArray[Any]:
-    """EXCHANGES, struct http_exchange, as what RECORDS are, with nothing more in struct
-    http_detailed."""
-    if records.dtype == exchanges.dtype:
-        return exchanges
-    made: NDArray[Any] = np.zeros(len(exchanges), records.dtype)
-    made["exchange"] = exchanges
-    return made
-
-
 def since_began_ns(records: NDArray[Any], name: str) -> NDArray[np.uint64]:
     """From the first byte of each request to the time NAME; 0 where there was no such time. A
     response can come before the request has: its times are 0, too."""

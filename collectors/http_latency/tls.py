@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import BpfError, BpfObject, Features, Step
-from coral.bpf.attaching.elf import ElfError, function_offsets
 from coral.bpf.attaching.mappings import MappingReader
 from coral.bpf.attaching.uprobes import ProcessFile, Uprobes
-from coral.collectors.http_latency.exchanges import in_form_of
-from coral.collectors.http_latency.untold import untold
+from coral.collectors.http_latency.openssl import (
+    DELETED,
+    LIBRARY,
+    Mapped,
+    executed,
+    functions,
+    libraries,
+    opened,
+)
+from coral.collectors.http_latency.unfinished import Waiting, spilled_keys, waiting_on
 from coral.collectors.hubs import FIRST_ENDED, Slot
 from coral.collectors.hubs.keeper import KEEPER
 
@@ -69,14 +74,6 @@ _SWEEP_EVERY: Final = 20  # looks
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _MOST_FILES: Final = 64  # attached at once; each has as many descriptors as there are hooks
 _MOST_KNOWN: Final = 8192
-_EXECUTED: Final = re.compile(
-    rb"^([0-9a-f]+-[0-9a-f]+) ..x. ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([1-9][0-9]*) +(/.*)$",
-    re.MULTILINE,
-)
-# Where a program that is yet to be executed will find libssl.
-_LIBRARIES: Final = ("lib/*/libssl.so*", "usr/lib/*/libssl.so*", "usr/lib*/libssl.so*")
-_LIBRARY: Final = "/libssl"
-_DELETED: Final = " (deleted)"
 # What is not seen.
 _NO_ACCESS: Final = (
     "TLS of other users' processes is not seen: the files that they execute can only be opened "
@@ -86,15 +83,6 @@ _REPLACED: Final = (
     "what {} encrypts is not seen: it has been replaced since a process mapped it, and that file "
     "can only be opened with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"
 )
-
-
-class _Mapped(NamedTuple):
-    """Executed code of a process, of a file that may have been replaced since."""
-
-    tgid: int
-    device: int
-    inode: int
-    path: str
 
 
 def uprobes(features: Features) -> Step:
@@ -112,7 +100,7 @@ class _Session:
     seen: set[int] = field(default_factory=set)  # tgids whose memory was looked at
     files: dict[tuple[int, ...], None] = field(default_factory=dict)  # by identity, oldest first
     failed: set[str] = field(default_factory=set)  # reasons
-    untold: deque[NDArray[Any]] = field(default_factory=deque)  # see `TlsHooks.untold`
+    untold: deque[Waiting] = field(default_factory=deque)  # see `TlsHooks.untold`
 
     def members(self) -> set[int]:
         """The processes that it watches now."""
@@ -148,6 +136,7 @@ class TlsHooks:
         """The session in SLOT watches the processes TGIDS, and others to come. What these have
         mapped is attached when this returns, and what the processes EXECUTING are likely to map,
         which are about to execute another program. Where it cannot be, see `why_not`."""
+        slot.begin_late()
         with self._lock:
             session = self._sessions[slot] = _Session(slot, slot.watches_host)
             if len(self._sessions) == 1:
@@ -155,8 +144,8 @@ class TlsHooks:
                 self._start(session)  # before the look, so that nothing is missed in between
             self._look_at(session, tgids)
             for tgid in executing:
-                for path in _libraries(tgid):
-                    self._attach(session, _Mapped(tgid, 0, 0, path), "")
+                for path in libraries(tgid):
+                    self._attach(session, Mapped(tgid, 0, 0, path), "")
 
     def _start(self, session: _Session) -> None:
         try:
@@ -227,9 +216,7 @@ class TlsHooks:
             self._look_at(session, present - session.seen)
             for code in mapped:
                 if code.path.startswith("/") and (session.host or code.tgid in present):
-                    self._attach(
-                        session, _Mapped(code.tgid, code.device, code.inode, code.path), ""
-                    )
+                    self._attach(session, Mapped(code.tgid, code.device, code.inode, code.path), "")
         self._looks += 1
         if self._looks % _SWEEP_EVERY == 0:
             self._sweep()
@@ -238,14 +225,14 @@ class TlsHooks:
         for tgid in tgids:
             session.seen.add(tgid)
             try:
-                executed = list(_executed(tgid))
+                found = list(executed(tgid))
             except PermissionError:
                 session.failed.add(_NO_ACCESS)
                 continue
-            for code, where in executed:
+            for code, where in found:
                 self._attach(session, code, where)
 
-    def _attach(self, session: _Session, code: _Mapped, where: str) -> None:
+    def _attach(self, session: _Session, code: Mapped, where: str) -> None:
         """Attaches what CODE defines; WHERE it lies in memory, if that is known."""
         key = (code.device, code.inode, code.path)
         if key in self._refused:
@@ -255,9 +242,9 @@ class TlsHooks:
         if found == {}:
             return
         try:
-            with _opened(code, where) as file:
+            with opened(code, where) as file:
                 if found is None:
-                    found = _functions(file.fd)
+                    found = functions(file.fd, _FUNCTIONS, _INDISPENSABLE)
                     if len(self._known) >= _MOST_KNOWN:
                         self._known.clear()
                     self._known[key] = found
@@ -270,8 +257,8 @@ class TlsHooks:
         except PermissionError:
             session.failed.add(_NO_ACCESS)
         except OSError:  # the process has ended, or another one took its place
-            if _LIBRARY in code.path and code.path.endswith(_DELETED) and _runs(code.tgid):
-                session.failed.add(_REPLACED.format(code.path.removesuffix(_DELETED)))
+            if LIBRARY in code.path and code.path.endswith(DELETED) and _runs(code.tgid):
+                session.failed.add(_REPLACED.format(code.path.removesuffix(DELETED)))
 
     def _attach_file(
         self, session: _Session, file: ProcessFile, found: dict[str, list[int]]
@@ -321,21 +308,23 @@ class TlsHooks:
             self._tell(np.array(left, connections.value_dtype))
 
     def _tell(self, left: NDArray[Any]) -> None:
-        record = self._object.btf.struct_dtype("http_exchange")
-        for watching, generation, records in untold(left, self._object.map(_SPILLED), record):
-            for slot, session in self._sessions.items():
-                began_since = (slot.since - generation) % (1 << 32) in range(1, 1 << 31)
-                if watching & slot.bit and not began_since:
-                    session.untold.append(records)
+        left = left[(left["unread"] == 0) & (left["made"] != left["answered"])]
+        if not len(left):
+            return
+        spilled = self._object.map(_SPILLED)
+        waiting, _ = waiting_on(left, spilled)
+        for slot, session in self._sessions.items():
+            its = waiting.of_session(slot.bit, slot.since)
+            if len(its.requests):
+                session.untold.append(its)
+        spilled.delete(spilled_keys(waiting.connections, waiting.requests["number"]))
 
-    def untold(self, slot: Slot, records: NDArray[Any]) -> NDArray[Any]:
-        """RECORDS, struct http_exchange or http_detailed of shape (n,), and before them those of
-        requests whose process has ended since this was last called, where no socket tells that.
-        Waits for nothing."""
-        session, found = self._sessions.get(slot), [records]
+    def untold(self, slot: Slot) -> Iterator[Waiting]:
+        """The requests whose process has ended since this was last called, where no socket tells
+        that. Waits for nothing."""
+        session = self._sessions.get(slot)
         while session and session.untold:
-            found.append(in_form_of(records, session.untold.popleft()))
-        return np.concatenate(found[::-1]) if len(found) > 1 else records
+            yield session.untold.popleft()
 
 
 def _runs(process: int) -> bool:
@@ -362,49 +351,3 @@ class _Any:
 
     def __contains__(self, tgid: object) -> bool:
         return tgid in self._all
-
-
-def _executed(tgid: int) -> Iterator[tuple[_Mapped, str]]:
-    """The files that a process has mapped to execute, and where; none if it has ended. Raises
-    PermissionError."""
-    try:
-        with open(f"/proc/{tgid}/maps", "rb") as maps:  # noqa: PTH123  quicker
-            text = maps.read()
-    except PermissionError:
-        raise
-    except OSError:
-        return
-    for where, _, device, inode, path in _EXECUTED.findall(text):
-        major, minor = (int(part, 16) for part in device.split(b":"))
-        yield (
-            _Mapped(tgid, os.makedev(major, minor), int(inode), os.fsdecode(path)),
-            where.decode(),
-        )
-
-
-def _libraries(tgid: int) -> set[str]:
-    """The paths of libssl, as the process sees them, in the usual places."""
-    root = Path(f"/proc/{tgid}/root")
-    with suppress(OSError):
-        return {f"/{path.relative_to(root)}" for name in _LIBRARIES for path in root.glob(name)}
-    return set()
-
-
-def _opened(code: _Mapped, where: str) -> ProcessFile:
-    """The file of CODE. Raises OSError: it cannot be known where a replaced one lies now."""
-    if where:
-        with suppress(OSError):  # of which only privileged processes may look at others
-            return ProcessFile.mapped(code.tgid, where)
-    if code.path.endswith(_DELETED):
-        raise FileNotFoundError(code.path)
-    return ProcessFile(code.tgid, code.path)
-
-
-def _functions(fd: int) -> dict[str, list[int]]:
-    """The functions of OpenSSL that a file defines, with their offsets; none without those that
-    read and write."""
-    try:
-        found = function_offsets(fd, _FUNCTIONS)
-    except ElfError:
-        return {}
-    return found if found.keys() >= _INDISPENSABLE else {}

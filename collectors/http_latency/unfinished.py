@@ -1,10 +1,11 @@
-"""Requests that have not ended when a session does: what the programs' state of connections, struct
-connection of connection.bpf.h, says of them."""
+"""Requests whose end no program has seen: what the state of connections in the programs, struct
+connection of connection.bpf.h, says of them. Either their session ends before they do, or their
+process has ended without a sign of that on any known socket."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,47 @@ _OF_REQUEST: Final = {
 Spilled = dict[tuple[int, int], Any]
 
 
+class Waiting(NamedTuple):
+    """Requests that wait, both of shape (n,)."""
+
+    connections: NDArray[Any]  # those that each waits on, struct connection
+    requests: NDArray[Any]  # struct request
+
+    def of_session(self, bit: int, since: int) -> Waiting:
+        """Those of the session with this BIT, which began in the generation SINCE."""
+        its = is_waiting(self.connections, bit, since)
+        return Waiting(self.connections[its], self.requests[its])
+
+    @property
+    def last_ns(self) -> NDArray[np.uint64]:
+        """When a byte was last seen on the connection, or the request began."""
+        lanes = self.connections["lanes"]["last_ns"]
+        last: NDArray[np.uint64] = np.maximum(self.requests["begun_ns"], lanes.max(axis=1))
+        return last
+
+
+def waiting_on(connections: NDArray[Any], spilled: HashMap) -> tuple[Waiting, int]:
+    """The requests that wait on CONNECTIONS, which all do have some, with those in SPILLED; and how
+    many there was no room for. Raises `BpfError`."""
+    of, numbers = waiting_numbers(connections)
+    requests = connections["requests"][of, numbers % _AT_HAND]
+    is_here = requests["number"] == numbers
+    if not is_here.all():
+        elsewhere = np.flatnonzero(~is_here)
+        kept = _spilled(spilled, spilled_keys(connections[of[elsewhere]], numbers[elsewhere]))
+        for at in elsewhere.tolist():
+            request = kept.get((int(connections["sk"][of[at]]), int(numbers[at])))
+            if request is not None:
+                requests[at], is_here[at] = request, True
+    return Waiting(connections[of[is_here]], requests[is_here]), int((~is_here).sum())
+
+
+def spilled_keys(connections: NDArray[Any], numbers: NDArray[np.uint32]) -> list[tuple[int, int]]:
+    """The keys under which requests with NUMBERS on CONNECTIONS, both of shape (n,), are kept where
+    a connection has no room for them."""
+    return list(zip(connections["sk"].tolist(), numbers.tolist(), strict=True))
+
+
 class Unfinished:
     """The requests of one session that have not ended, as records of type DTYPE: struct
     http_exchange, or http_detailed with what the session WANTS."""
@@ -52,33 +94,26 @@ class Unfinished:
         clock. Raises `BpfError`."""
         parts = [self.records]
         for _, found in connections.read_batches():
-            if len(waiting := found[is_waiting(found, bit, since)]):
-                parts.append(self._records_of(waiting, spilled, now_ns))
+            if len(found := found[is_waiting(found, bit, since)]):
+                waiting, unknown = waiting_on(found, spilled)
+                self._unknown += unknown
+                parts.append(self.records_of(waiting, now_ns, pb.HTTP_OUTCOME_IN_PROGRESS))
         self.records = np.concatenate(parts)
 
-    def _records_of(self, connections: NDArray[Any], spilled: HashMap, now_ns: int) -> NDArray[Any]:
-        of, numbers = waiting_numbers(connections)
-        requests = connections["requests"][of, numbers % _AT_HAND]
-        is_here = requests["number"] == numbers
-        if not is_here.all():
-            wanted = {
-                (int(sk), int(number))
-                for sk, number in zip(
-                    connections["sk"][of[~is_here]], numbers[~is_here], strict=True
-                )
-            }
-            kept = _spilled(spilled, wanted)
-            for at in np.flatnonzero(~is_here).tolist():
-                request = kept.get((int(connections["sk"][of[at]]), int(numbers[at])))
-                if request is not None:
-                    requests[at], is_here[at] = request, True
-        self._unknown += int((~is_here).sum())
-        of, requests = of[is_here], requests[is_here]
-        records: NDArray[Any] = np.zeros(len(of), self.records.dtype)
-        is_detailed = "exchange" in (records.dtype.names or ())
-        fill(records["exchange"] if is_detailed else records, connections[of], requests, now_ns)
-        if is_detailed:
-            self._fill_details(records, requests)
+    def records_of(
+        self,
+        waiting: Waiting,
+        ended_ns: int | NDArray[np.uint64],
+        outcome: pb.HttpOutcome,
+    ) -> NDArray[Any]:
+        """The records of requests that are over at ENDED_NS, of the monotonic clock, with this
+        OUTCOME."""
+        records: NDArray[Any] = np.zeros(len(waiting.requests), self.records.dtype)
+        exchanges = _exchanges(records)
+        fill(exchanges, *waiting)
+        exchanges["ended_ns"], exchanges["outcome"] = ended_ns, outcome
+        if exchanges is not records:
+            self._fill_details(records, waiting.requests)
         return records
 
     def _fill_details(self, records: NDArray[Any], requests: NDArray[Any]) -> None:
@@ -135,18 +170,14 @@ def waiting_numbers(connections: NDArray[Any]) -> tuple[NDArray[np.intp], NDArra
     return of, connections["answered"][of] + nth.astype(np.uint32)
 
 
-def fill(
-    records: NDArray[Any], connections: NDArray[Any], requests: NDArray[Any], now_ns: int
-) -> None:
-    """Fills RECORDS, zeros of struct http_exchange, with what is known at NOW_NS of REQUESTS on
-    their CONNECTIONS, all of shape (n,)."""
+def fill(records: NDArray[Any], connections: NDArray[Any], requests: NDArray[Any]) -> None:
+    """Fills RECORDS, zeros of struct http_exchange, with what is known of REQUESTS on their
+    CONNECTIONS, all of shape (n,)."""
     for name, its in _OF_CONNECTION.items():
         records[name] = connections[its]
     for name, its in _OF_REQUEST.items():
         records[name] = requests[its]
     records["tls"] = connections["ssl"] > 0
-    records["ended_ns"] = now_ns
-    records["outcome"] = pb.HTTP_OUTCOME_IN_PROGRESS
     rows = np.arange(len(records))
     is_server = connections["role"] == _SERVER
     ask = connections["lanes"][rows, np.where(is_server, _RECEIVED, _SENT)]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf import BpfError, BpfObject
-from coral.bpf.attaching.link import Link
 from coral.bpf.closing import close_all
+from coral.collectors.hubs.hub import Hub
 from coral.collectors.hubs.keeper import KEEPER
 from coral.collectors.hubs.kit import Background, Kit
 from coral.collectors.hubs.plan import Plan
@@ -33,32 +33,6 @@ _LAST_PLACES: Final = 8  # for which no maps are prepared: sessions may need the
 _REBUILT_AFTER: Final = 256  # processes that have ended since
 _REBUILT_EVERY_S: Final = 0.5
 _COUNT_GENERATION, _COUNT_ENDED = 0, 1  # as in sessions.bpf.h
-
-
-class Hub:
-    """One loaded object and the sessions that use it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while it is loaded
-        self.object: BpfObject | None = None
-        self.slots: set[int] = set()
-        self.links: dict[str, Link] = {}  # of the optional programs
-        self.common: dict[object, object] = {}  # see `Slot.common`
-        self.making = threading.Lock()  # held while something in common is made
-        self.reading = threading.Lock()  # held while the one room for readings is used
-        self.loading: Background | None = None  # while `object` is not yet to be used
-        self.late: BpfObject | None = None  # with programs over the same maps
-        self.loading_late: Background | None = None
-
-    def wait(self) -> None:
-        """Returns when `object` is loaded. Raises `BpfError` if that failed."""
-        if self.loading:
-            self.loading.wait()
-
-    @property
-    def objects(self) -> list[BpfObject]:
-        """Those that are loaded."""
-        return [loaded for loaded in (self.object, self.late) if loaded is not None]
 
 
 class Group:
@@ -213,20 +187,7 @@ class Group:
                 second.attach()
                 failing.pop_all()
                 hub.object = second
-            if plan.late and (hub.loading_late is None or hub.loading_late.has_failed):
-                # A session that does not need them has started long before they are verified.
-                hub.loading_late = Background(partial(self._load_late, hub, second, plan))
             return first, second
-
-    def _load_late(self, hub: Hub, loaded: BpfObject, plan: Plan) -> None:
-        """Loads the late programs of a hub, whose object is LOADED and is not closed meanwhile."""
-        late = plan.late_part(self.number_of(plan.name), loaded.map_fds(loaded.map_names))
-        try:
-            late.load()
-        except BaseException:
-            late.close()
-            raise
-        hub.late = late
 
     def attach(self, hub: Hub, names: Sequence[str]) -> None:
         """Attaches optional programs that a session wants. Raises `AttachError`."""
@@ -268,7 +229,7 @@ class Group:
                 self._ended -= _REBUILT_AFTER  # the hints of its members are still set
         with ExitStack() as closing:
             for hub in reversed(unused):
-                closing.callback(_close, hub)
+                closing.callback(hub.close)
             if slot.hub not in unused:
                 closing.callback(self.detach_unwanted, slot.hub)
             for kit in kits:
@@ -357,17 +318,6 @@ def _withdrawn(kits: Iterable[Kit]) -> list[Kit]:
 def _start(made: BpfObject) -> None:
     made.load()
     made.attach()
-
-
-def _close(hub: Hub) -> None:
-    with hub.lock:
-        with suppress(Exception):  # those who wait for it are told
-            hub.wait()
-        if hub.loading_late:
-            hub.loading_late.end()
-        close_all([loaded.close for loaded in reversed(hub.objects)])
-        hub.object = hub.late = hub.loading_late = None
-        hub.common, hub.links = {}, {}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Plan:
     # Programs that only some sessions of the hub want to be attached, and those of this session.
     optional: tuple[str, ...] = field(default=(), compare=False)
     wanted: tuple[str, ...] = field(default=(), compare=False)
-    # Programs that are loaded after the others, while the session starts, and how (`BpfObject`).
+    # Programs that are loaded after the others (`Slot.begin_late`), and how (`BpfObject`).
     late: tuple[str, ...] = field(default=(), compare=False)
     many_places: bool = field(default=False, compare=False)
     # Maps of the session that programs read for user space after it was detached.

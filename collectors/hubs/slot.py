@@ -27,7 +27,8 @@ from coral.bpf import (
 from coral.bpf.buffers.account import Account
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import bytes_per_cpu
-from coral.collectors.hubs.group import HUBS, Group, Hub, Place
+from coral.collectors.hubs.group import HUBS, Group, Place
+from coral.collectors.hubs.hub import Hub
 from coral.collectors.hubs.keeper import KEEPER
 from coral.collectors.hubs.kit import Kit
 from coral.collectors.hubs.plan import Plan
@@ -118,15 +119,13 @@ class Slot:
         self.processes, self.object = place.group.load(place, self.plan)
         place.group.attach(place.hub, self.plan.wanted)
 
+    def begin_late(self) -> None:
+        """Has a thread load the late programs of the plan, which use all maps of the hub."""
+        self.hub.begin_late(self.plan, self._group.number_of(self.plan.name))
+
     def late(self) -> BpfObject:
-        """The object with the late programs of the plan. Waits until they are loaded. Raises
-        `BpfError`."""
-        hub = self.hub
-        if hub.loading_late:
-            hub.loading_late.wait()
-        if hub.late is None:
-            raise BpfError("these programs are not loaded")
-        return hub.late
+        """The object with these programs, when they are loaded. Raises `BpfError`."""
+        return self.hub.loaded_late()
 
     def install(self) -> None:
         """Makes the session's own maps, by its plan, and puts them where programs find them, unless

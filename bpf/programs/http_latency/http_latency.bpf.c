@@ -272,7 +272,8 @@ static __always_inline void request_forget(struct connection *c, __u32 number)
 
 SUBPROGRAM int count_unread(__u64 sessions, __u32 why, __u64 count, __u64 bytes);
 
-static __always_inline void exchange_send(struct connection *c, const struct request *request,
+/* False if there is no room to make the record. */
+static __always_inline bool exchange_send(struct connection *c, const struct request *request,
 					  __u32 outcome, __u64 now_ns)
 {
 	struct lane *ask = lane_of(c, request_direction(c));
@@ -284,7 +285,7 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 	__u64 sessions;
 
 	if (!draft)
-		return;
+		return false;
 	to = &draft->record.exchange;
 	to->head.kind = kind_of(request);
 	to->connection = c->id;
@@ -319,17 +320,20 @@ static __always_inline void exchange_send(struct connection *c, const struct req
 		__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	draft->wants = c->wants | request->wants;
 	sessions = sessions_of_then(c->watching, c->generation);
-	if (!draft->wants) {
+	if (draft->wants) {
+		__builtin_memcpy(&draft->kept, request, sizeof(*request));
+		for_each_session (slot, sessions) {
+			draft_for_session(slot, at);
+			send_draft(slot, at);
+		}
+	} else {
 		for_each_session (slot, sessions) {
 			send_draft(slot, at);
 		}
-		return;
 	}
-	__builtin_memcpy(&draft->kept, request, sizeof(*request));
-	for_each_session (slot, sessions) {
-		draft_for_session(slot, at);
-		send_draft(slot, at);
-	}
+	if (c->ssl && !c->remote_port)
+		count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1, 0);
+	return true;
 }
 
 /* The exchange that waits longest is over: for each, this is done once, whoever comes first. */
@@ -337,19 +341,14 @@ static __always_inline void exchange_over(struct connection *c, __u32 outcome, _
 {
 	__u32 number = c->answered;
 	const struct request *request = request_waiting(c, number);
-	bool is_sent = outcome & ~(BY_PACKET | BY_SSL);
+	bool is_none = !(outcome & ~(BY_PACKET | BY_SSL));
 
 	if (!__sync_bool_compare_and_swap(&c->answered, number, number + 1))
 		return;
-	if (!request || (is_sent && !draft_at(draft_for(outcome)))) {
+	if (!request || !(is_none || exchange_send(c, request, outcome, now_ns))) {
 		for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
 			account_loss(slot, LOSS_MAP_FULL);
 		}
-	} else if (is_sent) {
-		exchange_send(c, request, outcome, now_ns);
-		if (c->ssl && !c->remote_port)
-			count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1,
-				     0);
 	}
 	request_forget(c, number);
 	lane_of(c, !request_direction(c))->status = 0;
