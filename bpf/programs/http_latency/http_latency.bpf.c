@@ -177,38 +177,25 @@ static __always_inline __u32 kind_of(const struct request *request)
 						       : RECORD_HTTP_EXCHANGE;
 }
 
-/* Removes everything behind the path. */
-static __always_inline void query_forget(struct http_exchange *exchange)
-{
-	__u32 length = exchange->path_bytes;
-
-	for (__u32 i = 0; i < PATH_BYTES / 8; i++) {
-		if (i * 8 >= length)
-			exchange->path[i] = 0;
-		else if (length - i * 8 < 8)
-			exchange->path[i] &= (1ULL << 8 * (length - i * 8)) - 1;
-	}
-}
-
 /* Makes the record for one session of a draft of which others may want more, or less. */
 SUBPROGRAM int draft_for_session(__u32 slot, __u32 at)
 {
 	struct http_session *session = bpf_map_lookup_elem(map_of(http_sessions), &slot);
 	struct draft *draft = draft_at(at);
 	struct http_detailed *to;
-	__u32 wants;
+	__u32 wants, length;
 
 	if (!draft || !session)
 		return 0;
 	to = &draft->record;
 	wants = session->wants;
 	to->exchange.head.kind = wants ? RECORD_HTTP_DETAILED : kind_of(&draft->kept);
-	__builtin_memcpy(to->exchange.path, draft->kept.path, PATH_BYTES);
-	to->query_bytes = draft->kept.query_bytes;
-	if (!(wants & WANTS_QUERY)) {
-		to->query_bytes = 0;
-		query_forget(&to->exchange);
-	}
+	to->query_bytes = wants & WANTS_QUERY ? draft->kept.query_bytes : 0;
+	length = draft->kept.path_bytes + to->query_bytes;
+	if (length > PATH_BYTES)
+		length = PATH_BYTES;
+	__builtin_memset(to->exchange.path, 0, PATH_BYTES);
+	bpf_probe_read_kernel(to->exchange.path, length, draft->kept.path);
 	to->trace[0] = to->trace[1] = to->parent = 0;
 	if (wants & WANTS_TRACE && draft->kept.flags & HAS_TRACE) {
 		to->trace[0] = draft->kept.trace[0];
@@ -216,8 +203,10 @@ SUBPROGRAM int draft_for_session(__u32 slot, __u32 at)
 		to->parent = draft->kept.parent;
 	}
 	to->host_bytes = wants & WANTS_HOST ? draft->kept.host_bytes : 0;
-	for (int i = 0; i < HOST_BYTES / 8; i++)
-		to->host[i] = wants & WANTS_HOST ? draft->kept.host[i] : 0;
+	if (wants & WANTS_HOST)
+		__builtin_memcpy(to->host, draft->kept.host, HOST_BYTES);
+	else
+		__builtin_memset(to->host, 0, HOST_BYTES);
 	return 0;
 }
 
@@ -228,31 +217,17 @@ SUBPROGRAM int send_draft(__u32 slot, __u32 at)
 
 	if (!draft)
 		return 0;
-	if (draft->record.exchange.head.kind == RECORD_HTTP_SHORT_EXCHANGE)
-		record_send(NULL, slot, &draft->record.exchange,
-			    sizeof(struct http_short_exchange));
-	else
-		record_send(NULL, slot, &draft->record.exchange, sizeof(struct http_exchange));
+	switch (draft->record.exchange.head.kind) {
+	case RECORD_HTTP_SHORT_EXCHANGE:
+		record_send(NULL, slot, &draft->record, sizeof(struct http_short_exchange));
+		break;
+	case RECORD_HTTP_EXCHANGE:
+		record_send(NULL, slot, &draft->record, sizeof(struct http_exchange));
+		break;
+	case RECORD_HTTP_DETAILED:
+		record_send(NULL, slot, &draft->record, sizeof(struct http_detailed));
+	}
 	return 0;
-}
-
-SUBPROGRAM int send_detailed_draft(__u32 slot, __u32 at)
-{
-	struct draft *draft = draft_at(at);
-
-	if (draft)
-		record_send(NULL, slot, &draft->record, sizeof(draft->record));
-	return 0;
-}
-
-static __always_inline void send_to(const struct draft *draft, __u32 slot, __u32 at)
-{
-	if (draft->wants)
-		draft_for_session(slot, at);
-	if (draft->record.exchange.head.kind == RECORD_HTTP_DETAILED)
-		send_detailed_draft(slot, at);
-	else
-		send_draft(slot, at);
 }
 
 static __always_inline struct connection *connection_at(__u64 sk)
@@ -307,6 +282,7 @@ static __always_inline bool exchange_send(struct connection *c, const struct req
 	__u32 at = draft_for(outcome);
 	struct draft *draft = draft_at(at);
 	struct http_exchange *to;
+	__u64 sessions;
 
 	if (!draft)
 		return false;
@@ -343,10 +319,17 @@ static __always_inline bool exchange_send(struct connection *c, const struct req
 	else
 		__builtin_memcpy(to->path, request->path, PATH_BYTES);
 	draft->wants = c->wants | request->wants;
-	if (draft->wants)
+	sessions = sessions_of_then(c->watching, c->generation);
+	if (draft->wants) {
 		__builtin_memcpy(&draft->kept, request, sizeof(*request));
-	for_each_session (slot, sessions_of_then(c->watching, c->generation)) {
-		send_to(draft, slot, at);
+		for_each_session (slot, sessions) {
+			draft_for_session(slot, at);
+			send_draft(slot, at);
+		}
+	} else {
+		for_each_session (slot, sessions) {
+			send_draft(slot, at);
+		}
 	}
 	if (c->ssl && !c->remote_port)
 		count_unread(sessions_of_then(c->watching, c->generation), UNREAD_PEER, 1, 0);
