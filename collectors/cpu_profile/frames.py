@@ -1,4 +1,4 @@
-"""Stacks of addresses become stacks of frames, each frame once: by array, a call for each process."""
+"""Stacks of addresses become stacks of frames, each once: by array, a call for each process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Namer(Protocol):
     """Knows what lies at addresses. Strings are numbers into `strings`, which only grows."""
 
     @property
-    def strings(self) -> Sequence[str]: ...
+    def strings(self) -> Sequence[str]:
+        """What the numbers stand for."""
 
     def of_process(self, maps: ProcessMaps, places: Places) -> NDArray[Any]:
         """Frames, of shape (k,) and of the type `FRAME`, of PLACES in the memory MAPS."""
