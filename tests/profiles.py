@@ -105,9 +105,7 @@ def batch_of(
         "samples_lost": [lost],
         "samples_truncated": [truncated],
     }
-    columns = _LAYOUT.encode(
-        {name: np.array(values, np.uint64) for name, values in wanted.items()}
-    )
+    columns = _LAYOUT.encode({name: np.array(values, np.uint64) for name, values in wanted.items()})
     message.cpu_profile_columns.MergeFromString(columns)
     message.strings.extend(strings)
     return Batch.parse(message.SerializeToString())

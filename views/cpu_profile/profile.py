@@ -111,7 +111,7 @@ class Sampled(NamedTuple):
 
     origin: Origin
     frames: Sequence[Frame]
-    count: int
+    samples: int
 
 
 class Profile:

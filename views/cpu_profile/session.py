@@ -38,12 +38,12 @@ def told(profile: Profile, facts: Facts) -> Iterator[str]:
         yield f"ended: {facts.end}"
     yield from missing(profile)
     for stage, count in facts.lost_rows.items():
-        yield f"{count:,} rows, of one sample or more each, lost on the way ({stage})"
+        yield f"{_many(count, 'row')} of samples lost on the way ({stage})"
 
 
 def amount_words(profile: Profile, seconds: float) -> str:
     """`2,970 samples, 30.0s of CPU time (0.99 CPUs), 12% in the kernel`."""
-    text = f"{profile.samples:,} samples, {format_ns(profile.cpu_ns)} of CPU time"
+    text = f"{_many(profile.samples)}, {format_ns(profile.cpu_ns)} of CPU time"
     if seconds > 0:
         text += f" ({profile.cpu_ns / 1e9 / seconds:.2f} CPUs)"
     return f"{text}, {format_share(profile.in_kernel / profile.samples)} in the kernel"
@@ -53,26 +53,31 @@ def missing(profile: Profile) -> Iterator[str]:
     """What was not seen, or not seen for sure."""
     samples = profile.samples
     if profile.lost:
-        yield f"{profile.lost:,} samples lost in the kernel"
+        yield f"{_many(profile.lost)} lost in the kernel"
     if cut := profile.cut:
         yield (
-            f"{cut:,} samples ({format_share(cut / samples)}) have stacks whose callers are "
-            f"missing, drawn under [cut]: {profile.cut_words}"
+            f"{_part(cut, samples)} without the outermost callers, shown under [cut]: "
+            f"{profile.cut_words}"
         )
     if unknown := profile.unknown_ends:
         yield (
-            f"{unknown:,} samples ({format_share(unknown / samples)}) have stacks that end where "
-            "the frame pointers do, which may be above the first function"
+            f"{_part(unknown, samples)} with stacks that end where the frame pointers do, which "
+            "may be short of the outermost caller"
         )
     if profile.guessed:
-        yield (
-            f"{profile.guessed:,} samples ({format_share(profile.guessed / samples)}) have frames "
-            "that were guessed, marked ~"
-        )
+        yield f"{_part(profile.guessed, samples)} with frames that were guessed, marked ~"
     if profile.truncated:
-        yield f"{profile.truncated:,} samples had more stack than was copied"
+        yield f"{_many(profile.truncated)} had more stack than was copied"
     if profile.not_kept:
         yield (
-            f"{profile.not_kept:,} samples are without their stacks, which were too many different "
-            "ones to keep"
+            f"{_many(profile.not_kept)} without their stacks, [not kept]: there were too many "
+            "different ones"
         )
+
+
+def _many(count: int, what: str = "sample") -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _part(count: int, samples: int) -> str:
+    return f"{_many(count)} ({format_share(count / samples)})"

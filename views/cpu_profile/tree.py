@@ -80,5 +80,12 @@ def walk(root: Node, least: float = 0.0) -> Iterator[tuple[int, int, Node]]:
         waiting.extend(reversed(below))
 
 
+def least_drawn(root: Node, most: int) -> int:
+    """How many samples a node must have, so that at most MOST nodes have as many; 1 where all fit.
+    A node never has more samples than the one above it."""
+    totals = sorted((node.total for _, _, node in walk(root)), reverse=True)
+    return totals[most] + 1 if len(totals) > most else 1
+
+
 def _marked(name: str) -> Function:
     return Frame(name).key
