@@ -1,0 +1,147 @@
+"""Where the CPU time of processes goes: samples of their stacks, named. Source:
+cpu_profile.bpf.c.
+
+The programs send a record for each sample, with a copy of the user stack. User space unwinds and
+names all samples of an interval at once, by array, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from coral.bpf import Features, Rung, Step
+from coral.bpf.attaching.sampling import SpreadClock
+from coral.bpf.buffers.long_ring import LongRingReader, drain_long
+from coral.bpf.closing import close_all
+from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.cpu_profile.frames import resolve
+from coral.collectors.cpu_profile.measures import ProfileMeasures
+from coral.collectors.cpu_profile.naming import Code
+from coral.collectors.cpu_profile.options import CpuProfileOptions
+from coral.collectors.cpu_profile.samples import joined
+from coral.collectors.cpu_profile.summaries import summaries
+from coral.collectors.cpu_profile.user_stacks import by_frame_pointers
+from coral.collectors.hubs import Plan
+from coral.collectors.kernel_collector import KernelCollector
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+_OBJECT: Final = "cpu_profile"
+_PROGRAM: Final = "coral_sample"
+_CLOCK: Final = "cpu_clock"
+_NS_PER_S: Final = 1_000_000_000
+
+
+class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
+    """Samples the watched processes."""
+
+    kind = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
+    options_type = CpuProfileOptions
+    continuous_defaults: Mapping[str, str] = {"frequency": "19"}
+
+    def __init__(
+        self, options: CpuProfileOptions, service: ServiceProcesses | None, features: Features
+    ) -> None:
+        super().__init__(options, service, features)
+        self._clock: SpreadClock | None = None
+        self._ring: LongRingReader | None = None
+
+    def _plan(self, features: Features) -> Plan:
+        return Plan(
+            _OBJECT,
+            features,
+            self._rung,
+            programs=(),
+            walks=(_PROGRAM,),
+            options={},
+            sizes=self._sizes,
+        )
+
+    @property
+    def _own_maps(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def _has_records(self) -> bool:
+        return True
+
+    @classmethod
+    def support(cls, features: Features) -> Support:
+        support = super().support(features)
+        if features.obstacle or not support.supported:
+            return support
+        clock = features[_CLOCK]
+        step = Step("timer", _CLOCK if clock.available else "", () if clock.available else (clock,))
+        if reason := _obstacle(cls.climb(features), step):
+            return replace(support, supported=False, reason=reason)
+        return replace(support, steps=(*support.steps, step))
+
+    @classmethod
+    def measures(cls, max_series: int) -> ProfileMeasures:
+        return ProfileMeasures(max_series)
+
+    def _open_maps(self) -> None:
+        slot = self._slot
+        session = np.zeros((), slot.object.map("profile_sessions").value_dtype)
+        session["stack_bytes"] = self._options.stack_bytes
+        slot.own("profile_sessions", session)
+        self._records = self._ring = slot.long_reader("cpu_sample", self._options.ring)
+        self._code = slot.common(Code)
+
+    def _on_filled(self) -> None:
+        program = self._slot.object.program_fd(_PROGRAM)
+        self._clock = SpreadClock(program, self._options.frequency, self._slot.number)
+
+    def _read_events(self) -> EventRows:
+        raise NotImplementedError
+
+    def _read_summaries(self) -> Summaries:
+        if self._ring is None or self._clock is None:
+            raise RuntimeError("not open")
+        if self._slot.attached:
+            self._clock.follow()
+        else:
+            self._clock.close()
+        samples = joined(drain_long(self._ring))
+        members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
+        user = by_frame_pointers(samples)
+        with self._code.lock:
+            frames = resolve(samples, user, self._code)
+            names = self._code.strings
+        processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
+        if len(members.ended):
+            self._targets.forget(members.ended)
+        period_ns = _NS_PER_S // self._options.frequency
+        service = self._targets.label
+        return summaries(samples, user, frames, names, processes, service, period_ns)
+
+    def drain(self) -> Batch:
+        batch = super().drain()
+        rows = batch.rows
+        if isinstance(rows, Summaries):
+            lost = np.array([sum(batch.losses.values())])
+            rows = replace(rows, columns={**rows.columns, "samples_lost": lost})
+        return replace(batch, rows=rows)
+
+    def _events_in(self, rows: Summaries) -> int:
+        return int(rows.columns["count"].sum())
+
+    def close(self) -> None:
+        clock, self._clock = self._clock, None
+        close_all([*([clock.close] if clock else []), super().close])
+
+
+COLLECTOR: Final = CpuProfileCollector
+
+
+def _obstacle(rung: Rung, step: Step) -> str:
+    """Why the programs cannot run by RUNG with the timer of STEP; empty if they can."""
+    if rung.loader.taken != "core":
+        return "the programs need the kernel's BTF, and bcc does without it"
+    if rung.buffer.taken != "ring_buffer":
+        why = rung.buffer.why_not or "this machine has none"
+        return f"no ring buffer, which samples are sent through ({why})"
+    return "" if step.taken else f"no {step.what} ({step.why_not})"
