@@ -93,7 +93,8 @@ class Provocation:
     that runs `code`, Python, and counts what the batches report.
 
     `count` is the number of `things` in a batch, and `times` the number expected in all, in every
-    mode; `config` goes to the collector together with the process and the mode.
+    mode, or the least number if that is not `exact`; `config` goes to the collector together with
+    the process and the mode.
     """
 
     things: str
@@ -101,6 +102,7 @@ class Provocation:
     code: str
     count: Callable[[Batch], int]
     config: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
 
 
 @dataclass(frozen=True)
