@@ -49,9 +49,14 @@ class ProcessFile:
     def mapped(cls, pid: int, where: str) -> Self:
         """The file that PID has mapped at the addresses WHERE, as /proc/PID/maps writes them, even
         if it was deleted or replaced since. Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
-        file = cls.__new__(cls)
         bounds = "-".join(f"{int(bound, 16):x}" for bound in where.split("-"))  # without zeros
-        path = f"/proc/{pid}/map_files/{bounds}"
+        return cls.at(f"/proc/{pid}/map_files/{bounds}")
+
+    @classmethod
+    def at(cls, path: str) -> Self:
+        """The file at PATH as this process sees it. Links are followed: only for paths in which
+        nobody else can put one, such as /proc/PID/exe."""
+        file = cls.__new__(cls)
         file._take(os.open(path, _OPEN_FLAGS), path)  # noqa: SLF001
         return file
 
