@@ -58,13 +58,15 @@ class _Common:
     end: int
 
 
-def compile_section(section: bytes, address: int, machine: Machine) -> Rows:
-    """The rows of `.eh_frame`, which is loaded at the virtual ADDRESS of its file. Ends at the
-    section's end; a terminator inside of it is passed over."""
+def compile_section(
+    section: bytes, address: int, machine: Machine, *, has_end: bool = False
+) -> Rows:
+    """The rows of `.eh_frame`, which is loaded at the virtual ADDRESS of its file. With HAS_END, a
+    terminator ends it, and other data may follow; otherwise terminators are passed over."""
     size = min(len(section), LARGEST_SECTION_BYTES)
     padded = np.zeros(size + leb128.PADDING, np.uint8)
     padded[:size] = np.frombuffer(section, np.uint8, size)
-    head, at, end = _entries(section, size)
+    head, at, end = _entries(section, size, has_end=has_end)
     identity = _field(padded, at, "<u4").astype(np.int64)
     is_common = identity == 0
     commons, which = _commons(section, at[is_common], end[is_common], machine)
@@ -94,7 +96,7 @@ def compile_section(section: bytes, address: int, machine: Machine) -> Rows:
     return _sorted_rows(ran, start, stop, entries, machine)
 
 
-def _entries(section: bytes, size: int) -> tuple[Ints, Ints, Ints]:
+def _entries(section: bytes, size: int, *, has_end: bool) -> tuple[Ints, Ints, Ints]:
     """Where all entries, CIEs and FDEs, begin, where their contents begin, and where they end."""
     heads, begins, ends = [], [], []
     at = 0
@@ -102,6 +104,8 @@ def _entries(section: bytes, size: int) -> tuple[Ints, Ints, Ints]:
         head = at
         (length,) = _LENGTH(section, at)
         at += 4
+        if length == 0 and has_end:
+            break
         if length == _IS_LONG:
             if at + 8 > size:
                 break

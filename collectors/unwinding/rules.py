@@ -21,7 +21,10 @@ class Cfa(IntEnum):
     DEREFERENCED = 1  # the word at register + offset, plus an addend
     PLT = 2  # sp + 8, and 8 more from a byte of each 16-byte stub on
     UNKNOWN = 3  # an expression that is none of these
-    NONE = 4  # no table covers the address
+    NONE = 4  # no table covers the address, which is in a file
+    ANONYMOUS = 5  # the address is in executable memory without a file
+    TRAMPOLINE = 6  # in CPython's trampolines for perf: sp + 16
+    UNMAPPED = 7  # the address is in no executable memory
 
 
 class Saved(IntEnum):
@@ -104,10 +107,10 @@ FLAGS: Final = 2
 FIRST_REGISTER: Final = 3
 
 
-def no_rule(machine: Machine) -> NDArray[np.int64]:
+def no_rule(machine: Machine, kind: Cfa = Cfa.NONE) -> NDArray[np.int64]:
     """The rule of addresses that no table covers, of shape (columns,)."""
     row = np.zeros(FIRST_REGISTER + len(machine.tracked), np.int64)
-    row[CFA] = cfa(Cfa.NONE)
+    row[CFA] = cfa(kind)
     return row
 
 
