@@ -24,7 +24,7 @@ from coral.collectors.cpu_profile.naming import Code
 from coral.collectors.cpu_profile.options import CpuProfileOptions
 from coral.collectors.cpu_profile.samples import joined
 from coral.collectors.cpu_profile.summaries import Profile, summaries
-from coral.collectors.cpu_profile.user_stacks import by_frame_pointers
+from coral.collectors.cpu_profile.user_stacks import unwound
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -109,7 +109,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
         with self._code.lock:
             memory = memory_of(samples, self._code.processes)
-            user = by_frame_pointers(samples)
+            user = unwound(samples, memory, self._code.unwinder)
             frames = resolve(samples, user, memory, self._code)
             names = self._code.strings
         processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])

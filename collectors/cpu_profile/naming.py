@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +15,14 @@ from coral.bpf import BpfObject
 from coral.collectors.columns import Strings
 from coral.collectors.cpu_profile.frames import FRAME, Places
 from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.cpu_profile.user_stacks import machine
 from coral.collectors.symbols.files import MappedFiles
 from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.unwinding.tables import Tables
+from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
+
+_CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
 
 
 class Code:
@@ -25,6 +32,9 @@ class Code:
         self.lock = threading.Lock()
         self._files = MappedFiles()
         self.processes = Processes(self._files)
+        here, cache = machine(), os.environ.get(_CACHE)
+        tables = Tables(Path(cache) / "unwind" if cache else None)
+        self.unwinder = Unwinder(here, tables) if here else None
         self._strings = Strings()
 
     @property
