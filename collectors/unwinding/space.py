@@ -149,7 +149,9 @@ class Space:
             np.concatenate(rules),
         )
 
-    def _mappings(self, numbers: dict[int, int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    def _mappings(
+        self, numbers: dict[int, int]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         mapping, shift = [0], [0]
         for slot, regions in enumerate(self._memories):
             base = slot * _WINDOW

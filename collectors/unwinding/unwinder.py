@@ -66,7 +66,9 @@ class Unwinder:
             stacks = replaced(stacks, again, keep)
         if is_whole is not None:
             wrong = is_whole & (stacks.ends == End.COPY_TOO_SHORT)
-            stacks = replace(stacks, ends=np.where(wrong, End.ERROR, stacks.ends).astype(np.uint8))
+            stacks = replace(
+                stacks, ends=np.where(wrong, End.ERROR, stacks.ends).astype(np.uint8)
+            )
         return stacks
 
     def _has_grown(self, process: ProcessMaps, addresses: NDArray[np.uint64]) -> bool:
@@ -96,7 +98,9 @@ class Unwinder:
         memory = slots[place] if len(keys) else place
         return unwind(replace(samples, memory=memory), self._space)
 
-    def _put(self, process: ProcessMaps, generations: Sequence[Generation], index: int) -> _Key:
+    def _put(
+        self, process: ProcessMaps, generations: Sequence[Generation], index: int
+    ) -> _Key:
         if not generations:
             key = (process, -1)
             if key not in self._space:
@@ -140,7 +144,7 @@ def _kind_of(tgid: int, start: int) -> Cfa:
     try:
         with memory_of(tgid) as memory:
             code = os.pread(memory, len(_ENDBR64) + len(_TRAMPOLINE), start)
-    except (OSError, OverflowError):  # the kernel's own page lies beyond what can be asked for
+    except (OSError, OverflowError):
         return Cfa.ANONYMOUS
     is_trampoline = code.removeprefix(_ENDBR64).startswith(_TRAMPOLINE)
     return Cfa.TRAMPOLINE if is_trampoline else Cfa.ANONYMOUS

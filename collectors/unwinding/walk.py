@@ -186,9 +186,7 @@ class _Walk:
             flags[at] = of_frame
             place[sample] = at + 1
         by_table = np.zeros(len(self.lengths), np.bool_)
-        by_table[
-            np.repeat(np.arange(len(self.lengths)), self.lengths)[flags & _NOT_BY_TABLE == 0]
-        ] = True
+        by_table[np.repeat(np.arange(len(self.lengths)), self.lengths)[flags & _NOT_BY_TABLE == 0]] = True
         return Stacks(
             addresses,
             flags,
