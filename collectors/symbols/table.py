@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,12 @@ class SymbolTable:
     strings: list[_Strings]
     origins: list[str] = field(default_factory=list)
     """Where the symbols are from, such as `.symtab`, for people."""
+
+    @classmethod
+    def empty(cls) -> Self:
+        """A table without functions."""
+        nothing = np.zeros(0, np.uint32)
+        return cls(0, nothing, nothing, nothing, nothing.astype(np.uint8), [])
 
     def __len__(self) -> int:
         return len(self.starts)
