@@ -47,7 +47,7 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
     registers = _registers(samples.structs["registers"][copied], unwinder.machine)
     sp = registers[:, unwinder.machine.stack_pointer]
     stacks = unwinder.unwind(
-        memory.maps,
+        [process.maps for process in memory.processes],
         memory.of_sample[copied],
         samples.structs["time_ns"][copied],
         Copies(
@@ -62,7 +62,7 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
     )
     ends, unwinding = by_frames.ends, by_frames.unwinding
     ends[copied], unwinding[copied] = stacks.ends, stacks.unwinding
-    is_gone = np.array([not maps.generations for maps in memory.maps], bool)
+    is_gone = np.array([not process.maps.generations for process in memory.processes], bool)
     ends[is_gone[memory.of_sample] & ~samples.has(NO_USER)] = pb.CPU_STACK_END_PROCESS_GONE
     lengths = by_frames.addresses.lengths
     lengths[copied] = stacks.lengths
