@@ -11,20 +11,13 @@ from numpy.typing import NDArray
 
 from coral.collectors.cpu_profile.frames import Memory, UserStacks
 from coral.collectors.cpu_profile.ragged import Ragged
-from coral.collectors.cpu_profile.samples import (
-    BY_FRAMES,
-    NO_USER,
-    STACK_CUT,
-    STACK_HIDDEN,
-    Samples,
-)
+from coral.collectors.cpu_profile.samples import BY_FRAMES, NO_USER, STACK_CUT, Samples
 from coral.collectors.unwinding.rules import ARM64, X86_64, Machine
 from coral.collectors.unwinding.stacks import Frame
 from coral.collectors.unwinding.stacks import Samples as Copies
 from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_WORD: Final = 8
 _MACHINES: Final = {"x86_64": X86_64, "aarch64": ARM64}
 # The registers of ptrace(2) by their numbers in DWARF, the instruction pointer last.
 _X86: Final = (
@@ -45,7 +38,6 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
     if unwinder is None or not len(copied):
         return by_frames
     registers = _registers(samples.structs["registers"][copied], unwinder.machine)
-    sp = registers[:, unwinder.machine.stack_pointer]
     stacks = unwinder.unwind(
         [process.maps for process in memory.processes],
         memory.of_sample[copied],
@@ -56,9 +48,8 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
             samples.words,
             samples.first_words[copied],
             samples.word_counts[copied],
-            sp & ~np.uint64(_WORD - 1),
+            samples.structs["stack_start"][copied],
         ),
-        is_whole=~(samples.has(STACK_CUT) | samples.has(STACK_HIDDEN))[copied],
     )
     ends, unwinding = by_frames.ends, by_frames.unwinding
     ends[copied], unwinding[copied] = stacks.ends, stacks.unwinding
