@@ -24,7 +24,7 @@ def frames():
 
 
 def copy_of_stack(sp, most):
-    base, content = sp & ~7, b""
+    base, content = (sp - 128) & ~7, b""
     with open(f"/proc/{pid}/mem", "rb", 0) as memory:  # noqa: F821, PTH123
         memory.seek(base)
         while len(content) < most:
