@@ -174,4 +174,4 @@ def test_a_closed_pipe_does_not_cost_the_file(agent: RunningAgent, tmp_path: Pat
         assert running.wait(30) == 128 + signal.SIGPIPE
         assert running.stderr.read() == ""
         running.stderr.close()
-    assert not path.exists() or folded_samples(path) > 0
+    assert folded_samples(path) > 0
