@@ -21,17 +21,18 @@ _FRAME_COLUMNS: Final = (
 )
 
 
-def take(batch: Batch, profile: Profile) -> None:
-    """Adds a batch to PROFILE."""
+def take(batch: Batch, *profiles: Profile) -> None:
+    """Adds a batch to each of PROFILES."""
     columns = batch.columns
     period_ns = _single(columns, "period_ns")
     if not columns and len(batch.message.cpu_profile):
         period_ns = batch.message.cpu_profile[0].period_ns
     for origin, frames, count in samples(batch):
-        profile.add(origin, frames, count, period_ns)
-    profile.account(
-        lost=_single(columns, "samples_lost"), truncated=_single(columns, "samples_truncated")
-    )
+        for profile in profiles:
+            profile.add(origin, frames, count, period_ns)
+    lost, truncated = (_single(columns, f"samples_{name}") for name in ("lost", "truncated"))
+    for profile in profiles:
+        profile.account(lost=lost, truncated=truncated)
 
 
 def samples(batch: Batch) -> Iterator[Sampled]:
