@@ -210,6 +210,9 @@ class Collector(ABC):
     """One collector. Make it once, open it once, close it once."""
 
     kind: ClassVar[pb.EbpfCollectorKind]
+    # The values of options that a collector of the configuration file has by default, where these
+    # differ from the others' defaults.
+    continuous_defaults: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @abstractmethod

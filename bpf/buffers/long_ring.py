@@ -50,7 +50,7 @@ class LongRingReader(RingReader):
         self._barrier()
         at = mmap.PAGESIZE + self._read % self.capacity_bytes
         memory = np.ndarray((self.pending_bytes // WORD,), np.uint64, self._producer_pages, at)
-        starts, words, last = self._starts(memory.data, pending // WORD)
+        starts, words, last = frames_in(memory.data, pending // WORD)
         self._barrier()  # headers mark their records as complete
         copied = memory[:words].copy()
         structs = np.empty(len(starts), kind.dtype)
@@ -66,23 +66,6 @@ class LongRingReader(RingReader):
             self._consumer[0] = self._read + WORD * last
             self._read += WORD * words
         return LongRecords(structs, copied)
-
-    def _starts(self, memory: memoryview, most_words: int) -> tuple[list[int], int, int]:
-        """Where complete records begin in MEMORY, in words; how many words they take with their
-        headers, and where the last frame begins. At least one, however long it is."""
-        starts: list[int] = []
-        at = last = 0
-        while at < most_words:
-            header = memory[at]
-            if header & _BUSY:
-                break
-            end = at + 1 + ((header & _LENGTH) + WORD - 1) // WORD
-            if end > most_words and at:
-                break
-            if not header & _DISCARDED:
-                starts.append(at + 1)
-            last, at = at, end
-        return starts, at, last
 
     def _check(self, words: NDArray[np.uint64], begins: NDArray[np.intp]) -> None:
         lengths = words[begins - 1] & np.uint64(_LENGTH)
@@ -106,3 +89,22 @@ def drain_long(reader: LongRingReader) -> list[LongRecords]:
             break
         parts.append(reader.drain_long())
     return parts
+
+
+def frames_in(memory: memoryview, most_words: int) -> tuple[list[int], int, int]:
+    """Where complete records begin in the first MOST_WORDS words of MEMORY, in words; how many
+    words they take with their headers, and where the last frame begins. At least one is found,
+    however long it is; none that a program is still writing or has discarded."""
+    starts: list[int] = []
+    at = last = 0
+    while at < most_words:
+        header = memory[at]
+        if header & _BUSY:
+            break
+        end = at + 1 + ((header & _LENGTH) + WORD - 1) // WORD
+        if end > most_words and at:
+            break
+        if not header & _DISCARDED:
+            starts.append(at + 1)
+        last, at = at, end
+    return starts, at, last

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 
@@ -18,13 +18,13 @@ from coral.bpf.attaching.sampling import SpreadClock
 from coral.bpf.buffers.long_ring import LongRingReader, drain_long
 from coral.bpf.closing import close_all
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
-from coral.collectors.cpu_profile.frames import resolve
+from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.naming import Code
 from coral.collectors.cpu_profile.options import CpuProfileOptions
 from coral.collectors.cpu_profile.samples import joined
-from coral.collectors.cpu_profile.summaries import summaries
-from coral.collectors.cpu_profile.user_stacks import by_frame_pointers
+from coral.collectors.cpu_profile.summaries import Profile, summaries
+from coral.collectors.cpu_profile.user_stacks import unwound
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import KernelCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -40,7 +40,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
     options_type = CpuProfileOptions
-    continuous_defaults: Mapping[str, str] = {"frequency": "19"}
+    continuous_defaults: ClassVar[Mapping[str, str]] = {"frequency": "19"}
 
     def __init__(
         self, options: CpuProfileOptions, service: ServiceProcesses | None, features: Features
@@ -107,16 +107,18 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             self._clock.close()
         samples = joined(drain_long(self._ring))
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
-        user = by_frame_pointers(samples)
         with self._code.lock:
-            frames = resolve(samples, user, self._code)
+            memory = memory_of(samples, self._code.processes)
+            user = unwound(samples, memory, self._code.unwinder)
+            frames = resolve(samples, user, memory, self._code)
             names = self._code.strings
         processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
         if len(members.ended):
             self._targets.forget(members.ended)
         period_ns = _NS_PER_S // self._options.frequency
         service = self._targets.label
-        return summaries(samples, user, frames, names, processes, service, period_ns)
+        profile = Profile(samples, user, frames, names, processes)
+        return summaries(profile, service, period_ns)
 
     def drain(self) -> Batch:
         batch = super().drain()

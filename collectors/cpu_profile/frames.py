@@ -1,5 +1,4 @@
-"""Stacks of addresses become stacks of frames, each frame once: by array, a call for each process.
-"""
+"""Stacks of addresses become stacks of frames, each once: by array, a call for each process."""
 
 from __future__ import annotations
 
@@ -11,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.columns import group
+from coral.collectors.cpu_profile.processes import Processes
 from coral.collectors.cpu_profile.ragged import Ragged, joined_reversed
 from coral.collectors.cpu_profile.samples import Samples
+from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.targets import process_keys
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 # Which words of memory a process uses as addresses is its own choice: with factors of this run, it
@@ -50,14 +52,21 @@ class Namer(Protocol):
     """Knows what lies at addresses. Strings are numbers into `strings`, which only grows."""
 
     @property
-    def strings(self) -> Sequence[str]: ...
+    def strings(self) -> Sequence[str]:
+        """What the numbers stand for."""
 
-    def of_process(self, process: Any, places: Places) -> NDArray[Any]:  # noqa: ANN401
-        """Frames, of shape (k,) and of the type `FRAME`, of PLACES of a process, which is one of
-        its struct cpu_sample."""
+    def of_process(self, maps: ProcessMaps, places: Places) -> NDArray[Any]:
+        """Frames, of shape (k,) and of the type `FRAME`, of PLACES in the memory MAPS."""
 
     def of_kernel(self, places: Places) -> NDArray[Any]:
         """The same of the kernel's."""
+
+
+class Memory(NamedTuple):
+    """Whose memory samples were taken in: the number of each, of shape (n,), in `maps`."""
+
+    of_sample: NDArray[np.intp]
+    maps: Sequence[ProcessMaps]
 
 
 class Frames(NamedTuple):
@@ -78,16 +87,31 @@ def mixed(*columns: NDArray[Any]) -> NDArray[np.uint64]:
     return key
 
 
-def resolve(samples: Samples, user: UserStacks, namer: Namer) -> Frames:
-    """The frames of SAMPLES, whose user stacks are USER, as NAMER names them."""
+def memory_of(samples: Samples, processes: Processes) -> Memory:
+    """The memory of SAMPLES, as PROCESSES knows it."""
+    structs = samples.structs
+    first, of_sample = group(mixed(structs["tgid"], structs["born"], structs["execs"]))
+    some = structs[first]
+    order = np.lexsort((some["execs"], some["born"], some["tgid"]))
+    process = process_keys(some["tgid"], some["born"])[order]
+    newest = np.append(process[1:] != process[:-1], True)[: len(process)]
+    found = {
+        at: processes.maps_of(some[at], newest=is_newest)
+        for at, is_newest in zip(order.tolist(), newest.tolist(), strict=True)
+    }
+    return Memory(of_sample, [found[at] for at in range(len(order))])
+
+
+def resolve(samples: Samples, user: UserStacks, memory: Memory, namer: Namer) -> Frames:
+    """The frames of SAMPLES in MEMORY, whose user stacks are USER, as NAMER names them."""
     kernel = samples.kernel_frames
-    of_process, processes = _processes(samples)
+    of_process = memory.of_sample
     owner = user.addresses.owner
     keys = mixed(user.addresses.flat, user.is_return, user.is_guess, of_process[owner])
     first, of_user = group(keys)
     found = np.zeros(len(first), FRAME)
     at = owner[first]
-    for number, process in enumerate(processes):
+    for number, maps in enumerate(memory.maps):
         mine = np.flatnonzero(of_process[at] == number)
         chosen = first[mine]
         places = Places(
@@ -96,7 +120,7 @@ def resolve(samples: Samples, user: UserStacks, namer: Namer) -> Frames:
             samples.structs["time_ns"][owner[chosen]],
         )
         if len(mine):
-            found[mine] = namer.of_process(process, places)
+            found[mine] = namer.of_process(maps, places)
     found["flags"] |= np.where(user.is_guess[first], np.uint32(pb.CPU_FRAME_FLAG_GUESS), 0)
     kernel_found, of_kernel = _kernel(samples, kernel, namer)
     both = np.concatenate([found, kernel_found])
@@ -108,14 +132,6 @@ def resolve(samples: Samples, user: UserStacks, namer: Namer) -> Frames:
         Ragged(of_place[len(found) + of_kernel], kernel.lengths),
     )
     return Frames(stacks, both[of_frame])
-
-
-def _processes(samples: Samples) -> tuple[NDArray[np.intp], NDArray[Any]]:
-    """The number of each sample's process, and a sample of each, its last: of a program, if the
-    process was several."""
-    structs = samples.structs
-    first, of_sample = group(mixed(structs["tgid"], structs["born"], structs["execs"]))
-    return of_sample, structs[first]
 
 
 def _kernel(

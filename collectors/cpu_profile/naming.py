@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -13,11 +14,15 @@ from numpy.typing import NDArray
 from coral.bpf import BpfObject
 from coral.collectors.columns import Strings
 from coral.collectors.cpu_profile.frames import FRAME, Places
+from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.cpu_profile.user_stacks import machine
 from coral.collectors.symbols.files import MappedFiles
 from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.unwinding.tables import Tables
+from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_MOST_PROCESSES: Final = 1024
+_CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
 
 
 class Code:
@@ -26,7 +31,10 @@ class Code:
     def __init__(self, bpf_object: BpfObject) -> None:  # noqa: ARG002  as `Slot.common` makes it
         self.lock = threading.Lock()
         self._files = MappedFiles()
-        self._processes: OrderedDict[tuple[int, int], tuple[int, ProcessMaps]] = OrderedDict()
+        self.processes = Processes(self._files)
+        here, cache = machine(), os.environ.get(_CACHE)
+        tables = Tables(Path(cache) / "unwind" if cache else None)
+        self.unwinder = Unwinder(here, tables) if here else None
         self._strings = Strings()
 
     @property
@@ -34,35 +42,14 @@ class Code:
         """What numbers of strings in frames stand for."""
         return self._strings.table
 
-    def maps_of(self, process: Any) -> ProcessMaps:  # noqa: ANN401
-        """The memory of a process, one of its struct cpu_sample."""
-        key = int(process["tgid"]), int(process["born"])
-        execs = int(process["execs"])
-        if found := self._processes.get(key):
-            self._processes.move_to_end(key)
-            before, maps = found
-            if before != execs:
-                maps.executed(int(process["time_ns"]))
-                self._processes[key] = execs, maps
-            return maps
-        maps = ProcessMaps(key[0], self._files)
-        if maps.has_ended:  # it has the memory of its parent, unless it has executed a program
-            for (tgid, _), (others, theirs) in reversed(self._processes.items()):
-                if tgid == process["parent"] and others == execs:
-                    maps = theirs
-                    break
-        self._processes[key] = execs, maps
-        while len(self._processes) > _MOST_PROCESSES:
-            self._processes.popitem(last=False)
-        return maps
-
-    def of_process(self, process: Any, places: Places) -> NDArray[Any]:  # noqa: ANN401
+    def of_process(self, maps: ProcessMaps, places: Places) -> NDArray[Any]:
         """See `Namer`."""
-        maps = self.maps_of(process)
         ids = maps.locate(places.addresses, places.times_ns)
         frames = np.zeros(len(ids), FRAME)
         frames["flags"] = pb.CPU_FRAME_FLAG_UNNAMED
-        for at, (address, number) in enumerate(zip(places.addresses.tolist(), ids.tolist(), strict=True)):
+        for at, (address, number) in enumerate(
+            zip(places.addresses.tolist(), ids.tolist(), strict=True)
+        ):
             module = "[anon]"
             if number >= 0:
                 file = maps.files[maps.file_indexes[number]]

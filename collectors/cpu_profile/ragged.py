@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 
 class Ragged(NamedTuple):
-    """The values of all lists, one list after the other, of shape (m,), and the length of each list,
-    of shape (n,)."""
+    """The values of all lists, one list after the other, of shape (m,), and the length of each
+    list, of shape (n,)."""
 
     flat: NDArray[Any]
     lengths: NDArray[np.int64]

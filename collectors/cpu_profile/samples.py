@@ -45,7 +45,8 @@ class Samples(NamedTuple):
     def first_words(self) -> NDArray[np.int64]:
         """Where in `words` the copy of each user stack begins."""
         first: NDArray[np.int64] = self.structs["tail"].astype(np.int64)
-        return first + self.structs["kernel_frames"]
+        first += self.structs["kernel_frames"]
+        return first
 
     @property
     def word_counts(self) -> NDArray[np.int64]:

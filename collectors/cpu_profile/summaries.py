@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,21 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 _FACTOR: Final = secrets.randbits(64) | 1
 
 
-def summaries(
-    samples: Samples,
-    user: UserStacks,
-    frames: Frames,
-    names: Sequence[str],
-    processes: NDArray[np.bytes_],
-    service: str,
-    period_ns: int,
-) -> Summaries:
-    """A row for each stack, thread, end of the stack and mode of SAMPLES. NAMES are the strings that
-    FRAMES point into; PROCESSES are the command names of the samples' processes, of shape (n,). What was lost is for
-    the caller to fill in."""
+class Profile(NamedTuple):
+    """The samples of an interval, n of them: with their user stacks and their frames, the strings
+    that frames point into, and the command names of their processes, of shape (n,)."""
+
+    samples: Samples
+    user: UserStacks
+    frames: Frames
+    names: Sequence[str]
+    processes: NDArray[np.bytes_]
+
+
+def summaries(profile: Profile, service: str, period_ns: int) -> Summaries:
+    """A row for each stack, thread, end of the stack and mode of the samples, each of which stands
+    for PERIOD_NS of CPU time. What was lost is for the caller to fill in."""
+    samples, user, frames, names, processes = profile
     strings = Strings()
     structs = samples.structs
     table = _table(frames.table, names, strings)
@@ -68,9 +71,7 @@ def summaries(
     return Summaries(pb.CpuProfileColumns, columns, strings.table, messages, len(first))
 
 
-def _table(
-    frames: NDArray[Any], names: Sequence[str], strings: Strings
-) -> dict[str, NDArray[Any]]:
+def _table(frames: NDArray[Any], names: Sequence[str], strings: Strings) -> dict[str, NDArray[Any]]:
     return {
         **{
             f"frame_{name}": strings.indices(frames[name], names.__getitem__)

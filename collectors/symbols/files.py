@@ -26,7 +26,7 @@ _SHARE_OF_DESCRIPTORS: Final = 8
 _MOST_OPEN: Final = 512
 _CHUNK_BYTES: Final = 64 << 10
 _MOST_CHUNKS: Final = 4096  # of a page each: the kernel gives no more at once
-_FUSE: Final = re.compile(rb"^\d+ \d+ 0:(\d+) .* - (fuse\S*) ", re.MULTILINE)
+_FUSE: Final = re.compile(rb"^\d+ \d+ 0:(\d+) \S+ (\S+) .* - (fuse\S*) ", re.MULTILINE)
 
 
 class FileKind(Enum):
@@ -229,17 +229,29 @@ class Mounts:
 
     def __init__(self, tgid: int) -> None:
         self._tgid = tgid
-        self._fuse: dict[str, str] | None = None
+        self._fuse: list[tuple[bytes, bytes, bytes]] | None = None
 
     def that_may_hang(self, device: str) -> str:
         """The kind of the file system on DEVICE (`MM:mm`), if a process answers its requests; else
         empty. The list of mounts is asked, because the file system would ask that process."""
         if not device.startswith("00:"):
             return ""
+        for minor, _, kind in self._all():
+            if f"00:{int(minor):02x}" == device:
+                return kind.decode()
+        return ""
+
+    def that_hold(self, path: str) -> str:
+        """The same for a file at PATH, which is absolute; links on it are not followed."""
+        for _, point, kind in self._all():
+            if os.fsencode(path).startswith(point.rstrip(b"/") + b"/"):
+                return kind.decode()
+        return ""
+
+    def _all(self) -> list[tuple[bytes, bytes, bytes]]:
         if self._fuse is None:
-            found = _FUSE.findall(read_whole(self._tgid, "mountinfo"))
-            self._fuse = {f"00:{int(minor):02x}": kind.decode() for minor, kind in found}
-        return self._fuse.get(device, "")
+            self._fuse = _FUSE.findall(read_whole(self._tgid, "mountinfo"))
+        return self._fuse
 
 
 def read_whole(tgid: int, name: str) -> bytes:

@@ -58,16 +58,20 @@ _Neighbours = tuple[_Line | None, _Line | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Generation:
-    """What was mapped from a time on, until the next one: ids of mappings by their addresses."""
+class Generation:
+    """What was mapped from a time on, until the next one: `ids` of mappings (i32[m]) with their
+    `starts` and `ends` (u64[m]), ascending. `program` counts the programs that the process has
+    executed; no two generations of a process have the same `number`."""
 
+    number: int
     since_ns: int
-    program: int  # counts the programs that the process has executed
+    program: int
     ids: NDArray[np.int32]
     starts: NDArray[np.uint64]
     ends: NDArray[np.uint64]
 
     def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """The ids of the mappings that contain ADDRESSES (u64[n]); -1 for those in none."""
         if not len(self.ids):
             return np.full(len(addresses), -1, np.int32)
         at = np.searchsorted(self.starts, addresses, side="right") - 1
@@ -82,7 +86,8 @@ class ProcessMaps:
     `file_indexes` (i32) into `files`. An id keeps its meaning until `resets` changes, which
     happens after 262,144 mappings. Memory without a file is a `MappedFile` as well. Text that the
     process has moved into anonymous memory, for huge pages, counts as mapped from its file if the
-    memory's pages are those of the file; `is_moved` (bool) tells.
+    memory's pages are those of the file; `is_moved` (bool) tells. `generations` are the states of
+    the memory that are remembered, oldest first.
 
     Times are of CLOCK_MONOTONIC, as the kernel's programs take them. Not safe to use from two
     threads at once. Never raises for what the process does or is: without its maps, it has none.
@@ -92,6 +97,7 @@ class ProcessMaps:
         self.tgid = tgid
         self.has_ended = False
         self.resets = 0
+        self._taken = 0
         self.files: list[MappedFile] = []
         self._registry = files
         self._started = start_time_of(tgid)
@@ -107,7 +113,7 @@ class ProcessMaps:
         self._without_elf: dict[tuple[FileKind, str, Hashable], MappedFile] = {}
         self._known: dict[tuple[int, int, int, int], int] = {}
         self._columns: list[tuple[int, int, int, int, bool]] = []
-        self._generations: list[_Generation] = []
+        self.generations: tuple[Generation, ...] = ()
         self._index()
 
     def _index(self) -> None:
@@ -129,13 +135,13 @@ class ProcessMaps:
         found = np.full(len(addresses), -1, np.int32)
         if times_ns is None:
             times_ns = np.full(len(addresses), np.iinfo(np.uint64).max)
-        ends = [generation.since_ns for generation in self._generations[1:]]
+        ends = [generation.since_ns for generation in self.generations[1:]]
         bounds = [np.uint64(end) for end in ends] + [np.iinfo(np.uint64).max]
-        programs = {generation.program for generation in self._generations}
+        programs = {generation.program for generation in self.generations}
         for program in sorted(programs):
             of_program = [
                 (generation, bound)
-                for generation, bound in zip(self._generations, bounds, strict=True)
+                for generation, bound in zip(self.generations, bounds, strict=True)
                 if generation.program == program
             ]
             first = np.uint64(of_program[0][0].since_ns)
@@ -196,16 +202,22 @@ class ProcessMaps:
         ]
         self._index()
         numbers = np.array(ids, np.int32)
-        if self._generations:
-            newest = self._generations[-1]
+        if self.generations:
+            newest = self.generations[-1]
             if newest.program == self._program and np.array_equal(newest.ids, numbers):
                 return False
             if newest.program == self._program and not np.isin(newest.ids, numbers).any():
                 self._program += 1  # only execve(2) replaces everything
-        self._generations.append(
-            _Generation(since_ns, self._program, numbers, self.starts[numbers], self.ends[numbers])
+        generation = Generation(
+            self._taken,
+            since_ns,
+            self._program,
+            numbers,
+            self.starts[numbers],
+            self.ends[numbers],
         )
-        del self._generations[:-_MOST_GENERATIONS]
+        self._taken += 1
+        self.generations = (*self.generations, generation)[-_MOST_GENERATIONS:]
         return True
 
     def _id_of(self, line: _Line, neighbours: _Neighbours, mounts: Mounts) -> int:
@@ -262,7 +274,7 @@ def _nearest_files(lines: Sequence[_Line]) -> list[_Line | None]:
 def _fill(
     found: NDArray[np.int32],
     wanted: NDArray[np.bool_],
-    generation: _Generation,
+    generation: Generation,
     addresses: NDArray[np.uint64],
 ) -> None:
     wanted = wanted & (found < 0)

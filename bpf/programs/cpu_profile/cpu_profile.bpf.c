@@ -22,12 +22,13 @@ MAP(ARRAY, profile_sessions, __u32, struct profile_session, SESSIONS, 0);
 #define MOST_FRAMES 127 /* kernel.perf_event_max_stack, unless it was changed */
 #define STACK_STEPS 7
 
-#define SAMPLE_IN_KERNEL  1  /* the kernel was interrupted */
-#define SAMPLE_KERNEL_CUT 2  /* its stack may have more frames than those */
-#define SAMPLE_NO_USER	  4  /* a kernel thread */
-#define SAMPLE_STACK_CUT  8  /* the user stack goes on behind what was copied */
-#define SAMPLE_BY_FRAMES  16 /* frames of user space follow, innermost first, instead of its stack \
-			      */
+#define SAMPLE_IN_KERNEL  1 /* the kernel was interrupted */
+#define SAMPLE_KERNEL_CUT 2 /* its stack may have more frames than those */
+#define SAMPLE_NO_USER	  4 /* a kernel thread */
+#define SAMPLE_STACK_CUT  8 /* the user stack goes on behind what was copied */
+#define SAMPLE_BY_FRAMES                                                                           \
+	16 /* frames of user space follow, innermost first, instead of its stack                   \
+	    */
 #define SAMPLE_STACK_HIDDEN 32 /* reading the user stack met an absent page */
 
 /* `kernel_frames` addresses of the kernel follow, innermost first; then `stack_bytes` of the user
@@ -41,11 +42,11 @@ struct cpu_sample {
 	__u32 born;
 	__u32 execs;  /* tells the programs apart that a process was, one after the other */
 	__u32 parent; /* the process id of its parent */
+	__u32 parent_execs;
 	__u32 cpu;
 	__u32 flags;
 	__u32 kernel_frames;
 	__u32 stack_bytes;
-	__u32 reserved;
 	char comm[COMM_BYTES]; /* of the thread */
 	struct user_registers registers;
 };
@@ -91,7 +92,7 @@ static __always_inline bool was_in_kernel(const struct sampled *ctx)
 
 static __always_inline void describe(struct cpu_sample *it, __u32 tgid)
 {
-	struct task_struct *task = this_task();
+	struct task_struct *task = this_task(), *parent;
 
 	it->head.kind = RECORD_CPU_SAMPLE;
 	it->time_ns = bpf_ktime_get_ns();
@@ -100,12 +101,13 @@ static __always_inline void describe(struct cpu_sample *it, __u32 tgid)
 	it->tid = bpf_get_current_pid_tgid();
 	it->born = born_of(kernel_read(task, group_leader));
 	it->execs = kernel_read(profiled_task(task), self_exec_id);
-	it->parent = kernel_read(kernel_read(profiled_task(task), real_parent), tgid);
+	parent = kernel_read(profiled_task(task), real_parent);
+	it->parent = kernel_read(parent, tgid);
+	it->parent_execs = kernel_read(profiled_task(parent), self_exec_id);
 	it->cpu = bpf_get_smp_processor_id();
 	it->flags = 0;
 	it->kernel_frames = 0;
 	it->stack_bytes = 0;
-	it->reserved = 0;
 	bpf_get_current_comm(it->comm, sizeof(it->comm));
 }
 

@@ -1,0 +1,282 @@
+"""Frames that are unwound by rules of their own: signal handlers' returns, PLT stubs, CFAs by other
+registers or by expressions, the outermost functions, and code without a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.collectors.unwinding.memory import Memory
+from coral.collectors.unwinding.rules import (
+    ARM64,
+    CFA,
+    CFA_OFFSET,
+    FIRST_REGISTER,
+    FLAGS,
+    Cfa,
+    Machine,
+    Rule,
+    Saved,
+    kind_of,
+    offset_of,
+    register_of,
+)
+from coral.collectors.unwinding.space import Index
+from coral.collectors.unwinding.stacks import End, Frame
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+Mask = NDArray[np.bool_]
+
+# Further than a stack usually grows, an address is not one of this stack.
+LARGEST_STACK_BYTES: Final = 8 << 20
+_HIGHEST: Final = np.uint64((1 << 48) - 1)
+_WORD: Final = 8
+_STUB_BYTES: Final = 16
+
+# Where the kernel saves registers, from the stack pointer of a handler's return on: x86-64's struct
+# ucontext begins there (uapi/asm/ucontext.h, sigcontext.h), arm64's struct rt_sigframe.
+_SAVED_X86: Final = {
+    register: 40 + _WORD * nth
+    for nth, register in enumerate((*range(8, 16), 5, 4, 6, 3, 1, 0, 2, 7, 16))
+}
+_SAVED_ARM64: Final = {register: 312 + _WORD * register for register in range(33)}
+
+
+class Registers:
+    """All samples' registers beside the three that every step restores."""
+
+    def __init__(self, machine: Machine, registers: Words, *, follows: bool) -> None:
+        self.values = registers.astype(np.int64)
+        self.follows = follows
+        # Bits of registers that calls preserve, and that are known in callers' frames.
+        self.kept = np.full(len(registers), _bits(machine) if follows else 0, np.int64)
+        self.all = _bits(machine)
+
+
+def _bits(machine: Machine) -> int:
+    return sum(1 << register for register in machine.tracked[:-1])
+
+
+@dataclass(slots=True)
+class Frames:
+    """The frames of K live samples at one step, and what their callers' are found to be."""
+
+    sample: Ints
+    rule: Ints  # (k,)
+    window: Words  # slot << 48
+    ip: Words
+    exact: Mask
+    sp: Ints
+    fp: Ints
+    memory: Memory
+
+    cfa: Ints  # all below: of the caller
+    caller: Words
+    pointer: Ints
+    flags: NDArray[np.uint8]
+    end: NDArray[np.uint8]
+    incomplete: Mask  # needs a register that is not followed
+
+
+def resolve(frames: Frames, index: Index, registers: Registers) -> None:
+    """Finds the callers of FRAMES; ends those that have none, with the reason."""
+    machine = index.machine
+    values = registers.values[frames.sample]
+    values[:, machine.stack_pointer] = frames.sp
+    values[:, machine.frame_pointer] = frames.fp
+    known = np.where(frames.exact, -1, registers.kept[frames.sample])
+    known |= 1 << machine.stack_pointer | 1 << machine.frame_pointer
+    rules = index.rules[frames.rule]
+    kind = rules[:, CFA] >> 8
+    frames.end[:] = 0
+    _find_cfa(frames, machine, kind, rules, values, known)
+    _find_return(frames, machine, rules, values, known)
+    _find_frame_pointer(frames, machine, rules, values, known)
+    if (signals := (rules[:, FLAGS] & Rule.SIGNAL) != 0).any():
+        _return_from_signal(frames, machine, np.flatnonzero(signals), registers)
+    if (guessed := (kind == Cfa.NONE) | (kind == Cfa.ANONYMOUS)).any():
+        _guess(frames, index, np.flatnonzero(guessed), kind == Cfa.ANONYMOUS)
+    if (stubs := kind == Cfa.TRAMPOLINE).any():
+        _trampoline(frames, np.flatnonzero(stubs))
+    stuck = (frames.end == 0) & ~signals & (frames.cfa <= frames.sp)
+    # A function that has not touched its stack: on arm64 the return address is in a register.
+    stuck &= ~(frames.exact & (frames.cfa == frames.sp) & machine.returns_in_register)
+    frames.end[stuck] = End.ERROR
+
+
+def _end(frames: Frames, where: Mask, reason: End) -> None:
+    frames.end[where & (frames.end == 0)] = reason
+
+
+def _end_unread(frames: Frames, address: Ints, where: Mask) -> None:
+    beyond = frames.memory.is_beyond(address, LARGEST_STACK_BYTES)
+    _end(frames, where & beyond, End.COPY_TOO_SHORT)
+    _end(frames, where, End.ERROR)
+
+
+def _named(values: Ints, register: Ints) -> Ints:
+    found: Ints = values[np.arange(len(values)), np.minimum(register, values.shape[1] - 1)]
+    return found
+
+
+def _find_cfa(
+    frames: Frames, machine: Machine, kind: Ints, rules: Ints, values: Ints, known: Ints
+) -> None:
+    register, offset = rules[:, CFA] & 0xFF, rules[:, CFA_OFFSET]
+    base = _named(values, register)
+    by_register = (kind == Cfa.REGISTER) | (kind == Cfa.DEREFERENCED)
+    unknown = by_register & ((known >> np.minimum(register, 62)) & 1 == 0)
+    frames.incomplete |= unknown
+    _end(frames, unknown | (kind == Cfa.UNKNOWN), End.NO_UNWIND_INFO)
+    frames.cfa[:] = base + offset
+    stub = kind == Cfa.PLT
+    if stub.any():
+        within = (frames.ip % np.uint64(_STUB_BYTES)).astype(np.int64)
+        entry = frames.sp + _WORD + np.where(within >= offset, _WORD, 0)
+        frames.cfa[:] = np.where(stub, entry, frames.cfa)
+    indirect = kind == Cfa.DEREFERENCED
+    if indirect.any():
+        low = offset.astype(np.uint32).astype(np.int32).astype(np.int64)
+        word, readable = frames.memory.read(base + low)
+        _end_unread(frames, base + low, indirect & ~readable)
+        addend = (offset - low) >> 32
+        frames.cfa[:] = np.where(indirect, word.view(np.int64) + addend, frames.cfa)
+
+
+def _restored(
+    frames: Frames, code: Ints, register: int, values: Ints, known: Ints
+) -> tuple[Ints, Mask, Ints]:
+    """A register of the callers by the rules CODE, whether it is known, and where it was read."""
+    kind, other, offset = kind_of(code), register_of(code), offset_of(code)
+    base = np.where(kind == Saved.AT_REGISTER, _named(values, other), frames.cfa)
+    is_read = (kind == Saved.AT_CFA) | (kind == Saved.AT_REGISTER)
+    word, readable = frames.memory.read(base + offset)
+    found = np.where(is_read, word.view(np.int64), values[:, register])
+    found = np.where(kind == Saved.IS_CFA, frames.cfa + offset, found)
+    found = np.where(kind == Saved.IN_REGISTER, _named(values, other), found)
+    source = np.where((kind == Saved.IN_REGISTER) | (kind == Saved.AT_REGISTER), other, register)
+    is_known = (known >> np.minimum(source, 62)) & 1 != 0
+    is_known = np.where(kind == Saved.AT_CFA, readable, is_known)
+    is_known &= np.where(kind == Saved.AT_REGISTER, readable, True)
+    is_known |= kind == Saved.IS_CFA
+    is_known &= (kind != Saved.UNKNOWN) & (kind != Saved.UNDEFINED)
+    return found, is_known, np.where(is_read, base + offset, 0)
+
+
+def _column(machine: Machine, register: int) -> int:
+    return FIRST_REGISTER + machine.tracked.index(register)
+
+
+def _find_return(
+    frames: Frames, machine: Machine, rules: Ints, values: Ints, known: Ints
+) -> None:
+    code = rules[:, _column(machine, machine.return_address)]
+    if not machine.returns_in_register:
+        # Where it is not said to be saved, it is nowhere: the column is no real register.
+        known = known & ~(1 << machine.return_address)
+    found, is_known, place = _restored(frames, code, machine.return_address, values, known)
+    _end(frames, kind_of(code) == Saved.UNDEFINED, End.BOTTOM)
+    _end_unread(frames, place, ~is_known & (place != 0))
+    _end(frames, ~is_known, End.NO_UNWIND_INFO)
+    frames.caller[:] = found.view(np.uint64)
+
+
+def _find_frame_pointer(
+    frames: Frames, machine: Machine, rules: Ints, values: Ints, known: Ints
+) -> None:
+    code = rules[:, _column(machine, machine.frame_pointer)]
+    found, is_known, _ = _restored(frames, code, machine.frame_pointer, values, known)
+    frames.pointer[:] = np.where(is_known, found, 0)
+
+
+def follow(frames: Frames, index: Index, registers: Registers) -> None:
+    """Restores the registers that calls preserve, for the callers of FRAMES, whose CFAs are known."""
+    machine = index.machine
+    values = registers.values[frames.sample]
+    values[:, machine.stack_pointer] = frames.sp
+    values[:, machine.frame_pointer] = frames.fp
+    known = np.where(frames.exact, -1, registers.kept[frames.sample])
+    known |= 1 << machine.stack_pointer | 1 << machine.frame_pointer
+    rules = index.rules[frames.rule]
+    returns = (rules[:, FLAGS] & Rule.SIGNAL) != 0
+    kept = np.zeros(len(frames.sample), np.int64)
+    after = registers.values[frames.sample]
+    for register in machine.tracked[:-1]:
+        code = rules[:, _column(machine, register)]
+        found, is_known, _ = _restored(frames, code, register, values, known)
+        after[:, register] = np.where(returns, after[:, register], found)
+        kept |= is_known.astype(np.int64) << register
+    registers.values[frames.sample] = after
+    registers.kept[frames.sample] = np.where(returns, registers.all, kept)
+
+
+def _return_from_signal(
+    frames: Frames, machine: Machine, chosen: Ints, registers: Registers
+) -> None:
+    """The caller is what the signal interrupted: all its registers are in the kernel's frame."""
+    saved = _SAVED_ARM64 if machine is ARM64 else _SAVED_X86
+    memory, sp = frames.memory.take(chosen), frames.sp[chosen]
+    readable = np.ones(len(chosen), np.bool_)
+    for register, offset in saved.items():
+        word, was_read = memory.read(sp + offset)
+        readable &= was_read
+        registers.values[frames.sample[chosen], register] = word.view(np.int64)
+    found = registers.values[frames.sample[chosen]]
+    frames.cfa[chosen] = found[:, machine.stack_pointer]
+    frames.pointer[chosen] = found[:, machine.frame_pointer]
+    frames.caller[chosen] = found[:, machine.instruction_pointer].view(np.uint64)
+    frames.flags[chosen] = Frame.EXACT
+    frames.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
+
+
+def _is_code(frames: Frames, index: Index, chosen: Ints, address: Words) -> Mask:
+    before = address - np.uint64(1)
+    rule = index.rule_at((before & _HIGHEST) | frames.window[chosen])
+    found: Mask = (rule != 0) & (before < _HIGHEST)
+    return found
+
+
+def _guess(frames: Frames, index: Index, chosen: Ints, is_anonymous: Mask) -> None:
+    """Without a table: by the frame pointer if what it leads to can be a frame. In memory without
+    a file, CPython's trampoline for perf has none: there by its size."""
+    machine, memory = index.machine, frames.memory.take(chosen)
+    sp, fp, mask = frames.sp[chosen], frames.fp[chosen], np.uint64(machine.address_mask)
+    before, readable = memory.read(fp)
+    caller, also = memory.read(fp + _WORD)
+    caller &= mask
+    fits = readable & also & (fp >= sp) & (fp % _WORD == 0)
+    good = fits & _is_code(frames, index, chosen, caller)
+    outermost = (fp == 0) | (fits & (caller == 0))
+    frames.end[chosen] = End.NO_UNWIND_INFO
+    frames.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = End.COPY_TOO_SHORT
+    frames.end[chosen[outermost]] = End.BOTTOM
+    frames.end[chosen[good]] = 0
+    frames.cfa[chosen] = fp + 2 * _WORD
+    frames.pointer[chosen] = before.view(np.int64)
+    frames.caller[chosen] = caller
+    frames.flags[chosen] = Frame.GUESS
+    if machine.returns_in_register:
+        return
+    left = chosen[~good & is_anonymous[chosen] & ~frames.exact[chosen]]
+    if len(left):
+        caller, readable = frames.memory.take(left).read(frames.sp[left] + _WORD)
+        readable &= _is_code(frames, index, left, caller)
+        left, caller = left[readable], caller[readable]
+        frames.end[left] = 0
+        frames.cfa[left] = frames.sp[left] + 2 * _WORD
+        frames.pointer[left] = frames.fp[left]
+        frames.caller[left] = caller
+
+
+def _trampoline(frames: Frames, chosen: Ints) -> None:
+    """CPython's: it makes room for one word, calls, and returns (Python/asm_trampoline.S)."""
+    frames.cfa[chosen] = frames.sp[chosen] + 2 * _WORD
+    caller, readable = frames.memory.take(chosen).read(frames.sp[chosen] + _WORD)
+    frames.caller[chosen] = caller
+    frames.pointer[chosen] = frames.fp[chosen]
+    frames.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)

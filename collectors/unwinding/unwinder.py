@@ -1,0 +1,170 @@
+"""Unwinds samples of processes by what those have mapped, and by the tables of the mapped files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.collectors.symbols.files import FileKind, MappedFile, memory_of
+from coral.collectors.symbols.maps import Generation, ProcessMaps
+from coral.collectors.unwinding.rules import Cfa, Machine, Rows
+from coral.collectors.unwinding.space import Region, Space
+from coral.collectors.unwinding.stacks import End, Samples, Stacks, replaced
+from coral.collectors.unwinding.tables import MACHINES, Tables
+from coral.collectors.unwinding.walk import unwind
+
+Ints = NDArray[np.int64]
+_Key = tuple[ProcessMaps, int]
+
+_MOST_MEMORIES: Final = 1024
+# CPython 3.12 and later write this for `-X perf`, again and again, from the memory's start on:
+# sub $8, %rsp; call *%rcx; add $8, %rsp; ret. With CET, endbr64 comes first.
+_TRAMPOLINE: Final = bytes.fromhex("4883ec08ffd14883c408c3")
+_ENDBR64: Final = bytes.fromhex("f30f1efa")
+
+
+class Unwinder:
+    """The unwinding of one session or of all. Not safe to use from two threads at once."""
+
+    def __init__(self, machine: Machine, tables: Tables | None = None) -> None:
+        self.machine = machine
+        self.tables = tables or Tables()
+        self._space = Space(machine)
+        self._rows: dict[MappedFile, Rows | None] = {}
+        self._regions: dict[tuple[ProcessMaps, int, int], Region] = {}
+
+    def unwind(
+        self,
+        processes: Sequence[ProcessMaps],
+        which: Ints,
+        times_ns: NDArray[np.uint64],
+        samples: Samples,
+        *,
+        is_whole: NDArray[np.bool_] | None = None,
+    ) -> Stacks:
+        """The stacks of SAMPLES, whose `memory` is ignored: sample i is of PROCESSES[WHICH[i]], taken
+        at TIMES_NS[i]. IS_WHOLE, (n,), says whose stack was copied to its end: such a stack is never
+        called cut. Maps are read again where a stack leads to memory that is not in them."""
+        stacks = self._unwind(processes, which, times_ns, samples)
+        lost = np.flatnonzero(stacks.unmapped != 0)
+        grown = [
+            number
+            for number in np.unique(which[lost]).tolist()
+            if self._has_grown(processes[number], stacks.unmapped[lost[which[lost] == number]])
+        ]
+        if grown:
+            again = lost[np.isin(which[lost], grown)]
+            now = np.full(len(again), np.iinfo(np.uint64).max)
+            second = self._unwind(processes, which[again], now, samples.take(again))
+            better = second.lengths > stacks.lengths[again]
+            keep = replaced(second, np.flatnonzero(~better), _taken(stacks, again[~better]))
+            stacks = replaced(stacks, again, keep)
+        if is_whole is not None:
+            wrong = is_whole & (stacks.ends == End.COPY_TOO_SHORT)
+            stacks = replace(
+                stacks, ends=np.where(wrong, End.ERROR, stacks.ends).astype(np.uint8)
+            )
+        return stacks
+
+    def _has_grown(self, process: ProcessMaps, addresses: NDArray[np.uint64]) -> bool:
+        """Whether one of ADDRESSES is mapped, as was not known when it was looked for."""
+        return bool((process.locate(addresses) >= 0).any())
+
+    def _unwind(
+        self,
+        processes: Sequence[ProcessMaps],
+        which: Ints,
+        times_ns: NDArray[np.uint64],
+        samples: Samples,
+    ) -> Stacks:
+        keys: list[_Key] = []
+        place = np.zeros(len(which), np.int64)
+        for number in np.unique(which).tolist():
+            process, chosen = processes[number], np.flatnonzero(which == number)
+            generations = process.generations
+            begins = np.array([one.since_ns for one in generations], np.uint64)
+            at = np.maximum(np.searchsorted(begins, times_ns[chosen], "right") - 1, 0)
+            for index in np.unique(at).tolist():
+                place[chosen[at == index]] = len(keys)
+                keys.append(self._put(process, generations, index))
+        if len(self._space) > _MOST_MEMORIES:
+            self._forget(set(keys))
+        slots = np.array([self._space.slot(key) for key in keys], np.int64)
+        memory = slots[place] if len(keys) else place
+        return unwind(replace(samples, memory=memory), self._space)
+
+    def _put(
+        self, process: ProcessMaps, generations: Sequence[Generation], index: int
+    ) -> _Key:
+        if not generations:
+            key = (process, -1)
+            if key not in self._space:
+                self._space.put(key, [])
+            return key
+        generation = generations[index]
+        key = (process, generation.number)
+        if key not in self._space:
+            regions = [self._region(process, mapping) for mapping in generation.ids.tolist()]
+            self._space.put(key, regions)
+        return key
+
+    def _region(self, process: ProcessMaps, mapping: int) -> Region:
+        key = (process, process.resets, mapping)
+        if key not in self._regions:
+            self._regions[key] = self._made(process, mapping)
+        return self._regions[key]
+
+    def _made(self, process: ProcessMaps, mapping: int) -> Region:
+        start, end = int(process.starts[mapping]), int(process.ends[mapping])
+        file = process.files[process.file_indexes[mapping]]
+        if file.kind is FileKind.ANONYMOUS and file.elf is None:
+            return Region(start, end, 0, None, _kind_of(process.tgid, start))
+        if file not in self._rows:
+            self._rows[file] = None if file.elf is None else self.tables.of(file.elf)
+        rows, bias = self._rows[file], None
+        if rows is not None and file.elf is not None:
+            bias = file.elf.bias(start, end, int(process.file_offsets[mapping]))
+        return Region(start, end, bias or 0, None if bias is None else rows)
+
+    def _forget(self, keys: set[_Key]) -> None:
+        self._space.keep_only(keys)
+        kept = {process for process, _ in keys}
+        self._regions = {key: found for key, found in self._regions.items() if key[0] in kept}
+        files = {file for process in kept for file in process.files}
+        self._rows = {file: rows for file, rows in self._rows.items() if file in files}
+
+
+def _kind_of(tgid: int, start: int) -> Cfa:
+    """What executable memory without a file holds."""
+    try:
+        with memory_of(tgid) as memory:
+            code = os.pread(memory, len(_ENDBR64) + len(_TRAMPOLINE), start)
+    except (OSError, OverflowError):
+        return Cfa.ANONYMOUS
+    is_trampoline = code.removeprefix(_ENDBR64).startswith(_TRAMPOLINE)
+    return Cfa.TRAMPOLINE if is_trampoline else Cfa.ANONYMOUS
+
+
+def _taken(stacks: Stacks, index: Ints) -> Stacks:
+    """The stacks at INDEX, (k,)."""
+    offsets = stacks.offsets
+    frames = [np.arange(offsets[one], offsets[one + 1]) for one in index.tolist()]
+    chosen = np.concatenate([np.zeros(0, np.int64), *frames])
+    return Stacks(
+        stacks.addresses[chosen],
+        stacks.flags[chosen],
+        stacks.lengths[index],
+        stacks.ends[index],
+        stacks.unwinding[index],
+        stacks.unmapped[index],
+    )
+
+
+def machine_of(elf_machine: int) -> Machine | None:
+    """The registers of a machine by ELF's number for it; None where stacks cannot be unwound."""
+    return MACHINES.get(elf_machine)
