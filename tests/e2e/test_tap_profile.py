@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_every_format_has_the_samples_that_the_totals_tell_of(
 def test_a_tap_whose_time_is_over_writes_its_file(agent: RunningAgent, tmp_path: Path) -> None:
     path = tmp_path / "flame.folded"
     code = f"import time\n{COMPUTE.format(0.3)}"
-    arguments = ("--cpu-profile", "-o", path, "--", "python3", "-c", code)
+    arguments = ("--cpu-profile", "-o", path, "--", sys.executable, "-I", "-S", "-c", code)
     done = subprocess.run(
         coral("tap", "--agent", agent.address, *arguments),
         capture_output=True, text=True, timeout=60, check=False,
