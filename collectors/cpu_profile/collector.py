@@ -108,6 +108,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         samples = joined(drain_long(self._ring))
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
         with self._code.lock:
+            self._code.trim()
             memory = memory_of(samples, self._code.processes)
             user = unwound(samples, memory, self._code.unwinder)
             frames = resolve(samples, user, memory, self._code)

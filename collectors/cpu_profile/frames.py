@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.columns import group
-from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.cpu_profile.processes import Process, Processes
 from coral.collectors.cpu_profile.ragged import Ragged, joined_reversed
 from coral.collectors.cpu_profile.samples import Samples
-from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.symbols.strings import Strings
 from coral.collectors.targets import process_keys
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -52,21 +52,21 @@ class Namer(Protocol):
     """Knows what lies at addresses. Strings are numbers into `strings`, which only grows."""
 
     @property
-    def strings(self) -> Sequence[str]:
+    def strings(self) -> Strings:
         """What the numbers stand for."""
 
-    def of_process(self, maps: ProcessMaps, places: Places) -> NDArray[Any]:
-        """Frames, of shape (k,) and of the type `FRAME`, of PLACES in the memory MAPS."""
+    def of_process(self, process: Process, places: Places) -> NDArray[Any]:
+        """Frames, of shape (k,) and of the type `FRAME`, of PLACES in the memory of PROCESS."""
 
     def of_kernel(self, places: Places) -> NDArray[Any]:
         """The same of the kernel's."""
 
 
 class Memory(NamedTuple):
-    """Whose memory samples were taken in: the number of each, of shape (n,), in `maps`."""
+    """Whose memory samples were taken in: the number of each, of shape (n,), in `processes`."""
 
     of_sample: NDArray[np.intp]
-    maps: Sequence[ProcessMaps]
+    processes: Sequence[Process]
 
 
 class Frames(NamedTuple):
@@ -96,7 +96,7 @@ def memory_of(samples: Samples, processes: Processes) -> Memory:
     process = process_keys(some["tgid"], some["born"])[order]
     newest = np.append(process[1:] != process[:-1], True)[: len(process)]
     found = {
-        at: processes.maps_of(some[at], newest=is_newest)
+        at: processes.of(some[at], newest=is_newest)
         for at, is_newest in zip(order.tolist(), newest.tolist(), strict=True)
     }
     return Memory(of_sample, [found[at] for at in range(len(order))])
@@ -111,7 +111,7 @@ def resolve(samples: Samples, user: UserStacks, memory: Memory, namer: Namer) ->
     first, of_user = group(keys)
     found = np.zeros(len(first), FRAME)
     at = owner[first]
-    for number, maps in enumerate(memory.maps):
+    for number, process in enumerate(memory.processes):
         mine = np.flatnonzero(of_process[at] == number)
         chosen = first[mine]
         places = Places(
@@ -120,18 +120,23 @@ def resolve(samples: Samples, user: UserStacks, memory: Memory, namer: Namer) ->
             samples.structs["time_ns"][owner[chosen]],
         )
         if len(mine):
-            found[mine] = namer.of_process(maps, places)
+            found[mine] = namer.of_process(process, places)
     found["flags"] |= np.where(user.is_guess[first], np.uint32(pb.CPU_FRAME_FLAG_GUESS), 0)
     kernel_found, of_kernel = _kernel(samples, kernel, namer)
     both = np.concatenate([found, kernel_found])
-    of_frame, of_place = group(
-        mixed(*(both[name] for name in ("function", "module", "address", "build_id", "flags")))
-    )
+    of_frame, of_place = group(_identities(both))
     stacks = joined_reversed(
         Ragged(of_place[of_user], user.addresses.lengths),
         Ragged(of_place[len(found) + of_kernel], kernel.lengths),
     )
     return Frames(stacks, both[of_frame])
+
+
+def _identities(frames: NDArray[Any]) -> NDArray[np.uint64]:
+    """The same number for places of one function, and for the same place without a name."""
+    has_name = frames["flags"] & np.uint32(pb.CPU_FRAME_FLAG_UNNAMED) == 0
+    address = np.where(has_name, np.uint64(0), frames["address"])
+    return mixed(address, *(frames[it] for it in ("function", "module", "build_id", "flags")))
 
 
 def _kernel(

@@ -15,6 +15,7 @@ from coral.collectors.contract import Summaries
 from coral.collectors.cpu_profile.frames import Frames, UserStacks, mixed
 from coral.collectors.cpu_profile.ragged import Ragged, fingerprints
 from coral.collectors.cpu_profile.samples import IN_KERNEL, STACK_CUT, Samples
+from coral.collectors.symbols.strings import Strings as Names
 from coral.collectors.targets import comm_text
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -28,7 +29,7 @@ class Profile(NamedTuple):
     samples: Samples
     user: UserStacks
     frames: Frames
-    names: Sequence[str]
+    names: Names
     processes: NDArray[np.bytes_]
 
 
@@ -71,7 +72,7 @@ def summaries(profile: Profile, service: str, period_ns: int) -> Summaries:
     return Summaries(pb.CpuProfileColumns, columns, strings.table, messages, len(first))
 
 
-def _table(frames: NDArray[Any], names: Sequence[str], strings: Strings) -> dict[str, NDArray[Any]]:
+def _table(frames: NDArray[Any], names: Names, strings: Strings) -> dict[str, NDArray[Any]]:
     return {
         **{
             f"frame_{name}": strings.indices(frames[name], names.__getitem__)

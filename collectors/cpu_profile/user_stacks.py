@@ -11,20 +11,13 @@ from numpy.typing import NDArray
 
 from coral.collectors.cpu_profile.frames import Memory, UserStacks
 from coral.collectors.cpu_profile.ragged import Ragged
-from coral.collectors.cpu_profile.samples import (
-    BY_FRAMES,
-    NO_USER,
-    STACK_CUT,
-    STACK_HIDDEN,
-    Samples,
-)
+from coral.collectors.cpu_profile.samples import BY_FRAMES, NO_USER, STACK_CUT, Samples
 from coral.collectors.unwinding.rules import ARM64, X86_64, Machine
 from coral.collectors.unwinding.stacks import Frame
 from coral.collectors.unwinding.stacks import Samples as Copies
 from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_WORD: Final = 8
 _MACHINES: Final = {"x86_64": X86_64, "aarch64": ARM64}
 # The registers of ptrace(2) by their numbers in DWARF, the instruction pointer last.
 _X86: Final = (
@@ -45,9 +38,8 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
     if unwinder is None or not len(copied):
         return by_frames
     registers = _registers(samples.structs["registers"][copied], unwinder.machine)
-    sp = registers[:, unwinder.machine.stack_pointer]
     stacks = unwinder.unwind(
-        memory.maps,
+        [process.maps for process in memory.processes],
         memory.of_sample[copied],
         samples.structs["time_ns"][copied],
         Copies(
@@ -56,13 +48,12 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
             samples.words,
             samples.first_words[copied],
             samples.word_counts[copied],
-            sp & ~np.uint64(_WORD - 1),
+            samples.structs["stack_start"][copied],
         ),
-        is_whole=~(samples.has(STACK_CUT) | samples.has(STACK_HIDDEN))[copied],
     )
     ends, unwinding = by_frames.ends, by_frames.unwinding
     ends[copied], unwinding[copied] = stacks.ends, stacks.unwinding
-    is_gone = np.array([not maps.generations for maps in memory.maps], bool)
+    is_gone = np.array([not process.maps.generations for process in memory.processes], bool)
     ends[is_gone[memory.of_sample] & ~samples.has(NO_USER)] = pb.CPU_STACK_END_PROCESS_GONE
     lengths = by_frames.addresses.lengths
     lengths[copied] = stacks.lengths

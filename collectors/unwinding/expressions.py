@@ -39,7 +39,7 @@ def cfa_of(block: bytes) -> tuple[int, int]:
     addend = _addend(rest[1:]) if rest[0] == _DEREF else None
     if addend is None:
         return cfa(Cfa.UNKNOWN), 0
-    return cfa(Cfa.DEREFERENCED, register), (addend << 32) + (offset & 0xFFFFFFFF)
+    return cfa(Cfa.DEREFERENCED, register), (addend << 32) + offset
 
 
 def saved_by(block: bytes) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from coral.collectors.unwinding.stacks import Samples
 
 _WORD: Final = 8
+_RED_ZONE_BYTES: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class Memory:
         return found, readable
 
     def is_beyond(self, address: NDArray[np.int64], most: int) -> NDArray[np.bool_]:
-        """Whether an ADDRESS of each stack, (n,), is above what was copied, by at most MOST bytes."""
+        """Whether an ADDRESS of each stack, (n,), was not copied, and is above the copy by at most MOST
+        bytes, or just below it, where x86-64's leaf functions have their red zone."""
         into = address - self.base
-        above = (into >= 0) & (into.view(np.uint64) >= self.room)
-        return above & (into < most + self.room.astype(np.int64))
+        outside = into.view(np.uint64) >= self.room
+        return outside & (into >= -_RED_ZONE_BYTES) & (into < most + self.room.astype(np.int64))

@@ -56,6 +56,8 @@ class Registers:
         # Bits of registers that calls preserve, and that are known in callers' frames.
         self.kept = np.full(len(registers), _bits(machine) if follows else 0, np.int64)
         self.all = _bits(machine)
+        # Signals that were handled on another stack than they interrupted.
+        self.has_moved = np.zeros(len(registers), np.bool_)
 
 
 def _bits(machine: Machine) -> int:
@@ -231,6 +233,7 @@ def _return_from_signal(
     frames.pointer[chosen] = found[:, machine.frame_pointer]
     frames.caller[chosen] = found[:, machine.instruction_pointer].view(np.uint64)
     frames.flags[chosen] = Frame.EXACT
+    registers.has_moved[frames.sample[chosen]] |= ~memory.read(frames.cfa[chosen])[1]
     frames.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
 
 

@@ -14,7 +14,7 @@ from coral.collectors.symbols.files import FileKind, MappedFile, memory_of
 from coral.collectors.symbols.maps import Generation, ProcessMaps
 from coral.collectors.unwinding.rules import Cfa, Machine, Rows
 from coral.collectors.unwinding.space import Region, Space
-from coral.collectors.unwinding.stacks import End, Samples, Stacks, replaced
+from coral.collectors.unwinding.stacks import Samples, Stacks, replaced
 from coral.collectors.unwinding.tables import MACHINES, Tables
 from coral.collectors.unwinding.walk import unwind
 
@@ -44,12 +44,9 @@ class Unwinder:
         which: Ints,
         times_ns: NDArray[np.uint64],
         samples: Samples,
-        *,
-        is_whole: NDArray[np.bool_] | None = None,
     ) -> Stacks:
         """The stacks of SAMPLES, whose `memory` is ignored: sample i is of PROCESSES[WHICH[i]], taken
-        at TIMES_NS[i]. IS_WHOLE, (n,), says whose stack was copied to its end: such a stack is never
-        called cut. Maps are read again where a stack leads to memory that is not in them."""
+        at TIMES_NS[i]. Maps are read again where a stack leads to memory that is not in them."""
         stacks = self._unwind(processes, which, times_ns, samples)
         lost = np.flatnonzero(stacks.unmapped != 0)
         grown = [
@@ -64,11 +61,6 @@ class Unwinder:
             better = second.lengths > stacks.lengths[again]
             keep = replaced(second, np.flatnonzero(~better), _taken(stacks, again[~better]))
             stacks = replaced(stacks, again, keep)
-        if is_whole is not None:
-            wrong = is_whole & (stacks.ends == End.COPY_TOO_SHORT)
-            stacks = replace(
-                stacks, ends=np.where(wrong, End.ERROR, stacks.ends).astype(np.uint8)
-            )
         return stacks
 
     def _has_grown(self, process: ProcessMaps, addresses: NDArray[np.uint64]) -> bool:
@@ -144,7 +136,7 @@ def _kind_of(tgid: int, start: int) -> Cfa:
     try:
         with memory_of(tgid) as memory:
             code = os.pread(memory, len(_ENDBR64) + len(_TRAMPOLINE), start)
-    except (OSError, OverflowError):
+    except (OSError, OverflowError):  # vsyscall is above what a descriptor can name
         return Cfa.ANONYMOUS
     is_trampoline = code.removeprefix(_ENDBR64).startswith(_TRAMPOLINE)
     return Cfa.TRAMPOLINE if is_trampoline else Cfa.ANONYMOUS

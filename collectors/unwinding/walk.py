@@ -107,6 +107,7 @@ class _Walk:
         if not (good & plain).all():
             end[~good] = End.ERROR
             beyond = self.memory.is_beyond(cfa + index.return_offset[rule], _LARGEST_STACK_BYTES)
+            beyond |= self.others.has_moved[self.live]
             end[~readable & beyond] = End.COPY_TOO_SHORT
         if self.others.follows or not plain.all():
             self._unusual(rule, np.flatnonzero(~plain), (cfa, ip, fp, flags, end))

@@ -22,6 +22,12 @@ MAP(ARRAY, profile_sessions, __u32, struct profile_session, SESSIONS, 0);
 #define MOST_FRAMES 127 /* kernel.perf_event_max_stack, unless it was changed */
 #define STACK_STEPS 7
 
+#if defined(__TARGET_ARCH_x86)
+#define RED_ZONE_BYTES 128 /* System V ABI, AMD64 supplement, 3.2.2 */
+#else
+#define RED_ZONE_BYTES 0
+#endif
+
 #define SAMPLE_IN_KERNEL  1 /* the kernel was interrupted */
 #define SAMPLE_KERNEL_CUT 2 /* its stack may have more frames than those */
 #define SAMPLE_NO_USER	  4 /* a kernel thread */
@@ -32,11 +38,12 @@ MAP(ARRAY, profile_sessions, __u32, struct profile_session, SESSIONS, 0);
 #define SAMPLE_STACK_HIDDEN 32 /* reading the user stack met an absent page */
 
 /* `kernel_frames` addresses of the kernel follow, innermost first; then `stack_bytes` of the user
- * stack, from its pointer rounded down to eight bytes, or of frames. */
+ * stack, from `stack_start` on, or of frames. */
 struct cpu_sample {
 	struct record_head head;
 	__u64 time_ns; /* CLOCK_MONOTONIC */
-	__u64 tail;    /* for user space: where in its copy of the ring the rest is */
+	__u64 stack_start;
+	__u64 tail; /* for user space: where in its copy of the ring the rest is */
 	__u32 tgid;
 	__u32 tid;
 	__u32 born;
@@ -96,6 +103,7 @@ static __always_inline void describe(struct cpu_sample *it, __u32 tgid)
 
 	it->head.kind = RECORD_CPU_SAMPLE;
 	it->time_ns = bpf_ktime_get_ns();
+	it->stack_start = 0;
 	it->tail = 0;
 	it->tgid = tgid;
 	it->tid = bpf_get_current_pid_tgid();
@@ -143,13 +151,29 @@ static __always_inline __u64 read_user_frames(struct sampled *ctx, struct cpu_sa
 	return bytes & ~7ULL;
 }
 
+/*
+ * Where the stack begins: functions that call no other keep things below the stack pointer too
+ * (x86-64 has a red zone), unless that is a page that is not there.
+ */
+static __always_inline __u64 stack_start(__u64 sp)
+{
+	__u64 start = (sp - RED_ZONE_BYTES) & ~7ULL;
+	__u8 byte;
+
+	if ((start ^ sp) & ~(USER_READ_STEP - 1ULL) && user_read(&byte, start))
+		return sp & ~7ULL;
+	return start;
+}
+
 /* Likewise: the stack, at most MOST bytes of it. */
 static __always_inline __u64 read_user_stack(struct cpu_sample *it, void *to, __u64 most)
 {
-	__u64 sp = user_sp(&it->registers) & ~7ULL, there_are = user_stack_bytes(sp, 1ULL << 40);
-	__u64 wanted = there_are < most ? there_are : most, bytes;
+	__u64 start = stack_start(user_sp(&it->registers)), wanted, bytes;
+	__u64 there_are = user_stack_bytes(start, 1ULL << 40);
 
-	bytes = user_stack_read(to, sp, wanted, STACK_STEPS);
+	it->stack_start = start;
+	wanted = there_are < most ? there_are : most;
+	bytes = user_stack_read(to, start, wanted, STACK_STEPS);
 	if (bytes < wanted)
 		it->flags |= SAMPLE_STACK_HIDDEN;
 	else if (bytes < there_are)
