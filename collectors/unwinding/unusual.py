@@ -174,9 +174,7 @@ def _column(machine: Machine, register: int) -> int:
     return FIRST_REGISTER + machine.tracked.index(register)
 
 
-def _find_return(
-    frames: Frames, machine: Machine, rules: Ints, values: Ints, known: Ints
-) -> None:
+def _find_return(frames: Frames, machine: Machine, rules: Ints, values: Ints, known: Ints) -> None:
     code = rules[:, _column(machine, machine.return_address)]
     if not machine.returns_in_register:
         # Where it is not said to be saved, it is nowhere: the column is no real register.
