@@ -114,8 +114,9 @@ class _Walk:
             beyond |= self.others.has_moved[self.live]
             end[~readable & beyond] = _CUT
         end[index.is_outermost[rule]] = _BOTTOM
+        callers = unusual.Callers(cfa, ip, fp, flags, end)
         if self.others.follows or np.count_nonzero(plain) < len(plain):
-            self._unusual(rule, np.flatnonzero(~plain), (cfa, ip, fp, flags, end))
+            self._unusual(rule, np.flatnonzero(~plain), callers)
         if index.machine.address_mask != _EVERY_BIT:
             ip &= np.uint64(index.machine.address_mask)
         end[(ip == 0) & (end == 0)] = _BOTTOM
@@ -125,57 +126,22 @@ class _Walk:
             self._keep(end == 0)
 
     def _unusual(
-        self,
-        rule: NDArray[np.uint32],
-        chosen: NDArray[np.int64],
-        caller: tuple[
-            NDArray[np.int64],
-            NDArray[np.uint64],
-            NDArray[np.int64],
-            NDArray[np.uint8],
-            NDArray[np.uint8],
-        ],
+        self, rule: NDArray[np.uint32], chosen: NDArray[np.int64], callers: unusual.Callers
     ) -> None:
-        """Sets what is known of the CALLER of the samples CHOSEN: CFA, instruction and frame pointer,
-        flags, end. Follows the other registers of all."""
-        every = np.arange(len(rule)) if self.others.follows else chosen
-        frames = unusual.Frames(
-            self.live[chosen],
-            rule[chosen].astype(np.int64),
-            self.window[chosen],
-            self.ip[chosen],
-            self.flags[chosen] & _EXACT != 0,
-            self.sp[chosen],
-            self.fp[chosen],
-            self.memory.take(chosen),
-            *(column[chosen] for column in caller),
-            incomplete=np.zeros(len(chosen), np.bool_),
+        """Sets what is found of the CALLERS of the samples CHOSEN; follows the registers of all."""
+        exact = self.flags & _EXACT != 0
+        every = unusual.Frames(
+            self.live, rule, self.window, self.ip, exact, self.sp, self.fp, self.memory, callers
         )
-        unusual.resolve(frames, self.index, self.others)
-        found = (frames.cfa, frames.caller, frames.pointer, frames.flags, frames.end)
-        for column, of_chosen in zip(caller, found, strict=True):
-            column[chosen] = of_chosen
-        signals = self.index.rules[rule[chosen], FLAGS] & Rule.SIGNAL != 0
-        self.found[-1][2][chosen[signals]] |= np.uint8(Frame.SIGNAL)
+        frames = every.take(chosen)
+        incomplete = unusual.resolve(frames, self.index, self.others)
+        callers.put(chosen, frames.callers)
+        signals = self.index.rules[frames.rule, FLAGS] & Rule.SIGNAL != 0
+        self.flags[chosen[signals]] |= np.uint8(Frame.SIGNAL)
         if self.others.follows:
-            unusual.follow(
-                unusual.Frames(
-                    self.live,
-                    rule.astype(np.int64),
-                    self.window,
-                    self.ip,
-                    self.flags & _EXACT != 0,
-                    self.sp,
-                    self.fp,
-                    self.memory,
-                    *caller,
-                    incomplete=np.zeros(len(every), np.bool_),
-                ),
-                self.index,
-                self.others,
-            )
-        elif frames.incomplete.any():
-            self.incomplete.append(frames.sample[frames.incomplete])
+            unusual.follow(every, self.index, self.others)
+        elif incomplete.any():
+            self.incomplete.append(frames.sample[incomplete])
 
     def _keep(self, kept: NDArray[np.bool_]) -> None:
         self.live, self.ip, self.flags = self.live[kept], self.ip[kept], self.flags[kept]
