@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -56,7 +57,8 @@ class Read:
 
 def read(content: bytes) -> Read:
     """Decodes a `.pb.gz`. Every number in it has to point to something."""
-    profile = _profile_type()()
+    profile = _type_of("Profile")()
+    nowhere = _type_of("Mapping")()
     profile.ParseFromString(gzip.decompress(content))
     strings = list(profile.string_table)
     assert strings[0] == ""
@@ -68,8 +70,8 @@ def read(content: bytes) -> Read:
 
     def frame(number: int) -> tuple[str, str, str, int]:
         place = locations[number]
-        mapping = mappings[place.mapping_id] if place.mapping_id else _Nowhere
-        if place.mapping_id:
+        mapping = mappings[place.mapping_id] if place.mapping_id else nowhere
+        if mapping is not nowhere:
             assert mapping.memory_start <= place.address < mapping.memory_limit
         (line,) = place.line
         module, build_id = strings[mapping.filename], strings[mapping.build_id]
@@ -87,7 +89,8 @@ def read(content: bytes) -> Read:
     return Read(profile, types, rows, [strings[it] for it in profile.comment])
 
 
-def _profile_type() -> Any:
+@cache
+def _pool() -> descriptor_pool.DescriptorPool:
     file = descriptor_pb2.FileDescriptorProto(
         name="pprof_of_tests.proto", package="tests.pprof", syntax="proto3"
     )
@@ -105,9 +108,9 @@ def _profile_type() -> Any:
             else:
                 one.type = getattr(kinds, _VARINT.get(kind, "TYPE_STRING"))
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)  # type: ignore[no-untyped-call]
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tests.pprof.Profile"))
+    pool.Add(file)
+    return pool
 
 
-class _Nowhere:
-    filename = build_id = 0
+def _type_of(name: str) -> Any:
+    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(f"tests.pprof.{name}"))

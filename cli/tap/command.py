@@ -44,6 +44,7 @@ _TARGET_VALUES: Final = {
     "comm": "the name of a command",
 }
 _EMPTY: Final = "an empty TARGET"
+_CLOSED: Final = "standard output was closed"
 _BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED, EndReason.AGENT_SHUTDOWN)
 # Longer than the agent works on any one request.
 _ANSWER_S: Final = 15.0
@@ -295,7 +296,7 @@ async def _tap(request: Request) -> int:
             try:
                 tapped.begin(await _began_ns(agent, started.collector_id))
                 screen = screen_of(request.output.form, tapped, config)
-                await _follow(agent, request.view, tapped, screen, held)
+                await _follow(agent, request, tapped, screen, held)
             except AgentError as error:
                 failure = error  # what has come before it is shown all the same
             finally:
@@ -418,7 +419,7 @@ async def _read(stream: Stream, tapped: Tapped, screen: Screen) -> None:
 
 
 async def _follow(
-    agent: AgentClient, view: View, tapped: Tapped, screen: Screen, held: HeldCommand | None
+    agent: AgentClient, request: Request, tapped: Tapped, screen: Screen, held: HeldCommand | None
 ) -> None:
     """Shows batches until the session's end. The first Ctrl-C stops the collector; the rows that it
     still had are shown too."""
@@ -432,11 +433,15 @@ async def _follow(
 
     try:
         with on_signal(stop):
+            columns = request.view.columns
             async with agent.subscribe(
-                tapped.collector_id, interactive=True, columns=view.columns, retry=_RETRY
+                tapped.collector_id, interactive=True, columns=columns, retry=_RETRY
             ) as stream:
                 if held:
                     held.release()
                 await _read(stream, tapped, screen)
+    except BrokenPipeError:  # nobody reads standard output any more; the file may still be wanted
+        request.output.write(tapped.story, Session(tapped.target, _CLOSED, tapped.lost))
+        raise
     finally:
         await asyncio.gather(*stopping, return_exceptions=True)

@@ -73,7 +73,7 @@ def test_a_page_draws_shares_and_marks(chromium: Browser, tmp_path: Path) -> Non
     widths = frames(chromium)
     assert widths["all"] == 100
     assert widths["main"] == pytest.approx(94)
-    assert (widths["serve"], widths["read"]) == (pytest.approx(60), pytest.approx(30))
+    assert [widths["serve"], widths["read"]] == pytest.approx([60, 30])
     assert widths["do_syscall_64 [k]"] == pytest.approx(30)
     assert widths["~ guessed"] == pytest.approx(4)
     assert widths["[cut]"] == widths["orphan"] == pytest.approx(4)

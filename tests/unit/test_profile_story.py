@@ -264,7 +264,7 @@ def test_rows_are_plain_data_with_their_stacks() -> None:
             "kernel": True,
         },
     ]  # fmt: skip
-    assert (rows[3]["end"], rows[3]["pid"], rows[3]["tid"]) == ("copy too short", 77, 78)
+    assert (rows[3]["end"], rows[3]["pid"], rows[3]["tid"]) == ("copy_too_short", 77, 78)
     assert (rows[0]["seq"], rows[1]["seq"], rows[0]["period_ns"]) == (1, 2, PERIOD_NS)
 
 

@@ -8,6 +8,7 @@ are escapes such as `\x3b`. The format has no place for what is lost or guessed.
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from typing import Final
 
 from coral.views.cpu_profile.names import escaped, visible
@@ -15,6 +16,7 @@ from coral.views.cpu_profile.profile import Frame, Profile
 from coral.views.cpu_profile.tree import roots
 
 _KERNEL: Final = "_[k]"
+_MOST_NAMES: Final = 65_536
 _SPACE: Final = "␣"
 
 
@@ -29,10 +31,12 @@ def folded(profile: Profile) -> str:
     return "".join(f"{stack} {count}\n" for stack, count in sorted(lines.items()))
 
 
+@lru_cache(_MOST_NAMES)
 def _frame_word(frame: Frame) -> str:
     return word(frame.function) + (_KERNEL if frame.kernel else "")
 
 
+@lru_cache(_MOST_NAMES)
 def word(name: str) -> str:
     """NAME without anything that separates names or lines. Not reversible where a name has a `␣`
     of its own."""

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.views.cpu_profile.profile import UNKNOWN, Frame, Origin, Profile, Sampled, end_words
+from coral.views.cpu_profile.profile import UNKNOWN, Frame, Origin, Profile, Sampled
+from coral.views.data import short_name
+from coral.wire.kinds import kind_name
 
 _ROW_COLUMNS: Final = (
     *("stack", "count", "process", "tgid", "comm", "tid", "end", "unwinding", "in_kernel"),
@@ -21,17 +23,18 @@ _FRAME_COLUMNS: Final = (
 )
 
 
-def take(batch: Batch, profile: Profile) -> None:
-    """Adds a batch to PROFILE."""
+def take(batch: Batch, *profiles: Profile) -> None:
+    """Adds a batch to each of PROFILES."""
     columns = batch.columns
     period_ns = _single(columns, "period_ns")
     if not columns and len(batch.message.cpu_profile):
         period_ns = batch.message.cpu_profile[0].period_ns
     for origin, frames, count in samples(batch):
-        profile.add(origin, frames, count, period_ns)
-    profile.account(
-        lost=_single(columns, "samples_lost"), truncated=_single(columns, "samples_truncated")
-    )
+        for profile in profiles:
+            profile.add(origin, frames, count, period_ns)
+    lost, truncated = (_single(columns, f"samples_{name}") for name in ("lost", "truncated"))
+    for profile in profiles:
+        profile.account(lost=lost, truncated=truncated)
 
 
 def samples(batch: Batch) -> Iterator[Sampled]:
@@ -94,7 +97,7 @@ def records(batch: Batch) -> Iterator[dict[str, Any]]:
     period_ns = _single(batch.columns, "period_ns")
     for index, (origin, frames, count) in enumerate(samples(batch)):
         yield {
-            "collector": "cpu_profile",
+            "collector": kind_name(message.kind),
             "service": message.service_name,
             "seq": message.first_seq + index,
             "interval_start_ns": message.interval_start_ns,
@@ -106,7 +109,8 @@ def records(batch: Batch) -> Iterator[dict[str, Any]]:
             "count": count,
             "period_ns": period_ns,
             "in_kernel": origin.in_kernel,
-            "end": end_words(origin.end),
+            "end": short_name(pb.CpuStackEnd.DESCRIPTOR, origin.end),
+            "unwinding": short_name(pb.CpuUnwinding.DESCRIPTOR, origin.unwinding),
             "stack": [_frame_record(frame) for frame in frames],
         }
 

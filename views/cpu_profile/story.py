@@ -49,8 +49,7 @@ class ProfileStory:
         """Takes in samples."""
         if self._intervals.add(batch.message):
             self._latest = Profile()
-        take(batch, self._latest)
-        take(batch, self.profile)
+        take(batch, self._latest, self.profile)
 
     def interval_table(self, width: int, most_lines: int) -> RenderableType:
         """All samples so far, for a terminal: an interval has too few to say much."""

@@ -73,9 +73,10 @@ def walk(root: Node, least: float = 0.0) -> Iterator[tuple[int, int, Node]]:
         depth, left, node = waiting.pop()
         yield depth, left, node
         below = []
-        for child in sorted(node.children.values(), key=lambda it: (-it.total, it.function)):
-            if child.total >= least:
-                below.append((depth + 1, left, child))
+        # Those that are left out come last, so none is drawn to the right of them.
+        drawn = (child for child in node.children.values() if child.total >= least)
+        for child in sorted(drawn, key=lambda it: (-it.total, it.function)):
+            below.append((depth + 1, left, child))
             left += child.total
         waiting.extend(reversed(below))
 
@@ -83,7 +84,12 @@ def walk(root: Node, least: float = 0.0) -> Iterator[tuple[int, int, Node]]:
 def least_drawn(root: Node, most: int) -> int:
     """How many samples a node must have, so that at most MOST nodes have as many; 1 where all fit.
     A node never has more samples than the one above it."""
-    totals = sorted((node.total for _, _, node in walk(root)), reverse=True)
+    totals, waiting = [], [root]
+    while waiting:
+        node = waiting.pop()
+        totals.append(node.total)
+        waiting.extend(node.children.values())
+    totals.sort(reverse=True)
     return totals[most] + 1 if len(totals) > most else 1
 
 
