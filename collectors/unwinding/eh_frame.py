@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.unwinding import leb128
-from coral.collectors.unwinding.programs import Code, Programs, Ran, decoded, run
+from coral.collectors.unwinding.instructions import Code, Programs, decoded
+from coral.collectors.unwinding.programs import Ran, run
 from coral.collectors.unwinding.rules import (
-    FIRST_REGISTER,
     FLAGS,
     Machine,
     Rows,

@@ -297,7 +297,9 @@ def _guess(frames: Frames, index: Index, chosen: Ints, is_anonymous: Mask) -> No
     good = fits & _is_code(frames, index, chosen, caller)
     outermost = (fp == 0) | (fits & (caller == 0))
     frames.callers.end[chosen] = End.NO_UNWIND_INFO
-    frames.callers.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = End.COPY_TOO_SHORT
+    frames.callers.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = (
+        End.COPY_TOO_SHORT
+    )
     frames.callers.end[chosen[outermost]] = End.BOTTOM
     frames.callers.end[chosen[good]] = 0
     frames.callers.cfa[chosen] = fp + 2 * _WORD
