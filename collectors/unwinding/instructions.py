@@ -125,6 +125,7 @@ def _instruction_lengths(data: NDArray[np.uint8], ends: NDArray[np.int32]) -> ND
 
 
 def instructions(code: Code, programs: Programs) -> tuple[Stream, NDArray[np.bool_]]:
+    """The instructions of PROGRAMS, and which programs, (n,), are damaged."""
     data, length = code.data, code.length
     damaged = (programs.end - programs.begin > _MOST_BYTES) | (programs.begin > programs.end)
     who = np.flatnonzero(~damaged)

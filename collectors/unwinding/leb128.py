@@ -17,8 +17,7 @@ CONTINUES: Final = 0x80  # the bit of a byte that is not a number's last
 
 
 def ends(data: Bytes) -> NDArray[np.int32]:
-    """Where a LEB128 number that begins at each byte of DATA ends, (n,); one that does not end in it
-    ends at n."""
+    """Where a LEB128 number that begins at each byte of DATA ends, (n,); n if it does not end."""
     size = len(data)
     last = np.where(data < CONTINUES, np.arange(1, size + 1, dtype=np.int32), np.int32(size))
     return np.minimum.accumulate(last[::-1])[::-1]

@@ -1,8 +1,8 @@
 """Runs the call frame instructions of all functions of a file at once.
 
-All programs' instructions are one long array, in which a register's rule at some instruction is that
-of the last instruction before it that sets it: `maximum.accumulate` over indexes. A restored state
-refers to the remembered one the same way.
+All programs' instructions are one long array, in which a register's rule at some instruction is
+that of the last instruction before it that sets it: `maximum.accumulate` over indexes. A restored
+state refers to the remembered one the same way.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class _States:
         return np.where(unmatched, mark, source)
 
     def setter(self, sets: NDArray[np.bool_], seen_from: Ints) -> Ints:
-        """The last of the instructions SETS, (t,), or the mark of the beginning, as seen from each of
-        SEEN_FROM, (k,)."""
+        """The last of the instructions SETS, (t,), or the mark of the beginning, as seen from each
+        of SEEN_FROM, (k,)."""
         stops = sets | self._is_mark | self._is_restore
         last = np.maximum.accumulate(np.where(stops, self._index, np.int32(0)))
         origin = last[self._remembered]

@@ -182,7 +182,7 @@ def _find_cfa(frames: Frames, rules: Ints, known: _Known) -> Mask:
     kind, register, offset = rules[:, CFA] >> 8, rules[:, CFA] & 0xFF, rules[:, CFA_OFFSET]
     base = known.named(register)
     by_register = (kind == Cfa.REGISTER) | (kind == Cfa.DEREFERENCED)
-    unknown = by_register & ~known.has(register)
+    unknown: Mask = by_register & ~known.has(register)
     _end(frames, unknown | (kind == Cfa.UNKNOWN), End.NO_UNWIND_INFO)
     found = base + offset
     stub = kind == Cfa.PLT
@@ -242,7 +242,7 @@ def _find_frame_pointer(frames: Frames, machine: Machine, rules: Ints, known: _K
 
 
 def follow(frames: Frames, index: Index, registers: Registers) -> None:
-    """Restores the registers that calls preserve, for the callers of FRAMES, whose CFAs are known."""
+    """Restores the registers that calls preserve, of the callers of FRAMES; the CFAs are known."""
     machine = index.machine
     known = _known(frames, machine, registers)
     rules = index.rules[frames.rule]
