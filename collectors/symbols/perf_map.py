@@ -112,7 +112,6 @@ class PerfMap:
                 self._clear()
             while self._position < size:
                 if len(self) >= _MOST_FUNCTIONS or len(self._names) >= _MOST_TEXT_BYTES:
-                    self.why_not = f"only the first {len(self)} functions of the perf map are known"
                     return
                 data = os.pread(self._file.fd, _READ_BYTES, self._position)
                 if not data:
@@ -170,7 +169,12 @@ class PerfMap:
         names = second + 1
         good &= good_sizes & (names < feeds) & (sizes > 0) & (sizes < np.uint64(1 << 47))
         good &= starts < np.uint64(1 << 63)
-        chosen = np.flatnonzero(good)[: _MOST_FUNCTIONS - len(self)]
+        chosen = np.flatnonzero(good)
+        if len(chosen) > _MOST_FUNCTIONS - len(self) or len(self._names) >= _MOST_TEXT_BYTES:
+            chosen = chosen[: _MOST_FUNCTIONS - len(self)]
+            self.why_not = (
+                f"only the first {len(self) + len(chosen)} functions of the perf map are known"
+            )
         if not len(chosen):
             return
         starts, ends = starts[chosen], starts[chosen] + sizes[chosen]

@@ -41,7 +41,15 @@ _LONG_LENGTH: Final = struct.Struct("<Q").unpack_from
 _SMALLEST_GAP: Final = 16
 _IS_LONG: Final = 0xFFFFFFFF
 # DW_EH_PE: the format in the lower four bits, what it is relative to in the next three.
-_FORMATS: Final = {0x0: "<u8", 0x2: "<u2", 0x3: "<u4", 0x4: "<u8", 0xA: "<i2", 0xB: "<i4", 0xC: "<i8"}
+_FORMATS: Final = {
+    0x0: "<u8",
+    0x2: "<u2",
+    0x3: "<u4",
+    0x4: "<u8",
+    0xA: "<i2",
+    0xB: "<i4",
+    0xC: "<i8",
+}
 _PC_RELATIVE: Final = 0x10
 
 
@@ -121,9 +129,7 @@ def _entries(section: bytes, size: int, *, has_end: bool) -> tuple[Ints, Ints, I
     return np.array(heads, np.int64), np.array(begins, np.int64), np.array(ends, np.int64)
 
 
-def _commons(
-    section: bytes, at: Ints, end: Ints, machine: Machine
-) -> tuple[list[_Common], Ints]:
+def _commons(section: bytes, at: Ints, end: Ints, machine: Machine) -> tuple[list[_Common], Ints]:
     """The common entries that are sound, and which of those at AT they are."""
     commons, which = [], []
     places = zip(at[:_MOST_COMMON_ENTRIES].tolist(), end.tolist(), strict=False)
@@ -253,9 +259,7 @@ def _ranges(
     return start, stop, begin, sound & (stop < limit)
 
 
-def _sorted_rows(
-    ran: Ran, start: Ints, stop: Ints, entries: int, machine: Machine
-) -> Rows:
+def _sorted_rows(ran: Ran, start: Ints, stop: Ints, entries: int, machine: Machine) -> Rows:
     """The rows of all functions by address. Where functions overlap, the one that begins later has
     the rest."""
     # A function of no bytes is none; of several that begin at one address the longest is kept.

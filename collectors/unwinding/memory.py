@@ -18,7 +18,7 @@ _RED_ZONE_BYTES: Final = 128
 class Memory:
     """The stacks of N samples."""
 
-    words: NDArray[np.uint64]  # with two more at the end
+    words: NDArray[np.uint64]  # at least one
     first: NDArray[np.int64]  # (n,)
     base: NDArray[np.int64]  # (n,)
     room: NDArray[np.uint64]  # (n,): bytes from the base at which a whole word may begin
@@ -29,7 +29,8 @@ class Memory:
         size = len(samples.words)
         first = np.clip(samples.first, 0, size).astype(np.int64)
         count = np.clip(samples.count, 0, size - first)
-        words = np.append(samples.words, np.zeros(2, np.uint64))
+        words = samples.words if size else np.zeros(1, np.uint64)
+        first = np.minimum(first, max(size - 1, 0))  # of a stack without words, one is read in vain
         room = np.where(count > 0, count * _WORD - _WORD + 1, 0).astype(np.uint64)
         return cls(words, first, samples.base.astype(np.int64), room)
 
@@ -42,15 +43,17 @@ class Memory:
         0."""
         into = address - self.base
         readable = into.view(np.uint64) < self.room
-        every = readable.all()
+        every = np.count_nonzero(readable) == len(readable)
         if not every:
             into = np.where(readable, into, 0)
         place = self.first + (into >> 3)
         found = self.words[place]
         odd = into & (_WORD - 1)
-        if odd.any():
+        if np.count_nonzero(odd):
             low = (odd * 8).astype(np.uint64)  # of the first word, these bits are not wanted
-            high = self.words[place + 1] << (np.uint64(64) - np.maximum(low, np.uint64(1)))
+            high = self.words[np.minimum(place + 1, len(self.words) - 1)] << (
+                np.uint64(64) - np.maximum(low, np.uint64(1))
+            )
             found = np.where(odd > 0, (found >> low) | high, found)
         if not every:
             found = np.where(readable, found, np.uint64(0))

@@ -35,7 +35,13 @@ _ADVANCE: Final = 0x40
 _OFFSET: Final = 0x80
 _RESTORE: Final = 0xC0
 _ADVANCE1, _ADVANCE2, _ADVANCE4, _ADVANCE8 = 0x02, 0x03, 0x04, 0x1D
-_OFFSET_EXTENDED, _RESTORE_EXTENDED, _UNDEFINED, _SAME_VALUE, _REGISTER = 0x05, 0x06, 0x07, 0x08, 0x09
+_OFFSET_EXTENDED, _RESTORE_EXTENDED, _UNDEFINED, _SAME_VALUE, _REGISTER = (
+    0x05,
+    0x06,
+    0x07,
+    0x08,
+    0x09,
+)
 _REMEMBER_STATE, _RESTORE_STATE = 0x0A, 0x0B
 _DEF_CFA, _DEF_CFA_REGISTER, _DEF_CFA_OFFSET, _DEF_CFA_EXPRESSION = 0x0C, 0x0D, 0x0E, 0x0F
 _EXPRESSION, _OFFSET_EXTENDED_SF, _DEF_CFA_SF, _DEF_CFA_OFFSET_SF = 0x10, 0x11, 0x12, 0x13
@@ -126,9 +132,7 @@ def decoded(data: NDArray[np.uint8]) -> Code:
     return Code(data, ends, _instruction_lengths(data, ends))
 
 
-def _instruction_lengths(
-    data: NDArray[np.uint8], ends: NDArray[np.int32]
-) -> NDArray[np.int32]:
+def _instruction_lengths(data: NDArray[np.uint8], ends: NDArray[np.int32]) -> NDArray[np.int32]:
     size = len(data) - leb128.PADDING
     form = _FORM[data]
     form[size:] = 0
@@ -283,9 +287,7 @@ class _Values:
     cfa_offset: Ints
 
 
-def _values(
-    code: Code, stream: _Stream, programs: Programs, damaged: NDArray[np.bool_]
-) -> _Values:
+def _values(code: Code, stream: _Stream, programs: Programs, damaged: NDArray[np.bool_]) -> _Values:
     data, ends = code.data, code.number_end
     total = len(stream.at)
     register, rule = np.full(total, -1, np.int64), np.zeros(total, np.int64)
@@ -294,7 +296,10 @@ def _values(
     factor = programs.data_alignment[stream.program]
 
     def those(*opcodes: int) -> Ints:
-        return np.flatnonzero(np.isin(stream.opcode, opcodes))
+        found = stream.opcode == opcodes[0]
+        for opcode in opcodes[1:]:
+            found |= stream.opcode == opcode
+        return np.flatnonzero(found)
 
     def bounded(index: Ints, value: Ints) -> Ints:
         damaged[stream.program[index[np.abs(value) > _LARGEST_OFFSET]]] = True

@@ -42,7 +42,9 @@ class Saved(IntEnum):
 class Rule(IntFlag):
     """What else a rule says."""
 
-    SIGNAL = 1  # the frame of a signal handler's return: its caller was interrupted, it did not call
+    SIGNAL = (
+        1  # the frame of a signal handler's return: its caller was interrupted, it did not call
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,9 @@ class Rows:
 
     start: NDArray[np.uint64]  # (n,): virtual addresses of the file, ascending; the first is 0
     rule: NDArray[np.uint16] | NDArray[np.uint32]  # (n,): index in `rules`
-    rules: NDArray[np.int64]  # (m, columns): distinct rules; the first is that of uncovered addresses
+    rules: NDArray[
+        np.int64
+    ]  # (m, columns): distinct rules; the first is that of uncovered addresses
     entries: int  # functions' entries (FDEs) in the section
     damaged: int  # entries left out, because they are damaged or use what is not understood
 

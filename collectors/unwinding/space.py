@@ -59,6 +59,7 @@ class Index:
     # Of each rule, (k,): whether the CFA is sp or the frame pointer plus an offset, the return address
     # is saved, and the frame pointer saved or the same: then the next columns say all.
     is_plain: NDArray[np.bool_]
+    is_outermost: NDArray[np.bool_]  # the frame has no caller; is_plain too
     by_frame_pointer: NDArray[np.bool_]
     cfa_offset: NDArray[np.int64]
     return_offset: NDArray[np.int64]
@@ -149,9 +150,7 @@ class Space:
             np.concatenate(rules),
         )
 
-    def _mappings(
-        self, numbers: dict[int, int]
-    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    def _mappings(self, numbers: dict[int, int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         mapping, shift = [0], [0]
         for slot, regions in enumerate(self._memories):
             base = slot * _WINDOW
@@ -196,6 +195,7 @@ def _index(
     is_plain &= (register == machine.stack_pointer) | (register == machine.frame_pointer)
     is_plain &= saves | (kind_of(pointer) == Saved.SAME)
     is_plain &= rules[:, FLAGS] & Rule.SIGNAL == 0
+    is_outermost = kind_of(returns) == Saved.UNDEFINED
     return Index(
         machine,
         mapping,
@@ -203,7 +203,8 @@ def _index(
         row,
         row_rule,
         rules,
-        is_plain,
+        is_plain | is_outermost,
+        is_outermost,
         register == machine.frame_pointer,
         np.where(is_plain, rules[:, CFA_OFFSET], 0),
         np.where(is_plain, offset_of(returns), 0),

@@ -197,9 +197,7 @@ def packed(rows: Rows) -> bytes:
         rows.entries,
         rows.damaged,
     )
-    content = b"".join(
-        [header, rows.start.tobytes(), rows.rules.tobytes(), rows.rule.tobytes()]
-    )
+    content = b"".join([header, rows.start.tobytes(), rows.rules.tobytes(), rows.rule.tobytes()])
     return content + hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 

@@ -37,6 +37,7 @@ LARGEST_STACK_BYTES: Final = 8 << 20
 _HIGHEST: Final = np.uint64((1 << 48) - 1)
 _WORD: Final = 8
 _STUB_BYTES: Final = 16
+_HIGHEST_BIT: Final = 62
 
 # Where the kernel saves registers, from the stack pointer of a handler's return on: x86-64's struct
 # ucontext begins there (uapi/asm/ucontext.h, sigcontext.h), arm64's struct rt_sigframe.
@@ -64,55 +65,111 @@ def _bits(machine: Machine) -> int:
     return sum(1 << register for register in machine.tracked[:-1])
 
 
-@dataclass(slots=True)
-class Frames:
-    """The frames of K live samples at one step, and what their callers' are found to be."""
+@dataclass(frozen=True, slots=True)
+class Callers:
+    """What is found of the callers of K frames. Its arrays are written to."""
 
-    sample: Ints
-    rule: Ints  # (k,)
+    cfa: Ints  # (k,): the stack pointer in the caller
+    ip: Words
+    fp: Ints
+    flags: NDArray[np.uint8]  # Frame
+    end: NDArray[np.uint8]  # End, of frames without a caller; else 0
+
+    def take(self, index: Ints) -> Callers:
+        """A copy of those at INDEX, (j,)."""
+        return Callers(
+            self.cfa[index], self.ip[index], self.fp[index], self.flags[index], self.end[index]
+        )
+
+    def put(self, index: Ints, other: Callers) -> None:
+        """Sets those at INDEX, (j,), to OTHER."""
+        self.cfa[index], self.ip[index], self.fp[index] = other.cfa, other.ip, other.fp
+        self.flags[index], self.end[index] = other.flags, other.end
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The frames of K live samples at one step."""
+
+    sample: Ints  # (k,)
+    rule: NDArray[np.uint32]
     window: Words  # slot << 48
     ip: Words
     exact: Mask
     sp: Ints
     fp: Ints
     memory: Memory
+    callers: Callers
 
-    cfa: Ints  # all below: of the caller
-    caller: Words
-    pointer: Ints
-    flags: NDArray[np.uint8]
-    end: NDArray[np.uint8]
-    incomplete: Mask  # needs a register that is not followed
+    def take(self, index: Ints) -> Frames:
+        """Those at INDEX, (j,), with a copy of what is found of their callers."""
+        return Frames(
+            self.sample[index],
+            self.rule[index],
+            self.window[index],
+            self.ip[index],
+            self.exact[index],
+            self.sp[index],
+            self.fp[index],
+            self.memory.take(index),
+            self.callers.take(index),
+        )
 
 
-def resolve(frames: Frames, index: Index, registers: Registers) -> None:
-    """Finds the callers of FRAMES; ends those that have none, with the reason."""
-    machine = index.machine
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The registers of K frames: values, (k, registers), and a bit for each that is known, (k,)."""
+
+    values: Ints
+    bits: Ints
+
+    def named(self, register: Ints) -> Ints:
+        """Of each frame, the value of one REGISTER, (k,)."""
+        at = np.minimum(register, self.values.shape[1] - 1)
+        found: Ints = self.values[np.arange(len(self.values)), at]
+        return found
+
+    def has(self, register: Ints | int) -> Mask:
+        """Of each frame, whether REGISTER is known."""
+        found: Mask = (self.bits >> np.minimum(register, _HIGHEST_BIT)) & 1 != 0
+        return found
+
+
+def _known(frames: Frames, machine: Machine, registers: Registers) -> _Known:
     values = registers.values[frames.sample]
     values[:, machine.stack_pointer] = frames.sp
     values[:, machine.frame_pointer] = frames.fp
-    known = np.where(frames.exact, -1, registers.kept[frames.sample])
-    known |= 1 << machine.stack_pointer | 1 << machine.frame_pointer
+    bits = np.where(frames.exact, -1, registers.kept[frames.sample])
+    bits |= 1 << machine.stack_pointer | 1 << machine.frame_pointer
+    return _Known(values, bits)
+
+
+def resolve(frames: Frames, index: Index, registers: Registers) -> Mask:
+    """Finds the callers of FRAMES, and why some have none. Returns which of them need a register
+    that is not followed, (k,)."""
+    machine = index.machine
+    known = _known(frames, machine, registers)
     rules = index.rules[frames.rule]
     kind = rules[:, CFA] >> 8
-    frames.end[:] = 0
-    _find_cfa(frames, machine, kind, rules, values, known)
-    _find_return(frames, machine, rules, values, known)
-    _find_frame_pointer(frames, machine, rules, values, known)
+    frames.callers.end[:] = 0
+    incomplete = _find_cfa(frames, rules, known)
+    _find_return(frames, machine, rules, known)
+    _find_frame_pointer(frames, machine, rules, known)
     if (signals := (rules[:, FLAGS] & Rule.SIGNAL) != 0).any():
         _return_from_signal(frames, machine, np.flatnonzero(signals), registers)
     if (guessed := (kind == Cfa.NONE) | (kind == Cfa.ANONYMOUS)).any():
         _guess(frames, index, np.flatnonzero(guessed), kind == Cfa.ANONYMOUS)
     if (stubs := kind == Cfa.TRAMPOLINE).any():
         _trampoline(frames, np.flatnonzero(stubs))
-    stuck = (frames.end == 0) & ~signals & (frames.cfa <= frames.sp)
+    stuck = (frames.callers.end == 0) & ~signals & (frames.callers.cfa <= frames.sp)
     # A function that has not touched its stack: on arm64 the return address is in a register.
-    stuck &= ~(frames.exact & (frames.cfa == frames.sp) & machine.returns_in_register)
-    frames.end[stuck] = End.ERROR
+    stuck &= ~(frames.exact & (frames.callers.cfa == frames.sp) & machine.returns_in_register)
+    frames.callers.end[stuck] = End.ERROR
+    return incomplete
 
 
 def _end(frames: Frames, where: Mask, reason: End) -> None:
-    frames.end[where & (frames.end == 0)] = reason
+    frames.callers.end[where & (frames.callers.end == 0)] = reason
 
 
 def _end_unread(frames: Frames, address: Ints, where: Mask) -> None:
@@ -121,96 +178,80 @@ def _end_unread(frames: Frames, address: Ints, where: Mask) -> None:
     _end(frames, where, End.ERROR)
 
 
-def _named(values: Ints, register: Ints) -> Ints:
-    found: Ints = values[np.arange(len(values)), np.minimum(register, values.shape[1] - 1)]
-    return found
-
-
-def _find_cfa(
-    frames: Frames, machine: Machine, kind: Ints, rules: Ints, values: Ints, known: Ints
-) -> None:
-    register, offset = rules[:, CFA] & 0xFF, rules[:, CFA_OFFSET]
-    base = _named(values, register)
+def _find_cfa(frames: Frames, rules: Ints, known: _Known) -> Mask:
+    kind, register, offset = rules[:, CFA] >> 8, rules[:, CFA] & 0xFF, rules[:, CFA_OFFSET]
+    base = known.named(register)
     by_register = (kind == Cfa.REGISTER) | (kind == Cfa.DEREFERENCED)
-    unknown = by_register & ((known >> np.minimum(register, 62)) & 1 == 0)
-    frames.incomplete |= unknown
+    unknown = by_register & ~known.has(register)
     _end(frames, unknown | (kind == Cfa.UNKNOWN), End.NO_UNWIND_INFO)
-    frames.cfa[:] = base + offset
+    found = base + offset
     stub = kind == Cfa.PLT
     if stub.any():
         within = (frames.ip % np.uint64(_STUB_BYTES)).astype(np.int64)
         entry = frames.sp + _WORD + np.where(within >= offset, _WORD, 0)
-        frames.cfa[:] = np.where(stub, entry, frames.cfa)
+        found = np.where(stub, entry, found)
     indirect = kind == Cfa.DEREFERENCED
     if indirect.any():
         low = offset.astype(np.uint32).astype(np.int32).astype(np.int64)
         word, readable = frames.memory.read(base + low)
         _end_unread(frames, base + low, indirect & ~readable)
         addend = (offset - low) >> 32
-        frames.cfa[:] = np.where(indirect, word.view(np.int64) + addend, frames.cfa)
+        found = np.where(indirect, word.view(np.int64) + addend, found)
+    frames.callers.cfa[:] = found
+    return unknown
 
 
-def _restored(
-    frames: Frames, code: Ints, register: int, values: Ints, known: Ints
-) -> tuple[Ints, Mask, Ints]:
+def _restored(frames: Frames, code: Ints, register: int, known: _Known) -> tuple[Ints, Mask, Ints]:
     """A register of the callers by the rules CODE, whether it is known, and where it was read."""
     kind, other, offset = kind_of(code), register_of(code), offset_of(code)
-    base = np.where(kind == Saved.AT_REGISTER, _named(values, other), frames.cfa)
+    cfa = frames.callers.cfa
+    by_other = (kind == Saved.AT_REGISTER) | (kind == Saved.IN_REGISTER)
+    place = np.where(kind == Saved.AT_REGISTER, known.named(other), cfa) + offset
     is_read = (kind == Saved.AT_CFA) | (kind == Saved.AT_REGISTER)
-    word, readable = frames.memory.read(base + offset)
-    found = np.where(is_read, word.view(np.int64), values[:, register])
-    found = np.where(kind == Saved.IS_CFA, frames.cfa + offset, found)
-    found = np.where(kind == Saved.IN_REGISTER, _named(values, other), found)
-    source = np.where((kind == Saved.IN_REGISTER) | (kind == Saved.AT_REGISTER), other, register)
-    is_known = (known >> np.minimum(source, 62)) & 1 != 0
-    is_known = np.where(kind == Saved.AT_CFA, readable, is_known)
-    is_known &= np.where(kind == Saved.AT_REGISTER, readable, True)
-    is_known |= kind == Saved.IS_CFA
+    word, readable = frames.memory.read(place)
+    found = np.where(is_read, word.view(np.int64), known.values[:, register])
+    found = np.where(kind == Saved.IS_CFA, cfa + offset, found)
+    found = np.where(kind == Saved.IN_REGISTER, known.named(other), found)
+    is_known = known.has(np.where(by_other, other, register))
+    is_known |= (kind == Saved.AT_CFA) | (kind == Saved.IS_CFA)
+    is_known &= readable | ~is_read
     is_known &= (kind != Saved.UNKNOWN) & (kind != Saved.UNDEFINED)
-    return found, is_known, np.where(is_read, base + offset, 0)
+    return found, is_known, np.where(is_read, place, 0)
 
 
 def _column(machine: Machine, register: int) -> int:
     return FIRST_REGISTER + machine.tracked.index(register)
 
 
-def _find_return(
-    frames: Frames, machine: Machine, rules: Ints, values: Ints, known: Ints
-) -> None:
+def _find_return(frames: Frames, machine: Machine, rules: Ints, known: _Known) -> None:
     code = rules[:, _column(machine, machine.return_address)]
     if not machine.returns_in_register:
         # Where it is not said to be saved, it is nowhere: the column is no real register.
-        known = known & ~(1 << machine.return_address)
-    found, is_known, place = _restored(frames, code, machine.return_address, values, known)
+        known = _Known(known.values, known.bits & ~(1 << machine.return_address))
+    found, is_known, place = _restored(frames, code, machine.return_address, known)
     _end(frames, kind_of(code) == Saved.UNDEFINED, End.BOTTOM)
     _end_unread(frames, place, ~is_known & (place != 0))
     _end(frames, ~is_known, End.NO_UNWIND_INFO)
-    frames.caller[:] = found.view(np.uint64)
+    frames.callers.ip[:] = found.view(np.uint64)
 
 
-def _find_frame_pointer(
-    frames: Frames, machine: Machine, rules: Ints, values: Ints, known: Ints
-) -> None:
+def _find_frame_pointer(frames: Frames, machine: Machine, rules: Ints, known: _Known) -> None:
     code = rules[:, _column(machine, machine.frame_pointer)]
-    found, is_known, _ = _restored(frames, code, machine.frame_pointer, values, known)
-    frames.pointer[:] = np.where(is_known, found, 0)
+    found, is_known, _ = _restored(frames, code, machine.frame_pointer, known)
+    frames.callers.fp[:] = np.where(is_known, found, 0)
 
 
 def follow(frames: Frames, index: Index, registers: Registers) -> None:
     """Restores the registers that calls preserve, for the callers of FRAMES, whose CFAs are known."""
     machine = index.machine
-    values = registers.values[frames.sample]
-    values[:, machine.stack_pointer] = frames.sp
-    values[:, machine.frame_pointer] = frames.fp
-    known = np.where(frames.exact, -1, registers.kept[frames.sample])
-    known |= 1 << machine.stack_pointer | 1 << machine.frame_pointer
+    known = _known(frames, machine, registers)
     rules = index.rules[frames.rule]
     returns = (rules[:, FLAGS] & Rule.SIGNAL) != 0
     kept = np.zeros(len(frames.sample), np.int64)
     after = registers.values[frames.sample]
     for register in machine.tracked[:-1]:
         code = rules[:, _column(machine, register)]
-        found, is_known, _ = _restored(frames, code, register, values, known)
+        found, is_known, _ = _restored(frames, code, register, known)
         after[:, register] = np.where(returns, after[:, register], found)
         kept |= is_known.astype(np.int64) << register
     registers.values[frames.sample] = after
@@ -229,12 +270,12 @@ def _return_from_signal(
         readable &= was_read
         registers.values[frames.sample[chosen], register] = word.view(np.int64)
     found = registers.values[frames.sample[chosen]]
-    frames.cfa[chosen] = found[:, machine.stack_pointer]
-    frames.pointer[chosen] = found[:, machine.frame_pointer]
-    frames.caller[chosen] = found[:, machine.instruction_pointer].view(np.uint64)
-    frames.flags[chosen] = Frame.EXACT
-    registers.has_moved[frames.sample[chosen]] |= ~memory.read(frames.cfa[chosen])[1]
-    frames.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
+    frames.callers.cfa[chosen] = found[:, machine.stack_pointer]
+    frames.callers.fp[chosen] = found[:, machine.frame_pointer]
+    frames.callers.ip[chosen] = found[:, machine.instruction_pointer].view(np.uint64)
+    frames.callers.flags[chosen] = Frame.EXACT
+    registers.has_moved[frames.sample[chosen]] |= ~memory.read(frames.callers.cfa[chosen])[1]
+    frames.callers.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
 
 
 def _is_code(frames: Frames, index: Index, chosen: Ints, address: Words) -> Mask:
@@ -255,14 +296,14 @@ def _guess(frames: Frames, index: Index, chosen: Ints, is_anonymous: Mask) -> No
     fits = readable & also & (fp >= sp) & (fp % _WORD == 0)
     good = fits & _is_code(frames, index, chosen, caller)
     outermost = (fp == 0) | (fits & (caller == 0))
-    frames.end[chosen] = End.NO_UNWIND_INFO
-    frames.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = End.COPY_TOO_SHORT
-    frames.end[chosen[outermost]] = End.BOTTOM
-    frames.end[chosen[good]] = 0
-    frames.cfa[chosen] = fp + 2 * _WORD
-    frames.pointer[chosen] = before.view(np.int64)
-    frames.caller[chosen] = caller
-    frames.flags[chosen] = Frame.GUESS
+    frames.callers.end[chosen] = End.NO_UNWIND_INFO
+    frames.callers.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = End.COPY_TOO_SHORT
+    frames.callers.end[chosen[outermost]] = End.BOTTOM
+    frames.callers.end[chosen[good]] = 0
+    frames.callers.cfa[chosen] = fp + 2 * _WORD
+    frames.callers.fp[chosen] = before.view(np.int64)
+    frames.callers.ip[chosen] = caller
+    frames.callers.flags[chosen] = Frame.GUESS
     if machine.returns_in_register:
         return
     left = chosen[~good & is_anonymous[chosen] & ~frames.exact[chosen]]
@@ -270,16 +311,16 @@ def _guess(frames: Frames, index: Index, chosen: Ints, is_anonymous: Mask) -> No
         caller, readable = frames.memory.take(left).read(frames.sp[left] + _WORD)
         readable &= _is_code(frames, index, left, caller)
         left, caller = left[readable], caller[readable]
-        frames.end[left] = 0
-        frames.cfa[left] = frames.sp[left] + 2 * _WORD
-        frames.pointer[left] = frames.fp[left]
-        frames.caller[left] = caller
+        frames.callers.end[left] = 0
+        frames.callers.cfa[left] = frames.sp[left] + 2 * _WORD
+        frames.callers.fp[left] = frames.fp[left]
+        frames.callers.ip[left] = caller
 
 
 def _trampoline(frames: Frames, chosen: Ints) -> None:
     """CPython's: it makes room for one word, calls, and returns (Python/asm_trampoline.S)."""
-    frames.cfa[chosen] = frames.sp[chosen] + 2 * _WORD
+    frames.callers.cfa[chosen] = frames.sp[chosen] + 2 * _WORD
     caller, readable = frames.memory.take(chosen).read(frames.sp[chosen] + _WORD)
-    frames.caller[chosen] = caller
-    frames.pointer[chosen] = frames.fp[chosen]
-    frames.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
+    frames.callers.ip[chosen] = caller
+    frames.callers.fp[chosen] = frames.fp[chosen]
+    frames.callers.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)

@@ -90,9 +90,7 @@ class Unwinder:
         memory = slots[place] if len(keys) else place
         return unwind(replace(samples, memory=memory), self._space)
 
-    def _put(
-        self, process: ProcessMaps, generations: Sequence[Generation], index: int
-    ) -> _Key:
+    def _put(self, process: ProcessMaps, generations: Sequence[Generation], index: int) -> _Key:
         if not generations:
             key = (process, -1)
             if key not in self._space:

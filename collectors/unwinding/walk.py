@@ -23,7 +23,12 @@ MOST_FRAMES: Final = 1024
 _HIGHEST: Final = np.uint64((1 << ADDRESS_BITS) - 1)
 _LARGEST_STACK_BYTES: Final = unusual.LARGEST_STACK_BYTES
 _NOT_BY_TABLE: Final = np.uint8(Frame.GUESS | Frame.EXACT)
+_EVERY_BIT: Final = (1 << 64) - 1
 _UNMAPPED: Final = 0  # the number of the rule, in every index
+# numpy compares with plain numbers faster than with members of enumerations.
+_EXACT: Final = np.uint8(Frame.EXACT)
+_ERROR, _CUT, _BOTTOM = int(End.ERROR), int(End.COPY_TOO_SHORT), int(End.BOTTOM)
+_ONE: Final = np.uint64(1)
 _SHIFT: Final = np.uint64(ADDRESS_BITS)
 
 
@@ -79,14 +84,13 @@ class _Walk:
 
     def _rules(self) -> NDArray[np.uint32]:
         """The rules of all live frames; stacks of which the next address is no code end here."""
-        exact = self.flags & np.uint8(Frame.EXACT)
-        look = self.ip - (exact == 0)
-        is_address = look < _HIGHEST
+        exact = self.flags & _EXACT
+        look = self.ip - (exact == 0) if np.count_nonzero(exact) else self.ip - _ONE
         rule = self.index.rule_at((look & _HIGHEST) | self.window)
-        wrong = (rule == _UNMAPPED) | ~is_address
-        if wrong.any():
+        wrong = (rule == _UNMAPPED) | (look >= _HIGHEST)
+        if np.count_nonzero(wrong):
             self.unmapped[self.live[wrong]] = self.ip[wrong]
-            self.ends[self.live[wrong]] = End.ERROR
+            self.ends[self.live[wrong]] = _ERROR
             shown = wrong & (exact != 0)  # an interrupted instruction was there, wherever it is
             self.found.append((self.live[shown], self.ip[shown], self.flags[shown]))
             self.lengths[self.live[shown]] += 1
@@ -104,73 +108,40 @@ class _Walk:
         flags = np.zeros(len(rule), np.uint8)
         end = np.zeros(len(rule), np.uint8)
         good = readable & (cfa > self.sp)
-        if not (good & plain).all():
-            end[~good] = End.ERROR
+        if np.count_nonzero(good) < len(good):
+            end[~good] = _ERROR
             beyond = self.memory.is_beyond(cfa + index.return_offset[rule], _LARGEST_STACK_BYTES)
             beyond |= self.others.has_moved[self.live]
-            end[~readable & beyond] = End.COPY_TOO_SHORT
-        if self.others.follows or not plain.all():
-            self._unusual(rule, np.flatnonzero(~plain), (cfa, ip, fp, flags, end))
-        if index.machine.address_mask != (1 << 64) - 1:
+            end[~readable & beyond] = _CUT
+        end[index.is_outermost[rule]] = _BOTTOM
+        callers = unusual.Callers(cfa, ip, fp, flags, end)
+        if self.others.follows or np.count_nonzero(plain) < len(plain):
+            self._unusual(rule, np.flatnonzero(~plain), callers)
+        if index.machine.address_mask != _EVERY_BIT:
             ip &= np.uint64(index.machine.address_mask)
-        end[(ip == 0) & (end == 0)] = End.BOTTOM
+        end[(ip == 0) & (end == 0)] = _BOTTOM
         self.ip, self.sp, self.fp, self.flags = ip, cfa, fp, flags
-        if end.any():
+        if np.count_nonzero(end):
             self.ends[self.live] = np.where(end != 0, end, self.ends[self.live])
             self._keep(end == 0)
 
     def _unusual(
-        self,
-        rule: NDArray[np.uint32],
-        chosen: NDArray[np.int64],
-        caller: tuple[
-            NDArray[np.int64],
-            NDArray[np.uint64],
-            NDArray[np.int64],
-            NDArray[np.uint8],
-            NDArray[np.uint8],
-        ],
+        self, rule: NDArray[np.uint32], chosen: NDArray[np.int64], callers: unusual.Callers
     ) -> None:
-        """Sets what is known of the CALLER of the samples CHOSEN: CFA, instruction and frame pointer,
-        flags, end. Follows the other registers of all."""
-        every = np.arange(len(rule)) if self.others.follows else chosen
-        frames = unusual.Frames(
-            self.live[chosen],
-            rule[chosen].astype(np.int64),
-            self.window[chosen],
-            self.ip[chosen],
-            self.flags[chosen] & np.uint8(Frame.EXACT) != 0,
-            self.sp[chosen],
-            self.fp[chosen],
-            self.memory.take(chosen),
-            *(column[chosen] for column in caller),
-            incomplete=np.zeros(len(chosen), np.bool_),
+        """Sets what is found of the CALLERS of the samples CHOSEN; follows the registers of all."""
+        exact = self.flags & _EXACT != 0
+        every = unusual.Frames(
+            self.live, rule, self.window, self.ip, exact, self.sp, self.fp, self.memory, callers
         )
-        unusual.resolve(frames, self.index, self.others)
-        found = (frames.cfa, frames.caller, frames.pointer, frames.flags, frames.end)
-        for column, of_chosen in zip(caller, found, strict=True):
-            column[chosen] = of_chosen
-        signals = self.index.rules[rule[chosen], FLAGS] & Rule.SIGNAL != 0
-        self.found[-1][2][chosen[signals]] |= np.uint8(Frame.SIGNAL)
+        frames = every.take(chosen)
+        incomplete = unusual.resolve(frames, self.index, self.others)
+        callers.put(chosen, frames.callers)
+        signals = self.index.rules[frames.rule, FLAGS] & Rule.SIGNAL != 0
+        self.flags[chosen[signals]] |= np.uint8(Frame.SIGNAL)
         if self.others.follows:
-            unusual.follow(
-                unusual.Frames(
-                    self.live,
-                    rule.astype(np.int64),
-                    self.window,
-                    self.ip,
-                    self.flags & np.uint8(Frame.EXACT) != 0,
-                    self.sp,
-                    self.fp,
-                    self.memory,
-                    *caller,
-                    incomplete=np.zeros(len(every), np.bool_),
-                ),
-                self.index,
-                self.others,
-            )
-        elif frames.incomplete.any():
-            self.incomplete.append(frames.sample[frames.incomplete])
+            unusual.follow(every, self.index, self.others)
+        elif incomplete.any():
+            self.incomplete.append(frames.sample[incomplete])
 
     def _keep(self, kept: NDArray[np.bool_]) -> None:
         self.live, self.ip, self.flags = self.live[kept], self.ip[kept], self.flags[kept]
@@ -187,7 +158,9 @@ class _Walk:
             flags[at] = of_frame
             place[sample] = at + 1
         by_table = np.zeros(len(self.lengths), np.bool_)
-        by_table[np.repeat(np.arange(len(self.lengths)), self.lengths)[flags & _NOT_BY_TABLE == 0]] = True
+        by_table[
+            np.repeat(np.arange(len(self.lengths)), self.lengths)[flags & _NOT_BY_TABLE == 0]
+        ] = True
         return Stacks(
             addresses,
             flags,
