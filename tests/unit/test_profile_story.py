@@ -104,9 +104,25 @@ def test_batches_are_merged_by_stack() -> None:
 def test_total_counts_a_recursion_once_a_sample() -> None:
     found = {use.function.name: (use.own, use.total) for use in uses(profile_of(*STACKS))}
     assert found == {
-        "leaf": (73, 73), "work": (20, 90), "do_syscall_64": (5, 5), "shop+0x1234": (2, 2),
+        "leaf": (73, 73), "work": (20, 90), "do_syscall_64": (5, 5), "[shop]": (2, 2),
         "main": (0, 95), "lost": (0, 5), "middle": (0, 5),
     }  # fmt: skip
+
+
+def test_frames_without_names_are_one_by_module_and_callers_stay_apart() -> None:
+    at = [Frame(f"shop+{n:#x}", "/usr/bin/shop", n, BUILD_ID, UNNAMED) for n in range(16, 20)]
+    profile = profile_of(
+        Stack([at[0], at[1], at[2]], 5), Stack([at[0], at[1], at[3]], 4), Stack(["main", at[2]], 1)
+    )
+    found = {use.function.name: (use.own, use.total) for use in uses(profile)}
+    assert found == {"[shop]": (10, 10), "main": (0, 1)}
+    drawn = [(depth, node.function.name, node.total) for depth, _, node in walk(call_tree(profile))]
+    assert drawn == [
+        (0, "all", 10), (1, "shop+0x10", 9), (2, "shop+0x11", 9), (3, "[shop]", 9),
+        (1, "main", 1), (2, "[shop]", 1),
+    ]  # fmt: skip
+    assert Frame("[no stack]", flags=UNNAMED).group.name == "[no stack]"
+    assert Frame("[kernel]+0x1", "[kernel]", 1, "", KERNEL | UNNAMED).group.name == "[kernel]"
 
 
 @given(PROFILES)

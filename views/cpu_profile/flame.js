@@ -57,11 +57,11 @@
   }
 
   function describe(i) {
-    const [name, module, flags, allOwn, allTotal] = functions[functionOf(i)];
+    const [name, module, , allOwn, allTotal] = functions[functionOf(i)];
     const parts = [name];
     if (module) parts.push(`in ${module}`);
     parts.push(`self ${amount(own(i))}`, `total ${amount(total(i))}`);
-    if (!(flags & MARK) && (allTotal !== total(i) || allOwn !== own(i))) {
+    if (allTotal && (allTotal !== total(i) || allOwn !== own(i))) {
       parts.push(`everywhere: self ${share(allOwn)}, total ${share(allTotal)}`);
     }
     if (guessed(i)) parts.push(`${share(guessed(i) * (samples / total(i)))} of these by guess`);
@@ -159,7 +159,7 @@
   function fillTable() {
     const by = order === "own" ? 3 : 4;
     const rows = [...functions.keys()]
-      .filter((at) => !(functions[at][2] & MARK) && (matches === null || matches.has(at)))
+      .filter((at) => functions[at][4] && (matches === null || matches.has(at)))
       .sort((a, b) => functions[b][by] - functions[a][by] || a - b)
       .slice(0, MOST_ROWS)
       .map((at) => {

@@ -20,15 +20,15 @@ class Use:
 
 
 def uses(profile: Profile) -> list[Use]:
-    """Every function of PROFILE, those that used most themselves first. The sum of `own` is the
-    number of samples."""
+    """Every function of PROFILE, those that used most themselves first; the frames of a module that
+    have no names are one. The sum of `own` is the number of samples."""
     found: dict[Function, Use] = {}
     for _, frames, count in profile.stacks():
-        for function in {frame.key for frame in frames}:
+        for function in {frame.group for frame in frames}:
             if function not in found:
                 found[function] = Use(function)
             found[function].total += count
-        for function in {frame.key for frame in frames if frame.guessed}:
+        for function in {frame.group for frame in frames if frame.guessed}:
             found[function].guessed += count
-        found[frames[-1].key].own += count
+        found[frames[-1].group].own += count
     return sorted(found.values(), key=lambda it: (-it.own, -it.total, it.function))

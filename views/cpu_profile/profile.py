@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.cpu_profile.names import file_name
 
 # A profile of five minutes on a machine of two CPUs has at most 60,000 samples.
 MOST_STACKS: Final = 200_000
@@ -86,6 +87,15 @@ class Frame:
     def key(self) -> Function:
         """The function that it belongs to."""
         return Function(self.function, self.module, self.kernel, self.unnamed)
+
+    @property
+    def group(self) -> Function:
+        """The same, or of a frame without a name all that have none in its module: the addresses in
+        one function differ from sample to sample."""
+        if not (self.unnamed and self.module):
+            return self.key
+        name = self.module if self.module.startswith("[") else f"[{file_name(self.module)}]"
+        return Function(name, self.module, self.kernel, unnamed=True)
 
 
 @dataclass(frozen=True, slots=True)

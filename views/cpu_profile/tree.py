@@ -1,7 +1,8 @@
 """The stacks of a profile as a tree of calls, which a flame graph draws.
 
 Under the root there is a node for each process, if there are several, and under that a node `[cut]`
-for the stacks whose callers are missing: their first frame is not where the program began.
+for the stacks whose callers are missing: their first frame is not where the program began. Callers
+without names are told apart by where they call from; what they call last, only by its module.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def call_tree(profile: Profile) -> Node:
         path = [root]
         for name in marks_of(origin):
             path.append(path[-1].child(_marked(name), mark=True))
-        for frame in frames:
-            path.append(path[-1].child(frame.key))
+        last = len(frames) - 1
+        for at, frame in enumerate(frames):
+            path.append(path[-1].child(frame.group if at == last else frame.key))
             path[-1].guessed += count * frame.guessed
         for node in path:
             node.total += count
