@@ -7,8 +7,9 @@ names all samples of an interval at once, by array, in a thread of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Final
 
 import numpy as np
@@ -21,9 +22,9 @@ from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.measures import ProfileMeasures
-from coral.collectors.cpu_profile.naming import Shared
 from coral.collectors.cpu_profile.options import CpuProfileOptions
 from coral.collectors.cpu_profile.samples import joined
+from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
 from coral.collectors.hubs import Plan
@@ -96,11 +97,17 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         slot.own("profile_sessions", session)
         self._records = self._ring = slot.long_reader("cpu_sample", self._options.ring)
         self._shared = slot.common(Shared)
-        self._shared.join()
 
     def _on_filled(self) -> None:
+        if self._shared:
+            self._shared.join(self._slot)
         program = self._slot.object.program_fd(_PROGRAM)
         self._clock = SpreadClock(program, self._options.frequency, self._slot.number)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        why_not = self._shared.why_not if self._shared else ""
+        return (*super().notes, *([why_not] if why_not else []))
 
     def _read_events(self) -> EventRows:
         raise NotImplementedError
@@ -141,8 +148,12 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
     def close(self) -> None:
         clock, self._clock = self._clock, None
         shared, self._shared = self._shared, None
-        first = [*([clock.close] if clock else []), *([shared.leave] if shared else [])]
-        close_all([*first, super().close])
+        steps: list[Callable[[], object]] = [super().close]
+        if shared:
+            steps.insert(0, partial(shared.leave, self._slot))
+        if clock:
+            steps.insert(0, clock.close)
+        close_all(steps)
 
 
 COLLECTOR: Final = CpuProfileCollector

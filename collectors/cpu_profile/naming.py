@@ -1,19 +1,15 @@
-"""What the sessions of a hub know of code: the memory of processes, their unwind tables and the
-names of their functions."""
+"""What is known of code: the memory of processes, their unwind tables, the names of functions."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import BpfObject
 from coral.collectors.cpu_profile.frames import FRAME, Places
 from coral.collectors.cpu_profile.processes import Process, Processes
 from coral.collectors.cpu_profile.user_stacks import machine
@@ -27,39 +23,6 @@ _CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
 _NO_FILE: Final = "[anonymous]"
 CODES: Final = set["Code"]()
 """Those at work, for the metrics."""
-
-
-class Shared:
-    """What the sessions of a hub use in turn. It is made for the first that joins, and closed when
-    the last has left."""
-
-    def __init__(self, bpf_object: BpfObject) -> None:  # noqa: ARG002  as `Slot.common` makes it
-        self._lock = threading.Lock()
-        self._sessions = 0
-        self._code: Code | None = None
-
-    def join(self) -> None:
-        """A session begins."""
-        with self._lock:
-            self._sessions += 1
-
-    def leave(self) -> None:
-        """A session has ended, which joined."""
-        with self._lock:
-            self._sessions -= 1
-            if not self._sessions and self._code:
-                self._code.close()
-                self._code = None
-
-    @contextmanager
-    def code(self) -> Iterator[Code]:
-        """For one batch: no other session uses it meanwhile."""
-        with self._lock:
-            if self._code is None:
-                self._code = Code()
-            self._code.trim()
-            yield self._code
-            self._code.note_memory()
 
 
 class Code:

@@ -93,6 +93,17 @@ def test_two_programs_of_a_process_are_told_apart(programs: Path) -> None:
     assert len(profile.by("tgid")) == 1
 
 
+def test_programs_that_run_for_a_moment_have_names(programs: Path) -> None:
+    """A shell runs one after the other, each for a tenth of a second."""
+    turn = f"echo x | {programs}/profiled shares 100 >/dev/null"
+    script = f"read go; for i in 1 2 3 4 5 6 7 8 9 10 11 12; do {turn}; done"
+    profile = profiled("sh", "-c", script, frequency=FAST_HZ)
+    assert len(profile.by("tgid")) >= 12
+    named = sum(profile.among(name) for name in ("spend_most", "spend_some", "spend_little"))
+    print(f"{named} of {profile.samples} samples, ends {profile.by('end')}")
+    assert named > 0.75 * profile.samples
+
+
 def test_the_kernel_is_above_the_function_that_called_it(programs: Path) -> None:
     profile = profiled(programs / "profiled", "system", 2000, frequency=FAST_HZ)
     close_to_truth(profile, ["read_zeros", "ask_parent", "spend_little"])
