@@ -116,6 +116,14 @@ def own_functions(places: Places) -> list[int]:
         ("-static-pie",),
         ("-Wl,-z,noseparate-code",),
         ("-Wl,--build-id=none",),
+        pytest.param(
+            ("-fuse-ld=gold",),
+            marks=pytest.mark.skipif(not shutil.which("ld.gold"), reason="needs gold"),
+        ),
+        pytest.param(
+            ("-fuse-ld=lld",),
+            marks=pytest.mark.skipif(not shutil.which("ld.lld"), reason="needs lld"),
+        ),
     ],
 )
 def test_functions_of_a_process_have_their_names(
