@@ -48,14 +48,15 @@ def table_of(path: Path) -> Iterator[SymbolTable]:
 
 @contextmanager
 def stored(path: Path) -> Iterator[StoredTable]:
-    """The table of a file as the agent has it, with what is in its debug information."""
+    """The table of a file as the agent has it, with what is in its debug information; that of no
+    file if it is none."""
     store = SymbolStore()
     file = MappedFile(FileKind.FILE, str(path), "", key=str(path))
     file.take(os.open(path, os.O_RDONLY))
     try:
-        found = store.get(file, os.getpid())
-        assert found
-        yield found
+        yield store.get(file, os.getpid()) or StoredTable(
+            SymbolTable.empty(), np.zeros(0, np.uint32), None
+        )
     finally:
         store.close()
         file.close("done")

@@ -203,10 +203,9 @@ def _opened(seen: Sighting, mounts: Mounts) -> ProcessFile:
         return ProcessFile.mapped(seen.tgid, f"{seen.start:x}-{seen.end:x}")
     # Without the capability for that. /proc/PID/exe is the program itself, deleted or not.
     with suppress(OSError):
-        program = ProcessFile.at(f"{PROC}/{seen.tgid}/exe")
-        if program.inode == seen.inode:
-            return program
-        program.close()
+        program = f"{PROC}/{seen.tgid}/exe"
+        if os.readlink(program) == _unescaped(seen.path):  # noqa: PTH115  not a path of ours
+            return ProcessFile.at(program)
     if seen.path.endswith(_DELETED):
         raise ValueError(
             "it is deleted or replaced, and opening it all the same needs "

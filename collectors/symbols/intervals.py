@@ -44,7 +44,7 @@ def _painted(
     largest number that covers it. Two overlapping runs of 2^k cells cover any range; numbers of
     runs of 2^k cells pass to the two halves of each, down to single cells: n log n, in numpy.
     """
-    bounds = np.unique(np.concatenate((starts[numbers], ends[numbers])))
+    bounds = distinct(np.concatenate((starts[numbers], ends[numbers])))
     a = np.searchsorted(bounds, starts[numbers])
     b = np.searchsorted(bounds, ends[numbers])
     levels = np.frexp((b - a).astype(np.float64))[1] - 1  # floor(log2)
@@ -62,6 +62,13 @@ def _painted(
     until = np.concatenate((at[1:], [len(owners)]))
     owned = owners[at] >= 0
     return Ranges(bounds[at[owned]], bounds[until[owned]], owners[at[owned]])
+
+
+def distinct(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The different ones of NUMBERS, ascending. `np.unique` hashes, which takes 8 s for 2 million
+    addresses."""
+    ordered = np.sort(numbers)
+    return np.asarray(ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]])
 
 
 def find(

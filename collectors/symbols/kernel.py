@@ -135,7 +135,7 @@ class KernelSymbols:
     ) -> None:
         kinds = text[starts + _TYPE_AT]
         code = np.isin(kinds, np.frombuffer(_CODE, np.uint8))
-        bounds = np.unique(addresses)
+        bounds = intervals.distinct(addresses)
         # Of several names at an address: global, without an underscore in front, the first listed.
         names = starts + _NAME_AT
         rank = (text[names] == ord("_")) * 2 + (kinds != ord(_GLOBAL))

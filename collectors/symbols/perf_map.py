@@ -21,7 +21,7 @@ from coral.collectors.symbols.files import Mounts
 _NSPID: Final = re.compile(r"^NSpid:.*?(\d+)$", re.MULTILINE)
 _MOST_FUNCTIONS: Final = 1 << 20
 _MOST_TEXT_BYTES: Final = 64 << 20
-_READ_BYTES: Final = 4 << 20
+_READ_BYTES: Final = 1 << 20
 _PROOF_BYTES: Final = 64
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.05

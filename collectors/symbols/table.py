@@ -20,7 +20,8 @@ LONGEST_NAME_BYTES: Final = 4096
 _NO_TYPE, _FUNCTION, _INDIRECT_FUNCTION = 0, 2, 10
 _GLOBAL, _WEAK, _UNIQUE = 1, 2, 10
 _CHUNK: Final = 1 << 16
-_MOST_SYMBOLS: Final = 4 << 20
+_MOST_SYMBOLS: Final = 4 << 20  # read
+_MOST_FUNCTIONS: Final = 512 << 10  # kept: 130 MB and 2 s at worst, if all overlap
 _LARGEST_STRINGS_BYTES: Final = 128 << 20
 _EH_FRAME_HEADER: Final = 0x6474_E550  # PT_GNU_EH_FRAME
 # Version 1, and the usual encodings: 4 bytes relative to the header (LSB, .eh_frame_hdr).
@@ -155,6 +156,7 @@ class TableBuilder:
             chosen = self._functions(source, read_table(source.fd, at, size, SYMBOL), text)
             if others is not None:
                 chosen = chosen[intervals.find(others, others + np.uint64(1), chosen["start"]) < 0]
+            chosen = chosen[: max(0, _MOST_FUNCTIONS - sum(map(len, self._found)))]
             chosen["source"] = number
             self._found.append(chosen)
             added += len(chosen)
@@ -162,6 +164,8 @@ class TableBuilder:
         self._texts[number] = text
         if added:
             self._origins.append(origin or name)
+        if sum(map(len, self._found)) >= _MOST_FUNCTIONS:
+            self._origins.append(f"only {_MOST_FUNCTIONS} functions are known")
         return added
 
     def _functions(

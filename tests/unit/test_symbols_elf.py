@@ -18,7 +18,7 @@ from coral.bpf.attaching.elf import ElfError
 from coral.collectors.symbols.debug import debug_file_of
 from coral.collectors.symbols.elf import NOWHERE, ElfFile, build_id_in, open_bytes
 from coral.collectors.symbols.table import TableBuilder
-from tests.elves import opened
+from tests.elves import names_at, opened, stored
 
 LIBC = re.search(r"(/\S*/libc\.so\.6)", Path("/proc/self/maps").read_text())
 SOURCE = """
@@ -160,6 +160,18 @@ def test_a_file_with_any_bytes_changed_is_an_error_or_is_read(program: Path) -> 
                 (0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256))
             )
         read_all_of(bytes(damaged))
+
+
+def test_a_damaged_file_is_named_without_an_error(program: Path, tmp_path: Path) -> None:
+    chance = random.Random(14)
+    whole = program.read_bytes()
+    for _ in range(150):
+        damaged = bytearray(whole[: chance.choice((len(whole), chance.randrange(64, len(whole))))])
+        for _ in range(chance.choice((1, 10, 1000))):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        (tmp_path / "damaged").write_bytes(damaged)
+        with stored(tmp_path / "damaged") as found:
+            names_at(found.table, [0, 0x1000, 0x1139, 0x1150, 1 << 50])
 
 
 @given(st.binary(max_size=300))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import string
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pytest
@@ -263,3 +265,38 @@ def test_many_names_that_end_it_end_the_demangling(
     assert "2 of them have ended the process" in demangler.why_not
     assert demangler.demangled([b"_Z3foov"]) == ["_Z3foov"]
     assert demangler._process is None
+
+
+SILENT: Final = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+fd = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+failed = libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None)
+failed = failed or libc.mount(b"coral-test", b"/tmp", b"fuse", 0, options)
+print(ctypes.get_errno() if failed else "ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root, and FUSE: mounts"
+)
+def test_a_file_system_that_never_answers_does_not_stop_the_agent() -> None:
+    """A process has mounted one over /tmp, where its perf map would be."""
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-I", "-c", SILENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        if (answer := process.stdout.readline()) != "ready\n":
+            pytest.skip(f"FUSE cannot be mounted: {answer}")
+        it = PerfMap(process.pid)
+        assert names(it, 0x1000) == [""]
+        assert "could let the agent wait for ever" in it.why_not
+    finally:
+        process.kill()
+        process.communicate()

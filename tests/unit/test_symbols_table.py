@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coral.collectors.symbols import intervals
+from coral.collectors.symbols import intervals, plt
 from coral.collectors.symbols.table import LONGEST_NAME_BYTES
 from tests.elves import functions_of, names_at, opened, stored, table_of
 
@@ -196,6 +196,16 @@ def test_stubs_are_named_after_the_function_they_call(
         assert names_at(table, addresses) == [name for _, name in stubs]
         assert names_at(table, [address + 5 for address in addresses]) == [n for _, n in stubs]
     assert "-fno-plt" in flags or len(stubs) > 2
+
+
+def test_stubs_of_arm64_are_decoded() -> None:
+    """`adrp x16, page; ldr x17, [x16, #n]; add; br x17`, as assembled at 0x400000 by clang."""
+    words = [0xA9BF7BF0, 0xF00000F0, 0xF947FE11, 0x913FE210, 0xD61F0220, *[0xD503201F] * 3]
+    words += [0x90000110, 0xF9400611, 0x91002210, 0xD61F0220]  # page + 0x20000, 8
+    words += [0xF0FFFFF0, 0xF9400A11, 0x91004210, 0xD61F0220]  # page - 0x1000, 16
+    into, places = plt._loads(np.array(words, np.uint32).tobytes(), 0x400000)
+    assert into.tolist() == [4, 0x20, 0x30]
+    assert places.tolist() == [0x41FFF8, 0x420008, 0x3FF010]
 
 
 def test_versions_are_no_part_of_a_name(tmp_path: Path) -> None:
