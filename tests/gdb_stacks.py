@@ -1,15 +1,30 @@
 """Runs inside gdb: stops a process again and again, and writes what each thread's registers, stack
-and frames are, a line of JSON each. Set by -ex "python ...": `pid`, `rounds`, `output`."""
+and frames are, a line of JSON each. Each `continue` ends when the process is sent SIGWINCH."""
+
+from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
-import gdb  # type: ignore[import-not-found]  # only there inside of gdb
+import gdb  # type: ignore[import-untyped]  # there inside of gdb alone
 
-REGISTERS = "rax rdx rcx rbx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15 rip".split()
+REGISTERS = (
+    "rax", "rdx", "rcx", "rbx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13",
+    "r14", "r15", "rip",
+)  # fmt: skip
+STACK_POINTER = 7
+RED_ZONE_BYTES = 128
 MASK = (1 << 64) - 1
+SETTINGS = (
+    "pagination off", "confirm off", "width 0",
+    "backtrace past-main on", "backtrace past-entry on", "backtrace limit 0",
+)  # fmt: skip
 
 
-def frames():
+def frames() -> list[tuple[int, bool]]:
+    """Of each real frame, innermost first: its address, and whether it is a signal handler's
+    return."""
     found = []
     frame = gdb.newest_frame()
     while frame is not None and frame.is_valid():
@@ -19,47 +34,43 @@ def frames():
             frame = frame.older()
         except gdb.error:
             break
-    reason = 0 if not found else gdb.newest_frame().unwind_stop_reason()
-    return found, reason
+    return found
 
 
-def copy_of_stack(sp, most):
-    base, content = (sp - 128) & ~7, b""
-    with open(f"/proc/{pid}/mem", "rb", 0) as memory:  # noqa: F821, PTH123
+def copy_of_stack(pid: int, sp: int, most: int) -> tuple[int, bytes]:
+    base, content = (sp - RED_ZONE_BYTES) & ~7, b""
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
         memory.seek(base)
         while len(content) < most:
             try:
-                part = memory.read(min(most - len(content), 4096 - (base + len(content)) % 4096))
+                content += memory.read(
+                    min(most - len(content), 4096 - (base + len(content)) % 4096)
+                )
             except OSError:
                 break
-            content += part
     return base, content[: len(content) & ~7]
 
 
-def run(pid, rounds, output, most=65536):
-    for setting in (
-        "pagination off",
-        "confirm off",
-        "backtrace past-main on",
-        "backtrace past-entry on",
-        "backtrace limit 0",
-        "width 0",
-    ):
+def run(pid: int, rounds: int, output: Path, most_bytes: int) -> None:
+    for setting in SETTINGS:
         gdb.execute(f"set {setting}")
     gdb.execute("handle SIGWINCH stop print nopass", to_string=True)
     gdb.execute("handle SIGUSR1 nostop pass noprint", to_string=True)
-    with open(output, "w") as file:  # noqa: PTH123
+    with output.open("w") as file:
         for _ in range(rounds):
-            gdb.execute("continue", to_string=True)  # until somebody sends SIGWINCH
+            gdb.execute("continue", to_string=True)
             for thread in gdb.selected_inferior().threads():
                 thread.switch()
                 frame = gdb.newest_frame()
                 registers = [int(frame.read_register(name)) & MASK for name in REGISTERS]
-                base, content = copy_of_stack(registers[7], most)
-                found, reason = frames()
-                line = [thread.ptid[1], registers, base, content.hex(), found, reason]
-                file.write(json.dumps(line) + "\n")
+                base, content = copy_of_stack(pid, registers[STACK_POINTER], most_bytes)
+                file.write(json.dumps([registers, base, content.hex(), frames()]) + "\n")
     gdb.execute("detach", to_string=True)
 
 
-run(pid, rounds, output)  # type: ignore[name-defined]  # noqa: F821  set by the command line
+run(
+    int(os.environ["CORAL_STACKS_PID"]),
+    int(os.environ["CORAL_STACKS_ROUNDS"]),
+    Path(os.environ["CORAL_STACKS_OUTPUT"]),
+    int(os.environ["CORAL_STACKS_BYTES"]),
+)

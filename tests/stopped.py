@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,45 +33,55 @@ class Seen:
     signals: list[list[int]]  # of each: indexes of frames of signal handlers' returns
 
 
-def seen_by_gdb(pid: int, rounds: int, timeout_s: float = 60) -> Seen:
-    """Stops PID in ROUNDS places, with gdb."""
+@dataclass
+class Compared:
+    """How many of our stacks are those of gdb, frame by frame, and which are not."""
+
+    equal: int = 0
+    cut: int = 0  # equal as far as the copy of the stack reached, and marked
+    guessed: int = 0  # equal up to a frame that was guessed, and marked: gdb guesses there, too
+    wrong: list[str] = field(default_factory=list)
+
+
+def seen_by_gdb(pid: int, rounds: int, *, stack_bytes: int = 65536, timeout_s: float = 60) -> Seen:
+    """The threads of PID, in ROUNDS places where gdb stops them, with STACK_BYTES of each stack."""
     with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "stacks"
-        command = [
-            "gdb", "-nx", "-batch",
-            "-iex", "set debuginfod enabled off", "-iex", "set auto-load off",
-            "-p", str(pid),
-            "-ex", f"python pid, rounds, output = {pid}, {rounds}, {str(output)!r}",
-            "-x", SCRIPT,
-        ]  # fmt: skip
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as gdb:
-            # What gdb starts, gdb waits for, so the signals come from here; the process ignores them
-            # once gdb has gone.
-            try:
-                end = time.monotonic() + timeout_s
-                while gdb.poll() is None and time.monotonic() < end:
-                    time.sleep(random.uniform(0.005, 0.03))
-                    os.kill(pid, signal.SIGWINCH)
-            finally:
-                gdb.kill()
-            told = gdb.stdout.read() if gdb.stdout else ""
-        assert output.exists(), told
+        output, log = Path(directory) / "stacks", Path(directory) / "log"
+        command = ["gdb", "-nx", "-batch", "-iex", "set debuginfod enabled off", "-p", str(pid)]
+        environment = os.environ | {
+            "CORAL_STACKS_PID": str(pid),
+            "CORAL_STACKS_ROUNDS": str(rounds),
+            "CORAL_STACKS_OUTPUT": str(output),
+            "CORAL_STACKS_BYTES": str(stack_bytes),
+        }
+        with (
+            log.open("w") as told,
+            subprocess.Popen(
+                [*command, "-x", str(SCRIPT)], stdout=told, stderr=told, env=environment
+            ) as gdb,
+        ):
+            # gdb waits for whatever it starts, so the signals come from here. The process ignores
+            # them when gdb has gone.
+            end = time.monotonic() + timeout_s
+            while gdb.poll() is None and time.monotonic() < end:
+                time.sleep(random.uniform(0.005, 0.03))
+                os.kill(pid, signal.SIGWINCH)
+            gdb.kill()
+        assert output.exists(), log.read_text()
         lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert lines, told
-    copies = [np.frombuffer(bytes.fromhex(line[3]), np.uint64) for line in lines]
+        assert lines, log.read_text()
+    copies = [np.frombuffer(bytes.fromhex(line[2]), np.uint64) for line in lines]
     count = np.array([len(copy) for copy in copies], np.int64)
     samples = Samples(
         np.zeros(len(lines), np.int64),
-        np.array([line[1] for line in lines], np.uint64),
+        np.array([line[0] for line in lines], np.uint64),
         np.concatenate(copies),
         np.cumsum(count) - count,
         count,
-        np.array([line[2] for line in lines], np.uint64),
+        np.array([line[1] for line in lines], np.uint64),
     )
-    frames = [[address for address, _ in line[4]] for line in lines]
-    signals = [[n for n, (_, signal) in enumerate(line[4]) if signal] for line in lines]
+    frames = [[address for address, _ in line[3]] for line in lines]
+    signals = [[n for n, (_, is_signal) in enumerate(line[3]) if is_signal] for line in lines]
     return Seen(samples, frames, signals)
 
 
@@ -87,20 +97,10 @@ def unwound(pid: int, samples: Samples, tables: Tables | None = None) -> Stacks:
         files.close()
 
 
-@dataclass
-class Compared:
-    """How many of our stacks are those of gdb, frame by frame, and which are not."""
-
-    equal: int
-    cut: int  # equal as far as the copy of the stack reached
-    guessed: int  # equal up to a frame that was guessed, as marked
-    wrong: list[str]
-
-
 def compare(seen: Seen, stacks: Stacks) -> Compared:
     """Our STACKS and those SEEN by gdb."""
+    compared = Compared()
     offsets = stacks.offsets
-    compared = Compared(0, 0, 0, [])
     for n, frames in enumerate(seen.frames):
         ours = stacks.addresses[offsets[n] : offsets[n + 1]].tolist()
         flags = stacks.flags[offsets[n] : offsets[n + 1]]
@@ -113,9 +113,10 @@ def compare(seen: Seen, stacks: Stacks) -> Compared:
         elif guesses and ours[: guesses[0]] == frames[: guesses[0]]:
             compared.guessed += 1
         else:
-            equal = next((i for i, (a, b) in enumerate(zip(ours, frames)) if a != b), None)
+            pairs = enumerate(zip(ours, frames, strict=False))
+            first = next((i for i, (mine, theirs) in pairs if mine != theirs), None)
             compared.wrong.append(
-                f"stack {n}: {len(ours)} frames, gdb {len(frames)}; first other: {equal}; "
+                f"stack {n}: {len(ours)} frames, gdb {len(frames)}; first other: {first}; "
                 f"end {stacks.ends[n]}; unmapped {stacks.unmapped[n]:#x}"
             )
     return compared

@@ -44,7 +44,7 @@ def section_of(path: Path, name: str = ".eh_frame") -> tuple[bytes, int]:
 def rows_of_readelf(path: Path) -> Iterator[tuple[int, str, dict[str, str]]]:
     """Of each row of each function: its address, its CFA, and its registers' rules. A row that
     another one of the function replaces at the same address is left out."""
-    command = ["readelf", "--debug-dump=frames-interp", "-W", path]
+    command = ["readelf", "--debug-dump=frames-interp", "-W", str(path)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as running:

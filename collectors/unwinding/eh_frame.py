@@ -83,7 +83,7 @@ def compile_section(
     indexes = head[is_common][which]
     at, end, parent = at[~is_common], end[~is_common], (at - identity)[~is_common]
     entries = len(at)
-    if not commons or not entries:
+    if not commons or not entries or address >= 1 << ADDRESS_BITS:
         return empty(machine, entries=entries, damaged=entries)
     code = decoded(padded)
     initial, sound = _initial(code, commons, machine)

@@ -36,7 +36,7 @@ MACHINES: Final = {EM_X86_64: X86_64, EM_AARCH64: ARM64}
 _PT_GNU_EH_FRAME: Final = 0x6474E550
 _PC_RELATIVE_I4: Final = 0x1B  # DW_EH_PE_pcrel | DW_EH_PE_sdata4
 # Registers that calls preserve are followed for CFAs by one of them. Those occur in the dynamic
-# linker, libc, and assembly; other tables would have two thirds more rows for nothing.
+# linker, libc, and assembly; other tables would have a third more rows for nothing.
 _LARGEST_WHOLE_BYTES: Final = 256 << 10
 
 _FORMAT: Final = b"CoralUW1"

@@ -112,7 +112,7 @@ class _Walk:
             end[~good] = _ERROR
             beyond = self.memory.is_beyond(cfa + index.return_offset[rule], _LARGEST_STACK_BYTES)
             beyond |= self.others.has_moved[self.live]
-            end[~readable & beyond] = _CUT
+            end[~readable & beyond & (cfa > self.sp)] = _CUT
         end[index.is_outermost[rule]] = _BOTTOM
         callers = unusual.Callers(cfa, ip, fp, flags, end)
         if self.others.follows or np.count_nonzero(plain) < len(plain):
