@@ -235,6 +235,12 @@ class Collector(ABC):
         return capabilities.TRACING
 
     @classmethod
+    def wants(cls) -> Mapping[str, str]:
+        """The Linux capabilities that it can work without, and tells less then, each with its
+        purpose."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def support(cls, features: Features) -> Support:
         """What FEATURES allow. Callers have checked that the agent has what it `needs`."""

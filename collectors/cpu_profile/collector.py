@@ -17,10 +17,11 @@ from coral.bpf import Features, Rung, Step
 from coral.bpf.attaching.sampling import SpreadClock
 from coral.bpf.buffers.long_ring import LongRingReader, drain_long
 from coral.bpf.closing import close_all
+from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.measures import ProfileMeasures
-from coral.collectors.cpu_profile.naming import Code
+from coral.collectors.cpu_profile.naming import Shared
 from coral.collectors.cpu_profile.options import CpuProfileOptions
 from coral.collectors.cpu_profile.samples import joined
 from coral.collectors.cpu_profile.summaries import Profile, summaries
@@ -48,6 +49,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         super().__init__(options, service, features)
         self._clock: SpreadClock | None = None
         self._ring: LongRingReader | None = None
+        self._shared: Shared | None = None
 
     def _plan(self, features: Features) -> Plan:
         return Plan(
@@ -80,6 +82,10 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         return replace(support, steps=(*support.steps, step))
 
     @classmethod
+    def wants(cls) -> Mapping[str, str]:
+        return capabilities.NAMES_OF_CODE
+
+    @classmethod
     def measures(cls, max_series: int) -> ProfileMeasures:
         return ProfileMeasures(max_series)
 
@@ -89,7 +95,8 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         session["stack_bytes"] = self._options.stack_bytes
         slot.own("profile_sessions", session)
         self._records = self._ring = slot.long_reader("cpu_sample", self._options.ring)
-        self._code = slot.common(Code)
+        self._shared = slot.common(Shared)
+        self._shared.join()
 
     def _on_filled(self) -> None:
         program = self._slot.object.program_fd(_PROGRAM)
@@ -99,7 +106,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         raise NotImplementedError
 
     def _read_summaries(self) -> Summaries:
-        if self._ring is None or self._clock is None:
+        if self._ring is None or self._clock is None or self._shared is None:
             raise RuntimeError("not open")
         if self._slot.attached:
             self._clock.follow()
@@ -107,12 +114,11 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             self._clock.close()
         samples = joined(drain_long(self._ring))
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
-        with self._code.lock:
-            self._code.trim()
-            memory = memory_of(samples, self._code.processes)
-            user = unwound(samples, memory, self._code.unwinder)
-            frames = resolve(samples, user, memory, self._code)
-            names = self._code.strings
+        with self._shared.code() as code:
+            memory = memory_of(samples, code.processes)
+            user = unwound(samples, memory, code.unwinder)
+            frames = resolve(samples, user, memory, code)
+            names = code.strings
         processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
         if len(members.ended):
             self._targets.forget(members.ended)
@@ -134,7 +140,9 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
 
     def close(self) -> None:
         clock, self._clock = self._clock, None
-        close_all([*([clock.close] if clock else []), super().close])
+        shared, self._shared = self._shared, None
+        first = [*([clock.close] if clock else []), *([shared.leave] if shared else [])]
+        close_all([*first, super().close])
 
 
 COLLECTOR: Final = CpuProfileCollector

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from coral.collectors.contract import Batch, EventRows, Measures
+from coral.collectors.cpu_profile.naming import CODES
 from coral.collectors.cpu_profile.ragged import Ragged
 from coral.collectors.series import SeriesTable
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -57,6 +59,7 @@ class ProfileMeasures(Measures):
         return chain(
             _account(self._accounts.copy()),
             _seconds(self._seconds.copy(), self._functions.copy()),
+            _memory([code.memory_bytes for code in list(CODES)]),
         )
 
 
@@ -114,3 +117,14 @@ def _seconds(
     for key, figures in functions.items():
         by_function.add_metric(key, float(figures[0]) / _NS_PER_S)
     yield from (by_service, by_function)
+
+
+def _memory(caches: Sequence[Mapping[str, int]]) -> Iterator[Metric]:
+    size = GaugeMetricFamily(
+        "coral_profile_cache_bytes",
+        "Memory that symbols, names and unwind tables take now.",
+        labels=("cache",),
+    )
+    for cache, total in sum(map(Counter, caches), Counter[str]()).items():
+        size.add_metric((cache,), total)
+    yield size

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,18 +25,55 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
 _NO_FILE: Final = "[anonymous]"
+CODES: Final = set["Code"]()
+"""Those at work, for the metrics."""
+
+
+class Shared:
+    """What the sessions of a hub use in turn. It is made for the first that joins, and closed when
+    the last has left."""
+
+    def __init__(self, bpf_object: BpfObject) -> None:  # noqa: ARG002  as `Slot.common` makes it
+        self._lock = threading.Lock()
+        self._sessions = 0
+        self._code: Code | None = None
+
+    def join(self) -> None:
+        """A session begins."""
+        with self._lock:
+            self._sessions += 1
+
+    def leave(self) -> None:
+        """A session has ended, which joined."""
+        with self._lock:
+            self._sessions -= 1
+            if not self._sessions and self._code:
+                self._code.close()
+                self._code = None
+
+    @contextmanager
+    def code(self) -> Iterator[Code]:
+        """For one batch: no other session uses it meanwhile."""
+        with self._lock:
+            if self._code is None:
+                self._code = Code()
+            self._code.trim()
+            yield self._code
+            self._code.note_memory()
 
 
 class Code:
-    """One for all sessions of a hub. Hold `lock` while it is used."""
+    """The memory of processes, their unwind tables and the names in them. Not safe to use from two
+    threads at once."""
 
-    def __init__(self, bpf_object: BpfObject) -> None:  # noqa: ARG002  as `Slot.common` makes it
-        self.lock = threading.Lock()
+    def __init__(self) -> None:
         self._symbolizer = Symbolizer()
         self.processes = Processes(self._symbolizer)
         here, cache = machine(), os.environ.get(_CACHE)
-        tables = Tables(Path(cache) / "unwind" if cache else None)
-        self.unwinder = Unwinder(here, tables) if here else None
+        self._tables = Tables(Path(cache) / "unwind" if cache else None)
+        self.unwinder = Unwinder(here, self._tables) if here else None
+        self.memory_bytes: Mapping[str, int] = {}  # by what it is for
+        CODES.add(self)
 
     @property
     def strings(self) -> Strings:
@@ -44,6 +83,22 @@ class Code:
     def trim(self) -> None:
         """Drops names, if there are too many: between two batches."""
         self._symbolizer.trim()
+
+    def note_memory(self) -> None:
+        """Brings `memory_bytes` up to date."""
+        stats = self._symbolizer.stats
+        self.memory_bytes = {
+            "symbols": stats.tables.memory_bytes,
+            "kernel_symbols": stats.kernel_bytes,
+            "perf_maps": stats.perf_map_bytes,
+            "names": stats.string_bytes,
+            "unwind_tables": self._tables.nbytes,
+        }
+
+    def close(self) -> None:
+        """Closes the files of processes. Safe to call twice."""
+        CODES.discard(self)
+        self._symbolizer.close()
 
     def of_process(self, process: Process, places: Places) -> NDArray[Any]:
         """See `Namer`."""

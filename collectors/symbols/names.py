@@ -239,9 +239,14 @@ class Symbolizer:
             into = looked_up[which] - maps.starts[ids[which]] + maps.file_offsets[ids[which]]
             file = maps.files[number]
             if not self._name_of_elf(named, which, into, file, tgid):
-                perf_maps = process.in_time(which, times_ns)
                 self._name_of_runtime(
-                    named, which, into, file, looked_up=looked_up, perf_maps=perf_maps
+                    named,
+                    which,
+                    into,
+                    file,
+                    process=process,
+                    looked_up=looked_up,
+                    times_ns=times_ns,
                 )
         return named
 
@@ -275,17 +280,18 @@ class Symbolizer:
         offsets: NDArray[np.uint64],
         file: MappedFile,
         *,
+        process: _Process,
         looked_up: NDArray[np.uint64],
-        perf_maps: Iterator[tuple[PerfMap, NDArray[np.int64]]],
+        times_ns: NDArray[np.uint64] | None,
     ) -> None:
-        """Names the addresses WHICH, by PERF_MAPS. They are in memory that no ELF file is mapped
-        to, or none that could be opened: in FILE, at OFFSETS."""
+        """Names the addresses WHICH, by the perf maps of PROCESS. They are in memory that no ELF
+        file is mapped to, or none that could be opened: in FILE, at OFFSETS."""
         named.modules[which] = self._of_file(file)[0]
         named.addresses[which] = offsets
         if file.kind is not FileKind.ANONYMOUS:
             self._reasons_add(f"{file.module}: {file.why_not}")
-        for perf_map, mine in perf_maps:
-            found = perf_map.find(looked_up[mine])
+        for perf_map, mine in process.in_time(which, times_ns):
+            found = perf_map.find(looked_up[mine], None if times_ns is None else times_ns[mine])
             hit = np.flatnonzero(found >= 0)
             self._give(named, mine, found, perf_map.marks, perf_map.name)
             named.addresses[mine[hit]] = looked_up[mine[hit]] - perf_map.starts[found[hit]]

@@ -25,6 +25,7 @@ _READ_BYTES: Final = 4 << 20
 _PROOF_BYTES: Final = 64
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.05
+_MOST_CORRECTED: Final = 256
 _LOOK_EVERY_S: Final = 1.0  # for a file that is not there
 
 
@@ -36,6 +37,9 @@ class PerfMap:
     the one told last counts. Only a file of the process's user, or of root, is believed. At most
     1,048,576 functions and 64 MB of names are read; `why_not` says so, or what else is wrong with
     the file. Not safe to use from two threads at once. Never raises.
+
+    Times are of CLOCK_MONOTONIC. A function that was told after a sample was taken is not the one
+    that was sampled if another was there before.
     """
 
     def __init__(self, tgid: int) -> None:
@@ -52,6 +56,8 @@ class PerfMap:
         self.starts = np.zeros(0, np.uint64)
         """The address of each function."""
         self._ends = np.zeros(0, np.uint64)
+        self._told_after = np.zeros(0, np.uint64)  # when the file was last read without them
+        self._read_at_ns = 0
         self._at = np.zeros(1, np.int64)
         self._names = bytearray()
         # Ranges made disjoint, of the functions from the first number on; each newer than the one
@@ -67,14 +73,16 @@ class PerfMap:
     @property
     def nbytes(self) -> int:
         """The memory that they take."""
-        arrays = (self.starts, self._ends, self._at, self.marks)
+        arrays = (self.starts, self._ends, self._told_after, self._at, self.marks)
         layered = sum(3 * layer.owners.nbytes for _, layer in self._layers)
         return sum(array.nbytes for array in arrays) + layered + len(self._names)
 
-    def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """The numbers of the functions at ADDRESSES (u64[n]); -1 for those at none. What the
-        runtime has told since is read first, with at most 5 % of a CPU. Numbers hold until the next
-        call."""
+    def find(
+        self, addresses: NDArray[np.uint64], times_ns: NDArray[np.uint64] | None = None
+    ) -> NDArray[np.int64]:
+        """The numbers of the functions that were at ADDRESSES at TIMES_NS (u64[n]), by default now;
+        -1 for those at none. What the runtime has told since is read first, with at most 5 % of a
+        CPU. Numbers hold until the next call."""
         if time.monotonic() >= self._rest_until:
             begun = time.monotonic()
             self._follow()
@@ -89,7 +97,24 @@ class PerfMap:
             at = intervals.find(layer.starts, layer.ends, addresses[left])
             hit = at >= 0
             found[left[hit]] = layer.owners[at[hit]]
+        if times_ns is not None and len(self):
+            self._correct(found, addresses, times_ns)
         return found
+
+    def _correct(
+        self,
+        found: NDArray[np.int64],
+        addresses: NDArray[np.uint64],
+        times_ns: NDArray[np.uint64],
+    ) -> None:
+        """Puts the function of then into FOUND where one that was told later is there. 0.2 ms for
+        each address in 100,000 functions, and so for 256 at most."""
+        late = np.flatnonzero((found >= 0) & (self._told_after[found] > times_ns))
+        for at in late[:_MOST_CORRECTED].tolist():
+            there = (self.starts <= addresses[at]) & (addresses[at] < self._ends)
+            before = np.flatnonzero(there & (self._told_after <= times_ns[at]))
+            if len(before):
+                found[at] = before[-1]
 
     def name(self, number: int) -> bytes:
         """The name of a function with a NUMBER that `find` has given."""
@@ -103,6 +128,7 @@ class PerfMap:
 
     def _follow(self) -> None:
         """Reads what is new in the file."""
+        now_ns = time.monotonic_ns()
         self._open()
         if self._file is None:
             return
@@ -119,6 +145,7 @@ class PerfMap:
                 self._position += len(data)
                 self._proof = (self._proof + data)[-_PROOF_BYTES:]
                 self._take(data)
+            self._read_at_ns = now_ns
         except OSError as error:
             self.why_not = f"the perf map cannot be read: {error.strerror}"
 
@@ -184,6 +211,8 @@ class PerfMap:
         number = len(self)
         self.starts = np.concatenate((self.starts, starts))
         self._ends = np.concatenate((self._ends, ends))
+        told_after = np.full(len(starts), self._read_at_ns, np.uint64)
+        self._told_after = np.concatenate((self._told_after, told_after))
         self.marks = np.concatenate((self.marks, np.zeros(len(starts), np.uint32)))
         self._layer(number)
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.unwinding import leb128
-from coral.collectors.unwinding.programs import Code, Programs, Ran, decoded, run
+from coral.collectors.unwinding.instructions import Code, Programs, decoded
+from coral.collectors.unwinding.programs import Ran, run
 from coral.collectors.unwinding.rules import (
-    FIRST_REGISTER,
     FLAGS,
     Machine,
     Rows,
@@ -51,6 +51,8 @@ _FORMATS: Final = {
     0xC: "<i8",
 }
 _PC_RELATIVE: Final = 0x10
+_VERSIONS: Final = (1, 3)
+_LARGEST_FACTOR: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def compile_section(
     place = np.minimum(np.searchsorted(indexes, parent), len(indexes) - 1)
     fits = (indexes[place] == parent) & sound[place]
     at, end, place = at[fits], end[fits], place[fits]
-    start, stop, begin, fits = _ranges(padded, at, end, place, commons, address)
+    start, stop, begin, fits = _ranges(padded, at, end, place, commons=commons, address=address)
     place, start, stop, begin, end = place[fits], start[fits], stop[fits], begin[fits], end[fits]
     if not len(place):
         return empty(machine, entries=entries, damaged=entries)
@@ -147,30 +149,16 @@ def _common(entry: bytes, first: int, machine: Machine) -> _Common | None:
     try:
         version = entry[4]
         closing = entry.index(b"\0", 5)
-        augmentation, at = entry[5:closing].decode("ascii"), closing + 1
-        code_alignment, at = _number(entry, at)
+        augmentation = entry[5:closing].decode("ascii")
+        code_alignment, at = _number(entry, closing + 1)
         data_alignment, at = _number(entry, at, is_signed=True)
         column, at = (entry[at], at + 1) if version == 1 else _number(entry, at)
-        encoding, end = 0, at
-        if augmentation.startswith("z"):
-            size, at = _number(entry, at)
-            end = at + size
-            for letter in augmentation[1:]:
-                if letter == "R":
-                    encoding, at = entry[at], at + 1
-                elif letter == "L":
-                    at += 1
-                elif letter == "P":
-                    at += 1 + _pointer_bytes(entry[at])
-                elif letter not in "SBG":
-                    break
+        encoding, end = _augmented(entry, at, augmentation)
     except (IndexError, ValueError):
         return None
-    if version not in (1, 3) or column != machine.return_address or end > len(entry):
+    if version not in _VERSIONS or column != machine.return_address or end > len(entry):
         return None
-    if not 0 < code_alignment < 256 or not -256 < data_alignment < 256:  # noqa: PLR2004
-        return None
-    if augmentation and not augmentation.startswith("z"):
+    if not 0 < code_alignment < _LARGEST_FACTOR or abs(data_alignment) > _LARGEST_FACTOR:
         return None
     return _Common(
         code_alignment,
@@ -181,6 +169,27 @@ def _common(entry: bytes, first: int, machine: Machine) -> _Common | None:
         first + end,
         first + len(entry),
     )
+
+
+def _augmented(entry: bytes, at: int, augmentation: str) -> tuple[int, int]:
+    """The encoding of addresses, and where the instructions begin. Raises ValueError for an unknown
+    AUGMENTATION whose data cannot be passed over."""
+    if not augmentation:
+        return 0, at
+    if not augmentation.startswith("z"):
+        raise ValueError(augmentation)
+    size, at = _number(entry, at)
+    end, encoding = at + size, 0
+    for letter in augmentation[1:]:
+        if letter == "R":
+            encoding, at = entry[at], at + 1
+        elif letter == "L":
+            at += 1
+        elif letter == "P":
+            at += 1 + _pointer_bytes(entry[at])
+        elif letter not in "SBG":
+            break
+    return encoding, end
 
 
 def _pointer_bytes(encoding: int) -> int:
@@ -201,7 +210,7 @@ def _number(data: bytes, at: int, *, is_signed: bool = False) -> tuple[int, int]
 def _initial(
     code: Code, commons: list[_Common], machine: Machine
 ) -> tuple[Ints, NDArray[np.bool_]]:
-    """The rule that each common entry's instructions make, (n, columns), and whether they are sound."""
+    """The rule that each common entry's instructions make, (n, columns), and which are sound."""
     count = len(commons)
     base = no_rule(machine)
     programs = Programs(
@@ -227,7 +236,7 @@ def _field(padded: Bytes, at: Ints, dtype: str) -> NDArray[np.generic]:
 
 
 def _ranges(
-    padded: Bytes, at: Ints, end: Ints, place: Ints, commons: list[_Common], address: int
+    padded: Bytes, at: Ints, end: Ints, place: Ints, *, commons: list[_Common], address: int
 ) -> tuple[Ints, Ints, Ints, NDArray[np.bool_]]:
     """Of functions' entries: first address, address after the last, where the instructions begin,
     and which of the entries are sound."""
@@ -293,22 +302,21 @@ def _sorted_rows(ran: Ran, start: Ints, stop: Ints, entries: int, machine: Machi
     _, first, rule = np.unique(digest, return_index=True, return_inverse=True)
     chosen = origin[by_address[first]]
     distinct = np.where((chosen >= 0)[:, np.newaxis], rules[chosen], none)
-    return _with_none_first(address[by_address], rule, distinct, none, entries, damaged)
+    place, distinct = _with_none_first(distinct, none)
+    start_of_row = address[by_address].astype(np.uint64)
+    start_of_row[0] = 0
+    if len(distinct) <= np.iinfo(np.uint16).max:
+        return Rows(start_of_row, place[rule].astype(np.uint16), distinct, entries, damaged)
+    return Rows(start_of_row, place[rule].astype(np.uint32), distinct, entries, damaged)
 
 
-def _with_none_first(
-    address: Ints, rule: Ints, distinct: Ints, none: Ints, entries: int, damaged: int
-) -> Rows:
-    start = address.astype(np.uint64)
-    start[0] = 0
+def _with_none_first(distinct: Ints, none: Ints) -> tuple[Ints, Ints]:
+    """Where each of DISTINCT rules is in a table that begins with the rule NONE, and that table."""
     is_none = (distinct == none).all(axis=1)
-    rank = np.argsort(~is_none, kind="stable")
+    order = np.argsort(~is_none, kind="stable")
+    table = distinct[order]
     if not is_none.any():
-        distinct = np.concatenate([none[np.newaxis], distinct])
-        place = np.arange(1, len(distinct))
-    else:
-        place = np.empty(len(rank), np.int64)
-        place[rank] = np.arange(len(rank))
-        distinct = distinct[rank]
-    narrow = np.uint16 if len(distinct) <= np.iinfo(np.uint16).max else np.uint32
-    return Rows(start, place[rule].astype(narrow), distinct, entries, damaged)
+        table = np.concatenate([none[np.newaxis], table])
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order)) + (len(table) - len(order))
+    return place, table

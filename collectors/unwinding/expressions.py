@@ -10,6 +10,7 @@ from typing import Final
 
 from coral.collectors.unwinding.rules import Cfa, Saved, cfa, saved
 
+_STUB_BYTES: Final = 16
 _DEREF: Final = 0x06
 _PLUS_UCONST: Final = 0x23
 _BREG0: Final = 0x70
@@ -27,7 +28,11 @@ def cfa_of(block: bytes) -> tuple[int, int]:
     """`cfa()` and the offset (with an addend in the upper half) of a CFA expression."""
     if len(block) == len(_PLT_HEAD) + 1 + len(_PLT_TAIL):
         boundary = block[len(_PLT_HEAD)] - _LIT0
-        if block.startswith(_PLT_HEAD) and block.endswith(_PLT_TAIL) and 0 <= boundary < 16:
+        if (
+            block.startswith(_PLT_HEAD)
+            and block.endswith(_PLT_TAIL)
+            and 0 <= boundary < _STUB_BYTES
+        ):
             return cfa(Cfa.PLT), boundary
     address = _register_plus_offset(block)
     if address is None:

@@ -13,13 +13,13 @@ Places = NDArray[np.int64]
 _MOST_BYTES: Final = 9  # 63 bits; longer ones occur in damaged files alone
 # Bytes behind the buffer that may be read: callers add as many zeros.
 PADDING: Final = 64
+CONTINUES: Final = 0x80  # the bit of a byte that is not a number's last
 
 
 def ends(data: Bytes) -> NDArray[np.int32]:
-    """Where a LEB128 number that begins at each byte of DATA ends, (n,); one that does not end within
-    the data ends at n."""
+    """Where a LEB128 number that begins at each byte of DATA ends, (n,); n if it does not end."""
     size = len(data)
-    last = np.where(data < 0x80, np.arange(1, size + 1, dtype=np.int32), np.int32(size))
+    last = np.where(data < CONTINUES, np.arange(1, size + 1, dtype=np.int32), np.int32(size))
     return np.minimum.accumulate(last[::-1])[::-1]
 
 
@@ -40,7 +40,7 @@ def _decode(data: Bytes, at: Places) -> tuple[NDArray[np.int64], NDArray[np.int6
     last = data[at]
     value = (last & 0x7F).astype(np.int64)
     bits = np.full(len(at), 7, np.int64)
-    more = np.flatnonzero(last >= 0x80)
+    more = np.flatnonzero(last >= CONTINUES)
     for nth in range(1, _MOST_BYTES):
         if not len(more):
             break
@@ -49,19 +49,19 @@ def _decode(data: Bytes, at: Places) -> tuple[NDArray[np.int64], NDArray[np.int6
         value[more] |= (byte & 0x7F).astype(np.int64) << np.int64(7 * nth)
         bits[more] += 7
         last[more] = byte
-        more = more[byte >= 0x80]
+        more = more[byte >= CONTINUES]
     return value, bits, last
 
 
 def after(data: Bytes, at: Places) -> Places:
     """Where the LEB128 numbers of DATA that begin at AT, (k,), end: AT plus their bytes."""
     found = at + 1
-    more = np.flatnonzero(data[at] >= 0x80)
+    more = np.flatnonzero(data[at] >= CONTINUES)
     for _ in range(_MOST_BYTES):
         if not len(more):
             break
         more = more[found[more] < len(data)]
-        more_bytes = data[found[more]] >= 0x80
+        more_bytes = data[found[more]] >= CONTINUES
         found[more] += 1
         more = more[more_bytes]
     return found

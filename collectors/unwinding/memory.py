@@ -39,8 +39,7 @@ class Memory:
         return Memory(self.words, self.first[index], self.base[index], self.room[index])
 
     def read(self, address: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        """The word at an ADDRESS of each stack, (n,), and whether it was copied: one that was not is
-        0."""
+        """The word at an ADDRESS of each stack, (n,), or 0, and whether it was copied."""
         into = address - self.base
         readable = into.view(np.uint64) < self.room
         every = np.count_nonzero(readable) == len(readable)
@@ -60,8 +59,8 @@ class Memory:
         return found, readable
 
     def is_beyond(self, address: NDArray[np.int64], most: int) -> NDArray[np.bool_]:
-        """Whether an ADDRESS of each stack, (n,), was not copied, and is above the copy by at most MOST
-        bytes, or just below it, where x86-64's leaf functions have their red zone."""
+        """Whether an ADDRESS of each stack, (n,), was not copied, and is above the copy by at most
+        MOST bytes, or just below it, where x86-64's leaf functions have their red zone."""
         into = address - self.base
         outside = into.view(np.uint64) >= self.room
         return outside & (into >= -_RED_ZONE_BYTES) & (into < most + self.room.astype(np.int64))

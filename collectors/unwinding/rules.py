@@ -101,8 +101,8 @@ def cfa(kind: Cfa, register: int = 0) -> int:
     return (kind << 8) | register
 
 
-# Columns of a rule before those of the tracked registers. The addend of a dereferenced CFA is in the
-# upper half of its offset.
+# Columns of a rule before those of the tracked registers. The addend of a dereferenced CFA is in
+# the upper half of its offset.
 CFA: Final = 0
 CFA_OFFSET: Final = 1
 FLAGS: Final = 2

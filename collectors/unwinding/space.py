@@ -56,8 +56,8 @@ class Index:
     row: NDArray[np.uint64]  # (r,): file << 48 | first virtual address
     row_rule: NDArray[np.uint32]  # (r,)
     rules: NDArray[np.int64]  # (k, columns)
-    # Of each rule, (k,): whether the CFA is sp or the frame pointer plus an offset, the return address
-    # is saved, and the frame pointer saved or the same: then the next columns say all.
+    # Of each rule, (k,): whether the CFA is sp or the frame pointer plus an offset, the return
+    # address is saved, and the frame pointer saved or the same: then the next columns say all.
     is_plain: NDArray[np.bool_]
     is_outermost: NDArray[np.bool_]  # the frame has no caller; is_plain too
     by_frame_pointer: NDArray[np.bool_]
@@ -140,13 +140,10 @@ class Space:
             row_rules.append(table.rule.astype(np.uint32) + np.uint32(total))
             rules.append(table.rules)
             total += len(table.rules)
-        mapping, shift = self._mappings(numbers)
         return _index(
             self.machine,
-            mapping,
-            shift,
-            np.concatenate(rows),
-            np.concatenate(row_rules),
+            self._mappings(numbers),
+            (np.concatenate(rows), np.concatenate(row_rules)),
             np.concatenate(rules),
         )
 
@@ -180,10 +177,8 @@ class Space:
 
 def _index(
     machine: Machine,
-    mapping: NDArray[np.uint64],
-    shift: NDArray[np.uint64],
-    row: NDArray[np.uint64],
-    row_rule: NDArray[np.uint32],
+    mappings: tuple[NDArray[np.uint64], NDArray[np.uint64]],
+    rows: tuple[NDArray[np.uint64], NDArray[np.uint32]],
     rules: NDArray[np.int64],
 ) -> Index:
     column = {register: FIRST_REGISTER + n for n, register in enumerate(machine.tracked)}
@@ -198,10 +193,8 @@ def _index(
     is_outermost = kind_of(returns) == Saved.UNDEFINED
     return Index(
         machine,
-        mapping,
-        shift,
-        row,
-        row_rule,
+        *mappings,
+        *rows,
         rules,
         is_plain | is_outermost,
         is_outermost,

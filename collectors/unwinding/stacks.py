@@ -70,7 +70,7 @@ class Stacks:
     lengths: NDArray[np.int64]  # (n,): frames of each
     ends: NDArray[np.uint8]  # (n,): End
     unwinding: NDArray[np.uint8]  # (n,): Unwinding
-    # (n,): where the stack ended at an address that is not known to be mapped, that address; else 0.
+    # (n,): the address at which a stack ended because nothing is known to be mapped there; else 0.
     unmapped: NDArray[np.uint64]
 
     def __len__(self) -> int:

@@ -23,7 +23,6 @@ from coral.collectors.symbols.elf import EM_AARCH64, EM_X86_64, ElfFile
 from coral.collectors.unwinding.eh_frame import LARGEST_SECTION_BYTES, compile_section
 from coral.collectors.unwinding.rules import (
     ARM64,
-    CFA,
     FIRST_REGISTER,
     X86_64,
     Machine,
@@ -43,7 +42,8 @@ _LARGEST_WHOLE_BYTES: Final = 256 << 10
 _FORMAT: Final = b"CoralUW1"
 _HEADER: Final = struct.Struct("<8s6Q")  # format, rows, bytes of an index, rules, columns, counts
 _DIGEST_BYTES: Final = 32
-_MOST_ROWS: Final = 1 << 26
+Indexes = NDArray[np.uint16] | NDArray[np.uint32]
+_INDEX_BYTES: Final = (2, 4)
 
 
 def eh_frame(elf: ElfFile) -> tuple[bytes, int, bool] | None:
@@ -69,8 +69,8 @@ def eh_frame(elf: ElfFile) -> tuple[bytes, int, bool] | None:
 
 
 def compiled(section: bytes, address: int, machine: Machine, *, has_end: bool = False) -> Rows:
-    """As `compile_section`. Of large tables, the rules of registers other than the frame pointer and
-    the return address are left out, as unknown."""
+    """As `compile_section`. Of large tables, the rules of registers other than the frame pointer
+    and the return address are left out, as unknown."""
     if len(section) <= _LARGEST_WHOLE_BYTES:
         return compile_section(section, address, machine, has_end=has_end)
     fewer = replace(machine, tracked=(machine.frame_pointer, machine.return_address))
@@ -86,8 +86,8 @@ def compiled(section: bytes, address: int, machine: Machine, *, has_end: bool = 
 
 
 class Tables:
-    """Compiled tables, by content. At most MEMORY_BYTES of them in memory, beside those that somebody
-    else still refers to, and DISK_BYTES in DIRECTORY, which only this agent may write to; None for
+    """Compiled tables, by content. At most MEMORY_BYTES of them are in memory, beside those that
+    others still refer to, and DISK_BYTES in DIRECTORY, which only this agent may write to; None for
     no files. Not safe to use from two threads at once.
     """
 
@@ -162,7 +162,7 @@ class Tables:
         path = self._directory / key.hex()
         unfinished = path.with_suffix(f".{os.getpid()}")
         with suppress(OSError):
-            self._make_room(len(content))
+            self._make_room(self._directory, len(content))
             fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(content)
@@ -171,11 +171,10 @@ class Tables:
         with suppress(OSError):
             unfinished.unlink()
 
-    def _make_room(self, size: int) -> None:
-        assert self._directory
+    def _make_room(self, directory: Path, size: int) -> None:
         files = sorted(
             (status.st_mtime, status.st_size, entry.path)
-            for entry in os.scandir(self._directory)
+            for entry in os.scandir(directory)
             if entry.is_file(follow_symlinks=False)
             and (status := entry.stat(follow_symlinks=False))
         )
@@ -209,23 +208,17 @@ def unpacked(content: bytes, columns: int) -> Rows | None:
     if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
         return None
     form, count, index_bytes, rules, width, entries, damaged = _HEADER.unpack_from(body)
-    if form != _FORMAT or width != columns or index_bytes not in (2, 4):
-        return None
-    if not 0 < count < _MOST_ROWS or not 0 < rules < _MOST_ROWS:
+    if form != _FORMAT or width != columns or index_bytes not in _INDEX_BYTES:
         return None
     if len(body) != _HEADER.size + count * (8 + index_bytes) + rules * width * 8:
         return None
     start = np.frombuffer(body, np.uint64, count, _HEADER.size)
     at = _HEADER.size + start.nbytes
     table = np.frombuffer(body, np.int64, rules * width, at).reshape(rules, width)
-    at += table.nbytes
-    rule: NDArray[np.uint16] | NDArray[np.uint32] = (
-        np.frombuffer(body, np.uint16, count, at)
-        if index_bytes == 2  # noqa: PLR2004
-        else np.frombuffer(body, np.uint32, count, at)
-    )
-    if start[0] != 0 or (start[1:] <= start[:-1]).any() or rule.max() >= rules:
-        return None
-    if not ((table[:, CFA] >= 0) & (table[:, CFA] >> 8 < 8)).all():  # noqa: PLR2004
+    if index_bytes == np.uint16().itemsize:
+        rule: Indexes = np.frombuffer(body, np.uint16, count, at + table.nbytes)
+    else:
+        rule = np.frombuffer(body, np.uint32, count, at + table.nbytes)
+    if not count or start[0] != 0 or (start[1:] <= start[:-1]).any() or rule.max() >= rules:
         return None
     return Rows(start, rule, table, entries, damaged)

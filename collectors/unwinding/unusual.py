@@ -182,7 +182,7 @@ def _find_cfa(frames: Frames, rules: Ints, known: _Known) -> Mask:
     kind, register, offset = rules[:, CFA] >> 8, rules[:, CFA] & 0xFF, rules[:, CFA_OFFSET]
     base = known.named(register)
     by_register = (kind == Cfa.REGISTER) | (kind == Cfa.DEREFERENCED)
-    unknown = by_register & ~known.has(register)
+    unknown: Mask = by_register & ~known.has(register)
     _end(frames, unknown | (kind == Cfa.UNKNOWN), End.NO_UNWIND_INFO)
     found = base + offset
     stub = kind == Cfa.PLT
@@ -242,7 +242,7 @@ def _find_frame_pointer(frames: Frames, machine: Machine, rules: Ints, known: _K
 
 
 def follow(frames: Frames, index: Index, registers: Registers) -> None:
-    """Restores the registers that calls preserve, for the callers of FRAMES, whose CFAs are known."""
+    """Restores the registers that calls preserve, of the callers of FRAMES; the CFAs are known."""
     machine = index.machine
     known = _known(frames, machine, registers)
     rules = index.rules[frames.rule]
@@ -297,7 +297,9 @@ def _guess(frames: Frames, index: Index, chosen: Ints, is_anonymous: Mask) -> No
     good = fits & _is_code(frames, index, chosen, caller)
     outermost = (fp == 0) | (fits & (caller == 0))
     frames.callers.end[chosen] = End.NO_UNWIND_INFO
-    frames.callers.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = End.COPY_TOO_SHORT
+    frames.callers.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = (
+        End.COPY_TOO_SHORT
+    )
     frames.callers.end[chosen[outermost]] = End.BOTTOM
     frames.callers.end[chosen[good]] = 0
     frames.callers.cfa[chosen] = fp + 2 * _WORD

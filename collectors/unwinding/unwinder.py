@@ -45,8 +45,8 @@ class Unwinder:
         times_ns: NDArray[np.uint64],
         samples: Samples,
     ) -> Stacks:
-        """The stacks of SAMPLES, whose `memory` is ignored: sample i is of PROCESSES[WHICH[i]], taken
-        at TIMES_NS[i]. Maps are read again where a stack leads to memory that is not in them."""
+        """The stacks of SAMPLES, whose `memory` is ignored: sample i is of PROCESSES[WHICH[i]],
+        taken at TIMES_NS[i]. Maps are read again where a stack leads to memory not in them."""
         stacks = self._unwind(processes, which, times_ns, samples)
         lost = np.flatnonzero(stacks.unmapped != 0)
         grown = [
@@ -85,9 +85,9 @@ class Unwinder:
                 place[chosen[at == index]] = len(keys)
                 keys.append(self._put(process, generations, index))
         if len(self._space) > _MOST_MEMORIES:
-            self._forget(set(keys))
+            self._forget(keys)
         slots = np.array([self._space.slot(key) for key in keys], np.int64)
-        memory = slots[place] if len(keys) else place
+        memory = slots[place] if keys else place
         return unwind(replace(samples, memory=memory), self._space)
 
     def _put(self, process: ProcessMaps, generations: Sequence[Generation], index: int) -> _Key:
@@ -121,8 +121,8 @@ class Unwinder:
             bias = file.elf.bias(start, end, int(process.file_offsets[mapping]))
         return Region(start, end, bias or 0, None if bias is None else rows)
 
-    def _forget(self, keys: set[_Key]) -> None:
-        self._space.keep_only(keys)
+    def _forget(self, keys: Sequence[_Key]) -> None:
+        self._space.keep_only(set(keys))
         kept = {process for process, _ in keys}
         self._regions = {key: found for key, found in self._regions.items() if key[0] in kept}
         files = {file for process in kept for file in process.files}

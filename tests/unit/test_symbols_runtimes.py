@@ -63,6 +63,21 @@ def test_the_last_told_of_overlapping_functions_counts(told: Path) -> None:
     it.close()
 
 
+def test_a_sample_has_the_name_of_its_time(told: Path) -> None:
+    told.write_text("1000 10 first\n2000 10 other\n")
+    it = PerfMap(os.getpid())
+    assert names(it, 0x1000) == ["first"]
+    before = time.monotonic_ns()
+    assert names(it, 0x1000) == ["first"]
+    with told.open("a") as file:
+        file.write("1000 20 second\n")
+    now = time.monotonic_ns()
+    addresses = np.array([0x1000, 0x1000, 0x1010, 0x2000], np.uint64)
+    found = it.find(addresses, np.array([before, now, before, before], np.uint64)).tolist()
+    assert [it.name(number) for number in found] == [b"first", b"second", b"second", b"other"]
+    it.close()
+
+
 def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> None:
     it = PerfMap(os.getpid())
     told.write_text("1000 10 first\n2000 10 second\n")
