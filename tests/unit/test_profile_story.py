@@ -209,7 +209,7 @@ def test_a_profile_in_which_nothing_ran_says_so() -> None:
     story = story_of()
     story.intervals.reach(START_NS + 3 * 10**9)
     (line,) = drawn_lines(story.interval_table(80, 20), 80)
-    assert line == "no sample in 3s: the target has used no CPU time yet"
+    assert line == "no sample yet, after 3s"
     words = "nothing ran: no sample was taken, so the target used next to no CPU time"
     assert list(story.end_lines()) == [words]
     assert drawn_lines(story.end_table(80), 80) == [words]
