@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,10 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from tests.support import wait_until
+
 _PROGRAMS: Final = ("chromium", "chromium-browser", "google-chrome")
 _ANSWER_S: Final = 60.0
 _STEP_S: Final = 0.02
 _READ_BYTES: Final = 1 << 16
+_FIRST_FD: Final = 10  # a shell moves what it inherits to 3 and 4
 
 
 def browser_program() -> str | None:
@@ -27,8 +32,9 @@ class Browser:
     """Chromium, spoken to through pipes in the DevTools protocol, with one page."""
 
     def __init__(self, program: str, home: Path) -> None:
-        ours, theirs = os.pipe(), os.pipe()
-        self._to, self._from = ours[1], theirs[0]
+        near, self._to = os.pipe()
+        self._from, far = os.pipe()
+        its = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD) for fd in (near, far)]
         # The protocol's descriptors are 3 and 4. A root without user namespaces has no sandbox.
         options = (
             "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -36,30 +42,33 @@ class Browser:
             "--remote-debugging-pipe", f"--user-data-dir={home}", "--window-size=1200,900",
             "about:blank",
         )  # fmt: skip
-        shell = f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]} {ours[0]}<&- {theirs[1]}>&-'
+        shell = 'exec "$@" 3<&{} 4>&{} {}<&- {}>&-'.format(*its, *its)
         self._process = subprocess.Popen(
             ["bash", "-c", shell, "bash", program, *options],
-            pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL,
+            pass_fds=its, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "HOME": str(home)},
         )  # fmt: skip
-        os.close(ours[0])
-        os.close(theirs[1])
+        for fd in (near, far, *its):
+            os.close(fd)
         self._number = 0
         self._session = ""
         self._heard = b""
         self.events: list[dict[str, Any]] = []
-        targets = self.ask("Target.getTargets")["targetInfos"]
-        page = next(it for it in targets if it["type"] == "page")
+        page: Any = wait_until(self._page, _ANSWER_S)
         attached = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.ask(f"{domain}.enable")
 
+    def _page(self) -> dict[str, Any] | None:
+        targets = self.ask("Target.getTargets")["targetInfos"]
+        return next((it for it in targets if it["type"] == "page"), None)
+
     def close(self) -> None:
         os.close(self._to)
         os.close(self._from)
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # with the processes of its pages
         self._process.wait()
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tests.browser import Browser, browser
 from tests.profiles import GUESS, HOSTILE, KERNEL, START_NS, TOO_SHORT, UNNAMED, Stack, profile_of
 
 KERNEL_FRAME: Final = Frame("do_syscall_64", "[kernel]", 4096, "", KERNEL)
-FACTS: Final = Facts("shop <b>&\"'", START_NS, 1.0, "expired", {"subscriber_queue": 4})
+FACTS: Final = Facts("shop <b>&\"'", START_NS, 1.0, "expired", 3, {"subscriber_queue": 4})
 MINIMAL: Final = (
     Stack(["main", "serve", "parse"], 40),
     Stack(["main", "serve", "parse", "serve", "parse"], 20),
@@ -69,7 +69,7 @@ def box(name: str) -> str:
 
 
 def test_a_page_draws_shares_and_marks(chromium: Browser, tmp_path: Path) -> None:
-    opened(chromium, tmp_path, profile_of(*MINIMAL, lost=3), ".html")
+    opened(chromium, tmp_path, profile_of(*MINIMAL), ".html")
     widths = frames(chromium)
     assert widths["all"] == 100
     assert widths["main"] == pytest.approx(94)

@@ -44,7 +44,7 @@ from tests.profiles import (
     profile_of,
 )
 
-FACTS: Final = Facts("shop", START_NS, 2.5, "expired", {"subscriber_queue": 2})
+FACTS: Final = Facts("shop", START_NS, 2.5, "expired", 3, {"subscriber_queue": 2})
 KERNEL_FRAME: Final = Frame("do_syscall_64", "[kernel]", 0x1000, "", KERNEL)
 GUESSED: Final = Frame("middle", "/lib/libg.so.1", 0x77, "ab" * 10, GUESS)
 STACKS: Final = (
@@ -287,10 +287,12 @@ def test_every_format_is_made_from_a_story() -> None:
     story = ProfileStory()
     story.intervals.begin(START_NS)
     story.add(batch_of(*STACKS))
-    session = Session("shop", "stopped", {})
+    session = Session("shop", "stopped", {"kernel_buffer": 5, "map_full": 1, "rate_limit": 7})
     content = {it.suffix: it.content(story, session) for it in VIEW.files}
     assert set(content) == {".html", ".svg", ".folded", ".pb.gz", ".speedscope.json"}
     assert b"ended: stopped" in content[".html"]
+    assert b"6 samples lost in the kernel" in content[".svg"]
+    assert b"7 rows of samples lost on the way (rate_limit)" in content[".svg"]
     assert read(content[".pb.gz"]).message.duration_nanos == 10**9
     assert all(content.values())
 

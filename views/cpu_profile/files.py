@@ -15,6 +15,10 @@ from coral.views.cpu_profile.speedscope import speedscope
 from coral.views.cpu_profile.story import ProfileStory
 from coral.views.cpu_profile.svg import picture
 
+# The stages at which a stream loses rows, by StreamAccount in the contract; at others the kernel
+# loses samples.
+_OF_ROWS: Final = frozenset({"rate_limit", "subscriber_queue", "replay_evicted"})
+
 
 def _of_story(
     render: Callable[[Profile, Facts], str | bytes],
@@ -25,12 +29,16 @@ def _of_story(
         if not isinstance(story, ProfileStory):
             raise TypeError(f"{type(story).__name__} has no profile")
         watched = story.intervals
+        rows = {stage: count for stage, count in session.lost.items() if stage in _OF_ROWS}
+        in_kernel = sum(session.lost.values()) - sum(rows.values())
         facts = Facts(
-            session.target,
-            watched.reached_ns - round(watched.seconds * 1e9),
-            watched.seconds,
-            session.end,
-            session.lost,
+            target=session.target,
+            began_ns=watched.reached_ns - round(watched.seconds * 1e9),
+            seconds=watched.seconds,
+            end=session.end,
+            # What the batches tell of themselves is short where one of them is lost.
+            lost_samples=max(story.profile.lost, in_kernel),
+            lost_rows=rows,
         )
         rendered = render(story.profile, facts)
         return rendered.encode() if isinstance(rendered, str) else rendered

@@ -15,13 +15,14 @@ NOTHING_RAN: Final = "nothing ran: no sample was taken, so the target used next 
 
 @dataclass(frozen=True)
 class Facts:
-    """A session: what it watched, when by the agent's clock, how it ended, in words, and what was
-    lost on the way to this client, in rows, by stage."""
+    """A session: what it watched, when by the agent's clock, how it ended, in words, how many
+    samples were lost in the kernel, and how many rows on the way to this client, by stage."""
 
     target: str
     began_ns: int = 0
     seconds: float = 0.0
     end: str = ""
+    lost_samples: int = 0
     lost_rows: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -36,6 +37,8 @@ def told(profile: Profile, facts: Facts) -> Iterator[str]:
         yield f"began {began}, lasted {facts.seconds:.1f} s"
     if facts.end:
         yield f"ended: {facts.end}"
+    if facts.lost_samples:
+        yield f"{_many(facts.lost_samples)} lost in the kernel"
     yield from missing(profile)
     for stage, count in facts.lost_rows.items():
         yield f"{_many(count, 'row')} of samples lost on the way ({stage})"
@@ -52,8 +55,6 @@ def amount_words(profile: Profile, seconds: float) -> str:
 def missing(profile: Profile) -> Iterator[str]:
     """What was not seen, or not seen for sure."""
     samples = profile.samples
-    if profile.lost:
-        yield f"{_many(profile.lost)} lost in the kernel"
     if cut := profile.cut:
         yield (
             f"{_part(cut, samples)} without the outermost callers, shown under [cut]: "

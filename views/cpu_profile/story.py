@@ -18,7 +18,8 @@ from coral.views.intervals import Intervals
 from coral.views.sheet import Column, Sheet
 from coral.views.text import bar, clauses, format_share
 
-_MOST_LINES: Final = 40
+_MOST_LINES: Final = 40  # in a pipe
+_MOST_AT_END: Final = 25
 _BAR_WIDTH: Final = 16
 _TOTAL: Final = "░"
 
@@ -55,7 +56,7 @@ class ProfileStory:
         """All samples so far, for a terminal: an interval has too few to say much."""
         if not self.profile:
             seconds = self._intervals.seconds
-            return Text(f"no sample in {seconds:.0f}s: the target has used no CPU time yet", "dim")
+            return Text(f"no sample yet, after {seconds:.0f}s", "dim")
         heads = [Text(line, "dim") for line in self._heads(self.profile, width)]
         most = max(most_lines - len(heads) - 1, 1)
         return Group(*heads, _sheet(self.profile, most).table(width))
@@ -70,7 +71,7 @@ class ProfileStory:
         heads = [Text(line) for line in self._heads(self.profile, width)]
         if not self.profile:
             return Group(*heads)
-        return Group(*heads, Text(), _sheet(self.profile, _MOST_LINES).table(width))
+        return Group(*heads, Text(), _sheet(self.profile, _MOST_AT_END).table(width))
 
     def end_lines(self) -> Iterator[str]:
         """The whole session, for a pipe."""
