@@ -435,7 +435,7 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(tmp_path
     with running_agent(tmp_path / "agent", environment=without) as agent:
         answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=CPU_PROFILE))
     assert answer == pb.StartEbpfCollectorResponse(
-        supported=False, error="no timer (cpu_clock: switched off by CORAL_WITHOUT)"
+        supported=False, error="cpu_profile: no timer (cpu_clock: switched off by CORAL_WITHOUT)"
     )
 
 

@@ -92,11 +92,11 @@ def test_cap_sys_admin_replaces_both() -> None:
 def test_the_systemd_unit_gives_exactly_what_is_kept() -> None:
     unit = (ROOT / "deploy/systemd/coral-agent.service").read_text()
     lines = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
-    kept = to_keep(NEEDS, ALL, ordinary_user=True)
+    kept = to_keep([*NEEDS, *WANTS], ALL, ordinary_user=True)
     assert set(lines["AmbientCapabilities"].split()) == kept
     assert lines["CapabilityBoundingSet"] == lines["AmbientCapabilities"]
 
 
 def test_the_documentation_has_each_one_that_is_kept() -> None:
     page = (ROOT / "docs/privileges.md").read_text()
-    assert {name for name in NAMES if f"| `{name}` |" in page} == to_keep(NEEDS, ALL)
+    assert {name for name in NAMES if f"| `{name}` |" in page} == to_keep([*NEEDS, *WANTS], ALL)
