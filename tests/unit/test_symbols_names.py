@@ -234,6 +234,25 @@ def test_a_program_of_a_container_is_found_through_its_root(
     os.kill(pid, 9)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts")
+def test_debug_information_is_found_by_build_id_in_the_containers_root(
+    start: Callable[..., Places], symbolizer: Symbolizer, tmp_path: Path
+) -> None:
+    program, inside = place("places-static", "-static"), tmp_path / "root"
+    notes = subprocess.check_output(["readelf", "-n", program], text=True)
+    build_id = notes.partition("Build ID: ")[2].split()[0]
+    debug = f"{inside}/usr/lib/debug/.build-id/{build_id[:2]}"
+    inside.mkdir()
+    script = (
+        f"mount -t tmpfs coral-test {inside} && mkdir -p {debug} && "
+        f"strip -o {inside}/prog {program} && "
+        f"objcopy --only-keep-debug {program} {debug}/{build_id[2:]}.debug && "
+        f"exec chroot {inside} /prog"
+    )
+    places = start("unshare", "--mount", "sh", "-ec", script)
+    assert named(symbolizer, places.pid, own_functions(places)) == list(FUNCTIONS)
+
+
 def test_without_the_capability_for_map_files_the_path_is_taken_if_it_is_the_file(
     start: Callable[..., Places], tmp_path: Path
 ) -> None:
