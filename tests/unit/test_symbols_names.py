@@ -344,10 +344,18 @@ def test_an_exec_that_nobody_told_is_noticed(
 ) -> None:
     places = start(place("places"))
     assert named(symbolizer, places.pid, own_functions(places)) == list(FUNCTIONS)
+    old, before = places.at["main"], time.monotonic_ns()
     now = places.tell(f"exec {place('places-static', '-static')}")
     again = [now[name] for name in FUNCTIONS]
     wait_until(lambda: named(symbolizer, places.pid, again) == list(FUNCTIONS))
-    assert len(symbolizer.maps(places.pid).generations) == 2
+    programs = [state.program for state in symbolizer.maps(places.pid).generations]
+    assert programs == [0, 1]
+    # When it is told, later, the time of it counts.
+    symbolizer.executed(places.pid, before + 1)
+    assert [state.since_ns for state in symbolizer.maps(places.pid).generations] == [0, before + 1]
+    assert named(symbolizer, places.pid, [old], times_ns=[before]) == ["main"]
+    times = [before + 2] * len(again)
+    assert named(symbolizer, places.pid, again, times_ns=times) == list(FUNCTIONS)
 
 
 def test_a_library_that_is_loaded_later_has_names(tmp_path: Path, symbolizer: Symbolizer) -> None:
@@ -377,8 +385,12 @@ def test_a_library_that_is_loaded_later_has_names(tmp_path: Path, symbolizer: Sy
         process.stdin.flush()
         address = int(process.stdout.readline())
         told = MappedCode(time.monotonic_ns(), process.pid, address, 1, 0, 0, 0, str(library))
-        symbolizer.learn([told])
-        assert maps.find(np.array([address], np.uint64))[0] >= 0
+
+        def is_found() -> bool:
+            symbolizer.learn([told])
+            return bool(maps.find(np.array([address], np.uint64))[0] >= 0)
+
+        wait_until(is_found)
         assert named(symbolizer, process.pid, [address]) == ["late_function"]
         other = Symbolizer()
         assert named(other, process.pid, [address]) == ["late_function"]
