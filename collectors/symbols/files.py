@@ -54,7 +54,7 @@ class Sighting(NamedTuple):
     @property
     def of_file(self) -> tuple[str, int, str]:
         """Equal for all memory of one file, as long as it is mapped."""
-        return self.device, self.inode, self.path
+        return self.device, self.inode, self.path.removesuffix(_DELETED)
 
 
 class MappedFile:

@@ -163,13 +163,13 @@ class Symbolizer:
         return process
 
     def learn(self, mapped: Iterable[MappedCode]) -> None:
-        """Known processes have MAPPED code: their maps are read again."""
+        """Known processes have MAPPED code: their maps are read again, soon."""
         times: dict[int, int] = {}
         for code in mapped:
             times[code.tgid] = min(code.time_ns, times.get(code.tgid, code.time_ns))
         for (tgid, _), process in self._processes.items():
             if tgid in times:
-                process.maps.refresh(since_ns=times[tgid])
+                process.maps.mapped(times[tgid])
 
     def executed(self, tgid: int, time_ns: int, born: int = 0) -> None:
         """A process has executed another program at TIME_NS (CLOCK_MONOTONIC): names of before are
