@@ -8,6 +8,7 @@ may come from a hostile file: a damaged entry is left out and counted, and nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -116,7 +117,7 @@ def _run(padded: Bytes, programs: Programs, machine: Machine) -> _Ran:
     damaged = np.zeros(len(programs.begin), np.bool_)
     found: list[tuple[NDArray[np.int32], Ints, Ints]] = []
     parts = np.flatnonzero(np.diff(programs.begin // _PART_BYTES, prepend=-1) != 0).tolist()
-    for first, last in zip(parts, [*parts[1:], len(programs.begin)], strict=True):
+    for first, last in pairwise([*parts, len(programs.begin)]):
         part = programs.take(slice(first, last))
         origin = int(part.begin[0]) - 1
         code = decoded(_padded(padded[origin : int(part.end[-1])]))
