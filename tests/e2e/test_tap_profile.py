@@ -16,9 +16,12 @@ from typing import Final
 import pytest
 from rich.cells import cell_len
 
+from coral.wire.text import is_printable, safe
 from tests import tapping
 from tests.pprof_reader import read
+from tests.profiles import HOSTILE
 from tests.support import (
+    ROOT,
     Puppet,
     RunningAgent,
     collectors_at_work,
@@ -135,6 +138,31 @@ def test_json_has_a_row_for_each_stack(agent: RunningAgent) -> None:
         assert {row["pid"] for row in samples} == {puppet.pid}
     assert 0.7 * 50 <= sum(row["count"] for row in samples) <= 1.3 * 150
     assert {row["period_ns"] for row in samples} == {PERIOD_NS}
+
+
+@pytest.mark.parametrize("name", [HOSTILE[at] for at in (0, 1, 3, 5, 10)])
+def test_a_function_of_any_name_is_one_frame(
+    name: str, agent: RunningAgent, tmp_path: Path
+) -> None:
+    program, path = tmp_path / "named", tmp_path / "named.pb.gz"
+    source = ROOT / "tests/programs/burn.c"
+    subprocess.run(["gcc", "-O1", "-o", program, source], check=True)
+    subprocess.run(["objcopy", "--redefine-sym", f"main={name}", program], check=True)
+    done = subprocess.run(
+        coral(
+            "tap", "--agent", agent.address, "--cpu-profile", "-F", "499", "-o", path,
+            "--", program, "400",
+        ),
+        input="x", capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = read(path.read_bytes()).rows
+    samples = sum(row.values[0] for row in rows)
+    # The agent replaces what cannot be printed, and cuts very long names.
+    start = safe(name)[:500]
+    named = (row for row in rows if any(each.startswith(start) for each in row.names))
+    assert sum(row.values[0] for row in named) >= 0.9 * samples > 90
+    assert all(is_printable(line) for line in done.stdout.splitlines())
 
 
 def test_a_terminal_of_eighty_columns_has_a_bar_and_the_time_that_is_left(
