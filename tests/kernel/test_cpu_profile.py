@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.profiling import Profile, profiled
+from tests.profiling import NS_PER_S, Profile, collector_of, profiled, profiling
 from tests.support import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -145,3 +146,53 @@ def test_frame_pointers_alone_cost_no_copy(programs: Path) -> None:
         pb.CPU_UNWINDING_FRAME_POINTERS,
         pb.CPU_UNWINDING_UNSPECIFIED,
     }
+
+
+def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> None:
+    process = subprocess.Popen(
+        [programs / "profiled", "shares", "1500"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with (
+        process,
+        profiling(pid=process.pid, frequency=100) as slow,
+        profiling(pid=process.pid, frequency=800, stack_bytes=0) as fast,
+    ):
+        out, _ = process.communicate("x")
+    seconds = sum(int(line.split()[1]) for line in out.splitlines()) / NS_PER_S
+    print(f"{slow.samples} and {fast.samples} samples of {seconds} s")
+    for profile, frequency in ((slow, 100), (fast, 800)):
+        expected = frequency * seconds
+        assert abs(profile.samples - expected) <= 0.03 * PATIENCE * expected + 4 * 0.5 * 12
+        assert {row.period_ns for row in profile.rows} == {int(NS_PER_S) // frequency}
+    assert set(slow.by("unwinding")) == {pb.CPU_UNWINDING_EH_FRAME}
+    assert pb.CPU_UNWINDING_EH_FRAME not in fast.by("unwinding")
+
+
+def test_samples_without_room_are_counted(programs: Path) -> None:
+    """The ring has room for some tens of stacks of 400 calls, and nothing empties it."""
+    process = subprocess.Popen(
+        [programs / "profiled", "deep", "1000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    config = {"pid": str(process.pid), "frequency": "500", "ring": "256KiB"}
+    collector, profile = collector_of(config), Profile()
+    try:
+        collector.open()
+        with process:
+            out, _ = process.communicate("x")
+        collector.bpf_object.detach()
+        profile.add(collector.drain())
+    finally:
+        collector.close()
+    seconds = sum(int(line.split()[1]) for line in out.splitlines()) / NS_PER_S
+    lost = profile.losses[pb.Loss.STAGE_KERNEL_BUFFER]
+    print(f"{profile.samples} samples, {lost} lost, of {seconds} s")
+    assert 5 < profile.samples < 100
+    assert profile.account["samples_lost"] == lost == sum(profile.losses.values())
+    expected = 500 * seconds
+    assert abs(profile.samples + lost - expected) <= 0.03 * PATIENCE * expected + 4 * 0.5 * 12
