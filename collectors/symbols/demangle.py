@@ -128,6 +128,7 @@ class Demangler:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the agent
                 cwd="/",
                 env={},
             )
