@@ -25,6 +25,7 @@ class Cfa(IntEnum):
     ANONYMOUS = 5  # the address is in executable memory without a file
     TRAMPOLINE = 6  # in CPython's trampolines for perf: sp + 16
     UNMAPPED = 7  # the address is in no executable memory
+    PENDING = 8  # the address is in a file whose table has not been compiled yet
 
 
 class Saved(IntEnum):

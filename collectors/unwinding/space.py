@@ -32,7 +32,10 @@ from coral.collectors.unwinding.rules import (
 
 _WINDOW: Final = 1 << ADDRESS_BITS
 # Tables of a single rule, before those of files.
-_PLAIN: Final = (Cfa.UNMAPPED, Cfa.NONE, Cfa.ANONYMOUS, Cfa.TRAMPOLINE)
+_PLAIN: Final = (Cfa.UNMAPPED, Cfa.PENDING, Cfa.NONE, Cfa.ANONYMOUS, Cfa.TRAMPOLINE)
+# The numbers of rules in every index: code of which nothing is known, and memory without code.
+UNMAPPED: Final = _PLAIN.index(Cfa.UNMAPPED)
+PENDING: Final = _PLAIN.index(Cfa.PENDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Region:
     end: int
     bias: int  # what to add to virtual addresses of the file; modulo 2^64
     rows: Rows | None  # of the file, if there is one that has a table
-    kind: Cfa = Cfa.NONE  # without rows: NONE, ANONYMOUS or TRAMPOLINE
+    kind: Cfa = Cfa.NONE  # without rows: NONE, PENDING, ANONYMOUS or TRAMPOLINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Space:
         self._memories: list[Sequence[Region]] = []
         self._tables: dict[int, Rows] = {}  # by identity
         self._index: Index | None = None
+        self._joined: _Joined | None = None
 
     def __len__(self) -> int:
         """The number of memories."""
@@ -110,14 +114,19 @@ class Space:
             self._memories[slot] = regions
         for region in regions:
             if region.rows is not None:
-                self._tables.setdefault(id(region.rows), region.rows)
+                self._add(region.rows)
         self._index = None
+
+    def _add(self, rows: Rows) -> None:
+        if id(rows) not in self._tables:
+            self._tables[id(rows)] = rows
+            self._joined = None
 
     def keep_only(self, keys: set[Hashable]) -> None:
         """Forgets all memories but KEYS, and the tables that only they had. Slots change."""
         kept = {key: self._memories[slot] for key, slot in self._slots.items() if key in keys}
         self._slots, self._memories, self._tables = {}, [], {}
-        self._index = None
+        self._index = self._joined = None
         for key, regions in kept.items():
             self.put(key, regions)
 
@@ -128,24 +137,9 @@ class Space:
         return self._index
 
     def _built(self) -> Index:
-        numbers, rows, row_rules = {}, [], []
-        rules = [no_rule(self.machine, kind)[np.newaxis] for kind in _PLAIN]
-        total = len(_PLAIN)
-        for number in range(len(_PLAIN)):
-            rows.append(np.array([number * _WINDOW], np.uint64))
-            row_rules.append(np.array([number], np.uint32))
-        for number, (identity, table) in enumerate(self._tables.items(), len(_PLAIN)):
-            numbers[identity] = number
-            rows.append(table.start + np.uint64(number * _WINDOW))
-            row_rules.append(table.rule.astype(np.uint32) + np.uint32(total))
-            rules.append(table.rules)
-            total += len(table.rules)
-        return _index(
-            self.machine,
-            self._mappings(numbers),
-            (np.concatenate(rows), np.concatenate(row_rules)),
-            np.concatenate(rules),
-        )
+        if self._joined is None:
+            self._joined = _joined(self.machine, self._tables)
+        return _index(self._joined, self._mappings(self._joined.numbers))
 
     def _mappings(self, numbers: dict[int, int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         mapping, shift = [0], [0]
@@ -175,12 +169,36 @@ class Space:
         )
 
 
-def _index(
-    machine: Machine,
-    mappings: tuple[NDArray[np.uint64], NDArray[np.uint64]],
-    rows: tuple[NDArray[np.uint64], NDArray[np.uint32]],
-    rules: NDArray[np.int64],
-) -> Index:
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """The tables of all files as one. Unlike mappings, files seldom change."""
+
+    numbers: dict[int, int]  # of tables, by their identity
+    machine: Machine
+    row: NDArray[np.uint64]
+    row_rule: NDArray[np.uint32]
+    rules: NDArray[np.int64]
+
+
+def _joined(machine: Machine, tables: dict[int, Rows]) -> _Joined:
+    numbers = {}
+    rows = [np.arange(len(_PLAIN), dtype=np.uint64) * np.uint64(_WINDOW)]
+    row_rules = [np.arange(len(_PLAIN), dtype=np.uint32)]
+    rules = [no_rule(machine, kind)[np.newaxis] for kind in _PLAIN]
+    total = len(_PLAIN)
+    for number, (identity, table) in enumerate(tables.items(), len(_PLAIN)):
+        numbers[identity] = number
+        rows.append(table.start + np.uint64(number * _WINDOW))
+        row_rules.append(table.rule.astype(np.uint32) + np.uint32(total))
+        rules.append(table.rules)
+        total += len(table.rules)
+    return _Joined(
+        numbers, machine, np.concatenate(rows), np.concatenate(row_rules), np.concatenate(rules)
+    )
+
+
+def _index(joined: _Joined, mappings: tuple[NDArray[np.uint64], NDArray[np.uint64]]) -> Index:
+    machine, rules = joined.machine, joined.rules
     column = {register: FIRST_REGISTER + n for n, register in enumerate(machine.tracked)}
     kind, register = rules[:, CFA] >> 8, rules[:, CFA] & 0xFF
     returns = rules[:, column[machine.return_address]]
@@ -194,7 +212,8 @@ def _index(
     return Index(
         machine,
         *mappings,
-        *rows,
+        joined.row,
+        joined.row_rule,
         rules,
         is_plain | is_outermost,
         is_outermost,

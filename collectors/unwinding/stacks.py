@@ -70,7 +70,8 @@ class Stacks:
     lengths: NDArray[np.int64]  # (n,): frames of each
     ends: NDArray[np.uint8]  # (n,): End
     unwinding: NDArray[np.uint8]  # (n,): Unwinding
-    # (n,): the address at which a stack ended because nothing is known to be mapped there; else 0.
+    # (n,): the address in a caller at which a stack ended because nothing is known of what is
+    # mapped there; else 0.
     unmapped: NDArray[np.uint64]
 
     def __len__(self) -> int:
@@ -80,6 +81,20 @@ class Stacks:
     def offsets(self) -> NDArray[np.int64]:
         """(n + 1,): where each stack begins in `addresses`, and the end of the last."""
         return np.append(0, np.cumsum(self.lengths))
+
+    def take(self, index: NDArray[np.int64]) -> Stacks:
+        """The stacks at INDEX, (k,)."""
+        lengths = self.lengths[index]
+        first = np.repeat(self.offsets[index], lengths)
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return Stacks(
+            self.addresses[first + within],
+            self.flags[first + within],
+            lengths,
+            self.ends[index],
+            self.unwinding[index],
+            self.unmapped[index],
+        )
 
     def stack(self, index: int) -> list[int]:
         """The addresses of one stack, innermost first."""
@@ -92,19 +107,15 @@ def replaced(stacks: Stacks, index: NDArray[np.int64], by: Stacks) -> Stacks:
     """STACKS in which those at INDEX, (k,), are BY, k stacks."""
     source = np.arange(len(stacks))
     source[index] = len(stacks) + np.arange(len(index))
-    lengths = np.concatenate([stacks.lengths, by.lengths])
-    begins = np.cumsum(lengths) - lengths
-    lengths, begins = lengths[source], begins[source]
-    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    frames = np.repeat(begins, lengths) + within
-    return Stacks(
-        np.concatenate([stacks.addresses, by.addresses])[frames],
-        np.concatenate([stacks.flags, by.flags])[frames],
-        lengths,
-        np.concatenate([stacks.ends, by.ends])[source],
-        np.concatenate([stacks.unwinding, by.unwinding])[source],
-        np.concatenate([stacks.unmapped, by.unmapped])[source],
+    both = Stacks(
+        np.concatenate([stacks.addresses, by.addresses]),
+        np.concatenate([stacks.flags, by.flags]),
+        np.concatenate([stacks.lengths, by.lengths]),
+        np.concatenate([stacks.ends, by.ends]),
+        np.concatenate([stacks.unwinding, by.unwinding]),
+        np.concatenate([stacks.unmapped, by.unmapped]),
     )
+    return both.take(source)
 
 
 def from_frame_pointers(

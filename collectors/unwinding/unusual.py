@@ -25,7 +25,7 @@ from coral.collectors.unwinding.rules import (
     offset_of,
     register_of,
 )
-from coral.collectors.unwinding.space import Index
+from coral.collectors.unwinding.space import UNMAPPED, Index
 from coral.collectors.unwinding.stacks import End, Frame
 
 Ints = NDArray[np.int64]
@@ -281,7 +281,7 @@ def _return_from_signal(
 def _is_code(frames: Frames, index: Index, chosen: Ints, address: Words) -> Mask:
     before = address - np.uint64(1)
     rule = index.rule_at((before & _HIGHEST) | frames.window[chosen])
-    found: Mask = (rule != 0) & (before < _HIGHEST)
+    found: Mask = (rule != UNMAPPED) & (before < _HIGHEST)
     return found
 
 

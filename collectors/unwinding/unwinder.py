@@ -22,6 +22,8 @@ Ints = NDArray[np.int64]
 _Key = tuple[ProcessMaps, int]
 
 _MOST_MEMORIES: Final = 1024
+_MOST_ROUNDS: Final = 64  # each finds the next file on a stack of which nothing was known
+_NOW: Final = np.iinfo(np.uint64).max
 # CPython 3.12 and later write this for `-X perf`, again and again, from the memory's start on:
 # sub $8, %rsp; call *%rcx; add $8, %rsp; ret. With CET, endbr64 comes first.
 _TRAMPOLINE: Final = bytes.fromhex("4883ec08ffd14883c408c3")
@@ -46,26 +48,66 @@ class Unwinder:
         samples: Samples,
     ) -> Stacks:
         """The stacks of SAMPLES, whose `memory` is ignored: sample i is of PROCESSES[WHICH[i]],
-        taken at TIMES_NS[i]. Maps are read again where a stack leads to memory not in them."""
+        taken at TIMES_NS[i]. Maps are read again where a stack leads to memory not in them, and
+        the tables of files are compiled when the first stack leads there."""
         stacks = self._unwind(processes, which, times_ns, samples)
-        lost = np.flatnonzero(stacks.unmapped != 0)
-        grown = [
-            number
-            for number in np.unique(which[lost]).tolist()
-            if self._has_grown(processes[number], stacks.unmapped[lost[which[lost] == number]])
-        ]
-        if grown:
-            again = lost[np.isin(which[lost], grown)]
-            now = np.full(len(again), np.iinfo(np.uint64).max)
-            second = self._unwind(processes, which[again], now, samples.take(again))
-            better = second.lengths > stacks.lengths[again]
-            keep = replaced(second, np.flatnonzero(~better), _taken(stacks, again[~better]))
-            stacks = replaced(stacks, again, keep)
+        times_ns, read = times_ns.copy(), set[int]()
+        for _ in range(_MOST_ROUNDS):
+            lost = np.flatnonzero(stacks.unmapped != 0)
+            again = np.zeros(len(lost), np.bool_)
+            for number in np.unique(which[lost]).tolist():
+                process, mine = processes[number], which[lost] == number
+                addresses = stacks.unmapped[lost[mine]]
+                if self._compile(process, addresses, times_ns[lost[mine]]):
+                    again |= mine
+                elif number not in read:
+                    read.add(number)
+                    if (process.locate(addresses) >= 0).any():
+                        times_ns[lost[mine]] = _NOW
+                        again |= mine
+            if not again.any():
+                break
+            stacks = self._again(stacks, lost[again], (processes, which, times_ns, samples))
         return stacks
 
-    def _has_grown(self, process: ProcessMaps, addresses: NDArray[np.uint64]) -> bool:
-        """Whether one of ADDRESSES is mapped, as was not known when it was looked for."""
-        return bool((process.locate(addresses) >= 0).any())
+    def _again(
+        self,
+        stacks: Stacks,
+        chosen: Ints,
+        what: tuple[Sequence[ProcessMaps], Ints, NDArray[np.uint64], Samples],
+    ) -> Stacks:
+        """STACKS in which those CHOSEN are unwound again, where that finds more."""
+        processes, which, times_ns, samples = what
+        found = self._unwind(processes, which[chosen], times_ns[chosen], samples.take(chosen))
+        is_shorter = found.lengths < stacks.lengths[chosen]
+        kept = stacks.take(chosen[is_shorter])
+        return replaced(stacks, chosen, replaced(found, np.flatnonzero(is_shorter), kept))
+
+    def _compile(
+        self, process: ProcessMaps, addresses: NDArray[np.uint64], times_ns: NDArray[np.uint64]
+    ) -> bool:
+        """Compiles the tables of the files that PROCESS had mapped at ADDRESSES. Returns whether
+        there were any that it had not."""
+        found = process.find(addresses, times_ns)
+        files = set()
+        for mapping in np.unique(found[found >= 0]).tolist():
+            if self._region(process, mapping).kind is Cfa.PENDING:
+                file = process.files[process.file_indexes[mapping]]
+                if file not in self._rows:
+                    self._rows[file] = None if file.elf is None else self.tables.of(file.elf)
+                files.add(file)
+        if not files:
+            return False
+        self._regions = {
+            key: region
+            for key, region in self._regions.items()
+            if key[:2] != (process, process.resets)
+            or process.files[process.file_indexes[key[2]]] not in files
+        }
+        for generation in process.generations:
+            if (process, generation.number) in self._space:
+                self._put_all(process, generation)
+        return True
 
     def _unwind(
         self,
@@ -99,9 +141,12 @@ class Unwinder:
         generation = generations[index]
         key = (process, generation.number)
         if key not in self._space:
-            regions = [self._region(process, mapping) for mapping in generation.ids.tolist()]
-            self._space.put(key, regions)
+            self._put_all(process, generation)
         return key
+
+    def _put_all(self, process: ProcessMaps, generation: Generation) -> None:
+        regions = [self._region(process, mapping) for mapping in generation.ids.tolist()]
+        self._space.put((process, generation.number), regions)
 
     def _region(self, process: ProcessMaps, mapping: int) -> Region:
         key = (process, process.resets, mapping)
@@ -114,9 +159,9 @@ class Unwinder:
         file = process.files[process.file_indexes[mapping]]
         if file.kind is FileKind.ANONYMOUS and file.elf is None:
             return Region(start, end, 0, None, _kind_of(process.tgid, start))
-        if file not in self._rows:
-            self._rows[file] = None if file.elf is None else self.tables.of(file.elf)
-        rows, bias = self._rows[file], None
+        if file.elf is not None and file not in self._rows:
+            return Region(start, end, 0, None, Cfa.PENDING)
+        rows, bias = self._rows.get(file), None
         if rows is not None and file.elf is not None:
             bias = file.elf.bias(start, end, int(process.file_offsets[mapping]))
         return Region(start, end, bias or 0, None if bias is None else rows)
@@ -138,21 +183,6 @@ def _kind_of(tgid: int, start: int) -> Cfa:
         return Cfa.ANONYMOUS
     is_trampoline = code.removeprefix(_ENDBR64).startswith(_TRAMPOLINE)
     return Cfa.TRAMPOLINE if is_trampoline else Cfa.ANONYMOUS
-
-
-def _taken(stacks: Stacks, index: Ints) -> Stacks:
-    """The stacks at INDEX, (k,)."""
-    offsets = stacks.offsets
-    frames = [np.arange(offsets[one], offsets[one + 1]) for one in index.tolist()]
-    chosen = np.concatenate([np.zeros(0, np.int64), *frames])
-    return Stacks(
-        stacks.addresses[chosen],
-        stacks.flags[chosen],
-        stacks.lengths[index],
-        stacks.ends[index],
-        stacks.unwinding[index],
-        stacks.unmapped[index],
-    )
 
 
 def machine_of(elf_machine: int) -> Machine | None:

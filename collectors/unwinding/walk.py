@@ -16,7 +16,7 @@ from coral.collectors.unwinding import unusual
 from coral.collectors.unwinding.entries import ADDRESS_BITS
 from coral.collectors.unwinding.memory import Memory
 from coral.collectors.unwinding.rules import FLAGS, Rule
-from coral.collectors.unwinding.space import Index, Space
+from coral.collectors.unwinding.space import PENDING, UNMAPPED, Index, Space
 from coral.collectors.unwinding.stacks import End, Frame, Samples, Stacks, Unwinding, replaced
 
 MOST_FRAMES: Final = 1024
@@ -24,7 +24,7 @@ _HIGHEST: Final = np.uint64((1 << ADDRESS_BITS) - 1)
 _LARGEST_STACK_BYTES: Final = unusual.LARGEST_STACK_BYTES
 _NOT_BY_TABLE: Final = np.uint8(Frame.GUESS | Frame.EXACT)
 _EVERY_BIT: Final = (1 << 64) - 1
-_UNMAPPED: Final = 0  # the number of the rule, in every index
+_UNKNOWN: Final = max(UNMAPPED, PENDING)
 # numpy compares with plain numbers faster than with members of enumerations.
 _EXACT: Final = np.uint8(Frame.EXACT)
 _ERROR, _CUT, _BOTTOM = int(End.ERROR), int(End.COPY_TOO_SHORT), int(End.BOTTOM)
@@ -87,9 +87,9 @@ class _Walk:
         exact = self.flags & _EXACT
         look = self.ip - (exact == 0) if np.count_nonzero(exact) else self.ip - _ONE
         rule = self.index.rule_at((look & _HIGHEST) | self.window)
-        wrong = (rule == _UNMAPPED) | (look >= _HIGHEST)
+        wrong = (rule <= _UNKNOWN) | (look >= _HIGHEST)
         if np.count_nonzero(wrong):
-            self.unmapped[self.live[wrong]] = self.ip[wrong]
+            self.unmapped[self.live[wrong]] = look[wrong]
             self.ends[self.live[wrong]] = _ERROR
             shown = wrong & (exact != 0)  # an interrupted instruction was there, wherever it is
             self.found.append((self.live[shown], self.ip[shown], self.flags[shown]))

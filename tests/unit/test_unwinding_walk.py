@@ -210,7 +210,7 @@ def test_a_return_address_that_is_no_code_is_an_error_and_not_shown() -> None:
     )
     assert [stacks.stack(n) for n in range(3)] == [[function(0)], [function(0)], [0x99]]
     assert stacks.ends.tolist() == [End.ERROR] * 3
-    assert stacks.unmapped.tolist() == [0x1234, 0xFFFF_8000_0000_0000, 0x99]
+    assert stacks.unmapped.tolist() == [0x1233, 0xFFFF_7FFF_FFFF_FFFF, 0x99]
 
 
 def test_a_stack_that_does_not_grow_is_an_error() -> None:
