@@ -20,8 +20,9 @@ from coral.collectors.unwinding.rules import X86_64
 from coral.collectors.unwinding.stacks import End, Frame, Samples, Stacks
 from coral.collectors.unwinding.tables import Tables
 from coral.collectors.unwinding.unwinder import Unwinder
+from tests.support import ROOT
 
-SCRIPT = Path(__file__).with_name("gdb_stacks.py")
+SCRIPT = ROOT / "tests/programs/gdb_stacks.py"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class CpuProfileOptions(KernelOptions):
     mode: str = option(
         choice("summaries"), "summaries", "`summaries`: stacks with their counts for each interval"
     )
-    ring: int = option(size(64 << 10, 256 << 20), "4MiB", "the size of the ring buffer for samples")
+    ring: int = option(size(64 << 10, 256 << 20), "8MiB", "the size of the ring buffer for samples")
     frequency: int = option(
         integer(1, 999),
         "99",

@@ -142,29 +142,30 @@ class ElfFile:
         return b""
 
     @cached_property
-    def _by_offset(self) -> NDArray[Any]:
-        """The loaded segments with content. Those of code come last: of segments that share bytes
-        of the file, they count."""
+    def _contents(self) -> list[tuple[np.uint64, np.uint64, np.uint64, bool]]:
+        """Of loaded segments with content: offset, address and size, and whether it is code. Those
+        of code come last: of segments that share bytes of the file, they count."""
         loads = self.loads[self.loads["bytes"] > 0]
-        order = np.argsort(loads["flags"] & PF_X, kind="stable")
-        return np.asarray(loads[order])
+        loads = loads[np.argsort(loads["flags"] & PF_X, kind="stable")]
+        columns = (loads["offset"], loads["address"], loads["bytes"], loads["flags"] & PF_X != 0)
+        return list(zip(*columns, strict=True))
 
     def addresses(self, offsets: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """The virtual addresses of bytes at OFFSETS (u64[n]) in the file, each by the segment in
         which it lies; NOWHERE for those in none."""
         found = np.full(len(offsets), NOWHERE, np.uint64)
-        for segment in self._by_offset:
-            into = offsets - segment["offset"]  # unsigned: those before the segment are huge
-            np.copyto(found, into + segment["address"], where=into < segment["bytes"])
+        for first, address, size, _ in self._contents:
+            into = offsets - first  # unsigned: those before the segment are huge
+            np.copyto(found, into + address, where=into < size)
         return found
 
     def offsets(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """The offsets in the file of virtual ADDRESSES (u64[n]); NOWHERE for those that no segment
         loads from the file."""
         found = np.full(len(addresses), NOWHERE, np.uint64)
-        for segment in self._by_offset:
-            into = addresses - segment["address"]
-            np.copyto(found, into + segment["offset"], where=into < segment["bytes"])
+        for first, address, size, _ in self._contents:
+            into = addresses - address
+            np.copyto(found, into + first, where=into < size)
         return found
 
     def bias(self, start: int, end: int, file_offset: int, executable: bool = True) -> int | None:
@@ -176,15 +177,15 @@ class ElfFile:
         it has most.
         """
         most, bias = 0, None
-        for segment in self._by_offset:
-            if bool(segment["flags"] & PF_X) != executable:
+        for offset, address, size, is_code in self._contents:
+            if is_code != executable:
                 continue
-            first, size = int(segment["offset"]), int(segment["bytes"])
-            last = min(first + size, file_offset + end - start)
+            first = int(offset)
+            last = min(first + int(size), file_offset + end - start)
             shared = last - max(first - first % _PAGE_BYTES, file_offset)
             if shared > most:
                 most = shared
-                bias = (start - file_offset + first - int(segment["address"])) % (1 << 64)
+                bias = (start - file_offset + first - int(address)) % (1 << 64)
         return bias
 
 

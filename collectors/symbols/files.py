@@ -54,7 +54,7 @@ class Sighting(NamedTuple):
     @property
     def of_file(self) -> tuple[str, int, str]:
         """Equal for all memory of one file, as long as it is mapped."""
-        return self.device, self.inode, self.path
+        return self.device, self.inode, self.path.removesuffix(_DELETED)
 
 
 class MappedFile:
@@ -140,7 +140,8 @@ class MappedFiles:
         except (OSError, ValueError) as error:
             file.why_not = f"{getattr(error, 'strerror', None) or error}"
             return file
-        file.identity = opened.identity
+        status = os.fstat(opened.fd)  # the number of a file that is gone can be that of another
+        file.identity = (*opened.identity, status.st_size, status.st_mtime_ns)
         self._keep(key, file, opened.fd)
         return file
 

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -40,6 +40,7 @@ _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a
 _SHORTEST_REST_S: Final = 0.02
 _PAGE_BYTES: Final = 4096
 _COMPARED_PAGES: Final = 16
+_KERNEL_HALF: Final = np.uint64(1 << 63)
 _COLUMNS: Final = np.dtype(
     [("start", "u8"), ("end", "u8"), ("offset", "u8"), ("file", "i4"), ("moved", "?")]
 )
@@ -102,8 +103,10 @@ class ProcessMaps:
         self._registry = files
         self._started = start_time_of(tgid)
         self._program = 0
+        self._noticed = -1  # the program that was not told, but seen in the maps
         self._rest_until = 0.0
         self._text = b""
+        self._told_ns: int | None = None
         self._forget_all()
         self.refresh(since_ns=0)
 
@@ -158,16 +161,35 @@ class ProcessMaps:
     def locate(
         self, addresses: NDArray[np.uint64], times_ns: NDArray[np.uint64] | None = None
     ) -> NDArray[np.int32]:
-        """As `find`, and reads the maps again if an address is in none of them. Since addresses can
-        be wrong, this takes at most 5 % of a CPU."""
+        """As `find`, and reads the maps again if an address is in none of them, or more were told.
+        Since addresses can be wrong, and processes can have very many mappings, this takes at most
+        5 % of a CPU."""
         found = self.find(addresses, times_ns)
-        if (found < 0).any() and time.monotonic() >= self._rest_until and self.refresh():
+        wanted = self._told_ns is not None or (found < 0).any()
+        if wanted and time.monotonic() >= self._rest_until and self.refresh(self._told_ns):
             found = self.find(addresses, times_ns)
         return found
+
+    def mapped(self, time_ns: int) -> None:
+        """The process mapped code at TIME_NS: the maps are read again, now or with the next
+        `locate`."""
+        self._told_ns = time_ns if self._told_ns is None else min(time_ns, self._told_ns)
+        if time.monotonic() >= self._rest_until:
+            self.refresh(self._told_ns)
 
     def executed(self, time_ns: int) -> None:
         """The process executed another program at TIME_NS: what it has mapped from then on is
         another memory."""
+        if self._noticed == self._program and self.generations[-1].since_ns >= time_ns:
+            # It was seen in the maps before it was told here.
+            self.generations = tuple(
+                replace(one, since_ns=min(one.since_ns, time_ns))
+                if one.program == self._program
+                else one
+                for one in self.generations
+            )
+            self._noticed = -1
+            return
         self._program += 1
         self._text = b""
         self.refresh(since_ns=time_ns)
@@ -179,6 +201,7 @@ class ProcessMaps:
         if self.has_ended or start_time_of(self.tgid) != self._started or self._started is None:
             self.has_ended = True
             return False
+        self._told_ns = None
         text = read_whole(self.tgid, "maps")
         changed = bool(text) and text != self._text
         if changed:
@@ -206,8 +229,11 @@ class ProcessMaps:
             newest = self.generations[-1]
             if newest.program == self._program and np.array_equal(newest.ids, numbers):
                 return False
-            if newest.program == self._program and not np.isin(newest.ids, numbers).any():
+            of_process = newest.ids[newest.starts < _KERNEL_HALF]  # not [vsyscall]
+            if newest.program == self._program and not np.isin(of_process, numbers).any():
                 self._program += 1  # only execve(2) replaces everything
+                self._noticed = self._program
+            since_ns = max(since_ns, newest.since_ns)
         generation = Generation(
             self._taken,
             since_ns,

@@ -118,6 +118,7 @@ class Symbolizer:
         self.demangler = Demangler()
         self._processes: OrderedDict[tuple[int, int], _Process] = OrderedDict()
         self._of_files: WeakKeyDictionary[MappedFile, tuple[int, int]] = WeakKeyDictionary()
+        self._of_kernel: dict[str, tuple[int, int]] = {}
         self._reasons: dict[str, None] = {}
 
     @property
@@ -162,13 +163,13 @@ class Symbolizer:
         return process
 
     def learn(self, mapped: Iterable[MappedCode]) -> None:
-        """Known processes have MAPPED code: their maps are read again."""
+        """Known processes have MAPPED code: their maps are read again, soon."""
         times: dict[int, int] = {}
         for code in mapped:
             times[code.tgid] = min(code.time_ns, times.get(code.tgid, code.time_ns))
         for (tgid, _), process in self._processes.items():
             if tgid in times:
-                process.maps.refresh(since_ns=times[tgid])
+                process.maps.mapped(times[tgid])
 
     def executed(self, tgid: int, time_ns: int, born: int = 0) -> None:
         """A process has executed another program at TIME_NS (CLOCK_MONOTONIC): names of before are
@@ -191,6 +192,7 @@ class Symbolizer:
             return False
         self.strings = Strings()
         self._of_files.clear()
+        self._of_kernel.clear()
         self.store.forget_marks()
         self.kernel.marks[:] = 0
         for process in self._processes.values():
@@ -309,8 +311,10 @@ class Symbolizer:
         for number in np.unique(found[found >= 0]).tolist():
             mine = which[found == number]
             module = self.kernel.function(number).module
-            named.modules[mine] = self.strings.number(module)
-            named.build_ids[mine] = self.strings.number(self.kernel.build_id(module).hex())
+            if module not in self._of_kernel:
+                build_id = self.strings.number(self.kernel.build_id(module).hex())
+                self._of_kernel[module] = (self.strings.number(module), build_id)
+            named.modules[mine], named.build_ids[mine] = self._of_kernel[module]
         unnamed = which[named.is_unnamed[which] & (named.addresses[which] > 0)]
         self._give_offsets(named, unnamed)
         vsyscall = which[(addresses >= _VSYSCALL) & (addresses < _VSYSCALL + np.uint64(4096))]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.attaching.uprobes import ProcessFile
-from coral.collectors.procfs import read
+from coral.collectors.procfs import read, start_time_of
 from coral.collectors.symbols import fields, intervals
 from coral.collectors.symbols.files import Mounts
 
@@ -26,6 +26,7 @@ _PROOF_BYTES: Final = 64
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.05
 _MOST_CORRECTED: Final = 256
+_CLOCK_STEP_S: Final = 2.0
 _LOOK_EVERY_S: Final = 1.0  # for a file that is not there
 
 
@@ -34,7 +35,8 @@ class PerfMap:
 
     The file is looked for in the process's own mount and pid namespace, and stays open. It is
     followed as it grows, and read anew if it was cut or written anew. Of functions that overlap,
-    the one told last counts. Only a file of the process's user, or of root, is believed. At most
+    the one told last counts. Only a file of the process's user, or of root, is believed, which was
+    written since the process started: ids are used again, by containers each time. At most
     1,048,576 functions and 64 MB of names are read; `why_not` says so, or what else is wrong with
     the file. Not safe to use from two threads at once. Never raises.
 
@@ -169,15 +171,18 @@ class PerfMap:
             return
         try:
             file = ProcessFile(self.tgid, path)
-            owner = os.fstat(file.fd).st_uid
+            found = os.fstat(file.fd)
         except OSError:
             return
         if self._file and file.identity[:2] == self._file.identity[:2]:
             file.close()
             return
-        if owner not in (0, _user_of(status or "")):
-            self.why_not = f"the perf map belongs to another user ({owner}), and is not believed"
+        if found.st_uid not in (0, _user_of(status or "")):
+            self.why_not = f"the perf map belongs to another user ({found.st_uid}): not believed"
             file.close()
+            return
+        if found.st_mtime < _started_at(self.tgid) - _CLOCK_STEP_S:
+            file.close()  # of an earlier process with the same id
             return
         self.close()
         self._clear()
@@ -228,3 +233,12 @@ def _user_of(status: str) -> int:
     """The effective user id of a process with STATUS, as it is in the agent's user namespace."""
     match = re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE)
     return int(match[1]) if match else -1
+
+
+def _started_at(tgid: int) -> float:
+    """When a process started, by the clock of files; 0 for one that has ended."""
+    ticks = start_time_of(tgid)
+    if ticks is None:
+        return 0.0
+    ago_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - ago_s

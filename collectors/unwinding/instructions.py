@@ -6,7 +6,7 @@ Instructions: DWARF 5, section 6.4.2, and the GNU ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -50,7 +50,7 @@ _NUMBER_AND_BLOCK: Final = (EXPRESSION, VAL_EXPRESSION)
 _IS_FIXED, _IS_ONE, _IS_TWO, _IS_BLOCK, _IS_NUMBER_BLOCK = 1, 2, 3, 4, 5
 
 # The longest program: a step is one instruction of every program, and steps take time.
-_MOST_BYTES: Final = 1 << 16
+MOST_BYTES: Final = 1 << 16
 
 
 def _forms() -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
@@ -79,6 +79,21 @@ class Programs:
     code_alignment: Ints  # (n,): factor of advances
     data_alignment: Ints  # (n,): factor of offsets
     initial: Ints  # (n, columns): the rule before the first instruction
+
+    def take(self, which: NDArray[np.bool_] | slice) -> Programs:
+        """Those programs that WHICH selects."""
+        return Programs(
+            self.begin[which],
+            self.end[which],
+            self.start[which],
+            self.code_alignment[which],
+            self.data_alignment[which],
+            self.initial[which],
+        )
+
+    def moved(self, by: int) -> Programs:
+        """The programs where they are in a part of the section, BY bytes from here."""
+        return replace(self, begin=self.begin + by, end=self.end + by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +142,8 @@ def _instruction_lengths(data: NDArray[np.uint8], ends: NDArray[np.int32]) -> ND
 def instructions(code: Code, programs: Programs) -> tuple[Stream, NDArray[np.bool_]]:
     """The instructions of PROGRAMS, and which programs, (n,), are damaged."""
     data, length = code.data, code.length
-    damaged = (programs.end - programs.begin > _MOST_BYTES) | (programs.begin > programs.end)
-    who = np.flatnonzero(~damaged)
-    at, end = programs.begin[who], programs.end[who]
+    damaged = np.zeros(len(programs.begin), np.bool_)
+    who, at, end = np.arange(len(damaged)), programs.begin, programs.end
     places = [programs.begin - 1]
     while len(at):
         size = length[at]

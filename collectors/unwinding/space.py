@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.collectors.unwinding.eh_frame import ADDRESS_BITS
+from coral.collectors.unwinding.entries import ADDRESS_BITS
 from coral.collectors.unwinding.rules import (
     CFA,
     CFA_OFFSET,

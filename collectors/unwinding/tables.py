@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from coral.bpf.attaching.elf import ElfError, read_exactly
 from coral.collectors.symbols.elf import EM_AARCH64, EM_X86_64, ElfFile
-from coral.collectors.unwinding.eh_frame import LARGEST_SECTION_BYTES, compile_section
+from coral.collectors.unwinding.eh_frame import compile_section
+from coral.collectors.unwinding.entries import LARGEST_SECTION_BYTES
 from coral.collectors.unwinding.rules import (
     ARM64,
     FIRST_REGISTER,

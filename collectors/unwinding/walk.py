@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.unwinding import unusual
-from coral.collectors.unwinding.eh_frame import ADDRESS_BITS
+from coral.collectors.unwinding.entries import ADDRESS_BITS
 from coral.collectors.unwinding.memory import Memory
 from coral.collectors.unwinding.rules import FLAGS, Rule
 from coral.collectors.unwinding.space import Index, Space

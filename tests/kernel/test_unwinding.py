@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from coral.collectors.unwinding.stacks import End, Frame
-from tests.stopped import compare, seen_by_gdb, unwound
+from tests.stopped import Compared, compare, seen_by_gdb, unwound
 from tests.support import ROOT, built
 
 pytestmark = [
@@ -95,8 +95,32 @@ def test_stacks_of_c_are_those_of_gdb(build: str) -> None:
     assert set(stacks.ends.tolist()) <= {End.BOTTOM, End.COPY_TOO_SHORT}
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_thousand_stacks_are_those_of_gdb(record_property: Callable[[str, object], None]) -> None:
+    total = Compared()
+    commands: list[tuple[int, list[str | Path]]] = [
+        (40, [built(f"unwound.{build}", [SOURCE], partial(compiled, BUILDS[build])), "4"])
+        for build in BUILDS
+    ]
+    commands.append((60, ["/usr/bin/python3", "-P", "-c", PYTHON]))
+    commands.append((15, ["node", "-e", NODE]))
+    for rounds, command in commands:
+        with running(*command) as pid:
+            seen = seen_by_gdb(pid, rounds)
+            compared = compare(seen, unwound(pid, seen.samples))
+        total.equal += compared.equal
+        total.cut += compared.cut
+        total.guessed += compared.guessed
+        total.wrong += compared.wrong
+    for name in ("equal", "cut", "guessed"):
+        record_property(name, getattr(total, name))
+    assert not total.wrong
+    assert total.equal >= 1000
+
+
 def test_stacks_of_cpython_are_those_of_gdb() -> None:
-    with running("/usr/bin/python3", "-c", PYTHON) as pid:
+    with running("/usr/bin/python3", "-P", "-c", PYTHON) as pid:
         seen = seen_by_gdb(pid, 20)
         stacks = unwound(pid, seen.samples)
     compared = compare(seen, stacks)
@@ -118,7 +142,7 @@ def test_stacks_of_node_are_those_of_gdb_up_to_compiled_javascript() -> None:
 
 
 def test_a_stack_that_is_deeper_than_its_copy_is_said_to_be_cut() -> None:
-    with running("/usr/bin/python3", "-c", DEEP) as pid:
+    with running("/usr/bin/python3", "-P", "-c", DEEP) as pid:
         seen = seen_by_gdb(pid, 2, stack_bytes=16384)
         stacks = unwound(pid, seen.samples)
     assert (stacks.ends == End.COPY_TOO_SHORT).all()

@@ -234,6 +234,25 @@ def test_a_program_of_a_container_is_found_through_its_root(
     os.kill(pid, 9)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts")
+def test_debug_information_is_found_by_build_id_in_the_containers_root(
+    start: Callable[..., Places], symbolizer: Symbolizer, tmp_path: Path
+) -> None:
+    program, inside = place("places-static", "-static"), tmp_path / "root"
+    notes = subprocess.check_output(["readelf", "-n", program], text=True)
+    build_id = notes.partition("Build ID: ")[2].split()[0]
+    debug = f"{inside}/usr/lib/debug/.build-id/{build_id[:2]}"
+    inside.mkdir()
+    script = (
+        f"mount -t tmpfs coral-test {inside} && mkdir -p {debug} && "
+        f"strip -o {inside}/prog {program} && "
+        f"objcopy --only-keep-debug {program} {debug}/{build_id[2:]}.debug && "
+        f"exec chroot {inside} /prog"
+    )
+    places = start("unshare", "--mount", "sh", "-ec", script)
+    assert named(symbolizer, places.pid, own_functions(places)) == list(FUNCTIONS)
+
+
 def test_without_the_capability_for_map_files_the_path_is_taken_if_it_is_the_file(
     start: Callable[..., Places], tmp_path: Path
 ) -> None:
@@ -325,10 +344,18 @@ def test_an_exec_that_nobody_told_is_noticed(
 ) -> None:
     places = start(place("places"))
     assert named(symbolizer, places.pid, own_functions(places)) == list(FUNCTIONS)
+    old, before = places.at["main"], time.monotonic_ns()
     now = places.tell(f"exec {place('places-static', '-static')}")
     again = [now[name] for name in FUNCTIONS]
     wait_until(lambda: named(symbolizer, places.pid, again) == list(FUNCTIONS))
-    assert len(symbolizer.maps(places.pid).generations) == 2
+    programs = [state.program for state in symbolizer.maps(places.pid).generations]
+    assert programs == [0, 1]
+    # When it is told, later, the time of it counts.
+    symbolizer.executed(places.pid, before + 1)
+    assert [state.since_ns for state in symbolizer.maps(places.pid).generations] == [0, before + 1]
+    assert named(symbolizer, places.pid, [old], times_ns=[before]) == ["main"]
+    times = [before + 2] * len(again)
+    assert named(symbolizer, places.pid, again, times_ns=times) == list(FUNCTIONS)
 
 
 def test_a_library_that_is_loaded_later_has_names(tmp_path: Path, symbolizer: Symbolizer) -> None:
@@ -358,8 +385,12 @@ def test_a_library_that_is_loaded_later_has_names(tmp_path: Path, symbolizer: Sy
         process.stdin.flush()
         address = int(process.stdout.readline())
         told = MappedCode(time.monotonic_ns(), process.pid, address, 1, 0, 0, 0, str(library))
-        symbolizer.learn([told])
-        assert maps.find(np.array([address], np.uint64))[0] >= 0
+
+        def is_found() -> bool:
+            symbolizer.learn([told])
+            return bool(maps.find(np.array([address], np.uint64))[0] >= 0)
+
+        wait_until(is_found)
         assert named(symbolizer, process.pid, [address]) == ["late_function"]
         other = Symbolizer()
         assert named(other, process.pid, [address]) == ["late_function"]

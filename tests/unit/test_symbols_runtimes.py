@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,6 +136,16 @@ def test_the_perf_map_of_another_user_is_not_believed(told: Path) -> None:
     it = PerfMap(os.getpid())
     assert names(it, 0x1000) == [""]
     assert "another user" in it.why_not
+
+
+def test_the_perf_map_of_an_earlier_process_with_this_id_is_not_taken(told: Path) -> None:
+    told.write_text("1000 10 stale\n")
+    os.utime(told, (0, psutil.Process().create_time() - 60))
+    it = PerfMap(os.getpid())
+    assert names(it, 0x1000) == [""]
+    told.write_text("1000 10 fresh\n")
+    assert names(it, 0x1000) == ["fresh"]
+    it.close()
 
 
 def test_hexadecimal_numbers_are_read_as_python_does() -> None:

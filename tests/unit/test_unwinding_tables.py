@@ -1,4 +1,4 @@
-"""Unwind tables, compiled from real files, against binutils; damaged ones; and the cache of them."""
+"""Unwind tables, compiled from real files, against binutils; damaged ones; and their cache."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ SP, FP, IP = X86_64.stack_pointer, X86_64.frame_pointer, X86_64.instruction_poin
 def rule(
     how: int, offset: int = 0, *, flags: int = 0, machine: Machine = X86_64, **registers: int
 ) -> list[int]:
-    """A rule; REGISTERS are those of r3, r6 and so on, and of the return address, `ra`, which x86-64
-    has at CFA - 8 unless something else is said."""
+    """A rule; REGISTERS are those of r3, r6 and so on, and of the return address, `ra`, which
+    x86-64 has at CFA - 8 unless something else is said."""
     row = no_rule(machine)
     row[CFA], row[CFA_OFFSET], row[FLAGS] = how, offset, flags
     if machine is X86_64:
@@ -58,7 +58,7 @@ def rule(
 
 
 def by_sp(offset: int, **registers: int) -> list[int]:
-    return rule(cfa(Cfa.REGISTER, SP), offset, **registers)
+    return rule(cfa(Cfa.REGISTER, SP), offset, flags=0, machine=X86_64, **registers)
 
 
 def table(*rules: list[int], machine: Machine = X86_64) -> Rows:

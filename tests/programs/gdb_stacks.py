@@ -39,7 +39,7 @@ def frames() -> list[tuple[int, bool]]:
 
 def copy_of_stack(pid: int, sp: int, most: int) -> tuple[int, bytes]:
     base, content = (sp - RED_ZONE_BYTES) & ~7, b""
-    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
         memory.seek(base)
         while len(content) < most:
             try:
