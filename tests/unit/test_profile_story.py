@@ -12,7 +12,6 @@ from rich.cells import cell_len
 
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.views.cpu_profile.functions import uses
 from coral.views.cpu_profile.names import fitted, visible
 from coral.views.cpu_profile.profile import NOT_KEPT, Frame, Profile
 from coral.views.cpu_profile.provoke import PROVOCATION
@@ -102,7 +101,7 @@ def test_batches_are_merged_by_stack() -> None:
 
 
 def test_total_counts_a_recursion_once_a_sample() -> None:
-    found = {use.function.name: (use.own, use.total) for use in uses(profile_of(*STACKS))}
+    found = {use.function.name: (use.own, use.total) for use in profile_of(*STACKS).uses.ordered()}
     assert found == {
         "leaf": (73, 73), "work": (20, 90), "do_syscall_64": (5, 5), "[shop]": (2, 2),
         "main": (0, 95), "lost": (0, 5), "middle": (0, 5),
@@ -114,7 +113,7 @@ def test_frames_without_names_are_one_by_module_and_callers_stay_apart() -> None
     profile = profile_of(
         Stack([at[0], at[1], at[2]], 5), Stack([at[0], at[1], at[3]], 4), Stack(["main", at[2]], 1)
     )
-    found = {use.function.name: (use.own, use.total) for use in uses(profile)}
+    found = {use.function.name: (use.own, use.total) for use in profile.uses.ordered()}
     assert found == {"[shop]": (10, 10), "main": (0, 1)}
     drawn = [(depth, node.function.name, node.total) for depth, _, node in walk(call_tree(profile))]
     assert drawn == [
@@ -127,7 +126,7 @@ def test_frames_without_names_are_one_by_module_and_callers_stay_apart() -> None
 
 @given(PROFILES)
 def test_self_and_totals_add_up(profile: Profile) -> None:
-    found = uses(profile)
+    found = profile.uses.ordered()
     assert sum(use.own for use in found) == profile.samples
     assert all(use.own <= use.total <= profile.samples for use in found)
     tree = call_tree(profile)
@@ -155,7 +154,11 @@ def test_a_cut_stack_is_no_root() -> None:
 def test_deep_stacks_need_no_recursion_of_ours() -> None:
     profile = profile_of(Stack(["main", *["f"] * 5000, "leaf"], 3))
     assert max(depth for depth, _, _ in walk(call_tree(profile))) == 5002
-    assert {use.function.name: use.total for use in uses(profile)} == {"main": 3, "f": 3, "leaf": 3}
+    assert {use.function.name: use.total for use in profile.uses.ordered()} == {
+        "main": 3,
+        "f": 3,
+        "leaf": 3,
+    }
 
 
 def test_the_smallest_nodes_are_left_out() -> None:
@@ -170,7 +173,17 @@ def test_stacks_are_kept_in_bounded_memory() -> None:
     take(batch_of(*(Stack(["main", f"f{n}"], 2, tid=n) for n in range(10))), profile)
     assert (profile.samples, len(profile), profile.not_kept) == (20, 4, 14)
     assert sum(stack.samples for stack in profile.stacks()) == 20
+    assert {it.function.name: it.total for it in profile.uses.ordered()}["f9"] == 2  # all the same
     assert [it.frames[0].function for it in profile.stacks()][-1] == NOT_KEPT
+
+
+def test_frames_are_kept_in_bounded_memory() -> None:
+    profile = Profile(most_frames=4)  # one of them stands for what is not kept
+    take(batch_of(*(Stack(["main", f"f{n}"], 2) for n in range(10)), Stack(["main"], 3)), profile)
+    assert (profile.samples, profile.not_kept, len(profile)) == (23, 16, 4)
+    assert {it.function.name: it.own for it in profile.uses.ordered()} == {
+        NOT_KEPT: 16, "main": 3, "f0": 2, "f1": 2,
+    }  # fmt: skip
 
 
 def test_the_totals_say_how_much_and_what_is_missing() -> None:

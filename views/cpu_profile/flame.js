@@ -4,6 +4,8 @@
 (() => {
   const ROW_PX = 18;
   const LEAST_PX = 1; // frames that would be narrower are not drawn
+  const THIN_PX = 4; // frames that are narrower have no gap beside them
+  const TEXT_PX = 26; // and frames that are narrower no text
   const MOST_ROWS = 500; // of the table of functions
   const KERNEL = 1, UNNAMED = 2, MARK = 4;
   const FIELDS = 6; // of a node: depth, function, samples to its left, total, own, guessed
@@ -74,9 +76,12 @@
 
   function place(i, x, width, isAbove) {
     const box = document.createElement("div");
-    box.className = classOf(i) + (isAbove ? " above" : "") + (isMatch(i) ? " m" : "");
+    const pixels = width * graph.clientWidth;
+    const thin = pixels < THIN_PX;
+    box.className =
+      classOf(i) + (thin ? " thin" : "") + (isAbove ? " above" : "") + (isMatch(i) ? " m" : "");
     box.dataset.node = i;
-    box.textContent = width > 0.015 ? label(i) : "";
+    box.textContent = pixels < TEXT_PX ? "" : label(i);
     box.style.left = `${100 * x}%`;
     box.style.width = `${100 * width}%`;
     const row = depth(i) * ROW_PX;

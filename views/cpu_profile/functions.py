@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from coral.views.cpu_profile.profile import Function, Profile
+
+class Function(NamedTuple):
+    """What tells one function from another, wherever in it a sample was taken."""
+
+    name: str
+    module: str
+    kernel: bool
+    unnamed: bool
 
 
 @dataclass(slots=True)
@@ -19,16 +28,30 @@ class Use:
     guessed: int = 0
 
 
-def uses(profile: Profile) -> list[Use]:
-    """Every function of PROFILE, those that used most themselves first; the frames of a module that
-    have no names are one. The sum of `own` is the number of samples."""
-    found: dict[Function, Use] = {}
-    for _, frames, count in profile.stacks():
-        for function in {frame.group for frame in frames}:
-            if function not in found:
-                found[function] = Use(function)
-            found[function].total += count
-        for function in {frame.group for frame in frames if frame.guessed}:
-            found[function].guessed += count
-        found[frames[-1].group].own += count
-    return sorted(found.values(), key=lambda it: (-it.own, -it.total, it.function))
+class Uses:
+    """Every function that was met, added up as samples come. The sum of `own` is the number of
+    samples."""
+
+    def __init__(self) -> None:
+        self._found: dict[Function, Use] = {}
+
+    def add(self, stack: Iterable[Function], leaf: Function, count: int) -> None:
+        """COUNT samples of a stack that ends with LEAF."""
+        for function in set(stack):
+            self._use(function).total += count
+        self._use(leaf).own += count
+
+    def add_guessed(self, functions: Iterable[Function], count: int) -> None:
+        """COUNT samples, added before, in which FUNCTIONS were guesses."""
+        for function in set(functions):
+            self._use(function).guessed += count
+
+    def ordered(self) -> list[Use]:
+        """Those that used most themselves come first."""
+        return sorted(self._found.values(), key=lambda it: (-it.own, -it.total, it.function))
+
+    def _use(self, function: Function) -> Use:
+        use = self._found.get(function)
+        if use is None:
+            use = self._found[function] = Use(function)
+        return use

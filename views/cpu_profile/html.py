@@ -15,9 +15,9 @@ import re
 from typing import Any, Final
 
 from coral.views.cpu_profile.assets import asset
-from coral.views.cpu_profile.functions import uses
+from coral.views.cpu_profile.functions import Function
 from coral.views.cpu_profile.names import visible
-from coral.views.cpu_profile.profile import Function, Profile
+from coral.views.cpu_profile.profile import Profile
 from coral.views.cpu_profile.session import Facts, told
 from coral.views.cpu_profile.tree import Node, call_tree, least_drawn, walk
 
@@ -60,7 +60,7 @@ def _data(profile: Profile, tree: Node, least: int) -> dict[str, Any]:
             functions.append([visible(function.name), visible(function.module), flags, own, total])
         return numbers[key]
 
-    for use in uses(profile):
+    for use in profile.uses.ordered():
         number(use.function, use.own, use.total)
     nodes: list[int] = []
     for depth, left, node in walk(tree, least):

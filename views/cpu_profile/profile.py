@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.views.cpu_profile.functions import Function, Uses
 from coral.views.cpu_profile.names import file_name
 
 # A profile of five minutes on a machine of two CPUs has at most 60,000 samples.
@@ -46,15 +47,6 @@ _END_WORDS: Final = {
     pb.CPU_STACK_END_FRAME_POINTERS: "end of the frame pointers",
     pb.CPU_STACK_END_NO_USER_STACK: "kernel thread",
 }
-
-
-class Function(NamedTuple):
-    """What tells one function from another, wherever in it a sample was taken."""
-
-    name: str
-    module: str
-    kernel: bool
-    unnamed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +108,9 @@ class Origin:
         return self.end in _CUT_ENDS
 
 
+_NOBODY: Final = Origin("", 0, "", 0)
+
+
 class Sampled(NamedTuple):
     """A distinct stack, the outermost frame first, and how often it was met."""
 
@@ -137,11 +132,14 @@ class Profile:
         self.guessed = 0  # samples with at least one frame by guess
         self.in_kernel = 0
         self.not_kept = 0  # samples whose stacks came after all that there is room for
+        self.uses = Uses()
         self._most_stacks = most_stacks
         self._most_frames = most_frames
         self._frames: list[Frame] = []
-        self._frame_ids: dict[Frame, int] = {}
+        self._groups: list[Function] = []  # of the frames
+        self._numbers: dict[Frame, int] = {}
         self._counts: dict[tuple[Origin, tuple[int, ...]], int] = {}
+        self._nothing = (self._new(Frame(NOT_KEPT, flags=_FLAG_UNNAMED)),)
 
     def __bool__(self) -> bool:
         return bool(self.samples)
@@ -161,20 +159,24 @@ class Profile:
         self.period_ns = period_ns or self.period_ns
         self.ends[origin.end] += count
         self.in_kernel += count * origin.in_kernel
-        self.guessed += count * any(frame.guessed for frame in frames)
-        key = origin, self._ids(frames or (Frame(NO_STACK, flags=_FLAG_UNNAMED),))
-        if key not in self._counts and self._full:
+        numbers = self._known(frames or (Frame(NO_STACK, flags=_FLAG_UNNAMED),))
+        groups = [self._groups[number] for number in numbers]
+        self.uses.add(groups, groups[-1], count)
+        if guesses := [frame.group for frame in frames if frame.guessed]:
+            self.guessed += count
+            self.uses.add_guessed(guesses, count)
+        key = origin, numbers
+        if key not in self._counts and len(self._counts) >= self._most_stacks:
+            numbers = self._nothing
+        if numbers is self._nothing:
             self.not_kept += count
-            rest = replace(origin, thread="", tid=0)
-            key = rest, self._ids((Frame(NOT_KEPT, flags=_FLAG_UNNAMED),))
+            key = _NOBODY, numbers
         self._counts[key] = self._counts.get(key, 0) + count
 
     def merge(self, more: Profile) -> None:
         """Adds another profile."""
         for origin, frames, count in more.stacks():
             self.add(origin, frames, count, 0)
-        # Once a stack is not kept, its frames cannot be counted again.
-        self.not_kept += more.not_kept
         self.cpu_ns += more.cpu_ns
         self.period_ns = more.period_ns or self.period_ns
         self.account(lost=more.lost, truncated=more.truncated)
@@ -205,18 +207,22 @@ class Profile:
         """The names of all processes, in order."""
         return sorted({origin.process for origin, _ in self._counts})
 
-    @property
-    def _full(self) -> bool:
-        return len(self._counts) >= self._most_stacks or len(self._frames) >= self._most_frames
+    def _known(self, frames: Sequence[Frame]) -> tuple[int, ...]:
+        """The numbers of FRAMES; that of nothing where there is no room for one that is new."""
+        numbers = []
+        for frame in frames:
+            number = self._numbers.get(frame)
+            if number is None:
+                if len(self._frames) >= self._most_frames:
+                    return self._nothing
+                number = self._new(frame)
+            numbers.append(number)
+        return tuple(numbers)
 
-    def _ids(self, frames: Sequence[Frame]) -> tuple[int, ...]:
-        return tuple(map(self._id, frames))
-
-    def _id(self, frame: Frame) -> int:
-        number = self._frame_ids.get(frame)
-        if number is None:
-            number = self._frame_ids[frame] = len(self._frames)
-            self._frames.append(frame)
+    def _new(self, frame: Frame) -> int:
+        number = self._numbers[frame] = len(self._frames)
+        self._frames.append(frame)
+        self._groups.append(frame.group)
         return number
 
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
-from coral.views.cpu_profile.functions import Use, uses
+from coral.views.cpu_profile.functions import Use
 from coral.views.cpu_profile.names import file_name, fitted, visible
 from coral.views.cpu_profile.profile import Profile
 from coral.views.cpu_profile.reading import records, take
@@ -103,7 +103,7 @@ class ProfileStory:
 def _sheet(profile: Profile, most: int) -> Sheet:
     """The functions that used most; the last of the MOST lines adds up the others."""
     sheet = Sheet(_COLUMNS)
-    found = uses(profile)
+    found = profile.uses.ordered()
     shown = found if len(found) <= most else found[: max(most - 1, 0)]
     greatest = max((use.total for use in shown), default=0)
     for use in shown:

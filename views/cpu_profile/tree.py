@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from coral.views.cpu_profile.profile import CUT, Frame, Function, Origin, Profile
+from coral.views.cpu_profile.functions import Function
+from coral.views.cpu_profile.profile import CUT, Frame, Origin, Profile
 
 ALL: Final = "all"
 _NOBODY: Final = "(no name)"
