@@ -45,6 +45,7 @@ from benchmarks import (
     startup,
     summaries,
     tcp,
+    unwinding,
 )
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, show
@@ -61,6 +62,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "programs": rungs.measure_programs,
     "drain": drain.measure,
     "stacks": stacks.measure,
+    "unwinding": unwinding.measure,
     "delivery": delivery.measure,
     "encoders": encoders.measure,
     "summaries": summaries.measure,

@@ -112,6 +112,11 @@ class Tables:
         """Bytes of the tables in memory."""
         return sum(rows.nbytes for rows in self._kept.values())
 
+    @property
+    def rows(self) -> int:
+        """Rows of the tables in memory."""
+        return sum(len(rows.start) for rows in self._kept.values())
+
     def of(self, elf: ElfFile) -> Rows | None:
         """The table of ELF; None without, or where the file is damaged, or of another machine."""
         machine = MACHINES.get(elf.machine)

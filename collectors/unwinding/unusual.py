@@ -32,12 +32,36 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
 
+# numpy compares with plain numbers faster than with members of enumerations.
+_SAVED_AT_CFA: Final = int(Saved.AT_CFA)
+_SAVED_AT_REGISTER: Final = int(Saved.AT_REGISTER)
+_SAVED_IN_REGISTER: Final = int(Saved.IN_REGISTER)
+_SAVED_IS_CFA: Final = int(Saved.IS_CFA)
+_SAVED_UNDEFINED: Final = int(Saved.UNDEFINED)
+_SAVED_UNKNOWN: Final = int(Saved.UNKNOWN)
+_CFA_ANONYMOUS: Final = int(Cfa.ANONYMOUS)
+_CFA_DEREFERENCED: Final = int(Cfa.DEREFERENCED)
+_CFA_NONE: Final = int(Cfa.NONE)
+_CFA_PLT: Final = int(Cfa.PLT)
+_CFA_REGISTER: Final = int(Cfa.REGISTER)
+_CFA_TRAMPOLINE: Final = int(Cfa.TRAMPOLINE)
+_CFA_UNKNOWN: Final = int(Cfa.UNKNOWN)
+_RULE_SIGNAL: Final = int(Rule.SIGNAL)
+_END_BOTTOM: Final = int(End.BOTTOM)
+_END_COPY_TOO_SHORT: Final = int(End.COPY_TOO_SHORT)
+_END_ERROR: Final = int(End.ERROR)
+_END_NO_UNWIND_INFO: Final = int(End.NO_UNWIND_INFO)
+_FRAME_EXACT: Final = int(Frame.EXACT)
+_FRAME_GUESS: Final = int(Frame.GUESS)
+
 # Further than a stack usually grows, an address is not one of this stack.
 LARGEST_STACK_BYTES: Final = 8 << 20
 _HIGHEST: Final = np.uint64((1 << 48) - 1)
 _WORD: Final = 8
 _STUB_BYTES: Final = 16
 _HIGHEST_BIT: Final = 62
+_ONE: Final = np.uint64(1)
+_BY_RULE, _BY_GUESS, _BY_TRAMPOLINE = range(3)
 
 # Where the kernel saves registers, from the stack pointer of a handler's return on: x86-64's struct
 # ucontext begins there (uapi/asm/ucontext.h, sigcontext.h), arm64's struct rt_sigframe.
@@ -147,50 +171,70 @@ def _known(frames: Frames, machine: Machine, registers: Registers) -> _Known:
 def resolve(frames: Frames, index: Index, registers: Registers) -> Mask:
     """Finds the callers of FRAMES, and why some have none. Returns which of them need a register
     that is not followed, (k,)."""
-    machine = index.machine
-    known = _known(frames, machine, registers)
-    rules = index.rules[frames.rule]
-    kind = rules[:, CFA] >> 8
+    kind = index.rules[frames.rule, CFA] >> 8
+    incomplete = np.zeros(len(kind), np.bool_)
     frames.callers.end[:] = 0
-    incomplete = _find_cfa(frames, rules, known)
-    _find_return(frames, machine, rules, known)
-    _find_frame_pointer(frames, machine, rules, known)
-    if (signals := (rules[:, FLAGS] & Rule.SIGNAL) != 0).any():
-        _return_from_signal(frames, machine, np.flatnonzero(signals), registers)
-    if (guessed := (kind == Cfa.NONE) | (kind == Cfa.ANONYMOUS)).any():
-        _guess(frames, index, np.flatnonzero(guessed), kind == Cfa.ANONYMOUS)
-    if (stubs := kind == Cfa.TRAMPOLINE).any():
-        _trampoline(frames, np.flatnonzero(stubs))
-    stuck = (frames.callers.end == 0) & ~signals & (frames.callers.cfa <= frames.sp)
-    # A function that has not touched its stack: on arm64 the return address is in a register.
-    stuck &= ~(frames.exact & (frames.callers.cfa == frames.sp) & machine.returns_in_register)
-    frames.callers.end[stuck] = End.ERROR
+    for group, of_group in (
+        (_BY_RULE, kind < _CFA_NONE),
+        (_BY_GUESS, (kind == _CFA_NONE) | (kind == _CFA_ANONYMOUS)),
+        (_BY_TRAMPOLINE, kind == _CFA_TRAMPOLINE),
+    ):
+        count = np.count_nonzero(of_group)
+        if not count:
+            continue
+        chosen = np.flatnonzero(of_group)
+        part = frames if count == len(kind) else frames.take(chosen)
+        if group == _BY_RULE:
+            incomplete[chosen] = _by_rule(part, index, registers)
+        elif group == _BY_GUESS:
+            _guess(part, index, kind[chosen] == _CFA_ANONYMOUS)
+        else:
+            _trampoline(part)
+        if part is not frames:
+            frames.callers.put(chosen, part.callers)
     return incomplete
 
 
-def _end(frames: Frames, where: Mask, reason: End) -> None:
+def _by_rule(frames: Frames, index: Index, registers: Registers) -> Mask:
+    machine = index.machine
+    known = _known(frames, machine, registers)
+    rules = index.rules[frames.rule]
+    incomplete = _find_cfa(frames, rules, known)
+    _find_return(frames, machine, rules, known)
+    _find_frame_pointer(frames, machine, rules, known)
+    signals = (rules[:, FLAGS] & _RULE_SIGNAL) != 0
+    if signals.any():
+        _return_from_signal(frames, machine, np.flatnonzero(signals), registers)
+    stuck = (frames.callers.end == 0) & ~signals & (frames.callers.cfa <= frames.sp)
+    # A function that has not touched its stack: on arm64 the return address is in a register.
+    stuck &= ~(frames.exact & (frames.callers.cfa == frames.sp) & machine.returns_in_register)
+    frames.callers.end[stuck] = _END_ERROR
+    return incomplete
+
+
+def _end(frames: Frames, where: Mask, reason: int) -> None:
     frames.callers.end[where & (frames.callers.end == 0)] = reason
 
 
 def _end_unread(frames: Frames, address: Ints, where: Mask) -> None:
     beyond = frames.memory.is_beyond(address, LARGEST_STACK_BYTES)
-    _end(frames, where & beyond, End.COPY_TOO_SHORT)
-    _end(frames, where, End.ERROR)
+    _end(frames, where & beyond, _END_COPY_TOO_SHORT)
+    _end(frames, where, _END_ERROR)
 
 
 def _find_cfa(frames: Frames, rules: Ints, known: _Known) -> Mask:
     kind, register, offset = rules[:, CFA] >> 8, rules[:, CFA] & 0xFF, rules[:, CFA_OFFSET]
     base = known.named(register)
-    by_register = (kind == Cfa.REGISTER) | (kind == Cfa.DEREFERENCED)
+    by_register = (kind == _CFA_REGISTER) | (kind == _CFA_DEREFERENCED)
     unknown: Mask = by_register & ~known.has(register)
-    _end(frames, unknown | (kind == Cfa.UNKNOWN), End.NO_UNWIND_INFO)
+    _end(frames, unknown | (kind == _CFA_UNKNOWN), _END_NO_UNWIND_INFO)
     found = base + offset
-    stub = kind == Cfa.PLT
+    stub = kind == _CFA_PLT
     if stub.any():
         within = (frames.ip % np.uint64(_STUB_BYTES)).astype(np.int64)
         entry = frames.sp + _WORD + np.where(within >= offset, _WORD, 0)
         found = np.where(stub, entry, found)
-    indirect = kind == Cfa.DEREFERENCED
+    indirect = kind == _CFA_DEREFERENCED
     if indirect.any():
         low = offset.astype(np.uint32).astype(np.int32).astype(np.int64)
         word, readable = frames.memory.read(base + low)
@@ -205,17 +249,17 @@ def _restored(frames: Frames, code: Ints, register: int, known: _Known) -> tuple
     """A register of the callers by the rules CODE, whether it is known, and where it was read."""
     kind, other, offset = kind_of(code), register_of(code), offset_of(code)
     cfa = frames.callers.cfa
-    by_other = (kind == Saved.AT_REGISTER) | (kind == Saved.IN_REGISTER)
-    place = np.where(kind == Saved.AT_REGISTER, known.named(other), cfa) + offset
-    is_read = (kind == Saved.AT_CFA) | (kind == Saved.AT_REGISTER)
+    by_other = (kind == _SAVED_AT_REGISTER) | (kind == _SAVED_IN_REGISTER)
+    place = np.where(kind == _SAVED_AT_REGISTER, known.named(other), cfa) + offset
+    is_read = (kind == _SAVED_AT_CFA) | (kind == _SAVED_AT_REGISTER)
     word, readable = frames.memory.read(place)
     found = np.where(is_read, word.view(np.int64), known.values[:, register])
-    found = np.where(kind == Saved.IS_CFA, cfa + offset, found)
-    found = np.where(kind == Saved.IN_REGISTER, known.named(other), found)
+    found = np.where(kind == _SAVED_IS_CFA, cfa + offset, found)
+    found = np.where(kind == _SAVED_IN_REGISTER, known.named(other), found)
     is_known = known.has(np.where(by_other, other, register))
-    is_known |= (kind == Saved.AT_CFA) | (kind == Saved.IS_CFA)
+    is_known |= (kind == _SAVED_AT_CFA) | (kind == _SAVED_IS_CFA)
     is_known &= readable | ~is_read
-    is_known &= (kind != Saved.UNKNOWN) & (kind != Saved.UNDEFINED)
+    is_known &= (kind != _SAVED_UNKNOWN) & (kind != _SAVED_UNDEFINED)
     return found, is_known, np.where(is_read, place, 0)
 
 
@@ -229,9 +273,9 @@ def _find_return(frames: Frames, machine: Machine, rules: Ints, known: _Known) -
         # Where it is not said to be saved, it is nowhere: the column is no real register.
         known = _Known(known.values, known.bits & ~(1 << machine.return_address))
     found, is_known, place = _restored(frames, code, machine.return_address, known)
-    _end(frames, kind_of(code) == Saved.UNDEFINED, End.BOTTOM)
+    _end(frames, kind_of(code) == _SAVED_UNDEFINED, _END_BOTTOM)
     _end_unread(frames, place, ~is_known & (place != 0))
-    _end(frames, ~is_known, End.NO_UNWIND_INFO)
+    _end(frames, ~is_known, _END_NO_UNWIND_INFO)
     frames.callers.ip[:] = found.view(np.uint64)
 
 
@@ -246,7 +290,7 @@ def follow(frames: Frames, index: Index, registers: Registers) -> None:
     machine = index.machine
     known = _known(frames, machine, registers)
     rules = index.rules[frames.rule]
-    returns = (rules[:, FLAGS] & Rule.SIGNAL) != 0
+    returns = (rules[:, FLAGS] & _RULE_SIGNAL) != 0
     kept = np.zeros(len(frames.sample), np.int64)
     after = registers.values[frames.sample]
     for register in machine.tracked[:-1]:
@@ -273,56 +317,49 @@ def _return_from_signal(
     frames.callers.cfa[chosen] = found[:, machine.stack_pointer]
     frames.callers.fp[chosen] = found[:, machine.frame_pointer]
     frames.callers.ip[chosen] = found[:, machine.instruction_pointer].view(np.uint64)
-    frames.callers.flags[chosen] = Frame.EXACT
+    frames.callers.flags[chosen] = _FRAME_EXACT
     registers.has_moved[frames.sample[chosen]] |= ~memory.read(frames.callers.cfa[chosen])[1]
-    frames.callers.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
+    frames.callers.end[chosen] = np.where(readable, 0, _END_COPY_TOO_SHORT)
 
 
-def _is_code(frames: Frames, index: Index, chosen: Ints, address: Words) -> Mask:
-    before = address - np.uint64(1)
-    rule = index.rule_at((before & _HIGHEST) | frames.window[chosen])
+def _is_code(index: Index, address: Words, window: Words) -> Mask:
+    before = address - _ONE
+    rule = index.rule_at((before & _HIGHEST) | window)
     found: Mask = (rule != UNMAPPED) & (before < _HIGHEST)
     return found
 
 
-def _guess(frames: Frames, index: Index, chosen: Ints, is_anonymous: Mask) -> None:
+def _guess(frames: Frames, index: Index, is_anonymous: Mask) -> None:
     """Without a table: by the frame pointer if what it leads to can be a frame. In memory without
     a file, CPython's trampoline for perf has none: there by its size."""
-    machine, memory = index.machine, frames.memory.take(chosen)
-    sp, fp, mask = frames.sp[chosen], frames.fp[chosen], np.uint64(machine.address_mask)
+    machine, memory, callers = index.machine, frames.memory, frames.callers
+    fp = frames.fp
     before, readable = memory.read(fp)
     caller, also = memory.read(fp + _WORD)
-    caller &= mask
-    fits = readable & also & (fp >= sp) & (fp % _WORD == 0)
-    good = fits & _is_code(frames, index, chosen, caller)
-    outermost = (fp == 0) | (fits & (caller == 0))
-    frames.callers.end[chosen] = End.NO_UNWIND_INFO
-    frames.callers.end[chosen[memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)]] = (
-        End.COPY_TOO_SHORT
-    )
-    frames.callers.end[chosen[outermost]] = End.BOTTOM
-    frames.callers.end[chosen[good]] = 0
-    frames.callers.cfa[chosen] = fp + 2 * _WORD
-    frames.callers.fp[chosen] = before.view(np.int64)
-    frames.callers.ip[chosen] = caller
-    frames.callers.flags[chosen] = Frame.GUESS
-    if machine.returns_in_register:
+    caller &= np.uint64(machine.address_mask)
+    fits = readable & also & (fp >= frames.sp) & (fp & (_WORD - 1) == 0)
+    good = fits & _is_code(index, caller, frames.window)
+    callers.cfa[:], callers.ip[:] = fp + 2 * _WORD, caller
+    callers.fp[:], callers.flags[:] = before.view(np.int64), _FRAME_GUESS
+    if np.count_nonzero(good) == len(good):
         return
-    left = chosen[~good & is_anonymous[chosen] & ~frames.exact[chosen]]
-    if len(left):
-        caller, readable = frames.memory.take(left).read(frames.sp[left] + _WORD)
-        readable &= _is_code(frames, index, left, caller)
-        left, caller = left[readable], caller[readable]
-        frames.callers.end[left] = 0
-        frames.callers.cfa[left] = frames.sp[left] + 2 * _WORD
-        frames.callers.fp[left] = frames.fp[left]
-        frames.callers.ip[left] = caller
+    callers.end[~good] = _END_NO_UNWIND_INFO
+    callers.end[~good & memory.is_beyond(fp + _WORD, LARGEST_STACK_BYTES)] = _END_COPY_TOO_SHORT
+    callers.end[(fp == 0) | (fits & (caller == 0))] = _END_BOTTOM
+    left = np.flatnonzero(~good & is_anonymous & ~frames.exact)
+    if len(left) and not machine.returns_in_register:
+        part = frames.take(left)
+        _trampoline(part)
+        fits = (part.callers.end == 0) & _is_code(index, part.callers.ip, part.window)
+        part = part.take(np.flatnonzero(fits))
+        part.callers.flags[:] = _FRAME_GUESS
+        callers.put(left[fits], part.callers)
 
 
-def _trampoline(frames: Frames, chosen: Ints) -> None:
+def _trampoline(frames: Frames) -> None:
     """CPython's: it makes room for one word, calls, and returns (Python/asm_trampoline.S)."""
-    frames.callers.cfa[chosen] = frames.sp[chosen] + 2 * _WORD
-    caller, readable = frames.memory.take(chosen).read(frames.sp[chosen] + _WORD)
-    frames.callers.ip[chosen] = caller
-    frames.callers.fp[chosen] = frames.fp[chosen]
-    frames.callers.end[chosen] = np.where(readable, 0, End.COPY_TOO_SHORT)
+    callers = frames.callers
+    caller, readable = frames.memory.read(frames.sp + _WORD)
+    callers.cfa[:], callers.ip[:] = frames.sp + 2 * _WORD, caller
+    callers.fp[:], callers.flags[:] = frames.fp, 0
+    callers.end[:] = np.where(readable, 0, _END_COPY_TOO_SHORT)
