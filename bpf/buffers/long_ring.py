@@ -40,6 +40,11 @@ class LongRingReader(RingReader):
         self._kind = kind
         self._number = kind.head & 0xFFFFFFFF
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The layout of the structs."""
+        return self._kind.dtype
+
     def drain_long(self, most_bytes: int = MOST_BYTES) -> LongRecords:
         """See `RingReader.drain`. Raises `BpfError` for a record of another kind, or that is
         shorter than its struct, or whose length is not that of its frame."""
@@ -78,17 +83,6 @@ class LongRingReader(RingReader):
                 f"a record of kind {number} with {length} bytes, where there may be "
                 f"{self._kind.name} of at least {self._kind.size}"
             )
-
-
-def drain_long(reader: LongRingReader) -> list[LongRecords]:
-    """All records of READER that are there now, in parts of about 1 MiB. For callers that may
-    block."""
-    parts = [reader.drain_long()]
-    for _ in range(reader.capacity_bytes // MOST_BYTES):
-        if not reader.pending_bytes:
-            break
-        parts.append(reader.drain_long())
-    return parts
 
 
 def frames_in(memory: memoryview, most_words: int) -> tuple[list[int], int, int]:

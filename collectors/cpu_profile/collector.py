@@ -16,14 +16,13 @@ import numpy as np
 
 from coral.bpf import Features, Rung, Step
 from coral.bpf.attaching.sampling import SpreadClock
-from coral.bpf.buffers.long_ring import LongRingReader, drain_long
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
 from coral.collectors.cpu_profile.frames import memory_of, resolve
+from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.options import CpuProfileOptions
-from coral.collectors.cpu_profile.samples import joined
 from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
@@ -49,7 +48,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
     ) -> None:
         super().__init__(options, service, features)
         self._clock: SpreadClock | None = None
-        self._ring: LongRingReader | None = None
+        self._intake: Intake | None = None
         self._shared: Shared | None = None
 
     def _plan(self, features: Features) -> Plan:
@@ -95,7 +94,8 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         session = np.zeros((), slot.object.map("profile_sessions").value_dtype)
         session["stack_bytes"] = self._options.stack_bytes
         slot.own("profile_sessions", session)
-        self._records = self._ring = slot.long_reader("cpu_sample", self._options.ring)
+        self._records = ring = slot.long_reader("cpu_sample", self._options.ring)
+        self._intake = Intake(ring)
         self._shared = slot.common(Shared)
 
     def _on_filled(self) -> None:
@@ -113,15 +113,15 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         raise NotImplementedError
 
     def _read_summaries(self) -> Summaries:
-        if self._ring is None or self._clock is None or self._shared is None:
+        if self._intake is None or self._clock is None or self._shared is None:
             raise RuntimeError("not open")
         if self._slot.attached:
             self._clock.follow()
         else:
             self._clock.close()
-        samples = joined(drain_long(self._ring))
+        samples = self._intake.take()
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
-        with self._shared.code() as code:
+        with self._intake.emptying(), self._shared.code() as code:
             memory = memory_of(samples, code.processes)
             user = unwound(samples, memory, code.unwinder)
             frames = resolve(samples, user, memory, code)

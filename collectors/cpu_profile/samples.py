@@ -62,8 +62,10 @@ class Samples(NamedTuple):
         return gather(self.words, self.first_words, counts)
 
 
-def joined(parts: Sequence[LongRecords]) -> Samples:
-    """The records of several drains as one."""
+def joined(parts: Sequence[LongRecords], dtype: np.dtype[Any]) -> Samples:
+    """The records of several drains as one; their structs have the layout DTYPE."""
+    if not parts:
+        return Samples(np.empty(0, dtype), np.empty(0, np.uint64))
     if len(parts) == 1:
         return Samples(parts[0].structs, parts[0].words)
     before = 0
