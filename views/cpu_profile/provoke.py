@@ -9,7 +9,7 @@ from coral.views.contract import Provocation
 from coral.views.cpu_profile.reading import samples
 
 _HERTZ: Final = 999
-_CPU_S: Final = 0.4
+_CPU_S: Final = 0.25
 _SHARE: Final = 0.8  # of the samples that this amounts to: CPU time and wall clock differ
 _COMPUTE: Final = f"""
 import time
