@@ -35,6 +35,9 @@ Ints = NDArray[np.int64]
 _SMALLEST_GAP: Final = 16
 # Programs are run in parts of the section of this size: all at once would take 160 MB for Node.
 _PART_BYTES: Final = 256 << 10
+# More than any file that we know of has: a hostile one must not fill the memory.
+_MOST_ROWS: Final = 4 << 20
+_MOST_RULES: Final = 1 << 16
 
 
 def compile_section(
@@ -116,6 +119,7 @@ def _run(padded: Bytes, programs: Programs, machine: Machine) -> _Ran:
     rules: dict[int, Ints] = {}
     damaged = np.zeros(len(programs.begin), np.bool_)
     found: list[tuple[NDArray[np.int32], Ints, Ints]] = []
+    total = 0
     parts = np.flatnonzero(np.diff(programs.begin // _PART_BYTES, prepend=-1) != 0).tolist()
     for first, last in pairwise([*parts, len(programs.begin)]):
         part = programs.take(slice(first, last))
@@ -127,6 +131,10 @@ def _run(padded: Bytes, programs: Programs, machine: Machine) -> _Ran:
         distinct, where = np.unique(digest, return_index=True)
         rules.update(zip(distinct.tolist(), ran.rules[where], strict=True))
         found.append(((ran.program + first).astype(np.int32), ran.address, digest))
+        total += len(digest)
+        if total > _MOST_ROWS or len(rules) > _MOST_RULES:
+            damaged[last:] = True
+            break
     none = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
     program, address, digest = (np.concatenate(column) for column in zip(none, *found, strict=True))
     return _Ran(program, address, digest, rules, damaged)

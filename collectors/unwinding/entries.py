@@ -6,6 +6,7 @@ Layout: Linux Standard Base, core part, section 10.6.1; encodings of addresses: 
 from __future__ import annotations
 
 import struct
+from array import array
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +21,8 @@ Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
 # Larger sections than any that we know of: Chromium's has 20 MB.
-LARGEST_SECTION_BYTES: Final = 128 << 20
+LARGEST_SECTION_BYTES: Final = 32 << 20
+_MOST_ENTRIES: Final = 1 << 20
 # Addresses above are no file's; so that they, and a file's number above them, fit in 64 bits.
 ADDRESS_BITS: Final = 48
 
@@ -58,9 +60,9 @@ class Common:
 
 def entries(section: bytes, size: int, *, has_end: bool) -> tuple[Ints, Ints, Ints]:
     """Where all entries, CIEs and FDEs, begin, where their contents begin, and where they end."""
-    heads, begins, ends = [], [], []
+    heads, begins, ends = array("q"), array("q"), array("q")
     at = 0
-    while at + 8 <= size:
+    while at + 8 <= size and len(heads) < _MOST_ENTRIES:
         head = at
         (length,) = _LENGTH(section, at)
         at += 4

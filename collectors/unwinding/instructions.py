@@ -50,7 +50,7 @@ _NUMBER_AND_BLOCK: Final = (EXPRESSION, VAL_EXPRESSION)
 _IS_FIXED, _IS_ONE, _IS_TWO, _IS_BLOCK, _IS_NUMBER_BLOCK = 1, 2, 3, 4, 5
 
 # The longest program: a step is one instruction of every program, and steps take time.
-MOST_BYTES: Final = 1 << 16
+MOST_BYTES: Final = 1 << 14
 
 
 def _forms() -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

@@ -104,6 +104,12 @@ class Space:
         """Bytes of all files' rows."""
         return sum(rows.nbytes for rows in self._tables.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays to search, which are copies of all files' rows."""
+        index = self._index
+        return 0 if index is None else int(index.row.nbytes + index.row_rule.nbytes)
+
     def put(self, key: Hashable, regions: Sequence[Region]) -> None:
         """Sets what the memory KEY has mapped: disjoint REGIONS."""
         slot = self._slots.setdefault(key, len(self._slots))

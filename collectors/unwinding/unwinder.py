@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 _Key = tuple[ProcessMaps, int]
 
 _MOST_MEMORIES: Final = 1024
+_MOST_ROW_BYTES: Final = 128 << 20  # beside what the processes at hand need
 _MOST_ROUNDS: Final = 64  # each finds the next file on a stack of which nothing was known
 _NOW: Final = np.iinfo(np.uint64).max
 # CPython 3.12 and later write this for `-X perf`, again and again, from the memory's start on:
@@ -39,6 +40,11 @@ class Unwinder:
         self._space = Space(machine)
         self._rows: dict[MappedFile, Rows | None] = {}
         self._regions: dict[tuple[ProcessMaps, int, int], Region] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables, compiled and joined."""
+        return self.tables.nbytes + self._space.nbytes
 
     def unwind(
         self,
@@ -126,7 +132,7 @@ class Unwinder:
             for index in np.unique(at).tolist():
                 place[chosen[at == index]] = len(keys)
                 keys.append(self._put(process, generations, index))
-        if len(self._space) > _MOST_MEMORIES:
+        if len(self._space) > _MOST_MEMORIES or self._space.row_bytes > _MOST_ROW_BYTES:
             self._forget(keys)
         slots = np.array([self._space.slot(key) for key in keys], np.int64)
         memory = slots[place] if keys else place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from coral.collectors.unwinding.tables import Tables
 from coral.collectors.unwinding.unwinder import Unwinder
 from tests.support import wait_until
 
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="code of x86-64")
 STACK = 0x7000_0000
 TRAMPOLINE = bytes.fromhex("4883ec08ffd14883c408c3")
 _ANY = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC

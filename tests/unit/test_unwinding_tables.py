@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import re
 import struct
@@ -32,6 +33,7 @@ from coral.collectors.unwinding.tables import Tables, compiled, packed, unpacked
 from tests.support import ROOT, built
 from tests.unwind_tables import differences, section_of
 
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="files of x86-64")
 SOURCE = ROOT / "tests/programs/unwound.c"
 LIBC = re.search(r"(/\S*/libc\.so\.6)", Path("/proc/self/maps").read_text())
 LIBRARIES = ["libc.so.6", "ld-linux-x86-64.so.2", "libstdc++.so.6", "libcrypto.so.3", "libm.so.6"]
@@ -189,6 +191,20 @@ def common_and(*instructions: bytes) -> bytes:
         body += struct.pack("<iI", 0x2000 + 0x100 * n - (0x1000 + place + 8), 0x100) + b"\0"
         section += struct.pack("<I", len(body) + len(program)) + body + program
     return section
+
+
+def test_a_table_that_would_fill_the_memory_is_cut() -> None:
+    # Each of its bytes is a row, each row a rule of its own.
+    turns = b"".join(b"\x41\x0e" + bytes([n & 0x7F | 0x80, n >> 7 & 0x7F]) for n in range(4_000))
+    section = common_and(*[turns] * 100)
+    rows = compile_section(section, 0x1000, X86_64)
+    assert rows.entries == 100
+    assert rows.damaged == 0
+    assert rows.nbytes < 1 << 20
+    assert len(rows.start) <= 100 * 0x100 + 2
+
+    many = b"".join(struct.pack("<I", 4) + b"\x01\0\0\0" for _ in range(1 << 21))
+    assert compile_section(many, 0x1000, X86_64).entries == 1 << 20
 
 
 def test_remembered_states_nest() -> None:

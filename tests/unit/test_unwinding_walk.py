@@ -367,6 +367,26 @@ def test_on_arm64_a_leaf_function_that_is_not_the_first_has_no_caller() -> None:
     assert stacks.ends.tolist() == [End.NO_UNWIND_INFO]
 
 
+def test_on_arm64_a_signal_handlers_return_has_all_registers_on_the_stack() -> None:
+    rows = table(
+        rule(cfa(Cfa.REGISTER, 31), 0, machine=ARM64),  # the handler, a leaf function
+        rule(cfa(Cfa.REGISTER, 29), 0, flags=Rule.SIGNAL, machine=ARM64),
+        rule(cfa(Cfa.REGISTER, 31), 0, machine=ARM64),  # interrupted, a leaf function too
+        rule(cfa(Cfa.REGISTER, 31), 0, machine=ARM64, ra=saved(Saved.UNDEFINED)),
+        machine=ARM64,
+    )
+    frame = [0] * 80
+    registers = 312 // 8
+    frame[registers + 30] = function(3)
+    frame[registers + 31] = STACK + 8 * 75
+    frame[registers + 32] = function(2)
+    handler = Thread({32: function(0), 31: STACK, 30: function(1)}, frame)
+    stacks = Scene(rows, ARM64).unwind(handler)
+    assert stacks.stack(0) == [function(0), function(1), function(2), function(3)]
+    assert stacks.flags.tolist() == [Frame.EXACT, Frame.SIGNAL, Frame.EXACT, 0]
+    assert stacks.ends.tolist() == [End.BOTTOM]
+
+
 def test_no_samples_have_no_stacks() -> None:
     stacks = PLAIN.unwind()
     assert len(stacks) == 0
