@@ -33,8 +33,8 @@ class Code:
         self._symbolizer = Symbolizer()
         self.processes = Processes(self._symbolizer)
         here, cache = machine(), os.environ.get(_CACHE)
-        self._tables = Tables(Path(cache) / "unwind" if cache else None)
-        self.unwinder = Unwinder(here, self._tables) if here else None
+        tables = Tables(Path(cache) / "unwind" if cache else None)
+        self.unwinder = Unwinder(here, tables) if here else None
         self.memory_bytes: Mapping[str, int] = {}  # by what it is for
         CODES.add(self)
 
@@ -55,7 +55,7 @@ class Code:
             "kernel_symbols": stats.kernel_bytes,
             "perf_maps": stats.perf_map_bytes,
             "names": stats.string_bytes,
-            "unwind_tables": self._tables.nbytes,
+            "unwind_tables": self.unwinder.nbytes if self.unwinder else 0,
         }
 
     def close(self) -> None:
