@@ -7,6 +7,7 @@ import asyncio
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
