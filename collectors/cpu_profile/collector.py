@@ -34,6 +34,8 @@ _OBJECT: Final = "cpu_profile"
 _PROGRAM: Final = "coral_sample"
 _CLOCK: Final = "cpu_clock"
 _NS_PER_S: Final = 1_000_000_000
+# Where samples are lost; other losses are of processes that are not watched for want of room.
+_STAGES: Final = (int(pb.Loss.STAGE_KERNEL_BUFFER), int(pb.Loss.STAGE_KERNEL_BUSY))
 
 
 class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
@@ -138,7 +140,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         batch = super().drain()
         rows = batch.rows
         if isinstance(rows, Summaries):
-            lost = np.array([sum(batch.losses.values())])
+            lost = np.array([sum(batch.losses.get(stage, 0) for stage in _STAGES)])
             rows = replace(rows, columns={**rows.columns, "samples_lost": lost})
         return replace(batch, rows=rows)
 
