@@ -69,7 +69,26 @@ def summaries(profile: Profile, service: str, period_ns: int) -> Summaries:
         "samples_lost": np.zeros(1, np.uint64),
         "samples_truncated": np.array([np.count_nonzero(samples.has(STACK_CUT))]),
     }
-    return Summaries(pb.CpuProfileColumns, columns, strings.table, messages, len(first))
+    return Summaries(pb.CpuProfileColumns, columns, strings.table, messages, len(first), shrink)
+
+
+def shrink(columns: dict[str, NDArray[Any]], has_first: bool) -> Mapping[str, NDArray[Any]]:
+    """COLUMNS without the stacks and frames that no row has any more. Of the parts of an interval,
+    the one that HAS the FIRST row says what was lost."""
+    used, stack = np.unique(columns["stack"], return_inverse=True)
+    stacks = Ragged(columns["stack_frames"], columns["stack_length"].astype(np.int64)).take(used)
+    frames, flat = np.unique(stacks.flat, return_inverse=True)
+    tables = {name: columns[name][frames] for name in columns if name.startswith("frame_")}
+    told = ("samples_lost", "samples_truncated")
+    return {
+        **columns,
+        **tables,
+        "stack": stack,
+        "stack_length": stacks.lengths,
+        "stack_frames": flat,
+        "samples": np.array([columns["count"].sum()]),
+        **({} if has_first else {name: np.zeros(1, np.uint64) for name in told}),
+    }
 
 
 def _table(frames: NDArray[Any], names: Names, strings: Strings) -> dict[str, NDArray[Any]]:

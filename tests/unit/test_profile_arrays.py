@@ -149,6 +149,26 @@ def test_a_sample_without_any_frame_is_still_a_sample() -> None:
     assert sorted(len(row.stack) for row in rows.as_messages()) == [0, 1]  # type: ignore[attr-defined]
 
 
+def test_a_part_of_the_rows_has_its_own_stacks_and_frames_and_a_part_of_the_account() -> None:
+    rows = summaries(
+        profile((1, [], [100, 300]), (1, [], [200, 300]), (2, [], [200, 300]), (2, [1400], [500])),
+        "shop",
+        10,
+    )
+    whole = [list(row.stack) for row in rows.as_messages()]  # type: ignore[attr-defined]
+    assert whole == [["f3", "f1"], ["f3", "f2"], ["f3", "f2"], ["f5", "f14"]]
+    rows.columns["samples_lost"][:] = 7
+    first, rest = rows.take(np.array([0])), rows.take(np.array([False, True, True, False]))
+    assert [list(row.stack) for row in first.as_messages()] == whole[:1]  # type: ignore[attr-defined]
+    assert [list(row.stack) for row in rest.as_messages()] == whole[1:3]  # type: ignore[attr-defined]
+    assert rest.columns["stack"].tolist() == [0, 0]
+    assert len(rest.columns["frame_function"]) == 2
+    figures = [(part.columns["samples"], part.columns["samples_lost"]) for part in (first, rest)]
+    assert [(int(a[0]), int(b[0])) for a, b in figures] == [(1, 7), (2, 0)]
+    nothing = rows.take(np.zeros(4, bool))
+    assert (len(nothing), len(nothing.columns["frame_function"])) == (0, 0)
+
+
 def test_cpu_time_is_counted_by_service_and_by_function() -> None:
     measures = ProfileMeasures(10)
     period_ns = 10_000_000
