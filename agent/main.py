@@ -98,12 +98,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 def _settle(config: Config) -> frozenset[str]:
-    """Drops the capabilities that none of the collectors needs that this agent may start."""
+    """Drops the capabilities that no collector needs or wants that this agent may start."""
     allowed = config.policy.collectors
     return privileges.settle(
         config,
         [
-            collector.needs()
+            {**collector.wants(), **collector.needs()}
             for kind, collector in COLLECTORS.items()
             if not allowed or kind_name(kind) in allowed
         ],

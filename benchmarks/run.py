@@ -49,6 +49,7 @@ from benchmarks import (
     startup,
     summaries,
     tcp,
+    unwinding,
 )
 from benchmarks.bench import Bench, BenchError
 from benchmarks.report import Report, page, show
@@ -69,6 +70,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "programs": rungs.measure_programs,
     "drain": drain.measure,
     "stacks": stacks.measure,
+    "unwinding": unwinding.measure,
     "delivery": delivery.measure,
     "encoders": encoders.measure,
     "summaries": summaries.measure,

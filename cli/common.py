@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import click
@@ -174,6 +174,21 @@ def echo_data(data: object, output: str) -> None:
         click.echo(json.dumps(data))
     else:
         click.echo("---\n" + yaml.safe_dump(data, sort_keys=False), nl=False)
+
+
+def one_of(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return _listed(names, "or")
+
+
+def all_of(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return _listed(names, "and")
+
+
+def _listed(names: Sequence[str], conjunction: str) -> str:
+    *most, last = names
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
 class Answer(Protocol):

@@ -60,6 +60,9 @@ class Summaries:
     strings: Sequence[str]
     messages: Callable[[Mapping[str, NDArray[Any]], Sequence[str]], Sequence[Message]]
     count: int
+    # For columns that are per batch and depend on its rows: given all columns after some rows were
+    # taken, and whether the first was among these.
+    shrink: Callable[[dict[str, NDArray[Any]], bool], Mapping[str, NDArray[Any]]] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -67,10 +70,14 @@ class Summaries:
     def take(self, index: NDArray[Any]) -> Summaries:
         """The rows at INDEX, of shape (m,): row numbers in any order, or a mask."""
         layout = columns_layout(self.message.DESCRIPTOR).columns
-        columns = {
+        columns: Mapping[str, NDArray[Any]]
+        columns = taken = {
             name: values if layout[name].per_batch else values[index]
             for name, values in self.columns.items()
         }
+        if self.shrink:
+            has_first = bool(index[:1].all() if index.dtype == bool else (index == 0).any())
+            columns = self.shrink(taken, has_first)
         count = int(np.count_nonzero(index)) if index.dtype == bool else len(index)
         return replace(self, columns=columns, count=count)
 
@@ -210,6 +217,9 @@ class Collector(ABC):
     """One collector. Make it once, open it once, close it once."""
 
     kind: ClassVar[pb.EbpfCollectorKind]
+    # The values of options that a collector of the configuration file has by default, where these
+    # differ from the others' defaults.
+    continuous_defaults: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @abstractmethod
@@ -230,6 +240,12 @@ class Collector(ABC):
         """The Linux capabilities that it cannot work without, each with its purpose, in the words
         after "CAP_... (". A collector that needs more than all others do adds its own to these."""
         return capabilities.TRACING
+
+    @classmethod
+    def wants(cls) -> Mapping[str, str]:
+        """The Linux capabilities that it can work without, and tells less then, each with its
+        purpose."""
+        return {}
 
     @classmethod
     @abstractmethod

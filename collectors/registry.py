@@ -15,6 +15,7 @@ _FOLDERS: Final = (
     "syscall_stats",
     "tcp_metrics",
     "http_latency",
+    "cpu_profile",
 )
 
 

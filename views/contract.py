@@ -93,7 +93,8 @@ class Provocation:
     that runs `code`, Python, and counts what the batches report.
 
     `count` is the number of `things` in a batch, and `times` the number expected in all, in every
-    mode; `config` goes to the collector together with the process and the mode.
+    mode, or the least number if that is not `exact`; `config` goes to the collector together with
+    the process and the mode.
     """
 
     things: str
@@ -101,6 +102,26 @@ class Provocation:
     code: str
     count: Callable[[Batch], int]
     config: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a file says of its session beside its story: what was watched, how it ended, in words,
+    and how many rows this client has missed, by stage."""
+
+    target: str
+    end: str
+    lost: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A file that the story of a whole session can be written to, with `-o NAME.SUFFIX`."""
+
+    suffix: str  # ".svg"
+    about: str
+    content: Callable[[Story, Session], bytes]
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,8 @@ class View:
     """One kind of collector, for people.
 
     `story` makes a story from the names of the given flags that have no `key`. `cheaper` says how
-    to watch less, to a user whose tap used more than the agent allows.
+    to watch less, to a user whose tap used more than the agent allows. `columns`: its story reads
+    summaries as columns. `files` are those that a session can be written to.
     """
 
     kind: pb.EbpfCollectorKind
@@ -117,6 +139,8 @@ class View:
     flags: tuple[Flag, ...]
     cheaper: str
     provocation: Provocation | None = None
+    columns: bool = False
+    files: tuple[FileFormat, ...] = ()
 
     @property
     def name(self) -> str:

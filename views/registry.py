@@ -12,6 +12,7 @@ _FOLDERS: Final = (
     "syscall_stats",
     "tcp_metrics",
     "http_latency",
+    "cpu_profile",
 )
 
 

@@ -44,9 +44,10 @@ def to_keep(
 ) -> frozenset[str]:
     """The capabilities to keep if the process holds them.
 
-    They are those that collectors NEED on a kernel that has the capabilities KNOWN, those that find
-    the processes of a service, and those for perf buffers. CAP_SYS_ADMIN is kept for the run-time
-    statistics too, unless the agent becomes an ORDINARY_USER. With OBSERVE_ONLY it is never kept.
+    They are those that collectors NEED or want on a kernel that has the capabilities KNOWN, those
+    that find the processes of a service, and those for perf buffers. CAP_SYS_ADMIN is kept for the
+    run-time statistics too, unless the agent becomes an ORDINARY_USER. With OBSERVE_ONLY it is
+    never kept.
     """
     kept = {*caps.LISTENERS, *caps.BUFFERS}
     for need in needs:

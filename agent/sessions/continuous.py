@@ -15,7 +15,9 @@ from coral.agent.sessions.background import Backoff
 from coral.agent.sessions.budget import Needs
 from coral.agent.sessions.session import Session, StartRequest
 from coral.bpf import BpfError
+from coral.collectors.registry import COLLECTORS
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_of
 from coral.wire.text import safe
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.supervisor")
@@ -93,7 +95,9 @@ async def keep(standing: Standing, start: Start, has_room: Callable[[Needs], boo
 
 async def _keep(standing: Standing, start: Start, has_room: Callable[[Needs], bool]) -> None:
     rule = standing.rule
-    request = StartRequest(rule.kind, rule.service, rule.config, continuous=True)
+    kind = COLLECTORS.get(kind_of(rule.kind))
+    config = {**(kind.continuous_defaults if kind else {}), **rule.config}
+    request = StartRequest(rule.kind, rule.service, config, continuous=True)
     backoff = Backoff()
     while True:
         needs: Needs | None = None

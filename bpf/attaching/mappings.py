@@ -22,6 +22,7 @@ from coral.bpf.buffers.perf_event import (
     FLAG_MMAP2,
     FLAG_SAMPLE_ID_ALL,
     FLAG_USE_CLOCKID,
+    FLAG_WATERMARK,
     PERF_COUNT_SW_DUMMY,
     PERF_TYPE_SOFTWARE,
 )
@@ -58,14 +59,17 @@ class MappedCode(NamedTuple):
 
 class MappingReader:
     """Reads the mappings of code that processes make from now on; older ones are in
-    /proc/PID/maps. Rings of `bytes_per_cpu`, a power of two of pages. Raises `AttachError`."""
+    /proc/PID/maps. Rings of `bytes_per_cpu`, a power of two of pages. If WAKES, each report makes a
+    descriptor of `fds` readable. Raises `AttachError`."""
 
     def __init__(
         self,
         bytes_per_cpu: int = _RING_BYTES,
         *,
+        wakes: bool = False,
         online: Callable[[], Iterable[int]] = online_cpus,
     ) -> None:
+        flags = FLAG_MMAP | FLAG_MMAP2 | FLAG_SAMPLE_ID_ALL | FLAG_USE_CLOCKID
         self.lost = 0  # reports that did not fit into a ring, as the kernel told so far
         self._left: list[bytes] = []  # of rings whose CPU is gone
 
@@ -76,7 +80,8 @@ class MappingReader:
                 PERF_COUNT_SW_DUMMY,
                 ring_bytes=bytes_per_cpu,
                 sample_type=_SAMPLE_TIME,
-                flags=FLAG_MMAP | FLAG_MMAP2 | FLAG_SAMPLE_ID_ALL | FLAG_USE_CLOCKID,
+                flags=flags | (FLAG_WATERMARK if wakes else 0),
+                wakeup=int(wakes),
                 clock=time.CLOCK_MONOTONIC,
             )
 
@@ -87,6 +92,11 @@ class MappingReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors of its events, one for each CPU."""
+        return [event.fd for event in self._events]
 
     def _retire(self, event: CpuEvent) -> None:
         self._left.append(event.take().tobytes())

@@ -1,12 +1,19 @@
-"""A program that runs at a fixed frequency on every CPU, for profiles."""
+"""A program that runs at a fixed frequency on every CPU, for profiles.
+
+One timer of one period would be in step with any work of that period, and show one part of it only.
+So `SpreadClock` has several timers for each CPU, whose periods have no common multiple: together
+they fire as often as one would, at no more cost, and work can be in step with one of them at most.
+"""
 
 from __future__ import annotations
 
 import errno
+import random
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
 from coral.bpf.buffers.perf_event import (
@@ -16,6 +23,14 @@ from coral.bpf.buffers.perf_event import (
     PERF_TYPE_SOFTWARE,
 )
 from coral.bpf.libbpf import AttachError
+
+_NS_PER_S: Final = 1_000_000_000
+# How often the timers of a CPU fire, relative to one another, and by how much of that each varies
+# by chance, so that CPUs and sessions differ.
+_SPREAD: Final = (1.0, 1.093, 1.217, 1.361)
+_SPREAD_VARIES: Final = 0.03
+MARKS: Final = 64
+"""How many numbers the periods of a `SpreadClock` can carry."""
 
 _MOST_HZ: Final = Path("/proc/sys/kernel/perf_event_max_sample_rate")  # the kernel may lower it
 
@@ -44,3 +59,61 @@ def sample_with(
             errno.EINVAL,
         )
     return EachCpu(partial(cpu_clock, freq_hz=freq_hz, program_fd=program_fd), online=online)
+
+
+class SpreadClock:
+    """Timers of every CPU that run a `perf_event` program FREQ_HZ times a second in all, unless the
+    CPU is idle. Each timer's period in nanoseconds, which the program finds as `sample_period`, is
+    MARK modulo `MARKS`. Raises `AttachError`."""
+
+    def __init__(
+        self,
+        program_fd: int,
+        freq_hz: int,
+        mark: int,
+        *,
+        online: Callable[[], Iterable[int]] = online_cpus,
+    ) -> None:
+        self._freq_hz, self._mark, self._program_fd = freq_hz, mark, program_fd
+        self._periods_ns: dict[int, list[int]] = {}  # by CPU
+        with ExitStack() as failing:
+            self._timers = [
+                failing.enter_context(EachCpu(partial(self._open, number), online=online))
+                for number in range(len(_SPREAD))
+            ]
+            failing.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, number: int, cpu: int) -> CpuEvent:
+        if cpu not in self._periods_ns:
+            self._periods_ns[cpu] = periods_ns(self._freq_hz, self._mark)
+        return CpuEvent(
+            cpu,
+            PERF_TYPE_SOFTWARE,
+            PERF_COUNT_SW_CPU_CLOCK,
+            program_fd=self._program_fd,
+            period=self._periods_ns[cpu][number],
+            flags=FLAG_EXCLUDE_IDLE,
+        )
+
+    def follow(self) -> None:
+        """See `EachCpu.follow`."""
+        for timer in self._timers:
+            timer.follow()
+
+    def close(self) -> None:
+        """Stops the timers. Safe to call twice."""
+        for timer in self._timers:
+            timer.close()
+
+
+def periods_ns(freq_hz: int, mark: int) -> list[int]:
+    """Periods of timers that fire FREQ_HZ times a second together, each MARK modulo `MARKS`."""
+    shares = [one * random.uniform(1 - _SPREAD_VARIES, 1 + _SPREAD_VARIES) for one in _SPREAD]  # noqa: S311
+    periods = [_NS_PER_S * sum(shares) / (share * freq_hz) for share in shares]
+    return [round(period / MARKS) * MARKS + mark for period in periods]

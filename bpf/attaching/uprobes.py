@@ -21,6 +21,7 @@ from coral.bpf.attaching.uprobe_links import attach_each, attach_many
 from coral.bpf.closing import close_all
 
 _SYS_OPENAT2: Final = 437  # on every processor
+_RESOLVE_NO_XDEV: Final = 0x01
 _RESOLVE_IN_ROOT: Final = 0x10
 _OPEN_HOW: Final = struct.Struct("=QQQ")
 _STATFS_BYTES: Final = 256  # more than any has; the first member is the type
@@ -31,23 +32,30 @@ _OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 class ProcessFile:
     """A regular file, opened as the process PID sees it: through its root directory, with its
-    mounts. PATH is absolute; links on it stay inside that root.
+    mounts. PATH is absolute; links on it stay inside that root, and WITHIN_MOUNT, in the file
+    system of that root.
 
     Whatever happens to the path or the process later, `fd` is this file. Files with the same
     `identity` are one to the kernel: containers of one image have mounts (overlayfs) with device
     numbers of their own, but share the files below. Raises OSError.
     """
 
-    def __init__(self, pid: int, path: str) -> None:
-        self._take(_open_in_root(f"/proc/{pid}/root", path), path)
+    def __init__(self, pid: int, path: str, *, within_mount: bool = False) -> None:
+        resolve = _RESOLVE_IN_ROOT | (_RESOLVE_NO_XDEV if within_mount else 0)
+        self._take(_open_in_root(f"/proc/{pid}/root", path, resolve), path)
 
     @classmethod
     def mapped(cls, pid: int, where: str) -> Self:
         """The file that PID has mapped at the addresses WHERE, as /proc/PID/maps writes them, even
         if it was deleted or replaced since. Needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN."""
-        file = cls.__new__(cls)
         bounds = "-".join(f"{int(bound, 16):x}" for bound in where.split("-"))  # without zeros
-        path = f"/proc/{pid}/map_files/{bounds}"
+        return cls.at(f"/proc/{pid}/map_files/{bounds}")
+
+    @classmethod
+    def at(cls, path: str) -> Self:
+        """The file at PATH as this process sees it. Links are followed: only for paths in which
+        nobody else can put one, such as /proc/PID/exe."""
+        file = cls.__new__(cls)
         file._take(os.open(path, _OPEN_FLAGS), path)  # noqa: SLF001
         return file
 
@@ -88,10 +96,10 @@ def _is_on_overlayfs(fd: int) -> bool:
     return int.from_bytes(filesystem.raw[:8], sys.byteorder) == _OVERLAYFS
 
 
-def _open_in_root(root: str, path: str) -> int:
+def _open_in_root(root: str, path: str, resolve: int) -> int:
     directory = os.open(root, os.O_PATH | os.O_CLOEXEC)
     try:
-        how = _OPEN_HOW.pack(_OPEN_FLAGS, 0, _RESOLVE_IN_ROOT)
+        how = _OPEN_HOW.pack(_OPEN_FLAGS, 0, resolve)
         fd: int = _LIBC.syscall(
             ctypes.c_long(_SYS_OPENAT2),
             ctypes.c_int(directory),

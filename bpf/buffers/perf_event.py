@@ -23,6 +23,7 @@ FLAG_DISABLED: Final = 1 << 0
 FLAG_EXCLUDE_IDLE: Final = 1 << 7
 FLAG_MMAP: Final = 1 << 8  # report mappings of code
 FLAG_FREQ: Final = 1 << 10
+FLAG_WATERMARK: Final = 1 << 14  # `wakeup` counts bytes
 FLAG_SAMPLE_ID_ALL: Final = 1 << 18
 FLAG_MMAP2: Final = 1 << 23
 FLAG_USE_CLOCKID: Final = 1 << 25

@@ -43,11 +43,19 @@ BUFFERS: Final[Mapping[str, str]] = {
 STATISTICS: Final[Mapping[str, str]] = {
     "CAP_SYS_ADMIN": "to turn the kernel's run-time statistics on",
 }
+# What naming functions needs.
+NAMES_OF_CODE: Final[Mapping[str, str]] = {
+    "CAP_SYS_PTRACE": "to see what other users' processes have mapped",
+    "CAP_DAC_READ_SEARCH": "to read their binaries",
+    "CAP_CHECKPOINT_RESTORE": "to read binaries that were deleted or replaced",
+    "CAP_SYSLOG": "to name the functions of the kernel",
+}
 # Alternatives. Before Linux 5.8, CAP_SYS_ADMIN was the only one for CAP_BPF and CAP_PERFMON.
 _DOES_AS_WELL: Final[Mapping[str, str]] = {
     "CAP_BPF": "CAP_SYS_ADMIN",
     "CAP_PERFMON": "CAP_SYS_ADMIN",
     "CAP_DAC_READ_SEARCH": "CAP_DAC_OVERRIDE",
+    "CAP_CHECKPOINT_RESTORE": "CAP_SYS_ADMIN",
 }
 _STATUS: Final = Path("/proc/self/status")
 _LAST: Final = Path("/proc/sys/kernel/cap_last_cap")

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
+from coral.bpf.attaching.each_cpu import online_cpus
+from coral.bpf.attaching.sampling import cpu_clock
 from coral.bpf.attaching.uprobe_links import attach_many
 from coral.bpf.libbpf import (
     VMLINUX_BTF,
@@ -40,6 +42,7 @@ _PROBE_SESSIONS: Final = "coral_p_sessions"
 _PROBE_SOCKETS: Final = ("coral_p_sent", "coral_p_received")
 _PROBE_LOOP: Final = "coral_p_loop"
 _PROBE_UPROBE: Final = "coral_p_uprobe"
+_PROBE_SAMPLE: Final = "coral_p_sample"
 _PROBE_STORAGE: Final = ("coral_p_task_storage", "coral_p_storage")  # a program and its map
 
 # Hook kinds, best first, with the program that tries each.
@@ -122,6 +125,7 @@ def probe() -> Features:
             _try("socket_hooks", _attach_to_sockets),
             _try("loops", _load_loop),
             _try("uprobe_multi", _attach_to_many),
+            _try("cpu_clock", _attach_to_a_timer),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _try("task_storage", _use_task_storage),
             _elements_on_demand(),
@@ -236,6 +240,16 @@ def _attach_to_many() -> None:
         except AttachError as error:
             if error.errno != errno.EBADF:
                 raise
+
+
+def _attach_to_a_timer() -> None:
+    """Attaches to the software cpu-clock of one CPU (Linux 4.9)."""
+    with _probe_object(walks=(_PROBE_SAMPLE,)) as probe_object:
+        try:
+            program = probe_object.program_fd(_PROBE_SAMPLE)
+            cpu_clock(online_cpus()[0], 1, program_fd=program).close()
+        except OSError as error:
+            raise BpfError("opening a perf event", error.errno or errno.EINVAL) from error
 
 
 def _make_map(number: int) -> Callable[[], None]:

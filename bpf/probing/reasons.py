@@ -70,6 +70,7 @@ TAKES: Final[Mapping[str, Takes]] = {
     "socket_hooks": Takes("6.3", (_EVENTS, "CONFIG_NET"), caps.TRACING),
     "loops": Takes("5.17", capabilities=caps.TRACING),
     "uprobe_multi": Takes("6.6", ("CONFIG_UPROBE_EVENTS", _EVENTS), caps.TRACING),
+    "cpu_clock": Takes("4.9", ("CONFIG_PERF_EVENTS", _EVENTS), caps.TRACING, _PERF_SYSCTL),
     "ring_buffer": Takes("5.8"),
     "task_storage": Takes("5.13", (_SYSCALL, _BTF, _EVENTS), caps.TRACING),
     "percpu_hash": Takes("4.6"),

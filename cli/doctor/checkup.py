@@ -265,14 +265,15 @@ class _Watch:
     def verdict(self, name: str) -> Check:
         """The result."""
         wanted, things = self._provocation.times, self._provocation.things
-        found = f"{self._seen:,} of {wanted:,} {things}, the first after {self._first_s:.3f} s"
+        exact = self._provocation.exact
+        enough = self._seen == wanted if exact else self._seen >= wanted
+        of = f"{self._seen:,} of {'' if exact else 'at least '}{wanted:,} {things}"
+        found = f"{of}, the first after {self._first_s:.3f} s"
         if not wanted:
             found = "starts and stops; there is no known workload for it"
-        elif self._seen != wanted:
+        elif not enough:
             lost = ", ".join(f"{count} lost ({stage})" for stage, count in self._lost.items())
-            found = (
-                f"{self._seen:,} of {wanted:,} {things}{lost and '; '}{lost}: see the agent's log"
-            )
+            found = f"{of}{lost and '; '}{lost}: see the agent's log"
             return Check(name, Status.FAIL, found)
         if not self._end or self._end.reason != EndReason.STOPPED:
             detail = self._end.detail if self._end else "the agent went away"

@@ -21,16 +21,19 @@ from coral.cli.common import (
     Duration,
     DurationType,
     agent_option,
+    all_of,
     echo_error,
-    output_option,
+    one_of,
     run,
 )
 from coral.cli.signals import on_signal
 from coral.cli.tap.display import Screen, Tapped, screen_of
+from coral.cli.tap.files import Output, output_option, parse_output
 from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand, own_namespace
 from coral.client import AgentClient, AgentError, EndReason, Kind, Retry, Stream
-from coral.views.contract import Flag, Story, View
+from coral.views.contract import Flag, Session, Story, View
 from coral.views.registry import VIEWS
+from coral.wire.text import safe
 
 _RETRY: Final = Retry(patience_s=5.0)  # somebody is waiting
 _APART_S: Final = 0.03  # batches that are further apart are of different intervals
@@ -41,6 +44,7 @@ _TARGET_VALUES: Final = {
     "comm": "the name of a command",
 }
 _EMPTY: Final = "an empty TARGET"
+_CLOSED: Final = "standard output was closed"
 _BAD_ENDS: Final = (EndReason.FAILED, EndReason.PREEMPTED, EndReason.AGENT_SHUTDOWN)
 # Longer than the agent works on any one request.
 _ANSWER_S: Final = 15.0
@@ -66,7 +70,7 @@ def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> T
             "command to start after --"
         )
     if len(named) > 1:
-        raise click.UsageError(f"give only one of {_and(named)}")
+        raise click.UsageError(f"give only one of {all_of(named)}")
     if host:
         return Target("host", config={"scope": "host"})
     if command:
@@ -98,7 +102,7 @@ class Request:
     story: Story
     duration_s: float | None
     address: str
-    output: str
+    output: Output
 
 
 class _TapCommand(click.Command):
@@ -142,7 +146,7 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
         help="Any other option of the collector; `coral capabilities` lists them.",
     )
     @agent_option
-    @output_option
+    @output_option(views.values())
     @click.pass_context
     def tap(
         ctx: click.Context,
@@ -163,11 +167,12 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
         collector and prints the totals.
         """
         view = _chosen(views, given)
+        chosen = parse_output(output, view, views)
         wanted = parse_target(target, ctx.obj or (), host=host)
         taken = [flag for flag in flags.values() if given[_parameter(flag)]]
         for flag in taken:
             if flag not in view.flags:
-                raise click.UsageError(f"{flag.name} goes with {_or(_having(flag, views))}")
+                raise click.UsageError(f"{flag.name} goes with {one_of(_having(flag, views))}")
         config, typed = _config(taken, given, options)
         if wanted.service_name:
             typed["service_name"] = wanted.name
@@ -187,7 +192,7 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
             view.story(frozenset(flag.name for flag in taken if not flag.key)),
             duration,
             address,
-            output,
+            chosen,
         )
         run(_tap(request), request.typed)
 
@@ -218,7 +223,7 @@ def _flag_option(flag: Flag, views: Mapping[int, View]) -> Callable[[Any], Any]:
         _parameter(flag),
         is_flag=flag.is_switch,
         metavar=flag.metavar or None,
-        help=flag.help + (f"  [with {_or(having)}]" if len(having) < len(views) else ""),
+        help=flag.help + (f"  [with {one_of(having)}]" if len(having) < len(views) else ""),
     )
 
 
@@ -236,8 +241,8 @@ def _chosen(views: Mapping[int, View], given: Mapping[str, Any]) -> View:
     chosen = [view for view in views.values() if given[view.name]]
     if len(chosen) != 1:
         if chosen:
-            raise click.UsageError(f"give only one of {_and([view.flag for view in chosen])}")
-        kinds = _or([view.flag for view in views.values()])
+            raise click.UsageError(f"give only one of {all_of([view.flag for view in chosen])}")
+        kinds = one_of([view.flag for view in views.values()])
         raise click.UsageError(f"name what to collect: {kinds}")
     return chosen[0]
 
@@ -257,21 +262,6 @@ def _config(
             raise click.UsageError(f"-c {option}: KEY=VALUE is expected")
         config[key], typed[key] = value, f"-c {option}"
     return config, typed
-
-
-def _or(names: Sequence[str]) -> str:
-    """`a`, `a or b`, `a, b or c`."""
-    return _listed(names, "or")
-
-
-def _and(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return _listed(names, "and")
-
-
-def _listed(names: Sequence[str], conjunction: str) -> str:
-    *most, last = names
-    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
 tap: Final = tap_command(VIEWS)
@@ -305,8 +295,8 @@ async def _tap(request: Request) -> int:
             failure: AgentError | None = None
             try:
                 tapped.begin(await _began_ns(agent, started.collector_id))
-                screen = screen_of(request.output, tapped, config)
-                await _follow(agent, tapped, screen, held)
+                screen = screen_of(request.output.form, tapped, config)
+                await _follow(agent, request, tapped, screen, held)
             except AgentError as error:
                 failure = error  # what has come before it is shown all the same
             finally:
@@ -318,13 +308,30 @@ async def _tap(request: Request) -> int:
             screen.discard()
             echo_error(problem)
             return EXIT_NOT_EXECUTABLE
-        screen.finish()
-        if failure:
-            raise failure
+        if not _finish(request.output, tapped, screen, failure):
+            return EXIT_ERROR
     finally:
         if held:
             await held.abandon()
     return await _exit_status(request, tapped, held)
+
+
+def _finish(output: Output, tapped: Tapped, screen: Screen, failure: AgentError | None) -> bool:
+    """Writes the file that was asked for, and shows the totals; whether the file was written. The
+    file comes first: a closed pipe must not cost it. Raises FAILURE, which ended the stream."""
+    problem = ""
+    try:
+        output.write(tapped.story, Session(tapped.target, tapped.end_text, tapped.lost))
+    except OSError as error:
+        problem = error.strerror or str(error)
+    screen.finish()
+    if failure:
+        raise failure
+    if problem:
+        echo_error(f"{output.path} was not written: {problem}")
+    elif output.path:
+        click.echo(f"written to {safe(str(output.path))}")
+    return not problem
 
 
 async def _can_end_with_target(agent: AgentClient, request: Request) -> bool:
@@ -379,7 +386,7 @@ def _preempted(request: Request, detail: str) -> str:
     raised = f"{' and '.join(limits)} in " if limits else ""
     helps += [request.view.cheaper, f"raise {raised}the agent's configuration"]
     facts, _, _ = detail.partition(": ")  # what follows is for callers of the API
-    return f"the agent ended this tap before its time: {facts}: {_or(helps)}"
+    return f"the agent ended this tap before its time: {facts}: {one_of(helps)}"
 
 
 async def _began_ns(agent: AgentClient, collector_id: str) -> int:
@@ -412,7 +419,7 @@ async def _read(stream: Stream, tapped: Tapped, screen: Screen) -> None:
 
 
 async def _follow(
-    agent: AgentClient, tapped: Tapped, screen: Screen, held: HeldCommand | None
+    agent: AgentClient, request: Request, tapped: Tapped, screen: Screen, held: HeldCommand | None
 ) -> None:
     """Shows batches until the session's end. The first Ctrl-C stops the collector; the rows that it
     still had are shown too."""
@@ -426,11 +433,15 @@ async def _follow(
 
     try:
         with on_signal(stop):
+            columns = request.view.columns
             async with agent.subscribe(
-                tapped.collector_id, interactive=True, retry=_RETRY
+                tapped.collector_id, interactive=True, columns=columns, retry=_RETRY
             ) as stream:
                 if held:
                     held.release()
                 await _read(stream, tapped, screen)
+    except BrokenPipeError:  # nobody reads standard output any more; the file may still be wanted
+        request.output.write(tapped.story, Session(tapped.target, _CLOSED, tapped.lost))
+        raise
     finally:
         await asyncio.gather(*stopping, return_exceptions=True)

@@ -25,6 +25,7 @@ from coral.bpf import (
     Walk,
 )
 from coral.bpf.buffers.account import Account
+from coral.bpf.buffers.long_ring import LongRingReader
 from coral.bpf.loading.map_definition import InnerMap
 from coral.bpf.rung import bytes_per_cpu
 from coral.collectors.hubs.group import HUBS, Group, Place
@@ -105,6 +106,16 @@ class Slot:
             raise LoadError(error.what, error.errno, error.log) from error
         self._buffers_bytes = reader.memory_bytes
         return reader
+
+    def long_reader(self, record: str, size: int) -> LongRingReader:
+        """The reader of the session's records, all of the struct RECORD with a tail, through a ring
+        of SIZE bytes. Raises `LoadError`."""
+        (kind,) = self.object.record_kinds({record: None})
+        try:
+            return LongRingReader(self._maps["rings"].fd, size, kind)
+        except OSError as error:
+            what = "opening the ring buffer rings"
+            raise LoadError(what, error.errno or errno.EIO) from error
 
     @property
     def bit(self) -> int:

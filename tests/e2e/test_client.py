@@ -228,6 +228,24 @@ async def test_http_columns_have_quantiles_by_route(
     assert slowest["/slow/{id}"] >= WAIT_S * 1000 > slowest["/"]
 
 
+async def test_profile_columns_have_the_cpu_time_of_functions(
+    agent: RunningAgent, functions: dict[str, Any], programs: Path
+) -> None:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        programs / "profiled", "shares", "600", stdin=pipe, stdout=pipe
+    )
+    async with connected(agent) as client:
+        config = {"pid": process.pid, "until_exit": True, "frequency": 499}
+        started = await client.start("cpu_profile", config=config)
+        assert started.supported, started.error
+        out, _ = await process.communicate(b"x")
+        seconds = await functions["busiest"](client, started.collector_id)
+    truth = {name: int(ns) / 1e9 for name, ns in map(str.split, out.decode().splitlines())}
+    assert next(iter(truth)) == "spend_most" == seconds.most_common(1)[0][0]
+    assert sum(seconds.values()) == pytest.approx(sum(truth.values()), rel=0.25)
+
+
 async def test_a_proxy_in_the_environment_is_no_hindrance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

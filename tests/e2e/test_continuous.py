@@ -162,3 +162,14 @@ async def test_the_agents_end_ends_it_and_its_reader_gets_what_it_had(
     assert totals(rows)["getppid"] == 2_234
     ended = [line for line in agent.log() if line["event"] == "session ended"]
     assert [line["end"] for line in ended] == ["AGENT_SHUTDOWN: the agent is shutting down"]
+
+
+async def test_a_continuous_profile_takes_fewer_samples_unless_it_is_told_how_many(
+    tmp_path: Path, program: Path
+) -> None:
+    for config, frequency in (({}, "19"), ({"frequency": "49"}, "49")):
+        profile = {**collector(program, **config), "kind": "cpu_profile"}
+        with running_agent(tmp_path / frequency, {"continuous": [profile]}) as agent:
+            async with connected(agent) as client:
+                info = await the_only_one(client)
+                assert info.config["frequency"] == frequency

@@ -73,6 +73,7 @@ def test_a_healthy_machine_has_a_line_for_each_check_and_status_0() -> None:
     } <= checks.keys()
     for name, mode in product(COLLECTORS, MODES):
         assert checks[f"{name}, {mode}"].startswith(f"{COLLECTORS[name]}, the first after ")
+    assert re.match(r"2\d\d of at least 200 samples, the first ", checks["cpu_profile, summaries"])
     assert checks["left behind"] == "no collector, no program, no map"
     assert summary.startswith("all works")
 

@@ -20,7 +20,7 @@ import grpc
 import pytest
 
 from coral.bpf.loading.object_file import object_path
-from coral.bpf.probing.capabilities import BUFFERS, LISTENERS, NAMES, TRACING
+from coral.bpf.probing.capabilities import BUFFERS, LISTENERS, NAMES, NAMES_OF_CODE, TRACING
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
 from tests.e2e.test_refusals import has_tried_the_kernel, refused_start
@@ -39,7 +39,7 @@ from tests.support import (
 )
 
 NOBODY: Final = pwd.getpwnam("nobody")
-ORDINARY: Final = frozenset({*TRACING, *LISTENERS, *BUFFERS})
+ORDINARY: Final = frozenset({*TRACING, *LISTENERS, *NAMES_OF_CODE, *BUFFERS})
 ROOTS: Final = ORDINARY | {"CAP_SYS_ADMIN"}
 CALLS: Final = 1000
 
@@ -166,7 +166,7 @@ def test_an_ordinary_users_agent_keeps_what_it_was_given(directory: Path) -> Non
 
 
 def test_an_ordinary_users_agent_gives_up_what_it_does_not_need(directory: Path) -> None:
-    given = ROOTS | {"CAP_NET_ADMIN", "CAP_SYSLOG", "CAP_SETPCAP", "CAP_KILL"}
+    given = ROOTS | {"CAP_NET_ADMIN", "CAP_SYS_BOOT", "CAP_SETPCAP", "CAP_KILL"}
     config = {"policy": {"observe_only": True}}
     with running_agent(directory, config, prefix=as_nobody(given)) as agent:
         has_exactly(agent, ORDINARY, uid=NOBODY.pw_uid)
@@ -181,9 +181,9 @@ def test_a_containers_root_becomes_a_user_with_what_that_takes(directory: Path) 
 
 
 def test_only_what_allowed_collectors_need_is_kept(directory: Path) -> None:
-    config = {"policy": {"collectors": ["cpu_profile"], "observe_only": True}}
+    config = {"policy": {"collectors": ["syscall_stats"], "observe_only": True}}
     with running_agent(directory, config, "--user", "nobody") as agent:
-        kept = frozenset({*LISTENERS, *BUFFERS})
+        kept = frozenset({*LISTENERS, *BUFFERS, *TRACING})
         assert {names(s["CapPrm"]) for s in status_of(agent.process.pid)} == {kept}
 
 

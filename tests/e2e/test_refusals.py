@@ -430,14 +430,12 @@ def test_an_ended_collector_is_not_found_and_says_how_it_ended(
 # Something that this machine or this agent cannot do
 
 
-def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(
-    agent: RunningAgent,
-) -> None:
-    answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=CPU_PROFILE))
+def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(tmp_path: Path) -> None:
+    without = {"CORAL_WITHOUT": "cpu_clock"}
+    with running_agent(tmp_path / "agent", environment=without) as agent:
+        answer = agent.call("StartCollector", start_request({"scope": "host"}, kind=CPU_PROFILE))
     assert answer == pb.StartEbpfCollectorResponse(
-        supported=False,
-        error="this agent has no cpu_profile collector; it has syscall_stats, tcp_metrics, "
-        "http_latency",
+        supported=False, error="cpu_profile: no timer (cpu_clock: switched off by CORAL_WITHOUT)"
     )
 
 

@@ -296,6 +296,8 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "prometheus": ("service", "peer"),
     "routes": ("/a/{id}", "/*/b/**", "/{}"),
     "max_children": ("1", "100", "10000"),
+    "frequency": ("1", "99", "999"),
+    "stack_bytes": ("0", "512", "16KiB", "28KiB"),
     **dict.fromkeys(
         (
             "follow_children",

@@ -139,7 +139,7 @@ def test_the_sdist_contains_sources_alone_and_builds_the_same_wheel(built: Built
         *(".gitignore", "LICENSE", "PKG-INFO", "README.md", "build_hook.py", "pyproject.toml"),
     }
     assert {name.suffix for name in names} == {
-        *("", ".c", ".h", ".md", ".proto", ".py", ".toml", ".tsv", ".typed")
+        *("", ".c", ".css", ".h", ".html", ".js", ".md", ".proto", ".py", ".toml", ".tsv", ".typed")
     }
     assert contents(built.wheel_of_sdist) == contents(built.wheel)
 

@@ -13,6 +13,7 @@ from tests.support import ROOT
 BEFORE_5_8 = ALL - {"CAP_BPF", "CAP_PERFMON", "CAP_CHECKPOINT_RESTORE"}
 ALWAYS = {"CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "CAP_IPC_LOCK"}
 NEEDS = [collector.needs() for collector in COLLECTORS.values()]
+WANTS = [collector.wants() for collector in COLLECTORS.values()]
 
 
 def test_numbers_are_the_kernels() -> None:
@@ -31,6 +32,15 @@ def test_otherwise_the_right_to_statistics_is_kept_unless_it_is_to_observe_only(
     kept = to_keep(NEEDS, ALL, ordinary_user=True)
     assert to_keep(NEEDS, ALL) == kept | {"CAP_SYS_ADMIN"}
     assert to_keep(NEEDS, ALL, observe_only=True) == kept
+
+
+def test_what_names_functions_is_kept_and_its_absence_refuses_nothing() -> None:
+    kept = to_keep([*NEEDS, *WANTS], ALL, ordinary_user=True)
+    assert kept == {
+        "CAP_BPF", "CAP_PERFMON", "CAP_SYSLOG", "CAP_CHECKPOINT_RESTORE", *ALWAYS,
+    }  # fmt: skip
+    for needs in NEEDS:
+        assert refusal(needs, frozenset({"CAP_BPF", "CAP_PERFMON"}), ALL) == ""
 
 
 def test_before_linux_5_8_an_ordinary_users_collectors_need_cap_sys_admin() -> None:
@@ -82,11 +92,11 @@ def test_cap_sys_admin_replaces_both() -> None:
 def test_the_systemd_unit_gives_exactly_what_is_kept() -> None:
     unit = (ROOT / "deploy/systemd/coral-agent.service").read_text()
     lines = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
-    kept = to_keep(NEEDS, ALL, ordinary_user=True)
+    kept = to_keep([*NEEDS, *WANTS], ALL, ordinary_user=True)
     assert set(lines["AmbientCapabilities"].split()) == kept
     assert lines["CapabilityBoundingSet"] == lines["AmbientCapabilities"]
 
 
 def test_the_documentation_has_each_one_that_is_kept() -> None:
     page = (ROOT / "docs/privileges.md").read_text()
-    assert {name for name in NAMES if f"| `{name}` |" in page} == to_keep(NEEDS, ALL)
+    assert {name for name in NAMES if f"| `{name}` |" in page} == to_keep([*NEEDS, *WANTS], ALL)

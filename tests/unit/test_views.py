@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from coral.cli.common import DurationType, echo_error, in_users_words
 from coral.cli.doctor.provoke import UNKNOWN
 from coral.cli.tap import command
+from coral.cli.tap.files import Output
 from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.contract import EVENTS, Flag, Story, View
@@ -331,7 +332,7 @@ async def test_a_tap_of_processes_by_id_ends_with_them_where_the_agent_can_do_th
         f"unix:{tmp_path}/agent.sock", GetCapabilities=can, StartCollector=start
     ) as address:
         request = command.Request(
-            TOY, named, {**named.config, **config}, {}, story, None, address, "table"
+            TOY, named, {**named.config, **config}, {}, story, None, address, Output()
         )
         assert await command._tap(request) == 1
     assert configs == [asked]

@@ -134,4 +134,14 @@ int PROGRAM(coral_p_uprobe, void *ctx)
 	return 0;
 }
 
+/* A timer's interrupt runs a program, which looks into a map and sends something. */
+SEC("perf_event")
+int PROGRAM(coral_p_sample, void *ctx)
+{
+	__u32 zero = 0;
+
+	bpf_map_lookup_elem(map_of(coral_p_map), &zero);
+	return 0;
+}
+
 LICENSED_AS("GPL");

@@ -1,0 +1,1 @@
+"""The kind `cpu_profile`: where the CPU time of processes goes, by stack."""

@@ -1,0 +1,130 @@
+"""The Prometheus metrics of profiles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from coral.collectors.contract import Batch, EventRows, Measures
+from coral.collectors.cpu_profile.naming import CODES
+from coral.collectors.cpu_profile.ragged import Ragged
+from coral.collectors.series import SeriesTable
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+_OTHER: Final = "other"
+_METHODS: Final = {
+    pb.CPU_UNWINDING_UNSPECIFIED: "none",
+    pb.CPU_UNWINDING_FRAME_POINTERS: "frame_pointers",
+    pb.CPU_UNWINDING_EH_FRAME: "eh_frame",
+}
+_ENDS: Final = len(pb.CpuStackEnd.values())
+_FIGURES: Final = 3  # taken, lost, truncated, before those by method
+_NS_PER_S: Final = 1e9
+
+
+class ProfileMeasures(Measures):
+    """CPU time by service and function, and an account of the samples, for as long as the agent
+    lives."""
+
+    def __init__(self, max_series: int) -> None:
+        self._accounts = SeriesTable(max_series, _OTHER)  # by service
+        self._seconds = SeriesTable(max_series, _OTHER)
+        self._functions = SeriesTable(max_series, (_OTHER, _OTHER))
+
+    def observe(self, service: str, batch: Batch) -> None:
+        rows = batch.rows
+        if isinstance(rows, EventRows) or not len(rows.columns["period_ns"]):
+            return
+        columns = rows.columns
+        period_ns = int(columns["period_ns"][0])
+        counts = columns["count"].astype(np.uint64)
+        figures = [columns[name][0] for name in ("samples", "samples_lost", "samples_truncated")]
+        methods = np.bincount(columns["unwinding"], counts, len(_METHODS))
+        self._accounts.add(service, np.array([*figures, *methods], np.uint64))
+        self._seconds.add(service, np.array([counts.sum() * np.uint64(period_ns)], np.uint64))
+        functions, samples = _by_leaf(columns, counts)
+        order = np.argsort(samples)[::-1]
+        for name, count in zip(functions[order].tolist(), samples[order].tolist(), strict=True):
+            added = np.array([int(count) * period_ns], np.uint64)
+            self._functions.add((service, rows.strings[name]), added)
+
+    def collect(self) -> Iterable[Metric]:
+        return chain(
+            _account(self._accounts.copy()),
+            _seconds(self._seconds.copy(), self._functions.copy()),
+            _memory([code.memory_bytes for code in list(CODES)]),
+        )
+
+
+def _by_leaf(
+    columns: Mapping[str, NDArray[Any]], counts: NDArray[np.uint64]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The functions that samples were in, as numbers of strings, and how many were in each."""
+    stacks = Ragged(columns["stack_frames"], columns["stack_length"].astype(np.int64))
+    has_frames = stacks.lengths[columns["stack"]] > 0
+    stack = columns["stack"][has_frames]
+    leaves = stacks.flat[(stacks.starts + stacks.lengths - 1)[stack]]
+    functions, of_row = np.unique(columns["frame_function"][leaves], return_inverse=True)
+    return functions, np.bincount(of_row, counts[has_frames], len(functions))
+
+
+def _account(accounts: Mapping[str, NDArray[np.uint64]]) -> Iterator[Metric]:
+    labels = ("service",)
+    taken, lost, truncated = (
+        CounterMetricFamily(f"coral_profile_samples_{name}", text, labels=labels)
+        for name, text in (
+            ("taken", "Samples of threads on a CPU."),
+            ("lost", "Samples for which there was no room in the ring buffer."),
+            ("truncated", "Samples whose user stack was copied in part, because it was too long."),
+        )
+    )
+    unwound = CounterMetricFamily(
+        "coral_profile_samples_unwound",
+        "Samples by how the callers on their user stacks were found.",
+        labels=("service", "method"),
+    )
+    for service, figures in accounts.items():
+        for family, figure in zip((taken, lost, truncated), figures.tolist(), strict=False):
+            family.add_metric((service,), figure)
+        for method, figure in zip(_METHODS.values(), figures[_FIGURES:].tolist(), strict=True):
+            unwound.add_metric((service, method), figure)
+    yield from (taken, lost, truncated, unwound)
+
+
+def _seconds(
+    services: Mapping[str, NDArray[np.uint64]],
+    functions: Mapping[tuple[str, str], NDArray[np.uint64]],
+) -> Iterator[Metric]:
+    by_service = CounterMetricFamily(
+        "coral_profile_cpu_seconds",
+        "CPU time of the watched processes, by samples.",
+        labels=("service",),
+    )
+    by_function = CounterMetricFamily(
+        "coral_profile_function_cpu_seconds",
+        "CPU time in functions themselves, without those they call, by samples.",
+        labels=("service", "function"),
+    )
+    for service, figures in services.items():
+        by_service.add_metric((service,), float(figures[0]) / _NS_PER_S)
+    for key, figures in functions.items():
+        by_function.add_metric(key, float(figures[0]) / _NS_PER_S)
+    yield from (by_service, by_function)
+
+
+def _memory(caches: Sequence[Mapping[str, int]]) -> Iterator[Metric]:
+    size = GaugeMetricFamily(
+        "coral_profile_cache_bytes",
+        "Memory that symbols, names and unwind tables take now.",
+        labels=("cache",),
+    )
+    for cache, total in sum(map(Counter, caches), Counter[str]()).items():
+        size.add_metric((cache,), total)
+    yield size

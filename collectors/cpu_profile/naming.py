@@ -1,0 +1,88 @@
+"""What is known of code: the memory of processes, their unwind tables, the names of functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.collectors.cpu_profile.frames import FRAME, Places
+from coral.collectors.cpu_profile.processes import Process, Processes
+from coral.collectors.cpu_profile.user_stacks import machine
+from coral.collectors.symbols.names import Named, Symbolizer
+from coral.collectors.symbols.strings import Strings
+from coral.collectors.unwinding.tables import Tables
+from coral.collectors.unwinding.unwinder import Unwinder
+from coral.mesh.v1 import ebpf_pb2 as pb
+
+_CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
+_NO_FILE: Final = "[anonymous]"
+CODES: Final = set["Code"]()
+"""Those at work, for the metrics."""
+
+
+class Code:
+    """The memory of processes, their unwind tables and the names in them. Not safe to use from two
+    threads at once."""
+
+    def __init__(self) -> None:
+        self._symbolizer = Symbolizer()
+        self.processes = Processes(self._symbolizer)
+        here, cache = machine(), os.environ.get(_CACHE)
+        tables = Tables(Path(cache) / "unwind" if cache else None)
+        self.unwinder = Unwinder(here, tables) if here else None
+        self.memory_bytes: Mapping[str, int] = {}  # by what it is for
+        CODES.add(self)
+
+    @property
+    def strings(self) -> Strings:
+        """What numbers of strings in frames stand for, until `trim`."""
+        return self._symbolizer.strings
+
+    def trim(self) -> None:
+        """Drops names, if there are too many: between two batches."""
+        self._symbolizer.trim()
+
+    def note_memory(self) -> None:
+        """Brings `memory_bytes` up to date."""
+        stats = self._symbolizer.stats
+        self.memory_bytes = {
+            "symbols": stats.tables.memory_bytes,
+            "kernel_symbols": stats.kernel_bytes,
+            "perf_maps": stats.perf_map_bytes,
+            "names": stats.string_bytes,
+            "unwind_tables": self.unwinder.nbytes if self.unwinder else 0,
+        }
+
+    def close(self) -> None:
+        """Closes the files of processes. Safe to call twice."""
+        CODES.discard(self)
+        self._symbolizer.close()
+
+    def of_process(self, process: Process, places: Places) -> NDArray[Any]:
+        """See `Namer`."""
+        named = self._symbolizer.names(
+            process.tgid, places.addresses, places.is_return, places.times_ns, process.born
+        )
+        frames = _frames(named)
+        of_runtime = ~named.is_unnamed & (named.modules == self.strings.number(_NO_FILE))
+        frames["flags"][of_runtime] |= pb.CPU_FRAME_FLAG_JIT
+        return frames
+
+    def of_kernel(self, places: Places) -> NDArray[Any]:
+        """See `Namer`."""
+        frames = _frames(self._symbolizer.names(0, places.addresses, places.is_return))
+        frames["flags"] |= pb.CPU_FRAME_FLAG_KERNEL
+        return frames
+
+
+def _frames(named: Named) -> NDArray[Any]:
+    frames = np.zeros(len(named.functions), FRAME)
+    frames["function"], frames["module"] = named.functions, named.modules
+    frames["build_id"], frames["address"] = named.build_ids, named.addresses
+    frames["flags"][named.is_unnamed] = pb.CPU_FRAME_FLAG_UNNAMED
+    return frames

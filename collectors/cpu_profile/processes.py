@@ -1,0 +1,105 @@
+"""Which memory a sample was taken in: of each program that a process was, one after the other, and
+of processes that have ended."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from coral.bpf.attaching.mappings import MappedCode
+from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.symbols.names import Symbolizer
+
+_MOST_PROCESSES: Final = 1024
+_MOST_MET: Final = 256
+_NEVER_BORN: Final = 1 << 32  # times of birth have 32 bits
+
+_Key = tuple[int, int, int]  # tgid, born, execs
+
+
+class Process(NamedTuple):
+    """A process as the `Symbolizer` knows it, and its memory."""
+
+    tgid: int
+    born: int
+    maps: ProcessMaps
+
+
+class Processes:
+    """The processes of struct cpu_sample. A process is known from its first samples on: what it
+    maps is read when these come, and if it has ended by then, it is taken to have what its parent
+    has, unless it has executed a program. Bounded: those that were not sampled for longest are
+    forgotten."""
+
+    def __init__(self, symbolizer: Symbolizer) -> None:
+        self._symbolizer = symbolizer
+        self._known: OrderedDict[_Key, Process] = OrderedDict()
+        self._newest: dict[tuple[int, int], int] = {}  # execs, by tgid and born
+        self._met: OrderedDict[int, Process] = OrderedDict()  # not sampled yet, by tgid
+        self._meetings = 0
+
+    def __len__(self) -> int:
+        """The number of processes."""
+        return len(self._newest)
+
+    def meet(self, mapped: Sequence[MappedCode]) -> None:
+        """Processes have just MAPPED code: looks at those that are new, which may have ended when
+        their samples are read, and once more at those that are known."""
+        self._symbolizer.learn(mapped)
+        known = {process.tgid for process in self._known.values()}
+        for tgid in {code.tgid for code in mapped} - known:
+            self._meetings += 1
+            self._met[tgid] = self._process(tgid, _NEVER_BORN + self._meetings)
+            self._met.move_to_end(tgid)
+            while len(self._met) > _MOST_MET:
+                self._forget(self._met.popitem(last=False)[1])
+
+    def of(self, sample: Any, *, newest: bool) -> Process:  # noqa: ANN401
+        """The process of SAMPLE, which is its first sample as that program; NEWEST unless there are
+        samples of a later program of the process already."""
+        tgid, born, execs = (int(sample[name]) for name in ("tgid", "born", "execs"))
+        if found := self._known.get((tgid, born, execs)):
+            self._known.move_to_end((tgid, born, execs))
+            return found
+        before = self._newest.get((tgid, born))
+        if before is not None and newest:
+            process = self._known[tgid, born, before]
+            if process.tgid == tgid:
+                self._symbolizer.executed(tgid, int(sample["time_ns"]), process.born)
+            else:  # it had its parent's memory
+                process = self._seen(tgid, born)
+        else:
+            # What /proc has is of another program, if the process has executed one since.
+            process = self._seen(tgid, born) if newest else self._process(0, 0)
+            if not process.maps.generations and execs == int(sample["parent_execs"]):
+                process = self._parent(int(sample["parent"]), execs)
+        self._keep((tgid, born, execs), process, newest=newest)
+        return process
+
+    def _seen(self, tgid: int, born: int) -> Process:
+        """A process that is sampled for the first time."""
+        return self._met.pop(tgid) if tgid in self._met else self._process(tgid, born)
+
+    def _process(self, tgid: int, born: int) -> Process:
+        return Process(tgid, born, self._symbolizer.maps(tgid, born))
+
+    def _parent(self, tgid: int, execs: int) -> Process:
+        for (known, _, theirs), process in reversed(self._known.items()):
+            if (known, theirs) == (tgid, execs):
+                return process
+        return self._process(tgid, 0)
+
+    def _keep(self, key: _Key, process: Process, *, newest: bool) -> None:
+        self._known[key] = process
+        if newest:
+            self._newest[key[:2]] = key[2]
+        while len(self._known) > _MOST_PROCESSES:
+            (tgid, born, execs), process = self._known.popitem(last=False)
+            if self._newest.get((tgid, born)) == execs:
+                del self._newest[tgid, born]
+                self._forget(process)
+
+    def _forget(self, process: Process) -> None:
+        if process not in self._known.values():  # of a child that has its memory
+            self._symbolizer.forget(process.tgid, process.born)

@@ -1,0 +1,366 @@
+"""Names for sampled addresses: which function, of which module, at which address of its file."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coral.bpf.attaching.mappings import MappedCode
+from coral.collectors.symbols.demangle import Demangler
+from coral.collectors.symbols.elf import NOWHERE
+from coral.collectors.symbols.files import FileKind, MappedFile, MappedFiles
+from coral.collectors.symbols.kernel import KernelSymbols
+from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.symbols.perf_map import PerfMap
+from coral.collectors.symbols.store import CacheStats, SymbolStore
+from coral.collectors.symbols.strings import Strings
+
+UNKNOWN: Final = "[unknown]"
+"""The function of an address that is in no mapping: the process had ended before its maps were
+read, or a stack was unwound wrongly."""
+_KERNEL_HALF: Final = np.uint64(1 << 63)
+_VSYSCALL: Final = np.uint64(0xFFFF_FFFF_FF60_0000)
+_MOST_PROCESSES: Final = 4096
+_MOST_REASONS: Final = 64
+_LARGEST_STRINGS_BYTES: Final = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The names of n addresses, as numbers of `Symbolizer.strings` (u32[n]): of the function, of
+    its module (the last part of the file's path, `[vdso]`, `[anonymous]`, `[kernel]`, `[ext4]`),
+    and of the module's build id in hexadecimal digits, empty without.
+
+    `addresses` (u64[n]) are what was looked up, a return address less 1: the virtual address in
+    the file, so that a debugger or another machine finds it there; in memory without a file, the
+    offset in the mapping or, with a name from a perf map, in the function; in the kernel, the
+    offset from the first byte of its code or of the module. `is_unnamed` (bool[n]) tells addresses
+    that no symbol contains; their function is `module+0xaddress`, or UNKNOWN.
+    """
+
+    functions: NDArray[np.uint32]
+    modules: NDArray[np.uint32]
+    addresses: NDArray[np.uint64]
+    build_ids: NDArray[np.uint32]
+    is_unnamed: NDArray[np.bool_]
+
+    @classmethod
+    def nothing(cls, count: int) -> Named:
+        """COUNT addresses without names."""
+        zeros = np.zeros(count, np.uint32)
+        return cls(
+            zeros,
+            zeros.copy(),
+            np.zeros(count, np.uint64),
+            zeros.copy(),
+            np.ones(count, np.bool_),
+        )
+
+
+class SymbolStats(NamedTuple):
+    """What a Symbolizer has in memory, and what it had to drop."""
+
+    tables: CacheStats
+    open_files: int
+    closed_files: int
+    processes: int
+    kernel_functions: int
+    kernel_bytes: int
+    perf_map_functions: int
+    perf_map_bytes: int
+    strings: int
+    string_bytes: int
+    names_refused: int
+
+
+@dataclass(slots=True)
+class _Process:
+    maps: ProcessMaps
+    # With the times from which they hold: one for each program that the process has executed.
+    perf_maps: list[tuple[int, PerfMap]] = field(default_factory=list)
+
+    def close(self) -> None:
+        for _, perf_map in self.perf_maps:
+            perf_map.close()
+
+    def in_time(
+        self, which: NDArray[np.int64], times_ns: NDArray[np.uint64] | None
+    ) -> Iterator[tuple[PerfMap, NDArray[np.int64]]]:
+        """The perf maps that held at TIMES_NS, or now, each with those of the samples WHICH."""
+        if times_ns is None:
+            yield self.perf_maps[-1][1], which
+            return
+        untils = [since_ns for since_ns, _ in self.perf_maps[1:]]
+        at = np.searchsorted(np.array(untils, np.uint64), times_ns[which], side="right")
+        for number in np.unique(at).tolist():
+            yield self.perf_maps[number][1], which[at == number]
+
+
+class Symbolizer:
+    """Names addresses of processes and of the kernel. A process is known by its id and the time at
+    which it was born, in whatever unit the caller has it. Not safe to use from two threads at once.
+
+    Loading the symbols of a file when its first address is looked up takes 0.1 s for Node's
+    153,000. At most 4096 processes are known; those that were not asked for longest are forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.strings = Strings()
+        self.files = MappedFiles()
+        self.store = SymbolStore()
+        self.kernel = KernelSymbols()
+        self.demangler = Demangler()
+        self._processes: OrderedDict[tuple[int, int], _Process] = OrderedDict()
+        self._of_files: WeakKeyDictionary[MappedFile, tuple[int, int]] = WeakKeyDictionary()
+        self._of_kernel: dict[str, tuple[int, int]] = {}
+        self._reasons: dict[str, None] = {}
+
+    @property
+    def stats(self) -> SymbolStats:
+        """What is in memory now."""
+        perf_maps = [perf_map for one in self._processes.values() for _, perf_map in one.perf_maps]
+        return SymbolStats(
+            tables=self.store.stats,
+            open_files=len(self.files),
+            closed_files=self.files.closed,
+            processes=len(self._processes),
+            kernel_functions=len(self.kernel),
+            kernel_bytes=self.kernel.nbytes,
+            perf_map_functions=sum(map(len, perf_maps)),
+            perf_map_bytes=sum(perf_map.nbytes for perf_map in perf_maps),
+            strings=len(self.strings),
+            string_bytes=self.strings.memory_bytes,
+            names_refused=self.demangler.refused,
+        )
+
+    def why_not(self) -> list[str]:
+        """Why names are missing, for people; at most 64 reasons."""
+        reasons = [*self._reasons, self.kernel.why_not, self.demangler.why_not]
+        for process in self._processes.values():
+            reasons += [perf_map.why_not for _, perf_map in process.perf_maps]
+        return sorted(set(filter(None, reasons)))[:_MOST_REASONS]
+
+    def maps(self, tgid: int, born: int = 0) -> ProcessMaps:
+        """The mappings of a process. Asking for those of a process makes it known: its maps are
+        read and its files opened, so that its addresses have names after it has ended."""
+        return self._process(tgid, born).maps
+
+    def _process(self, tgid: int, born: int) -> _Process:
+        key = (tgid, born)
+        process = self._processes.get(key)
+        if process is None:
+            process = _Process(ProcessMaps(tgid, self.files), [(0, PerfMap(tgid))])
+            self._processes[key] = process
+            while len(self._processes) > _MOST_PROCESSES:
+                self._processes.popitem(last=False)[1].close()
+        self._processes.move_to_end(key)
+        return process
+
+    def learn(self, mapped: Iterable[MappedCode]) -> None:
+        """Known processes have MAPPED code: their maps are read again, soon."""
+        times: dict[int, int] = {}
+        for code in mapped:
+            times[code.tgid] = min(code.time_ns, times.get(code.tgid, code.time_ns))
+        for (tgid, _), process in self._processes.items():
+            if tgid in times:
+                process.maps.mapped(times[tgid])
+
+    def executed(self, tgid: int, time_ns: int, born: int = 0) -> None:
+        """A process has executed another program at TIME_NS (CLOCK_MONOTONIC): names of before are
+        for samples of before."""
+        known = (tgid, born) in self._processes
+        process = self._process(tgid, born)
+        if known:
+            process.maps.executed(time_ns)
+            process.perf_maps.append((time_ns, PerfMap(tgid)))
+
+    def forget(self, tgid: int, born: int = 0) -> None:
+        """A process has no more addresses to name. Safe to call for an unknown one."""
+        if process := self._processes.pop((tgid, born), None):
+            process.close()
+
+    def trim(self) -> bool:
+        """If the strings take more than 32 MB, forgets them all: numbers given before are void,
+        and `strings` is another object. Returns whether it did. For between two batches."""
+        if self.strings.memory_bytes <= _LARGEST_STRINGS_BYTES:
+            return False
+        self.strings = Strings()
+        self._of_files.clear()
+        self._of_kernel.clear()
+        self.store.forget_marks()
+        self.kernel.marks[:] = 0
+        for process in self._processes.values():
+            for _, perf_map in process.perf_maps:
+                perf_map.marks[:] = 0
+        return True
+
+    def close(self) -> None:
+        """Closes all files and ends the process that demangles. Safe to call twice."""
+        while self._processes:
+            self._processes.popitem()[1].close()
+        self.store.close()
+        self.files.close()
+        self.demangler.close()
+
+    def names(
+        self,
+        tgid: int,
+        addresses: NDArray[np.uint64],
+        is_return: NDArray[np.bool_],
+        times_ns: NDArray[np.uint64] | None = None,
+        born: int = 0,
+    ) -> Named:
+        """The names of ADDRESSES (u64[n]) of a process, the kernel's among them, of which some are
+        return addresses (IS_RETURN, bool[n]): the call is before them. TIMES_NS (u64[n],
+        CLOCK_MONOTONIC) are those of the samples, by default now. Never raises for what the process
+        or its files are."""
+        looked_up = addresses - (is_return & (addresses > 0)).astype(np.uint64)
+        named = Named.nothing(len(looked_up))
+        named.functions[:] = self.strings.number(UNKNOWN)
+        named.addresses[:] = looked_up
+        of_kernel = looked_up >= _KERNEL_HALF
+        if of_kernel.any():
+            self._name_kernel(named, np.flatnonzero(of_kernel), looked_up)
+        user = np.flatnonzero(~of_kernel)
+        if not len(user):
+            return named
+        process = self._process(tgid, born)
+        maps = process.maps
+        ids = np.full(len(looked_up), -1, np.int32)
+        ids[user] = maps.locate(looked_up[user], None if times_ns is None else times_ns[user])
+        user = user[ids[user] >= 0]
+        of_file = maps.file_indexes[ids[user]]
+        for number in np.unique(of_file).tolist():
+            which = user[of_file == number]
+            into = looked_up[which] - maps.starts[ids[which]] + maps.file_offsets[ids[which]]
+            file = maps.files[number]
+            if not self._name_of_elf(named, which, into, file, tgid):
+                self._name_of_runtime(
+                    named,
+                    which,
+                    into,
+                    file,
+                    process=process,
+                    looked_up=looked_up,
+                    times_ns=times_ns,
+                )
+        return named
+
+    def _name_of_elf(
+        self,
+        named: Named,
+        which: NDArray[np.int64],
+        offsets: NDArray[np.uint64],
+        file: MappedFile,
+        tgid: int,
+    ) -> bool:
+        """Names the addresses WHICH, at OFFSETS in FILE. Returns whether it is an ELF file."""
+        stored = self.store.get(file, tgid)
+        if stored is None or stored.elf is None:
+            return False
+        self.files.needed(file)
+        module, build_id = self._of_file(file)
+        named.modules[which], named.build_ids[which] = module, build_id
+        found = stored.elf.addresses(offsets)
+        places = np.where(found == np.uint64(NOWHERE), offsets, found)
+        named.addresses[which] = places
+        table = stored.table
+        self._give(named, which, table.find(found), stored.marks, table.name)
+        self._give_offsets(named, which)
+        return True
+
+    def _name_of_runtime(
+        self,
+        named: Named,
+        which: NDArray[np.int64],
+        offsets: NDArray[np.uint64],
+        file: MappedFile,
+        *,
+        process: _Process,
+        looked_up: NDArray[np.uint64],
+        times_ns: NDArray[np.uint64] | None,
+    ) -> None:
+        """Names the addresses WHICH, by the perf maps of PROCESS. They are in memory that no ELF
+        file is mapped to, or none that could be opened: in FILE, at OFFSETS."""
+        named.modules[which] = self._of_file(file)[0]
+        named.addresses[which] = offsets
+        if file.kind is not FileKind.ANONYMOUS:
+            self._reasons_add(f"{file.module}: {file.why_not}")
+        for perf_map, mine in process.in_time(which, times_ns):
+            found = perf_map.find(looked_up[mine], None if times_ns is None else times_ns[mine])
+            hit = np.flatnonzero(found >= 0)
+            self._give(named, mine, found, perf_map.marks, perf_map.name)
+            named.addresses[mine[hit]] = looked_up[mine[hit]] - perf_map.starts[found[hit]]
+        self._give_offsets(named, which)
+
+    def _name_kernel(
+        self, named: Named, which: NDArray[np.int64], looked_up: NDArray[np.uint64]
+    ) -> None:
+        addresses = looked_up[which]
+        found = self.kernel.find(addresses)
+        named.addresses[which] = self.kernel.relative(addresses)
+        named.modules[which] = self.strings.number("[kernel]")
+        named.functions[which] = self.strings.number("[kernel]")
+        self._give(named, which, found, self.kernel.marks, self._kernel_name)
+        for number in np.unique(found[found >= 0]).tolist():
+            mine = which[found == number]
+            module = self.kernel.function(number).module
+            if module not in self._of_kernel:
+                build_id = self.strings.number(self.kernel.build_id(module).hex())
+                self._of_kernel[module] = (self.strings.number(module), build_id)
+            named.modules[mine], named.build_ids[mine] = self._of_kernel[module]
+        unnamed = which[named.is_unnamed[which] & (named.addresses[which] > 0)]
+        self._give_offsets(named, unnamed)
+        vsyscall = which[(addresses >= _VSYSCALL) & (addresses < _VSYSCALL + np.uint64(4096))]
+        named.modules[vsyscall] = named.functions[vsyscall] = self.strings.number("[vsyscall]")
+
+    def _kernel_name(self, number: int) -> bytes:
+        return self.kernel.function(number).name.encode()
+
+    def _give(
+        self,
+        named: Named,
+        which: NDArray[np.int64],
+        found: NDArray[np.int64],
+        marks: NDArray[np.uint32],
+        name: Callable[[int], bytes],
+    ) -> None:
+        """Gives the addresses WHICH the names of the functions FOUND, -1 for none. MARKS remember
+        the numbers of names that were asked for before."""
+        hit = np.flatnonzero(found >= 0)
+        numbers = found[hit]
+        new = np.unique(numbers[marks[numbers] == 0]).tolist()
+        if new:
+            names = self.demangler.demangled([name(number) for number in new])
+            for number, text in zip(new, names, strict=True):
+                if text:
+                    marks[number] = self.strings.number(text)
+        given = marks[numbers]
+        good = given > 0
+        at = which[hit[good]]
+        named.functions[at] = given[good]
+        named.is_unnamed[at] = False
+
+    def _give_offsets(self, named: Named, which: NDArray[np.int64]) -> None:
+        """Names those of the addresses WHICH that have no name by their module and their place in
+        it."""
+        for at in which[named.is_unnamed[which]].tolist():
+            module = self.strings[named.modules[at]]
+            named.functions[at] = self.strings.number(f"{module}+0x{named.addresses[at]:x}")
+
+    def _of_file(self, file: MappedFile) -> tuple[int, int]:
+        found = self._of_files.get(file)
+        if found is None:
+            found = (self.strings.number(file.module), self.strings.number(file.build_id.hex()))
+            self._of_files[file] = found
+        return found
+
+    def _reasons_add(self, reason: str) -> None:
+        if len(self._reasons) < _MOST_REASONS:
+            self._reasons[reason] = None

@@ -1,0 +1,79 @@
+"""Which memory samples were taken in: of real processes, running and ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coral.bpf.attaching.mappings import MappedCode
+from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.symbols.names import Symbolizer
+
+SAMPLE = np.dtype(
+    [(name, "u8") for name in ("tgid", "born", "execs", "parent", "parent_execs", "time_ns")]
+)
+
+
+def sample(
+    tgid: int, execs: int = 3, parent: int = 1, parent_execs: int = 0, time_ns: int = 1
+) -> Any:
+    return np.array([(tgid, 77, execs, parent, parent_execs, time_ns)], SAMPLE)[0]
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    symbolizer = Symbolizer()
+    yield Processes(symbolizer)
+    symbolizer.close()
+
+
+@pytest.fixture
+def ended() -> int:
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
+
+
+def test_a_process_is_the_same_at_each_of_its_samples(processes: Processes) -> None:
+    first = processes.of(sample(os.getpid()), newest=True)
+    assert first.maps.generations
+    assert processes.of(sample(os.getpid()), newest=True) is first
+    assert len(processes) == 1
+
+
+def test_a_child_that_has_ended_has_the_memory_of_its_parent(
+    processes: Processes, ended: int
+) -> None:
+    parent = processes.of(sample(os.getpid()), newest=True)
+    child = processes.of(sample(ended, parent=os.getpid(), parent_execs=3), newest=True)
+    assert child.maps is parent.maps
+
+
+def test_the_parent_need_not_have_been_sampled(processes: Processes, ended: int) -> None:
+    child = processes.of(sample(ended, parent=os.getpid(), parent_execs=3), newest=True)
+    assert child.maps.tgid == os.getpid()
+    assert child.maps.generations
+
+
+def test_a_child_that_has_executed_a_program_has_not(processes: Processes, ended: int) -> None:
+    child = processes.of(sample(ended, parent=os.getpid(), parent_execs=2), newest=True)
+    assert not child.maps.generations
+
+
+def test_samples_of_before_an_exec_are_not_those_of_what_runs_now(processes: Processes) -> None:
+    before = processes.of(sample(os.getpid(), execs=3), newest=False)
+    after = processes.of(sample(os.getpid(), execs=4), newest=True)
+    assert not before.maps.generations
+    assert after.maps.generations
+
+
+def test_a_process_that_was_met_has_its_memory_after_its_end(processes: Processes) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        processes.meet([MappedCode(1, process.pid, 0, 4096, 0, 0, 0, "cat")])
+    met = processes.of(sample(process.pid), newest=True)
+    assert met.maps.tgid == process.pid
+    assert met.maps.generations
