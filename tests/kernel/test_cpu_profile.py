@@ -63,6 +63,7 @@ def test_functions_in_step_with_the_clock_have_their_shares(programs: Path) -> N
     close_to_truth(profile, ["phase_even", "phase_odd"])
 
 
+@pytest.mark.pace
 def test_samples_of_each_thread_are_its_cpu_time_times_the_frequency(programs: Path) -> None:
     profile = profiled(programs / "profiled", "threads", 1800, frequency=999)
     by_name = {"full": 0, "third": 0}
@@ -81,6 +82,7 @@ def test_waiting_threads_are_not_in_it(programs: Path) -> None:
     assert profile.among("wait_in_read") + profile.among("wait_in_poll") <= 0.01 * profile.samples
 
 
+@pytest.mark.pace
 def test_children_that_have_ended_have_names(programs: Path) -> None:
     profile = profiled(programs / "profiled", "children", 1600, frequency=FAST_HZ)
     close_to_truth(profile, ["child_even", "child_odd"])
@@ -88,12 +90,14 @@ def test_children_that_have_ended_have_names(programs: Path) -> None:
     assert profile.among("child_even") + profile.among("child_odd") > 0.9 * profile.samples
 
 
+@pytest.mark.pace
 def test_two_programs_of_a_process_are_told_apart(programs: Path) -> None:
     profile = profiled(programs / "profiled", "exec", 2000, frequency=FAST_HZ)
     close_to_truth(profile, ["before_exec", "after_exec"])
     assert len(profile.by("tgid")) == 1
 
 
+@pytest.mark.pace
 def test_programs_that_run_for_a_moment_have_names(programs: Path) -> None:
     """A shell runs one after the other, each for a tenth of a second."""
     turn = f"echo x | {programs}/profiled shares 100 >/dev/null"
@@ -148,6 +152,7 @@ def test_frame_pointers_alone_cost_no_copy(programs: Path) -> None:
     }
 
 
+@pytest.mark.pace
 def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> None:
     process = subprocess.Popen(
         [programs / "profiled", "shares", "1500"],
@@ -171,6 +176,7 @@ def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> N
     assert pb.CPU_UNWINDING_EH_FRAME not in fast.by("unwinding")
 
 
+@pytest.mark.pace
 def test_samples_without_room_are_counted(programs: Path) -> None:
     """The ring has room for some tens of stacks of 400 calls, and nothing empties it."""
     process = subprocess.Popen(
