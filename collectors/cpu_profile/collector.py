@@ -126,6 +126,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         with self._intake.emptying(), self._shared.code() as code:
             memory = memory_of(samples, code.processes)
             user = unwound(samples, memory, code.unwinder)
+            code.look()
             frames = resolve(samples, user, memory, code)
             names = code.strings
         processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])

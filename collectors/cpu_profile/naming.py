@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +28,12 @@ CODES: Final = set["Code"]()
 
 class Code:
     """The memory of processes, their unwind tables and the names in them. Not safe to use from two
-    threads at once."""
+    threads at once, but for `prepare`. Calls LOOK now and then while it names: new processes may be
+    gone before a batch is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[], object] = lambda: None) -> None:
+        self.look = look
+        self._preparing = threading.Lock()
         self._symbolizer = Symbolizer()
         self.processes = Processes(self._symbolizer)
         here, cache = machine(), os.environ.get(_CACHE)
@@ -42,6 +46,12 @@ class Code:
     def strings(self) -> Strings:
         """What numbers of strings in frames stand for, until `trim`."""
         return self._symbolizer.strings
+
+    def prepare(self) -> None:
+        """Before a batch: reads the symbols of the kernel, which takes longest of all. Safe to call
+        while another thread uses the rest."""
+        with self._preparing:
+            self._symbolizer.kernel.prepare()
 
     def trim(self) -> None:
         """Drops names, if there are too many: between two batches."""
@@ -65,6 +75,7 @@ class Code:
 
     def of_process(self, process: Process, places: Places) -> NDArray[Any]:
         """See `Namer`."""
+        self.look()
         named = self._symbolizer.names(
             process.tgid, places.addresses, places.is_return, places.times_ns, process.born
         )

@@ -55,6 +55,10 @@ class Processes:
             while len(self._met) > _MOST_MET:
                 self._forget(self._met.popitem(last=False)[1])
 
+    def catch_up(self) -> float | None:
+        """See `Symbolizer.catch_up`."""
+        return self._symbolizer.catch_up()
+
     def of(self, sample: Any, *, newest: bool) -> Process:  # noqa: ANN401
         """The process of SAMPLE, which is its first sample as that program; NEWEST unless there are
         samples of a later program of the process already."""

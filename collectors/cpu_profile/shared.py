@@ -20,6 +20,7 @@ _log: Final = logging.getLogger(__name__)
 
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and new CPUs
+_LOOK_IN_BATCH_EVERY_S: Final = 0.05
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 
@@ -32,6 +33,8 @@ class Shared:
         self._lock = threading.Lock()
         self._slots: set[Slot] = set()
         self._code: Code | None = None
+        self._reader: MappingReader | None = None
+        self._met_s = 0.0
         self._stop = threading.Event()
         self.why_not = ""
         """Why processes that end soon may have no names; empty if they have."""
@@ -49,6 +52,7 @@ class Shared:
             self._slots.discard(slot)
             if not self._slots:
                 self._stop.set()
+                self._reader = None
                 if self._code:
                     self._code.close()
                 self._code = None
@@ -58,13 +62,16 @@ class Shared:
         """For one batch: no other session uses it meanwhile."""
         with self._lock:
             code = self._opened()
+        code.prepare()
+        with self._lock:
+            code = self._opened()
             code.trim()
             yield code
             code.note_memory()
 
     def _opened(self) -> Code:
         if self._code is None:
-            self._code = Code()
+            self._code = Code(self._meet_in_batch)
         return self._code
 
     def _start(self) -> None:
@@ -81,26 +88,44 @@ class Shared:
 
     def _run(self, reader: MappingReader, stop: threading.Event) -> None:
         with reader:
-            followed_s = 0.0
+            followed_s, next_s = 0.0, None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 try:
-                    if time.monotonic() > followed_s + _LOOK_EVERY_S:
-                        followed_s = time.monotonic()
-                        reader.follow()
-                    self._look(reader, stop)
+                    follow = time.monotonic() > followed_s + _LOOK_EVERY_S
+                    followed_s = time.monotonic() if follow else followed_s
+                    next_s = self._look(reader, stop, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
                 if not stop.wait(max(_GATHER_S, min(took_s * _REST_FACTOR, _LOOK_EVERY_S))):
-                    _wait(reader.fds)
+                    _wait(reader.fds, _LOOK_EVERY_S if next_s is None else next_s)
 
-    def _look(self, reader: MappingReader, stop: threading.Event) -> None:
+    def _look(self, reader: MappingReader, stop: threading.Event, *, follow: bool) -> float | None:
+        """Returns the number of seconds until there is more to read; None if there is not."""
         with self._lock:
             if stop.is_set():
-                return
-            if mapped := reader.drain(self._watched):
-                self._opened().processes.meet(mapped)
+                return None
+            self._reader = reader
+            if follow:
+                reader.follow()
+            self._meet()
+            return self._code.processes.catch_up() if self._code else None
+
+    def _meet(self) -> None:
+        """Looks at the processes that have mapped code since the last time. The lock is held."""
+        self._met_s = time.monotonic()
+        if self._reader and (mapped := self._reader.drain(self._watched)):
+            self._opened().processes.meet(mapped)
+
+    def _meet_in_batch(self) -> None:
+        """Likewise, if it was a while ago: the thread has to wait for the batch to be done."""
+        if time.monotonic() < self._met_s + _LOOK_IN_BATCH_EVERY_S:
+            return
+        try:
+            self._meet()
+        except (BpfError, OSError):
+            _log.debug("looking at new processes failed", exc_info=True)
 
     def _watched(self) -> set[int]:
         found = set[int]()
@@ -110,9 +135,9 @@ class Shared:
         return found
 
 
-def _wait(fds: list[int]) -> None:
-    """Returns when one of FDS is readable, or after a while."""
+def _wait(fds: list[int], most_s: float) -> None:
+    """Returns when one of FDS is readable, or after MOST_S."""
     polled = select.poll()
     for fd in fds:
         polled.register(fd, select.POLLIN)
-    polled.poll(_LOOK_EVERY_S * 1000)
+    polled.poll(min(most_s, _LOOK_EVERY_S) * 1000)

@@ -174,8 +174,18 @@ class ProcessMaps:
         """The process mapped code at TIME_NS: the maps are read again, now or with the next
         `locate`."""
         self._told_ns = time_ns if self._told_ns is None else min(time_ns, self._told_ns)
-        if time.monotonic() >= self._rest_until:
-            self.refresh(self._told_ns)
+        self.catch_up()
+
+    def catch_up(self) -> float | None:
+        """Reads the maps again if more was told than is known, and it is time. Returns the number
+        of seconds until it is time; None if nothing is left to read."""
+        if self._told_ns is None:
+            return None
+        left_s = self._rest_until - time.monotonic()
+        if left_s > 0:
+            return left_s
+        self.refresh(self._told_ns)
+        return None
 
     def executed(self, time_ns: int) -> None:
         """The process executed another program at TIME_NS: what it has mapped from then on is
@@ -197,9 +207,10 @@ class ProcessMaps:
     def refresh(self, since_ns: int | None = None) -> bool:
         """Reads what is mapped now, which holds from SINCE_NS on, by default from now on. Returns
         whether anything has changed."""
-        begun = time.monotonic()
+        begun = time.thread_time()  # without its waits, which are long on a busy machine
         if self.has_ended or start_time_of(self.tgid) != self._started or self._started is None:
             self.has_ended = True
+            self._told_ns = None
             return False
         self._told_ns = None
         text = read_whole(self.tgid, "maps")
@@ -207,8 +218,8 @@ class ProcessMaps:
         if changed:
             self._text = text
             changed = self._take(text, time.monotonic_ns() if since_ns is None else since_ns)
-        took = time.monotonic() - begun
-        self._rest_until = begun + max(took * _REST_FACTOR, _SHORTEST_REST_S)
+        took = time.thread_time() - begun
+        self._rest_until = time.monotonic() + max(took * _REST_FACTOR, _SHORTEST_REST_S)
         return changed
 
     def _take(self, text: bytes, since_ns: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,3 +79,19 @@ def test_a_process_that_was_met_has_its_memory_after_its_end(processes: Processe
     met = processes.of(sample(process.pid), newest=True)
     assert met.maps.tgid == process.pid
     assert met.maps.generations
+
+
+def test_memory_that_was_told_too_soon_is_read_when_it_is_time(processes: Processes) -> None:
+    """Nobody asks for it until the next batch, when the process may have ended."""
+    mapped = MappedCode(1, os.getpid(), 0, 4096, 0, 0, 0, "")
+    processes.meet([mapped])
+    met = processes.of(sample(os.getpid()), newest=True)
+    with mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC) as code:
+        address = np.frombuffer(code, np.uint8).ctypes.data
+        processes.meet([mapped])
+        while (left_s := processes.catch_up()) is not None:
+            assert 0 < left_s < 5
+            time.sleep(left_s)
+        found = met.maps.find(np.array([address], np.uint64))
+        assert found[0] >= 0
+    assert processes.catch_up() is None
