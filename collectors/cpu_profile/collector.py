@@ -124,6 +124,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         samples = self._intake.take()
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
         with self._intake.emptying(), self._shared.code() as code:
+            code.look(now=True)  # so that no program was sampled that is not known yet
             memory = memory_of(samples, code.processes)
             user = unwound(samples, memory, code.unwinder)
             code.look()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
+_LOOK_EVERY_S: Final = 0.05
 _NO_FILE: Final = "[anonymous]"
 CODES: Final = set["Code"]()
 """Those at work, for the metrics."""
@@ -28,11 +30,12 @@ CODES: Final = set["Code"]()
 
 class Code:
     """The memory of processes, their unwind tables and the names in them. Not safe to use from two
-    threads at once, but for `prepare`. Calls LOOK now and then while it names: new processes may be
+    threads at once, but for `prepare`. Calls MEET now and then while it names: new processes may be
     gone before a batch is done."""
 
-    def __init__(self, look: Callable[[], object] = lambda: None) -> None:
-        self.look = look
+    def __init__(self, meet: Callable[[], object] = lambda: None) -> None:
+        self._meet = meet
+        self._met_s = 0.0
         self._preparing = threading.Lock()
         self._symbolizer = Symbolizer()
         self.processes = Processes(self._symbolizer)
@@ -46,6 +49,12 @@ class Code:
     def strings(self) -> Strings:
         """What numbers of strings in frames stand for, until `trim`."""
         return self._symbolizer.strings
+
+    def look(self, *, now: bool = False) -> None:
+        """Looks at the processes that are new, NOW or if that was a while ago."""
+        if now or time.monotonic() > self._met_s + _LOOK_EVERY_S:
+            self._meet()
+            self._met_s = time.monotonic()
 
     def prepare(self) -> None:
         """Before a batch: reads the symbols of the kernel, which takes longest of all. Safe to call

@@ -20,7 +20,6 @@ _log: Final = logging.getLogger(__name__)
 
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and new CPUs
-_LOOK_IN_BATCH_EVERY_S: Final = 0.05
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 
@@ -34,7 +33,6 @@ class Shared:
         self._slots: set[Slot] = set()
         self._code: Code | None = None
         self._reader: MappingReader | None = None
-        self._met_s = 0.0
         self._stop = threading.Event()
         self.why_not = ""
         """Why processes that end soon may have no names; empty if they have."""
@@ -71,7 +69,7 @@ class Shared:
 
     def _opened(self) -> Code:
         if self._code is None:
-            self._code = Code(self._meet_in_batch)
+            self._code = Code(self._meet)
         return self._code
 
     def _start(self) -> None:
@@ -114,24 +112,17 @@ class Shared:
 
     def _meet(self) -> None:
         """Looks at the processes that have mapped code since the last time. The lock is held."""
-        self._met_s = time.monotonic()
-        if self._reader and (mapped := self._reader.drain(self._watched)):
-            self._opened().processes.meet(mapped)
-
-    def _meet_in_batch(self) -> None:
-        """Likewise, if it was a while ago: the thread has to wait for the batch to be done."""
-        if time.monotonic() < self._met_s + _LOOK_IN_BATCH_EVERY_S:
-            return
         try:
-            self._meet()
+            if self._reader and (mapped := self._reader.drain(self._watched)):
+                self._opened().processes.meet(mapped)
         except (BpfError, OSError):
             _log.debug("looking at new processes failed", exc_info=True)
 
     def _watched(self) -> set[int]:
+        """Process ids, those of processes that have just ended too."""
         found = set[int]()
         for slot in self._slots:
-            keys = slot.keys_of("members")
-            found.update(keys[keys < FIRST_ENDED].tolist())
+            found.update((slot.keys_of("members") % FIRST_ENDED).tolist())
         return found
 
 

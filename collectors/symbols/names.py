@@ -165,12 +165,12 @@ class Symbolizer:
 
     def learn(self, mapped: Iterable[MappedCode]) -> None:
         """Known processes have MAPPED code: their maps are read again, soon."""
-        times: dict[int, int] = {}
+        codes: dict[int, list[MappedCode]] = {}
         for code in mapped:
-            times[code.tgid] = min(code.time_ns, times.get(code.tgid, code.time_ns))
+            codes.setdefault(code.tgid, []).append(code)
         for (tgid, born), process in self._processes.items():
-            if tgid in times:
-                process.maps.mapped(times[tgid])
+            if tgid in codes:
+                process.maps.mapped(codes[tgid])
                 self._behind.add((tgid, born))
 
     def catch_up(self) -> float | None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,3 +96,41 @@ def test_memory_that_was_told_too_soon_is_read_when_it_is_time(processes: Proces
         found = met.maps.find(np.array([address], np.uint64))
         assert found[0] >= 0
     assert processes.catch_up() is None
+
+
+def told(pid: int, of: int) -> list[MappedCode]:
+    """What the kernel would tell if PID had executed the program of process OF."""
+    code = []
+    for line in Path(f"/proc/{of}/maps").read_text().splitlines():
+        where, rights, offset, device, inode, *path = line.split()
+        start, end = (int(one, 16) for one in where.split("-"))
+        major, minor = (int(one, 16) for one in device.split(":"))
+        if "x" in rights and (inode != "0" or path == ["[vdso]"]):
+            file = (int(offset, 16), os.makedev(major, minor), int(inode), "".join(path))
+            code.append(MappedCode(1, pid, start, end - start, *file))
+    return code
+
+
+def test_a_process_that_ended_at_once_has_what_was_told_of_it(
+    processes: Processes, ended: int
+) -> None:
+    """The files are known from another process that has executed the same program."""
+    other = processes.of(sample(os.getpid()), newest=True).maps
+    code = told(ended, of=os.getpid())
+    processes.meet(code[:1])
+    processes.meet(code[1:])
+    maps = processes.of(sample(ended, execs=9), newest=True).maps
+    addresses = np.array([one.start for one in code], np.uint64)
+    ids, theirs = maps.find(addresses), other.find(addresses)
+    assert min(ids) >= 0
+    files = [maps.files[maps.file_indexes[number]] for number in ids]
+    assert files == [other.files[other.file_indexes[number]] for number in theirs]
+
+
+def test_two_programs_that_were_told_are_not_taken_for_one(
+    processes: Processes, ended: int
+) -> None:
+    processes.of(sample(os.getpid()), newest=True)
+    code = told(ended, of=os.getpid())
+    processes.meet([*code, *code])
+    assert not processes.of(sample(ended, execs=9), newest=True).maps.generations
