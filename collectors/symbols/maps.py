@@ -179,7 +179,11 @@ class ProcessMaps:
         `locate` or `catch_up`. If it had ended before they were read at all, what was told counts
         instead, as far as its files are known from other processes."""
         time_ns = codes[0].time_ns
-        self._told_ns = time_ns if self._told_ns is None else min(time_ns, self._told_ns)
+        executed_ns = max((code.time_ns for code in codes if code.is_of_exec), default=None)
+        if executed_ns is not None:  # what was told before is of another program
+            self._told_ns = executed_ns
+        elif self._told_ns is None:
+            self._told_ns = time_ns
         self.catch_up()
         if not self.has_ended:
             return

@@ -15,6 +15,8 @@ import pytest
 
 from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.symbols.files import MappedFiles
+from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.names import Symbolizer
 
 SAMPLE = np.dtype(
@@ -134,3 +136,24 @@ def test_two_programs_that_were_told_are_not_taken_for_one(
     code = told(ended, of=os.getpid())
     processes.meet([*code, *code])
     assert not processes.of(sample(ended, execs=9), newest=True).maps.generations
+
+
+def test_what_is_mapped_after_an_exec_holds_from_the_exec_on() -> None:
+    """A library that was loaded just before it was loaded by the program of before."""
+    files = MappedFiles()
+    command = ["sh", "-c", "echo; read line; exec cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        maps = ProcessMaps(process.pid, files)
+        process.stdin.write(b"\nmore\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        library = MappedCode(1000, process.pid, 0, 4096, 0, 0, 0, "/lib/libit.so")
+        maps.mapped([library, library._replace(time_ns=3000, path="[vdso]")])
+        while (left_s := maps.catch_up()) is not None:
+            time.sleep(left_s)
+        process.stdin.close()
+    assert [one.since_ns for one in maps.generations] == [0, 3000]
+    files.close()
