@@ -126,6 +126,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         with self._intake.emptying(), self._shared.code() as code:
             code.look(now=True)  # so that no program was sampled that is not known yet
             memory = memory_of(samples, code.processes)
+            code.look(now=True)  # what a process has executed before its memory was read
             user = unwound(samples, memory, code.unwinder)
             code.look()
             frames = resolve(samples, user, memory, code)

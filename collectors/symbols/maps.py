@@ -109,6 +109,8 @@ class ProcessMaps:
         self._rest_until = 0.0
         self._text = b""
         self.read_ns = 0  # when the maps were read last
+        self._executed_ns: list[int] = []  # when the process executed programs, as was told last
+        self._taken_ns = 0  # when the newest generation was read
         self._told_ns: int | None = None
         self._told: list[MappedCode] = []  # by a process that had ended
         self._forget_all()
@@ -182,6 +184,8 @@ class ProcessMaps:
         executed_ns = max((code.time_ns for code in codes if code.is_of_exec), default=None)
         if executed_ns is not None:  # what was told before is of another program
             self._told_ns = executed_ns
+            self._executed_ns = [code.time_ns for code in codes if code.is_of_exec]
+            self._begin()
         elif self._told_ns is None:
             self._told_ns = time_ns
         self.catch_up()
@@ -282,8 +286,28 @@ class ProcessMaps:
             self.ends[numbers],
         )
         self._taken += 1
+        self._taken_ns = self.read_ns
         self.generations = (*self.generations, generation)[-_MOST_GENERATIONS:]
+        self._begin()
         return True
+
+    def _begin(self) -> None:
+        """If the newest generation was read after the process had executed a program, it is of that
+        program, and what was mapped before is not known."""
+        if not self.generations:
+            return
+        newest = self.generations[-1]
+        begun_ns = max((it for it in self._executed_ns if it < self._taken_ns), default=0)
+        if newest.since_ns >= begun_ns:
+            return
+        nothing, nowhere = np.zeros(0, np.int32), np.zeros(0, np.uint64)
+        unknown = Generation(
+            self._taken, newest.since_ns, newest.program, nothing, nowhere, nowhere
+        )
+        self._program += 1
+        self._taken += 2
+        newest = replace(newest, number=self._taken - 1, since_ns=begun_ns, program=self._program)
+        self.generations = (*self.generations[:-1], unknown, newest)[-_MOST_GENERATIONS:]
 
     def _take_told(
         self, codes: Sequence[MappedCode], before: NDArray[np.int32], since_ns: int

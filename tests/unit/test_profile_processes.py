@@ -150,10 +150,21 @@ def test_what_is_mapped_after_an_exec_holds_from_the_exec_on() -> None:
         process.stdin.write(b"\nmore\n")
         process.stdin.flush()
         process.stdout.readline()
-        library = MappedCode(1000, process.pid, 0, 4096, 0, 0, 0, "/lib/libit.so")
-        maps.mapped([library, library._replace(time_ns=3000, path="[vdso]")])
+        loaded_ns, executed_ns = maps.read_ns + 1, maps.read_ns + 2
+        library = MappedCode(loaded_ns, process.pid, 0, 4096, 0, 0, 0, "/lib/libit.so")
+        maps.mapped([library, library._replace(time_ns=executed_ns, path="[vdso]")])
         while (left_s := maps.catch_up()) is not None:
             time.sleep(left_s)
         process.stdin.close()
-    assert [one.since_ns for one in maps.generations] == [0, 3000]
+    assert [one.since_ns for one in maps.generations] == [0, executed_ns]
     files.close()
+
+
+def test_what_was_read_after_an_exec_is_not_of_the_program_before(processes: Processes) -> None:
+    met = processes.of(sample(os.getpid()), newest=True).maps
+    address = met.starts[met.generations[-1].ids[:1]]
+    executed_ns = met.read_ns - 1000
+    processes.meet([MappedCode(executed_ns, os.getpid(), 0, 4096, 0, 0, 0, "[vdso]")])
+    before, after = (np.array([executed_ns + of], np.uint64) for of in (-10, 10))
+    assert met.find(address, before) < 0
+    assert met.find(address, after) >= 0
