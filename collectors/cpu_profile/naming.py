@@ -57,8 +57,8 @@ class Code:
             self._met_s = time.monotonic()
 
     def prepare(self) -> None:
-        """Before a batch: reads the symbols of the kernel, which takes longest of all. Safe to call
-        while another thread uses the rest."""
+        """Before names are asked for: reads the symbols of the kernel, which takes longest of all.
+        Safe to call while another thread uses the rest."""
         with self._preparing:
             self._symbolizer.kernel.prepare()
 

@@ -55,12 +55,16 @@ class Shared:
                     self._code.close()
                 self._code = None
 
-    @contextmanager
-    def code(self) -> Iterator[Code]:
-        """For one batch: no other session uses it meanwhile."""
+    def prepare(self) -> None:
+        """Before names are asked for: reads what takes longest, while new processes are looked
+        at."""
         with self._lock:
             code = self._opened()
         code.prepare()
+
+    @contextmanager
+    def code(self) -> Iterator[Code]:
+        """For one batch: no other session uses it meanwhile."""
         with self._lock:
             code = self._opened()
             code.trim()

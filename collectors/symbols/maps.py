@@ -229,6 +229,7 @@ class ProcessMaps:
                 for one in self.generations
             )
             self._noticed = -1
+            self._begin()
             return
         self._program += 1
         self._text = b""
