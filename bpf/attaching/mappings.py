@@ -56,6 +56,11 @@ class MappedCode(NamedTuple):
     inode: int
     path: str
 
+    @property
+    def is_of_exec(self) -> bool:
+        """Whether this is the vDSO, which each execve(2) maps once, after the program itself."""
+        return self.path == "[vdso]"
+
 
 class MappingReader:
     """Reads the mappings of code that processes make from now on; older ones are in

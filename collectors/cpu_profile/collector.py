@@ -123,11 +123,17 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             self._clock.close()
         samples = self._intake.take()
         members = self._targets.read_with(samples.structs["tgid"], samples.structs["born"])
-        with self._intake.emptying(), self._shared.code() as code:
-            memory = memory_of(samples, code.processes)
-            user = unwound(samples, memory, code.unwinder)
-            frames = resolve(samples, user, memory, code)
-            names = code.strings
+        with self._intake.emptying():
+            with self._shared.code() as code:
+                code.look(now=True)  # so that no program was sampled that is not known yet
+                memory = memory_of(samples, code.processes)
+                code.look(now=True)  # what a process has executed before its memory was read
+            self._shared.prepare()
+            with self._shared.code() as code:
+                user = unwound(samples, memory, code.unwinder)
+                code.look()
+                frames = resolve(samples, user, memory, code)
+                names = code.strings
         processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
         if len(members.ended):
             self._targets.forget(members.ended)

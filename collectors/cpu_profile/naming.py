@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +22,7 @@ from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
+_LOOK_EVERY_S: Final = 0.05
 _NO_FILE: Final = "[anonymous]"
 CODES: Final = set["Code"]()
 """Those at work, for the metrics."""
@@ -27,9 +30,13 @@ CODES: Final = set["Code"]()
 
 class Code:
     """The memory of processes, their unwind tables and the names in them. Not safe to use from two
-    threads at once."""
+    threads at once, but for `prepare`. Calls MEET now and then while it names: new processes may be
+    gone before a batch is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, meet: Callable[[], object] = lambda: None) -> None:
+        self._meet = meet
+        self._met_s = 0.0
+        self._preparing = threading.Lock()
         self._symbolizer = Symbolizer()
         self.processes = Processes(self._symbolizer)
         here, cache = machine(), os.environ.get(_CACHE)
@@ -42,6 +49,18 @@ class Code:
     def strings(self) -> Strings:
         """What numbers of strings in frames stand for, until `trim`."""
         return self._symbolizer.strings
+
+    def look(self, *, now: bool = False) -> None:
+        """Looks at the processes that are new, NOW or if that was a while ago."""
+        if now or time.monotonic() > self._met_s + _LOOK_EVERY_S:
+            self._meet()
+            self._met_s = time.monotonic()
+
+    def prepare(self) -> None:
+        """Before names are asked for: reads the symbols of the kernel, which takes longest of all.
+        Safe to call while another thread uses the rest."""
+        with self._preparing:
+            self._symbolizer.kernel.prepare()
 
     def trim(self) -> None:
         """Drops names, if there are too many: between two batches."""
@@ -65,6 +84,7 @@ class Code:
 
     def of_process(self, process: Process, places: Places) -> NDArray[Any]:
         """See `Namer`."""
+        self.look()
         named = self._symbolizer.names(
             process.tgid, places.addresses, places.is_return, places.times_ns, process.born
         )

@@ -46,14 +46,23 @@ class Processes:
     def meet(self, mapped: Sequence[MappedCode]) -> None:
         """Processes have just MAPPED code: looks at those that are new, which may have ended when
         their samples are read, and once more at those that are known."""
-        self._symbolizer.learn(mapped)
         known = {process.tgid for process in self._known.values()}
-        for tgid in {code.tgid for code in mapped} - known:
+        executed = {code.tgid: code.time_ns for code in mapped if code.is_of_exec}
+        for tgid in dict.fromkeys(code.tgid for code in mapped):
+            met = self._met.get(tgid)
+            if tgid in known or (met and not _is_another(met.maps, executed.get(tgid, 0))):
+                continue
+            if met:
+                self._forget(self._met.pop(tgid))
             self._meetings += 1
             self._met[tgid] = self._process(tgid, _NEVER_BORN + self._meetings)
-            self._met.move_to_end(tgid)
             while len(self._met) > _MOST_MET:
                 self._forget(self._met.popitem(last=False)[1])
+        self._symbolizer.learn(mapped)
+
+    def catch_up(self) -> float | None:
+        """See `Symbolizer.catch_up`."""
+        return self._symbolizer.catch_up()
 
     def of(self, sample: Any, *, newest: bool) -> Process:  # noqa: ANN401
         """The process of SAMPLE, which is its first sample as that program; NEWEST unless there are
@@ -103,3 +112,9 @@ class Processes:
     def _forget(self, process: Process) -> None:
         if process not in self._known.values():  # of a child that has its memory
             self._symbolizer.forget(process.tgid, process.born)
+
+
+def _is_another(maps: ProcessMaps, executed_ns: int) -> bool:
+    """Whether a process that has executed a program at EXECUTED_NS is not that of MAPS, or is
+    another program of it."""
+    return bool(maps.generations) and executed_ns > maps.read_ns and maps.is_over

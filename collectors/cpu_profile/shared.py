@@ -32,6 +32,7 @@ class Shared:
         self._lock = threading.Lock()
         self._slots: set[Slot] = set()
         self._code: Code | None = None
+        self._reader: MappingReader | None = None
         self._stop = threading.Event()
         self.why_not = ""
         """Why processes that end soon may have no names; empty if they have."""
@@ -49,9 +50,17 @@ class Shared:
             self._slots.discard(slot)
             if not self._slots:
                 self._stop.set()
+                self._reader = None
                 if self._code:
                     self._code.close()
                 self._code = None
+
+    def prepare(self) -> None:
+        """Before names are asked for: reads what takes longest, while new processes are looked
+        at."""
+        with self._lock:
+            code = self._opened()
+        code.prepare()
 
     @contextmanager
     def code(self) -> Iterator[Code]:
@@ -64,7 +73,7 @@ class Shared:
 
     def _opened(self) -> Code:
         if self._code is None:
-            self._code = Code()
+            self._code = Code(self._meet)
         return self._code
 
     def _start(self) -> None:
@@ -81,38 +90,49 @@ class Shared:
 
     def _run(self, reader: MappingReader, stop: threading.Event) -> None:
         with reader:
-            followed_s = 0.0
+            followed_s, next_s = 0.0, None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 try:
-                    if time.monotonic() > followed_s + _LOOK_EVERY_S:
-                        followed_s = time.monotonic()
-                        reader.follow()
-                    self._look(reader, stop)
+                    follow = time.monotonic() > followed_s + _LOOK_EVERY_S
+                    followed_s = time.monotonic() if follow else followed_s
+                    next_s = self._look(reader, stop, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
                 if not stop.wait(max(_GATHER_S, min(took_s * _REST_FACTOR, _LOOK_EVERY_S))):
-                    _wait(reader.fds)
+                    _wait(reader.fds, _LOOK_EVERY_S if next_s is None else next_s)
 
-    def _look(self, reader: MappingReader, stop: threading.Event) -> None:
+    def _look(self, reader: MappingReader, stop: threading.Event, *, follow: bool) -> float | None:
+        """Returns the number of seconds until there is more to read; None if there is not."""
         with self._lock:
             if stop.is_set():
-                return
-            if mapped := reader.drain(self._watched):
+                return None
+            self._reader = reader
+            if follow:
+                reader.follow()
+            self._meet()
+            return self._code.processes.catch_up() if self._code else None
+
+    def _meet(self) -> None:
+        """Looks at the processes that have mapped code since the last time. The lock is held."""
+        try:
+            if self._reader and (mapped := self._reader.drain(self._watched)):
                 self._opened().processes.meet(mapped)
+        except (BpfError, OSError):
+            _log.debug("looking at new processes failed", exc_info=True)
 
     def _watched(self) -> set[int]:
+        """Process ids, those of processes that have just ended too."""
         found = set[int]()
         for slot in self._slots:
-            keys = slot.keys_of("members")
-            found.update(keys[keys < FIRST_ENDED].tolist())
+            found.update((slot.keys_of("members") % FIRST_ENDED).tolist())
         return found
 
 
-def _wait(fds: list[int]) -> None:
-    """Returns when one of FDS is readable, or after a while."""
+def _wait(fds: list[int], most_s: float) -> None:
+    """Returns when one of FDS is readable, or after MOST_S."""
     polled = select.poll()
     for fd in fds:
         polled.register(fd, select.POLLIN)
-    polled.poll(_LOOK_EVERY_S * 1000)
+    polled.poll(min(most_s, _LOOK_EVERY_S) * 1000)

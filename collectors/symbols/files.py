@@ -145,6 +145,17 @@ class MappedFiles:
         self._keep(key, file, opened.fd)
         return file
 
+    def known(self, seen: Sighting) -> MappedFile:
+        """Likewise, of a process that has ended: only what is open already."""
+        key: Hashable = seen.of_file
+        if seen.path == "[vdso]":
+            vdsos = (one for one, file in self._open.items() if file.kind is FileKind.VDSO)
+            key = next(vdsos, key)
+        if file := self._open.get(key):
+            return file
+        kind = FileKind.FILE if seen.inode else FileKind.ANONYMOUS
+        return MappedFile(kind, seen.path or "[anonymous]", "the process had ended", key)
+
     def needed(self, file: MappedFile) -> None:
         """FILE is in use: others are closed first."""
         if file.elf:

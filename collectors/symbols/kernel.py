@@ -68,6 +68,11 @@ class KernelSymbols:
         arrays = (self._starts, self._ends, self._owners, self._at, self.marks)
         return sum(array.nbytes for array in arrays) + len(self._text)
 
+    def prepare(self) -> None:
+        """Reads them, if that was never tried."""
+        if self._read_at == -np.inf:
+            self._read()
+
     def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The numbers of the functions that contain ADDRESSES (u64[n]); -1 for those in none.
         Numbers hold until the next call."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.attaching.elf import PF_X
+from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.procfs import start_time_of
 from coral.collectors.symbols.elf import ElfFile
 from coral.collectors.symbols.files import (
@@ -36,6 +37,7 @@ _LINE: Final = re.compile(
 )
 _MOST_GENERATIONS: Final = 32
 _MOST_MAPPINGS: Final = 1 << 18
+_MOST_TOLD: Final = 256
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.02
 _PAGE_BYTES: Final = 4096
@@ -106,7 +108,11 @@ class ProcessMaps:
         self._noticed = -1  # the program that was not told, but seen in the maps
         self._rest_until = 0.0
         self._text = b""
+        self.read_ns = 0  # when the maps were read last
+        self._executed_ns: list[int] = []  # when the process executed programs, as was told last
+        self._taken_ns = 0  # when the newest generation was read
         self._told_ns: int | None = None
+        self._told: list[MappedCode] = []  # by a process that had ended
         self._forget_all()
         self.refresh(since_ns=0)
 
@@ -170,12 +176,46 @@ class ProcessMaps:
             found = self.find(addresses, times_ns)
         return found
 
-    def mapped(self, time_ns: int) -> None:
-        """The process mapped code at TIME_NS: the maps are read again, now or with the next
-        `locate`."""
-        self._told_ns = time_ns if self._told_ns is None else min(time_ns, self._told_ns)
-        if time.monotonic() >= self._rest_until:
-            self.refresh(self._told_ns)
+    def mapped(self, codes: Sequence[MappedCode]) -> None:
+        """The process has mapped CODES, by time: the maps are read again, now or with the next
+        `locate` or `catch_up`. If it had ended before they were read at all, what was told counts
+        instead, as far as its files are known from other processes."""
+        time_ns = codes[0].time_ns
+        executed_ns = max((code.time_ns for code in codes if code.is_of_exec), default=None)
+        if executed_ns is not None:  # what was told before is of another program
+            self._told_ns = executed_ns
+            self._executed_ns = [code.time_ns for code in codes if code.is_of_exec]
+            self._begin()
+        elif self._told_ns is None:
+            self._told_ns = time_ns
+        self.catch_up()
+        if not self.has_ended:
+            return
+        if self._told or not self.generations:
+            self._told = [*self._told, *codes][-_MOST_TOLD:]
+            is_clear = sum(code.is_of_exec for code in self._told) == 1
+            self.generations = ()
+            self._take_told(self._told if is_clear else [], np.zeros(0, np.int32), 0)
+            return
+        later = [code for code in codes if code.time_ns > self.read_ns][-_MOST_TOLD:]
+        if not any(code.is_of_exec for code in later):
+            self._take_told(later, self.generations[-1].ids, time_ns)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended, even if another has its number now."""
+        return self.has_ended or start_time_of(self.tgid) != self._started
+
+    def catch_up(self) -> float | None:
+        """Reads the maps again if more was told than is known, and it is time. Returns the number
+        of seconds until it is time; None if nothing is left to read."""
+        if self._told_ns is None:
+            return None
+        left_s = self._rest_until - time.monotonic()
+        if left_s > 0:
+            return left_s
+        self.refresh(self._told_ns)
+        return None
 
     def executed(self, time_ns: int) -> None:
         """The process executed another program at TIME_NS: what it has mapped from then on is
@@ -189,6 +229,7 @@ class ProcessMaps:
                 for one in self.generations
             )
             self._noticed = -1
+            self._begin()
             return
         self._program += 1
         self._text = b""
@@ -197,18 +238,21 @@ class ProcessMaps:
     def refresh(self, since_ns: int | None = None) -> bool:
         """Reads what is mapped now, which holds from SINCE_NS on, by default from now on. Returns
         whether anything has changed."""
-        begun = time.monotonic()
+        begun = time.thread_time()  # without its waits, which are long on a busy machine
         if self.has_ended or start_time_of(self.tgid) != self._started or self._started is None:
             self.has_ended = True
+            self._told_ns = None
             return False
         self._told_ns = None
+        read_ns = time.monotonic_ns()
         text = read_whole(self.tgid, "maps")
+        self.read_ns = read_ns if text else self.read_ns
         changed = bool(text) and text != self._text
         if changed:
             self._text = text
             changed = self._take(text, time.monotonic_ns() if since_ns is None else since_ns)
-        took = time.monotonic() - begun
-        self._rest_until = begun + max(took * _REST_FACTOR, _SHORTEST_REST_S)
+        took = time.thread_time() - begun
+        self._rest_until = time.monotonic() + max(took * _REST_FACTOR, _SHORTEST_REST_S)
         return changed
 
     def _take(self, text: bytes, since_ns: int) -> bool:
@@ -243,8 +287,51 @@ class ProcessMaps:
             self.ends[numbers],
         )
         self._taken += 1
+        self._taken_ns = self.read_ns
         self.generations = (*self.generations, generation)[-_MOST_GENERATIONS:]
+        self._begin()
         return True
+
+    def _begin(self) -> None:
+        """If the newest generation was read after the process had executed a program, it is of that
+        program, and what was mapped before is not known."""
+        if not self.generations:
+            return
+        newest = self.generations[-1]
+        begun_ns = max((it for it in self._executed_ns if it < self._taken_ns), default=0)
+        if newest.since_ns >= begun_ns:
+            return
+        nothing, nowhere = np.zeros(0, np.int32), np.zeros(0, np.uint64)
+        unknown = Generation(
+            self._taken, newest.since_ns, newest.program, nothing, nowhere, nowhere
+        )
+        self._program += 1
+        self._taken += 2
+        newest = replace(newest, number=self._taken - 1, since_ns=begun_ns, program=self._program)
+        self.generations = (*self.generations[:-1], unknown, newest)[-_MOST_GENERATIONS:]
+
+    def _take_told(
+        self, codes: Sequence[MappedCode], before: NDArray[np.int32], since_ns: int
+    ) -> None:
+        """From SINCE_NS on, there were CODES beside the mappings BEFORE, which they replace where
+        they overlap."""
+        kept = {(int(self.starts[id_]), int(self.ends[id_])): int(id_) for id_ in before}
+        for code in codes:
+            start, end = code.start, code.start + code.length
+            device = f"{os.major(code.device):02x}:{os.minor(code.device):02x}"
+            seen = Sighting(self.tgid, start, end, device, code.inode, code.path)
+            kept = {one: id_ for one, id_ in kept.items() if one[1] <= start or one[0] >= end}
+            file = self._registry.known(seen)
+            kept[start, end] = self._id(seen, code.file_offset, file, moved=False)
+        if not codes:
+            return
+        self._index()
+        ids = np.array([id_ for _, id_ in sorted(kept.items())], np.int32)
+        generation = Generation(
+            self._taken, since_ns, self._program, ids, self.starts[ids], self.ends[ids]
+        )
+        self._taken += 1
+        self.generations = (*self.generations, generation)[-_MOST_GENERATIONS:]
 
     def _id_of(self, line: _Line, neighbours: _Neighbours, mounts: Mounts) -> int:
         seen, offset, moved = line.seen, line.offset, False
@@ -255,6 +342,9 @@ class ProcessMaps:
                 moved = True
             else:
                 file = self._without_elf.setdefault((file.kind, file.name, file.key), file)
+        return self._id(seen, offset, file, moved=moved)
+
+    def _id(self, seen: Sighting, offset: int, file: MappedFile, *, moved: bool) -> int:
         number = self._file_numbers.get(id(file))
         if number is None:
             number = self._file_numbers[id(file)] = len(self.files)

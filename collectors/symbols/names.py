@@ -117,6 +117,7 @@ class Symbolizer:
         self.kernel = KernelSymbols()
         self.demangler = Demangler()
         self._processes: OrderedDict[tuple[int, int], _Process] = OrderedDict()
+        self._behind: set[tuple[int, int]] = set()  # those of which more was told than was read
         self._of_files: WeakKeyDictionary[MappedFile, tuple[int, int]] = WeakKeyDictionary()
         self._of_kernel: dict[str, tuple[int, int]] = {}
         self._reasons: dict[str, None] = {}
@@ -164,12 +165,25 @@ class Symbolizer:
 
     def learn(self, mapped: Iterable[MappedCode]) -> None:
         """Known processes have MAPPED code: their maps are read again, soon."""
-        times: dict[int, int] = {}
+        codes: dict[int, list[MappedCode]] = {}
         for code in mapped:
-            times[code.tgid] = min(code.time_ns, times.get(code.tgid, code.time_ns))
-        for (tgid, _), process in self._processes.items():
-            if tgid in times:
-                process.maps.mapped(times[tgid])
+            codes.setdefault(code.tgid, []).append(code)
+        for (tgid, born), process in self._processes.items():
+            if tgid in codes:
+                process.maps.mapped(codes[tgid])
+                self._behind.add((tgid, born))
+
+    def catch_up(self) -> float | None:
+        """Reads the maps that were told of, but not read yet, as far as it is time. Returns the
+        number of seconds until it is time for the next; None if nothing is left to read."""
+        left = dict[tuple[int, int], float]()
+        for key in self._behind:
+            process = self._processes.get(key)
+            left_s = process.maps.catch_up() if process else None
+            if left_s is not None:
+                left[key] = left_s
+        self._behind = set(left)
+        return min(left.values(), default=None)
 
     def executed(self, tgid: int, time_ns: int, born: int = 0) -> None:
         """A process has executed another program at TIME_NS (CLOCK_MONOTONIC): names of before are

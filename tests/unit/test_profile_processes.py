@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,8 @@ import pytest
 
 from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.symbols.files import MappedFiles
+from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.names import Symbolizer
 
 SAMPLE = np.dtype(
@@ -77,3 +82,89 @@ def test_a_process_that_was_met_has_its_memory_after_its_end(processes: Processe
     met = processes.of(sample(process.pid), newest=True)
     assert met.maps.tgid == process.pid
     assert met.maps.generations
+
+
+def test_memory_that_was_told_too_soon_is_read_when_it_is_time(processes: Processes) -> None:
+    """Nobody asks for it until the next batch, when the process may have ended."""
+    mapped = MappedCode(1, os.getpid(), 0, 4096, 0, 0, 0, "")
+    processes.meet([mapped])
+    met = processes.of(sample(os.getpid()), newest=True)
+    with mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC) as code:
+        address = np.frombuffer(code, np.uint8).ctypes.data
+        processes.meet([mapped])
+        while (left_s := processes.catch_up()) is not None:
+            assert 0 < left_s < 5
+            time.sleep(left_s)
+        found = met.maps.find(np.array([address], np.uint64))
+        assert found[0] >= 0
+    assert processes.catch_up() is None
+
+
+def told(pid: int, of: int) -> list[MappedCode]:
+    """What the kernel would tell if PID had executed the program of process OF."""
+    code = []
+    for line in Path(f"/proc/{of}/maps").read_text().splitlines():
+        where, rights, offset, device, inode, *path = line.split()
+        start, end = (int(one, 16) for one in where.split("-"))
+        major, minor = (int(one, 16) for one in device.split(":"))
+        if "x" in rights and (inode != "0" or path == ["[vdso]"]):
+            file = (int(offset, 16), os.makedev(major, minor), int(inode), "".join(path))
+            code.append(MappedCode(1, pid, start, end - start, *file))
+    return code
+
+
+def test_a_process_that_ended_at_once_has_what_was_told_of_it(
+    processes: Processes, ended: int
+) -> None:
+    """The files are known from another process that has executed the same program."""
+    other = processes.of(sample(os.getpid()), newest=True).maps
+    code = told(ended, of=os.getpid())
+    processes.meet(code[:1])
+    processes.meet(code[1:])
+    maps = processes.of(sample(ended, execs=9), newest=True).maps
+    addresses = np.array([one.start for one in code], np.uint64)
+    ids, theirs = maps.find(addresses), other.find(addresses)
+    assert min(ids) >= 0
+    files = [maps.files[maps.file_indexes[number]] for number in ids]
+    assert files == [other.files[other.file_indexes[number]] for number in theirs]
+
+
+def test_two_programs_that_were_told_are_not_taken_for_one(
+    processes: Processes, ended: int
+) -> None:
+    processes.of(sample(os.getpid()), newest=True)
+    code = told(ended, of=os.getpid())
+    processes.meet([*code, *code])
+    assert not processes.of(sample(ended, execs=9), newest=True).maps.generations
+
+
+def test_what_is_mapped_after_an_exec_holds_from_the_exec_on() -> None:
+    """A library that was loaded just before it was loaded by the program of before."""
+    files = MappedFiles()
+    command = ["sh", "-c", "echo; read line; exec cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdout.readline()
+        maps = ProcessMaps(process.pid, files)
+        process.stdin.write(b"\nmore\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        loaded_ns, executed_ns = maps.read_ns + 1, maps.read_ns + 2
+        library = MappedCode(loaded_ns, process.pid, 0, 4096, 0, 0, 0, "/lib/libit.so")
+        maps.mapped([library, library._replace(time_ns=executed_ns, path="[vdso]")])
+        while (left_s := maps.catch_up()) is not None:
+            time.sleep(left_s)
+        process.stdin.close()
+    assert [one.since_ns for one in maps.generations] == [0, executed_ns]
+    files.close()
+
+
+def test_what_was_read_after_an_exec_is_not_of_the_program_before(processes: Processes) -> None:
+    met = processes.of(sample(os.getpid()), newest=True).maps
+    address = met.starts[met.generations[-1].ids[:1]]
+    executed_ns = met.read_ns - 1000
+    processes.meet([MappedCode(executed_ns, os.getpid(), 0, 4096, 0, 0, 0, "[vdso]")])
+    before, after = (np.array([executed_ns + of], np.uint64) for of in (-10, 10))
+    assert met.find(address, before) < 0
+    assert met.find(address, after) >= 0
