@@ -636,12 +636,13 @@ def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
     assert data_of("yaml", *command) == told
     assert told["supported"] is True
     assert told["kernel_version"] == os.uname().release
-    names = ("SYSCALL_STATS", "TCP_METRICS", "HTTP_LATENCY")
+    names = ("SYSCALL_STATS", "TCP_METRICS", "HTTP_LATENCY", "CPU_PROFILE")
     kinds = [f"EBPF_COLLECTOR_KIND_{name}" for name in names]
     assert told["available_collectors"] == kinds
     assert [collector["kind"] for collector in told["collectors"]] == kinds
     for collector in told["collectors"]:
-        assert (collector["supported"], collector["hook"]) == (True, "tp_btf")
+        hook = "perf_event" if collector["kind"].endswith("CPU_PROFILE") else "tp_btf"
+        assert (collector["supported"], collector["hook"]) == (True, hook)
         assert {"pid", "comm", "cgroup", "scope", "interval"} < {
             o["name"] for o in collector["options"]
         }
