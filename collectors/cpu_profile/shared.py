@@ -21,7 +21,10 @@ _log: Final = logging.getLogger(__name__)
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and new CPUs
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
-_REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
+# After a look, rest this many times as long: 5 % of a CPU at most while watched processes map code,
+# 0.7 % while only others do, whose reports the kernel cannot leave out.
+_REST_FACTOR: Final = 20
+_REST_FACTOR_OTHERS: Final = 150
 
 
 class Shared:
@@ -84,23 +87,27 @@ class Shared:
             followed_s = 0.0
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
+                found = True
                 try:
                     if time.monotonic() > followed_s + _LOOK_EVERY_S:
                         followed_s = time.monotonic()
                         reader.follow()
-                    self._look(reader, stop)
+                    found = self._look(reader, stop)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
-                if not stop.wait(max(_GATHER_S, min(took_s * _REST_FACTOR, _LOOK_EVERY_S))):
+                rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
+                if not stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
                     _wait(reader.fds)
 
-    def _look(self, reader: MappingReader, stop: threading.Event) -> None:
+    def _look(self, reader: MappingReader, stop: threading.Event) -> bool:
+        """Whether watched processes have mapped code."""
         with self._lock:
             if stop.is_set():
-                return
+                return False
             if mapped := reader.drain(self._watched):
                 self._opened().processes.meet(mapped)
+            return bool(mapped)
 
     def _watched(self) -> set[int]:
         found = set[int]()
