@@ -46,17 +46,16 @@ _KIND: Final = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
 
 class Work(NamedTuple):
     """What the program did since it was asked before, as benchmarks/busy.c tells it: CPU time of
-    all units, and count, CPU time and median of the undisturbed."""
+    all units; of the undisturbed, and what of that exceeds the time that they take."""
 
     total_ns: int
-    units: int
-    units_ns: int
-    median_ns: int
+    good_ns: int
+    excess_ns: int
 
     @property
     def excess(self) -> float:
         """The part of its CPU time that is not its own work."""
-        return 1 - self.units * self.median_ns / self.units_ns
+        return self.excess_ns / self.good_ns
 
 
 @dataclass(frozen=True)
