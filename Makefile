@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 CONTRACT_BASE := 770f74a
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
-TEST_PACKAGES := chromium gcc libc6-dev libssl-dev strace bpftool procps iproute2 nftables apache2-bin curl gdb nodejs openssl wrk
+TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
+	apache2-bin curl gdb linux-perf nodejs openssl wrk
 TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)

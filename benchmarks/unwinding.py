@@ -30,13 +30,13 @@ _ROUNDS: Final = 15
 _BATCHES: Final = (99, 198, 990)
 _STACK_BYTES: Final = 16 << 10
 _MOST_COMPILE_S: Final = 0.3  # of Node's table
-_PYTHON: Final = """
+PYTHON: Final = """
 import json
 def deep(n): return deep(n - 1) if n else json.loads(json.dumps(list(range(50))))
 print("ready", flush=True)
 while True: sorted(range(20), key=lambda n: len(deep(n % 9)))
 """
-_NODE: Final = """
+NODE: Final = """
 const zlib = require('zlib');
 function work() {
   const text = JSON.stringify(Array.from({length: 500}, (_, i) => ({a: 'x' + i})));
@@ -60,10 +60,10 @@ async def measure(bench: Bench) -> Report:
         raise BenchError("no gdb, which stops programs for the section `unwinding`")
     programs: dict[str, Sequence[str | Path]] = {
         "C without frame pointers": [bench.program("unwound"), "2"],
-        "CPython": ["/usr/bin/python3", "-P", "-c", _PYTHON],
+        "CPython": ["/usr/bin/python3", "-P", "-c", PYTHON],
     }
     if node := which("node"):
-        programs["Node"] = [node, "-e", _NODE]
+        programs["Node"] = [node, "-e", NODE]
     measured = {}
     for name, command in programs.items():
         measured[name] = _measure(command)

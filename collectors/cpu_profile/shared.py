@@ -21,7 +21,10 @@ _log: Final = logging.getLogger(__name__)
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and new CPUs
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
-_REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
+# After a look, rest this many times as long: 5 % of a CPU at most while watched processes map code,
+# 0.7 % while only others do, whose reports the kernel cannot leave out.
+_REST_FACTOR: Final = 20
+_REST_FACTOR_OTHERS: Final = 150
 
 
 class Shared:
@@ -93,34 +96,43 @@ class Shared:
             followed_s, next_s = 0.0, None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
+                found = True
                 try:
                     follow = time.monotonic() > followed_s + _LOOK_EVERY_S
                     followed_s = time.monotonic() if follow else followed_s
-                    next_s = self._look(reader, stop, follow=follow)
+                    found, next_s = self._look(reader, stop, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
-                if not stop.wait(max(_GATHER_S, min(took_s * _REST_FACTOR, _LOOK_EVERY_S))):
+                rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
+                if not stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
                     _wait(reader.fds, _LOOK_EVERY_S if next_s is None else next_s)
 
-    def _look(self, reader: MappingReader, stop: threading.Event, *, follow: bool) -> float | None:
-        """Returns the number of seconds until there is more to read; None if there is not."""
+    def _look(
+        self, reader: MappingReader, stop: threading.Event, *, follow: bool
+    ) -> tuple[bool, float | None]:
+        """Whether watched processes have mapped code, and the number of seconds until there is more
+        to read; None if there is not."""
         with self._lock:
             if stop.is_set():
-                return None
+                return False, None
             self._reader = reader
             if follow:
                 reader.follow()
-            self._meet()
-            return self._code.processes.catch_up() if self._code else None
+            found = self._meet()
+            return found, self._code.processes.catch_up() if self._code else None
 
-    def _meet(self) -> None:
-        """Looks at the processes that have mapped code since the last time. The lock is held."""
+    def _meet(self) -> bool:
+        """Looks at the processes that have mapped code since the last time, if any have. The lock
+        is held."""
         try:
-            if self._reader and (mapped := self._reader.drain(self._watched)):
+            mapped = self._reader.drain(self._watched) if self._reader else []
+            if mapped:
                 self._opened().processes.meet(mapped)
+            return bool(mapped)
         except (BpfError, OSError):
             _log.debug("looking at new processes failed", exc_info=True)
+            return False
 
     def _watched(self) -> set[int]:
         """Process ids, those of processes that have just ended too."""

@@ -24,7 +24,8 @@ _GLOBAL: Final = b"T"
 _LARGEST_BYTES: Final = 64 << 20
 _CHUNK_BYTES: Final = 1 << 20
 _LONGEST_LAST_BYTES: Final = 4096  # of the last function of a module or of all
-_LOOK_EVERY_S: Final = 10.0
+_LOOK_EVERY_S: Final = 10.0  # at most
+_REST_FACTOR: Final = 200  # after a read, rest this many times as long: 0.5 % of a CPU at most
 # Labels at the ends of sections, which contain nothing themselves.
 _MARKS: Final = (b"_etext", b"_einittext", b"__init_end")
 _FIRST: Final = (b"_text", b"_stext")
@@ -40,7 +41,8 @@ class KernelFunction(NamedTuple):
 
 class KernelSymbols:
     """The kernel's functions by address. They are read when first asked for, and again when an
-    address has none, at most every 10 s: modules and eBPF programs come and go. 0.1 s for 120,000.
+    address has none, seldom, because some never have one: modules and eBPF programs come and go.
+    0.1 s for 120,000.
 
     `why_not` says what is missing if addresses are hidden from this process, and is empty
     otherwise; nothing has a name then. Not safe to use from two threads at once.
@@ -49,7 +51,7 @@ class KernelSymbols:
     def __init__(self, path: Path = PROC / "kallsyms") -> None:
         self.why_not = ""
         self._path = path
-        self._read_at = -np.inf
+        self._read_again_at = -np.inf
         self._starts = self._ends = np.zeros(0, np.uint64)
         self._at = np.zeros(1, np.uint32)
         self._owners = np.zeros(0, np.int32)
@@ -70,17 +72,23 @@ class KernelSymbols:
 
     def prepare(self) -> None:
         """Reads them, if that was never tried."""
-        if self._read_at == -np.inf:
-            self._read()
+        if self._read_again_at == -np.inf:
+            self._read_and_rest()
 
     def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The numbers of the functions that contain ADDRESSES (u64[n]); -1 for those in none.
         Numbers hold until the next call."""
         found = intervals.find(self._starts, self._ends, addresses)
-        if (found < 0).any() and time.monotonic() >= self._read_at + _LOOK_EVERY_S:
-            self._read()
+        if (found < 0).any() and time.monotonic() >= self._read_again_at:
+            self._read_and_rest()
             found = intervals.find(self._starts, self._ends, addresses)
         return found
+
+    def _read_and_rest(self) -> None:
+        began_s = time.thread_time()
+        self._read()
+        rest_s = max(_LOOK_EVERY_S, _REST_FACTOR * (time.thread_time() - began_s))
+        self._read_again_at = time.monotonic() + rest_s
 
     def function(self, number: int) -> KernelFunction:
         """The function with a NUMBER that `find` has given."""
@@ -110,7 +118,6 @@ class KernelSymbols:
             return b""
 
     def _read(self) -> None:
-        self._read_at = time.monotonic()
         try:
             data = _read_bounded(self._path)
         except OSError as error:
