@@ -103,12 +103,14 @@ def styled(text: str, colour: str, *, bold: bool = False) -> str:
 
 def shorten(text: str, width: int, keep_end: int = 0) -> str:
     """TEXT in at most WIDTH cells of a terminal, with an ellipsis for the part that was cut out;
-    the last KEEP_END characters stay."""
+    of the last KEEP_END characters those stay that fit."""
     if cell_len(text) <= width:
         return text
     if width < 1:
         return ""
     end = text[len(text) - min(keep_end, width - 1, len(text)) :]
+    while cell_len(end) > width - 1:  # some characters take two
+        end = end[1:]
     room = width - 1 - cell_len(end)
     return f"{set_cell_size(text, room).rstrip() if room > 0 else ''}…{end}"
 

@@ -20,7 +20,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.profiling import Profile, profiled
 from tests.support import ROOT, built
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.long]
 
 HZ: Final = 499
 MILLISECONDS: Final = 2500
