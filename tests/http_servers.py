@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 
 import psutil
 
-from tests.support import ROOT, wait_until
+from tests.support import ROOT, built, wait_until
 
 _NGINX = ROOT / "build/nginx/nginx"
 _PROGRAMS = ROOT / "tests/programs/http"
@@ -62,7 +62,11 @@ class Logged(NamedTuple):
 # What is not installed, of what these servers and clients need: guests of another architecture than
 # this machine's do without.
 MISSING = [
-    *(str(name) for name in (_NGINX, "apache2", "node", "curl", "wrk") if not shutil.which(name)),
+    *(
+        str(name)
+        for name in (_NGINX, "apache2", "node", "go", "curl", "wrk")
+        if not shutil.which(name)
+    ),
     *(name for name in ("uvicorn",) if not find_spec(name)),
 ]
 
@@ -287,6 +291,20 @@ class Node(Server):
         return f"waits {path}\n" in self.output.read_text()
 
 
+class Go(Server):
+    """Go's own server."""
+
+    takes = "POST"
+
+    @property
+    def command(self) -> Sequence[object]:
+        source = _PROGRAMS / "app.go"
+        return (
+            built("app.go", [source], lambda out: ["go", "build", "-o", out, source]),
+            self.port,
+        )
+
+
 def certificate(directory: Path) -> Path:
     """A new certificate of localhost with its key, in one file of DIRECTORY."""
     both = directory / "both.pem"
@@ -303,6 +321,7 @@ SERVERS: Mapping[str, Callable[[Path, Path], Server]] = {
     "http.server": PythonServer,
     "uvicorn": Uvicorn,
     "node": Node,
+    "go": Go,
 }
 
 
