@@ -39,6 +39,8 @@ def seen(collector: SyscallStatsCollector, calls: Calls, *, meanwhile: bool = Tr
             batches.append(collector.drain())
         calls.finish()
         batches.append(collector.drain())
+        while collector.records and collector.records.pending_bytes:  # a drain is bounded
+            batches.append(collector.drain())
     return batches
 
 
