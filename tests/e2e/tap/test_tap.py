@@ -641,8 +641,7 @@ def test_capabilities_say_what_can_run_here(agent: RunningAgent) -> None:
     assert told["available_collectors"] == kinds
     assert [collector["kind"] for collector in told["collectors"]] == kinds
     for collector in told["collectors"]:
-        hook = "perf_event" if collector["kind"].endswith("CPU_PROFILE") else "tp_btf"
-        assert (collector["supported"], collector["hook"]) == (True, hook)
+        assert (collector["supported"], collector["hook"]) == (True, "tp_btf")
         assert {"pid", "comm", "cgroup", "scope", "interval"} < {
             o["name"] for o in collector["options"]
         }
