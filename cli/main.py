@@ -9,6 +9,8 @@ import signal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import io
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Final
@@ -41,6 +43,17 @@ class _Commands(click.Group):
 @click.version_option(package_name="coral-ebpf-agent", prog_name="coral")
 def main() -> None:
     """See what programs do, through eBPF, without touching them."""
+    _buffer_stdout()
+
+
+def _buffer_stdout() -> None:
+    """Lines are written at once, but through a buffer: with PYTHONUNBUFFERED there is none, and
+    Python loses the rest of what a signal has write(2) write in part. A Ctrl-C could cut a line of
+    JSON that waits for a slow reader."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.FileIO):
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        buffer = io.BufferedWriter(sys.stdout.detach())
+        sys.stdout = io.TextIOWrapper(buffer, encoding, errors, line_buffering=True)
 
 
 if __name__ == "__main__":

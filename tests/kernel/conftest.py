@@ -75,6 +75,7 @@ def called(programs: Path) -> Iterator[Called]:
 @pytest.fixture
 def no_descriptors_left() -> Iterator[None]:
     """Fails if the test leaves a descriptor open in this process."""
+    gc.collect()  # what other tests left to be closed
     before = _descriptors()
     yield
     assert _descriptors() == before
