@@ -147,10 +147,10 @@ class KernelCollector(Collector, Generic[OptionsT]):
         """The hub of this kind, by `self._rung`."""
 
     @property
-    @abstractmethod
     def _own_maps(self) -> Mapping[str, int]:
         """The maps that the session has of its own, with their sizes, beside those of its targets
         and its records."""
+        return {}
 
     @abstractmethod
     def _open_maps(self) -> None:

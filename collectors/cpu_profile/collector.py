@@ -65,10 +65,6 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         )
 
     @property
-    def _own_maps(self) -> Mapping[str, int]:
-        return {}
-
-    @property
     def _has_records(self) -> bool:
         return True
 

@@ -162,10 +162,6 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
         )
 
     @property
-    def _own_maps(self) -> Mapping[str, int]:
-        return {}
-
-    @property
     def _has_records(self) -> bool:
         return True
 

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -24,9 +23,7 @@ from tests.support import (
     ROOT,
     Puppet,
     RunningAgent,
-    collectors_at_work,
     coral,
-    running_agent,
     wait_until,
 )
 from tests.terminal import Terminal
@@ -38,19 +35,6 @@ BUSY_S: Final = 1.0
 PERIOD_NS: Final = 10_101_010
 COMPUTE: Final = "end = time.process_time() + {}\nwhile time.process_time() < end: sum(range(1000))"
 _AMOUNT: Final = re.compile(r"([0-9,]+) samples?, ([0-9.]+)(ms|s) of CPU time")
-
-
-@pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
-    limits = {"limits": {"cpu_percent": 1000}}  # however slow the machine: that is not asked here
-    with running_agent(tmp_path_factory.mktemp("tap") / "agent", limits) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def no_collector_left(agent: RunningAgent) -> Iterator[None]:
-    yield
-    assert collectors_at_work(agent) == {}
 
 
 def compute(puppet: Puppet, seconds: float = BUSY_S) -> None:
