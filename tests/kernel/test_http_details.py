@@ -14,7 +14,7 @@ from tests.http_seen import CLIENT, SERVER, Request, Seen, seeing
 from tests.network import puppets
 from tests.support import Puppet, at_work, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left")
 
 TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT: Final = "00f067aa0ba902b7"

@@ -13,7 +13,7 @@ from tests.http_seen import CLIENT, SERVER, Seen, seeing
 from tests.network import number, puppets
 from tests.support import wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left")
 
 # `pass_on(opcode, socket, buffer)` has the kernel send or receive by a ring of its own.
 CODE: Final = """

@@ -27,7 +27,7 @@ from tests.support import (
     watching,
 )
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left")
 
 KIND = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
 BY_CLIENT, BY_SERVER = pb.HTTP_OUTCOME_ABORTED_BY_CLIENT, pb.HTTP_OUTCOME_ABORTED_BY_SERVER
@@ -292,11 +292,7 @@ def test_filters_of_events_apply(pair: Pair) -> None:
 
 
 def create(**config: str) -> HttpLatencyCollector:
-    features = bpf.probe()
-    support = HttpLatencyCollector.support(features)
-    if not support.supported:
-        pytest.skip(support.reason)
-    return HttpLatencyCollector.create(config, None, features)
+    return HttpLatencyCollector.create(config, None, bpf.probe())
 
 
 class Summed:

@@ -22,7 +22,10 @@ from tests.http_servers import certificate
 from tests.openssl import openssl_1_1_program, openssl_program, static_openssl_program
 from tests.support import ROOT, Puppet, wait_until
 
-pytestmark = [pytest.mark.usefixtures("nothing_left", "no_descriptors_left"), pytest.mark.long]
+pytestmark = [
+    pytest.mark.usefixtures("http_supported", "nothing_left", "no_descriptors_left"),
+    pytest.mark.long,
+]
 
 MOST_OBJECTS = 65536
 HOOKS = 15  # in a file: where functions begin, and where most of them return

@@ -12,7 +12,7 @@ from tests.http_seen import CLIENT, COMPLETE, SERVER, seeing
 from tests.openssl import openssl_program
 from tests.support import wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
+pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left", "no_descriptors_left")
 
 LATE = "coral_ssl_enter"  # one of the programs at functions of OpenSSL
 

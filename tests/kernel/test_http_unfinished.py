@@ -16,7 +16,7 @@ from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen
 from tests.network import puppets
 from tests.support import Puppet, RunningAgent, at_work, watching
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left")
 
 IN_PROGRESS = pb.HTTP_OUTCOME_IN_PROGRESS
 CODE = """
