@@ -129,7 +129,8 @@ def test_signal_handlers_lie_on_what_they_interrupted(programs: Path) -> None:
     assert sum(row.count for row in handling) > 20
     for row in handling:
         assert row.end == pb.CPU_STACK_END_BOTTOM
-        assert "main" in row.stack[: list(row.stack).index("handle_signal_work")]
+        interrupted = row.stack[: list(row.stack).index("handle_signal_work")]
+        assert "main" in interrupted or "exit" in interrupted  # the timer goes on after main
 
 
 def test_a_stack_deeper_than_the_copy_says_so(programs: Path) -> None:
