@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shutil import which
@@ -16,7 +13,6 @@ from shutil import which
 import numpy as np
 import pytest
 
-from coral.collectors.symbols.elf import ElfFile
 from coral.collectors.unwinding.eh_frame import compile_section
 from coral.collectors.unwinding.rules import (
     CFA,
@@ -30,6 +26,7 @@ from coral.collectors.unwinding.rules import (
     saved,
 )
 from coral.collectors.unwinding.tables import Tables, compiled, packed, unpacked
+from tests.elves import opened
 from tests.support import ROOT, built
 from tests.unwind_tables import differences, section_of
 
@@ -65,15 +62,6 @@ def equal(one: Rows, other: Rows) -> bool:
         and np.array_equal(one.rule, other.rule)
         and np.array_equal(one.rules, other.rules)
     )
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[ElfFile]:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield ElfFile(fd)
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
