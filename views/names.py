@@ -18,7 +18,7 @@ from coral.wire.text import safe
 _THREADS: Final = 8
 _MOST_NAMES: Final = 20_000
 _MOST_WAITING: Final = 1000
-_SETTLE_S: Final = 0.5
+_SETTLE_S: Final = 2.0
 
 
 def look_up(address: str) -> str:

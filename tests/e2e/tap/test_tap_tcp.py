@@ -196,6 +196,7 @@ def test_addresses_are_shown_by_their_names(
     client, server = pair
     with tapped(agent, client, server, arguments=("--resolve",)) as tap:
         port = connected(client, server, "127.0.0.1")
+        tap.until(f":{port}")  # a first table, which asks for the names
         out = tap.finish()
     peers = sheet(out, "PEER", "OPENED")
     assert f"→ localhost:{port}" in peers
