@@ -20,7 +20,7 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
-.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs bench clean
+.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -78,6 +78,10 @@ format: $(VENV)/.dev ## format Python and C
 
 docs: $(VENV)/.dev ## generate pages from the code
 	$(BIN)/python -P docs/generate.py
+
+dashboards: $(VENV)/.dev ## write Grafana dashboards to build/monitoring
+	$(BIN)/python -P deploy/monitoring/dashboards.py build/monitoring
+	@ls build/monitoring/*.json
 
 bench: $(VENV)/.dev build/nginx/nginx ## measure beside bpftrace, bcc, libbpf-tools and strace
 	@deploy/packages $(BENCH_PACKAGES)

@@ -135,6 +135,7 @@ class _AgentMetrics:
                 _label_values(pb.Loss.Stage, "STAGE_"),
             ),
             self._cpu(),
+            *self._limits(),
             *self._program_stats(),
             *self._continuous(),
             *self._refusals(),
@@ -158,6 +159,27 @@ class _AgentMetrics:
             for cause, seconds in asdict(used.get(kind, CpuUse())).items():
                 family.add_metric((kind_name(kind), cause), seconds)
         return family
+
+    def _limits(self) -> Iterable[Metric]:
+        """Alerts compare use with these."""
+        limits = self._supervisor.config.limits
+        return (
+            GaugeMetricFamily(
+                f"{_PREFIX}cpu_limit_ratio",
+                "CPUs that all collectors together may use, limits.cpu_percent.",
+                limits.cpu_percent / 100,
+            ),
+            GaugeMetricFamily(
+                f"{_PREFIX}memory_bytes",
+                "Maps in the kernel and buffers in the agent, which limits.memory is about.",
+                self._supervisor.memory_bytes(),
+            ),
+            GaugeMetricFamily(
+                f"{_PREFIX}memory_limit_bytes",
+                "What maps and buffers together may take, limits.memory.",
+                limits.memory,
+            ),
+        )
 
     def _continuous(self) -> tuple[Metric, Metric, Metric]:
         """Rules of one kind and service have one series, which is down if one of them is."""
