@@ -260,6 +260,38 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = False
 
 
+class Otlp(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where metrics and spans are sent."""
+
+    endpoint: Annotated[
+        str,
+        Meta(
+            description="send metrics and spans by OTLP over gRPC to this receiver, "
+            "`http://HOST:PORT` or, over TLS, `https://HOST:PORT`; empty: none. See "
+            "[otlp](otlp.md)"
+        ),
+    ] = ""
+    metrics: Annotated[bool, Meta(description="send what /metrics has")] = True
+    spans: Annotated[
+        bool,
+        Meta(
+            description="send requests as spans, where a session of `http_latency` with "
+            "`mode=events` and `traceparent=true` saw the trace that they belong to"
+        ),
+    ] = True
+    interval: Annotated[Duration, Meta(description="how often to send metrics")] = Duration(30)
+    ca_file: Annotated[
+        str, Meta(description="the CAs of the receiver, in PEM; empty: those of this machine")
+    ] = ""
+    headers_file: Annotated[
+        str, Meta(description="a file with headers for the receiver, a `NAME: VALUE` a line")
+    ] = ""
+    resource: Annotated[
+        dict[str, str],
+        Meta(description="more attributes of the resource, such as `deployment.environment.name`"),
+    ] = field(default_factory=dict)
+
+
 class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to find a service's processes."""
 
@@ -322,6 +354,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)
+    otlp: Otlp = field(default_factory=Otlp)
     continuous: Annotated[
         tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
@@ -489,6 +522,12 @@ def _check_addresses(config: Config) -> None:
             raise ConfigError(
                 f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
             )
+    scheme, _, receiver = config.otlp.endpoint.partition("://")
+    if config.otlp.endpoint and not (scheme in ("http", "https") and host_and_port(receiver)):
+        raise ConfigError(
+            f"otlp.endpoint: {shown(config.otlp.endpoint)} is not accepted; give http://HOST:PORT, "
+            "https://HOST:PORT, or nothing"
+        )
     if config.metrics and not host_and_port(config.metrics):
         raise ConfigError(
             f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"

@@ -24,6 +24,7 @@ from coral.agent.serving import monitoring
 from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
+from coral.agent.serving.prometheus import Registry
 from coral.agent.serving.server import Server
 from coral.agent.sessions.supervisor import Supervisor
 from coral.bpf.loading import bcc
@@ -124,6 +125,7 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         metrics_address = stack.enter_context(
             monitoring.serve(config.metrics, supervisor, readiness, counts)
         )
+        await _export(stack, supervisor, counts)
         server = await stack.enter_async_context(Server(supervisor, config, token, counts))
         await stack.enter_async_context(readiness.kept_up(server, notifier))
         log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
@@ -136,6 +138,18 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
     stopped.set()
+
+
+async def _export(stack: AsyncExitStack, supervisor: Supervisor, counts: Counts) -> None:
+    """Exports by OTLP, where the configuration names a receiver."""
+    config = supervisor.config
+    if not config.otlp.endpoint:
+        return
+    from coral.agent.otlp.exporter import Exporter  # noqa: PLC0415  memory that few want to spend
+
+    registry = Registry(supervisor, counts)
+    exporter = Exporter(config.otlp, config.name, registry, counts.exported)
+    supervisor.observers.append((await stack.enter_async_context(exporter)).observe)
 
 
 def _threads(config: Config) -> int:

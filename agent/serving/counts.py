@@ -42,4 +42,6 @@ class Counts:
         default_factory=lambda: {"tcp": ConnectionCounts(), "unix": ConnectionCounts()}
     )
     """By `Listener.kind`."""
+    exported: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """What OTLP was to carry: by signal, `metrics` or `spans`, and by `sent` or `lost`."""
     calls_refused: Counter[str] = field(default_factory=lambda: _zeros(CALLS_REFUSED_BY))

@@ -139,6 +139,7 @@ class _AgentMetrics:
             *self._program_stats(),
             *self._continuous(),
             *self._refusals(),
+            *self._exported(),
             self._build,
             CounterMetricFamily(
                 f"{_PREFIX}log_lines_dropped",
@@ -243,6 +244,16 @@ class _AgentMetrics:
         for limit, count in self._counts.calls_refused.items():
             calls.add_metric((limit,), count)
         return connections, refused, closed, throttled, calls
+
+    def _exported(self) -> Iterable[Metric]:
+        for result, text in (
+            ("sent", "Data points of metrics, and spans, that an OTLP receiver accepted."),
+            ("lost", "Data points of metrics, and spans, that no OTLP receiver accepted in time."),
+        ):
+            family = CounterMetricFamily(f"{_PREFIX}otlp_{result}", text, labels=("signal",))
+            for signal in ("metrics", "spans"):
+                family.add_metric((signal,), self._counts.exported[signal, result])
+            yield family
 
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")

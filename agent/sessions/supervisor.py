@@ -76,6 +76,8 @@ class Supervisor:
             continuous.Standing(rule, self.continuous_changed.set)
             for rule in self.config.continuous
         )
+        self.observers: list[Callable[[Session, Batch], None]] = []
+        """Called on the event loop with each batch that is published."""
         self._closing = False
         self._background: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()  # the sessions'
@@ -231,6 +233,8 @@ class Supervisor:
             session.channel.publish(batch)
             self.totals.add_batch(session.kind, batch)
             self._feed.observe(session, batch)
+            for observe in self.observers:
+                observe(session, batch)
 
     def _finish(self, session: Session) -> End:
         del self.sessions[session.id]

@@ -1,0 +1,1 @@
+"""Metrics and spans for an OpenTelemetry collector, by OTLP over gRPC."""
