@@ -266,11 +266,16 @@ class Otlp(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     endpoint: Annotated[
         str,
         Meta(
-            description="send metrics and spans by OTLP over gRPC to this receiver, "
-            "`http://HOST:PORT` or, over TLS, `https://HOST:PORT`; empty: none. See "
-            "[otlp](otlp.md)"
+            description="send metrics and spans by OTLP to this receiver, `http://HOST:PORT` or, "
+            "over TLS, `https://HOST:PORT`; empty: none. See [otlp](otlp.md)"
         ),
     ] = ""
+    protocol: Annotated[
+        Literal["grpc", "http"],
+        Meta(
+            description="OTLP over gRPC, or over HTTP in protobuf: then `endpoint` can have a path"
+        ),
+    ] = "grpc"
     metrics: Annotated[bool, Meta(description="send what /metrics has")] = True
     spans: Annotated[
         bool,
@@ -523,10 +528,15 @@ def _check_addresses(config: Config) -> None:
                 f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
             )
     scheme, _, receiver = config.otlp.endpoint.partition("://")
-    if config.otlp.endpoint and not (scheme in ("http", "https") and host_and_port(receiver)):
+    path = ""
+    if config.otlp.protocol == "http":
+        receiver, slash, path = receiver.partition("/")
+        path = slash + path
+    accepted = scheme in ("http", "https") and host_and_port(receiver)
+    if config.otlp.endpoint and not (accepted and path.isascii() and " " not in path):
         raise ConfigError(
             f"otlp.endpoint: {shown(config.otlp.endpoint)} is not accepted; give http://HOST:PORT, "
-            "https://HOST:PORT, or nothing"
+            "https://HOST:PORT, with `protocol: http` and a path behind it if need be, or nothing"
         )
     if config.metrics and not host_and_port(config.metrics):
         raise ConfigError(

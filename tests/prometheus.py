@@ -1,4 +1,4 @@
-"""A real Prometheus, and its checker."""
+"""A real Prometheus, and its checker; and VictoriaMetrics, which receives OTLP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,21 @@ import yaml
 
 from tests.support import ROOT, RunningAgent
 
+Query = Callable[[str], list[Any]]
 
-def program(name: str) -> Path:
-    """The path of Prometheus's program NAME."""
-    built = ROOT / "build/prometheus" / name
+
+def program(name: str, package: str = "prometheus") -> Path:
+    """The path of a program of Debian's PACKAGE."""
+    built = ROOT / "build" / package / name
     found = str(built) if built.exists() else shutil.which(name)
-    assert found, f"{name} is missing: make build/prometheus/prometheus"
+    assert found, f"{name} is missing: make build/{package}/{package}"
     return Path(found)
 
 
 @contextmanager
-def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str], list[Any]]]:
+def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Query]:
     """A Prometheus that scrapes AGENT five times a second; yields a function that queries it."""
-    # A port that was free on an address of this process alone is still free afterwards.
-    pid = os.getpid()
-    host = f"127.{64 + (pid >> 16)}.{pid >> 8 & 255}.{pid & 255}"
-    with socket.create_server((host, 0)) as free:
-        address = f"{host}:{free.getsockname()[1]}"
+    address = _free_address()
     config = {
         "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
         "scrape_configs": [
@@ -44,16 +42,47 @@ def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str],
     }
     directory.mkdir()
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    command = (
+        str(program("prometheus")),
+        f"--config.file={directory}/prometheus.yml",
+        f"--storage.tsdb.path={directory}/data",
+        f"--web.listen-address={address}",
+    )
+    with _queried(command, address, directory) as query:
+        yield query
+
+
+@contextmanager
+def victoria_metrics(directory: Path) -> Iterator[tuple[str, Query]]:
+    """A VictoriaMetrics; yields the endpoint at which it receives OTLP over HTTP, and a function
+    that queries it."""
+    address = _free_address()
+    directory.mkdir()
+    command = (
+        str(program("victoria-metrics", "victoria-metrics")),
+        f"-httpListenAddr={address}",
+        f"-storageDataPath={directory}/data",
+        "-opentelemetry.usePrometheusNaming",
+        "-search.latencyOffset=1ms",
+        "-memory.allowedBytes=64MB",
+    )
+    with _queried(command, address, directory) as query:
+        yield f"http://{address}/opentelemetry", query
+
+
+def _free_address() -> str:
+    # A port that was free on an address of this process alone is still free afterwards.
+    pid = os.getpid()
+    host = f"127.{64 + (pid >> 16)}.{pid >> 8 & 255}.{pid & 255}"
+    with socket.create_server((host, 0)) as free:
+        return f"{host}:{free.getsockname()[1]}"
+
+
+@contextmanager
+def _queried(command: Sequence[str], address: str, directory: Path) -> Iterator[Query]:
+    """COMMAND, running, as something that answers PromQL at ADDRESS."""
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                program("prometheus"),
-                f"--config.file={directory}/prometheus.yml",
-                f"--storage.tsdb.path={directory}/data",
-                f"--web.listen-address={address}",
-            ],
-            stderr=log,
-        )
+        process = subprocess.Popen(command, stderr=log)
 
     def query(expression: str) -> list[Any]:
         assert process.poll() is None, (directory / "log").read_text()

@@ -53,19 +53,20 @@ class Queue:
         self._most = most
         self._waiting: deque[Traced] = deque()
         self.count = 0
-        self.dropped = 0
 
-    def add(self, requests: Traced) -> None:
-        """Lets REQUESTS wait."""
+    def add(self, requests: Traced) -> int:
+        """Lets REQUESTS wait; returns how many gave way."""
+        dropped = 0
         self._waiting.append(requests)
         self.count += len(requests.records)
         while self.count > self._most:
             oldest = self._waiting.popleft()
             kept = oldest.records[self.count - self._most :]
-            self.dropped += len(oldest.records) - len(kept)
+            dropped += len(oldest.records) - len(kept)
             self.count -= len(oldest.records) - len(kept)
             if len(kept):
                 self._waiting.appendleft(Traced(oldest.service, kept, oldest.strings))
+        return dropped
 
     def take(self, most: int) -> list[Traced]:
         """The oldest, at most MOST of them."""

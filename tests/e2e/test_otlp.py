@@ -18,8 +18,10 @@ from opentelemetry.proto.collector.metrics.v1 import (
 )
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from prometheus_client.parser import text_string_to_metric_families
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.prometheus import Query, value_of, victoria_metrics
 from tests.shop import port_of, shop, visitor
 from tests.support import (
     ROOT,
@@ -205,6 +207,44 @@ def test_metrics_are_exact_and_carry_headers_over_tls(
             wait_until(lambda: exported(agent, "metrics", "sent") > 0, timeout_s=30)
         assert receiver.metadata["x-api-key"] == "secret:1"
     assert receiver.value("coral-agent", "coral.agent.sessions_started", kind="syscall_stats") == 1
+
+
+def test_a_real_receiver_has_the_names_and_figures_of_prometheus(
+    calls: Callable[..., Calls], tmp_path: Path
+) -> None:
+    running = calls("getppid", 123_456, "openat", 78)
+    with victoria_metrics(tmp_path / "victoria") as (endpoint, query):
+        otlp = {"endpoint": endpoint, "protocol": "http", "interval": "200ms"}
+        with running_agent(tmp_path / "agent", {"otlp": otlp}) as agent:
+            start_collector(agent, pid=str(running.pid), interval="100ms", until_exit="true")
+            running.go()
+            running.finish()
+            of = '{syscall="getppid"}'
+            name = "coral_syscall_calls_total"
+            wait_until(lambda: value_of(query(f"sum({name}{of})")) == 123_456, timeout_s=60)
+            seconds = "coral_syscall_duration_seconds"
+            assert value_of(query(f"sum({seconds}_count{of})")) == 123_456
+            assert value_of(query(f'sum({seconds}_bucket{of[:-1]},le="+Inf"}})')) == 123_456
+            failed = 'sum(coral_syscall_errors_total{syscall="openat",class="not_found"})'
+            assert value_of(query(failed)) == 78
+            exposed = {
+                one.name
+                for family in text_string_to_metric_families(scrape(agent))
+                for one in family.samples
+            }
+            # Each export carries everything that there was at its moment.
+            wait_until(lambda: exposed <= stored_names(query), timeout_s=60)
+            assert exported(agent, "metrics", "sent") > 0
+
+
+def stored_names(query: Query) -> set[str]:
+    """The names of all metrics that were stored."""
+    return {
+        one["metric"]["name"]
+        for one in query(
+            'label_replace(count by (__name__) ({__name__!=""}), "name", "$1", "__name__", "(.*)")'
+        )
+    }
 
 
 def test_spans_wait_for_a_receiver_that_comes_later_and_refused_ones_are_counted(
