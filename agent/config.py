@@ -16,7 +16,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origi
 import msgspec
 from msgspec import Meta, Struct, field
 
+from coral.agent import config_tls
+from coral.agent.addresses import ACCEPTED, is_unix, unix_address
 from coral.agent.config_file import read_yaml
+from coral.agent.config_tls import Tls
 from coral.agent.config_words import choices, first_problem, shown
 from coral.collectors.options import (
     OptionError,
@@ -334,15 +337,34 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ""
     listen: Annotated[
         tuple[str, ...],
-        Meta(description="addresses for gRPC, each `unix:PATH` or `127.0.0.1:PORT`"),
+        Meta(
+            description="addresses for gRPC, each `HOST:PORT`, with `tls` if it is beyond "
+            "loopback, or `unix:PATH`; a socket for others than its owner is "
+            "`unix:PATH?mode=0660&group=GROUP`, whose callers roles know as `socket:view`, or as "
+            "`socket:NAME` with `&name=NAME`"
+        ),
     ] = (DEFAULT_SOCKET,)
     metrics: Annotated[
         str,
         Meta(
             description="the address that serves /metrics to Prometheus; empty: none; beyond "
-            "loopback, whoever reaches it can read it, without a token"
+            "loopback, whoever reaches it can read it, unless `metrics_web_config` says otherwise"
         ),
     ] = "127.0.0.1:9464"
+    metrics_web_config: Annotated[
+        str,
+        Meta(
+            description="a file in the web configuration format of Prometheus' exporter-toolkit, "
+            "with TLS and passwords for `metrics`; read again when it changes; see [TLS](tls.md)"
+        ),
+    ] = ""
+    health: Annotated[
+        str,
+        Meta(
+            description="an address that serves /healthz and /readyz alone, in plain HTTP; "
+            "`metrics` serves them too"
+        ),
+    ] = ""
     log_format: Annotated[
         Literal["console", "json"], Meta(description="log lines for people, or as JSON")
     ] = "console"
@@ -360,6 +382,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)
     otlp: Otlp = field(default_factory=Otlp)
+    tls: Tls = field(default_factory=Tls)
     continuous: Annotated[
         tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
@@ -505,6 +528,8 @@ def _check(config: Config) -> None:
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
     _check_addresses(config)
+    for problem in config_tls.problems(config.tls):
+        raise ConfigError(problem)
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
@@ -519,13 +544,19 @@ def _check(config: Config) -> None:
 
 def _check_addresses(config: Config) -> None:
     if not all(config.listen) or not config.listen:
-        raise ConfigError(
-            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
-        )
+        raise ConfigError("listen: at least one address is expected, each unix:PATH or HOST:PORT")
     for address in config.listen:
-        if not address.startswith("unix:") and not host_and_port(address):
+        if is_unix(address):
+            try:
+                unix_address(address)
+            except ValueError as error:
+                raise ConfigError(f"listen: {error}") from error
+        elif not host_and_port(address):
+            raise ConfigError(f"listen: {shown(address)} is not accepted; {ACCEPTED}")
+    for key in ("metrics", "health"):
+        if (address := getattr(config, key)) and not host_and_port(address):
             raise ConfigError(
-                f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
+                f"{key}: {shown(address)} is not accepted; give HOST:PORT, or nothing"
             )
     scheme, _, receiver = config.otlp.endpoint.partition("://")
     path = ""
@@ -538,10 +569,8 @@ def _check_addresses(config: Config) -> None:
             f"otlp.endpoint: {shown(config.otlp.endpoint)} is not accepted; give http://HOST:PORT, "
             "https://HOST:PORT, with `protocol: http` and a path behind it if need be, or nothing"
         )
-    if config.metrics and not host_and_port(config.metrics):
-        raise ConfigError(
-            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
-        )
+    if config.metrics_web_config and not config.metrics:
+        raise ConfigError("metrics_web_config: there is no address in `metrics` that it is for")
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

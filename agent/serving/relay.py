@@ -9,16 +9,20 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final, Protocol
 
 from coral.agent.config import Limits
-from coral.agent.rate import Bucket
 from coral.agent.serving.headers import MalformedError
 from coral.agent.serving.http2 import Closings, Meter, NotHttp2Error, goaway
 from coral.agent.serving.listening import Origin
+from coral.agent.serving.peer import Peer
+from coral.agent.serving.sink import Sink
+from coral.agent.serving.tls_session import OPENED_BYTES, PlaintextError, TlsSession
 
 # Requests are small, and each read may take its peer over the rate; streams are large.
 _READ_FROM_CLIENT_BYTES: Final = 4 << 10
@@ -33,37 +37,20 @@ _GRPC_JITTER: Final = 1.1
 _MARGIN_S: Final = 10.0
 _CALLS_FOR_A_CONNECTION: Final = 1  # which costs gRPC about as much as a call
 _CALLS_FOR_AN_ACCEPT: Final = 0.2  # even if nothing comes of it
-_CALLS_AT_ONCE: Final = 0.2  # of those of a second
+_CALLS_FOR_A_HANDSHAKE: Final = 2  # of TLS: 0.5 ms with keys of P-256, 1.2 with RSA's 2048 bits
+_MOST_OWN_BYTES: Final = 1 << 20  # that TLS itself is to send, to a client that does not read
 _UNFINISHED_BYTES: Final = 16 << 20  # of one peer's requests, which gRPC keeps until they end
 
 # Every connection reads into it; nothing stays in it after a read.
 _SCRATCH: Final = memoryview(bytearray(_READ_FROM_SERVER_BYTES))
 _SCRATCH_FOR_CLIENT: Final = _SCRATCH[:_READ_FROM_CLIENT_BYTES]
-
-
-class Peer:
-    """The connections of one peer: their number, and the rates at which they may send together."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.connections = 0
-        self.unfinished_bytes = 0  # of requests that have not ended
-        self.streams = 0  # that are open
-        bytes_per_s, calls_per_s = limits.peer_bytes_per_second, limits.peer_calls_per_second
-        self._bytes = Bucket(bytes_per_s, bytes_per_s)
-        self._calls = Bucket(calls_per_s, calls_per_s * _CALLS_AT_ONCE)
-
-    def spend(self, size_bytes: int, calls: float, now_s: float) -> None:
-        """Charges bytes and calls that were received."""
-        self._bytes.spend(size_bytes, now_s)
-        self._calls.spend(calls, now_s)
-
-    def wait_s(self, now_s: float) -> float:
-        """How long it has to wait before it may send more, in seconds."""
-        return max(self._bytes.wait_s(now_s), self._calls.wait_s(now_s))
-
-    def is_forgettable(self, now_s: float) -> bool:
-        """Whether it has no connection and owes nothing."""
-        return not self.connections and self._bytes.is_full(now_s) and self._calls.is_full(now_s)
+_OPENED: Final = memoryview(bytearray(OPENED_BYTES))  # what was decrypted, in the same way
+_NOTHING: Final = memoryview(b"")
+_NEEDS_TLS: Final = "this address needs TLS"
+# gRPC gives up at this, and its error has the status; at a GOAWAY it would try again at once.
+_NEEDS_TLS_PAGE: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nThis address needs TLS.\n"
+)
 
 
 class Keeper(Protocol):
@@ -78,44 +65,8 @@ class Keeper(Protocol):
     def throttle(self) -> None:
         """A connection has to wait, because its peer has sent too fast."""
 
-
-class _Sink:
-    """A socket that is written to. While it does not take everything, its source is paused."""
-
-    def __init__(
-        self,
-        sink: socket.socket,
-        pause: Callable[[], None],
-        resume: Callable[[], None],
-        failed: Callable[[], None],
-    ) -> None:
-        self.held = b""
-        self._loop = asyncio.get_running_loop()
-        self._socket = sink
-        self._pause, self._resume, self._failed = pause, resume, failed
-
-    def send(self, data: memoryview | bytes) -> None:
-        """Sends DATA, and holds what the socket does not take. Never called while it holds."""
-        sent = self._send(data)
-        if sent < len(data):
-            self.held = bytes(data[sent:])
-            self._pause()
-            self._loop.add_writer(self._socket, self._flush)
-
-    def _flush(self) -> None:
-        self.held = self.held[self._send(self.held) :]
-        if not self.held and self._socket.fileno() >= 0:
-            self._loop.remove_writer(self._socket)
-            self._resume()
-
-    def _send(self, data: memoryview | bytes) -> int:
-        try:
-            return self._socket.send(data)
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError:  # its other end is gone, and with it the need to hold anything
-            self._failed()
-            return len(data)
+    def handshake_wait_s(self, now_s: float) -> float:
+        """How long a handshake of TLS has to wait for those of others; if not at all, it begins."""
 
 
 class Connection:
@@ -123,12 +74,22 @@ class Connection:
     what gRPC takes for its address."""
 
     def __init__(
-        self, client: socket.socket, origin: Origin, peer: Peer, limits: Limits, keeper: Keeper
+        self,
+        client: socket.socket,
+        origin: Origin,
+        peer: Peer,
+        limits: Limits,
+        keeper: Keeper,
+        *,
+        tls: TlsSession | None = None,
     ) -> None:
         self.origin, self.peer, self.name = origin, peer, ""
         self.closed = False
+        self.detail = ""
+        """More than a reason why it was closed, for the log."""
         self._loop = asyncio.get_running_loop()
         self._client = client
+        self._tls = tls
         self._server: socket.socket | None = None
         self._limits, self._keeper = limits, keeper
         self._meter = Meter()
@@ -136,14 +97,19 @@ class Connection:
         self._unfinished_bytes = self._streams = 0  # this connection's part of its peer's
         self._reason = ""  # why it closes, while the client may still read that
         self._early = bytearray()  # what came before gRPC was dialled
-        self._since_s = self._active_at_s = time.monotonic()
+        self.since_s = self._active_at_s = time.monotonic()
         self._left_at_s: float | None = None  # when gRPC closed its end
         self._rest: asyncio.TimerHandle | None = None
-        self._to_server: _Sink | None = None
-        self._to_client = _Sink(client, self._pause_server, self._resume_server, self.close)
+        self._to_server: Sink | None = None
+        self._to_client = Sink(client, self._pause_server, self._resume_server, self.close)
         peer.connections += 1
-        peer.spend(0, _CALLS_FOR_AN_ACCEPT, self._since_s)
-        self._read_client()
+        peer.spend(0, _CALLS_FOR_AN_ACCEPT, self.since_s)
+        self._read_client_by(self._begin_tls if tls else self._from_client)
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the client has begun HTTP/2."""
+        return self._meter.greeted
 
     def overdue(self, now_s: float) -> str:
         """Why the connection has to be closed by now; empty where it need not be."""
@@ -158,12 +124,14 @@ class Connection:
             self._left_at_s = now_s
         if self._left_at_s is not None:
             return "unread" if now_s > self._left_at_s + _LINGER_S else ""
+        if self.origin.certificate and time.time() > self.origin.certificate.not_after_s:
+            return "certificate"
         if not self._meter.greeted:
-            return "handshake" if now_s > self._since_s + limits.connection_handshake else ""
+            return "handshake" if now_s > self.since_s + limits.connection_handshake else ""
         if now_s > self._active_at_s + _GRPC_JITTER * limits.connection_idle + _MARGIN_S:
             return "idle"
         age_s = _GRPC_JITTER * limits.connection_age + AGE_GRACE_S + _MARGIN_S
-        return "age" if now_s > self._since_s + age_s else ""
+        return "age" if now_s > self.since_s + age_s else ""
 
     def close(self, reason: str = "") -> None:
         """Closes both ends at once, whatever is being written. Safe to call twice."""
@@ -183,6 +151,84 @@ class Connection:
         self._loop.remove_reader(end)
         self._loop.remove_writer(end)
         end.close()
+
+    # The handshake of TLS, if there is one.
+
+    def _begin_tls(self) -> None:
+        """The client has sent something: waits for its turn. The connection's deadline stands."""
+        now_s = time.monotonic()
+        if self._has_to_wait(now_s, self._begin_tls):
+            return
+        if wait_s := self._keeper.handshake_wait_s(now_s):
+            self._pause_client()
+            self._rest = self._loop.call_later(wait_s, self._read_client_by, self._begin_tls)
+            return
+        self.peer.spend(0, _CALLS_FOR_A_HANDSHAKE, now_s)
+        self._read_client_by(self._shake)
+        self._shake()
+
+    def _shake(self) -> None:
+        now_s = time.monotonic()
+        if not self._tls or self._has_to_wait(now_s, self._shake):
+            return
+        if not (data := _read(self._client, _SCRATCH_FOR_CLIENT)):
+            if data is not None:
+                self.close()
+            return
+        self.peer.spend(len(data), 0, now_s)
+        try:
+            over = self._tls.shake(data)
+            certificate = self._tls.certificate() if over else None
+        except PlaintextError:
+            self._to_client.append(_NEEDS_TLS_PAGE)
+            self._give_up(_NEEDS_TLS)
+            return
+        except ssl.SSLError as error:
+            self._send_of_tls()  # an alert
+            self._give_up(_words(error))
+            return
+        self._send_of_tls()
+        if not over or self.closed:
+            return
+        if certificate:
+            address, names = self.origin.address, certificate.names
+            self.origin = replace(
+                self.origin,
+                address=f"{address}, {names[0]}" if names else address,
+                names=names,
+                certificate=certificate,
+            )
+        self._read_client()
+        self._open(_NOTHING, now_s)  # what came together with the end of the handshake
+
+    def _send_of_tls(self) -> None:
+        """Sends what TLS itself has to say."""
+        if self._tls and (data := self._tls.to_send()):
+            self._to_client.append(data)
+            if len(self._to_client.held) > _MOST_OWN_BYTES:
+                self.close("unread")
+
+    def _give_up(self, why: str) -> None:
+        """The client is let read why."""
+        self._reason, self.detail = "tls", why
+        self._leave()
+
+    def _open(self, data: memoryview, now_s: float) -> None:
+        """Decrypts DATA, and takes what was in it."""
+        assert self._tls  # noqa: S101  it is there, and open
+        try:
+            opened = self._tls.open(data, _OPENED)
+        except ssl.SSLError as error:
+            self.detail = _words(error)
+            self.close("tls")
+            return
+        # Records have a cost of their own, and those without data nothing else.
+        self.peer.spend(max(0, len(data) - len(opened)), 0, now_s)
+        self._send_of_tls()
+        if opened and not self.closed:
+            self._take(opened, now_s)
+        elif self._tls.ended:
+            self.close()
 
     # From the client to gRPC.
 
@@ -215,7 +261,12 @@ class Connection:
             return
         if not data:
             self.close()
-            return
+        elif self._tls:
+            self._open(data, now_s)
+        else:
+            self._take(data, now_s)
+
+    def _take(self, data: memoryview, now_s: float) -> None:
         self._active_at_s = now_s
         try:
             passed, calls = self._meter.feed(data)
@@ -249,9 +300,8 @@ class Connection:
         self._reason = "http2_streams_per_peer"
         most, whose = self._limits.http2_streams_per_peer, self.origin.principal
         if self._closings.between_frames and not self._to_client.held:
-            self._to_client.send(
-                goaway(f"limits.http2_streams_per_peer is {most}, and {whose} has as many")
-            )
+            why = goaway(f"limits.http2_streams_per_peer is {most}, and {whose} has as many")
+            self._to_client.send(self._tls.seal(why) if self._tls else why)
         self._count(0, 0)
         self._leave()
 
@@ -262,7 +312,7 @@ class Connection:
         except OSError:
             self.close("unreachable")
             return
-        self._to_server = _Sink(server, self._pause_client, self._read_client, _ignore)
+        self._to_server = Sink(server, self._pause_client, self._read_client, _ignore)
         self._resume_server()
         early, self._early = bytes(self._early), bytearray()
         self._to_server.send(early)
@@ -286,7 +336,7 @@ class Connection:
             for stream in self._closings.feed(data):
                 self._meter.close(stream)
             self._count(self._meter.unfinished_bytes, self._meter.streams)
-            self._to_client.send(data)
+            self._to_client.send(self._tls.seal(data) if self._tls else data)
         else:
             self._leave()
 
@@ -301,6 +351,10 @@ class Connection:
         if self._server:
             self._forget(self._server)
             self._server = None
+        if self._tls and self._tls.is_open and not self._to_client.held:
+            self._to_client.send(self._tls.close())
+            if self.closed:  # the client is gone already
+                return
         with suppress(OSError):
             self._client.shutdown(socket.SHUT_WR)
         self._loop.add_reader(self._client, self._discard)
@@ -315,6 +369,14 @@ class Connection:
         self.peer.spend(len(data), 0, now_s)
         if not data:
             self.close()
+
+
+def _words(error: ssl.SSLError) -> str:
+    """Why a handshake failed."""
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return "the client has left"
+    reason = getattr(error, "verify_message", "") or getattr(error, "reason", "")
+    return (reason or str(error.args[-1])).lower().replace("_", " ")
 
 
 def _hung_up(end: socket.socket, events: int = 0) -> bool:
