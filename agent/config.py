@@ -528,6 +528,7 @@ def _check(config: Config) -> None:
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
     _check_addresses(config)
+    _check_otlp(config)
     for problem in config_tls.problems(config.tls):
         raise ConfigError(problem)
     for key in _GRPC_DURATIONS:
@@ -558,6 +559,11 @@ def _check_addresses(config: Config) -> None:
             raise ConfigError(
                 f"{key}: {shown(address)} is not accepted; give HOST:PORT, or nothing"
             )
+    if config.metrics_web_config and not config.metrics:
+        raise ConfigError("metrics_web_config: there is no address in `metrics` that it is for")
+
+
+def _check_otlp(config: Config) -> None:
     scheme, _, receiver = config.otlp.endpoint.partition("://")
     path = ""
     if config.otlp.protocol == "http":
@@ -569,8 +575,6 @@ def _check_addresses(config: Config) -> None:
             f"otlp.endpoint: {shown(config.otlp.endpoint)} is not accepted; give http://HOST:PORT, "
             "https://HOST:PORT, with `protocol: http` and a path behind it if need be, or nothing"
         )
-    if config.metrics_web_config and not config.metrics:
-        raise ConfigError("metrics_web_config: there is no address in `metrics` that it is for")
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -50,6 +50,7 @@ from benchmarks import (
     startup,
     summaries,
     tcp,
+    tls,
     unwinding,
 )
 from benchmarks.bench import Bench, BenchError
@@ -78,6 +79,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "encoders": encoders.measure,
     "summaries": summaries.measure,
     "lag": lag.measure,
+    "tls": tls.measure,
     "loop_lag": loop_lag.measure,
     "replay": replay.measure,
 }
