@@ -193,6 +193,39 @@ async def test_a_removed_authority_ends_its_streams_which_resume_by_another(
                 assert not second.account.lost
 
 
+@pytest.mark.kernel
+async def test_a_client_follows_its_files_and_keeps_the_streams_that_it_has(
+    tmp_path: Path,
+) -> None:
+    with house(tmp_path) as at, Puppet() as puppet:
+        tls = at.client("mine", at.authority.sign(subject=distinguished(CN="first")))
+        async with AgentClient(at.address, tls=tls) as client:
+            collector = await start_events(client, puppet.pid, include="getppid")
+
+            async def names() -> set[str]:
+                info = await info_of(client, collector)
+                return {one.peer.partition(", ")[2] for one in info.subscribers}
+
+            async with client.subscribe(collector) as first:
+                assert await names() == {"subject:CN=first"}
+                put(tmp_path / "mine.key", b"half of a change", 0o600)
+                assert await names() == {"subject:CN=first"}  # a call with what it had
+                at.client("mine", at.authority.sign(subject=distinguished(CN="second")))
+                async with client.subscribe(collector) as second:
+                    assert await names() == {"subject:CN=first", "subject:CN=second"}
+                    assert len(client._channels._calls) == 2
+                    puppet.getppid(CALLS)
+                    reading = [asyncio.create_task(to_end(each)) for each in (first, second)]
+                    await client.stop(collector)
+                    assert await asyncio.gather(*reading) == [CALLS] * 2
+                assert (first.reconnects, second.reconnects) == (0, 0)
+
+            async def is_closed() -> bool:
+                return len(client._channels._calls) == 1
+
+            await eventually(is_closed)  # the old channel has gone with its last stream
+
+
 def needs_tls(at: House) -> str:
     return (
         f"the agent at {at.address} does not answer: it speaks TLS: give --tls-ca, or CORAL_TLS_CA"
