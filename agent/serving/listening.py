@@ -21,10 +21,14 @@ from typing import Final, Protocol
 
 from coral.agent.caller import Trust
 from coral.agent.config import MAX_PORT, Config, ConfigError
+from coral.agent.serving.certificates import Certificate
 from coral.agent.serving.tcp_user import user_of
 
 _BACKLOG: Final = 512
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED, unix(7)
+_SO_PEERGROUPS: Final = 59  # asm-generic/socket.h
+_GID: Final = struct.Struct("I")
+_MOST_GROUPS: Final = 256  # Python's getsockopt(2) reads at most 1,024 bytes
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _MOST_PATH_BYTES: Final = 107  # of `sun_path`, without the NUL that ends it, unix(7)
 _ACCEPTED: Final = "give unix:PATH or 127.0.0.1:PORT"
@@ -41,6 +45,11 @@ class Origin:
     trust: Trust
     pid: int = 0
     """The process that connected by a unix socket; 0 for others, and for one that is hidden."""
+    names: tuple[str, ...] = ()
+    """Who the other end is, by the kernel's word or its certificate's: `uid:0`, `gid:0` for each of
+    its groups, `socket:admin`; `spiffe://td/path`, `subject:CN=colony,O=shop`, `dns:host`."""
+    certificate: Certificate | None = None
+    """The one that it proved to hold the key of, over TLS."""
 
 
 class Listener(Protocol):
@@ -93,6 +102,7 @@ class UnixListener:
     kind = "unix"
 
     def __init__(self, path: Path) -> None:
+        self.name = "admin"
         self.address = f"unix:{path}"
         self._path = path
         self._lock = -1
@@ -192,9 +202,11 @@ class UnixListener:
     def origin(self, accepted: socket.socket) -> Origin:
         """By the kernel's word on the process that connected."""
         raw = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, _ = _UCRED.unpack(raw)
+        pid, uid, gid = _UCRED.unpack(raw)
         trust = Trust.OWNER if uid in (0, os.geteuid()) else Trust.ANYONE
-        return Origin(f"unix: uid {uid}, pid {pid}", f"uid {uid}", trust, pid)
+        groups = dict.fromkeys((gid, *_groups(accepted)))
+        names = (f"uid:{uid}", *(f"gid:{each}" for each in groups), f"socket:{self.name}")
+        return Origin(f"unix: uid {uid}, pid {pid}", f"uid {uid}", trust, pid, names)
 
     def close(self) -> None:
         """Removes the path too, if it is still that of our socket."""
@@ -260,6 +272,15 @@ def _bound_tcp(ip: str, port: int) -> socket.socket:
         raise
     bound.setblocking(False)
     return bound
+
+
+def _groups(accepted: socket.socket) -> tuple[int, ...]:
+    """The supplementary groups of the process that connected, by SO_PEERGROUPS of Linux 4.13."""
+    try:
+        raw = accepted.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * _GID.size)
+    except OSError:
+        return ()
+    return tuple(gid for (gid,) in _GID.iter_unpack(raw))
 
 
 def _inode(path: Path) -> tuple[int, int]:

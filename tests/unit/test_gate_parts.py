@@ -379,6 +379,8 @@ def test_origins_are_what_the_kernel_says(path: Path) -> None:
             f"unix: uid {user}, pid {os.getpid()}",
             Trust.OWNER,
         )
+        groups = tuple(f"gid:{gid}" for gid in dict.fromkeys((os.getegid(), *os.getgroups())))
+        assert set(origin.names) == {f"uid:{user}", *groups, "socket:admin"}
         host, _, port = tcp.address.rpartition(":")
         with socket.create_connection((host, int(port))) as client:
             accepted, _ = tcp.sockets[0].accept()
@@ -386,6 +388,7 @@ def test_origins_are_what_the_kernel_says(path: Path) -> None:
                 origin = tcp.origin(accepted)
             assert origin.address == f"ipv4:127.0.0.1:{client.getsockname()[1]}"
         assert (origin.principal, origin.trust) == (f"uid {user}", Trust.ANYONE)
+        assert origin.names == ()
     finally:
         unix.close()
         tcp.close()
