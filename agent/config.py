@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origi
 import msgspec
 from msgspec import Meta, Struct, field
 
+from coral.agent.addresses import ACCEPTED, is_unix, unix_address
 from coral.agent.config_file import read_yaml
 from coral.agent.config_words import choices, first_problem, shown
 from coral.collectors.options import (
@@ -260,6 +261,44 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = False
 
 
+class Tls(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The encryption of gRPC over TCP."""
+
+    certificate: Annotated[
+        str,
+        Meta(
+            description="a PEM file with the certificate that every TCP listener shows, followed "
+            "by those between it and its authority; empty: no TLS. It, the key and the "
+            "authorities are read again when they change; see [TLS](tls.md)"
+        ),
+    ] = ""
+    key: Annotated[
+        str,
+        Meta(description="a PEM file with its key, which only its owner and group may read"),
+    ] = ""
+    client_ca: Annotated[
+        str,
+        Meta(
+            description="a PEM file with the authorities that sign clients' certificates; the "
+            "connections of an authority that is removed are closed"
+        ),
+    ] = ""
+    client_certificates: Annotated[
+        Literal["require", "request", "off"],
+        Meta(
+            description="`require`: clients without a certificate of `client_ca` are refused; "
+            "`request`: they may come without one; `off`: they are not asked"
+        ),
+    ] = "require"
+    insecure_plaintext: Annotated[
+        bool,
+        Meta(
+            description="listen on TCP beyond loopback without TLS: whoever is on the way reads "
+            "and changes everything, tokens too"
+        ),
+    ] = False
+
+
 class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to find a service's processes."""
 
@@ -297,15 +336,34 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ""
     listen: Annotated[
         tuple[str, ...],
-        Meta(description="addresses for gRPC, each `unix:PATH` or `127.0.0.1:PORT`"),
+        Meta(
+            description="addresses for gRPC, each `HOST:PORT`, with `tls` if it is beyond "
+            "loopback, or `unix:PATH`; a socket for others than its owner is "
+            "`unix:PATH?mode=0660&group=GROUP`, whose callers roles know as `socket:view`, or as "
+            "`socket:NAME` with `&name=NAME`"
+        ),
     ] = (DEFAULT_SOCKET,)
     metrics: Annotated[
         str,
         Meta(
             description="the address that serves /metrics to Prometheus; empty: none; beyond "
-            "loopback, whoever reaches it can read it, without a token"
+            "loopback, whoever reaches it can read it, unless `metrics_web_config` says otherwise"
         ),
     ] = "127.0.0.1:9464"
+    metrics_web_config: Annotated[
+        str,
+        Meta(
+            description="a file in the web configuration format of Prometheus' exporter-toolkit, "
+            "with TLS and passwords for `metrics`; read again when it changes; see [TLS](tls.md)"
+        ),
+    ] = ""
+    health: Annotated[
+        str,
+        Meta(
+            description="an address that serves /healthz and /readyz alone, in plain HTTP; "
+            "`metrics` serves them too"
+        ),
+    ] = ""
     log_format: Annotated[
         Literal["console", "json"], Meta(description="log lines for people, or as JSON")
     ] = "console"
@@ -322,6 +380,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)
+    tls: Tls = field(default_factory=Tls)
     continuous: Annotated[
         tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
@@ -467,6 +526,7 @@ def _check(config: Config) -> None:
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
     _check_addresses(config)
+    _check_tls(config.tls)
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
@@ -481,18 +541,37 @@ def _check(config: Config) -> None:
 
 def _check_addresses(config: Config) -> None:
     if not all(config.listen) or not config.listen:
-        raise ConfigError(
-            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
-        )
+        raise ConfigError("listen: at least one address is expected, each unix:PATH or HOST:PORT")
     for address in config.listen:
-        if not address.startswith("unix:") and not host_and_port(address):
+        if is_unix(address):
+            try:
+                unix_address(address)
+            except ValueError as error:
+                raise ConfigError(f"listen: {error}") from error
+        elif not host_and_port(address):
+            raise ConfigError(f"listen: {shown(address)} is not accepted; {ACCEPTED}")
+    for key in ("metrics", "health"):
+        if (address := getattr(config, key)) and not host_and_port(address):
             raise ConfigError(
-                f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
+                f"{key}: {shown(address)} is not accepted; give HOST:PORT, or nothing"
             )
-    if config.metrics and not host_and_port(config.metrics):
+    if config.metrics_web_config and not config.metrics:
+        raise ConfigError("metrics_web_config: there is no address in `metrics` that it is for")
+
+
+def _check_tls(tls: Tls) -> None:
+    if bool(tls.certificate) != bool(tls.key):
+        lacking = "key" if tls.certificate else "certificate"
+        raise ConfigError(f"tls.{lacking}: give it too: a certificate and its key belong together")
+    if tls.client_ca and not tls.certificate:
+        raise ConfigError("tls.certificate: clients can show theirs only where there is TLS")
+    if tls.certificate and not tls.client_ca and tls.client_certificates != "off":
         raise ConfigError(
-            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
+            "tls.client_ca: give the authorities of clients' certificates, or set "
+            "tls.client_certificates: off"
         )
+    if tls.client_ca and tls.client_certificates == "off":
+        raise ConfigError("tls.client_ca: tls.client_certificates is off, so nothing would use it")
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -91,7 +91,8 @@ class Authority:
         builder = self._builder(self.name, signer or self, self.key, days)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         self.certificate = builder.sign((signer or self).key, SHA256())
-        self.between = (self.certificate, *signer.between) if signer else ()
+        above = signer.between if signer else ()
+        self.between: tuple[x509.Certificate, ...] = (self.certificate, *above) if signer else ()
 
     @property
     def pem(self) -> bytes:

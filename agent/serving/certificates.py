@@ -47,16 +47,14 @@ class Certificate:
     """Such as `TLSv1.3`."""
     names: tuple[str, ...]
     """Who the client is, the most specific first: `spiffe://td/path`, `subject:CN=…`, `dns:…`."""
-    authorities: frozenset[bytes]
-    """SHA-256 of each certificate of the verified chain but the client's own."""
+    chain: frozenset[bytes]
+    """SHA-256 of each certificate of the verified chain, the client's own and the authority's."""
 
 
 def certificate_of(
     found: Mapping[str, Any], tls_version: str, chain: Iterable[bytes]
 ) -> Certificate:
-    """FOUND is what Python's ssl has of the certificate, CHAIN the verified chain in DER, the
-    client's certificate first."""
-    _, *above = chain
+    """FOUND is what Python's ssl has of the certificate, CHAIN the verified chain in DER."""
     return Certificate(
         subject=rfc4514(found.get("subject", ())),
         issuer=rfc4514(found.get("issuer", ())),
@@ -64,8 +62,13 @@ def certificate_of(
         not_after_s=float(ssl.cert_time_to_seconds(found["notAfter"])),
         tls_version=tls_version,
         names=names_of(found),
-        authorities=frozenset(hashlib.sha256(each).digest() for each in above),
+        chain=digests(chain),
     )
+
+
+def digests(certificates: Iterable[bytes]) -> frozenset[bytes]:
+    """SHA-256 of each of CERTIFICATES, which are in DER."""
+    return frozenset(hashlib.sha256(each).digest() for each in certificates)
 
 
 def names_of(found: Mapping[str, Any]) -> tuple[str, ...]:

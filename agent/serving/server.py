@@ -22,6 +22,7 @@ from coral.agent.serving.health import HEALTH, Health
 from coral.agent.serving.listening import Listener, listen
 from coral.agent.serving.reflection import REFLECTION, Reflection
 from coral.agent.serving.relay import AGE_GRACE_S, Connection
+from coral.agent.serving.rotation import Rotation
 from coral.agent.serving.service import SERVICE, EbpfService
 from coral.agent.serving.upstream import Upstream
 from coral.agent.sessions.supervisor import Supervisor
@@ -40,13 +41,20 @@ _MESSAGE_BYTES: Final = 8 << 20
 class Server:
     """The server, from bind to shutdown. Use it as a context manager."""
 
-    def __init__(self, supervisor: Supervisor, config: Config, token: str, counts: Counts) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        config: Config,
+        token: str,
+        counts: Counts,
+        tls: Rotation | None = None,
+    ) -> None:
         """Binds every address; `addresses` has them with the ports that were taken. COUNTS is kept
         up to date. Raises `ConfigError`."""
         self._supervisor = supervisor
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
         use_all_descriptors()
-        self._listeners = listen(config, has_token=bool(token))
+        self._listeners = listen(config, has_token=bool(token), tls=tls)
         self.addresses = [listener.address for listener in self._listeners]
         try:
             self._servers = [
@@ -57,7 +65,9 @@ class Server:
             for listener in self._listeners:
                 listener.close()
             raise
-        if config.auth.insecure_loopback and not token:
+        if tls:
+            tls.changed = self._distrust
+        if config.auth.insecure_loopback and not token and not tls:
             self._warn()
 
     def _warn(self) -> None:
@@ -69,6 +79,10 @@ class Server:
         for listener in self._listeners:
             if listener.kind == "tcp":
                 log.warning(warning, address=listener.address)
+
+    def _distrust(self, removed: frozenset[bytes]) -> None:
+        for server in self._servers:
+            server.side.distrust(removed)
 
     def set_ready(self, *, ready: bool) -> None:
         """Whether the service is ready, for health checks."""

@@ -69,9 +69,8 @@ def test_a_certificate_says_who_signed_it_and_until_when() -> None:
         "subject": (CN,), "issuer": (O,), "serialNumber": "0A1B",
         "notAfter": "Nov 27 05:00:00 2026 GMT",
     }  # fmt: skip
-    certificate = certificate_of(found, "TLSv1.3", [b"leaf", b"between", b"root"])
+    chain = [b"leaf", b"between", b"root"]
+    certificate = certificate_of(found, "TLSv1.3", chain)
     assert (certificate.subject, certificate.issuer) == ("CN=colony", "O=shop")
     assert (certificate.serial, certificate.not_after_s) == ("0A1B", 1795755600.0)
-    assert certificate.authorities == {
-        hashlib.sha256(each).digest() for each in (b"between", b"root")
-    }
+    assert certificate.chain == {hashlib.sha256(each).digest() for each in chain}
