@@ -37,6 +37,7 @@ _VERIFY: Final = {
 _REASONS: Final = {
     "KEY_VALUES_MISMATCH": "it is not the key of the certificate",
     "KEY_TYPE_MISMATCH": "it is not the key of the certificate",
+    "NO_CERTIFICATE_ASSIGNED": "it is not the key of the certificate",
     "BAD_PASSWORD_READ": "the key is encrypted: give one without a passphrase",
     "BAD_DECRYPT": "the key is encrypted: give one without a passphrase",
     "NO_START_LINE": "it has no private key in PEM",
@@ -150,14 +151,15 @@ def _load_pair(context: ssl.SSLContext, sources: Sources, chain: bytes, key: byt
     except ssl.SSLError as error:
         reason = error.reason or str(error)
         # OpenSSL reads the certificate first, and says nothing of which file it failed in.
-        source = sources.key if _is_certificate(chain) else sources.certificate
+        of_certificate = reason.startswith(("EE_", "CA_")) or not _is_certificate(chain)
+        source = sources.certificate if of_certificate else sources.key
         source.refuse(_REASONS.get(reason, reason.lower().replace("_", " ")))
     except (ValueError, OSError) as error:
         sources.key.refuse(str(error))
 
 
 def _is_certificate(chain: bytes) -> bool:
-    """Whether OpenSSL can read all of CHAIN, and accepts its keys as long enough."""
+    """Whether OpenSSL can read all of CHAIN."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=_text(chain))

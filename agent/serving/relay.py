@@ -250,7 +250,13 @@ class Connection:
                 self._loop.remove_writer(self._shaking)
             return
         if certificate:
-            self.origin = replace(self.origin, names=certificate.names, certificate=certificate)
+            address, names = self.origin.address, certificate.names
+            self.origin = replace(
+                self.origin,
+                address=f"{address}, {names[0]}" if names else address,
+                names=names,
+                certificate=certificate,
+            )
         self._loop.remove_writer(self._shaking)
         self._shaking = None
         self._read_client()
