@@ -42,7 +42,9 @@ class UnixAddress:
         try:
             return int(self.group) if self.group.isdigit() else grp.getgrnam(self.group).gr_gid
         except (KeyError, OverflowError):
-            raise ValueError(f"this machine has no group {self.group!r}") from None
+            raise ValueError(
+                f"unix:{self.path}: this machine has no group {self.group!r}"
+            ) from None
 
 
 def is_unix(address: str) -> bool:

@@ -284,10 +284,10 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = ""
     client_certificates: Annotated[
-        Literal["require", "request", "off"],
+        Literal["require", "request", "none"],
         Meta(
             description="`require`: clients without a certificate of `client_ca` are refused; "
-            "`request`: they may come without one; `off`: they are not asked"
+            "`request`: they may come without one; `none`: they are not asked"
         ),
     ] = "require"
     insecure_plaintext: Annotated[
@@ -565,13 +565,13 @@ def _check_tls(tls: Tls) -> None:
         raise ConfigError(f"tls.{lacking}: give it too: a certificate and its key belong together")
     if tls.client_ca and not tls.certificate:
         raise ConfigError("tls.certificate: clients can show theirs only where there is TLS")
-    if tls.certificate and not tls.client_ca and tls.client_certificates != "off":
+    if tls.certificate and not tls.client_ca and tls.client_certificates != "none":
         raise ConfigError(
             "tls.client_ca: give the authorities of clients' certificates, or set "
-            "tls.client_certificates: off"
+            "tls.client_certificates: none"
         )
-    if tls.client_ca and tls.client_certificates == "off":
-        raise ConfigError("tls.client_ca: tls.client_certificates is off, so nothing would use it")
+    if tls.client_ca and tls.client_certificates == "none":
+        raise ConfigError("tls.client_ca: tls.client_certificates is none, so nothing would use it")
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

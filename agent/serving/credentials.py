@@ -19,7 +19,7 @@ from typing import Final, Literal, NoReturn
 from coral.agent.files import read_with_mode
 from coral.agent.serving.certificates import digests
 
-Verify = Literal["require", "request", "off"]
+Verify = Literal["require", "request", "none"]
 
 _MOST_BYTES: Final = 1 << 20  # of a file: a bundle of every public authority has 220 KB
 _OTHERS: Final = stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP
@@ -31,7 +31,7 @@ _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _VERIFY: Final = {
     "require": ssl.CERT_REQUIRED,
     "request": ssl.CERT_OPTIONAL,
-    "off": ssl.CERT_NONE,
+    "none": ssl.CERT_NONE,
 }
 # Reasons of OpenSSL's that mean something else to those who configured it.
 _REASONS: Final = {
@@ -85,7 +85,7 @@ class Sources:
     certificate: Source
     key: Source
     client_ca: Source | None = None
-    client_certificates: Verify = "off"
+    client_certificates: Verify = "none"
     protocols: tuple[str, ...] = ()
     """Of ALPN, RFC 7301."""
     least: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2

@@ -223,7 +223,7 @@ class UnixListener:
             if gid >= 0:
                 os.chown(self._path, -1, gid)
         except ValueError as error:
-            raise ConfigError(f"listen: {self.address}: {error}") from error
+            raise ConfigError(f"listen: {error}") from error
         except PermissionError as error:
             raise ConfigError(
                 f"listen: {self.address}: user {os.geteuid()} may not give the socket to the group "

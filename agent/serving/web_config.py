@@ -20,8 +20,8 @@ from coral.agent.config_file import read_yaml
 from coral.agent.serving.credentials import CredentialsError, Source, Sources, Verify
 
 _VERIFY: Final[Mapping[str, Verify]] = {
-    "": "off",
-    "NoClientCert": "off",
+    "": "none",
+    "NoClientCert": "none",
     "VerifyClientCertIfGiven": "request",
     "RequireAndVerifyClientCert": "require",
 }
@@ -109,7 +109,7 @@ def _tls(path: Path, found: _TlsServer) -> Sources:
     verify = _VERIFY[found.client_auth_type]
     if not (certificate and key):
         raise _error(path, "tls_server_config: give cert_file and key_file, or cert and key")
-    if (verify == "off") == bool(authorities):
+    if (verify == "none") == bool(authorities):
         raise _error(
             path, "tls_server_config: give client_ca_file and a client_auth_type that verifies"
         )

@@ -55,8 +55,11 @@ def program(name: str) -> Path:
 
 
 @contextmanager
-def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str], list[Any]]]:
-    """A Prometheus that scrapes AGENT five times a second; yields a function that queries it."""
+def prometheus(
+    directory: Path, agent: RunningAgent, job: Mapping[str, object] | None = None
+) -> Iterator[Callable[[str], list[Any]]]:
+    """A Prometheus that scrapes AGENT five times a second, by what else JOB says; yields a function
+    that queries it."""
     # A port that was free on an address of this process alone is still free afterwards.
     pid = os.getpid()
     host = f"127.{64 + (pid >> 16)}.{pid >> 8 & 255}.{pid & 255}"
@@ -65,7 +68,7 @@ def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Callable[[str],
     config = {
         "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
         "scrape_configs": [
-            {"job_name": "coral", "static_configs": [{"targets": [agent.metrics]}]},
+            {"job_name": "coral", "static_configs": [{"targets": [agent.metrics]}], **(job or {})},
         ],
     }
     directory.mkdir()

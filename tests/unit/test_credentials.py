@@ -26,7 +26,7 @@ def sources(directory: Path, verify: Verify = "require") -> Sources:
     return Sources(
         Source("tls.certificate", directory / "server.crt"),
         Source("tls.key", directory / "server.key"),
-        Source("tls.client_ca", directory / "ca.crt") if verify != "off" else None,
+        Source("tls.client_ca", directory / "ca.crt") if verify != "none" else None,
         verify,
         ("h2",),
     )
