@@ -17,11 +17,16 @@ from typing import Final
 import structlog
 
 from coral.agent import logs
+from coral.agent.access.access import Access
+from coral.agent.access.audit import Audit
+from coral.agent.access.kubernetes import Reviews
+from coral.agent.access.kubernetes_api import ApiServer
+from coral.agent.access.sinks import audit_sinks
+from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, load
 from coral.agent.machine import privileges
 from coral.agent.notify import Notifier
 from coral.agent.serving import monitoring
-from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.prometheus import Registry
@@ -57,11 +62,12 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
-        token = read_token(config)  # before root is given up: only root may be able to read it
+        # Before root is given up: only root may be able to read and write these files.
+        tokens, sinks = Tokens(config.auth), audit_sinks(config.audit)
         kept = _settle(config)
         logs.start()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(config, token, kept))
+            runner.run(_serve(config, tokens, Audit(config.name, sinks), kept))
         # asyncio leaves Python's own handler behind, which would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
@@ -111,7 +117,7 @@ def _settle(config: Config) -> frozenset[str]:
     )
 
 
-async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
+async def _serve(config: Config, tokens: Tokens, audit: Audit, kept: frozenset[str]) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_threads(config), "coral"))
     signalled, stopped = threading.Event(), threading.Event()
     # It starts now: after the signal there may be no room for a thread.
@@ -120,13 +126,21 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
     async with AsyncExitStack() as stack:
         notifier = Notifier()
         stack.callback(notifier.close)
-        supervisor = await stack.enter_async_context(Supervisor(config))
+        stack.callback(audit.close)
+        kubernetes = config.auth.kubernetes
+        reviews = None
+        if kubernetes.server:
+            reviews = Reviews(ApiServer(kubernetes).post, kubernetes.audience)
+        access = Access(config, reviews, audit)
+        supervisor = await stack.enter_async_context(Supervisor(config, access))
         readiness, counts = Readiness(supervisor), Counts()
         metrics_address = stack.enter_context(
             monitoring.serve(config.metrics, supervisor, readiness, counts)
         )
         await _export(stack, supervisor, counts)
-        server = await stack.enter_async_context(Server(supervisor, config, token, counts))
+        server = await stack.enter_async_context(
+            Server(supervisor, config, tokens, reviews, counts)
+        )
         await stack.enter_async_context(readiness.kept_up(server, notifier))
         log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
         log.info(

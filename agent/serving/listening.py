@@ -41,6 +41,8 @@ class Origin:
     trust: Trust
     pid: int = 0
     """The process that connected by a unix socket; 0 for others, and for one that is hidden."""
+    names: tuple[str, ...] = ()
+    """What the connection itself proves of the caller, such as `uid:1000`, `socket:admin`."""
 
 
 class Listener(Protocol):
@@ -192,9 +194,10 @@ class UnixListener:
     def origin(self, accepted: socket.socket) -> Origin:
         """By the kernel's word on the process that connected."""
         raw = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        pid, uid, _ = _UCRED.unpack(raw)
+        pid, uid, gid = _UCRED.unpack(raw)
         trust = Trust.OWNER if uid in (0, os.geteuid()) else Trust.ANYONE
-        return Origin(f"unix: uid {uid}, pid {pid}", f"uid {uid}", trust, pid)
+        names = (f"uid:{uid}", f"gid:{gid}", "socket:admin")
+        return Origin(f"unix: uid {uid}, pid {pid}", f"uid {uid}", trust, pid, names)
 
     def close(self) -> None:
         """Removes the path too, if it is still that of our socket."""
