@@ -16,11 +16,13 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct, field
 
-from coral.agent import config_otlp
+from coral.agent import config_otlp, config_tls
+from coral.agent.addresses import ACCEPTED, is_unix, unix_address
 from coral.agent.config_access import Audit, RoleRule, problem
 from coral.agent.config_access import Auth as Auth  # noqa: PLC0414  others have it from here
 from coral.agent.config_file import read_yaml
 from coral.agent.config_otlp import Otlp
+from coral.agent.config_tls import Tls
 from coral.agent.config_units import ByteCount as ByteCount  # noqa: PLC0414
 from coral.agent.config_units import Duration as Duration  # noqa: PLC0414
 from coral.agent.config_words import choices, first_problem, shown
@@ -271,15 +273,34 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ""
     listen: Annotated[
         tuple[str, ...],
-        Meta(description="addresses for gRPC, each `unix:PATH` or `127.0.0.1:PORT`"),
+        Meta(
+            description="addresses for gRPC, each `HOST:PORT`, with `tls` if it is beyond "
+            "loopback, or `unix:PATH`; a socket for others than its owner is "
+            "`unix:PATH?mode=0660&group=GROUP`, whose callers roles know as `socket:view`, or as "
+            "`socket:NAME` with `&name=NAME`"
+        ),
     ] = (DEFAULT_SOCKET,)
     metrics: Annotated[
         str,
         Meta(
             description="the address that serves /metrics to Prometheus; empty: none; beyond "
-            "loopback, whoever reaches it can read it, without a token"
+            "loopback, whoever reaches it can read it, unless `metrics_web_config` says otherwise"
         ),
     ] = "127.0.0.1:9464"
+    metrics_web_config: Annotated[
+        str,
+        Meta(
+            description="a file in the web configuration format of Prometheus' exporter-toolkit, "
+            "with TLS and passwords for `metrics`; read again when it changes; see [TLS](tls.md)"
+        ),
+    ] = ""
+    health: Annotated[
+        str,
+        Meta(
+            description="an address that serves /healthz and /readyz alone, in plain HTTP; "
+            "`metrics` serves them too"
+        ),
+    ] = ""
     log_format: Annotated[
         Literal["console", "json"], Meta(description="log lines for people, or as JSON")
     ] = "console"
@@ -302,6 +323,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(description="what callers may do, by their names; see [access](access.md)"),
     ] = ()
     audit: Audit = field(default_factory=Audit)
+    tls: Tls = field(default_factory=Tls)
     continuous: Annotated[
         tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
@@ -447,8 +469,9 @@ def _check(config: Config) -> None:
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
     _check_addresses(config)
-    if refused := config_otlp.problem(config.otlp):
-        raise ConfigError(refused)
+    for refused in (config_otlp.problem(config.otlp), config_tls.problem(config.tls)):
+        if refused:
+            raise ConfigError(refused)
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
@@ -465,18 +488,22 @@ def _check(config: Config) -> None:
 
 def _check_addresses(config: Config) -> None:
     if not all(config.listen) or not config.listen:
-        raise ConfigError(
-            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
-        )
+        raise ConfigError("listen: at least one address is expected, each unix:PATH or HOST:PORT")
     for address in config.listen:
-        if not address.startswith("unix:") and not host_and_port(address):
+        if is_unix(address):
+            try:
+                unix_address(address)
+            except ValueError as error:
+                raise ConfigError(f"listen: {error}") from error
+        elif not host_and_port(address):
+            raise ConfigError(f"listen: {shown(address)} is not accepted; {ACCEPTED}")
+    for key in ("metrics", "health"):
+        if (address := getattr(config, key)) and not host_and_port(address):
             raise ConfigError(
-                f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
+                f"{key}: {shown(address)} is not accepted; give HOST:PORT, or nothing"
             )
-    if config.metrics and not host_and_port(config.metrics):
-        raise ConfigError(
-            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
-        )
+    if config.metrics_web_config and not config.metrics:
+        raise ConfigError("metrics_web_config: there is no address in `metrics` that it is for")
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:

@@ -141,6 +141,7 @@ class _AgentMetrics:
             *self._refusals(),
             *self._exported(),
             *self._access(),
+            *self._tls(),
             self._build,
             CounterMetricFamily(
                 f"{_PREFIX}log_lines_dropped",
@@ -276,6 +277,29 @@ class _AgentMetrics:
             access.unanswered,
         )
         return decisions, dropped, unanswered
+
+    def _tls(self) -> Iterable[Metric]:
+        labels = ("listener",)
+        expiry = GaugeMetricFamily(
+            "coral_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate that the agent shows expires, and the last of the authorities of "
+            "clients, of what is in use.",
+            labels=(*labels, "file"),
+        )
+        reloads = CounterMetricFamily(
+            "coral_tls_reloads", "Changed files of TLS that are in use since.", labels=labels
+        )
+        failures = CounterMetricFamily(
+            "coral_tls_reload_failures",
+            "Changed files of TLS that cannot be used; the ones before are in use.",
+            labels=labels,
+        )
+        for listener, counts in self._counts.tls.items():
+            reloads.add_metric((listener,), counts.reloads)
+            failures.add_metric((listener,), counts.failures)
+            for file, when_s in counts.expiries_s.items():
+                expiry.add_metric((listener, file), when_s)
+        return expiry, reloads, failures
 
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")

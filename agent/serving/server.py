@@ -25,6 +25,7 @@ from coral.agent.serving.health import HEALTH, Health
 from coral.agent.serving.listening import Listener, listen
 from coral.agent.serving.reflection import REFLECTION, Reflection
 from coral.agent.serving.relay import AGE_GRACE_S, Connection
+from coral.agent.serving.rotation import Rotation
 from coral.agent.serving.service import SERVICE, EbpfService
 from coral.agent.serving.upstream import Upstream
 from coral.agent.sessions.supervisor import Supervisor
@@ -50,6 +51,8 @@ class Server:
         tokens: Tokens,
         reviews: Reviews | None,
         counts: Counts,
+        *,
+        tls: Rotation | None = None,
     ) -> None:
         """Binds every address; `addresses` has them with the ports that were taken. Callers are let
         in by TOKENS and REVIEWS; COUNTS is kept up to date. Raises `ConfigError`."""
@@ -57,7 +60,7 @@ class Server:
         door = Door(supervisor, tokens, reviews)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
         use_all_descriptors()
-        self._listeners = listen(config, has_token=config.auth.asks_for_tokens)
+        self._listeners = listen(config, has_token=config.auth.asks_for_tokens, tls=tls)
         self.addresses = [listener.address for listener in self._listeners]
         try:
             self._servers = [
@@ -68,7 +71,9 @@ class Server:
             for listener in self._listeners:
                 listener.close()
             raise
-        if config.auth.insecure_loopback and not config.auth.asks_for_tokens:
+        if tls:
+            tls.changed = self._distrust
+        if config.auth.insecure_loopback and not config.auth.asks_for_tokens and not tls:
             self._warn()
 
     def _warn(self) -> None:
@@ -80,6 +85,10 @@ class Server:
         for listener in self._listeners:
             if listener.kind == "tcp":
                 log.warning(warning, address=listener.address)
+
+    def _distrust(self, removed: frozenset[bytes]) -> None:
+        for server in self._servers:
+            server.side.distrust(removed)
 
     def set_ready(self, *, ready: bool) -> None:
         """Whether the service is ready, for health checks."""
