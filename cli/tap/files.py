@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +31,9 @@ class Output:
     def write(self, story: Story, session: Session) -> None:
         """Writes the file, if one was asked for: all of it, or nothing. Raises OSError."""
         if self.path and self.format:
-            _replace(self.path, self.format.content(story, session))
+            with _uncollected():
+                content = self.format.content(story, session)
+            _replace(self.path, content)
 
 
 def output_option(views: Iterable[View]) -> Callable[[Any], Any]:
@@ -76,12 +80,32 @@ def _is_path(text: str) -> bool:
 
 
 def _check(text: str, path: Path) -> None:
-    if path.is_dir():
-        raise click.UsageError(f"-o {text}: this is a directory")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"-o {text}: there is no directory {path.parent}")
+    """Raises a usage error where PATH, without links, cannot be written. What is no regular file, a
+    pipe or a device, would be replaced by one."""
+    try:
+        if path.is_dir():
+            raise click.UsageError(f"-o {text}: this is a directory")
+        if path.exists() and not path.is_file():
+            raise click.UsageError(f"-o {text}: this is not a regular file")
+        if not path.parent.is_dir():
+            raise click.UsageError(f"-o {text}: there is no directory {path.parent}")
+    except OSError as error:  # its name is too long, or a directory above it is closed to the user
+        raise click.UsageError(f"-o {text}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise click.UsageError(f"-o {text}: the directory {path.parent} cannot be written to")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """In the block, no garbage is collected. A large profile becomes a tree of millions of objects,
+    none of which is garbage: looking through them again and again takes longer than the rest."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _replace(path: Path, content: bytes) -> None:
