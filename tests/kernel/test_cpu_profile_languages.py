@@ -17,7 +17,7 @@ from typing import Final
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.profiling import Profile, profiled
+from tests.profiling import Profile, profiled, profiled_further
 from tests.support import ROOT, built
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.long]
@@ -305,6 +305,57 @@ def test_node_with_perf_maps(record_property: Record, tmp_path: Path) -> None:
     shares_of(profile, [rf"^JS:.?{name} " for name in names], record_property)
     rows = spending(profile, r"^JS:.?spend")
     whole(rows)
+
+
+@contextmanager
+def warm_java(*options: str) -> Iterator[subprocess.Popen[str]]:
+    """A JVM that has compiled what it will run, each method by itself, and waits for a byte."""
+    javac, java = need("javac"), need("java")
+    source = SOURCES / "Shares.java"
+
+    def command(output: Path) -> Sequence[str | Path]:
+        return [javac, "-d", output, source]
+
+    classes = built("shares.java", [source], command)
+    apart = ("-XX:CompileCommand=quiet", "-XX:CompileCommand=dontinline,Shares::*")
+    process = subprocess.Popen(
+        [java, "-XX:+UseSerialGC", *apart, *options, "-cp", classes, "Shares", str(MILLISECONDS)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.soak
+def test_java_with_frame_pointers_and_a_perf_map(record_property: Record) -> None:
+    with perf_map(), warm_java("-XX:+PreserveFramePointer") as process:
+        write_map = [need("jcmd"), str(process.pid), "Compiler.perfmap"]
+        subprocess.run(write_map, stdout=subprocess.DEVNULL, check=True)
+        profile = profiled_further(process, frequency=HZ)
+    names = ("spendMost", "spendSome", "spendLittle")
+    shares_of(profile, [rf"\bShares\.{name}\(" for name in names], record_property)
+    rows = spending(profile, r"\bShares\.spend")
+    whole(rows)
+    for row in rows:
+        assert sum("Shares.descend(" in name for name in row.stack) == 9
+
+
+@pytest.mark.soak
+def test_java_without_them_has_no_names_and_its_stacks_are_cut(record_property: Record) -> None:
+    with warm_java() as process:
+        profile = profiled_further(process, frequency=HZ)
+    assert profile.samples > 0.85 * HZ * sum(profile.truth.values())
+    rows = [row for row in profile.rows if row.stack and row.stack[-1].startswith("[anonymous]+")]
+    count = sum(row.count for row in rows)
+    cut = sum(row.count for row in rows if row.end == pb.CPU_STACK_END_NO_UNWIND_INFO)
+    record_property("cut", f"{cut} of {count}, of {profile.samples}")
+    assert cut > 0.85 * profile.samples
+    assert not spending(profile, "spend")
 
 
 def test_no_process_but_the_target(programs: Path) -> None:
