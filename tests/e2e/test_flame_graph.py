@@ -191,7 +191,7 @@ def test_without_colours_the_kernel_marks_and_guesses_are_told_apart(
     def style(label: str) -> tuple[str, str, str]:
         shown = f"getComputedStyle({find(label)}{text})"
         properties = ("fontStyle", "fontWeight", "textDecorationLine")
-        return tuple(chromium.value(f"{shown}.{name}") for name in properties)  # type: ignore[return-value]
+        return tuple(chromium.value(f"{shown}.{name}") for name in properties)
 
     assert style("main") == ("normal", "400", "none")
     assert style("do_syscall_64 [k]") == ("italic", "400", "none")

@@ -195,7 +195,9 @@ def test_cpu_time_is_counted_by_service_and_by_function() -> None:
 def test_functions_without_names_have_one_series_by_module() -> None:
     """Each of their samples may have an address of its own: there would soon be no series left."""
     measures = ProfileMeasures(4)
-    stacks = [(1, [], [100 * n, 1900]) for n in range(1, 18)]
+    stacks: list[tuple[int, list[int], list[int]]] = [
+        (1, [], [100 * n, 1900]) for n in range(1, 18)
+    ]
     rows = summaries(profile(*stacks, (1, [1400], [100])), "shop", 10_000_000)
     rows.columns["frame_flags"] |= pb.CPU_FRAME_FLAG_UNNAMED
     measures.observe("shop", Batch(rows, 0, 1))
@@ -206,7 +208,9 @@ def test_functions_without_names_have_one_series_by_module() -> None:
 
 def test_functions_for_which_there_is_no_room_are_added_up() -> None:
     measures = ProfileMeasures(2)
-    stacks = [(1, [], [100 * n]) for n in (5, 5, 5, 6, 6, 7, 8)]
+    stacks: list[tuple[int, list[int], list[int]]] = [
+        (1, [], [100 * n]) for n in (5, 5, 5, 6, 6, 7, 8)
+    ]
     measures.observe("shop", Batch(summaries(profile(*stacks), "shop", 10**9), 0, 1))
     (functions,) = (it for it in measures.collect() if "function" in it.name)
     found = {tuple(it.labels.values()): it.value for it in functions.samples}
