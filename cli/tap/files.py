@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from coral.cli.common import one_of
 from coral.views.contract import FileFormat, Session, Story, View
 
 FORMS: Final = ("table", "json", "yaml")
-_TABLE: Final = FORMS[0]
+_TABLE, _JSON, _ = FORMS
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,27 @@ def output_option(views: Iterable[View]) -> Callable[[Any], Any]:
         f" With {view.flag} it may be a file: {one_of([it.suffix for it in view.files])}."
         for view in having
     )
-    short = click.option("--json", "output", flag_value="json", help="The same as -o json.")
+    short = click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
     long = click.option(
         "-o",
         "--output",
-        default=_TABLE,
-        show_default=True,
+        help=f"A table for people, or data for programs.{files}  [default: {_TABLE}]",
         metavar="|".join([*FORMS, *["FILE"] * bool(having)]),
-        help=f"A table for people, or data for programs.{files}",
     )
-    return lambda function: long(short(function))
+    return lambda function: long(short(_one_form(function)))
+
+
+def _one_form(function: Callable[..., Any]) -> Callable[..., Any]:
+    """FUNCTION with one `output` for -o and --json, which go against each other."""
+
+    @wraps(function)
+    def called(*arguments: Any, output: str | None, as_json: bool, **given: Any) -> Any:  # noqa: ANN401  what click calls
+        if as_json and output not in (None, _JSON):
+            raise click.UsageError(f"give only one of --json and -o {output}")
+        form = _JSON if as_json else _TABLE if output is None else output
+        return function(*arguments, output=form, **given)
+
+    return called
 
 
 def parse_output(text: str, view: View, views: Mapping[int, View]) -> Output:
