@@ -194,6 +194,12 @@ class Symbolizer:
             process.maps.executed(time_ns)
             process.perf_maps.append((time_ns, PerfMap(tgid)))
 
+    def has_executed(self, tgid: int, time_ns: int, born: int = 0, *, is_over: bool) -> None:
+        """The same where the maps know the program already. If it IS OVER, because the process has
+        executed another one since, what it has told in a perf map is not known."""
+        perf_map = PerfMap(0 if is_over else tgid)
+        self._process(tgid, born).perf_maps.append((time_ns, perf_map))
+
     def forget(self, tgid: int, born: int = 0) -> None:
         """A process has no more addresses to name. Safe to call for an unknown one."""
         if process := self._processes.pop((tgid, born), None):

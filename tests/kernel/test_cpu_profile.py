@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,34 @@ def test_programs_that_run_for_a_moment_have_names(programs: Path) -> None:
     named = sum(profile.among(name) for name in ("spend_most", "spend_some", "spend_little"))
     print(f"{named} of {profile.samples} samples, ends {profile.by('end')}")
     assert named > 0.75 * profile.samples
+
+
+@pytest.mark.pace
+def test_programs_of_one_interval_have_their_own_names(programs: Path) -> None:
+    """A process that was idle when the session began is a shell, then another program, and has
+    ended, before the first batch is read."""
+    count = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"
+    script = f"read go; {count}; exec {programs}/profiled shares 1000 </dev/null"
+    process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    collector, profile = collector_of({"pid": str(process.pid), "frequency": "499"}), Profile()
+    try:
+        collector.open()
+        with process:
+            process.communicate(b"x")
+        collector.bpf_object.detach()
+        profile.add(collector.drain())
+    finally:
+        collector.close()
+    by_program = Counter[str]()
+    for row in profile.rows:
+        assert row.end != pb.CPU_STACK_END_PROCESS_GONE
+        by_program[row.process] += row.count
+        assert row.process == "profiled" or not any(it.startswith("spend_") for it in row.stack)
+    print(by_program, profile.by("end"))
+    assert set(by_program) == {"sh", "profiled"}
+    assert min(by_program.values()) > 20
+    spent = sum(profile.among(name) for name in ("spend_most", "spend_some", "spend_little"))
+    assert spent > 0.9 * by_program["profiled"]
 
 
 def test_the_kernel_is_above_the_function_that_called_it(programs: Path) -> None:
