@@ -124,6 +124,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             with self._shared.code() as code:
                 code.look(now=True)  # so that no program was sampled that is not known yet
                 memory = memory_of(samples, code.processes)
+                code.read_told(memory.processes)
                 code.look(now=True)  # what a process has executed before its memory was read
             self._shared.prepare()
             with self._shared.code() as code:

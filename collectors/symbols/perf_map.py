@@ -40,7 +40,8 @@ class PerfMap:
     the one told last counts. Only a file of the process's user, or of root, is believed, which was
     written since the process started: ids are used again, by containers each time. At most
     1,048,576 functions and 64 MB of names of the first 256 MB are read, 32 MB at a time; `why_not`
-    says so, or what else is wrong with the file. Not safe to use from two threads at once. Never raises.
+    says so, or what else is wrong with the file. Not safe to use from two threads at once. Never
+    raises.
 
     Times are of CLOCK_MONOTONIC. A function that was told after a sample was taken is not the one
     that was sampled if another was there before.
@@ -86,14 +87,9 @@ class PerfMap:
         self, addresses: NDArray[np.uint64], times_ns: NDArray[np.uint64] | None = None
     ) -> NDArray[np.int64]:
         """The numbers of the functions that were at ADDRESSES at TIMES_NS (u64[n]), by default now;
-        -1 for those at none. What the runtime has told since is read first, with at most 5 % of a
-        CPU. Numbers hold until the next call."""
-        if time.monotonic() >= self._rest_until:
-            begun = time.monotonic()
-            self._follow()
-            took = time.monotonic() - begun
-            rest = max(took * _REST_FACTOR, _SHORTEST_REST_S)
-            self._rest_until = begun + (rest if self._file else _LOOK_EVERY_S)
+        -1 for those at none. What the runtime has told since is read first. Numbers hold until the
+        next call."""
+        self.catch_up()
         found = np.full(len(addresses), -1, np.int64)
         for _, layer in reversed(self._layers):
             left = np.flatnonzero(found < 0)
@@ -105,6 +101,15 @@ class PerfMap:
         if times_ns is not None and len(self):
             self._correct(found, addresses, times_ns)
         return found
+
+    def catch_up(self) -> None:
+        """Reads what the runtime has told since, with at most 5 % of a CPU."""
+        if time.monotonic() >= self._rest_until:
+            begun = time.monotonic()
+            self._follow()
+            took = time.monotonic() - begun
+            rest = max(took * _REST_FACTOR, _SHORTEST_REST_S)
+            self._rest_until = begun + (rest if self._file else _LOOK_EVERY_S)
 
     def _correct(
         self,

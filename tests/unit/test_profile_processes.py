@@ -25,7 +25,7 @@ SAMPLE = np.dtype(
 )
 
 
-def sample(
+def sample(  # noqa: PLR0917
     tgid: int,
     execs: int = 3,
     parent: int = 1,

@@ -81,6 +81,21 @@ def test_a_sample_has_the_name_of_its_time(told: Path) -> None:
     it.close()
 
 
+def test_what_is_read_before_names_are_asked_for_has_its_time(told: Path) -> None:
+    """Samples of both are named after the address was used again."""
+    told.write_text("1000 10 first\n")
+    it = PerfMap(os.getpid())
+    times = np.array([time.monotonic_ns(), 0], np.uint64)
+    it.catch_up()
+    with told.open("a") as file:
+        file.write("1000 10 second\n")
+    it.catch_up()
+    times[1] = time.monotonic_ns()
+    found = it.find(np.array([0x1000, 0x1000], np.uint64), times)
+    assert [it.name(number) for number in found.tolist()] == [b"first", b"second"]
+    it.close()
+
+
 def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> None:
     it = PerfMap(os.getpid())
     told.write_text("1000 10 first\n2000 10 second\n")
