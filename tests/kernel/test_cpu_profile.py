@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -160,6 +161,17 @@ def test_signal_handlers_lie_on_what_they_interrupted(programs: Path) -> None:
         assert row.end == pb.CPU_STACK_END_BOTTOM
         interrupted = row.stack[: list(row.stack).index("handle_signal_work")]
         assert "main" in interrupted or "exit" in interrupted  # the timer goes on after main
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="glibc says so itself elsewhere")
+def test_a_coroutine_ends_where_its_context_began(programs: Path) -> None:
+    profile = profiled(programs / "profiled", "coroutine", 500, frequency=FAST_HZ)
+    spending = [row for row in profile.rows if any(it.startswith("spend_") for it in row.stack)]
+    assert sum(row.count for row in spending) > 0.8 * profile.samples
+    for row in spending:
+        assert row.end == pb.CPU_STACK_END_BOTTOM
+        assert "main" not in row.stack
+        assert list(row.stack).index("level_1") <= 2  # below it: the coroutine, and libc's code
 
 
 def test_a_stack_deeper_than_the_copy_says_so(programs: Path) -> None:
