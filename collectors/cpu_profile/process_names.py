@@ -1,5 +1,5 @@
-"""The command names of processes at the time of their samples: one that has executed another program
-since has another name now."""
+"""The command names of processes at the time of their samples: one that has executed another
+program since has another name now."""
 
 from __future__ import annotations
 

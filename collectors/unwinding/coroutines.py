@@ -1,8 +1,8 @@
 """Where the stack of a coroutine of makecontext(3) ends.
 
 The function that a context begins with returns to code of libc that continues with the next
-context (`__start_context`). Nothing has called that code, but until glibc says so itself, its unwind
-table is that of any function: what lies above on the stack would be taken for a caller.
+context (`__start_context`). Nothing has called that code, but until glibc says so itself, its
+unwind table is that of any function: what lies above on the stack would be taken for a caller.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from coral.bpf.attaching.elf import PF_X, ElfError, read_exactly
+from coral.bpf.attaching.elf import PF_X, read_exactly
 from coral.collectors.symbols.elf import EM_X86_64, ElfFile
 from coral.collectors.unwinding.rules import (
     CFA,
@@ -29,7 +29,7 @@ from coral.collectors.unwinding.rules import (
 
 _MAKES_CONTEXTS: Final = b"\0makecontext\0"
 _LARGEST_CODE_BYTES: Final = 4 << 20  # libc's has 1.4 MB
-# mov %rbx, %rsp; mov (%rsp), %rdi; test %rdi, %rdi: sysdeps/unix/sysv/linux/x86_64/__start_context.S
+# mov %rbx, %rsp; mov (%rsp), %rdi; test %rdi, %rdi (__start_context.S for x86_64).
 _START_CONTEXT: Final = bytes.fromhex("4889dc488b3c244885ff")
 _BYTES: Final = 26
 _ALIGNMENT: Final = 16

@@ -210,4 +210,7 @@ def test_programs_of_a_process_have_rows_of_their_own() -> None:
     it.samples.structs["execs"] = [1, 2]
     rows = summaries(it._replace(processes=np.array([b"sh", b"server"])), "shop", 10)
     assert rows.columns["count"].tolist() == [1, 1]
-    assert [row.labels["process"] for row in rows.as_messages()] == ["sh", "server"]
+    assert [row.process for row in rows.as_messages() if isinstance(row, pb.CpuProfileSample)] == [
+        "sh",
+        "server",
+    ]
