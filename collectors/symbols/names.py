@@ -194,6 +194,20 @@ class Symbolizer:
             process.maps.executed(time_ns)
             process.perf_maps.append((time_ns, PerfMap(tgid)))
 
+    def has_executed(self, tgid: int, time_ns: int, born: int = 0, *, is_over: bool) -> None:
+        """The same where the maps know the program already. If it IS OVER, because the process has
+        executed another one since, what it has told in a perf map is not known."""
+        perf_map = PerfMap(0 if is_over else tgid)
+        self._process(tgid, born).perf_maps.append((time_ns, perf_map))
+
+    def read_told(self, tgid: int, born: int = 0) -> None:
+        """Reads what the runtime of a process has told in its perf map, if it has code of its own:
+        soon after samples were taken, because the runtime may tell of other functions at their
+        addresses later."""
+        process = self._processes.get((tgid, born))
+        if process and any(file.kind is FileKind.ANONYMOUS for file in process.maps.files):
+            process.perf_maps[-1][1].catch_up()
+
     def forget(self, tgid: int, born: int = 0) -> None:
         """A process has no more addresses to name. Safe to call for an unknown one."""
         if process := self._processes.pop((tgid, born), None):
