@@ -23,7 +23,7 @@ from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.options import CpuProfileOptions
-from coral.collectors.cpu_profile.shared import Shared
+from coral.collectors.cpu_profile.shared import EXECUTION_PROGRAM, Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
 from coral.collectors.hubs import Plan
@@ -59,7 +59,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             features,
             self._rung,
             programs=(),
-            walks=(_PROGRAM,),
+            walks=(_PROGRAM, EXECUTION_PROGRAM),
             options={},
             sizes=self._sizes,
         )

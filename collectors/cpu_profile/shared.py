@@ -8,19 +8,26 @@ import select
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Final, Self
 
-from coral.bpf import BpfError, BpfObject
+from coral.bpf import BpfError, BpfObject, RingReader
+from coral.bpf.attaching.link import Link
 from coral.bpf.attaching.mappings import MappingReader
 from coral.collectors.cpu_profile.naming import Code
 from coral.collectors.hubs import FIRST_ENDED, Slot
 
 _log: Final = logging.getLogger(__name__)
 
+EXECUTION_PROGRAM: Final = "coral_execution"
+_EXECUTIONS: Final = "executions"
+_EXECUTIONS_BYTES: Final = 64 << 10  # as in cpu_profile.bpf.c
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
-_LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and new CPUs
+_LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and what processes map later
+_FOLLOW_EVERY_S: Final = 2.0  # to notice new CPUs
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
+# For how long a program is new: what it maps is looked at as it comes.
+_NEW_S: Final = 1.0
 # After a look, rest this many times as long: 5 % of a CPU at most while watched processes map code,
 # 0.7 % while only others do, whose reports the kernel cannot leave out.
 _REST_FACTOR: Final = 20
@@ -31,7 +38,8 @@ class Shared:
     """What the sessions of a hub use in turn. It is made for the first that joins, and closed when
     the last has left."""
 
-    def __init__(self, bpf_object: BpfObject) -> None:  # noqa: ARG002  as `Slot.common` makes it
+    def __init__(self, bpf_object: BpfObject) -> None:
+        self._object = bpf_object
         self._lock = threading.Lock()
         self._slots: set[Slot] = set()
         self._code: Code | None = None
@@ -87,26 +95,38 @@ class Shared:
             self.why_not = f"processes that end soon may have no names: {error}"
             return
         self.why_not = ""
+        executions = _Executions.of(self._object)
         threading.Thread(
-            target=self._run, args=(reader, self._stop), name="coral-profile", daemon=True
+            target=self._run,
+            args=(reader, executions, self._stop),
+            name="coral-profile",
+            daemon=True,
         ).start()
 
-    def _run(self, reader: MappingReader, stop: threading.Event) -> None:
-        with reader:
-            followed_s, next_s = 0.0, None
+    def _run(
+        self, reader: MappingReader, executions: _Executions | None, stop: threading.Event
+    ) -> None:
+        with reader, executions or nullcontext():
+            followed_s, new_until_s, next_s = 0.0, 0.0, None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 found = True
                 try:
-                    follow = time.monotonic() > followed_s + _LOOK_EVERY_S
+                    if executions and executions.take():
+                        new_until_s = time.monotonic() + _NEW_S
+                    follow = time.monotonic() > followed_s + _FOLLOW_EVERY_S
                     followed_s = time.monotonic() if follow else followed_s
                     found, next_s = self._look(reader, stop, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
                 rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
-                if not stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
-                    _wait(reader.fds, _LOOK_EVERY_S if next_s is None else next_s)
+                if stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
+                    break
+                fds = [executions.fd] if executions else []
+                if not executions or time.monotonic() < new_until_s:
+                    fds += reader.fds
+                _wait(fds, _LOOK_EVERY_S if next_s is None else next_s)
 
     def _look(
         self, reader: MappingReader, stop: threading.Event, *, follow: bool
@@ -140,6 +160,51 @@ class Shared:
         for slot in self._slots:
             found.update((slot.keys_of("members") % FIRST_ENDED).tolist())
         return found
+
+
+class _Executions:
+    """What tells that watched processes execute programs: `fd` is readable then, until `take`."""
+
+    def __init__(self, ring: RingReader, link: Link) -> None:
+        self._ring, self._link = ring, link
+
+    @classmethod
+    def of(cls, bpf_object: BpfObject) -> Self | None:
+        """Attaches the program of BPF_OBJECT; None where it cannot be."""
+        try:
+            kinds = bpf_object.record_kinds({"execution": None})
+            ring = RingReader(bpf_object.map_fd(_EXECUTIONS), _EXECUTIONS_BYTES, kinds)
+        except OSError:
+            return None
+        try:
+            return cls(ring, bpf_object.attach_one(EXECUTION_PROGRAM))
+        except BpfError:
+            _log.debug("executed programs are not told", exc_info=True)
+            ring.close()
+            return None
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to wait for."""
+        return self._ring.fd
+
+    def take(self) -> bool:
+        """Whether any process has executed a program since this was called before."""
+        found = self._ring.pending_bytes > 0
+        if found:
+            self._ring.drain()
+            self._ring.rest()
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            with suppress(BpfError):
+                self._link.detach()
+        finally:
+            self._ring.close()
 
 
 def _wait(fds: list[int], most_s: float) -> None:

@@ -63,12 +63,19 @@ struct cpu_sample_draft {
 	__u8 rest[MOST_FRAMES * sizeof(__u64) + STACK_STEPS * USER_READ_STEP];
 };
 
+/* A watched process has executed a program, and is about to map its libraries. */
+struct execution {
+	struct record_head head;
+};
+
 enum record_kind {
 	RECORD_NONE,
 	RECORD_CPU_SAMPLE,
+	RECORD_EXECUTION,
 };
 
 IN_BTF(struct cpu_sample, cpu_sample);
+IN_BTF(struct execution, execution);
 IN_BTF(enum record_kind, record_kind);
 
 /* No sample interrupts another one of the same CPU: all are taken by timers' interrupts. */
@@ -226,6 +233,41 @@ int PROGRAM(coral_sample, struct sampled *ctx)
 	if (state_in_session(slot, tgid) != MEMBER_ACTIVE)
 		return 0;
 	return sample_for(ctx, slot, tgid);
+}
+
+/* Of all sessions. The kernel wakes the reader for the first one after a rest. */
+BUFFER(RINGBUF, executions, 64 << 10);
+
+SUBPROGRAM int is_watched_in_session(__u32 slot, __u32 tgid)
+{
+	return member_of(slot, tgid) != NULL;
+}
+
+/*
+ * The kernel's reports of mapped code are of every process. This wakes user space for those that
+ * are watched, so that it looks at a new program while it runs, however briefly, and does not wake
+ * for others.
+ */
+SEC("raw_tp/sched_process_exec")
+int RAW_PROGRAM(coral_execution, struct task_struct *task)
+{
+	struct execution told = {.head = {RECORD_EXECUTION, sizeof(told)}};
+	struct sessions *all = all_sessions();
+	__u32 tgid = current_tgid();
+	__u64 ours;
+	int watched = 0;
+
+	if (!all || surely_unwatched_here(all, tgid))
+		return 0;
+	ours = sessions_of_hub(all);
+	if (all->host & ours)
+		watched = 1;
+	for_each_session (slot, ours & ~all->host) {
+		watched |= is_watched_in_session(slot, tgid);
+	}
+	if (watched)
+		bpf_ringbuf_output(map_of(executions), &told, sizeof(told), 0);
+	return 0;
 }
 
 LICENSED_AS("GPL");
