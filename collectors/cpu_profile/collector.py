@@ -19,11 +19,12 @@ from coral.bpf.attaching.sampling import SpreadClock
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.cpu_profile import sightings
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.options import CpuProfileOptions
-from coral.collectors.cpu_profile.shared import EXECUTION_PROGRAM, Shared
+from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
 from coral.collectors.hubs import Plan
@@ -59,7 +60,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             features,
             self._rung,
             programs=(),
-            walks=(_PROGRAM, EXECUTION_PROGRAM),
+            walks=(_PROGRAM, sightings.PROGRAM),
             options={},
             sizes=self._sizes,
         )

@@ -7,27 +7,23 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from typing import Final, Self
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Final
 
-from coral.bpf import BpfError, BpfObject, RingReader
-from coral.bpf.attaching.link import Link
+from coral.bpf import BpfError, BpfObject
 from coral.bpf.attaching.mappings import MappingReader
 from coral.collectors.cpu_profile.naming import Code
+from coral.collectors.cpu_profile.sightings import Sightings
 from coral.collectors.hubs import FIRST_ENDED, Slot
 
 _log: Final = logging.getLogger(__name__)
 
-EXECUTION_PROGRAM: Final = "coral_execution"
-_EXECUTIONS: Final = "executions"
-_EXECUTIONS_BYTES: Final = 64 << 10  # as in cpu_profile.bpf.c
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
 _LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and what processes map later
 _FOLLOW_EVERY_S: Final = 2.0  # to notice new CPUs
+_NEW_S: Final = 1.0  # for how long a program is new: what it maps is looked at as it comes
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
-# For how long a program is new: what it maps is looked at as it comes.
-_NEW_S: Final = 1.0
 # After a look, rest this many times as long: 5 % of a CPU at most while watched processes map code,
 # 0.7 % while only others do, whose reports the kernel cannot leave out.
 _REST_FACTOR: Final = 20
@@ -95,61 +91,67 @@ class Shared:
             self.why_not = f"processes that end soon may have no names: {error}"
             return
         self.why_not = ""
-        executions = _Executions.of(self._object)
+        sightings = Sightings.of(self._object)
+        arguments = (reader, sightings, self._stop)
         threading.Thread(
-            target=self._run,
-            args=(reader, executions, self._stop),
-            name="coral-profile",
-            daemon=True,
+            target=self._run, args=arguments, name="coral-profile", daemon=True
         ).start()
 
     def _run(
-        self, reader: MappingReader, executions: _Executions | None, stop: threading.Event
+        self, reader: MappingReader, sightings: Sightings | None, stop: threading.Event
     ) -> None:
-        with reader, executions or nullcontext():
-            followed_s, new_until_s, next_s = 0.0, 0.0, None
+        with reader, sightings or nullcontext():
+            followed_s = new_until_s = 0.0
+            next_s: float | None = None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 found = True
                 try:
-                    if executions and executions.take():
+                    seen = sightings.take() if sightings else None
+                    if seen is not None and seen["has_executed"].any():
                         new_until_s = time.monotonic() + _NEW_S
                     follow = time.monotonic() > followed_s + _FOLLOW_EVERY_S
                     followed_s = time.monotonic() if follow else followed_s
-                    found, next_s = self._look(reader, stop, follow=follow)
+                    tgids = () if seen is None else seen["tgid"].tolist()
+                    found, next_s = self._look(reader, stop, tgids, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
                 rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
                 if stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
                     break
-                fds = [executions.fd] if executions else []
-                if not executions or time.monotonic() < new_until_s:
+                fds = [sightings.fd] if sightings else []
+                if not sightings or time.monotonic() < new_until_s:
                     fds += reader.fds
                 _wait(fds, _LOOK_EVERY_S if next_s is None else next_s)
 
     def _look(
-        self, reader: MappingReader, stop: threading.Event, *, follow: bool
+        self,
+        reader: MappingReader,
+        stop: threading.Event,
+        sighted: Collection[int],
+        *,
+        follow: bool,
     ) -> tuple[bool, float | None]:
-        """Whether watched processes have mapped code, and the number of seconds until there is more
-        to read; None if there is not."""
+        """Whether watched processes, of which those SIGHTED are new, have done anything, and the
+        number of seconds until there is more to read; None if there is not."""
         with self._lock:
             if stop.is_set():
                 return False, None
             self._reader = reader
             if follow:
                 reader.follow()
-            found = self._meet()
+            found = self._meet(sighted)
             return found, self._code.processes.catch_up() if self._code else None
 
-    def _meet(self) -> bool:
-        """Looks at the processes that have mapped code since the last time, if any have. The lock
-        is held."""
+    def _meet(self, sighted: Collection[int] = ()) -> bool:
+        """Looks at the processes SIGHTED and those that have mapped code since the last time, if
+        there are any. The lock is held."""
         try:
             mapped = self._reader.drain(self._watched) if self._reader else []
-            if mapped:
-                self._opened().processes.meet(mapped)
-            return bool(mapped)
+            if mapped or sighted:
+                self._opened().processes.meet(mapped, sighted)
+            return bool(mapped or sighted)
         except (BpfError, OSError):
             _log.debug("looking at new processes failed", exc_info=True)
             return False
@@ -160,51 +162,6 @@ class Shared:
         for slot in self._slots:
             found.update((slot.keys_of("members") % FIRST_ENDED).tolist())
         return found
-
-
-class _Executions:
-    """What tells that watched processes execute programs: `fd` is readable then, until `take`."""
-
-    def __init__(self, ring: RingReader, link: Link) -> None:
-        self._ring, self._link = ring, link
-
-    @classmethod
-    def of(cls, bpf_object: BpfObject) -> Self | None:
-        """Attaches the program of BPF_OBJECT; None where it cannot be."""
-        try:
-            kinds = bpf_object.record_kinds({"execution": None})
-            ring = RingReader(bpf_object.map_fd(_EXECUTIONS), _EXECUTIONS_BYTES, kinds)
-        except OSError:
-            return None
-        try:
-            return cls(ring, bpf_object.attach_one(EXECUTION_PROGRAM))
-        except BpfError:
-            _log.debug("executed programs are not told", exc_info=True)
-            ring.close()
-            return None
-
-    @property
-    def fd(self) -> int:
-        """The descriptor to wait for."""
-        return self._ring.fd
-
-    def take(self) -> bool:
-        """Whether any process has executed a program since this was called before."""
-        found = self._ring.pending_bytes > 0
-        if found:
-            self._ring.drain()
-            self._ring.rest()
-        return found
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            with suppress(BpfError):
-                self._link.detach()
-        finally:
-            self._ring.close()
 
 
 def _wait(fds: list[int], most_s: float) -> None:
