@@ -35,7 +35,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
 _ROUNDS: Final = 3
-_WATCHED_S: Final = 3.0
+_WATCHED_S: Final = 10.0  # two intervals
 _BARE_S: Final = 1.5
 _NAMES_ROUNDS: Final = 3
 _BATCHES: Final = 3  # until memory is read

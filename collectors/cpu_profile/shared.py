@@ -41,6 +41,7 @@ class Shared:
         self._code: Code | None = None
         self._reader: MappingReader | None = None
         self._stop = threading.Event()
+        self._new_until_s = 0.0  # since a watched process has executed a program
         self.why_not = ""
         """Why processes that end soon may have no names; empty if they have."""
 
@@ -101,47 +102,48 @@ class Shared:
         self, reader: MappingReader, sightings: Sightings | None, stop: threading.Event
     ) -> None:
         with reader, sightings or nullcontext():
-            followed_s = new_until_s = 0.0
+            followed_s = 0.0
             next_s: float | None = None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 found = True
                 try:
-                    seen = sightings.take() if sightings else None
-                    if seen is not None and seen["has_executed"].any():
-                        new_until_s = time.monotonic() + _NEW_S
                     follow = time.monotonic() > followed_s + _FOLLOW_EVERY_S
                     followed_s = time.monotonic() if follow else followed_s
-                    tgids = () if seen is None else seen["tgid"].tolist()
-                    found, next_s = self._look(reader, stop, tgids, follow=follow)
+                    found, next_s = self._look(reader, sightings, stop, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
                 rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
-                if stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
+                by_report = not sightings or time.monotonic() < self._new_until_s
+                # What others do wakes this thread by reports alone.
+                if (found or by_report) and stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
                     break
                 fds = [sightings.fd] if sightings else []
-                if not sightings or time.monotonic() < new_until_s:
+                if by_report:
                     fds += reader.fds
                 _wait(fds, _LOOK_EVERY_S if next_s is None else next_s)
 
     def _look(
         self,
         reader: MappingReader,
+        sightings: Sightings | None,
         stop: threading.Event,
-        sighted: Collection[int],
         *,
         follow: bool,
     ) -> tuple[bool, float | None]:
-        """Whether watched processes, of which those SIGHTED are new, have done anything, and the
-        number of seconds until there is more to read; None if there is not."""
+        """Whether watched processes have mapped code or are new, and the number of seconds until
+        there is more to read; None if there is not."""
         with self._lock:
-            if stop.is_set():
+            if stop.is_set():  # another thread may read the sightings by now
                 return False, None
             self._reader = reader
             if follow:
                 reader.follow()
-            found = self._meet(sighted)
+            seen = sightings.take() if sightings else None
+            if seen is not None and seen["has_executed"].any():
+                self._new_until_s = time.monotonic() + _NEW_S
+            found = self._meet(() if seen is None else seen["tgid"].tolist())
             return found, self._code.processes.catch_up() if self._code else None
 
     def _meet(self, sighted: Collection[int] = ()) -> bool:

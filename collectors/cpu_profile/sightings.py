@@ -47,9 +47,11 @@ class Sightings:
         """A descriptor that is readable while there are any."""
         return self._ring.fd
 
-    def take(self) -> NDArray[Any]:
-        """The sightings since this was called before: struct sighting, of shape (n,). Raises
-        `BpfError`."""
+    def take(self) -> NDArray[Any] | None:
+        """The sightings since this was called before: struct sighting, of shape (n,); None without
+        any. Raises `BpfError`."""
+        if not self._ring.pending_bytes:
+            return None
         taken = drain_whole(self._ring)[_RECORD]
         self._ring.rest()
         return taken

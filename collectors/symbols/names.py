@@ -197,11 +197,13 @@ class Symbolizer:
         now_s = time.monotonic()
         for key, until_s in list(self._new.items()):
             process = self._processes.get(key)
-            if process is None or now_s > until_s:
-                del self._new[key]
-            elif (
-                any(file.kind is FileKind.ANONYMOUS for file in process.maps.files)
-                and process.perf_maps[-1][1].look()
+            if (
+                process is None
+                or now_s > until_s
+                or (
+                    any(file.kind is FileKind.ANONYMOUS for file in process.maps.files)
+                    and process.perf_maps[-1][1].look()
+                )
             ):
                 del self._new[key]
 
