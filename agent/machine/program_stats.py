@@ -1,8 +1,9 @@
 """Run time of programs, by sampling the kernel's statistics.
 
 While the kernel keeps run-time statistics, every run of every program on the machine costs about
-80 ns more. So the statistics are on for a short window about once a second, at random times, and
-what is counted in a window stands for the time since the window before. The figures are estimates.
+80 ns more. So the statistics are on for a short window about once a second, less often while the
+programs use little, at random times, and what is counted in a window stands for the time since the
+window before. The figures are estimates.
 """
 
 from __future__ import annotations
