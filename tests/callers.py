@@ -148,9 +148,8 @@ class Who:
         if name == "Check":
             health.Check(health_pb2.HealthCheckRequest(), **options)
         elif name == "List":
-            types: Any = health_pb2.DESCRIPTOR.services_by_name["Health"].methods_by_name["List"]
-            channel.unary_unary("/grpc.health.v1.Health/List")(b"", **options)
-            assert types
+            call: Any = channel.unary_unary("/grpc.health.v1.Health/List")
+            call(b"", **options)
         elif name == "Watch":
             watch = health.Watch(health_pb2.HealthCheckRequest(), **options)
             next(watch)

@@ -12,7 +12,7 @@ from coral.agent.access.grants import Grants
 from coral.agent.access.rpcs import RPCS, START, About, Role
 from coral.agent.access.target import Ownership, Target
 from coral.agent.caller import LIBRARY_IDENTITY, Identity, Trust
-from coral.agent.config import Config, Policy
+from coral.agent.config import ByteCount, Config, Policy
 from coral.agent.config_access import Auth, RoleQuotas, RoleRule
 from coral.agent.errors import LimitError
 from coral.agent.serving.caller import NOBODY, identity_of
@@ -448,7 +448,7 @@ def test_quotas_count_each_caller_apart() -> None:
 
 
 def test_all_streams_of_a_caller_take_from_one_rate() -> None:
-    of = access(rule("view", "*", quotas=RoleQuotas(bytes_per_second=1000)))
+    of = access(rule("view", "*", quotas=RoleQuotas(bytes_per_second=ByteCount(1000))))
     allowance = of.decide(CI, LIST).allowance
     one, same = (of.quotas.rate("a", allowance) for _ in range(2))
     other = of.quotas.rate("b", allowance)

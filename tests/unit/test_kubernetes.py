@@ -60,6 +60,11 @@ def test_a_token_that_is_not_valid_for_this_audience_is_nobodys(
     assert reviews(cluster).identity_of(token) is None
 
 
+def answered(status: object) -> Reviews:
+    """Of a server that answers everything with STATUS."""
+    return Reviews(lambda _path, _body: {"status": status}, AUDIENCE)
+
+
 def test_a_server_that_does_not_know_audiences_is_not_believed() -> None:
     user = {"username": "jane"}
     for status in (
@@ -71,9 +76,7 @@ def test_a_server_that_does_not_know_audiences_is_not_believed() -> None:
         {"authenticated": True, "user": {"username": 7}, "audiences": [AUDIENCE]},
         {"authenticated": True, "audiences": [AUDIENCE]},
     ):
-        assert (
-            Reviews(lambda _path, _body, s=status: {"status": s}, AUDIENCE).identity_of("t") is None
-        )
+        assert answered(status).identity_of("t") is None
 
 
 def test_verdicts_are_remembered_for_a_time_the_negative_ones_for_a_shorter_one(
