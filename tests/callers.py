@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.certificates import Authority, Pair
 from tests.support import PATIENCE, SERVICE
 
 OK = grpc.StatusCode.OK
@@ -83,10 +84,21 @@ def directory_for_all() -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Who:
-    """A caller: where it finds the agent, and the token that it sends."""
+    """A caller: where it finds the agent, the token that it sends and, over TLS, the authority that
+    it trusts and the certificate that it shows."""
 
     address: str
     token: str = ""
+    authority: Authority | None = None
+    shows: Pair | None = None
+
+    def channel(self) -> grpc.Channel:
+        """A connection of its own."""
+        if not self.authority:
+            return grpc.insecure_channel(self.address)
+        own = (self.shows.key_pem, self.shows.chain_pem) if self.shows else (None, None)
+        credentials = grpc.ssl_channel_credentials(self.authority.pem, *own)
+        return grpc.secure_channel(self.address, credentials)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -95,7 +107,7 @@ class Who:
 
     def call(self, method: str, request: Message) -> Any:
         """A unary call; raises grpc.RpcError."""
-        with grpc.insecure_channel(self.address) as channel:
+        with self.channel() as channel:
             return self._bound(channel, method)(
                 request, metadata=self.metadata, timeout=20 * PATIENCE
             )
@@ -113,7 +125,7 @@ class Who:
     @contextmanager
     def streaming(self, method: str, request: Message) -> Iterator[Iterator[Any]]:
         """The messages of a streaming call; inside the block it stands. Raises grpc.RpcError."""
-        with grpc.insecure_channel(self.address) as channel:
+        with self.channel() as channel:
             call = self._bound(channel, method)(
                 request, metadata=self.metadata, timeout=20 * PATIENCE
             )
@@ -139,7 +151,7 @@ class Who:
 
     def other(self, name: str) -> grpc.StatusCode:
         """The code of one of the other services' methods."""
-        with grpc.insecure_channel(self.address) as channel:
+        with self.channel() as channel:
             return status_of(lambda: self._other(channel, name))[0]
 
     def _other(self, channel: grpc.Channel, name: str) -> None:

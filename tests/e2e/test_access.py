@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from google.protobuf.message import Message
 from coral.agent.access.rpcs import RPCS
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.callers import OK, Who, as_user, directory_for_all
+from tests.certificates import Authority, distinguished
 from tests.e2e.test_refusals import NO_ONE, has_tried_the_kernel, start_request
 from tests.kubernetes_api import AUDIENCE, Cluster, running_cluster
 from tests.support import RunningAgent, running_agent, samples, scrape, wait_until
@@ -64,11 +66,13 @@ def users(cluster: Cluster) -> None:
     cluster.rights |= {(view, verb, "") for verb in ("get", "list")}
 
 
+SPIFFE: Final = "spiffe://example.org/ns/sre/sa/"
 ROLES: Final = [
-    {"role": "view", "to": ["socket:admin", "token:viewer", "kubernetes:jane"]},
-    {"role": "operate", "to": [f"uid:{OPERATOR_UID}", "token:operator", "kubernetes:ops"],
+    {"role": "view", "to": ["socket:admin", "token:viewer", "kubernetes:jane", f"{SPIFFE}v*"]},
+    {"role": "operate", "to": [f"uid:{OPERATOR_UID}", "token:operator", "kubernetes:ops",
+                               f"{SPIFFE}operator"],
      "host_scope": True},
-    {"role": "admin", "to": ["uid:0", "token:boss", "kubernetes:root"]},
+    {"role": "admin", "to": ["uid:0", "token:boss", "kubernetes:root", "subject:CN=boss"]},
     {"role": "operate", "to": ["token:other"]},
 ]  # fmt: skip
 
@@ -78,6 +82,14 @@ CALLERS: Final = {
     "unix viewer": "view",
     "unix operator": "operate",
     "unix viewer with the operator's token": "operate",
+    "view socket root": "view",
+    "view socket viewer": "view",
+    "view socket boss's token": "view",
+    "certificate boss": "admin",
+    "certificate view": "view",
+    "certificate operator": "operate",
+    "certificate stranger": "none",
+    "certificate stranger with the operator's token": "operate",
     "token boss": "admin",
     "token viewer": "view",
     "token operator": "operate",
@@ -100,8 +112,17 @@ def house() -> Iterator[House]:
         users(cluster)
         address, audit = f"unix:{directory}/agent.sock", directory / "audit"
         names = ("viewer", "operator", "boss", "other")
+        view = f"unix:{directory}/view.sock"
+        authority = Authority("the agent and its callers")
+        certificate, key = authority.sign("127.0.0.1").write(directory, "server")
         config = {
-            "listen": [address, "127.0.0.1:0"],
+            "listen": [address, f"{view}?mode=0666", "127.0.0.1:0"],
+            "tls": {
+                "certificate": str(certificate),
+                "key": str(key),
+                "client_ca": str(authority.write(directory / "clients.crt")),
+                "client_certificates": "request",
+            },
             "limits": {"concurrent_collectors": 12},
             "auth": {
                 "tokens": [{"name": n, "file": token_file(directory, n)} for n in names],
@@ -117,21 +138,35 @@ def house() -> Iterator[House]:
         tcp = next(a for a in _listening(agent) if not a.startswith("unix:"))
         agent.address = address
         house = House(agent, cluster, audit)
+        over = partial(Who, tcp, authority=authority)
+        shown = {
+            "boss": authority.sign(subject=distinguished(CN="boss")),
+            **{
+                name: authority.sign(f"{SPIFFE}{name}") for name in ("view", "operator", "stranger")
+            },
+        }
         viewer = stack.enter_context(as_user(VIEWER_UID, address))
         house.callers = {
             "unix root": Who(address),
             "unix viewer": Who(viewer),
             "unix operator": Who(stack.enter_context(as_user(OPERATOR_UID, address))),
             "unix viewer with the operator's token": Who(viewer, "the-token-of-operator"),
-            **{f"token {n}": Who(tcp, f"the-token-of-{n}") for n in names},
-            "kubernetes root": Who(tcp, "kube-root"),
-            "kubernetes jane": Who(tcp, "kube-jane"),
-            "kubernetes ops": Who(tcp, "kube-ops"),
-            "kubernetes all rights": Who(tcp, "kube-sa-all"),
-            "kubernetes rights to read": Who(tcp, "kube-sa-view"),
-            "kubernetes no rights": Who(tcp, "kube-sa-none"),
-            "a wrong token": Who(tcp, "wrong"),
-            "no token": Who(tcp),
+            "view socket root": Who(view),
+            "view socket viewer": Who(stack.enter_context(as_user(VIEWER_UID, view))),
+            "view socket boss's token": Who(view, "the-token-of-boss"),
+            **{f"certificate {name}": over(shows=pair) for name, pair in shown.items()},
+            "certificate stranger with the operator's token": over(
+                "the-token-of-operator", shows=shown["stranger"]
+            ),
+            **{f"token {n}": over(f"the-token-of-{n}") for n in names},
+            "kubernetes root": over("kube-root"),
+            "kubernetes jane": over("kube-jane"),
+            "kubernetes ops": over("kube-ops"),
+            "kubernetes all rights": over("kube-sa-all"),
+            "kubernetes rights to read": over("kube-sa-view"),
+            "kubernetes no rights": over("kube-sa-none"),
+            "a wrong token": over("wrong"),
+            "no token": over(),
         }
         house.others = started(house.callers["token other"])
         house.continuous = wait_until(lambda: continuous_of(house))
@@ -370,11 +405,13 @@ def test_an_operator_without_it_may_not_watch_the_whole_machine(house: House) ->
 
 
 def test_a_server_that_is_down_lets_nobody_new_in(house: House) -> None:
-    tcp = house.callers["no token"].address
+    stranger = house.callers["no token"]
     house.cluster.broken = "500"
     try:
         for token in ("kube-new", "kube-newer"):
-            code, text = Who(tcp, token).outcome("ListCollectors", pb.ListCollectorsRequest())
+            code, text = replace(stranger, token=token).outcome(
+                "ListCollectors", pb.ListCollectorsRequest()
+            )
             assert code is grpc.StatusCode.UNAVAILABLE
             assert text.startswith("Kubernetes could not be asked at https://127.0.0.1:")
             assert "kube-new" not in text
@@ -387,7 +424,9 @@ def test_a_server_that_is_down_lets_nobody_new_in(house: House) -> None:
         assert sum(unanswered.values()) >= 2
     finally:
         house.cluster.broken = ""
-    code, _ = Who(tcp, "kube-new").outcome("ListCollectors", pb.ListCollectorsRequest())
+    code, _ = replace(stranger, token="kube-new").outcome(
+        "ListCollectors", pb.ListCollectorsRequest()
+    )
     assert code is STRANGER
 
 
@@ -406,7 +445,10 @@ def test_a_refusal_names_the_right_that_kubernetes_does_not_give(house: House) -
 
 
 def test_every_session_can_be_followed_from_who_started_it_to_how_it_ended(house: House) -> None:
-    names = ("unix operator", "token operator", "kubernetes ops", "kubernetes all rights")
+    names = (
+        "unix operator", "certificate operator", "token operator", "kubernetes ops",
+        "kubernetes all rights",
+    )  # fmt: skip
     by = {}
     for name in names:
         who = house.callers[name]
@@ -423,7 +465,7 @@ def test_every_session_can_be_followed_from_who_started_it_to_how_it_ended(house
         start, _, end = own
         how = name.partition(" ")[0]
         assert (start["how"], start["verdict"]) == (how, "allowed")
-        assert start["who"].startswith(("uid:", "token:", "kubernetes:"))
+        assert start["who"].startswith(("uid:", "spiffe:", "token:", "kubernetes:"))
         assert start["asked"] == {"kind": "syscall_stats", "config": {"comm": NO_ONE}}
         assert start["resolved"] == {"comm": NO_ONE}
         assert end["end"] == "STOPPED"
