@@ -5,6 +5,7 @@ What is decided here is decided by `agent.access`; this is its shell, which wait
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, TypeVar
@@ -24,6 +25,7 @@ from coral.agent.errors import (
     UnavailableError,
 )
 from coral.agent.jobs import Jobs
+from coral.agent.rate import Bucket
 from coral.agent.serving.caller import NOBODY, Context
 from coral.agent.sessions.supervisor import Supervisor, unknown
 
@@ -31,6 +33,9 @@ _BEARER: Final = "Bearer "
 _HINT: Final = "send `authorization: Bearer TOKEN` with this agent's token"
 _DEADLINE_S: Final = 6.0
 _MOST_TOKEN_BYTES: Final = 8 << 10
+_TOKENS_A_SECOND: Final = 10.0  # of one peer, that only Kubernetes can know
+_TOKENS_AT_ONCE: Final = 20.0
+_MOST_PEERS: Final = 1024
 
 T = TypeVar("T")
 
@@ -38,7 +43,15 @@ T = TypeVar("T")
 class Door:
     """Lets callers in to the services of SUPERVISOR, by TOKENS, REVIEWS and their connections."""
 
-    def __init__(self, supervisor: Supervisor, tokens: Tokens, reviews: Reviews | None) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        tokens: Tokens,
+        reviews: Reviews | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._unheard: dict[str, Bucket] = {}  # by the peer that sends unknown tokens
         self._supervisor, self._access = supervisor, supervisor.access
         self._auth = supervisor.config.auth
         self._tokens, self._reviews = tokens, reviews
@@ -103,7 +116,7 @@ class Door:
             if name := self._tokens.name_of(token):
                 proven = Identity("token", (f"token:{name}", *self._of_connection(identity)))
                 return _proven(caller, proven)
-            if self._reviews and (found := await self._reviewed(self._reviews, token)):
+            if self._reviews and (found := await self._reviewed(self._reviews, token, caller)):
                 names = (*found.names, *self._of_connection(identity))
                 return _proven(caller, Identity(found.how, names))
         raise UnauthenticatedError("authorization: the token is wrong", _HINT)
@@ -116,10 +129,23 @@ class Door:
         drops = (ADMIN_SOCKET,) if self._auth.token_file else ()
         return tuple(name for name in identity.names if name not in drops)
 
-    async def _reviewed(self, reviews: Reviews, token: str) -> Identity | None:
+    async def _reviewed(self, reviews: Reviews, token: str, caller: Caller) -> Identity | None:
         if reviews.remembers(token):
             return reviews.identity_of(token)
+        self._check_rate(caller.principal)
         return await self._in_thread(lambda: reviews.identity_of(token))
+
+    def _check_rate(self, peer: str) -> None:
+        """The API server is the whole cluster's: no peer may keep it busy with tokens that it has
+        to look at. Raises `UnavailableError`."""
+        if len(self._unheard) >= _MOST_PEERS:
+            self._unheard.clear()
+        bucket = self._unheard.setdefault(peer, Bucket(_TOKENS_A_SECOND, _TOKENS_AT_ONCE))
+        if not bucket.take(1, self._clock()):
+            raise UnavailableError(
+                "authorization: this peer sends more unknown tokens than Kubernetes is asked "
+                f"about, {_TOKENS_A_SECOND:g} a second: try again"
+            )
 
     async def _decided(self, identity: Identity, decide: Callable[[], Verdict]) -> Verdict:
         if self._access.may_block(identity):

@@ -90,7 +90,7 @@ async def agent(cluster: Cluster, directory: Path) -> AsyncIterator[grpc.aio.Cha
             return Admitted(made, target, ownership, verdict)
 
         admission.create = create
-        door = Door(supervisor, Tokens(config.auth), reviews)
+        door = Door(supervisor, Tokens(config.auth), reviews, lambda: 0.0)
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((handlers(SERVICE, EbpfService(supervisor), door=door),))
         address = f"unix:{directory}/agent.sock"
@@ -163,3 +163,24 @@ async def test_a_token_of_another_audience_and_a_silent_server_let_nobody_in(
             code, text = await Team("new", channel).refusal("ListCollectors", listing)
             assert code is grpc.StatusCode.UNAVAILABLE
             assert "timed out" in text
+
+
+async def test_one_peer_cannot_keep_the_api_server_busy_with_unknown_tokens(
+    tmp_path: Path,
+) -> None:
+    listing = pb.ListCollectorsRequest()
+    with running_cluster(tmp_path / "cluster") as cluster:
+        async with agent(cluster, tmp_path) as channel:
+            team = Team("shop", channel)
+            admit(cluster, team, "shop")
+            assert await team.listed() == []
+            for number in range(20):
+                code, _ = await Team(f"unknown-{number}", channel).refusal(
+                    "ListCollectors", listing
+                )
+                assert code is grpc.StatusCode.UNAUTHENTICATED
+            code, text = await Team("one-more", channel).refusal("ListCollectors", listing)
+            assert code is grpc.StatusCode.UNAVAILABLE
+            assert "more unknown tokens than Kubernetes is asked about, 10 a second" in text
+            assert cluster.questions("TokenReview") == 21
+            assert await team.listed() == []  # what is known is not asked about

@@ -108,7 +108,15 @@ def test_no_more_than_so_many_verdicts_are_kept_and_no_token_is() -> None:
     assert remembered.get(10) == (True,)
     asking = Reviews(lambda _path, _body: {"status": {"authenticated": False}}, AUDIENCE)
     asking.identity_of("a secret of this test")
-    assert "secret" not in repr(vars(asking._users))
+    assert "secret" not in repr(vars(asking._strangers))
+
+
+def test_wrong_tokens_do_not_push_out_those_that_are_right(cluster: Cluster) -> None:
+    asking = reviews(cluster)
+    assert asking.identity_of("good")
+    for number in range(MOST_KEPT + 1):
+        asking._strangers.put(b"%d" % number, None, NO_S)
+    assert asking.remembers("good")
 
 
 def test_rights_are_asked_for_by_verb_and_namespace_and_remembered(cluster: Cluster) -> None:
