@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Final
 
 from google.protobuf.descriptor import MethodDescriptor
 
 from coral.agent.access.access import Verdict
+from coral.agent.access.asking import Asking
 from coral.agent.access.grants import ADMIN_SOCKET
 from coral.agent.access.kubernetes import Reviews
 from coral.agent.access.rpcs import About, Role, rpc_of
@@ -20,24 +21,19 @@ from coral.agent.access.tokens import Tokens
 from coral.agent.caller import Caller, Identity, Trust
 from coral.agent.errors import (
     DeniedError,
-    LimitError,
     UnauthenticatedError,
     UnavailableError,
 )
-from coral.agent.jobs import Jobs
 from coral.agent.rate import Bucket
 from coral.agent.serving.caller import NOBODY, Context
 from coral.agent.sessions.supervisor import Supervisor, unknown
 
 _BEARER: Final = "Bearer "
 _HINT: Final = "send `authorization: Bearer TOKEN` with this agent's token"
-_DEADLINE_S: Final = 6.0
 _MOST_TOKEN_BYTES: Final = 8 << 10
 _TOKENS_A_SECOND: Final = 10.0  # of one peer, that only Kubernetes can know
 _TOKENS_AT_ONCE: Final = 20.0
 _MOST_PEERS: Final = 1024
-
-T = TypeVar("T")
 
 
 class Door:
@@ -55,7 +51,7 @@ class Door:
         self._supervisor, self._access = supervisor, supervisor.access
         self._auth = supervisor.config.auth
         self._tokens, self._reviews = tokens, reviews
-        self._jobs = Jobs(_DEADLINE_S)
+        self._asking = Asking(supervisor.access)
 
     async def let_in(self, caller: Caller, context: Context, method: MethodDescriptor) -> Caller:
         """CALLER with who it is and what lets it in. Raises `UnauthenticatedError`, `DeniedError`,
@@ -72,7 +68,7 @@ class Door:
             self._access.audit.decided(replace(caller, identity=NOBODY), method.full_name, verdict)
             raise
         identity = caller.identity
-        verdict = await self._decided(
+        verdict = await self._asking.decided(
             identity, lambda: self._access.decide(identity, method.full_name)
         )
         if not verdict.allowed or row.about is About.NOTHING:
@@ -91,9 +87,9 @@ class Door:
         session_id = str(getattr(request, "collector_id", ""))
         ownership = self._supervisor.ownership(session_id)
         if ownership is None:
-            return caller  # the method says so
+            raise unknown(session_id)
         identity = caller.identity
-        verdict = await self._decided(
+        verdict = await self._asking.decided(
             identity, lambda: self._access.decide(identity, method.full_name, ownership)
         )
         self._access.audit.decided(caller, method.full_name, verdict, session=session_id)
@@ -133,7 +129,7 @@ class Door:
         if reviews.remembers(token):
             return reviews.identity_of(token)
         self._check_rate(caller.principal)
-        return await self._in_thread(lambda: reviews.identity_of(token))
+        return await self._asking.in_thread(lambda: reviews.identity_of(token))
 
     def _check_rate(self, peer: str) -> None:
         """The API server is the whole cluster's: no peer may keep it busy with tokens that it has
@@ -146,20 +142,6 @@ class Door:
                 "authorization: this peer sends more unknown tokens than Kubernetes is asked "
                 f"about, {_TOKENS_A_SECOND:g} a second: try again"
             )
-
-    async def _decided(self, identity: Identity, decide: Callable[[], Verdict]) -> Verdict:
-        if self._access.may_block(identity):
-            return await self._in_thread(decide)
-        return decide()
-
-    async def _in_thread(self, ask: Callable[[], T]) -> T:
-        try:
-            return await self._jobs.run(ask, "authorization")
-        except LimitError as error:
-            raise UnavailableError(
-                "authorization: Kubernetes does not answer in time, so this call is not let in: "
-                "try again"
-            ) from error
 
 
 def _proven(caller: Caller, identity: Identity) -> Caller:
