@@ -1,8 +1,7 @@
-"""The configuration of TLS; `agent.config` has the rest, docs/tls.md explains it."""
+"""The keys `tls.…` of the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -46,17 +45,18 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = False
 
 
-def problems(tls: Tls) -> Iterator[str]:
-    """What cannot be meant, each after the path of the key."""
+def problem(tls: Tls) -> str:
+    """What is not accepted of these keys, or nothing."""
     if bool(tls.certificate) != bool(tls.key):
         lacking = "key" if tls.certificate else "certificate"
-        yield f"tls.{lacking}: give it too: a certificate and its key belong together"
+        return f"tls.{lacking}: give it too: a certificate and its key belong together"
     if tls.client_ca and not tls.certificate:
-        yield "tls.certificate: clients can show theirs only where there is TLS"
+        return "tls.certificate: clients can show theirs only where there is TLS"
     if tls.certificate and not tls.client_ca and tls.client_certificates != "none":
-        yield (
+        return (
             "tls.client_ca: give the authorities of clients' certificates, or set "
             "tls.client_certificates: none"
         )
     if tls.client_ca and tls.client_certificates == "none":
-        yield "tls.client_ca: tls.client_certificates is none, so nothing would use it"
+        return "tls.client_ca: tls.client_certificates is none, so nothing would use it"
+    return ""

@@ -18,11 +18,15 @@ from typing import Final
 import structlog
 
 from coral.agent import logs
+from coral.agent.access.access import Access
+from coral.agent.access.audit import Audit
+from coral.agent.access.kubernetes import Reviews
+from coral.agent.access.sinks import audit_sinks
+from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, load
 from coral.agent.machine import privileges
 from coral.agent.notify import Notifier
 from coral.agent.serving import monitoring
-from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.prometheus import Registry
@@ -60,12 +64,13 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
-        # Before root is given up: only root may be able to read them.
-        token, tls, guard = read_token(config), read_tls(config), read_guard(config)
+        # Before root is given up: only root may be able to read and write these files.
+        tokens, sinks = Tokens(config.auth), audit_sinks(config.audit)
+        secrets = _Secrets(tokens, read_tls(config), read_guard(config))
         kept = _settle(config)
         logs.start()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(config, _Secrets(token, tls, guard), kept))
+            runner.run(_serve(config, secrets, Audit(config.name, sinks), kept))
         # asyncio leaves Python's own handler behind, which would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
@@ -119,12 +124,12 @@ def _settle(config: Config) -> frozenset[str]:
 class _Secrets:
     """What was read before root was given up."""
 
-    token: str
+    tokens: Tokens
     tls: Rotation | None
     guard: WebGuard | None
 
 
-async def _serve(config: Config, secrets: _Secrets, kept: frozenset[str]) -> None:
+async def _serve(config: Config, secrets: _Secrets, audit: Audit, kept: frozenset[str]) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_threads(config), "coral"))
     signalled, stopped = threading.Event(), threading.Event()
     # It starts now: after the signal there may be no room for a thread.
@@ -133,14 +138,17 @@ async def _serve(config: Config, secrets: _Secrets, kept: frozenset[str]) -> Non
     async with AsyncExitStack() as stack:
         notifier = Notifier()
         stack.callback(notifier.close)
-        supervisor = await stack.enter_async_context(Supervisor(config))
+        stack.callback(audit.close)
+        reviews = _reviews(config)
+        access = Access(config, reviews, audit)
+        supervisor = await stack.enter_async_context(Supervisor(config, access))
         readiness, counts = Readiness(supervisor), Counts()
         metrics, health = stack.enter_context(
             monitoring.serve(config, supervisor, readiness, counts, secrets.guard)
         )
         await _export(stack, supervisor, counts)
         server = await stack.enter_async_context(
-            Server(supervisor, config, secrets.token, counts, secrets.tls)
+            Server(supervisor, config, secrets.tokens, reviews, counts, tls=secrets.tls)
         )
         for watched in (secrets.tls, secrets.guard):
             if watched:
@@ -159,6 +167,18 @@ async def _serve(config: Config, secrets: _Secrets, kept: frozenset[str]) -> Non
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
     stopped.set()
+
+
+def _reviews(config: Config) -> Reviews | None:
+    """What asks Kubernetes about callers, where the configuration says at which server."""
+    kubernetes = config.auth.kubernetes
+    if not kubernetes.server:
+        return None
+    from coral.agent.access.kubernetes_api import (  # noqa: PLC0415  memory that few want to spend
+        ApiServer,
+    )
+
+    return Reviews(ApiServer(kubernetes).post, kubernetes.audience)
 
 
 async def _export(stack: AsyncExitStack, supervisor: Supervisor, counts: Counts) -> None:

@@ -140,6 +140,7 @@ class _AgentMetrics:
             *self._continuous(),
             *self._refusals(),
             *self._exported(),
+            *self._access(),
             *self._tls(),
             self._build,
             CounterMetricFamily(
@@ -255,6 +256,27 @@ class _AgentMetrics:
             for signal in ("metrics", "spans"):
                 family.add_metric((signal,), self._counts.exported[signal, result])
             yield family
+
+    def _access(self) -> Iterable[Metric]:
+        access = self._supervisor.access
+        decisions = CounterMetricFamily(
+            f"{_PREFIX}access_decisions",
+            "Decisions about callers, by verdict; health checks are not among them.",
+            labels=("verdict",),
+        )
+        for verdict, count in access.audit.decisions.items():
+            decisions.add_metric((verdict,), count)
+        dropped = CounterMetricFamily(
+            f"{_PREFIX}audit_lines_dropped",
+            "Lines of the audit that could not be written, or not in time.",
+            access.audit.dropped,
+        )
+        unanswered = CounterMetricFamily(
+            f"{_PREFIX}kubernetes_unanswered",
+            "Questions about callers that the Kubernetes API server did not answer.",
+            access.unanswered,
+        )
+        return decisions, dropped, unanswered
 
     def _tls(self) -> Iterable[Metric]:
         labels = ("listener",)

@@ -13,10 +13,13 @@ from typing import Final, Self
 import grpc
 import structlog
 
+from coral.agent.access.kubernetes import Reviews
+from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, Limits
-from coral.agent.serving.caller import Callers, TokenInterceptor
+from coral.agent.serving.caller import Callers
 from coral.agent.serving.calls import Quotas, handlers
 from coral.agent.serving.counts import Counts
+from coral.agent.serving.door import Door
 from coral.agent.serving.gate import Side, use_all_descriptors
 from coral.agent.serving.health import HEALTH, Health
 from coral.agent.serving.listening import Listener, listen
@@ -45,20 +48,23 @@ class Server:
         self,
         supervisor: Supervisor,
         config: Config,
-        token: str,
+        tokens: Tokens,
+        reviews: Reviews | None,
         counts: Counts,
+        *,
         tls: Rotation | None = None,
     ) -> None:
-        """Binds every address; `addresses` has them with the ports that were taken. COUNTS is kept
-        up to date. Raises `ConfigError`."""
+        """Binds every address; `addresses` has them with the ports that were taken. Callers are let
+        in by TOKENS and REVIEWS; COUNTS is kept up to date. Raises `ConfigError`."""
         self._supervisor = supervisor
+        door = Door(supervisor, tokens, reviews)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
         use_all_descriptors()
-        self._listeners = listen(config, has_token=bool(token), tls=tls)
+        self._listeners = listen(config, has_token=config.auth.asks_for_tokens, tls=tls)
         self.addresses = [listener.address for listener in self._listeners]
         try:
             self._servers = [
-                _Backend(kind, self._listeners, supervisor, token, counts)
+                _Backend(kind, self._listeners, supervisor, door, counts)
                 for kind in sorted({listener.kind for listener in self._listeners})
             ]
         except ConfigError:
@@ -67,7 +73,7 @@ class Server:
             raise
         if tls:
             tls.changed = self._distrust
-        if config.auth.insecure_loopback and not token and not tls:
+        if config.auth.insecure_loopback and not config.auth.asks_for_tokens and not tls:
             self._warn()
 
     def _warn(self) -> None:
@@ -116,13 +122,12 @@ class _Backend:
         kind: str,
         listeners: Sequence[Listener],
         supervisor: Supervisor,
-        token: str,
+        door: Door,
         counts: Counts,
     ) -> None:
         limits = supervisor.config.limits
-        callers = Callers(self._find, has_token=bool(token))
-        interceptors = [TokenInterceptor(token, callers.of)] if token else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=_options(limits))
+        callers = Callers(self._find)
+        self._server = grpc.aio.server(options=_options(limits))
         quotas = Quotas.of(limits, counts.calls_refused)
         # Health checks need no token. They do not take places from calls that do, nor these from
         # them: an agent with slow calls is not dead.
@@ -132,9 +137,9 @@ class _Backend:
         reflection = Reflection(readers, SERVICE.full_name, HEALTH.full_name)
         self._server.add_generic_rpc_handlers(
             (
-                handlers(SERVICE, EbpfService(supervisor), callers.of, quotas),
-                handlers(HEALTH, self.health, callers.of, checks),
-                handlers(REFLECTION, reflection, callers.of, quotas),
+                handlers(SERVICE, EbpfService(supervisor), callers.of, quotas, door),
+                handlers(HEALTH, self.health, callers.of, checks, door),
+                handlers(REFLECTION, reflection, callers.of, quotas, door),
             )
         )
         unix = [Path(one.address.removeprefix("unix:")) for one in listeners if one.kind == "unix"]

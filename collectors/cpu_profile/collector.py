@@ -19,10 +19,12 @@ from coral.bpf.attaching.sampling import SpreadClock
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.cpu_profile import sightings
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.options import CpuProfileOptions
+from coral.collectors.cpu_profile.process_names import process_names
 from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
@@ -59,7 +61,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             features,
             self._rung,
             programs=(),
-            walks=(_PROGRAM,),
+            walks=(_PROGRAM, sightings.PROGRAM),
             options={},
             sizes=self._sizes,
         )
@@ -123,6 +125,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             with self._shared.code() as code:
                 code.look(now=True)  # so that no program was sampled that is not known yet
                 memory = memory_of(samples, code.processes)
+                code.read_told(memory.processes)
                 code.look(now=True)  # what a process has executed before its memory was read
             self._shared.prepare()
             with self._shared.code() as code:
@@ -130,7 +133,8 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
                 code.look()
                 frames = resolve(samples, user, memory, code)
                 names = code.strings
-        processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
+        names_now = members.comms_of(samples.structs["tgid"], samples.structs["born"])
+        processes = process_names(samples.structs, names_now)
         if len(members.ended):
             self._targets.forget(members.ended)
         period_ns = _NS_PER_S // self._options.frequency

@@ -38,6 +38,7 @@ _LINE: Final = re.compile(
 _MOST_GENERATIONS: Final = 32
 _MOST_MAPPINGS: Final = 1 << 18
 _MOST_TOLD: Final = 256
+_MOST_EXECUTIONS: Final = 256
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.02
 _PAGE_BYTES: Final = 4096
@@ -72,6 +73,8 @@ class Generation:
     ids: NDArray[np.int32]
     starts: NDArray[np.uint64]
     ends: NDArray[np.uint64]
+    read_ns: int = 0
+    """When it had been read."""
 
     def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
         """The ids of the mappings that contain ADDRESSES (u64[n]); -1 for those in none."""
@@ -103,13 +106,15 @@ class ProcessMaps:
         self._taken = 0
         self.files: list[MappedFile] = []
         self._registry = files
-        self._started = start_time_of(tgid)
+        self.started = start_time_of(tgid)
+        """In clock ticks since boot; None if it had ended."""
         self._program = 0
         self._noticed = -1  # the program that was not told, but seen in the maps
         self._rest_until = 0.0
         self._text = b""
         self.read_ns = 0  # when the maps were read last
         self._executed_ns: list[int] = []  # when the process executed programs, as was told last
+        self._executions: list[int] = []  # all that were told
         self._taken_ns = 0  # when the newest generation was read
         self._told_ns: int | None = None
         self._told: list[MappedCode] = []  # by a process that had ended
@@ -185,6 +190,7 @@ class ProcessMaps:
         if executed_ns is not None:  # what was told before is of another program
             self._told_ns = executed_ns
             self._executed_ns = [code.time_ns for code in codes if code.is_of_exec]
+            self._executions = [*self._executions, *self._executed_ns][-_MOST_EXECUTIONS:]
             self._begin()
         elif self._told_ns is None:
             self._told_ns = time_ns
@@ -201,10 +207,24 @@ class ProcessMaps:
         if not any(code.is_of_exec for code in later):
             self._take_told(later, self.generations[-1].ids, time_ns)
 
+    def began(self, time_ns: int, *, is_over: bool) -> int | None:
+        """When the process executed the program that it was at TIME_NS, 0 for the first one, if
+        what that had mapped is known: it was read before the next one was executed, as there was,
+        if it IS OVER. None otherwise, and if any of this was not told."""
+        begun_ns = max((it for it in self._executions if it <= time_ns), default=0)
+        next_ns = min((it for it in self._executions if it > time_ns), default=None)
+        if (next_ns is None) if is_over else begun_ns == 0:
+            return None
+        for one in reversed(self.generations):
+            if one.since_ns <= time_ns:
+                in_time = next_ns is None or one.read_ns < next_ns
+                return begun_ns if one.since_ns >= begun_ns and len(one.ids) and in_time else None
+        return None
+
     @property
     def is_over(self) -> bool:
         """Whether the process has ended, even if another has its number now."""
-        return self.has_ended or start_time_of(self.tgid) != self._started
+        return self.has_ended or start_time_of(self.tgid) != self.started
 
     def catch_up(self) -> float | None:
         """Reads the maps again if more was told than is known, and it is time. Returns the number
@@ -239,7 +259,7 @@ class ProcessMaps:
         """Reads what is mapped now, which holds from SINCE_NS on, by default from now on. Returns
         whether anything has changed."""
         begun = time.thread_time()  # without its waits, which are long on a busy machine
-        if self.has_ended or start_time_of(self.tgid) != self._started or self._started is None:
+        if self.has_ended or start_time_of(self.tgid) != self.started or self.started is None:
             self.has_ended = True
             self._told_ns = None
             return False
@@ -285,6 +305,7 @@ class ProcessMaps:
             numbers,
             self.starts[numbers],
             self.ends[numbers],
+            time.monotonic_ns(),
         )
         self._taken += 1
         self._taken_ns = self.read_ns

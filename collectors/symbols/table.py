@@ -19,6 +19,7 @@ from coral.collectors.symbols.elf import SHF_EXECINSTR, ElfFile
 LONGEST_NAME_BYTES: Final = 4096
 _NO_TYPE, _FUNCTION, _INDIRECT_FUNCTION = 0, 2, 10
 _GLOBAL, _WEAK, _UNIQUE = 1, 2, 10
+_PART_BYTES: Final = 1 << 20
 _CHUNK: Final = 1 << 16
 _MOST_SYMBOLS: Final = 4 << 20  # read
 _MOST_FUNCTIONS: Final = 512 << 10  # kept: 130 MB and 2 s at worst, if all overlap
@@ -112,6 +113,13 @@ class SymbolTable:
             )
         except OSError:
             return b""
+
+
+def _zeros_in(text: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Where TEXT is 0, ascending. In parts, because it can have many megabytes."""
+    parts = range(0, len(text), _PART_BYTES)
+    found = [np.flatnonzero(text[at : at + _PART_BYTES] == 0) + at for at in parts]
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def _without_version(name: bytes) -> bytes:
@@ -314,7 +322,7 @@ class TableBuilder:
                     underscores[mine] += leading
                 first = first << np.uint64(8) | letter
             letters[mine] = first
-            ends = np.append(np.flatnonzero(text == 0), end)
+            ends = np.append(_zeros_in(text), end)
             lengths[mine] = np.minimum(ends[np.searchsorted(ends, at)] - at, 255)
         return [
             underscores,

@@ -19,13 +19,13 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coral.agent.access.tokens import Tokens
 from coral.agent.addresses import UnixAddress
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Auth, ByteCount, Config, ConfigError, Duration, Limits
 from coral.agent.errors import LimitError
 from coral.agent.rate import Bucket
 from coral.agent.serving import gate
-from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import ConnectionCounts
 from coral.agent.serving.gate import Side
 from coral.agent.serving.http2 import Closings, Meter, NotHttp2Error, goaway
@@ -327,7 +327,7 @@ def token_config(path: Path, token: str, mode: int) -> Config:
 def test_a_token_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> None:
     config = token_config(tmp_path / "token", "x" * 16, mode)
     with pytest.raises(ConfigError) as refused:
-        read_token(config)
+        Tokens(config.auth)
     assert str(refused.value) == (
         f"auth.token_file: {tmp_path}/token: others than its owner may write it (mode {mode:04o}), "
         "and could choose the token; give a file of mode 0600"
@@ -337,7 +337,7 @@ def test_a_token_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> 
 def test_a_short_token_is_refused(tmp_path: Path) -> None:
     config = token_config(tmp_path / "token", f" {'x' * 15}\n", 0o600)
     with pytest.raises(ConfigError, match="the token has 15 bytes; give at least 16,"):
-        read_token(config)
+        Tokens(config.auth)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +349,9 @@ def test_a_token_that_every_user_may_read_is_warned_of(
     token_config(tmp_path / "token", f"{'x' * 16}\n", mode)
     (tmp_path / "link").symlink_to("token")
     with structlog.testing.capture_logs() as lines:
-        token = read_token(Config(auth=Auth(token_file=f"{tmp_path}/link")))
-    assert token == "x" * 16
+        tokens = Tokens(Auth(token_file=f"{tmp_path}/link"))
+    assert tokens.name_of("x" * 16) == "default"
+    assert tokens.name_of("y" * 16) == ""
     assert [line["event"] for line in lines] == ["every user may read the token"] * warnings
 
 

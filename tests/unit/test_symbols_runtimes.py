@@ -6,6 +6,7 @@ import os
 import random
 import string
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from coral.collectors.symbols import fields, perf_map
 from coral.collectors.symbols.demangle import Demangler
 from coral.collectors.symbols.kernel import KernelSymbols
 from coral.collectors.symbols.perf_map import PerfMap
+from tests.support import wait_until
 
 
 @pytest.fixture
@@ -81,6 +83,21 @@ def test_a_sample_has_the_name_of_its_time(told: Path) -> None:
     it.close()
 
 
+def test_what_is_read_before_names_are_asked_for_has_its_time(told: Path) -> None:
+    """Samples of both are named after the address was used again."""
+    told.write_text("1000 10 first\n")
+    it = PerfMap(os.getpid())
+    times = np.array([time.monotonic_ns(), 0], np.uint64)
+    it.catch_up()
+    with told.open("a") as file:
+        file.write("1000 10 second\n")
+    it.catch_up()
+    times[1] = time.monotonic_ns()
+    found = it.find(np.array([0x1000, 0x1000], np.uint64), times)
+    assert [it.name(number) for number in found.tolist()] == [b"first", b"second"]
+    it.close()
+
+
 def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> None:
     it = PerfMap(os.getpid())
     told.write_text("1000 10 first\n2000 10 second\n")
@@ -96,6 +113,22 @@ def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> No
     told.unlink()
     assert names(it, 0x1000) == ["sixth"]
     it.close()
+
+
+def test_a_file_that_was_looked_at_is_read_after_the_end_of_its_process() -> None:
+    code = "import os; open(f'/tmp/perf-{os.getpid()}.map', 'w').write('1000 10 one\\n'); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        path = Path(f"/tmp/perf-{process.pid}.map")
+        looked, not_looked = PerfMap(process.pid), PerfMap(process.pid)
+        wait_until(lambda: path.exists() and path.read_text() != "")
+        assert looked.look()
+        process.communicate(b"\n")
+    try:
+        assert names(looked, 0x1000) == ["one"]
+        assert names(not_looked, 0x1000) == [""]
+    finally:
+        looked.close()
+        path.unlink()
 
 
 def test_lines_that_are_none_are_skipped(told: Path) -> None:
@@ -126,6 +159,35 @@ def test_no_more_functions_are_kept_than_allowed(
     it = PerfMap(os.getpid())
     assert names(it, 99 * 16, 100 * 16) == ["f99", ""]
     assert "only the first 100 functions" in it.why_not
+    it.close()
+
+
+def test_a_file_of_a_terabyte_is_read_up_to_a_bound(told: Path) -> None:
+    """It takes no room on the disk, and reading it whole would take an hour."""
+    told.write_text("1000 10 first\n")
+    os.truncate(told, 1 << 40)
+    it = PerfMap(os.getpid())
+    while not it.why_not or it.position < perf_map.LARGEST_BYTES:
+        before = it.position
+        assert names(it, 0x1000) == ["first"]
+        assert 0 < it.position - before <= perf_map.MOST_READ_BYTES
+    assert it.why_not == "only the first 256 MB of the perf map are read"
+    assert names(it, 0x1000) == ["first"]
+    assert it.position == perf_map.LARGEST_BYTES
+    it.close()
+
+
+def test_functions_that_are_read_later_may_have_been_told_before(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only part of the file is read at a time: what it did not say yet is not what is new."""
+    monkeypatch.setattr(perf_map, "MOST_READ_BYTES", 12)
+    told.write_text("1000 10 old\n1000 10 new\n")
+    it = PerfMap(os.getpid())
+    assert names(it, 0x1000) == ["old"]
+    now = np.array([time.monotonic_ns()], np.uint64)
+    assert names(it, 0x1000) == ["new"]
+    assert it.name(int(it.find(np.array([0x1000], np.uint64), now)[0])) == b"new"
     it.close()
 
 

@@ -25,10 +25,7 @@ _FRAME_COLUMNS: Final = (
 
 def take(batch: Batch, *profiles: Profile) -> None:
     """Adds a batch to each of PROFILES."""
-    columns = batch.columns
-    period_ns = _single(columns, "period_ns")
-    if not columns and len(batch.message.cpu_profile):
-        period_ns = batch.message.cpu_profile[0].period_ns
+    columns, period_ns = batch.columns, _period_ns(batch)
     for origin, frames, count in samples(batch):
         for profile in profiles:
             profile.add(origin, frames, count, period_ns)
@@ -85,6 +82,12 @@ def _number(labels: Mapping[str, str], name: str) -> int:
     return int(text) if text.isascii() and text.isdecimal() else 0
 
 
+def _period_ns(batch: Batch) -> int:
+    """The CPU time that a sample of a batch stands for; 0 where nothing says so."""
+    rows = batch.message.cpu_profile
+    return rows[0].period_ns if rows else _single(batch.columns, "period_ns")
+
+
 def _single(columns: Mapping[str, NDArray[Any]], name: str) -> int:
     """A column of one value."""
     values = columns.get(name)
@@ -93,8 +96,7 @@ def _single(columns: Mapping[str, NDArray[Any]], name: str) -> int:
 
 def records(batch: Batch) -> Iterator[dict[str, Any]]:
     """Each row as plain data."""
-    message = batch.message
-    period_ns = _single(batch.columns, "period_ns")
+    message, period_ns = batch.message, _period_ns(batch)
     for index, (origin, frames, count) in enumerate(samples(batch)):
         yield {
             "collector": kind_name(message.kind),
