@@ -15,14 +15,14 @@ from typing import ClassVar, Final
 import numpy as np
 
 from coral.bpf import Features, Rung, Step
-from coral.bpf.attaching.sampling import SpreadClock
+from coral.bpf.attaching.sampling import CycleCounter, SpreadClock
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
-from coral.collectors.cpu_profile.options import CpuProfileOptions
+from coral.collectors.cpu_profile.options import CLOCK, CYCLES, CpuProfileOptions
 from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
@@ -33,6 +33,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 _OBJECT: Final = "cpu_profile"
 _PROGRAM: Final = "coral_sample"
 _CLOCK: Final = "cpu_clock"
+_CYCLES: Final = "cpu_cycles"
 _NS_PER_S: Final = 1_000_000_000
 # Where samples are lost; other losses are of processes that are not watched for want of room.
 _STAGES: Final = (int(pb.Loss.STAGE_KERNEL_BUFFER), int(pb.Loss.STAGE_KERNEL_BUSY))
@@ -49,7 +50,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         self, options: CpuProfileOptions, service: ServiceProcesses | None, features: Features
     ) -> None:
         super().__init__(options, service, features)
-        self._clock: SpreadClock | None = None
+        self._clock: SpreadClock | CycleCounter | None = None
         self._intake: Intake | None = None
         self._shared: Shared | None = None
 
@@ -77,7 +78,16 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         step = Step("timer", _CLOCK if clock.available else "", () if clock.available else (clock,))
         if reason := _obstacle(cls.climb(features), step):
             return replace(support, supported=False, reason=reason)
-        return replace(support, steps=(*support.steps, step))
+        steps = [*support.steps, step]
+        if features[_CYCLES].available:
+            steps.append(Step("counter", _CYCLES))
+        return replace(support, steps=tuple(steps))
+
+    @classmethod
+    def refused_options(cls, features: Features, rung: Rung) -> Mapping[str, str]:
+        refused = super().refused_options(features, rung)
+        cycles = features[_CYCLES]
+        return refused if cycles.available else {**refused, "event": f"`{CLOCK}`: {cycles.reason}"}
 
     @classmethod
     def wants(cls) -> Mapping[str, str]:
@@ -100,7 +110,8 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         if self._shared:
             self._shared.join(self._slot)
         program = self._slot.object.program_fd(_PROGRAM)
-        self._clock = SpreadClock(program, self._options.frequency, self._slot.number)
+        kind = CycleCounter if self._options.event == CYCLES else SpreadClock
+        self._clock = kind(program, self._options.frequency, self._slot.number)
 
     @property
     def notes(self) -> Sequence[str]:
@@ -133,10 +144,11 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
         if len(members.ended):
             self._targets.forget(members.ended)
-        period_ns = _NS_PER_S // self._options.frequency
-        service = self._targets.label
         profile = Profile(samples, user, frames, names, processes)
-        return summaries(profile, service, period_ns)
+        service = self._targets.label
+        if isinstance(self._clock, CycleCounter):
+            return summaries(profile, service, 0, self._clock.period_cycles)
+        return summaries(profile, service, _NS_PER_S // self._options.frequency)
 
     def drain(self) -> Batch:
         batch = super().drain()

@@ -19,6 +19,7 @@ from coral.collectors.cpu_profile.samples import IN_KERNEL, Samples
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 
+CYCLES = 30_000_064
 LISTS = st.lists(st.lists(st.integers(0, 5), max_size=6), max_size=8)
 SAMPLE = np.dtype(
     [
@@ -167,6 +168,34 @@ def test_a_part_of_the_rows_has_its_own_stacks_and_frames_and_a_part_of_the_acco
     assert [(int(a[0]), int(b[0])) for a, b in figures] == [(1, 7), (2, 0)]
     nothing = rows.take(np.zeros(4, bool))
     assert (len(nothing), len(nothing.columns["frame_function"])) == (0, 0)
+
+
+def test_rows_and_columns_have_cycles_and_no_time() -> None:
+    rows = summaries(profile((1, [], [100])), "shop", 0, CYCLES)
+    assert rows.columns["period_cycles"].tolist() == [CYCLES]
+    assert rows.columns["period_ns"].tolist() == [0]
+    (row,) = rows.as_messages()
+    assert isinstance(row, pb.CpuProfileSample)
+    assert (row.period_cycles, row.period_ns) == (CYCLES, 0)
+
+
+def test_cycles_are_not_added_to_cpu_seconds() -> None:
+    measures = ProfileMeasures(10)
+    for period in ((0, CYCLES), (10_000_000, 0)):
+        rows = summaries(profile((1, [], [100, 300]), (1, [], [200])), "shop", *period)
+        measures.observe("shop", Batch(rows, 0, 1))
+    measures.observe("other", Batch(summaries(profile((1, [], [100])), "", 0, 5), 0, 1))
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in measures.collect()
+        for sample in family.samples
+    }
+    assert found["coral_profile_cpu_seconds_total", "shop"] == pytest.approx(0.02)
+    assert found["coral_profile_cpu_cycles_total", "shop"] == 2 * CYCLES
+    assert found["coral_profile_function_cpu_cycles_total", "shop", "f1"] == CYCLES
+    assert found["coral_profile_function_cpu_seconds_total", "shop", "f1"] == pytest.approx(0.01)
+    assert found["coral_profile_cpu_cycles_total", "other"] == 5
+    assert ("coral_profile_cpu_seconds_total", "other") not in found
 
 
 def test_cpu_time_is_counted_by_service_and_by_function() -> None:

@@ -26,15 +26,21 @@ _FRAME_COLUMNS: Final = (
 def take(batch: Batch, *profiles: Profile) -> None:
     """Adds a batch to each of PROFILES."""
     columns = batch.columns
-    period_ns = _single(columns, "period_ns")
-    if not columns and len(batch.message.cpu_profile):
-        period_ns = batch.message.cpu_profile[0].period_ns
+    period = _period(batch)
     for origin, frames, count in samples(batch):
         for profile in profiles:
-            profile.add(origin, frames, count, period_ns)
+            profile.add(origin, frames, count, *period)
     lost, truncated = (_single(columns, f"samples_{name}") for name in ("lost", "truncated"))
     for profile in profiles:
         profile.account(lost=lost, truncated=truncated)
+
+
+def _period(batch: Batch) -> tuple[int, int]:
+    """What each sample of a batch stands for, in ns of CPU time and in cycles; one of them is 0."""
+    if not batch.columns and len(batch.message.cpu_profile):
+        row = batch.message.cpu_profile[0]
+        return row.period_ns, row.period_cycles
+    return _single(batch.columns, "period_ns"), _single(batch.columns, "period_cycles")
 
 
 def samples(batch: Batch) -> Iterator[Sampled]:
@@ -94,7 +100,7 @@ def _single(columns: Mapping[str, NDArray[Any]], name: str) -> int:
 def records(batch: Batch) -> Iterator[dict[str, Any]]:
     """Each row as plain data."""
     message = batch.message
-    period_ns = _single(batch.columns, "period_ns")
+    period_ns, period_cycles = _period(batch)
     for index, (origin, frames, count) in enumerate(samples(batch)):
         yield {
             "collector": kind_name(message.kind),
@@ -108,6 +114,7 @@ def records(batch: Batch) -> Iterator[dict[str, Any]]:
             "tid": origin.tid,
             "count": count,
             "period_ns": period_ns,
+            "period_cycles": period_cycles,
             "in_kernel": origin.in_kernel,
             "end": short_name(pb.CpuStackEnd.DESCRIPTOR, origin.end),
             "unwinding": short_name(pb.CpuUnwinding.DESCRIPTOR, origin.unwinding),
