@@ -18,7 +18,7 @@ from coral.bpf import Features, Rung, Step
 from coral.bpf.attaching.sampling import CycleCounter, SpreadClock
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
-from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.contract import Batch, ServiceProcesses, Summaries, Support
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
@@ -44,6 +44,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
     options_type = CpuProfileOptions
+    always_has_records = True
     continuous_defaults: ClassVar[Mapping[str, str]] = {"frequency": "19"}
 
     def __init__(
@@ -64,10 +65,6 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             options={},
             sizes=self._sizes,
         )
-
-    @property
-    def _has_records(self) -> bool:
-        return True
 
     @classmethod
     def support(cls, features: Features) -> Support:
@@ -117,9 +114,6 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
     def notes(self) -> Sequence[str]:
         why_not = self._shared.why_not if self._shared else ""
         return (*super().notes, *([why_not] if why_not else []))
-
-    def _read_events(self) -> EventRows:
-        raise NotImplementedError
 
     def _read_summaries(self) -> Summaries:
         if self._intake is None or self._clock is None or self._shared is None:
