@@ -77,18 +77,30 @@ class Processes:
             if process.tgid == tgid:
                 self._symbolizer.executed(tgid, int(sample["time_ns"]), process.born)
             else:  # it had its parent's memory
-                process = self._seen(tgid, born)
+                process = self._seen(tgid, born, int(sample["time_ns"]))
         else:
             # What /proc has is of another program, if the process has executed one since.
-            process = self._seen(tgid, born) if newest else self._process(0, 0)
+            time_ns = int(sample["time_ns"])
+            process = self._seen(tgid, born, time_ns) if newest else self._nobody()
             if not process.maps.generations and execs == int(sample["parent_execs"]):
                 process = self._parent(int(sample["parent"]), execs)
         self._keep((tgid, born, execs), process, newest=newest)
         return process
 
-    def _seen(self, tgid: int, born: int) -> Process:
-        """A process that is sampled for the first time."""
-        return self._met.pop(tgid) if tgid in self._met else self._process(tgid, born)
+    def _seen(self, tgid: int, born: int, time_ns: int) -> Process:
+        """A process that is sampled for the first time, at TIME_NS. If another has its number by
+        now, nothing is known of it."""
+        if met := self._met.get(tgid):
+            return self._nobody() if met.maps.began_after(time_ns) else self._met.pop(tgid)
+        process = self._process(tgid, born)
+        if not process.maps.began_after(time_ns):
+            return process
+        self._symbolizer.forget(tgid, born)
+        return self._nobody()
+
+    def _nobody(self) -> Process:
+        """A process of whose memory nothing is known."""
+        return self._process(0, 0)
 
     def _process(self, tgid: int, born: int) -> Process:
         return Process(tgid, born, self._symbolizer.maps(tgid, born))

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.symbols.demangle import Demangler
-from coral.collectors.symbols.elf import NOWHERE
+from coral.collectors.symbols.elf import NOWHERE, ElfFile
 from coral.collectors.symbols.files import FileKind, MappedFile, MappedFiles
 from coral.collectors.symbols.kernel import KernelSymbols
 from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.perf_map import PerfMap
-from coral.collectors.symbols.store import CacheStats, SymbolStore
+from coral.collectors.symbols.store import CacheStats, StoredTable, SymbolStore
 from coral.collectors.symbols.strings import Strings
 
 UNKNOWN: Final = "[unknown]"
@@ -27,6 +27,7 @@ read, or a stack was unwound wrongly."""
 _KERNEL_HALF: Final = np.uint64(1 << 63)
 _VSYSCALL: Final = np.uint64(0xFFFF_FFFF_FF60_0000)
 _MOST_PROCESSES: Final = 4096
+_MOST_PROGRAMS: Final = 8  # of a process, one after the other
 _MOST_REASONS: Final = 64
 _LARGEST_STRINGS_BYTES: Final = 32 << 20
 
@@ -89,6 +90,12 @@ class _Process:
         for _, perf_map in self.perf_maps:
             perf_map.close()
 
+    def forget_programs(self) -> None:
+        """Drops the perf maps of all programs but the last few: a process can execute any number
+        of them."""
+        while len(self.perf_maps) > _MOST_PROGRAMS:
+            self.perf_maps.pop(0)[1].close()
+
     def in_time(
         self, which: NDArray[np.int64], times_ns: NDArray[np.uint64] | None
     ) -> Iterator[tuple[PerfMap, NDArray[np.int64]]]:
@@ -96,9 +103,9 @@ class _Process:
         if times_ns is None:
             yield self.perf_maps[-1][1], which
             return
-        untils = [since_ns for since_ns, _ in self.perf_maps[1:]]
-        at = np.searchsorted(np.array(untils, np.uint64), times_ns[which], side="right")
-        for number in np.unique(at).tolist():
+        begins = [since_ns for since_ns, _ in self.perf_maps]
+        at = np.searchsorted(np.array(begins, np.uint64), times_ns[which], side="right") - 1
+        for number in np.unique(at[at >= 0]).tolist():
             yield self.perf_maps[number][1], which[at == number]
 
 
@@ -193,6 +200,7 @@ class Symbolizer:
         if known:
             process.maps.executed(time_ns)
             process.perf_maps.append((time_ns, PerfMap(tgid)))
+            process.forget_programs()
 
     def forget(self, tgid: int, born: int = 0) -> None:
         """A process has no more addresses to name. Safe to call for an unknown one."""
@@ -254,16 +262,18 @@ class Symbolizer:
             which = user[of_file == number]
             into = looked_up[which] - maps.starts[ids[which]] + maps.file_offsets[ids[which]]
             file = maps.files[number]
-            if not self._name_of_elf(named, which, into, file, tgid):
-                self._name_of_runtime(
-                    named,
-                    which,
-                    into,
-                    file,
-                    process=process,
-                    looked_up=looked_up,
-                    times_ns=times_ns,
-                )
+            named.modules[which], build_id = self._of_file(file)
+            stored = self.store.get(file, tgid)
+            if stored is not None and stored.elf is not None:
+                self.files.needed(file)
+                named.build_ids[which] = build_id
+                self._name_of_elf(named, which, into, stored, stored.elf)
+            else:
+                if file.kind is not FileKind.ANONYMOUS:
+                    self._reasons_add(f"{file.module}: {file.why_not}")
+                named.addresses[which] = into
+                self._name_of_runtime(named, which, process, looked_up, times_ns)
+            self._give_offsets(named, which)
         return named
 
     def _name_of_elf(
@@ -271,47 +281,29 @@ class Symbolizer:
         named: Named,
         which: NDArray[np.int64],
         offsets: NDArray[np.uint64],
-        file: MappedFile,
-        tgid: int,
-    ) -> bool:
-        """Names the addresses WHICH, at OFFSETS in FILE. Returns whether it is an ELF file."""
-        stored = self.store.get(file, tgid)
-        if stored is None or stored.elf is None:
-            return False
-        self.files.needed(file)
-        module, build_id = self._of_file(file)
-        named.modules[which], named.build_ids[which] = module, build_id
-        found = stored.elf.addresses(offsets)
-        places = np.where(found == np.uint64(NOWHERE), offsets, found)
-        named.addresses[which] = places
-        table = stored.table
-        self._give(named, which, table.find(found), stored.marks, table.name)
-        self._give_offsets(named, which)
-        return True
+        stored: StoredTable,
+        elf: ElfFile,
+    ) -> None:
+        """Names the addresses WHICH, at OFFSETS in the file ELF."""
+        found = elf.addresses(offsets)
+        named.addresses[which] = np.where(found == np.uint64(NOWHERE), offsets, found)
+        self._give(named, which, stored.table.find(found), stored.marks, stored.table.name)
 
     def _name_of_runtime(
         self,
         named: Named,
         which: NDArray[np.int64],
-        offsets: NDArray[np.uint64],
-        file: MappedFile,
-        *,
         process: _Process,
         looked_up: NDArray[np.uint64],
         times_ns: NDArray[np.uint64] | None,
     ) -> None:
-        """Names the addresses WHICH, by the perf maps of PROCESS. They are in memory that no ELF
-        file is mapped to, or none that could be opened: in FILE, at OFFSETS."""
-        named.modules[which] = self._of_file(file)[0]
-        named.addresses[which] = offsets
-        if file.kind is not FileKind.ANONYMOUS:
-            self._reasons_add(f"{file.module}: {file.why_not}")
+        """Names the addresses WHICH, by the perf maps of PROCESS: they are in memory that no ELF
+        file is mapped to, or none that could be opened."""
         for perf_map, mine in process.in_time(which, times_ns):
             found = perf_map.find(looked_up[mine], None if times_ns is None else times_ns[mine])
             hit = np.flatnonzero(found >= 0)
             self._give(named, mine, found, perf_map.marks, perf_map.name)
             named.addresses[mine[hit]] = looked_up[mine[hit]] - perf_map.starts[found[hit]]
-        self._give_offsets(named, which)
 
     def _name_kernel(
         self, named: Named, which: NDArray[np.int64], looked_up: NDArray[np.uint64]

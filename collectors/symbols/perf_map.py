@@ -5,6 +5,7 @@ for each, with its address and size in hexadecimal digits, and its name
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -170,9 +171,12 @@ class PerfMap:
             )
             return
         try:
-            file = ProcessFile(self.tgid, path)
+            # A link could lead to a file system that never answers.
+            file = ProcessFile(self.tgid, path, follow_links=False)
             found = os.fstat(file.fd)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self.why_not = "the perf map is a link, or in one: links are not followed"
             return
         if self._file and file.identity[:2] == self._file.identity[:2]:
             file.close()

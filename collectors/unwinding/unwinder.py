@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.symbols.files import FileKind, MappedFile, memory_of
-from coral.collectors.symbols.maps import Generation, ProcessMaps
+from coral.collectors.symbols.generations import Generation
+from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.unwinding.rules import Cfa, Machine, Rows
 from coral.collectors.unwinding.space import Region, Space
 from coral.collectors.unwinding.stacks import Samples, Stacks, replaced
