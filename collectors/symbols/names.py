@@ -30,6 +30,7 @@ _MOST_PROCESSES: Final = 4096
 _MOST_PROGRAMS: Final = 8  # of a process, one after the other
 _MOST_REASONS: Final = 64
 _LARGEST_STRINGS_BYTES: Final = 32 << 20
+_LARGEST_PERF_MAPS_BYTES: Final = 192 << 20  # of all processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class Symbolizer:
     @property
     def stats(self) -> SymbolStats:
         """What is in memory now."""
-        perf_maps = [perf_map for one in self._processes.values() for _, perf_map in one.perf_maps]
+        perf_maps = list(self._perf_maps())
         return SymbolStats(
             tables=self.store.stats,
             open_files=len(self.files),
@@ -150,8 +151,7 @@ class Symbolizer:
     def why_not(self) -> list[str]:
         """Why names are missing, for people; at most 64 reasons."""
         reasons = [*self._reasons, self.kernel.why_not, self.demangler.why_not]
-        for process in self._processes.values():
-            reasons += [perf_map.why_not for _, perf_map in process.perf_maps]
+        reasons += [perf_map.why_not for perf_map in self._perf_maps()]
         return sorted(set(filter(None, reasons)))[:_MOST_REASONS]
 
     def maps(self, tgid: int, born: int = 0) -> ProcessMaps:
@@ -163,7 +163,8 @@ class Symbolizer:
         key = (tgid, born)
         process = self._processes.get(key)
         if process is None:
-            process = _Process(ProcessMaps(tgid, self.files), [(0, PerfMap(tgid))])
+            perf_map = PerfMap(tgid, self._perf_map_room)
+            process = _Process(ProcessMaps(tgid, self.files), [(0, perf_map)])
             self._processes[key] = process
             while len(self._processes) > _MOST_PROCESSES:
                 self._processes.popitem(last=False)[1].close()
@@ -199,7 +200,7 @@ class Symbolizer:
         process = self._process(tgid, born)
         if known:
             process.maps.executed(time_ns)
-            process.perf_maps.append((time_ns, PerfMap(tgid)))
+            process.perf_maps.append((time_ns, PerfMap(tgid, self._perf_map_room)))
             process.forget_programs()
 
     def forget(self, tgid: int, born: int = 0) -> None:
@@ -207,9 +208,24 @@ class Symbolizer:
         if process := self._processes.pop((tgid, born), None):
             process.close()
 
+    def _perf_map_room(self) -> int:
+        """How many bytes perf maps may still take."""
+        return _LARGEST_PERF_MAPS_BYTES - sum(one.nbytes for one in self._perf_maps())
+
+    def _perf_maps(self) -> Iterator[PerfMap]:
+        """Those of processes that were not asked for longest come first."""
+        return (perf_map for one in self._processes.values() for _, perf_map in one.perf_maps)
+
     def trim(self) -> bool:
         """If the strings take more than 32 MB, forgets them all: numbers given before are void,
-        and `strings` is another object. Returns whether it did. For between two batches."""
+        and `strings` is another object. Returns whether it did. Drops perf maps, too, if these take
+        all the memory for them. For between two batches."""
+        if (room := self._perf_map_room()) <= 0:
+            for perf_map in self._perf_maps():
+                room += perf_map.nbytes
+                perf_map.forget()
+                if room >= _LARGEST_PERF_MAPS_BYTES // 2:
+                    break
         if self.strings.memory_bytes <= _LARGEST_STRINGS_BYTES:
             return False
         self.strings = Strings()
@@ -217,9 +233,8 @@ class Symbolizer:
         self._of_kernel.clear()
         self.store.forget_marks()
         self.kernel.marks[:] = 0
-        for process in self._processes.values():
-            for _, perf_map in process.perf_maps:
-                perf_map.marks[:] = 0
+        for perf_map in self._perf_maps():
+            perf_map.marks[:] = 0
         return True
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -39,15 +40,17 @@ class PerfMap:
     the one told last counts. Only a file of the process's user, or of root, is believed, which was
     written since the process started: ids are used again, by containers each time. At most
     1,048,576 functions and 64 MB of names are read; `why_not` says so, or what else is wrong with
-    the file. Not safe to use from two threads at once. Never raises.
+    the file. ROOM tells how many bytes may still be taken, by this and others together. Not safe to
+    use from two threads at once. Never raises.
 
     Times are of CLOCK_MONOTONIC. A function that was told after a sample was taken is not the one
     that was sampled if another was there before.
     """
 
-    def __init__(self, tgid: int) -> None:
+    def __init__(self, tgid: int, room: Callable[[], int] = lambda: _MOST_TEXT_BYTES) -> None:
         self.tgid = tgid
         self.why_not = ""
+        self._room = room
         self._file: ProcessFile | None = None
         self._rest_until = -np.inf
         self._clear()
@@ -123,6 +126,10 @@ class PerfMap:
         """The name of a function with a NUMBER that `find` has given."""
         return bytes(self._names[self._at[number] : self._at[number + 1]])
 
+    def forget(self) -> None:
+        """Drops all functions, which are read again when they are asked for."""
+        self._clear()
+
     def close(self) -> None:
         """Closes the file; the names stay. Safe to call twice."""
         if self._file:
@@ -141,6 +148,9 @@ class PerfMap:
                 self._clear()
             while self._position < size:
                 if len(self) >= _MOST_FUNCTIONS or len(self._names) >= _MOST_TEXT_BYTES:
+                    return
+                if self._room() <= 0:
+                    self.why_not = "perf maps of other processes take all the memory for them"
                     return
                 data = os.pread(self._file.fd, _READ_BYTES, self._position)
                 if not data:

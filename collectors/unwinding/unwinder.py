@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 _Key = tuple[ProcessMaps, int]
 
 _MOST_MEMORIES: Final = 1024
+_MOST_TABLES: Final = 8192  # there is room for 65,536 in a `Space`
 _MOST_ROW_BYTES: Final = 128 << 20  # beside what the processes at hand need
 _MOST_ROUNDS: Final = 64  # each finds the next file on a stack of which nothing was known
 _NOW: Final = np.iinfo(np.uint64).max
@@ -133,7 +134,9 @@ class Unwinder:
             for index in np.unique(at).tolist():
                 place[chosen[at == index]] = len(keys)
                 keys.append(self._put(process, generations, index))
-        if len(self._space) > _MOST_MEMORIES or self._space.row_bytes > _MOST_ROW_BYTES:
+        space = self._space
+        is_full = len(space) > _MOST_MEMORIES or space.tables > _MOST_TABLES
+        if is_full or space.row_bytes > _MOST_ROW_BYTES:
             self._forget(keys)
         slots = np.array([self._space.slot(key) for key in keys], np.int64)
         memory = slots[place] if keys else place

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from coral.bpf.attaching.elf import SECTION, SEGMENT
+from coral.collectors.symbols import names
 from coral.collectors.symbols.elf import EM_AARCH64
 from coral.collectors.symbols.files import FileKind, MappedFiles, Mounts
 from coral.collectors.symbols.map_lines import lines_of
@@ -59,9 +60,9 @@ class Patched:
         self._segments_at, self._sections_at = fields
         with opened(program) as elf:
             self._segments = elf.segments["type"].tolist()
-            names = (".symtab", ".strtab", ".dynstr", ".plt", ".eh_frame")
+            wanted = (".symtab", ".strtab", ".dynstr", ".plt", ".eh_frame")
             self._sections = {
-                name: elf.sections.tolist().index(elf.header_of(name).item()) for name in names
+                name: elf.sections.tolist().index(elf.header_of(name).item()) for name in wanted
             }
 
     def machine(self, number: int) -> None:
@@ -247,6 +248,26 @@ def test_a_process_that_executes_again_and_again_keeps_few_files_open(perf_map: 
         assert open_files() <= before + 8
         assert symbolizer.stats.perf_map_functions <= 8
         assert look(200) == "compiled"
+    symbolizer.close()
+
+
+def test_perf_maps_of_all_processes_are_bounded_together(
+    perf_map: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f"{at << 8:x} 100 compiled_{at}\n" for at in range(20_000))
+    perf_map.write_text(lines)
+    monkeypatch.setattr(names, "_LARGEST_PERF_MAPS_BYTES", 3 << 20)
+    symbolizer = Symbolizer()
+    with mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC) as code:
+        address = np.array([np.frombuffer(code, np.uint8).ctypes.data], np.uint64)
+        for born in range(20):  # the same process as 20, each with a map of 1 MB
+            symbolizer.names(os.getpid(), address, np.zeros(1, np.bool_), born=born)
+        assert symbolizer.stats.perf_map_bytes < 5 << 20
+        assert "perf maps of other processes take all the memory for them" in symbolizer.why_not()
+        symbolizer.trim()
+        assert symbolizer.stats.perf_map_bytes <= 2 << 20
+        symbolizer.names(os.getpid(), address, np.zeros(1, np.bool_), born=20)
+        assert symbolizer.stats.perf_map_functions >= 20_000
     symbolizer.close()
 
 
