@@ -289,7 +289,7 @@ while True:
 
 def test_a_damaged_vdso_is_known_once() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", DAMAGES_ITS_VDSO],
+        [sys.executable, "-P", "-c", DAMAGES_ITS_VDSO],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
