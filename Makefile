@@ -11,6 +11,7 @@ CONTRACT_BASE := 770f74a
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
 TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
 	apache2-bin curl gdb linux-perf nodejs openssl wrk
+SOAK_PACKAGES = $(TEST_PACKAGES) openjdk-17-jdk-headless
 TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
@@ -40,7 +41,7 @@ test: ## run the tests; those on the kernel need root
 
 test-soak: ## run the tests that `make test` leaves out: the longest, and the same again and again
 	@$(BUILD) $(VENV)/.dev $(TEST_PROGRAMS)
-	@deploy/packages $(TEST_PACKAGES)
+	@deploy/packages $(SOAK_PACKAGES)
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak
 
 # Tests that bound a time may fail here, because every line is counted: the report comes all the same.

@@ -11,12 +11,20 @@ import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
 
+from coral.agent import config_otlp, config_tls
+from coral.agent.addresses import ACCEPTED, is_unix, unix_address
+from coral.agent.config_access import Audit, RoleRule, problem
+from coral.agent.config_access import Auth as Auth  # noqa: PLC0414  others have it from here
 from coral.agent.config_file import read_yaml
+from coral.agent.config_otlp import Otlp
+from coral.agent.config_tls import Tls
+from coral.agent.config_units import ByteCount as ByteCount  # noqa: PLC0414
+from coral.agent.config_units import Duration as Duration  # noqa: PLC0414
 from coral.agent.config_words import choices, first_problem, shown
 from coral.collectors.options import (
     OptionError,
@@ -52,18 +60,6 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("; ".join(safe(line) for line in message.splitlines()))
-
-
-class Duration(float):
-    """Seconds, written as a number or as `500ms`, `30s`, `5m`, `2h`; from 1 ms to 366 days."""
-
-    accepts: ClassVar = "a duration such as 500ms, 30s or 5m, from 1ms to 366 days"
-
-
-class ByteCount(int):
-    """Bytes, written as a number or as `64KiB`, `8MiB`, `1GiB`; at most 1 TiB."""
-
-    accepts: ClassVar = "a size such as 65536, 64KiB or 8MiB, at most 1024GiB"
 
 
 def _for_each_cpu(percent: float) -> float:
@@ -240,63 +236,6 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = False
 
 
-class Auth(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which callers are let in."""
-
-    token_file: Annotated[
-        str,
-        Meta(
-            description="a file with a token that callers send as `authorization: Bearer TOKEN`: "
-            "at least 16 bytes, in a file that only its owner may write; a warning is logged if "
-            "every user may read it"
-        ),
-    ] = ""
-    insecure_loopback: Annotated[
-        bool,
-        Meta(
-            description="listen on TCP without a token: every local user can then trace what this "
-            "agent can"
-        ),
-    ] = False
-
-
-class Otlp(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where metrics and spans are sent."""
-
-    endpoint: Annotated[
-        str,
-        Meta(
-            description="send metrics and spans by OTLP to this receiver, `http://HOST:PORT` or, "
-            "over TLS, `https://HOST:PORT`; empty: none. See [otlp](otlp.md)"
-        ),
-    ] = ""
-    protocol: Annotated[
-        Literal["grpc", "http"],
-        Meta(
-            description="OTLP over gRPC, or over HTTP in protobuf: then `endpoint` can have a path"
-        ),
-    ] = "grpc"
-    metrics: Annotated[bool, Meta(description="send what /metrics has")] = True
-    spans: Annotated[
-        bool,
-        Meta(
-            description="send requests as spans, where a session of `http_latency` with "
-            "`mode=events` and `traceparent=true` saw the trace that they belong to"
-        ),
-    ] = True
-    interval: Annotated[Duration, Meta(description="how often to send metrics")] = Duration(30)
-    ca_file: Annotated[
-        str, Meta(description="the CAs of the receiver, in PEM; empty: those of this machine")
-    ] = ""
-    headers_file: Annotated[
-        str, Meta(description="a file with headers for the receiver, a `NAME: VALUE` a line")
-    ] = ""
-    resource: Annotated[
-        dict[str, str],
-        Meta(description="more attributes of the resource, such as `deployment.environment.name`"),
-    ] = field(default_factory=dict)
-
-
 class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to find a service's processes."""
 
@@ -334,15 +273,34 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ""
     listen: Annotated[
         tuple[str, ...],
-        Meta(description="addresses for gRPC, each `unix:PATH` or `127.0.0.1:PORT`"),
+        Meta(
+            description="addresses for gRPC, each `HOST:PORT`, with `tls` if it is beyond "
+            "loopback, or `unix:PATH`; a socket for others than its owner is "
+            "`unix:PATH?mode=0660&group=GROUP`, whose callers roles know as `socket:view`, or as "
+            "`socket:NAME` with `&name=NAME`"
+        ),
     ] = (DEFAULT_SOCKET,)
     metrics: Annotated[
         str,
         Meta(
             description="the address that serves /metrics to Prometheus; empty: none; beyond "
-            "loopback, whoever reaches it can read it, without a token"
+            "loopback, whoever reaches it can read it, unless `metrics_web_config` says otherwise"
         ),
     ] = "127.0.0.1:9464"
+    metrics_web_config: Annotated[
+        str,
+        Meta(
+            description="a file in the web configuration format of Prometheus' exporter-toolkit, "
+            "with TLS and passwords for `metrics`; read again when it changes; see [TLS](tls.md)"
+        ),
+    ] = ""
+    health: Annotated[
+        str,
+        Meta(
+            description="an address that serves /healthz and /readyz alone, in plain HTTP; "
+            "`metrics` serves them too"
+        ),
+    ] = ""
     log_format: Annotated[
         Literal["console", "json"], Meta(description="log lines for people, or as JSON")
     ] = "console"
@@ -360,6 +318,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     policy: Policy = field(default_factory=Policy)
     auth: Auth = field(default_factory=Auth)
     otlp: Otlp = field(default_factory=Otlp)
+    roles: Annotated[
+        tuple[RoleRule, ...],
+        Meta(description="what callers may do, by their names; see [access](access.md)"),
+    ] = ()
+    audit: Audit = field(default_factory=Audit)
+    tls: Tls = field(default_factory=Tls)
     continuous: Annotated[
         tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
@@ -505,12 +469,17 @@ def _check(config: Config) -> None:
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
     _check_addresses(config)
+    for refused in (config_otlp.problem(config.otlp), config_tls.problem(config.tls)):
+        if refused:
+            raise ConfigError(refused)
     for key in _GRPC_DURATIONS:
         if (value_s := getattr(config.limits, key)) > _MOST_GRPC_S:
             raise ConfigError(
                 f"limits.{key}: {format_duration(value_s)} is not accepted; give a duration of "
                 "at most 24 days"
             )
+    if text := problem(config.auth, config.roles, config.audit, KINDS):
+        raise ConfigError(text)
     for kind in config.policy.collectors:
         _check_kind("policy.collectors", kind, KINDS)
     for index, continuous in enumerate(config.continuous):
@@ -519,29 +488,22 @@ def _check(config: Config) -> None:
 
 def _check_addresses(config: Config) -> None:
     if not all(config.listen) or not config.listen:
-        raise ConfigError(
-            "listen: at least one address is expected, each unix:PATH or 127.0.0.1:PORT"
-        )
+        raise ConfigError("listen: at least one address is expected, each unix:PATH or HOST:PORT")
     for address in config.listen:
-        if not address.startswith("unix:") and not host_and_port(address):
+        if is_unix(address):
+            try:
+                unix_address(address)
+            except ValueError as error:
+                raise ConfigError(f"listen: {error}") from error
+        elif not host_and_port(address):
+            raise ConfigError(f"listen: {shown(address)} is not accepted; {ACCEPTED}")
+    for key in ("metrics", "health"):
+        if (address := getattr(config, key)) and not host_and_port(address):
             raise ConfigError(
-                f"listen: {shown(address)} is not accepted; give unix:PATH or 127.0.0.1:PORT"
+                f"{key}: {shown(address)} is not accepted; give HOST:PORT, or nothing"
             )
-    scheme, _, receiver = config.otlp.endpoint.partition("://")
-    path = ""
-    if config.otlp.protocol == "http":
-        receiver, slash, path = receiver.partition("/")
-        path = slash + path
-    accepted = scheme in ("http", "https") and host_and_port(receiver)
-    if config.otlp.endpoint and not (accepted and path.isascii() and " " not in path):
-        raise ConfigError(
-            f"otlp.endpoint: {shown(config.otlp.endpoint)} is not accepted; give http://HOST:PORT, "
-            "https://HOST:PORT, with `protocol: http` and a path behind it if need be, or nothing"
-        )
-    if config.metrics and not host_and_port(config.metrics):
-        raise ConfigError(
-            f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
-        )
+    if config.metrics_web_config and not config.metrics:
+        raise ConfigError("metrics_web_config: there is no address in `metrics` that it is for")
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
@@ -616,14 +578,22 @@ def describe(
         yield f"{prefix}{key.name}", _type_name(base), default, description
         if base == dict[str, ServiceRule]:
             yield from describe(ServiceRule, f"{prefix}{key.name}.NAME.")
-        if base == tuple[Continuous, ...]:
-            yield from describe(Continuous, f"{prefix}{key.name}[].")
+        if struct_of := _listed_struct(base):
+            yield from describe(struct_of, f"{prefix}{key.name}[].")
+
+
+def _listed_struct(hint: object) -> type[Struct] | None:
+    """The structure that HINT is a list of."""
+    each = get_args(hint)[0] if get_origin(hint) is tuple else None
+    return each if isinstance(each, type) and issubclass(each, Struct) else None
 
 
 def _show(value: object) -> str:
     if isinstance(value, Duration):
         return format_duration(value)
     if isinstance(value, ByteCount):
+        if not value:
+            return ""
         return f"{value >> 20}MiB" if value >= 1 << 20 else f"{value >> 10}KiB"
     if isinstance(value, tuple):
         return ", ".join(value)
@@ -633,7 +603,7 @@ def _show(value: object) -> str:
 def _type_name(hint: object) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(hint))
-    if hint == tuple[Continuous, ...]:
+    if _listed_struct(hint):
         return "list"
     if get_origin(hint) is tuple:
         return "list of texts"

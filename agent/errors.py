@@ -3,7 +3,7 @@ way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 
@@ -38,7 +38,18 @@ class LimitError(RefusedError):
 
 
 class DeniedError(RefusedError):
-    """The agent's policy does not allow it."""
+    """The agent's policy, or the caller's role, does not allow it."""
+
+    resolved: Mapping[str, object] | None = None
+    """What the request's target came to, for the audit; None where it was not looked at."""
+
+
+class UnauthenticatedError(RefusedError):
+    """It is not known who the caller is; the message says what is missing, and what helps."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(f"{reason}; {hint}")
+        self.reason = reason
 
 
 class UnsupportedError(RefusedError):
@@ -46,4 +57,4 @@ class UnsupportedError(RefusedError):
 
 
 class UnavailableError(RefusedError):
-    """The agent is shutting down."""
+    """The agent is shutting down, or something that it has to ask does not answer."""

@@ -31,12 +31,14 @@ class LogWriter:
         notice: Callable[[int], str],
         *,
         most_waiting_bytes: int = _MOST_WAITING_BYTES,
+        name: str = "log",
     ) -> None:
         try:
             self._fd = os.dup(fd)
         except OSError:  # it is closed: every write fails, and is counted
             self._fd = -1
         self._notice = notice
+        self._name = name  # the thread's
         self._most_waiting_bytes = most_waiting_bytes
         # Putting into a SimpleQueue is reentrant: a finalizer that logs may interrupt a `put`.
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
@@ -64,7 +66,7 @@ class LogWriter:
     def start(self) -> None:
         """Starts to write. Without a thread, lines are queued and then dropped."""
         if not self._thread:
-            thread = threading.Thread(target=self._run, name="log", daemon=True)
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             with suppress(RuntimeError):  # the limit of threads is reached
                 thread.start()
                 self._thread = thread

@@ -11,21 +11,29 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from coral.agent import logs
+from coral.agent.access.access import Access
+from coral.agent.access.audit import Audit
+from coral.agent.access.kubernetes import Reviews
+from coral.agent.access.kubernetes_api import ApiServer
+from coral.agent.access.sinks import audit_sinks
+from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, load
 from coral.agent.machine import privileges
 from coral.agent.notify import Notifier
 from coral.agent.serving import monitoring
-from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import Counts
 from coral.agent.serving.health import Readiness
 from coral.agent.serving.prometheus import Registry
+from coral.agent.serving.rotation import Rotation, read_tls
 from coral.agent.serving.server import Server
+from coral.agent.serving.web_guard import WebGuard, read_guard
 from coral.agent.sessions.supervisor import Supervisor
 from coral.bpf.loading import bcc
 from coral.collectors.cgroups import cgroup_directory
@@ -57,11 +65,13 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags=flags)
         logs.configure(config.log_format, config.log_level)
-        token = read_token(config)  # before root is given up: only root may be able to read it
+        # Before root is given up: only root may be able to read and write these files.
+        tokens, sinks = Tokens(config.auth), audit_sinks(config.audit)
+        secrets = _Secrets(tokens, read_tls(config), read_guard(config))
         kept = _settle(config)
         logs.start()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(config, token, kept))
+            runner.run(_serve(config, secrets, Audit(config.name, sinks), kept))
         # asyncio leaves Python's own handler behind, which would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
@@ -111,7 +121,16 @@ def _settle(config: Config) -> frozenset[str]:
     )
 
 
-async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Secrets:
+    """What was read before root was given up."""
+
+    tokens: Tokens
+    tls: Rotation | None
+    guard: WebGuard | None
+
+
+async def _serve(config: Config, secrets: _Secrets, audit: Audit, kept: frozenset[str]) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_threads(config), "coral"))
     signalled, stopped = threading.Event(), threading.Event()
     # It starts now: after the signal there may be no room for a thread.
@@ -120,19 +139,33 @@ async def _serve(config: Config, token: str, kept: frozenset[str]) -> None:
     async with AsyncExitStack() as stack:
         notifier = Notifier()
         stack.callback(notifier.close)
-        supervisor = await stack.enter_async_context(Supervisor(config))
+        stack.callback(audit.close)
+        kubernetes = config.auth.kubernetes
+        reviews = None
+        if kubernetes.server:
+            reviews = Reviews(ApiServer(kubernetes).post, kubernetes.audience)
+        access = Access(config, reviews, audit)
+        supervisor = await stack.enter_async_context(Supervisor(config, access))
         readiness, counts = Readiness(supervisor), Counts()
-        metrics_address = stack.enter_context(
-            monitoring.serve(config.metrics, supervisor, readiness, counts)
+        metrics, health = stack.enter_context(
+            monitoring.serve(config, supervisor, readiness, counts, secrets.guard)
         )
         await _export(stack, supervisor, counts)
-        server = await stack.enter_async_context(Server(supervisor, config, token, counts))
+        server = await stack.enter_async_context(
+            Server(supervisor, config, secrets.tokens, reviews, counts, tls=secrets.tls)
+        )
+        for watched in (secrets.tls, secrets.guard):
+            if watched:
+                counts.tls[watched.listener] = watched.counts
+                await stack.enter_async_context(watched.kept_up())
         await stack.enter_async_context(readiness.kept_up(server, notifier))
         log.info("privileges", uid=os.geteuid(), capabilities=sorted(kept))
         log.info(
-            "listening", agent=config.name, grpc=server.addresses, metrics=metrics_address or None
-        )
+            "listening", agent=config.name, grpc=server.addresses, metrics=metrics or None,
+            **({"health": health} if health else {}),
+        )  # fmt: skip
         await _report_capabilities(supervisor)
+        readiness.set_probed()
         await stopping
         bcc.stop()
         log.info("stopping", sessions=len(supervisor.sessions))

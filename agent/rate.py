@@ -41,3 +41,28 @@ class Bucket:
         passed_s = now_s - self._filled_at_s
         self._filled_at_s = now_s
         self._level = min(self._burst, self._level + passed_s * self._rate)
+
+
+class Buckets:
+    """Several buckets that are taken from together."""
+
+    def __init__(self, *buckets: Bucket) -> None:
+        self._buckets = buckets
+
+    def take(self, amount: float, now_s: float) -> bool:
+        """Takes AMOUNT from each, unless one has a debt; returns whether it did."""
+        if any(bucket.wait_s(now_s) for bucket in self._buckets):
+            return False
+        return all(bucket.take(amount, now_s) for bucket in self._buckets)
+
+    def spend(self, amount: float, now_s: float) -> None:
+        """Takes AMOUNT from each in any case."""
+        for bucket in self._buckets:
+            bucket.spend(amount, now_s)
+
+
+def both(one: Bucket | None, other: Bucket | None) -> Bucket | Buckets | None:
+    """What takes from those that there are."""
+    if one and other:
+        return Buckets(one, other)
+    return one or other

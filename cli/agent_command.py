@@ -14,7 +14,7 @@ import click
     "--listen",
     multiple=True,
     metavar="ADDRESS",
-    help="Where gRPC listens: unix:PATH or 127.0.0.1:PORT; repeatable, or separated by commas."
+    help="Where gRPC listens: unix:PATH or HOST:PORT; repeatable, or separated by commas."
     "  [default: unix:/run/coral/agent.sock]",
 )
 @click.option(

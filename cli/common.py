@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import click
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from coral.cli.signals import cancelled_by_signals
 from coral.client import AgentError, InvalidArgumentError, default_address
+from coral.client.tls import ENV_CA, ENV_CERTIFICATE, ENV_KEY, ENV_SERVER_NAME
 from coral.wire.text import safe
 
 EXIT_ERROR: Final = 1
@@ -40,6 +42,13 @@ _KIND: Final = re.compile(r"EBPF_COLLECTOR_KIND_(\w+)")
 _ONLY_KINDS: Final = re.compile(r"not allowed by this agent's (policy\.collectors), (.*)")
 _NO_ANSWER: Final = re.compile(r"the agent at (.*) did not answer \w+ within (.*)")
 _ACCEPTS: Final = r"the agent at \1 accepts the connection and does not answer (waited \2)"
+
+_TLS_OPTIONS: Final = (
+    ("--tls-ca", ENV_CA, "FILE", "Over TLS: the authorities of the agent's certificate, in PEM."),
+    ("--tls-cert", ENV_CERTIFICATE, "FILE", "The certificate to show to the agent, in PEM."),
+    ("--tls-key", ENV_KEY, "FILE", "Its key, in PEM."),
+    ("--tls-server-name", ENV_SERVER_NAME, "NAME", "The name in the agent's certificate."),
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,14 +92,35 @@ class DurationType(click.ParamType[Duration]):
 
 
 def agent_option(function: F) -> F:
-    """Adds --agent."""
+    """Adds --agent, and the options of `tls_options`."""
     return click.option(
         "--agent",
         "address",
         default=default_address,
         metavar="ADDRESS",
         help="The agent: unix:PATH or HOST:PORT.  [default: CORAL_AGENT, else the local socket]",
-    )(function)
+    )(tls_options(function))
+
+
+def tls_options(function: F) -> F:
+    """Adds --tls-ca and the others. What is given is put into the environment, where the client
+    looks for it, and the commands that this one starts."""
+    for flag, variable, metavar, text in reversed(_TLS_OPTIONS):
+        function = click.option(
+            flag,
+            metavar=metavar,
+            expose_value=False,
+            callback=partial(_into_environment, variable),
+            help=f"{text}  [default: {variable}]",
+        )(function)
+    return function
+
+
+def _into_environment(
+    variable: str, _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> None:
+    if value is not None:
+        os.environ[variable] = value
 
 
 def output_option(function: F) -> F:

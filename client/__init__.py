@@ -20,6 +20,7 @@ from coral.client.errors import (
     OutOfRangeError,
     PermissionDeniedError,
     StreamLostError,
+    TlsError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -39,6 +40,7 @@ from coral.client.results import (
 )
 from coral.client.stream import Stream
 from coral.client.terms import Terms
+from coral.client.tls import Tls
 from coral.client.watch import Change, Watch, What
 from coral.wire.histogram import Buckets, Histogram
 
@@ -76,6 +78,8 @@ __all__ = [
     "StreamLostError",
     "SubscriberInfo",
     "Terms",
+    "Tls",
+    "TlsError",
     "UnauthenticatedError",
     "UnavailableError",
     "Watch",

@@ -9,6 +9,7 @@ async with AgentClient() as agent:
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -22,13 +23,14 @@ from google.protobuf.message import Message
 
 from coral.client.address import (
     ENV_TOKEN,
-    channel_options,
     checked_address,
     checked_token,
     default_address,
+    is_unix,
 )
 from coral.client.backoff import Retry
 from coral.client.calls import Call, RepeatedCall
+from coral.client.channels import Channels
 from coral.client.errors import (
     AgentError,
     NotFoundError,
@@ -39,6 +41,7 @@ from coral.client.errors import (
 from coral.client.results import Capabilities, Collectors, Kind, Started
 from coral.client.stream import Stream
 from coral.client.terms import Terms, stream_request
+from coral.client.tls import REFUSED, Tls
 from coral.client.watch import Watch
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -69,9 +72,10 @@ class AgentClient:
     """One agent. Use it as a context manager; every method raises `AgentError`.
 
     ADDRESS is `unix:PATH` or `HOST:PORT`; by default the environment's CORAL_AGENT, else the local
-    socket. TOKEN is the agent's, by default the environment's CORAL_TOKEN. A call that the agent
-    has not answered after TIMEOUT_S raises `DeadlineExceededError`. RETRY says how streams and
-    watches reconnect; calls with one answer are never repeated.
+    socket. TOKEN is the agent's, by default the environment's CORAL_TOKEN. TLS is for `HOST:PORT`,
+    by default what the environment's CORAL_TLS_* say. A call that the agent has not answered after
+    TIMEOUT_S raises `DeadlineExceededError`. RETRY says how streams and watches reconnect; calls
+    with one answer are never repeated.
     """
 
     def __init__(
@@ -79,20 +83,22 @@ class AgentClient:
         address: str | None = None,
         token: str | None = None,
         *,
+        tls: Tls | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry: Retry = DEFAULT_RETRY,
     ) -> None:
         with building_a_request():
+            tls = tls.checked() if tls else Tls.from_environment()
             self.address = checked_address(address or default_address())
             token = checked_token(token or os.environ.get(ENV_TOKEN, ""))
+        self._tls = None if is_unix(self.address) else tls
         self.timeout_s = timeout_s
         self.retry = retry
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(
-            self.address, options=channel_options(self.address)
-        )
+        with building_a_request():
+            self._channels = Channels(self.address, self._tls)
         return self
 
     async def __aexit__(
@@ -101,7 +107,7 @@ class AgentClient:
         _value: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        await self._channel.close()
+        await self._channels.close()
 
     async def capabilities(self) -> Capabilities:
         """What the agent can do on its machine."""
@@ -238,25 +244,38 @@ class AgentClient:
         return self._stream("StreamEventBatches", wanted)
 
     def _stream(self, method: str, request: Message) -> Call:
-        stream: Any = self._channel.unary_stream(
+        channel = self._channels.current()
+        stream: Any = channel.unary_stream(
             f"/{_SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=None,
         )
         call: Call = stream(request, metadata=self._metadata)
+        self._channels.hold(channel, call)
         return call
 
     async def _call(self, method: str, request: Message, answer: type[Answer]) -> Answer:
-        call: Any = self._channel.unary_unary(
+        channel = self._channels.current()
+        method_call: Any = channel.unary_unary(
             f"/{_SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
         )
+        call = method_call(request, metadata=self._metadata, timeout=self.timeout_s)
+        self._channels.hold(channel, call)
         try:
-            response: Answer = await call(request, metadata=self._metadata, timeout=self.timeout_s)
+            response: Answer = await call
         except grpc.aio.AioRpcError as error:
-            raise self._error(method, error.code(), error.details() or "") from error
+            details = await self._with_alert(error.details() or "")
+            raise self._error(method, error.code(), details) from error
         return response
 
+    async def _with_alert(self, details: str) -> str:
+        """DETAILS of a failed call, and why the agent refused this client, where it did."""
+        if not (self._tls and REFUSED in details):
+            return details
+        alert = await asyncio.to_thread(self._tls.refusal, self.address)
+        return f"{details} {alert}" if alert else details
+
     def _error(self, method: str, code: grpc.StatusCode, details: str) -> AgentError:
-        return error_of(code, details, self.address, method, self.timeout_s)
+        return error_of(code, details, self.address, method, self.timeout_s, tls=self._tls)

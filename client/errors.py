@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from coral.client.address import ENV_ADDRESS, ENV_TOKEN, is_unix
+from coral.client.tls import Tls, failure
 
 if TYPE_CHECKING:
     from coral.client.account import Account
@@ -68,6 +69,11 @@ class UnavailableError(AgentError):
     """No agent could be reached at the address."""
 
 
+class TlsError(UnavailableError):
+    """The agent and this client could not agree on TLS: one does not speak it, or does not accept
+    the other's certificate. Streams try again, because certificates may be about to change."""
+
+
 class ConnectionLostError(UnavailableError):
     """The agent was reached, and the connection broke before it had answered. It may have carried
     out the request."""
@@ -118,13 +124,21 @@ _CUT: Final = ("Stream removed", "RST_STREAM", "GOAWAY", "Socket closed")
 
 
 def error_of(
-    code: grpc.StatusCode, details: str, address: str, method: str, timeout_s: float
+    code: grpc.StatusCode,
+    details: str,
+    address: str,
+    method: str,
+    timeout_s: float,
+    *,
+    tls: Tls | None = None,
 ) -> AgentError:
     """The error for a call of METHOD that failed with CODE and DETAILS."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"the agent at {address} did not answer {method} within {timeout_s:g} s"
         return DeadlineExceededError(code, message)
     if code is grpc.StatusCode.UNAVAILABLE:
+        if why := failure(details, address, tls):
+            return TlsError(code, why)
         return _unreachable(code, details, address)
     cut = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     if cut and any(sign in details for sign in _CUT):

@@ -168,10 +168,15 @@ class Support:
 
 @dataclass(frozen=True, slots=True)
 class ServiceProcesses:
-    """The processes of a service, which a collector watches where its options name no process."""
+    """The processes of a service, which a collector watches where its options name no process.
+
+    NAMESPACES are the Kubernetes namespaces that all of them belong to; empty where one may belong
+    to none that is known.
+    """
 
     name: str
     tgids: tuple[int, ...]
+    namespaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,16 @@ class Browser:
         message: dict[str, Any] = json.loads(line)
         return message
 
+    @contextmanager
+    def screen(self, width: int, height: int) -> Iterator[None]:
+        """In the block, pages have a phone's screen of the given size, in CSS pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": True}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
+        try:
+            yield
+        finally:
+            self.ask("Emulation.clearDeviceMetricsOverride")
+
     def open(self, path: Path) -> None:
         self.events.clear()
         self.ask("Page.navigate", url=path.as_uri())

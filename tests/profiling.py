@@ -113,7 +113,13 @@ def profiled(*command: object, **config: object) -> Profile:
     process = subprocess.Popen(
         list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    with process, profiling(pid=process.pid, **config) as profile:
+    with process:
+        return profiled_further(process, **config)
+
+
+def profiled_further(process: subprocess.Popen[str], **config: object) -> Profile:
+    """The profile of the rest of a process that waits for a byte, and prints its truth."""
+    with profiling(pid=process.pid, **config) as profile:
         out, _ = process.communicate("x")
     assert process.returncode == 0
     for line in out.splitlines():

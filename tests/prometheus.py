@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,16 @@ def program(name: str, package: str = "prometheus") -> Path:
 
 
 @contextmanager
-def prometheus(directory: Path, agent: RunningAgent) -> Iterator[Query]:
-    """A Prometheus that scrapes AGENT five times a second; yields a function that queries it."""
+def prometheus(
+    directory: Path, agent: RunningAgent, job: Mapping[str, object] | None = None
+) -> Iterator[Query]:
+    """A Prometheus that scrapes AGENT five times a second, by what else JOB says; yields a function
+    that queries it."""
     address = _free_address()
     config = {
         "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
         "scrape_configs": [
-            {"job_name": "coral", "static_configs": [{"targets": [agent.metrics]}]},
+            {"job_name": "coral", "static_configs": [{"targets": [agent.metrics]}], **(job or {})},
         ],
     }
     directory.mkdir()

@@ -12,7 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from coral.agent.access.target import Ownership, Target
+from coral.agent.caller import Caller
 from coral.agent.config import Config, Continuous, Limits
+from coral.agent.sessions.admission import Admitted
 from coral.agent.sessions.session import End, Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.agent.streams import Terms
@@ -128,12 +131,17 @@ class Desk:
         self.preparing.set()
         self.supervisor._admission.create = self._create  # type: ignore[method-assign,assignment]
 
-    async def _create(self, _type: type[Collector], _request: StartRequest) -> Collector:
+    async def _create(
+        self, _type: type[Collector], request: StartRequest, caller: Caller
+    ) -> Admitted:
         await self.preparing.wait()
         if isinstance(failure := self.script.get("refusal"), Exception):
             raise failure
-        self.made.append(Scripted(**self.script))
-        return self.made[-1]
+        made = Scripted(**self.script)
+        self.made.append(made)
+        by = "" if request.continuous else caller.identity.principal
+        target = Target(made.kind, made.watched)
+        return Admitted(made, target, Ownership(by, request.continuous), None)
 
     async def start(self, duration_s: float | None = None, **script: Any) -> Session:
         self.script = script

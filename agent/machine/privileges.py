@@ -14,11 +14,11 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import structlog
 
+from coral.agent.addresses import is_unix, unix_address
 from coral.agent.config import Config, ConfigError
 from coral.bpf.probing import capabilities as caps
 
@@ -99,7 +99,9 @@ def settle(config: Config, needs: Iterable[Mapping[str, str]]) -> frozenset[str]
         _drop_bounds(keep, held)
         if user and user.pw_uid != os.geteuid():
             _make_socket_directories(config, user)
-            _become(user)
+            _become(user, _groups_of_sockets(config))
+        elif "CAP_SETGID" in held and (groups := _groups_of_sockets(config)):
+            os.setgroups([*os.getgroups(), *groups])
         _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
         _set_capabilities(keep)
     except OSError as error:
@@ -131,8 +133,10 @@ def _user(name: str, held: frozenset[str]) -> pwd.struct_passwd | None:
 def _make_socket_directories(config: Config, user: pwd.struct_passwd) -> None:
     """Makes the directories of sockets that do not exist: under /run, only root can."""
     for address in config.listen:
-        directory = Path(address.removeprefix("unix:")).parent
-        if address.startswith("unix:") and not directory.exists():
+        if not is_unix(address):
+            continue
+        directory = unix_address(address).path.parent
+        if not directory.exists():
             try:
                 directory.mkdir(mode=0o755, parents=True)
                 os.chown(directory, user.pw_uid, user.pw_gid)
@@ -140,10 +144,23 @@ def _make_socket_directories(config: Config, user: pwd.struct_passwd) -> None:
                 raise ConfigError(f"listen: {address}: {error}") from error
 
 
-def _become(user: pwd.struct_passwd) -> None:
-    """Changes to USER in all threads; this thread keeps its permitted capabilities."""
+def _groups_of_sockets(config: Config) -> list[int]:
+    """The groups that sockets are to be given to: without CAP_CHOWN, only a member may do that.
+    Raises `ConfigError`."""
+    try:
+        gids = {unix_address(address).gid for address in config.listen if is_unix(address)}
+    except ValueError as error:
+        raise ConfigError(f"listen: {error}") from error
+    return sorted(gids - {-1})
+
+
+def _become(user: pwd.struct_passwd, groups: list[int]) -> None:
+    """Changes to USER, also a member of GROUPS, in all threads; this thread keeps its permitted
+    capabilities."""
     _prctl(_PR_SET_KEEPCAPS, 1)
     os.initgroups(user.pw_name, user.pw_gid)
+    if groups:
+        os.setgroups([*os.getgroups(), *groups])
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
     os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
     _prctl(_PR_SET_KEEPCAPS, 0)

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 import structlog
 
-from coral.agent.config import Otlp
+from coral.agent.config_otlp import Otlp
 from coral.agent.otlp import metrics, spans
 from coral.agent.otlp.resource import Resource
 from coral.agent.otlp.transport import NotAcceptedError, transport

@@ -22,7 +22,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from coral.agent.config import ConfigError, Otlp
+from coral.agent.config import ConfigError
+from coral.agent.config_otlp import Otlp
 from coral.agent.files import read_regular
 from coral.collectors.runner import in_thread
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import grpc
 import structlog
@@ -21,6 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from coral.agent.caller import Caller
 from coral.agent.config import Limits
+from coral.agent.errors import UnauthenticatedError
 from coral.agent.serving.caller import CallerOf, Context, unknown_caller
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.requests import parse
@@ -57,15 +58,38 @@ class Quotas:
         return cls(calls, streams)
 
 
+class Admits(Protocol):
+    """Decides which calls get to a method."""
+
+    async def let_in(self, caller: Caller, context: Context, method: MethodDescriptor) -> Caller:
+        """CALLER with who it is, before its request is looked at. Raises a `RefusedError`."""
+
+    async def permit(self, caller: Caller, method: MethodDescriptor, request: object) -> Caller:
+        """The same, once it is known what the call is about. Raises a `RefusedError`."""
+
+
+class Everyone:
+    """Lets every caller in; for servers without roles."""
+
+    async def let_in(self, caller: Caller, _context: Context, _method: MethodDescriptor) -> Caller:
+        """The caller."""
+        return caller
+
+    async def permit(self, caller: Caller, _method: MethodDescriptor, _request: object) -> Caller:
+        """The caller."""
+        return caller
+
+
 def handlers(
     descriptor: ServiceDescriptor,
     service: object,
     caller_of: CallerOf = unknown_caller,
     quotas: Quotas | None = None,
+    door: Admits | None = None,
 ) -> grpc.GenericRpcHandler:
     """Handlers for SERVICE, which has a method, `Unary` or `Streaming`, for each RPC of
-    DESCRIPTOR, within QUOTAS."""
-    calls = _Calls(caller_of, quotas or Quotas.of(Limits(), Counter()))
+    DESCRIPTOR, within QUOTAS, for callers that DOOR lets in."""
+    calls = _Calls(caller_of, quotas or Quotas.of(Limits(), Counter()), door or Everyone())
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
@@ -79,6 +103,7 @@ def handlers(
 class _Calls:
     caller_of: CallerOf
     quotas: Quotas
+    door: Admits
 
     def handler(
         self,
@@ -107,7 +132,10 @@ class _Calls:
             context.add_done_callback(lambda _: place.close())  # type: ignore[arg-type]
             async with _failures_as_status(method, context, caller):
                 place.enter_context(self.quotas.unary.one(caller))
-                response = await behaviour(parse(request_type, wire), caller)
+                known = await self.door.let_in(caller, context, method)
+                request = parse(request_type, wire)
+                known = await self.door.permit(known, method, request)
+                response = await behaviour(request, known)
                 return response.SerializeToString()
 
         return answer
@@ -118,13 +146,14 @@ class _Calls:
         async def answer(wire: object, context: Context) -> None:
             caller = self.caller_of(context)
             async with _failures_as_status(method, context, caller):
-                with (
-                    self.quotas.streaming.one(caller),
-                    behaviour(parse_request(wire), caller) as (messages, charge),
-                ):
-                    # A caller that has the headers knows that its stream stands.
-                    await context.send_initial_metadata(())
-                    await metered(_write(messages, context), charge)
+                with self.quotas.streaming.one(caller):
+                    known = await self.door.let_in(caller, context, method)
+                    request = parse_request(wire)
+                    known = await self.door.permit(known, method, request)
+                    with behaviour(request, known) as (messages, charge):
+                        # A caller that has the headers knows that its stream stands.
+                        await context.send_initial_metadata(())
+                        await metered(_write(messages, context), charge)
 
         return answer
 
@@ -157,6 +186,11 @@ async def _failures_as_status(
         if code is grpc.StatusCode.INTERNAL:
             log.exception("call failed unexpectedly", method=method.name, peer=peer)
             error = RuntimeError(f"{method.name} failed: the agent's log says why")
+        elif isinstance(error, UnauthenticatedError):
+            log.warning(
+                "refused", peer=peer, principal=caller.refusals_of, code=code.name,
+                method=f"/{method.containing_service.full_name}/{method.name}", reason=error.reason,
+            )  # fmt: skip
         elif code is grpc.StatusCode.PERMISSION_DENIED:
             log.warning(
                 "refused", peer=peer, principal=caller.refusals_of, code=code.name,

@@ -11,8 +11,8 @@ REFUSED_BY: Final = ("connections", "connections_per_peer", "descriptors")
 """The limits that connections are refused by; descriptors are the process's."""
 STALLED: Final = "stalled"  # a reader that `agent.streams.Readers` has let go
 CLOSED_FOR: Final = (
-    "age", "handshake", "http2_streams_per_peer", "idle", "malformed", "not_http2", STALLED,
-    "unfinished", "unreachable", "unread",
+    "age", "certificate", "handshake", "http2_streams_per_peer", "idle", "malformed", "not_http2",
+    STALLED, "tls", "unfinished", "unreachable", "unread",
 )  # fmt: skip
 """Why the agent closes connections that neither their client nor gRPC has closed."""
 CALLS_REFUSED_BY: Final = ("calls", "calls_per_peer", "streams", "streams_per_peer")
@@ -35,6 +35,16 @@ class ConnectionCounts:
 
 
 @dataclass
+class TlsCounts:
+    """Of the certificate, key and authorities of one kind of listener."""
+
+    reloads: int = 0
+    failures: int = 0
+    expiries_s: dict[str, float] = field(default_factory=dict)
+    """When the `certificate` and the last of the `client_ca` in use expire, in Unix seconds."""
+
+
+@dataclass
 class Counts:
     """Of all listeners and servers of one agent."""
 
@@ -45,3 +55,5 @@ class Counts:
     exported: Counter[tuple[str, str]] = field(default_factory=Counter)
     """What OTLP was to carry: by signal, `metrics` or `spans`, and by `sent` or `lost`."""
     calls_refused: Counter[str] = field(default_factory=lambda: _zeros(CALLS_REFUSED_BY))
+    tls: dict[str, TlsCounts] = field(default_factory=dict)
+    """By what is served with it: `grpc`, `metrics`."""

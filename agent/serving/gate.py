@@ -20,10 +20,12 @@ import structlog
 
 from coral.agent.caller import Trust
 from coral.agent.config import Limits
+from coral.agent.rate import Bucket
 from coral.agent.serving.counts import STALLED, ConnectionCounts
 from coral.agent.serving.http2 import goaway
 from coral.agent.serving.listening import Listener, Origin
 from coral.agent.serving.relay import Connection, Peer
+from coral.agent.serving.tls_end import TlsEnd
 from coral.agent.serving.upstream import peer_of
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.gate")
@@ -42,6 +44,11 @@ _DESCRIPTORS_OF_AGENT: Final = 160  # with those of the hubs that its sessions s
 _DESCRIPTORS_OF_SESSION: Final = 16
 _MOST_DESCRIPTORS: Final = 1 << 16
 _TICK_S: Final = 1.0
+# Handshakes of TLS, whoever they are with: an eighth of a CPU with keys of P-256, a quarter with
+# RSA's 2048 bits. Those beyond wait, and the calls of others go on.
+_HANDSHAKES_PER_S: Final = 200.0
+_HANDSHAKES_AT_ONCE: Final = 20.0
+_UNGREETED_PART: Final = 2  # of the connections over TLS, those that may not have begun HTTP/2
 
 
 def use_all_descriptors() -> None:
@@ -74,6 +81,7 @@ class Side:
         self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self._change = asyncio.Event()  # a connection was closed
+        self._handshakes = Bucket(_HANDSHAKES_PER_S, _HANDSHAKES_AT_ONCE)
 
     def open(self) -> None:
         """Accepts from now on."""
@@ -140,11 +148,20 @@ class Side:
         if refusal := self._refusal(origin, peer):
             limit, why = refusal
             self._refused(limit, origin.address, origin.principal, why)
-            with suppress(OSError):
-                client.send(goaway(why))
+            if not listener.tls:
+                with suppress(OSError):
+                    client.send(goaway(why))
             client.close()
             return False
-        self.connections.add(Connection(client, origin, peer, self._limits, self))
+        end: socket.socket | TlsEnd = client
+        if listener.tls:
+            self._make_room()
+            try:
+                end = TlsEnd(client, listener.tls)
+            except OSError:
+                client.close()
+                return True
+        self.connections.add(Connection(end, origin, peer, self._limits, self))
         self._counts.open = len(self.connections)
         return True
 
@@ -167,6 +184,13 @@ class Side:
                 why += f", of which the agent's open files leave {self.most}"
             return "connections", f"{why}; all are in use"
         return None
+
+    def _make_room(self) -> None:
+        """Over a network, connections that say nothing come from as many addresses as somebody
+        likes: when they are half of all, the oldest gives way."""
+        waiting = [one for one in self.connections if not one.greeted]
+        if len(waiting) >= max(1, self.most // _UNGREETED_PART):
+            min(waiting, key=lambda one: one.since_s).close("handshake")
 
     def _refused(self, limit: str, address: str, principal: str, why: str) -> None:
         self._counts.refused[limit] += 1
@@ -193,12 +217,29 @@ class Side:
         if reason not in ("", STALLED):  # the log has it from those that decided it
             origin = connection.origin
             log.warning(
-                "connection closed", peer=origin.address, principal=origin.principal, code=reason
-            )
+                "connection closed", peer=origin.address, principal=origin.principal, code=reason,
+                **({"reason": connection.detail} if connection.detail else {}),
+            )  # fmt: skip
 
     def throttle(self) -> None:
         """A connection has to wait."""
         self._counts.throttled += 1
+
+    def handshake_wait_s(self, now_s: float) -> float:
+        """How long a handshake has to wait for those of others; if not at all, it begins."""
+        wait_s = self._handshakes.wait_s(now_s)
+        if not wait_s:
+            self._handshakes.spend(1, now_s)
+        return wait_s
+
+    def distrust(self, removed: frozenset[bytes]) -> None:
+        """Closes the connections whose clients were verified by one of the certificates with the
+        digests REMOVED. Their clients come back if another authority vouches for them."""
+        for connection in tuple(self.connections):
+            certificate = connection.origin.certificate
+            if certificate and certificate.chain & removed:
+                connection.detail = "its authority is trusted no more"
+                connection.close("certificate")
 
     # Time.
 

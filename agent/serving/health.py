@@ -2,7 +2,8 @@
 
 gRPC's health (grpc.health.v1) and the pages /healthz and /readyz say the same. The name "" and
 /healthz are about life: they answer as long as the event loop turns. The service's name and /readyz
-are about readiness: the listeners stand and every continuous collector is at work.
+are about readiness: the listeners stand and every continuous collector is at work; /readyz also
+waits until the kernel has been probed, once.
 """
 
 from __future__ import annotations
@@ -117,6 +118,17 @@ class Readiness:
         self._supervisor = supervisor
         self.missing: tuple[str, ...] = ("the agent is starting",)
         self._reported: tuple[str, ...] | None = None
+        self._probed = False
+
+    def set_probed(self) -> None:
+        """It is known by now which collectors this kernel can run."""
+        self._probed = True
+
+    @property
+    def missing_for_pages(self) -> tuple[str, ...]:
+        """The same, for those that send work to agents that are ready: probing may take a second
+        in which calls are answered already, but late."""
+        return self.missing or (() if self._probed else ("the kernel is being probed",))
 
     @property
     def ready(self) -> bool:
@@ -175,7 +187,8 @@ class ReadyPage:
 
     async def __call__(self, _headers: Headers) -> Page:
         """The page."""
-        if self._readiness.ready:
+        missing = self._readiness.missing_for_pages
+        if not missing:
             return Page(b"ready\n")
-        lines = "".join(f"{line}\n" for line in self._readiness.missing)
+        lines = "".join(f"{line}\n" for line in missing)
         return Page(lines.encode(errors="backslashreplace"), 503)

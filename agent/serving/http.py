@@ -13,11 +13,12 @@ import errno
 import resource
 import select
 import socket
+import ssl
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final, Self, cast
+from typing import Any, Final, Protocol, Self, cast
 
 import h11
 import structlog
@@ -49,6 +50,22 @@ class Page:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+class Guard(Protocol):
+    """Decides who may read pages."""
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """What new connections are encrypted with; None: they are not."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What every answer has, too."""
+
+    async def refusal(self, headers: Headers, certificate: Mapping[str, Any]) -> Page | None:
+        """The answer to a request with HEADERS that may not have the page, from a client with
+        CERTIFICATE, as Python's ssl has it."""
+
+
 Headers = Mapping[bytes, bytes]
 Handler = Callable[[Headers], Awaitable[Page]]
 
@@ -56,9 +73,12 @@ Handler = Callable[[Headers], Awaitable[Page]]
 class HttpServer:
     """Serves PAGES by path at an address. Use it as a context manager."""
 
-    def __init__(self, host: str, port: int, pages: Mapping[str, Handler]) -> None:
+    def __init__(
+        self, host: str, port: int, pages: Mapping[str, Handler], guard: Guard | None = None
+    ) -> None:
         """Binds the address. Raises OSError."""
         self.pages = pages
+        self.guard = guard
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -127,9 +147,18 @@ class HttpServer:
         accepted.setblocking(False)
         connection = _Connection(self, self._loop)
         self._connections[connection] = None
+        context = self.guard.context if self.guard else None
         task = self._loop.create_task(
-            self._loop.connect_accepted_socket(lambda: connection, accepted)
+            self._loop.connect_accepted_socket(
+                lambda: connection,
+                accepted,
+                ssl=context,
+                ssl_handshake_timeout=_REQUEST_S if context else None,
+                ssl_shutdown_timeout=_REQUEST_S if context else None,
+            )
         )
+        if context:
+            connection.handshake = task
         self._handshakes.add(task)
         task.add_done_callback(self._on_accepted)
 
@@ -155,13 +184,16 @@ class HttpServer:
         """CONNECTION is closed."""
         self._connections.pop(connection, None)
 
-    async def answer(self, request: h11.Request) -> Page:
-        """The page for REQUEST, when it is its turn. A request that is cancelled before then has
-        cost others nothing."""
+    async def answer(self, request: h11.Request, certificate: Mapping[str, Any]) -> Page:
+        """The page for REQUEST, when it is its turn, of a client with CERTIFICATE. A request that
+        is cancelled before then has cost others nothing."""
         async with self._turn:
             if wait_s := self._answers.wait_s(self._loop.time()):
                 await asyncio.sleep(wait_s)
             self._answers.spend(1, self._loop.time())
+        refused = self.guard and await self.guard.refusal(dict(request.headers), certificate)
+        if refused:
+            return refused
         path = _path(request.target.decode("ascii", "replace"))
         handler = self.pages.get(path)
         if handler is None:
@@ -188,6 +220,8 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, server: HttpServer, loop: asyncio.AbstractEventLoop) -> None:
         self.answering = False
+        self.handshake: asyncio.Task[object] | None = None
+        """Of TLS; until it is over, there is no transport."""
         self._server = server
         self._loop = loop
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_REQUEST_BYTES)
@@ -232,6 +266,8 @@ class _Connection(asyncio.Protocol):
         self._server.left(self)
         if self._transport:
             self._transport.abort()
+        elif self.handshake:
+            self.handshake.cancel()
 
     def pause_writing(self) -> None:
         """The reader has not taken all yet."""
@@ -265,7 +301,7 @@ class _Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client sends no more, but may still read."""
         self._last = True
-        return self.answering
+        return self.answering and not self.handshake  # TLS is closed in both directions
 
     def _limit(self, within_s: float) -> None:
         self._deadline.cancel()
@@ -298,7 +334,8 @@ class _Connection(asyncio.Protocol):
         assert self._transport  # noqa: S101  it is open
         if page is None:
             assert self._request  # noqa: S101  it is read
-            page = await self._server.answer(self._request)
+            certificate = self._transport.get_extra_info("peercert") or {}
+            page = await self._server.answer(self._request, certificate)
         self._send(page)
         await self._drained.wait()
         self.answering, self._task, self._request = False, None, None
@@ -320,6 +357,7 @@ class _Connection(asyncio.Protocol):
         headers = {
             "Content-Type": "text/plain; charset=utf-8",
             "Content-Length": str(len(page.body)),
+            **(self._server.guard.headers if self._server.guard else {}),
             **page.headers,
         }
         if self._last:

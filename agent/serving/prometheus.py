@@ -140,6 +140,8 @@ class _AgentMetrics:
             *self._continuous(),
             *self._refusals(),
             *self._exported(),
+            *self._access(),
+            *self._tls(),
             self._build,
             CounterMetricFamily(
                 f"{_PREFIX}log_lines_dropped",
@@ -254,6 +256,50 @@ class _AgentMetrics:
             for signal in ("metrics", "spans"):
                 family.add_metric((signal,), self._counts.exported[signal, result])
             yield family
+
+    def _access(self) -> Iterable[Metric]:
+        access = self._supervisor.access
+        decisions = CounterMetricFamily(
+            f"{_PREFIX}access_decisions",
+            "Decisions about callers, by verdict; health checks are not among them.",
+            labels=("verdict",),
+        )
+        for verdict, count in access.audit.decisions.items():
+            decisions.add_metric((verdict,), count)
+        dropped = CounterMetricFamily(
+            f"{_PREFIX}audit_lines_dropped",
+            "Lines of the audit that could not be written, or not in time.",
+            access.audit.dropped,
+        )
+        unanswered = CounterMetricFamily(
+            f"{_PREFIX}kubernetes_unanswered",
+            "Questions about callers that the Kubernetes API server did not answer.",
+            access.unanswered,
+        )
+        return decisions, dropped, unanswered
+
+    def _tls(self) -> Iterable[Metric]:
+        labels = ("listener",)
+        expiry = GaugeMetricFamily(
+            "coral_tls_certificate_expiry_timestamp_seconds",
+            "When the certificate that the agent shows expires, and the last of the authorities of "
+            "clients, of what is in use.",
+            labels=(*labels, "file"),
+        )
+        reloads = CounterMetricFamily(
+            "coral_tls_reloads", "Changed files of TLS that are in use since.", labels=labels
+        )
+        failures = CounterMetricFamily(
+            "coral_tls_reload_failures",
+            "Changed files of TLS that cannot be used; the ones before are in use.",
+            labels=labels,
+        )
+        for listener, counts in self._counts.tls.items():
+            reloads.add_metric((listener,), counts.reloads)
+            failures.add_metric((listener,), counts.failures)
+            for file, when_s in counts.expiries_s.items():
+                expiry.add_metric((listener, file), when_s)
+        return expiry, reloads, failures
 
     def _program_stats(self) -> tuple[Metric, Metric]:
         labels = ("kind", "program")

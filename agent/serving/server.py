@@ -13,15 +13,19 @@ from typing import Final, Self
 import grpc
 import structlog
 
+from coral.agent.access.kubernetes import Reviews
+from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, Limits
-from coral.agent.serving.caller import Callers, TokenInterceptor
+from coral.agent.serving.caller import Callers
 from coral.agent.serving.calls import Quotas, handlers
 from coral.agent.serving.counts import Counts
+from coral.agent.serving.door import Door
 from coral.agent.serving.gate import Side, use_all_descriptors
 from coral.agent.serving.health import HEALTH, Health
 from coral.agent.serving.listening import Listener, listen
 from coral.agent.serving.reflection import REFLECTION, Reflection
 from coral.agent.serving.relay import AGE_GRACE_S, Connection
+from coral.agent.serving.rotation import Rotation
 from coral.agent.serving.service import SERVICE, EbpfService
 from coral.agent.serving.upstream import Upstream
 from coral.agent.sessions.supervisor import Supervisor
@@ -40,24 +44,36 @@ _MESSAGE_BYTES: Final = 8 << 20
 class Server:
     """The server, from bind to shutdown. Use it as a context manager."""
 
-    def __init__(self, supervisor: Supervisor, config: Config, token: str, counts: Counts) -> None:
-        """Binds every address; `addresses` has them with the ports that were taken. COUNTS is kept
-        up to date. Raises `ConfigError`."""
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        config: Config,
+        tokens: Tokens,
+        reviews: Reviews | None,
+        counts: Counts,
+        *,
+        tls: Rotation | None = None,
+    ) -> None:
+        """Binds every address; `addresses` has them with the ports that were taken. Callers are let
+        in by TOKENS and REVIEWS; COUNTS is kept up to date. Raises `ConfigError`."""
         self._supervisor = supervisor
+        door = Door(supervisor, tokens, reviews)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_fault)
         use_all_descriptors()
-        self._listeners = listen(config, has_token=bool(token))
+        self._listeners = listen(config, has_token=config.auth.asks_for_tokens, tls=tls)
         self.addresses = [listener.address for listener in self._listeners]
         try:
             self._servers = [
-                _Backend(kind, self._listeners, supervisor, token, counts)
+                _Backend(kind, self._listeners, supervisor, door, counts)
                 for kind in sorted({listener.kind for listener in self._listeners})
             ]
         except ConfigError:
             for listener in self._listeners:
                 listener.close()
             raise
-        if config.auth.insecure_loopback and not token:
+        if tls:
+            tls.changed = self._distrust
+        if config.auth.insecure_loopback and not config.auth.asks_for_tokens and not tls:
             self._warn()
 
     def _warn(self) -> None:
@@ -69,6 +85,10 @@ class Server:
         for listener in self._listeners:
             if listener.kind == "tcp":
                 log.warning(warning, address=listener.address)
+
+    def _distrust(self, removed: frozenset[bytes]) -> None:
+        for server in self._servers:
+            server.side.distrust(removed)
 
     def set_ready(self, *, ready: bool) -> None:
         """Whether the service is ready, for health checks."""
@@ -102,13 +122,12 @@ class _Backend:
         kind: str,
         listeners: Sequence[Listener],
         supervisor: Supervisor,
-        token: str,
+        door: Door,
         counts: Counts,
     ) -> None:
         limits = supervisor.config.limits
-        callers = Callers(self._find, has_token=bool(token))
-        interceptors = [TokenInterceptor(token, callers.of)] if token else []
-        self._server = grpc.aio.server(interceptors=interceptors, options=_options(limits))
+        callers = Callers(self._find)
+        self._server = grpc.aio.server(options=_options(limits))
         quotas = Quotas.of(limits, counts.calls_refused)
         # Health checks need no token. They do not take places from calls that do, nor these from
         # them: an agent with slow calls is not dead.
@@ -118,9 +137,9 @@ class _Backend:
         reflection = Reflection(readers, SERVICE.full_name, HEALTH.full_name)
         self._server.add_generic_rpc_handlers(
             (
-                handlers(SERVICE, EbpfService(supervisor), callers.of, quotas),
-                handlers(HEALTH, self.health, callers.of, checks),
-                handlers(REFLECTION, reflection, callers.of, quotas),
+                handlers(SERVICE, EbpfService(supervisor), callers.of, quotas, door),
+                handlers(HEALTH, self.health, callers.of, checks, door),
+                handlers(REFLECTION, reflection, callers.of, quotas, door),
             )
         )
         unix = [Path(one.address.removeprefix("unix:")) for one in listeners if one.kind == "unix"]

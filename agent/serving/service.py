@@ -12,8 +12,11 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
+from coral.agent.access.rpcs import Role
+from coral.agent.access.target import Ownership
 from coral.agent.caller import Caller
 from coral.agent.errors import InvalidRequestError, NotFoundError, UnsupportedError
+from coral.agent.jobs import Jobs
 from coral.agent.machine.caller_namespaces import Namespaces
 from coral.agent.serving.capabilities import capabilities_of
 from coral.agent.sessions.changes import Watch
@@ -30,10 +33,13 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
 
 
 class EbpfService:
-    """One method for each RPC of the contract, which says what they do."""
+    """One method for each RPC of the contract, which says what they do. Whether the caller may call
+    it, on the session that it names, was decided before (`agent.serving.door`)."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        self._access = supervisor.access
+        self._jobs = Jobs()
 
     async def StartCollector(  # noqa: N802  the RPC's name
         self, request: pb.StartEbpfCollectorRequest, caller: Caller
@@ -84,25 +90,56 @@ class EbpfService:
         return await capabilities_of(self._supervisor)
 
     async def ListCollectors(  # noqa: N802
-        self, request: pb.ListCollectorsRequest, _caller: Caller
+        self, request: pb.ListCollectorsRequest, caller: Caller
     ) -> pb.ListCollectorsResponse:
-        """The collectors at work, and on request those that have ended."""
+        """The collectors at work that the caller may see, and on request those that have ended."""
         sessions = self._supervisor.at_work()
         if request.include_ended:
             sessions = [*self._supervisor.ended.readable(), *sessions]
-        return pb.ListCollectorsResponse(collectors=map(info_of, sessions))
+        whose = None if self._sees_all(caller) else caller.identity.principal
+        return pb.ListCollectorsResponse(
+            collectors=[
+                info_of(each, whose)
+                for each in sessions
+                if await self._sees(each.ownership, caller)
+            ]
+        )
 
     @contextmanager
     def WatchCollectors(  # noqa: N802
         self, _request: pb.WatchCollectorsRequest, caller: Caller
     ) -> Iterator[tuple[AsyncIterator[bytes], Charge]]:
-        """The collectors at work, then every start and end."""
-        watch = self._supervisor.watch()
-        try:
-            with self._supervisor.readers.open(caller) as reader:
-                yield reader.timed(_encoded(watch)), uncharged
-        finally:
-            watch.close()
+        """The collectors at work that the caller may see, then each start and end of such."""
+        with self._access.quotas.stream(caller.identity.principal, caller.allowance):
+            watch = self._supervisor.watch()
+            try:
+                with self._supervisor.readers.open(caller) as reader:
+                    yield reader.timed(self._seen(watch, caller)), uncharged
+            finally:
+                watch.close()
+
+    async def _seen(self, watch: Watch, caller: Caller) -> AsyncIterator[bytes]:
+        sees_all = self._sees_all(caller)
+        async for change in watch:
+            if watch.about and not await self._sees(watch.about, caller):
+                continue
+            if sees_all or not change.collector.subscribers:
+                yield change.SerializeToString()
+                continue
+            own = pb.CollectorChange()
+            own.CopyFrom(change)  # watchers share the message
+            del own.collector.subscribers[:]
+            yield own.SerializeToString()
+
+    def _sees_all(self, caller: Caller) -> bool:
+        """Whether the caller may know who else reads."""
+        return self._access.role_of(caller.identity) is Role.ADMIN
+
+    async def _sees(self, ownership: Ownership, caller: Caller) -> bool:
+        identity = caller.identity
+        if not self._access.may_block(identity):
+            return self._access.sees(identity, ownership)
+        return await self._jobs.run(lambda: self._access.sees(identity, ownership), "Kubernetes")
 
     @contextmanager
     def StreamEvents(  # noqa: N802
@@ -143,14 +180,17 @@ class EbpfService:
             wanted=Filter.of(request.filter),
             columns=request.summaries == pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS,
             single_events=single_events,
+            masked=caller.allowance.redacted,
+            shared_rate=self._access.quotas.rate(caller.identity.principal, caller.allowance),
         )
         session = self._supervisor.readable(request.collector_id)
         caller = replace(caller, interactive=request.interactive and caller.may_claim)
-        subscription = session.subscribe(terms, caller)
-        try:
-            yield subscription, session.costs.charge_subscriber
-        finally:
-            subscription.close()
+        with self._access.quotas.stream(caller.identity.principal, caller.allowance):
+            subscription = session.subscribe(terms, caller)
+            try:
+                yield subscription, session.costs.charge_subscriber
+            finally:
+                subscription.close()
 
 
 async def _read(
@@ -160,11 +200,6 @@ async def _read(
     async for frame in subscription:
         for message in messages(frame):
             yield message
-
-
-async def _encoded(watch: Watch) -> AsyncIterator[bytes]:
-    async for change in watch:
-        yield change.SerializeToString()
 
 
 def _seconds(duration: Duration) -> float:

@@ -15,6 +15,7 @@ from coral.agent.errors import (
     LimitError,
     NotFoundError,
     OutOfRangeError,
+    UnauthenticatedError,
     UnavailableError,
     UnsupportedError,
 )
@@ -33,6 +34,7 @@ _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     UnsupportedError: grpc.StatusCode.FAILED_PRECONDITION,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     SubscriptionEndedError: grpc.StatusCode.RESOURCE_EXHAUSTED,

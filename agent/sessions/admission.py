@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
+from coral.agent.access import policy
+from coral.agent.access.access import Access, Verdict
+from coral.agent.access.rpcs import START
+from coral.agent.access.target import Ownership, Target
 from coral.agent.caller import Caller
 from coral.agent.config import Config
 from coral.agent.errors import (
@@ -20,12 +24,11 @@ from coral.agent.jobs import Jobs
 from coral.agent.machine.caller_namespaces import HERE, translated
 from coral.agent.machine.privileges import refusal
 from coral.agent.machine.resolve import resolve
-from coral.agent.sessions import policy
 from coral.agent.sessions.session import StartRequest, lease_s
 from coral.bpf import BpfError, Features, probe
 from coral.bpf.probing import capabilities
 from coral.collectors import namespaces
-from coral.collectors.contract import Collector, ServiceProcesses, Support
+from coral.collectors.contract import Collector, Coverage, ServiceProcesses, Support
 from coral.collectors.options import OptionError, UnknownOptionError
 from coral.collectors.registry import COLLECTORS
 from coral.collectors.runner import in_thread
@@ -38,11 +41,23 @@ _CONFIG_BYTES: Final = 64 << 10
 _TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """A collector that may be opened, what it is about to watch, and by what it was allowed: None
+    for one of the configuration."""
+
+    collector: Collector
+    target: Target
+    ownership: Ownership
+    verdict: Verdict | None
+
+
 class Admission:
     """Turns a request into a collector that may be opened, or refuses it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, access: Access) -> None:
         self._config = config
+        self._access = access
         self._on_demand = 0  # slots that are taken
         self._jobs = Jobs()
 
@@ -127,9 +142,12 @@ class Admission:
             )
         return replace(request, config=config, named_in=HERE)
 
-    async def create(self, collector: type[Collector], request: StartRequest) -> Collector:
-        """The collector that REQUEST asks for, if this machine can run it; nothing of it is in the
-        kernel yet. Raises a `RefusedError`, or a `BpfError` where /proc cannot be read."""
+    async def create(
+        self, collector: type[Collector], request: StartRequest, caller: Caller
+    ) -> Admitted:
+        """The collector that REQUEST of CALLER asks for, if this machine can run it; nothing of it
+        is in the kernel yet. Raises a `RefusedError`, or a `BpfError` where /proc cannot be
+        read."""
         with _refusing():
             features = await self.features()
             support = self._support(collector, features)
@@ -137,22 +155,43 @@ class Admission:
                 raise UnsupportedError(f"{kind_name(collector.kind)}: {support.reason}")
             # In a thread: it looks at each process that is named.
             return await self._jobs.run(
-                lambda: self._create(collector, request, features), kind_name(collector.kind)
+                lambda: self._create(collector, request, features, caller),
+                kind_name(collector.kind),
             )
 
     def _create(
-        self, collector: type[Collector], request: StartRequest, features: Features
-    ) -> Collector:
+        self,
+        collector: type[Collector],
+        request: StartRequest,
+        features: Features,
+        caller: Caller,
+    ) -> Admitted:
         """Blocks."""
         allowed = self._config.policy
         service = self._resolve(request)
         if service and not request.continuous:
             service = policy.spare(service, allowed)
         created = collector.create(request.config, service, features)
-        if not request.continuous:
-            policy.check(created.watched, service, allowed)
+        is_single = created.coverage is Coverage.NONE
+        namespaces = service.namespaces if service else ()
+        target = Target(collector.kind, created.watched, service, is_single, namespaces)
+        verdict = None if request.continuous else self._decide(caller, target)
         created.spare(policy.spared(allowed))
-        return created
+        ownership = Ownership(
+            "" if request.continuous else caller.identity.principal,
+            request.continuous,
+            target.namespaces,
+            self._access.covering(target),
+        )
+        return Admitted(created, target, ownership, verdict)
+
+    def _decide(self, caller: Caller, target: Target) -> Verdict:
+        verdict = self._access.decide(caller.identity, START, target)
+        if not verdict.allowed:
+            error = DeniedError(verdict.reason)
+            error.resolved = target.described()
+            raise error
+        return verdict
 
     def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
         if not request.service_name or _TARGET_KEYS & request.config.keys():

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from coral.agent.access.target import NOBODYS, Ownership
 from coral.agent.errors import LimitError, UnavailableError
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -27,15 +28,20 @@ class Changes:
         self.watches: set[Watch] = set()
         self._closed = False
 
-    def publish(self, what: pb.CollectorChange.What, collector: pb.CollectorInfo) -> None:
-        """Queues a change for every watcher. Never blocks."""
+    def publish(
+        self,
+        what: pb.CollectorChange.What,
+        collector: pb.CollectorInfo,
+        ownership: Ownership = NOBODYS,
+    ) -> None:
+        """Queues a change of a session of that OWNERSHIP for every watcher. Never blocks."""
         if self.watches:
             change = pb.CollectorChange(what=what, collector=collector)
             size_bytes = change.ByteSize()
             for watch in self.watches:
-                watch.offer(change, size_bytes)
+                watch.offer(change, size_bytes, ownership)
 
-    def watch(self, present: Iterable[pb.CollectorInfo]) -> Watch:
+    def watch(self, present: Iterable[tuple[pb.CollectorInfo, Ownership]]) -> Watch:
         """A new watcher, which gets those PRESENT first. Raises `UnavailableError` after
         `close`."""
         if self._closed:
@@ -54,23 +60,33 @@ class Changes:
 class Watch:
     """One watcher's end. Iterate over it to get changes; close it when done."""
 
-    def __init__(self, changes: Changes, present: Iterable[pb.CollectorInfo]) -> None:
+    def __init__(
+        self, changes: Changes, present: Iterable[tuple[pb.CollectorInfo, Ownership]]
+    ) -> None:
         self._changes = changes
+        self.about: Ownership | None = None
+        """Of the session that the change which was taken last is about; None for the mark."""
         # Each with its size, which is 0 for those that were queued at the beginning.
-        self._waiting: deque[tuple[pb.CollectorChange, int]] = deque(
-            (pb.CollectorChange(what=pb.CollectorChange.WHAT_PRESENT, collector=collector), 0)
-            for collector in present
+        self._waiting: deque[tuple[pb.CollectorChange, int, Ownership | None]] = deque(
+            (
+                pb.CollectorChange(what=pb.CollectorChange.WHAT_PRESENT, collector=collector),
+                0,
+                ownership,
+            )
+            for collector, ownership in present
         )
-        self._waiting.append((pb.CollectorChange(what=pb.CollectorChange.WHAT_SYNCED), 0))
+        self._waiting.append((pb.CollectorChange(what=pb.CollectorChange.WHAT_SYNCED), 0, None))
         self._waiting_bytes = 0
         self._failed = self._ended = False
         self._news = asyncio.Event()
 
-    def offer(self, change: pb.CollectorChange, size_bytes: int) -> None:
+    def offer(
+        self, change: pb.CollectorChange, size_bytes: int, ownership: Ownership = NOBODYS
+    ) -> None:
         """Queues a change; without room the watch fails, and frees what it holds."""
         if self._failed:
             return
-        self._waiting.append((change, size_bytes))
+        self._waiting.append((change, size_bytes, ownership))
         self._waiting_bytes += size_bytes
         if self._waiting_bytes > MAX_WAITING_BYTES:
             self._failed = True
@@ -91,7 +107,7 @@ class Watch:
                 "again, which begins with the collectors that are at work then"
             )
         if self._waiting:
-            change, size_bytes = self._waiting.popleft()
+            change, size_bytes, self.about = self._waiting.popleft()
             self._waiting_bytes -= size_bytes
             return change
         if self._ended:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from coral.agent.access.target import Ownership
 from coral.agent.config import Limits
 from coral.agent.sessions.session import End, Session
 
@@ -45,12 +46,12 @@ class EndedSessions:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # the oldest first
         self._kept_bytes = 0
         self._only_read: dict[str, Session] = {}  # closed to new subscribers, and still read
-        self._ends: OrderedDict[str, End] = OrderedDict()
+        self._ends: OrderedDict[str, tuple[End, Ownership]] = OrderedDict()
 
     def add(self, session: Session) -> None:
         """Keeps a session that has just ended."""
         assert session.end  # noqa: S101  it has ended
-        self._ends[session.id] = session.end
+        self._ends[session.id] = session.end, session.ownership
         while len(self._ends) > _ENDS_KEPT:
             self._ends.popitem(last=False)
         size_bytes = SESSION_BYTES + session.channel.kept_bytes
@@ -67,7 +68,13 @@ class EndedSessions:
 
     def end_of(self, session_id: str) -> End | None:
         """How the session of that id ended; None for one that did not, or too long ago."""
-        return self._ends.get(session_id)
+        found = self._ends.get(session_id)
+        return found[0] if found else None
+
+    def ownership_of(self, session_id: str) -> Ownership | None:
+        """Whose the session of that id was, as long as `end_of` knows it."""
+        found = self._ends.get(session_id)
+        return found[1] if found else None
 
     def readable(self) -> list[Session]:
         """Those whose streams can still be subscribed to, in the order in which they ended."""

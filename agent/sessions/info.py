@@ -9,8 +9,9 @@ from coral.agent.streams.frame import loss_messages
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 
-def info_of(session: Session) -> pb.CollectorInfo:
-    """The session as it is now: its lease, its account, its subscribers, its end."""
+def info_of(session: Session, whose: str | None = None) -> pb.CollectorInfo:
+    """The session as it is now: its lease, its account, its subscribers, its end. With WHOSE, a
+    caller's name, its subscribers are those of that caller alone."""
     channel = session.channel
     info = pb.CollectorInfo(
         collector_id=session.id,
@@ -25,6 +26,8 @@ def info_of(session: Session) -> pb.CollectorInfo:
         map_memory_bytes=session.map_memory_bytes,
     )
     for subscription in channel.subscriptions:
+        if whose is not None and subscription.terms.principal != whose:
+            continue
         account = subscription.account
         info.subscribers.add(
             peer=subscription.terms.peer,

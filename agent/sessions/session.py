@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
+from coral.agent.access.target import NOBODYS, Ownership
 from coral.agent.caller import LIBRARY, Caller
 from coral.agent.config import Config
 from coral.agent.errors import InvalidRequestError, OutOfRangeError
@@ -54,8 +55,15 @@ EXPIRED = End(pb.SessionEnd.REASON_EXPIRED)
 class Session:
     """One collector, its lease and its stream. The stream can be read for a while after the end."""
 
-    def __init__(self, collector: Collector, request: StartRequest, config: Config) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        request: StartRequest,
+        config: Config,
+        ownership: Ownership = NOBODYS,
+    ) -> None:
         self.id = str(uuid.uuid4())
+        self.ownership = ownership
         self.kind = collector.kind
         self.config = dict(request.config)
         self.service_name = safe(request.service_name or collector.label)
@@ -125,6 +133,7 @@ class Session:
                     queue_bytes=queue_bytes,
                     rate_bytes_s=float(limits.subscriber_bytes_per_second),
                     peer=caller.peer or terms.peer,
+                    principal=caller.identity.principal,
                     interactive=caller.interactive or terms.interactive,
                 )
             )

@@ -20,9 +20,13 @@ from typing import Any, Final, Self
 
 import structlog
 
+from coral.agent.access.access import Access, Verdict
+from coral.agent.access.rpcs import START
+from coral.agent.access.target import Ownership
 from coral.agent.caller import LIBRARY, Caller
 from coral.agent.config import Config
 from coral.agent.errors import (
+    DeniedError,
     FailedPreconditionError,
     LimitError,
     NotFoundError,
@@ -60,14 +64,15 @@ _TARGET_EXITED: Final = End(pb.SessionEnd.REASON_TARGET_EXITED)
 class Supervisor:
     """Starts, renews and ends sessions. Use it as a context manager: leaving it ends them all."""
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, access: Access | None = None) -> None:
         self.config = config or Config()
+        self.access = access or Access(self.config)
         self.sessions: dict[str, Session] = {}  # from the first step of their tasks to their end
         self.totals = Totals()
         self.ended = EndedSessions(self.config.limits, self.totals.leave)
         self.program_stats = ProgramStatsSampler(self._sampled)
         self.readers = Readers(self.config.limits.stalled_subscriber)
-        self._admission = Admission(self.config)
+        self._admission = Admission(self.config, self.access)
         self._changes = Changes()
         self._feed = Feed(self.config.limits.prometheus_series)
         self._room = Room(self.config.limits)
@@ -141,15 +146,13 @@ class Supervisor:
     async def start(self, request: StartRequest, caller: Caller = LIBRARY) -> Session:
         """Starts a collector for CALLER; it is attached when this returns. Raises a `RefusedError`,
         or a `BpfError` when the kernel refuses; nothing is left of it then."""
-        collector_type = self._admission.admit(request)
-        with ExitStack() as undo:
-            self._check_open()
-            undo.enter_context(self._admission.slot(request))
-            request = await self._admission.translate(request, caller)
-            collector = await self._admission.create(collector_type, request)
-            self._check_open()
-            session = Session(collector, request, self.config)
-            session.slot = undo.pop_all()
+        asked = _asked(request)
+        try:
+            session = await self._admitted(request, caller, asked)
+        except DeniedError as error:
+            verdict = Verdict(False, self.access.role_of(caller.identity), str(error))
+            self.access.audit.decided(caller, START, verdict, asked=asked, resolved=error.resolved)
+            raise
         await self._launch(session)
         log.info(
             "session started",
@@ -158,7 +161,35 @@ class Supervisor:
             service=session.service_name,
             lease=format_duration(session.lease_s) if session.lease_s else "none",
             peer=caller.peer,
+            by=session.ownership.by,
         )
+        return session
+
+    async def _admitted(
+        self, request: StartRequest, caller: Caller, asked: Mapping[str, object]
+    ) -> Session:
+        """A session that may be launched, in the words of the audit ASKED for. Raises as `start`
+        does."""
+        collector_type = self._admission.admit(request)
+        with ExitStack() as undo:
+            self._check_open()
+            undo.enter_context(self._admission.slot(request))
+            request = await self._admission.translate(request, caller)
+            admitted = await self._admission.create(collector_type, request, caller)
+            self._check_open()
+            verdict, audit = admitted.verdict, self.access.audit
+            if verdict:
+                principal = caller.identity.principal
+                undo.enter_context(self.access.quotas.session(principal, verdict.allowance))
+            session = Session(admitted.collector, request, self.config, admitted.ownership)
+            session.slot = undo.pop_all()
+        resolved = admitted.target.described()
+        if verdict:
+            audit.decided(
+                caller, START, verdict, asked=asked, resolved=resolved, session=session.id
+            )
+        else:
+            audit.continuous(session.id, asked, resolved)
         return session
 
     def _check_open(self) -> None:
@@ -186,7 +217,7 @@ class Supervisor:
             session.attached()
             self.totals.add(session)
             self._feed.join(session)
-            self._changes.publish(pb.CollectorChange.WHAT_STARTED, info_of(session))
+            self._publish_change(pb.CollectorChange.WHAT_STARTED, session)
             if not attached.done():
                 attached.set_result(None)
 
@@ -236,6 +267,9 @@ class Supervisor:
             for observe in self.observers:
                 observe(session, batch)
 
+    def _publish_change(self, what: pb.CollectorChange.What, session: Session) -> None:
+        self._changes.publish(what, info_of(session), session.ownership)
+
     def _finish(self, session: Session) -> End:
         del self.sessions[session.id]
         end = session.finish()
@@ -243,7 +277,8 @@ class Supervisor:
         if session.started_at:
             self.totals.ended[session.kind, end.reason] += 1
             self.ended.add(session)
-            self._changes.publish(pb.CollectorChange.WHAT_ENDED, info_of(session))
+            self._publish_change(pb.CollectorChange.WHAT_ENDED, session)
+        self.access.audit.ended(session.id, str(end), session.channel.produced)
         event = log.error if end.reason == pb.SessionEnd.REASON_FAILED else log.info
         event("session ended", session=session.id, kind=kind_name(session.kind), end=str(end))
         return end
@@ -254,7 +289,14 @@ class Supervisor:
             return session
         if end := self.ended.end_of(session_id):
             raise _has_ended(session_id, end)
-        raise NotFoundError(f"collector_id: this agent knows no collector {session_id!r}")
+        raise unknown(session_id)
+
+    def ownership(self, session_id: str) -> Ownership | None:
+        """What access to the session of that id depends on; None for one that the agent does not
+        know, or no more."""
+        if session := self.sessions.get(session_id):
+            return session.ownership
+        return self.ended.ownership_of(session_id)
 
     def readable(self, session_id: str) -> Session:
         """The session of that id, if its stream can be read: until its end, and for a while
@@ -283,7 +325,7 @@ class Supervisor:
 
     def watch(self) -> Watch:
         """The sessions at work, then each that starts or ends. Raises `UnavailableError`."""
-        return self._changes.watch(map(info_of, self.at_work()))
+        return self._changes.watch((info_of(each), each.ownership) for each in self.at_work())
 
     def at_work(self) -> list[Session]:
         """The sessions that are attached."""
@@ -315,6 +357,19 @@ class Supervisor:
     def _sampled(self) -> Iterator[Sampled]:
         for session in self.at_work():
             yield Sampled(session.kind, session.collector.bpf_object, session.costs.programs)
+
+
+def unknown(session_id: str) -> NotFoundError:
+    """The answer for a session that there is not, or not for this caller."""
+    return NotFoundError(f"collector_id: this agent knows no collector {session_id!r}")
+
+
+def _asked(request: StartRequest) -> Mapping[str, object]:
+    """The target in the request's own words, for the audit."""
+    asked = {"kind": str(request.kind), "service": request.service_name, "config": request.config}
+    if isinstance(request.kind, int) and request.kind in pb.EbpfCollectorKind.values():
+        asked["kind"] = kind_name(request.kind)
+    return {name: value for name, value in asked.items() if value}
 
 
 def _has_ended(session_id: str, end: End) -> NotFoundError:

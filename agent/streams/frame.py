@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from coral.agent.streams.filter import Filter
+from coral.agent.streams.masking import masked
 from coral.agent.streams.rows import compact, layout_of, take
 from coral.collectors.contract import EventRows, Summaries, Unread
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -43,7 +44,7 @@ class _Made:
     encoded: dict[bool, bytes] = field(default_factory=dict)  # by whether as columns
     # Only while a subscriber holds them: there can be as many filters as subscribers over time.
     # None until the first, because an empty one takes as much as a few rows.
-    filtered: WeakValueDictionary[Filter, Any] | None = None
+    filtered: WeakValueDictionary[Filter | str, Any] | None = None
     is_shared: bool = True
     is_encoded: bool = False  # its rows are part of another frame's, as they lie on the wire
     holders: int = 0
@@ -229,7 +230,7 @@ class Frame:
         return message.SerializeToString()
 
     @property
-    def selections(self) -> WeakValueDictionary[Filter, Any] | None:
+    def selections(self) -> WeakValueDictionary[Filter | str, Any] | None:
         """What filters take of it, for equal ones to share while any reader holds it; None once
         the frame is not recent."""
         made = self._made
@@ -242,6 +243,24 @@ class Frame:
         assert self.rows is not None  # noqa: S101  the mask is of its rows
         seqs = self.first_seq + np.flatnonzero(mask)
         return self._with(rows=take(self.rows, mask), seqs=seqs, _made=_Made(is_encoded=True))
+
+    def masked(self) -> Frame:
+        """The frame without the other ends of connections; the same one for all readers while it
+        is recent and any of them holds it."""
+        if not self.rows:
+            return self
+        shared = self.selections
+        if shared is not None and (found := shared.get(_MASK)):
+            same: Frame = found
+            return same
+        rows = masked(self.rows)
+        if rows is self.rows:
+            return self
+        # Rows of single events keep their form on the wire.
+        made = self._with(rows=rows, _made=_Made(is_encoded=isinstance(rows, EventRows)))
+        if shared is not None:
+            shared[_MASK] = made
+        return made
 
     def after(self, seq: int) -> Frame:
         """The frame without the events up to number SEQ, which lies within it."""
@@ -310,6 +329,7 @@ class Frame:
         return event
 
 
+_MASK: Final = "masked"  # the key of a frame without the other ends of connections
 _HEAD_BYTES: Final = 200
 # A frame's objects of Python beside the bytes of its rows, and those of each column of summaries;
 # tests/unit/test_streams.py measures them.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from coral.agent.rate import Bucket
+from coral.agent.rate import Bucket, both
 from coral.agent.streams.filter import EVERYTHING, Filter
 from coral.agent.streams.frame import Frame, Held, loss_messages
 from coral.agent.streams.passed import Passed, Queued, filtered
@@ -52,6 +52,10 @@ class Terms:
     single_events: bool = False  # a message for each event, by `Subscription.events`
     interactive: bool = False
     peer: str = ""
+    principal: str = ""  # the caller that reads, by its name
+    masked: bool = False  # without the other ends of connections
+    # What it takes from together with other streams of its caller.
+    shared_rate: Bucket | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,8 @@ class Subscription:
         self._took_end = False
         # A second's worth, at most, may come at once.
         rate_bytes_s = terms.rate_bytes_s
-        self._rate = Bucket(rate_bytes_s, rate_bytes_s) if rate_bytes_s else None
+        own_rate = Bucket(rate_bytes_s, rate_bytes_s) if rate_bytes_s else None
+        self._rate = both(own_rate, terms.shared_rate)
         self._told_at = channel.clock()
         self._filtered_bytes = 0  # since the last frame that was taken
         self._failure: str | None = None
@@ -209,7 +214,7 @@ class Subscription:
     def _filter(self, frame: Frame, gap: _Gap) -> Queued | None:
         """The frame as this reader wants it; None where it has no rows for it, which goes into the
         GAP before what follows."""
-        passed = filtered(frame, self.terms.wanted)
+        passed = filtered(frame.masked() if self.terms.masked else frame, self.terms.wanted)
         self.filtered += frame.covered - passed.count
         if passed.count:
             return passed

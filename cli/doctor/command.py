@@ -14,7 +14,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from coral.cli.common import EXIT_ERROR, Output, echo_data, output_option, run
+from coral.cli.common import EXIT_ERROR, Output, echo_data, output_option, run, tls_options
 from coral.cli.doctor.checkup import Check, Status, examine
 from coral.cli.doctor.machine import AgentProcess
 from coral.cli.private_agent import AgentDidNotStartError, PrivateAgent, private_agent
@@ -33,6 +33,7 @@ _NAME_WIDTH: Final = 28
     metavar="ADDRESS",
     help="Examine this running agent.  [default: one of its own, on a private socket]",
 )
+@tls_options
 @output_option
 def doctor(address: str | None, output: str) -> None:
     """Check this machine from end to end: what an agent needs, and that each collector sees what

@@ -251,16 +251,23 @@ def _config(
     taken: Sequence[Flag], given: Mapping[str, Any], options: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The collector's options, and what the user typed for each. Raises a usage error."""
-    config, typed = {}, {}
+    config: dict[str, str] = {}
+    typed: dict[str, str] = {}
+
+    def give(key: str, value: str, words: str) -> None:
+        if key in typed:
+            raise click.UsageError(f"give only one of {all_of([typed[key], words])}")
+        config[key], typed[key] = value, words
+
     for flag in taken:
         if flag.key:
-            config[flag.key] = flag.value or given[_parameter(flag)]
-            typed[flag.key] = flag.name if flag.is_switch else f"{flag.name} {config[flag.key]}"
+            value = flag.value or given[_parameter(flag)]
+            give(flag.key, value, flag.name if flag.is_switch else f"{flag.name} {value}")
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise click.UsageError(f"-c {option}: KEY=VALUE is expected")
-        config[key], typed[key] = value, f"-c {option}"
+        give(key, value, f"-c {option}")
     return config, typed
 
 
@@ -319,19 +326,25 @@ async def _tap(request: Request) -> int:
 def _finish(output: Output, tapped: Tapped, screen: Screen, failure: AgentError | None) -> bool:
     """Writes the file that was asked for, and shows the totals; whether the file was written. The
     file comes first: a closed pipe must not cost it. Raises FAILURE, which ended the stream."""
-    problem = ""
-    try:
-        output.write(tapped.story, Session(tapped.target, tapped.end_text, tapped.lost))
-    except OSError as error:
-        problem = error.strerror or str(error)
+    problem = _written(output, tapped, tapped.end_text)
     screen.finish()
-    if failure:
-        raise failure
     if problem:
-        echo_error(f"{output.path} was not written: {problem}")
+        echo_error(problem)
     elif output.path:
         click.echo(f"written to {safe(str(output.path))}")
+    if failure:
+        raise failure
     return not problem
+
+
+def _written(output: Output, tapped: Tapped, end: str) -> str:
+    """Writes the file that was asked for, of a session that came to this END; why it was not
+    written, or nothing."""
+    try:
+        output.write(tapped.story, Session(tapped.target, end, tapped.lost))
+    except OSError as error:
+        return f"{output.path} was not written: {error.strerror or error}"
+    return ""
 
 
 async def _can_end_with_target(agent: AgentClient, request: Request) -> bool:
@@ -441,7 +454,8 @@ async def _follow(
                     held.release()
                 await _read(stream, tapped, screen)
     except BrokenPipeError:  # nobody reads standard output any more; the file may still be wanted
-        request.output.write(tapped.story, Session(tapped.target, _CLOSED, tapped.lost))
+        if problem := _written(request.output, tapped, _CLOSED):
+            echo_error(problem)
         raise
     finally:
         await asyncio.gather(*stopping, return_exceptions=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +18,7 @@ from coral.cli.common import one_of
 from coral.views.contract import FileFormat, Session, Story, View
 
 FORMS: Final = ("table", "json", "yaml")
-_TABLE: Final = FORMS[0]
+_TABLE, _JSON, _ = FORMS
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class Output:
     def write(self, story: Story, session: Session) -> None:
         """Writes the file, if one was asked for: all of it, or nothing. Raises OSError."""
         if self.path and self.format:
-            _replace(self.path, self.format.content(story, session))
+            with _uncollected():
+                content = self.format.content(story, session)
+            _replace(self.path, content)
 
 
 def output_option(views: Iterable[View]) -> Callable[[Any], Any]:
@@ -39,16 +44,27 @@ def output_option(views: Iterable[View]) -> Callable[[Any], Any]:
         f" With {view.flag} it may be a file: {one_of([it.suffix for it in view.files])}."
         for view in having
     )
-    short = click.option("--json", "output", flag_value="json", help="The same as -o json.")
+    short = click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
     long = click.option(
         "-o",
         "--output",
-        default=_TABLE,
-        show_default=True,
+        help=f"A table for people, or data for programs.{files}  [default: {_TABLE}]",
         metavar="|".join([*FORMS, *["FILE"] * bool(having)]),
-        help=f"A table for people, or data for programs.{files}",
     )
-    return lambda function: long(short(function))
+    return lambda function: long(short(_one_form(function)))
+
+
+def _one_form(function: Callable[..., Any]) -> Callable[..., Any]:
+    """FUNCTION with one `output` for -o and --json, which go against each other."""
+
+    @wraps(function)
+    def called(*arguments: Any, output: str | None, as_json: bool, **given: Any) -> Any:  # noqa: ANN401  what click calls
+        if as_json and output not in (None, _JSON):
+            raise click.UsageError(f"give only one of --json and -o {output}")
+        form = _JSON if as_json else _TABLE if output is None else output
+        return function(*arguments, output=form, **given)
+
+    return called
 
 
 def parse_output(text: str, view: View, views: Mapping[int, View]) -> Output:
@@ -76,12 +92,32 @@ def _is_path(text: str) -> bool:
 
 
 def _check(text: str, path: Path) -> None:
-    if path.is_dir():
-        raise click.UsageError(f"-o {text}: this is a directory")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"-o {text}: there is no directory {path.parent}")
+    """Raises a usage error where PATH, without links, cannot be written. What is no regular file, a
+    pipe or a device, would be replaced by one."""
+    try:
+        if path.is_dir():
+            raise click.UsageError(f"-o {text}: this is a directory")
+        if path.exists() and not path.is_file():
+            raise click.UsageError(f"-o {text}: this is not a regular file")
+        if not path.parent.is_dir():
+            raise click.UsageError(f"-o {text}: there is no directory {path.parent}")
+    except OSError as error:  # its name is too long, or a directory above it is closed to the user
+        raise click.UsageError(f"-o {text}: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise click.UsageError(f"-o {text}: the directory {path.parent} cannot be written to")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """In the block, no garbage is collected. A large profile becomes a tree of millions of objects,
+    none of which is garbage: looking through them again and again takes longer than the rest."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _replace(path: Path, content: bytes) -> None:

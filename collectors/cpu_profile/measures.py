@@ -19,6 +19,7 @@ from coral.collectors.series import SeriesTable
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OTHER: Final = "other"
+_UNKNOWN: Final = "[unknown]"  # in no module
 _METHODS: Final = {
     pb.CPU_UNWINDING_UNSPECIFIED: "none",
     pb.CPU_UNWINDING_FRAME_POINTERS: "frame_pointers",
@@ -54,10 +55,10 @@ class ProfileMeasures(Measures):
         methods = np.bincount(columns["unwinding"], counts, len(_METHODS))
         self._accounts.add(service, np.array([*figures, *methods], np.uint64))
         self._used.add(service, counts.sum() * period)
-        functions, samples = _by_leaf(columns, counts)
+        functions, samples = _by_leaf(columns, counts, len(rows.strings))
         order = np.argsort(samples)[::-1]
-        for name, count in zip(functions[order].tolist(), samples[order].tolist(), strict=True):
-            self._functions.add((service, rows.strings[name]), np.uint64(count) * period)
+        for number, count in zip(functions[order].tolist(), samples[order].tolist(), strict=True):
+            self._functions.add((service, _label(number, rows.strings)), np.uint64(count) * period)
 
     def collect(self) -> Iterable[Metric]:
         return chain(
@@ -68,15 +69,30 @@ class ProfileMeasures(Measures):
 
 
 def _by_leaf(
-    columns: Mapping[str, NDArray[Any]], counts: NDArray[np.uint64]
+    columns: Mapping[str, NDArray[Any]], counts: NDArray[np.uint64], strings: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The functions that samples were in, as numbers of strings, and how many were in each."""
+    """The functions that samples were in, and how many were in each. A function is the number of
+    its name among the STRINGS; those without names are one by module, because each of their samples
+    may have an address of its own: the number of the module, plus STRINGS."""
     stacks = Ragged(columns["stack_frames"], columns["stack_length"].astype(np.int64))
     has_frames = stacks.lengths[columns["stack"]] > 0
     stack = columns["stack"][has_frames]
     leaves = stacks.flat[(stacks.starts + stacks.lengths - 1)[stack]]
-    functions, of_row = np.unique(columns["frame_function"][leaves], return_inverse=True)
+    unnamed = columns["frame_flags"][leaves].astype(np.int64) & pb.CPU_FRAME_FLAG_UNNAMED != 0
+    modules = columns["frame_module"][leaves].astype(np.int64) + strings
+    keys = np.where(unnamed, modules, columns["frame_function"][leaves].astype(np.int64))
+    functions, of_row = np.unique(keys, return_inverse=True)
     return functions, np.bincount(of_row, counts[has_frames], len(functions))
+
+
+def _label(number: int, strings: Sequence[str]) -> str:
+    """A function of `_by_leaf` by its name; `[libfoo.so]` for those of a module without names."""
+    if number < len(strings):
+        return strings[number]
+    module = strings[number - len(strings)]
+    if module.startswith("["):
+        return module
+    return f"[{module.rpartition('/')[2]}]" if module else _UNKNOWN
 
 
 def _account(accounts: Mapping[str, NDArray[np.uint64]]) -> Iterator[Metric]:
@@ -115,7 +131,8 @@ def _used(
         )
         by_function = CounterMetricFamily(
             f"coral_profile_function_{unit}",
-            f"{what} in functions themselves, without those they call, by samples.",
+            f"{what} in functions themselves, without those they call, by samples; functions "
+            "without names are one by module.",
             labels=("service", "function"),
         )
         for service, figures in services.items():

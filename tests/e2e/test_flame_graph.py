@@ -160,6 +160,45 @@ def test_the_table_has_self_and_total_of_functions(chromium: Browser, tmp_path: 
     assert chromium.value(first) == "main"
 
 
+def test_a_phone_has_the_graph_and_the_names_in_the_table(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    with chromium.screen(360, 740):
+        opened(chromium, tmp_path, profile_of(*MINIMAL, Stack(["main", "x" * 300], 20)), ".html")
+        page_px = "document.documentElement.scrollWidth"
+        assert chromium.value(page_px) == 360
+        chromium.click(frame("serve"))
+        assert frames(chromium)["serve"] == 100
+        chromium.click("document.getElementById('switch')")
+        names = chromium.value(
+            "[...document.querySelectorAll('#functions tr')]"
+            ".map(r => r.cells[3].getBoundingClientRect()).map(r => [r.left, r.right])"
+        )
+        assert all(left >= 0 and right <= 360 and right - left > 150 for left, right in names)
+        assert chromium.value(page_px) == 360
+    assert chromium.complaints == []
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg"])
+def test_without_colours_the_kernel_marks_and_guesses_are_told_apart(
+    chromium: Browser, tmp_path: Path, suffix: str
+) -> None:
+    """By their letters and lines, which a print in greys has too."""
+    opened(chromium, tmp_path, profile_of(*MINIMAL), suffix)
+    text = "" if suffix == ".html" else ".querySelector('text')"
+    find = frame if suffix == ".html" else box
+
+    def style(label: str) -> tuple[str, str, str]:
+        shown = f"getComputedStyle({find(label)}{text})"
+        properties = ("fontStyle", "fontWeight", "textDecorationLine")
+        return tuple(chromium.value(f"{shown}.{name}") for name in properties)
+
+    assert style("main") == ("normal", "400", "none")
+    assert style("do_syscall_64 [k]") == ("italic", "400", "none")
+    assert style("~ guessed") == ("normal", "400", "underline")
+    assert style("all") == ("normal", "700", "none")
+
+
 @pytest.mark.parametrize("suffix", [".html", ".svg"])
 def test_hostile_names_are_text(chromium: Browser, tmp_path: Path, suffix: str) -> None:
     stacks = (Stack(["main", name], 100, process=name) for name in HOSTILE)
@@ -206,6 +245,20 @@ def test_a_profile_without_samples_opens_and_says_so(chromium: Browser, tmp_path
         opened(chromium, tmp_path, Profile(), suffix)
         assert "nothing ran" in chromium.value("document.documentElement.textContent")
         chromium.press("Escape")
+        assert chromium.complaints == []
+
+
+def test_a_file_of_fifty_thousand_stacks_is_small_and_opens(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    stacks = [
+        Stack(["main", *(f"f{n >> 4 * at}" for at in (3, 2, 1)), f"leaf{n}"]) for n in range(50_000)
+    ]
+    profile = profile_of(*stacks)
+    for suffix, most_bytes in ((".html", 6_000_000), (".svg", 6_000_000)):
+        opened(chromium, tmp_path, profile, suffix)
+        assert (tmp_path / f"flame{suffix}").stat().st_size < most_bytes
+        assert "50,000 samples" in chromium.value("document.documentElement.textContent")
         assert chromium.complaints == []
 
 

@@ -16,6 +16,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.prometheus import program, prometheus, value_of
 from tests.support import (
     Calls,
+    Puppet,
     RunningAgent,
     running_agent,
     sample,
@@ -29,6 +30,7 @@ from tests.support import (
 )
 
 ENDS: Final = {"expired", "stopped", "failed", "preempted", "agent_shutdown", "target_exited"}
+PROFILE: Final = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
 STAGES: Final = {
     *("kernel_buffer", "map_full", "program_missed", "kernel_busy", "truncated"),
     *("rate_limit", "subscriber_queue", "replay_evicted"),
@@ -211,3 +213,37 @@ def test_series_beyond_the_limit_are_added_up_and_the_sum_stays_exact(
     assert sum(observed.values()) == counted.total()
     errors = samples(text, "coral_syscall_errors_total")
     assert sum(errors.values()) == sum(row.error_count for row in watch.rows)
+
+
+def test_a_profile_is_in_prometheus_to_the_sample(agent: RunningAgent) -> None:
+    """Seconds, methods and functions add up to the samples that a client has."""
+    compute = "end = time.process_time() + 0.6\nwhile time.process_time() < end: sum(range(1000))"
+    with Puppet() as puppet, watching(agent, 60.0, "shop", PROFILE, pid=str(puppet.pid)) as watch:
+        puppet.do(f"import time; exec({compute!r})")
+        wait_until(lambda: min(cache_bytes(agent, "symbols", "names", "unwind_tables")) > 1000, 60)
+        assert min(cache_bytes(agent, "kernel_symbols", "perf_maps")) >= 0
+        watch.stop()
+    rows = [row for batch in watch.batches for row in batch.cpu_profile]
+    counted, period_s = sum(row.count for row in rows), rows[0].period_ns / 1e9
+    assert counted > 20
+    text = scrape(agent)
+    total = {
+        name: sum(samples(text, f"coral_profile_{name}_total", service="shop").values())
+        for name in (
+            *(f"samples_{it}" for it in ("taken", "lost", "truncated", "unwound")),
+            *("cpu_seconds", "function_cpu_seconds"),
+        )
+    }
+    assert total["samples_taken"] == total["samples_unwound"] == counted
+    assert total["samples_lost"] == 0
+    assert total["samples_truncated"] <= counted
+    assert total["cpu_seconds"] == pytest.approx(counted * period_s)
+    with_frames = sum(row.count for row in rows if row.stack)
+    assert total["function_cpu_seconds"] == pytest.approx(with_frames * period_s)
+    assert linted(text) == (0, "")
+
+
+def cache_bytes(agent: RunningAgent, *caches: str) -> list[float]:
+    """The size of each of CACHES; -1 for one that is not told."""
+    found = samples(scrape(agent), "coral_profile_cache_bytes")
+    return [found.get(frozenset({("cache", cache)}), -1) for cache in caches]

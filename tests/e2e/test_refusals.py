@@ -823,12 +823,19 @@ def refused_start(
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0"])
-def test_an_agent_does_not_listen_beyond_loopback(address: str, tmp_path: Path) -> None:
+def test_an_agent_does_not_listen_beyond_loopback_without_tls(address: str, tmp_path: Path) -> None:
     socket = tmp_path / "agent.sock"
-    told = refused_start(tmp_path, "--listen", f"unix:{socket}", "--listen", address)
-    assert told == (
-        f"coral agent: listen: '{address}' is beyond loopback, and there is no TLS yet: anybody "
-        "who reaches it could start collectors; give 127.0.0.1:PORT or unix:PATH"
+    listen = ("--listen", f"unix:{socket}", "--listen", address)
+    assert refused_start(tmp_path, *listen) == (
+        f"coral agent: listen: '{address}' is beyond loopback, and without TLS whoever is on the "
+        "way reads and changes everything, tokens too: set tls.certificate and tls.key, or accept "
+        "that with tls.insecure_plaintext: true"
+    )
+    # Even then, not without a token; the switch for loopback is for loopback.
+    environment = {"CORAL__TLS__INSECURE_PLAINTEXT": "true", "CORAL__AUTH__INSECURE_LOOPBACK": "1"}
+    assert refused_start(tmp_path, *listen, environment=environment) == (
+        f"coral agent: listen: {address}: without a token or certificates of clients, whoever "
+        "reaches it could trace what this agent can: set tls.client_ca, or auth.token_file"
     )
     assert not socket.exists()
 
@@ -836,8 +843,7 @@ def test_an_agent_does_not_listen_beyond_loopback(address: str, tmp_path: Path) 
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1:65536"])
 def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
     assert refused_start(tmp_path, "--listen", address) == (
-        f"coral agent: --listen: listen: '{address}' is not accepted; give unix:PATH or "
-        "127.0.0.1:PORT"
+        f"coral agent: --listen: listen: '{address}' is not accepted; give unix:PATH or HOST:PORT"
     )
     assert refused_start(tmp_path, "--metrics", address) == (
         f"coral agent: --metrics: metrics: '{address}' is not accepted; give HOST:PORT, or nothing"

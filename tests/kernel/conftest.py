@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -13,7 +14,7 @@ from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.collectors.hubs.keeper import KEEPER
 from tests.attaching import Called
 from tests.http_seen import seeing_plain
-from tests.network import Side, two_sides
+from tests.network import Side, puppets, two_sides
 from tests.support import (
     OWN_MACHINE,
     Puppet,
@@ -22,6 +23,30 @@ from tests.support import (
     nothing_new_since,
     wait_until,
 )
+
+# A client's socket `c`, a server's `s`, and what passes between them.
+_BOTH_ENDS: Final = r"""
+import socket
+listener = socket.create_server(("127.0.0.1", 0))
+kept = []
+def connect():
+    global c, s
+    c = socket.create_connection(listener.getsockname())
+    c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    s = listener.accept()[0]
+    kept.append((c, s))
+def ask(data):
+    c.sendall(data)
+    s.recv(len(data), socket.MSG_WAITALL)
+def answer(data):
+    s.sendall(data)
+    c.recv(len(data), socket.MSG_WAITALL)
+def exchange(*pieces):
+    for piece in pieces:
+        ask(piece)
+    answer(b"HTTP/1.1 204 No Content\r\n\r\n")
+connect()
+"""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,6 +67,16 @@ def pair(sides: tuple[Side, Side]) -> Iterator[tuple[Puppet, Puppet]]:
     """A client in one namespace, a server in the other."""
     with sides[0].puppet() as client, sides[1].puppet() as server:
         yield client, server
+
+
+@pytest.fixture
+def both_ends() -> Iterator[Puppet]:
+    """A process that is the client `c` and the server `s` of a connection. In it, `ask` passes
+    bytes to the server and `answer` to the client, `exchange` passes a request in pieces and a
+    response, and `connect` makes another connection and keeps the old one."""
+    with puppets(1) as (puppet,):
+        puppet.do(f"exec({_BOTH_ENDS!r})")
+        yield puppet
 
 
 @pytest.fixture(scope="session")

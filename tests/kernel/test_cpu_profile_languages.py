@@ -17,8 +17,8 @@ from typing import Final
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.profiling import Profile, profiled
-from tests.support import ROOT, built
+from tests.profiling import Profile, profiled, profiled_further, profiling
+from tests.support import ROOT, built, wait_until
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.long]
 
@@ -305,6 +305,84 @@ def test_node_with_perf_maps(record_property: Record, tmp_path: Path) -> None:
     shares_of(profile, [rf"^JS:.?{name} " for name in names], record_property)
     rows = spending(profile, r"^JS:.?spend")
     whole(rows)
+
+
+@contextmanager
+def warm_java(*options: str) -> Iterator[subprocess.Popen[str]]:
+    """A JVM that has compiled what it will run, each method by itself, and waits for a byte."""
+    javac, java = need("javac"), need("java")
+    source = SOURCES / "Shares.java"
+
+    def command(output: Path) -> Sequence[str | Path]:
+        return [javac, "-d", output, source]
+
+    classes = built("shares.java", [source], command)
+    apart = ("-XX:CompileCommand=quiet", "-XX:CompileCommand=dontinline,Shares::*")
+    process = subprocess.Popen(
+        [java, "-XX:+UseSerialGC", *apart, *options, "-cp", classes, "Shares", str(MILLISECONDS)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.soak
+def test_java_with_frame_pointers_and_a_perf_map(record_property: Record) -> None:
+    with perf_map(), warm_java("-XX:+PreserveFramePointer") as process:
+        write_map = [need("jcmd"), str(process.pid), "Compiler.perfmap"]
+        subprocess.run(write_map, stdout=subprocess.DEVNULL, check=True)
+        profile = profiled_further(process, frequency=HZ)
+    names = ("spendMost", "spendSome", "spendLittle")
+    shares_of(profile, [rf"\bShares\.{name}\(" for name in names], record_property)
+    rows = spending(profile, r"\bShares\.spend")
+    # At the first and last instructions of a method, the frame pointer is not its own.
+    right = sum(
+        row.count
+        for row in rows
+        if row.end == pb.CPU_STACK_END_BOTTOM
+        and sum("Shares.descend(" in name for name in row.stack) == 9
+    )
+    count = sum(row.count for row in rows)
+    record_property("whole", f"{right} of {count}")
+    assert right > 0.98 * count
+
+
+@pytest.mark.soak
+def test_a_perf_map_of_java_that_is_written_again_is_read_again() -> None:
+    with perf_map(), warm_java("-XX:+PreserveFramePointer") as process:
+        path = Path(f"/tmp/perf-{process.pid}.map")
+        write_map = [need("jcmd"), str(process.pid), "Compiler.perfmap"]
+        subprocess.run(write_map, stdout=subprocess.DEVNULL, check=True)
+        # One from before these were compiled.
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "Shares.spend" not in line))
+        with profiling(pid=process.pid, frequency=HZ) as profile:
+            assert process.stdin
+            process.stdin.write("x")
+            process.stdin.flush()
+            wait_until(lambda: profile.samples > 50)
+            assert not spending(profile, r"\bShares\.spend")
+            subprocess.run(write_map, stdout=subprocess.DEVNULL, check=True)
+            process.communicate()
+    assert spending(profile, r"\bShares\.spend")
+
+
+@pytest.mark.soak
+def test_java_without_them_has_no_names_and_its_stacks_are_cut(record_property: Record) -> None:
+    with warm_java() as process:
+        profile = profiled_further(process, frequency=HZ)
+    assert profile.samples > 0.85 * HZ * sum(profile.truth.values())
+    rows = [row for row in profile.rows if row.stack and row.stack[-1].startswith("[anonymous]+")]
+    count = sum(row.count for row in rows)
+    cut = sum(row.count for row in rows if row.end == pb.CPU_STACK_END_NO_UNWIND_INFO)
+    record_property("cut", f"{cut} of {count}, of {profile.samples}")
+    assert cut > 0.85 * profile.samples
+    assert not spending(profile, "spend")
 
 
 def test_no_process_but_the_target(programs: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -11,7 +11,6 @@ import pytest
 from coral import bpf
 from coral.collectors.http_latency.collector import HttpLatencyCollector
 from tests.http_seen import CLIENT, SERVER, Request, Seen, seeing
-from tests.network import puppets
 from tests.support import Puppet, at_work, wait_until
 
 pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left")
@@ -25,32 +24,6 @@ HEAD: Final = (
 ALL: Final = {"include_query": "true", "include_host": "true", "traceparent": "true"}
 NOTHING: Final = ("", "", "", "")
 EVERYTHING: Final = ("token=secret", "shop.example:8080", TRACE, PARENT)
-# A client's socket `c` and a server's `s`; `exchange` passes a request in pieces, and a response.
-CODE: Final = """
-import socket
-listener = socket.create_server(("127.0.0.1", 0))
-def connect():
-    global c, s
-    c = socket.create_connection(listener.getsockname())
-    c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    s = listener.accept()[0]
-def exchange(*pieces):
-    for piece in pieces:
-        c.sendall(piece)
-        s.recv(len(piece), socket.MSG_WAITALL)
-    answer = b"HTTP/1.1 204 No Content\\r\\n\\r\\n"
-    s.sendall(answer)
-    c.recv(len(answer), socket.MSG_WAITALL)
-connect()
-"""
-
-
-@pytest.fixture
-def both_ends() -> Iterator[Puppet]:
-    """A process that is the client and the server of one connection."""
-    with puppets(1) as (puppet,):
-        puppet.do(f"exec({CODE!r})")
-        yield puppet
 
 
 def watching(

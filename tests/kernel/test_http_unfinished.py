@@ -4,7 +4,6 @@ nothing else."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,37 +12,11 @@ from coral.collectors.contract import Batch, EventRows, Summaries, Unread
 from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen
-from tests.network import puppets
 from tests.support import Puppet, RunningAgent, at_work, watching
 
 pytestmark = pytest.mark.usefixtures("http_supported", "nothing_left")
 
 IN_PROGRESS = pb.HTTP_OUTCOME_IN_PROGRESS
-CODE = """
-import socket
-listener = socket.create_server(("127.0.0.1", 0))
-kept = []
-def connect():
-    global c, s
-    c = socket.create_connection(listener.getsockname())
-    s = listener.accept()[0]
-    kept.append((c, s))
-def ask(data):
-    c.sendall(data)
-    s.recv(len(data), socket.MSG_WAITALL)
-def answer(data):
-    s.sendall(data)
-    c.recv(len(data), socket.MSG_WAITALL)
-connect()
-"""
-
-
-@pytest.fixture
-def both_ends() -> Iterator[Puppet]:
-    """A process that is the client `c` and the server `s` of a connection."""
-    with puppets(1) as (puppet,):
-        puppet.do(f"exec({CODE!r})")
-        yield puppet
 
 
 def create(puppet: Puppet, **config: str) -> HttpLatencyCollector:

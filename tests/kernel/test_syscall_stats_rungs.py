@@ -14,6 +14,7 @@ from coral.collectors.contract import Batch, EventRows
 from coral.collectors.registry import COLLECTORS
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_name
 from tests.support import PATIENCE, RUNGS, Calls, Family, at_work, summaries, totals
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -118,10 +119,10 @@ def test_no_program_comes_near_the_verifiers_limit(
 ) -> None:
     """The kernel reports how many instructions its verifier processed to accept each program."""
     features = bpf.probe().without(*without)
-    kinds = [cls for cls in COLLECTORS.values() if cls.support(features).supported]
+    kinds = {kind: it for kind, it in COLLECTORS.items() if it.support(features).supported}
     if not kinds:
         pytest.skip("no kind of collector can run here")
-    for cls in kinds:
+    for kind, cls in kinds.items():
         (accepted,) = (it.accepts for it in cls.options() if it.name == "mode")
         for mode in ("summaries", "events"):
             if mode not in accepted:
@@ -132,5 +133,6 @@ def test_no_program_comes_near_the_verifiers_limit(
                 stats = collector.bpf_object.program_stats()
             assert stats
             for name, program in stats.items():
-                record_property(f"{name}, {mode}", program.verified_instructions)
+                where = f"{kind_name(kind)}: {name}, {mode}"
+                record_property(where, program.verified_instructions)
                 assert program.verified_instructions <= bpf.VERIFIER_LIMIT // 2, name

@@ -186,7 +186,7 @@ def instructions(outcomes: Sequence[Outcome]) -> str:
                 most = found.setdefault(program, {})
                 most[where] = max(count, most.get(where, 0))
     columns = list(dict.fromkeys(where for most in found.values() for where in most))
-    lines = [["program, mode", *columns], ["---", *("--:" for _ in columns)]]
+    lines = [["kind: program, mode", *columns], ["---", *("--:" for _ in columns)]]
     for program, most in sorted(found.items()):
         lines.append([program, *(f"{most[c]:,}" if most.get(c) else "" for c in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

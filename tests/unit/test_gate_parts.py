@@ -19,12 +19,13 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coral.agent.access.tokens import Tokens
+from coral.agent.addresses import UnixAddress
 from coral.agent.caller import Caller, Trust
 from coral.agent.config import Auth, ByteCount, Config, ConfigError, Duration, Limits
 from coral.agent.errors import LimitError
 from coral.agent.rate import Bucket
 from coral.agent.serving import gate
-from coral.agent.serving.caller import read_token
 from coral.agent.serving.counts import ConnectionCounts
 from coral.agent.serving.gate import Side
 from coral.agent.serving.http2 import Closings, Meter, NotHttp2Error, goaway
@@ -195,12 +196,12 @@ def test_what_is_no_socket_and_no_lock_is_left_alone(kind: str, name: str, path:
             target.write_text("kept")
     before = at.lstat()
     if (kind, name) == ("file", "agent.sock.lock"):
-        UnixListener(path).close()
+        UnixListener(UnixAddress(path)).close()
     else:
         with pytest.raises(
             ConfigError, match=rf"{name} exists and is not .* left as it is"
         ) as told:
-            UnixListener(path)
+            UnixListener(UnixAddress(path))
         assert "\n" not in str(told.value)
         assert not path.exists() or name == path.name
     assert at.lstat().st_ino == before.st_ino
@@ -214,9 +215,9 @@ def test_a_socket_at_which_somebody_answers_is_left_and_a_dead_one_is_replaced(p
         other.bind(str(path))
         other.listen()
         with pytest.raises(ConfigError, match="another agent is listening there"):
-            UnixListener(path)
+            UnixListener(UnixAddress(path))
         assert path.exists()
-    with closing(UnixListener(path)):
+    with closing(UnixListener(UnixAddress(path))):
         assert path.stat().st_mode & 0o777 == 0o600
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -224,7 +225,7 @@ def test_a_socket_at_which_somebody_answers_is_left_and_a_dead_one_is_replaced(p
 
 
 def test_a_path_that_is_another_socket_by_now_is_not_removed(path: Path) -> None:
-    listener = UnixListener(path)
+    listener = UnixListener(UnixAddress(path))
     path.unlink()
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
@@ -236,7 +237,7 @@ def test_a_path_that_is_another_socket_by_now_is_not_removed(path: Path) -> None
 def test_a_directory_that_others_may_write_is_refused(mode: int, path: Path) -> None:
     path.parent.chmod(mode)
     with pytest.raises(ConfigError, match=f"may write {path.parent}"):
-        UnixListener(path)
+        UnixListener(UnixAddress(path))
     assert not list(path.parent.iterdir())
 
 
@@ -244,32 +245,32 @@ def test_a_directory_that_others_may_write_is_refused(mode: int, path: Path) -> 
 def test_another_users_directory_is_refused(path: Path) -> None:
     os.chown(path.parent, NOBODY, NOBODY)
     with pytest.raises(ConfigError, match=f"may write {path.parent}"):
-        UnixListener(path)
+        UnixListener(UnixAddress(path))
 
 
 def test_a_path_that_is_refused_gets_no_lock(path: Path) -> None:
     path.write_text("kept")
     with pytest.raises(ConfigError, match="exists and is not a socket"):
-        UnixListener(path)
+        UnixListener(UnixAddress(path))
     assert list(path.parent.iterdir()) == [path]
     path.unlink()
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
         with pytest.raises(ConfigError, match="another agent is listening there"):
-            UnixListener(path)
+            UnixListener(UnixAddress(path))
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
     ("addresses", "text"),
     [
-        (["unix:"], "'unix:' has no path; give unix:PATH or 127.0.0.1:PORT"),
+        (["unix:"], "'unix:' has no path; give unix:PATH or HOST:PORT"),
         (
             ["tcp:127.0.0.1:9071"],
             (
                 "'tcp:127.0.0.1:9071': the host 'tcp:127.0.0.1' is not known (Name or service not "
-                "known); give unix:PATH or 127.0.0.1:PORT"
+                "known); give unix:PATH or HOST:PORT"
             ),
         ),
         (
@@ -305,7 +306,7 @@ def test_a_path_that_is_given_twice_is_refused_as_that(path: Path) -> None:
 def test_root_is_named_once_where_a_directory_is_refused(path: Path) -> None:
     path.parent.chmod(0o1777)
     with pytest.raises(ConfigError) as refused:
-        UnixListener(path)
+        UnixListener(UnixAddress(path))
     assert str(refused.value) == (
         f"listen: unix:{path}: others than root may write {path.parent}, and could put their own "
         "socket there: choose a directory that belongs to root, with mode 0755 or less"
@@ -325,7 +326,7 @@ def token_config(path: Path, token: str, mode: int) -> Config:
 def test_a_token_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> None:
     config = token_config(tmp_path / "token", "x" * 16, mode)
     with pytest.raises(ConfigError) as refused:
-        read_token(config)
+        Tokens(config.auth)
     assert str(refused.value) == (
         f"auth.token_file: {tmp_path}/token: others than its owner may write it (mode {mode:04o}), "
         "and could choose the token; give a file of mode 0600"
@@ -335,7 +336,7 @@ def test_a_token_that_others_may_write_is_refused(mode: int, tmp_path: Path) -> 
 def test_a_short_token_is_refused(tmp_path: Path) -> None:
     config = token_config(tmp_path / "token", f" {'x' * 15}\n", 0o600)
     with pytest.raises(ConfigError, match="the token has 15 bytes; give at least 16,"):
-        read_token(config)
+        Tokens(config.auth)
 
 
 @pytest.mark.parametrize(
@@ -347,8 +348,9 @@ def test_a_token_that_every_user_may_read_is_warned_of(
     token_config(tmp_path / "token", f"{'x' * 16}\n", mode)
     (tmp_path / "link").symlink_to("token")
     with structlog.testing.capture_logs() as lines:
-        token = read_token(Config(auth=Auth(token_file=f"{tmp_path}/link")))
-    assert token == "x" * 16
+        tokens = Tokens(Auth(token_file=f"{tmp_path}/link"))
+    assert tokens.name_of("x" * 16) == "default"
+    assert tokens.name_of("y" * 16) == ""
     assert [line["event"] for line in lines] == ["every user may read the token"] * warnings
 
 
@@ -379,6 +381,8 @@ def test_origins_are_what_the_kernel_says(path: Path) -> None:
             f"unix: uid {user}, pid {os.getpid()}",
             Trust.OWNER,
         )
+        groups = tuple(f"gid:{gid}" for gid in dict.fromkeys((os.getegid(), *os.getgroups())))
+        assert set(origin.names) == {f"uid:{user}", *groups, "socket:admin"}
         host, _, port = tcp.address.rpartition(":")
         with socket.create_connection((host, int(port))) as client:
             accepted, _ = tcp.sockets[0].accept()
@@ -386,6 +390,7 @@ def test_origins_are_what_the_kernel_says(path: Path) -> None:
                 origin = tcp.origin(accepted)
             assert origin.address == f"ipv4:127.0.0.1:{client.getsockname()[1]}"
         assert (origin.principal, origin.trust) == (f"uid {user}", Trust.ANYONE)
+        assert origin.names == ()
     finally:
         unix.close()
         tcp.close()
@@ -429,6 +434,9 @@ class Keeper:
     def closed(self, _connection: Connection, _reason: str) -> None: ...
 
     def throttle(self) -> None: ...
+
+    def handshake_wait_s(self, _now_s: float) -> float:
+        return 0.0
 
 
 @pytest.mark.parametrize(
@@ -508,6 +516,7 @@ class FailingListener:
     """A listener on `Failing`."""
 
     kind, address = "unix", "unix:"
+    tls: Any = None
 
     def __init__(self, failing: Failing) -> None:
         self.sockets: Any = (failing,)
@@ -539,7 +548,7 @@ async def test_tcp_leaves_descriptors_for_the_agent_and_its_sessions(
         return Side((listener,), socket.socket, Limits(), ConnectionCounts())
 
     with (
-        closing(UnixListener(path)) as on_unix,
+        closing(UnixListener(UnixAddress(path))) as on_unix,
         closing(TcpListener("127.0.0.1:0", "127.0.0.1", 0)) as on_tcp,
         descriptors(most),
     ):

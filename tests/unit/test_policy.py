@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from coral.agent.access import policy as rules
 from coral.agent.config import Policy
 from coral.agent.errors import DeniedError
-from coral.agent.sessions import policy as rules
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.options import parse_options
 from coral.collectors.procfs import start_time_of, watchable

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from coral.collectors.contract import Batch
 from coral.collectors.cpu_profile.frames import FRAME, Memory, Places, UserStacks, mixed, resolve
 from coral.collectors.cpu_profile.measures import ProfileMeasures
+from coral.collectors.cpu_profile.naming import Code
 from coral.collectors.cpu_profile.ragged import Ragged, fingerprints, gather, joined_reversed
 from coral.collectors.cpu_profile.samples import IN_KERNEL, Samples
 from coral.collectors.cpu_profile.summaries import Profile, summaries
@@ -218,3 +219,68 @@ def test_cpu_time_is_counted_by_service_and_by_function() -> None:
     assert found[function, "shop", "f2"] == pytest.approx(0.01)
     assert found["coral_profile_samples_taken_total", "shop"] == 4
     assert found["coral_profile_samples_unwound_total", "shop", "eh_frame"] == 4
+
+
+def test_functions_without_names_have_one_series_by_module() -> None:
+    """Each of their samples may have an address of its own: there would soon be no series left."""
+    measures = ProfileMeasures(4)
+    stacks: list[tuple[int, list[int], list[int]]] = [
+        (1, [], [100 * n, 1900]) for n in range(1, 18)
+    ]
+    rows = summaries(profile(*stacks, (1, [1400], [100])), "shop", 10_000_000)
+    rows.columns["frame_flags"] |= pb.CPU_FRAME_FLAG_UNNAMED
+    measures.observe("shop", Batch(rows, 0, 1))
+    (functions,) = (it for it in measures.collect() if it.name.endswith("function_cpu_seconds"))
+    found = {it.labels["function"]: it.value for it in functions.samples}
+    assert found == {"[program]": pytest.approx(0.17), "[kernel]": pytest.approx(0.01)}
+
+
+def test_functions_for_which_there_is_no_room_are_added_up() -> None:
+    measures = ProfileMeasures(2)
+    stacks: list[tuple[int, list[int], list[int]]] = [
+        (1, [], [100 * n]) for n in (5, 5, 5, 6, 6, 7, 8)
+    ]
+    measures.observe("shop", Batch(summaries(profile(*stacks), "shop", 10**9), 0, 1))
+    (functions,) = (it for it in measures.collect() if it.name.endswith("function_cpu_seconds"))
+    found = {tuple(it.labels.values()): it.value for it in functions.samples}
+    assert found == {("shop", "f5"): 3, ("shop", "f6"): 2, ("other", "other"): 2}
+
+
+def test_an_account_has_what_was_lost_truncated_and_by_which_method() -> None:
+    measures = ProfileMeasures(10)
+    rows = summaries(profile((1, [], [100]), (2, [], [100]), (3, [], [100])), "shop", 10)
+    rows.columns["samples_lost"][:], rows.columns["samples_truncated"][:] = 7, 2
+    rows.columns["unwinding"][0] = pb.CPU_UNWINDING_FRAME_POINTERS
+    for _ in range(2):
+        measures.observe("shop", Batch(rows, 0, 1))
+    found = {
+        (sample.name.removeprefix("coral_profile_samples_"), *sample.labels.values()): sample.value
+        for family in measures.collect()
+        for sample in family.samples
+        if "samples" in sample.name
+    }
+    assert found == {
+        ("taken_total", "shop"): 6, ("lost_total", "shop"): 14, ("truncated_total", "shop"): 4,
+        ("unwound_total", "shop", "none"): 0, ("unwound_total", "shop", "frame_pointers"): 2,
+        ("unwound_total", "shop", "eh_frame"): 4,
+    }  # fmt: skip
+
+
+def test_the_size_of_caches_is_that_of_all_who_profile_now() -> None:
+    first, second = Code(), Code()
+    try:
+        first.note_memory()
+        caches = set(first.memory_bytes)
+        assert caches == {"symbols", "kernel_symbols", "perf_maps", "names", "unwind_tables"}
+        first.memory_bytes = {"symbols": 10, "names": 1}
+        second.memory_bytes = {"symbols": 5}
+        assert cache_bytes() == {"symbols": 15, "names": 1}
+    finally:
+        first.close()
+        second.close()
+    assert cache_bytes() == {}
+
+
+def cache_bytes() -> dict[str, float]:
+    (sizes,) = (it for it in ProfileMeasures(1).collect() if it.name == "coral_profile_cache_bytes")
+    return {it.labels["cache"]: it.value for it in sizes.samples}

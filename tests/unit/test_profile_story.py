@@ -296,6 +296,11 @@ def test_rows_are_plain_data_with_their_stacks() -> None:
     assert (rows[0]["seq"], rows[1]["seq"], rows[0]["period_ns"]) == (1, 2, PERIOD_NS)
 
 
+def test_rows_say_what_a_sample_stands_for_in_either_form() -> None:
+    for batch in (batch_of(*STACKS), rows_of(*STACKS)):
+        assert {row["period_ns"] for row in records(batch)} == {PERIOD_NS}
+
+
 def test_the_doctor_counts_samples_of_the_program_itself() -> None:
     kernel = Stack(["main", KERNEL_FRAME], 9)
     assert PROVOCATION.count(batch_of(*STACKS, kernel, Stack([], 4))) == 95

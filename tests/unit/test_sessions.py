@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from coral.agent.access.access import Access
 from coral.agent.config import Config, Continuous, Limits
 from coral.agent.errors import (
     FailedPreconditionError,
@@ -166,7 +167,8 @@ async def test_the_shortest_lease_starts_and_expires(desk: Desk) -> None:
 
 def test_admission_of_two_supervisors_is_apart() -> None:
     request = StartRequest("syscall_stats")
-    one, other = (Admission(Config(limits=Limits(concurrent_collectors=1))) for _ in range(2))
+    config = Config(limits=Limits(concurrent_collectors=1))
+    one, other = (Admission(config, Access(config)) for _ in range(2))
     with one.slot(request), other.slot(request), pytest.raises(LimitError), one.slot(request):
         raise AssertionError("there is one slot")
 

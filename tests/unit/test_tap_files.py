@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 from pathlib import Path
@@ -71,6 +72,28 @@ def test_a_path_that_cannot_be_written_to_is_refused_before_anything_starts(
     folder, missing = tmp_path / "folder.html", tmp_path / "no" / "flame.html"
     assert refusal(str(folder)) == f"-o {folder}: this is a directory"
     assert refusal(str(missing)) == f"-o {missing}: there is no directory {tmp_path}/no"
+
+
+def test_what_is_no_regular_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe.html", tmp_path / "null.svg"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/null")
+    for path in (pipe, link):
+        assert refusal(str(path)) == f"-o {path}: this is not a regular file"
+
+
+def test_a_name_that_no_file_can_have_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 300}.html"
+    assert refusal(str(path)) == f"-o {path}: File name too long"
+
+
+def test_garbage_is_collected_again_after_a_file_whatever_happened(tmp_path: Path) -> None:
+    output = parse_output(str(tmp_path / "cpu.folded"), VIEW, VIEWS)
+    output.write(story(), SESSION)
+    assert gc.isenabled()
+    with pytest.raises(TypeError):
+        output.write(next(iter(OTHERS)).story(frozenset()), SESSION)
+    assert gc.isenabled()
 
 
 def test_kinds_without_files_say_which_have_some() -> None:

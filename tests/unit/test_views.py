@@ -145,6 +145,45 @@ def test_a_flag_of_another_kind_is_a_usage_error(
     assert requests == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--events", "-c", "mode=summaries"), "--events and -c mode=summaries"),
+        (("--events", "-c", "mode=events"), "--events and -c mode=events"),
+        (("-f", "19", "-c", "frequency_hz=49"), "--frequency 19 and -c frequency_hz=49"),
+        (("-c", "top=1", "-c", "top=2"), "-c top=1 and -c top=2"),
+        (("-o", "yaml", "--json"), "--json and -o yaml"),
+        (("--json", "-o", "table"), "--json and -o table"),
+    ],
+)
+def test_an_option_that_is_given_twice_is_a_usage_error(
+    arguments: tuple[str, ...], text: str, requests: list[command.Request]
+) -> None:
+    done = tap("pid:7", "--cpu-profile", *arguments)
+    assert done.exit_code == 2
+    assert f"give only one of {text}" in done.output
+    assert requests == []
+
+
+@pytest.mark.parametrize("words", [("--json",), ("-o", "json"), ("--json", "-o", "json")])
+def test_both_ways_to_ask_for_json_are_one(
+    words: tuple[str, ...], requests: list[command.Request]
+) -> None:
+    assert tap("pid:7", "--cpu-profile", *words).exit_code == 0
+    assert requests[0].output == Output("json")
+
+
+def test_no_kind_shows_single_events_of_a_session_of_summaries(
+    requests: list[command.Request],
+) -> None:
+    having = [view for view in VIEWS.values() if EVENTS in view.flags]
+    assert len(having) >= 3
+    for view in having:
+        done = tap("pid:7", view.flag, "--events", "-c", "mode=summaries", views=VIEWS)
+        assert "give only one of --events and -c mode=summaries" in done.output
+    assert requests == []
+
+
 def test_the_commands_know_no_kind_by_its_name() -> None:
     sources = [*(ROOT / "cli/tap").glob("*.py"), *(ROOT / "cli/doctor").glob("*.py")]
     assert len(sources) > 6

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from coral.agent.access.target import NOBODYS
 from coral.agent.errors import (
     LimitError,
 )
@@ -68,7 +69,7 @@ def test_a_watcher_that_does_not_read_is_ended_and_told_to_watch_again() -> None
     each = pb.CollectorChange(what=Change.WHAT_STARTED, collector=info()).ByteSize()
     fitting = MAX_WAITING_BYTES // each
     changes = Changes()
-    stalled, reading = changes.watch(map(info, range(10))), changes.watch(())
+    stalled, reading = changes.watch((info(n), NOBODYS) for n in range(10)), changes.watch(())
     read = 0
     for _ in range(fitting):
         changes.publish(Change.WHAT_STARTED, info())

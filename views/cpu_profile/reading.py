@@ -25,22 +25,13 @@ _FRAME_COLUMNS: Final = (
 
 def take(batch: Batch, *profiles: Profile) -> None:
     """Adds a batch to each of PROFILES."""
-    columns = batch.columns
-    period = _period(batch)
+    columns, period = batch.columns, _period(batch)
     for origin, frames, count in samples(batch):
         for profile in profiles:
             profile.add(origin, frames, count, *period)
     lost, truncated = (_single(columns, f"samples_{name}") for name in ("lost", "truncated"))
     for profile in profiles:
         profile.account(lost=lost, truncated=truncated)
-
-
-def _period(batch: Batch) -> tuple[int, int]:
-    """What each sample of a batch stands for, in ns of CPU time and in cycles; one of them is 0."""
-    if not batch.columns and len(batch.message.cpu_profile):
-        row = batch.message.cpu_profile[0]
-        return row.period_ns, row.period_cycles
-    return _single(batch.columns, "period_ns"), _single(batch.columns, "period_cycles")
 
 
 def samples(batch: Batch) -> Iterator[Sampled]:
@@ -89,6 +80,14 @@ def _of_row(row: pb.CpuProfileSample) -> Sampled:
 def _number(labels: Mapping[str, str], name: str) -> int:
     text = labels.get(name, "")
     return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _period(batch: Batch) -> tuple[int, int]:
+    """What each sample of a batch stands for, in ns of CPU time and in cycles: one of them is 0, or
+    both where nothing says so."""
+    if rows := batch.message.cpu_profile:
+        return rows[0].period_ns, rows[0].period_cycles
+    return _single(batch.columns, "period_ns"), _single(batch.columns, "period_cycles")
 
 
 def _single(columns: Mapping[str, NDArray[Any]], name: str) -> int:

@@ -188,3 +188,51 @@ def test_a_closed_pipe_does_not_cost_the_file(agent: RunningAgent, tmp_path: Pat
         assert running.stderr.read() == ""
         running.stderr.close()
     assert folded_samples(path) > 0
+
+
+def test_a_file_that_cannot_be_written_is_told_after_the_totals(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    path = tmp_path / "folder" / "flame.html"
+    path.parent.mkdir()
+    with Puppet() as puppet:
+        puppet.begin("while True: pass")
+        running = subprocess.Popen(
+            coral(
+                "tap", "--agent", agent.address, "--cpu-profile", f"pid:{puppet.pid}", "-o", path
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert running.stdout
+        assert running.stdout.readline() == "\n"
+        path.parent.rmdir()
+        running.send_signal(signal.SIGTERM)
+        out, err = running.communicate(timeout=60)
+    assert "totals of" in out
+    assert "written to" not in out
+    assert err == f"coral: {path} was not written: No such file or directory\n"
+    assert running.returncode == 1
+
+
+def test_a_closed_pipe_and_a_file_that_cannot_be_written_are_one_line(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    path = tmp_path / "folder" / "flame.html"
+    path.parent.mkdir()
+    with Puppet() as puppet:
+        puppet.begin("while True: pass")
+        running = subprocess.Popen(
+            coral(
+                "tap", "--agent", agent.address, "--cpu-profile", f"pid:{puppet.pid}", "-o", path
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert running.stdout
+        assert running.stderr
+        assert running.stdout.readline() == "\n"
+        path.parent.rmdir()
+        running.stdout.close()
+        assert running.wait(60) == 128 + signal.SIGPIPE
+        said = running.stderr.read()
+        running.stderr.close()
+    assert said == f"coral: {path} was not written: No such file or directory\n"

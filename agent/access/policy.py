@@ -1,17 +1,20 @@
-"""What callers may watch: decided on what a request resolved to, not on its words.
+"""What may be watched: decided on what a request resolved to, not on its words.
 
-SECURITY.md has these rules for users. The operator's own continuous collectors are exempt.
+The same rules hold for the agent's policy, which is about all callers, and for the constraints of a
+role. SECURITY.md has them for users. The operator's own continuous collectors are exempt.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from coral.agent.config import Policy
+from coral.agent.config_access import RoleRule
 from coral.agent.errors import DeniedError
 from coral.collectors.cgroups import (
     above,
@@ -33,6 +36,39 @@ _MOST_SHARE: Final = 0.9
 _Identity = tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which processes may be watched. KEY is where the configuration says so, for messages: a scope
+    with lists is for what one of them names."""
+
+    key: str
+    services: tuple[str, ...] = ()
+    cgroups: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    host: bool = True
+
+    @classmethod
+    def of_policy(cls, policy: Policy) -> Self:
+        """That of the agent, for all callers."""
+        return cls("policy", policy.services, policy.cgroups, (), policy.host_scope)
+
+    @classmethod
+    def of_rule(cls, key: str, rule: RoleRule) -> Self:
+        """That of a role. An admin may watch the whole machine, unless lists say what."""
+        host = rule.host_scope or rule.role == "admin"
+        return cls(key, rule.services, rule.cgroups, rule.namespaces, host)
+
+    @property
+    def lists(self) -> dict[str, tuple[str, ...]]:
+        """The lists that are not empty, by key."""
+        lists = {
+            "services": self.services,
+            "cgroups": self.cgroups,
+            "namespaces": self.namespaces,
+        }
+        return {name: values for name, values in lists.items() if values}
+
+
 def spared(policy: Policy) -> frozenset[int]:
     """The processes that no session of a caller watches, whatever its target."""
     processes = set()
@@ -49,7 +85,7 @@ def spare(service: ServiceProcesses, policy: Policy) -> ServiceProcesses:
     left = tuple(tgid for tgid in service.tgids if tgid not in spared(policy))
     if not left:
         raise DeniedError(_not_allowed("service_name", service.name, *_why_spared(service.tgids)))
-    return ServiceProcesses(service.name, left)
+    return replace(service, tgids=left)
 
 
 def check(watched: Watched, service: ServiceProcesses | None, policy: Policy) -> None:
@@ -57,11 +93,32 @@ def check(watched: Watched, service: ServiceProcesses | None, policy: Policy) ->
     resolved to by its name, None where its options name the target. Blocks."""
     if protected := sorted(spared(policy).intersection(watched.tgids)):
         raise DeniedError(_not_allowed("pid", str(protected[0]), *_why_spared(protected)))
-    allowed = _is_listed(watched, service, policy)
-    if not policy.host_scope:
-        _check_host_scope(watched, service, allowed=allowed)
-    if not allowed and (policy.cgroups or policy.services):
-        raise DeniedError(_not_listed(watched, service, policy))
+    check_scope(watched, service, (), Scope.of_policy(policy))
+
+
+def check_scope(
+    watched: Watched,
+    service: ServiceProcesses | None,
+    namespaces: Sequence[str],
+    scope: Scope,
+) -> None:
+    """Raises `DeniedError` where SCOPE does not include that. All of the processes belong to the
+    Kubernetes NAMESPACES, or none is known. Blocks."""
+    allowed = bool(scope.lists) and covers(scope, watched, service, namespaces)
+    if not scope.host:
+        _check_host_scope(watched, service, f"{scope.key}.host_scope", allowed=allowed)
+    if not allowed and scope.lists:
+        raise DeniedError(_not_listed(watched, service, scope))
+
+
+def covers(
+    scope: Scope, watched: Watched, service: ServiceProcesses | None, namespaces: Sequence[str]
+) -> bool:
+    """Whether one of the lists of SCOPE names what is watched, or there are none. Blocks where the
+    scope names cgroups."""
+    if not scope.lists or (namespaces and _are_among(namespaces, scope.namespaces)):
+        return True
+    return _is_listed(watched, service, scope)
 
 
 def _why_spared(tgids: Iterable[int]) -> tuple[str, str]:
@@ -75,28 +132,28 @@ def _not_allowed(name: str, value: str, key: str, why: str) -> str:
     return f"{field}: {value!r} is not allowed by this agent's {key}: {why}"
 
 
-def _check_host_scope(watched: Watched, service: ServiceProcesses | None, *, allowed: bool) -> None:
+def _check_host_scope(
+    watched: Watched, service: ServiceProcesses | None, key: str, *, allowed: bool
+) -> None:
     name, value = _words(watched, service)
     if watched.host:
-        raise DeniedError(
-            "config[\"scope\"]: 'host' is not allowed by this agent's policy.host_scope"
-        )
+        raise DeniedError(f"config[\"scope\"]: 'host' is not allowed by this agent's {key}")
     tgids: Iterable[int] = watched.tgids
     if watched.cgroup:
         holds = (tgid for tgid in (INIT, os.getpid()) if _holds(watched.cgroup, tgid))
         if (tgid := next(holds, None)) is not None:
             what = "the machine's first process" if tgid == INIT else "this agent"
             why = f"this cgroup holds {what}, as the root of all cgroups does"
-            raise DeniedError(_not_allowed(name, value, "policy.host_scope", why))
+            raise DeniedError(_not_allowed(name, value, key, why))
         tgids = cgroup_tgids(watched.cgroup)
     elif watched.comm:
         tgids = (tgid for tgid in running_tgids() if comm_of(tgid) == watched.comm)
     elif INIT in watched.tgids and watched.follows_children:
         why = "every process descends from it; give follow_children=false too"
-        raise DeniedError(_not_allowed(name, value, "policy.host_scope", why))
+        raise DeniedError(_not_allowed(name, value, key, why))
     if not allowed and (share := _share(frozenset(tgids))) >= _MOST_SHARE:
         why = f"this is {share:.0%} of the machine's processes"
-        raise DeniedError(_not_allowed(name, value, "policy.host_scope", why))
+        raise DeniedError(_not_allowed(name, value, key, why))
 
 
 def _words(watched: Watched, service: ServiceProcesses | None) -> tuple[str, str]:
@@ -111,32 +168,37 @@ def _words(watched: Watched, service: ServiceProcesses | None) -> tuple[str, str
     return "pid", first + ",..." * (len(watched.tgids) > _FEW)
 
 
-def _is_listed(watched: Watched, service: ServiceProcesses | None, policy: Policy) -> bool:
-    """Whether one of the policy's lists names what is watched."""
-    if service and any(fnmatchcase(service.name, name) for name in policy.services):
+def _is_listed(watched: Watched, service: ServiceProcesses | None, scope: Scope) -> bool:
+    """Whether one of the scope's lists names what is watched."""
+    if service and any(fnmatchcase(service.name, name) for name in scope.services):
         return True
-    if not policy.cgroups or watched.host or watched.comm:
+    if not scope.cgroups or watched.host or watched.comm:
         return False  # processes of a name may start in any cgroup
-    roots = _identities(policy.cgroups)
+    roots = _identities(scope.cgroups)
     if watched.cgroup:
         return not roots.isdisjoint(_above(watched.cgroup))
-    return all(not roots.isdisjoint(_above_process(tgid)) for tgid in watched.tgids)
+    each = (not roots.isdisjoint(_above_process(tgid)) for tgid in watched.tgids)
+    return bool(watched.tgids) and all(each)
 
 
-def _not_listed(watched: Watched, service: ServiceProcesses | None, policy: Policy) -> str:
-    lists = []
-    if policy.services:
-        lists.append(f"a service_name of policy.services ({', '.join(policy.services)})")
-    if policy.cgroups:
-        lists.append(f"processes in policy.cgroups ({', '.join(policy.cgroups)})")
-    keys = " and ".join(
-        key
-        for key, values in (
-            ("policy.services", policy.services),
-            ("policy.cgroups", policy.cgroups),
-        )
-        if values
-    )
+def _are_among(namespaces: Iterable[str], patterns: Iterable[str]) -> bool:
+    known = tuple(patterns)
+    return all(any(fnmatchcase(each, pattern) for pattern in known) for each in namespaces)
+
+
+_EXAMPLES: Final = {
+    "services": "a service_name of",
+    "cgroups": "processes in",
+    "namespaces": "processes of a Kubernetes namespace of",
+}
+
+
+def _not_listed(watched: Watched, service: ServiceProcesses | None, scope: Scope) -> str:
+    lists = [
+        f"{_EXAMPLES[name]} {scope.key}.{name} ({', '.join(values)})"
+        for name, values in scope.lists.items()
+    ]
+    keys = " and ".join(f"{scope.key}.{name}" for name in scope.lists)
     name, value = ("scope", "host") if watched.host else _words(watched, service)
     return _not_allowed(name, value, keys, f"give {' or '.join(lists)}")
 
