@@ -23,6 +23,7 @@ from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.options import CLOCK, CYCLES, CpuProfileOptions
+from coral.collectors.cpu_profile.process_names import process_names
 from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.collectors.cpu_profile.user_stacks import unwound
@@ -128,6 +129,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             with self._shared.code() as code:
                 code.look(now=True)  # so that no program was sampled that is not known yet
                 memory = memory_of(samples, code.processes)
+                code.read_told(memory.processes)
                 code.look(now=True)  # what a process has executed before its memory was read
             self._shared.prepare()
             with self._shared.code() as code:
@@ -135,7 +137,8 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
                 code.look()
                 frames = resolve(samples, user, memory, code)
                 names = code.strings
-        processes = members.comms_of(samples.structs["tgid"], samples.structs["born"])
+        names_now = members.comms_of(samples.structs["tgid"], samples.structs["born"])
+        processes = process_names(samples.structs, names_now)
         if len(members.ended):
             self._targets.forget(members.ended)
         profile = Profile(samples, user, frames, names, processes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,6 +61,12 @@ class Code:
         Safe to call while another thread uses the rest."""
         with self._preparing:
             self._symbolizer.kernel.prepare()
+
+    def read_told(self, processes: Iterable[Process]) -> None:
+        """Reads what the runtimes of PROCESSES have told of their functions: before a batch is
+        unwound and named, which takes a while."""
+        for process in processes:
+            self._symbolizer.read_told(process.tgid, process.born)
 
     def trim(self) -> None:
         """Drops names, if there are too many: between two batches."""

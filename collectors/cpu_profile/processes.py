@@ -3,8 +3,11 @@ of processes that have ended."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from coral.bpf.attaching.mappings import MappedCode
@@ -13,7 +16,10 @@ from coral.collectors.symbols.names import Symbolizer
 
 _MOST_PROCESSES: Final = 1024
 _MOST_MET: Final = 256
+_MOST_EXPECTED: Final = 64
 _NEVER_BORN: Final = 1 << 32  # times of birth have 32 bits
+_BORN_HZ: Final = 1e9 / 1024
+_BORN_ERROR_S: Final = 0.03  # /proc tells hundredths of a second
 
 _Key = tuple[int, int, int]  # tgid, born, execs
 
@@ -54,11 +60,22 @@ class Processes:
                 continue
             if met:
                 self._forget(self._met.pop(tgid))
-            self._meetings += 1
-            self._met[tgid] = self._process(tgid, _NEVER_BORN + self._meetings)
-            while len(self._met) > _MOST_MET:
-                self._forget(self._met.popitem(last=False)[1])
+            self._add_met(tgid)
         self._symbolizer.learn(mapped)
+
+    def expect(self, tgids: Iterable[int]) -> None:
+        """The processes TGIDS are watched from now on: looks at 64 of those that are new, which may
+        work next and end before their samples are read."""
+        known = {process.tgid for process in self._known.values()}
+        new = (tgid for tgid in tgids if tgid not in known and tgid not in self._met)
+        for tgid in islice(new, _MOST_EXPECTED):
+            self._add_met(tgid)
+
+    def _add_met(self, tgid: int) -> None:
+        self._meetings += 1
+        self._met[tgid] = self._process(tgid, _NEVER_BORN + self._meetings)
+        while len(self._met) > _MOST_MET:
+            self._forget(self._met.popitem(last=False)[1])
 
     def catch_up(self) -> float | None:
         """See `Symbolizer.catch_up`."""
@@ -72,35 +89,49 @@ class Processes:
             self._known.move_to_end((tgid, born, execs))
             return found
         before = self._newest.get((tgid, born))
-        if before is not None and newest:
-            process = self._known[tgid, born, before]
-            if process.tgid == tgid:
-                self._symbolizer.executed(tgid, int(sample["time_ns"]), process.born)
-            else:  # it had its parent's memory
-                process = self._seen(tgid, born, int(sample["time_ns"]))
+        process = self._known[tgid, born, before] if before is not None else None
+        own = process if process and process.tgid == tgid else None
+        if newest and not own:  # the first program; so far it had its parent's memory, if any
+            process = self._seen(tgid, born, int(sample["time_ns"]))
         else:
-            # What /proc has is of another program, if the process has executed one since.
-            time_ns = int(sample["time_ns"])
-            process = self._seen(tgid, born, time_ns) if newest else self._nobody()
-            if not process.maps.generations and execs == int(sample["parent_execs"]):
-                process = self._parent(int(sample["parent"]), execs)
-        self._keep((tgid, born, execs), process, newest=newest)
+            met = None if own else self._met_as(tgid, born)
+            process = self._executed(own or met, int(sample["time_ns"]), is_over=not newest)
+            if process is met:
+                del self._met[tgid]
+        if not (own or process.maps.generations) and execs == int(sample["parent_execs"]):
+            process = self._parent(int(sample["parent"]), execs)
+        self._keep((tgid, born, execs), process, newest=newest or process.tgid == tgid)
+        return process
+
+    def _executed(self, process: Process | None, time_ns: int, *, is_over: bool) -> Process:
+        """PROCESS as the program that it was at TIME_NS. If that IS OVER, because the process has
+        executed another one since, /proc has nothing of it any more: there is what was read
+        meanwhile, or nothing."""
+        begun_ns = process.maps.began(time_ns, is_over=is_over) if process else None
+        if process and begun_ns is not None:
+            self._symbolizer.has_executed(process.tgid, begun_ns, process.born, is_over=is_over)
+            return process
+        if process is None or is_over:
+            return self._process(0, 0)
+        self._symbolizer.executed(process.tgid, time_ns, process.born)
         return process
 
     def _seen(self, tgid: int, born: int, time_ns: int) -> Process:
         """A process that is sampled for the first time, at TIME_NS. If another has its number by
         now, nothing is known of it."""
-        if met := self._met.get(tgid):
-            return self._nobody() if met.maps.began_after(time_ns) else self._met.pop(tgid)
+        if met := self._met_as(tgid, born):
+            del self._met[tgid]
+            return met
         process = self._process(tgid, born)
         if not process.maps.began_after(time_ns):
             return process
         self._symbolizer.forget(tgid, born)
-        return self._nobody()
-
-    def _nobody(self) -> Process:
-        """A process of whose memory nothing is known."""
         return self._process(0, 0)
+
+    def _met_as(self, tgid: int, born: int) -> Process | None:
+        """The process that was met, unless another one had its id then."""
+        met = self._met.get(tgid)
+        return met if met and _is_born(met.maps, born) else None
 
     def _process(self, tgid: int, born: int) -> Process:
         return Process(tgid, born, self._symbolizer.maps(tgid, born))
@@ -130,3 +161,14 @@ def _is_another(maps: ProcessMaps, executed_ns: int) -> bool:
     """Whether a process that has executed a program at EXECUTED_NS is not that of MAPS, or is
     another program of it."""
     return bool(maps.generations) and executed_ns > maps.read_ns and maps.is_over
+
+
+def _is_born(maps: ProcessMaps, born: int) -> bool:
+    """Whether the process of MAPS may be one that was BORN then, as programs tell it (`born_of`);
+    true if it had ended before it was met."""
+    if maps.started is None:
+        return True
+    asleep_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    started_s = maps.started / os.sysconf("SC_CLK_TCK") - asleep_s
+    apart = (born - int(started_s * _BORN_HZ)) % _NEVER_BORN
+    return min(apart, _NEVER_BORN - apart) <= _BORN_ERROR_S * _BORN_HZ

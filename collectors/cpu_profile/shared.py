@@ -46,6 +46,7 @@ class Shared:
             self._slots.add(slot)
             if len(self._slots) == 1:
                 self._start()
+            self._opened().processes.expect(_running(slot))
 
     def leave(self, slot: Slot) -> None:
         """A session has ended. No error if it never joined."""
@@ -140,6 +141,12 @@ class Shared:
         for slot in self._slots:
             found.update((slot.keys_of("members") % FIRST_ENDED).tolist())
         return found
+
+
+def _running(slot: Slot) -> list[int]:
+    keys = slot.keys_of("members")
+    running: list[int] = keys[keys < FIRST_ENDED].tolist()
+    return running
 
 
 def _wait(fds: list[int], most_s: float) -> None:

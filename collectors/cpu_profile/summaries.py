@@ -44,8 +44,8 @@ def summaries(profile: Profile, service: str, period_ns: int, period_cycles: int
     comm = np.ascontiguousarray(structs["comm"]).view("<u8").reshape(-1, 2)
     in_kernel = samples.has(IN_KERNEL)
     keys = mixed(
-        of_stack, structs["tgid"], structs["tid"], structs["born"], comm[:, 0], comm[:, 1],
-        user.ends, user.unwinding, in_kernel,
+        of_stack, structs["tgid"], structs["tid"], structs["born"], structs["execs"],
+        comm[:, 0], comm[:, 1], user.ends, user.unwinding, in_kernel,
     )  # fmt: skip
     first, of_row = group(keys)
     some, stack = group(of_stack[first])

@@ -279,7 +279,8 @@ class Mounts:
 
 def read_whole(tgid: int, name: str) -> bytes:
     """The content of one of a process's files that the kernel writes piece by piece, such as
-    `maps`; empty for a process that has ended or is hidden. At most 16 MB."""
+    `maps`; empty for a process that is hidden or has ended, even while it was read, when there
+    would be a beginning only. At most 16 MB."""
     chunks: list[bytes] = []
     try:
         fd = os.open(f"{PROC}/{tgid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
@@ -288,6 +289,8 @@ def read_whole(tgid: int, name: str) -> bytes:
     try:
         while len(chunks) < _MOST_CHUNKS and (chunk := os.read(fd, _CHUNK_BYTES)):
             chunks.append(chunk)
+        if not os.pread(fd, 1, 0):
+            return b""
     except OSError:
         return b""
     finally:

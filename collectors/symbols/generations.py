@@ -21,6 +21,8 @@ class Generation:
     ids: NDArray[np.int32]
     starts: NDArray[np.uint64]
     ends: NDArray[np.uint64]
+    read_ns: int = 0
+    """When it had been read."""
 
     def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
         """The ids of the mappings that contain ADDRESSES (u64[n]); -1 for those in none."""

@@ -34,6 +34,7 @@ _MOST_GENERATIONS: Final = 32
 _MOST_MAPPINGS: Final = 1 << 16  # 30 MB; runtimes map code at new addresses again and again
 _MOST_AT_ONCE: Final = 1 << 15
 _MOST_TOLD: Final = 256
+_MOST_EXECUTIONS: Final = 256
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.02
 _TICK_NS: Final = 10**9 // os.sysconf("SC_CLK_TCK")
@@ -64,13 +65,15 @@ class ProcessMaps:
         self._taken = 0
         self.files: list[MappedFile] = []
         self._registry = files
-        self._started = start_time_of(tgid)
+        self.started = start_time_of(tgid)
+        """In clock ticks since boot; None if it had ended."""
         self._program = 0
         self._noticed = -1  # the program that was not told, but seen in the maps
         self._rest_until = 0.0
         self._text = b""
         self.read_ns = 0  # when the maps were read last
         self._executed_ns: list[int] = []  # when the process executed programs, as was told last
+        self._executions: list[int] = []  # all that were told
         self._taken_ns = 0  # when the newest generation was read
         self._told_ns: int | None = None
         self._told: list[MappedCode] = []  # by a process that had ended
@@ -125,6 +128,7 @@ class ProcessMaps:
         if executed_ns is not None:  # what was told before is of another program
             self._told_ns = executed_ns
             self._executed_ns = [code.time_ns for code in codes if code.is_of_exec]
+            self._executions = [*self._executions, *self._executed_ns][-_MOST_EXECUTIONS:]
             self._begin()
         elif self._told_ns is None:
             self._told_ns = time_ns
@@ -141,20 +145,34 @@ class ProcessMaps:
         if not any(code.is_of_exec for code in later):
             self._take_told(later, self.generations[-1].ids, time_ns)
 
+    def began(self, time_ns: int, *, is_over: bool) -> int | None:
+        """When the process executed the program that it was at TIME_NS, 0 for the first one, if
+        what that had mapped is known: it was read before the next one was executed, as there was,
+        if it IS OVER. None otherwise, and if any of this was not told."""
+        begun_ns = max((it for it in self._executions if it <= time_ns), default=0)
+        next_ns = min((it for it in self._executions if it > time_ns), default=None)
+        if (next_ns is None) if is_over else begun_ns == 0:
+            return None
+        for one in reversed(self.generations):
+            if one.since_ns <= time_ns:
+                in_time = next_ns is None or one.read_ns < next_ns
+                return begun_ns if one.since_ns >= begun_ns and len(one.ids) and in_time else None
+        return None
+
     @property
     def is_over(self) -> bool:
         """Whether the process has ended, even if another has its number now."""
-        return self.has_ended or start_time_of(self.tgid) != self._started
+        return self.has_ended or start_time_of(self.tgid) != self.started
 
     def began_after(self, time_ns: int) -> bool:
         """Whether the process began after TIME_NS: whatever had its number then was another one.
         False if that is not known. /proc tells the beginning in ticks since boot, rounded down;
         this clock stands still while the machine sleeps, so the result is never too late."""
-        if self._started is None:
+        if self.started is None:
             return False
         monotonic_ns = time.monotonic_ns()
         slept_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - monotonic_ns
-        return self._started * _TICK_NS - slept_ns > time_ns
+        return self.started * _TICK_NS - slept_ns > time_ns
 
     def catch_up(self) -> float | None:
         """Reads the maps again if more was told than is known, and it is time. Returns the number
@@ -189,7 +207,7 @@ class ProcessMaps:
         """Reads what is mapped now, which holds from SINCE_NS on, by default from now on. Returns
         whether anything has changed."""
         begun = time.thread_time()  # without its waits, which are long on a busy machine
-        if self.has_ended or start_time_of(self.tgid) != self._started or self._started is None:
+        if self.has_ended or start_time_of(self.tgid) != self.started or self.started is None:
             self.has_ended = True
             self._told_ns = None
             return False
@@ -235,6 +253,7 @@ class ProcessMaps:
             numbers,
             self.starts[numbers],
             self.ends[numbers],
+            time.monotonic_ns(),
         )
         self._taken += 1
         self._taken_ns = self.read_ns

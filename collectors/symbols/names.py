@@ -91,9 +91,10 @@ class _Process:
         for _, perf_map in self.perf_maps:
             perf_map.close()
 
-    def forget_programs(self) -> None:
-        """Drops the perf maps of all programs but the last few: a process can execute any number
-        of them."""
+    def begin_program(self, time_ns: int, perf_map: PerfMap) -> None:
+        """PERF_MAP holds from TIME_NS on. Keeps those of the last few programs: a process can
+        execute any number of them."""
+        self.perf_maps.append((time_ns, perf_map))
         while len(self.perf_maps) > _MOST_PROGRAMS:
             self.perf_maps.pop(0)[1].close()
 
@@ -200,8 +201,21 @@ class Symbolizer:
         process = self._process(tgid, born)
         if known:
             process.maps.executed(time_ns)
-            process.perf_maps.append((time_ns, PerfMap(tgid, self._perf_map_room)))
-            process.forget_programs()
+            process.begin_program(time_ns, PerfMap(tgid, self._perf_map_room))
+
+    def has_executed(self, tgid: int, time_ns: int, born: int = 0, *, is_over: bool) -> None:
+        """The same where the maps know the program already. If it IS OVER, because the process has
+        executed another one since, what it has told in a perf map is not known."""
+        perf_map = PerfMap(0 if is_over else tgid, self._perf_map_room)
+        self._process(tgid, born).begin_program(time_ns, perf_map)
+
+    def read_told(self, tgid: int, born: int = 0) -> None:
+        """Reads what the runtime of a process has told in its perf map, if it has code of its own:
+        soon after samples were taken, because the runtime may tell of other functions at their
+        addresses later."""
+        process = self._processes.get((tgid, born))
+        if process and any(file.kind is FileKind.ANONYMOUS for file in process.maps.files):
+            process.perf_maps[-1][1].catch_up()
 
     def forget(self, tgid: int, born: int = 0) -> None:
         """A process has no more addresses to name. Safe to call for an unknown one."""

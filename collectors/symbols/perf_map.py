@@ -24,6 +24,8 @@ _NSPID: Final = re.compile(r"^NSpid:.*?(\d+)$", re.MULTILINE)
 _MOST_FUNCTIONS: Final = 1 << 20
 _MOST_TEXT_BYTES: Final = 64 << 20
 _READ_BYTES: Final = 1 << 20
+MOST_READ_BYTES: Final = 32 << 20  # at a time: 2 s of nothing but line feeds, 0.3 s of functions
+LARGEST_BYTES: Final = 256 << 20  # a file without blocks may claim to have as many as it likes
 _PROOF_BYTES: Final = 64
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.05
@@ -39,9 +41,9 @@ class PerfMap:
     followed as it grows, and read anew if it was cut or written anew. Of functions that overlap,
     the one told last counts. Only a file of the process's user, or of root, is believed, which was
     written since the process started: ids are used again, by containers each time. At most
-    1,048,576 functions and 64 MB of names are read; `why_not` says so, or what else is wrong with
-    the file. ROOM tells how many bytes may still be taken, by this and others together. Not safe to
-    use from two threads at once. Never raises.
+    1,048,576 functions and 64 MB of names of the first 256 MB are read, 32 MB at a time; `why_not`
+    says so, or what else is wrong with the file. ROOM tells how many bytes may still be taken, by
+    this and others together. Not safe to use from two threads at once. Never raises.
 
     Times are of CLOCK_MONOTONIC. A function that was told after a sample was taken is not the one
     that was sampled if another was there before.
@@ -56,7 +58,8 @@ class PerfMap:
         self._clear()
 
     def _clear(self) -> None:
-        self._position = 0
+        self.position = 0
+        """How many bytes of the file were read."""
         self._proof = b""
         self._rest = b""
         self.starts = np.zeros(0, np.uint64)
@@ -87,14 +90,9 @@ class PerfMap:
         self, addresses: NDArray[np.uint64], times_ns: NDArray[np.uint64] | None = None
     ) -> NDArray[np.int64]:
         """The numbers of the functions that were at ADDRESSES at TIMES_NS (u64[n]), by default now;
-        -1 for those at none. What the runtime has told since is read first, with at most 5 % of a
-        CPU. Numbers hold until the next call."""
-        if time.monotonic() >= self._rest_until:
-            begun = time.monotonic()
-            self._follow()
-            took = time.monotonic() - begun
-            rest = max(took * _REST_FACTOR, _SHORTEST_REST_S)
-            self._rest_until = begun + (rest if self._file else _LOOK_EVERY_S)
+        -1 for those at none. What the runtime has told since is read first. Numbers hold until the
+        next call."""
+        self.catch_up()
         found = np.full(len(addresses), -1, np.int64)
         for _, layer in reversed(self._layers):
             left = np.flatnonzero(found < 0)
@@ -106,6 +104,15 @@ class PerfMap:
         if times_ns is not None and len(self):
             self._correct(found, addresses, times_ns)
         return found
+
+    def catch_up(self) -> None:
+        """Reads what the runtime has told since, with at most 5 % of a CPU."""
+        if time.monotonic() >= self._rest_until:
+            begun = time.monotonic()
+            self._follow()
+            took = time.monotonic() - begun
+            rest = max(took * _REST_FACTOR, _SHORTEST_REST_S)
+            self._rest_until = begun + (rest if self._file else _LOOK_EVERY_S)
 
     def _correct(
         self,
@@ -144,28 +151,33 @@ class PerfMap:
             return
         try:
             size = os.fstat(self._file.fd).st_size
-            if size < self._position or not self._continues():
+            if size < self.position or not self._continues():
                 self._clear()
-            while self._position < size:
+            if size > LARGEST_BYTES:
+                self.why_not = f"only the first {LARGEST_BYTES >> 20} MB of the perf map are read"
+            last = min(size, self.position + MOST_READ_BYTES, LARGEST_BYTES)
+            while self.position < last:
                 if len(self) >= _MOST_FUNCTIONS or len(self._names) >= _MOST_TEXT_BYTES:
                     return
                 if self._room() <= 0:
                     self.why_not = "perf maps of other processes take all the memory for them"
                     return
-                data = os.pread(self._file.fd, _READ_BYTES, self._position)
+                wanted = min(_READ_BYTES, last - self.position)
+                data = os.pread(self._file.fd, wanted, self.position)
                 if not data:
                     break
-                self._position += len(data)
+                self.position += len(data)
                 self._proof = (self._proof + data)[-_PROOF_BYTES:]
                 self._take(data)
-            self._read_at_ns = now_ns
+            if self.position >= size:  # else what is read next may have been told before
+                self._read_at_ns = now_ns
         except OSError as error:
             self.why_not = f"the perf map cannot be read: {error.strerror}"
 
     def _continues(self) -> bool:
         """Whether what was read last is still in the file."""
         assert self._file  # noqa: S101
-        at = self._position - len(self._proof)
+        at = self.position - len(self._proof)
         return os.pread(self._file.fd, len(self._proof), at) == self._proof
 
     def _open(self) -> None:

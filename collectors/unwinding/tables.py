@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from coral.bpf.attaching.elf import ElfError, read_exactly
 from coral.collectors.symbols.elf import EM_AARCH64, EM_X86_64, ElfFile
+from coral.collectors.unwinding.coroutines import context_start, ending_at
 from coral.collectors.unwinding.eh_frame import compile_section
 from coral.collectors.unwinding.entries import LARGEST_SECTION_BYTES
 from coral.collectors.unwinding.rules import (
@@ -122,17 +123,20 @@ class Tables:
         machine = MACHINES.get(elf.machine)
         try:
             found = None if machine is None else eh_frame(elf)
+            outermost = context_start(elf) if found else None
         except (ElfError, OSError):
             return None
         if found is None or machine is None:
             return None
         section, address, has_end = found
         hashed = hashlib.blake2b(section, digest_size=_DIGEST_BYTES)
-        hashed.update(b"%d %d %s" % (address, has_end, machine.name.encode()))
+        told = f"{address} {has_end:d} {machine.name} {outermost}"
+        hashed.update(told.encode())
         key = hashed.digest()
         rows = self._kept.pop(key, None) or self._read(key, machine)
         if rows is None:
             rows = compiled(section, address, machine, has_end=has_end)
+            rows = rows if outermost is None else ending_at(rows, outermost)
             self.compiled += 1
             self._write(key, rows)
         self._kept[key] = rows

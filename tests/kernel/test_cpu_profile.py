@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,34 @@ def test_programs_that_run_for_a_moment_have_names(programs: Path) -> None:
     assert named > 0.75 * profile.samples
 
 
+@pytest.mark.pace
+def test_programs_of_one_interval_have_their_own_names(programs: Path) -> None:
+    """A process that was idle when the session began is a shell, then another program, and has
+    ended, before the first batch is read."""
+    count = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"
+    script = f"read go; {count}; exec {programs}/profiled shares 1000 </dev/null"
+    process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    collector, profile = collector_of({"pid": str(process.pid), "frequency": "499"}), Profile()
+    try:
+        collector.open()
+        with process:
+            process.communicate(b"x")
+        collector.bpf_object.detach()
+        profile.add(collector.drain())
+    finally:
+        collector.close()
+    by_program = Counter[str]()
+    for row in profile.rows:
+        assert row.end != pb.CPU_STACK_END_PROCESS_GONE
+        by_program[row.process] += row.count
+        assert row.process == "profiled" or not any(it.startswith("spend_") for it in row.stack)
+    print(by_program, profile.by("end"))
+    assert set(by_program) == {"sh", "profiled"}
+    assert min(by_program.values()) > 20
+    spent = sum(profile.among(name) for name in ("spend_most", "spend_some", "spend_little"))
+    assert spent > 0.9 * by_program["profiled"]
+
+
 def test_the_kernel_is_above_the_function_that_called_it(programs: Path) -> None:
     profile = profiled(programs / "profiled", "system", 2000, frequency=FAST_HZ)
     close_to_truth(profile, ["read_zeros", "ask_parent", "spend_little"])
@@ -131,6 +161,17 @@ def test_signal_handlers_lie_on_what_they_interrupted(programs: Path) -> None:
         assert row.end == pb.CPU_STACK_END_BOTTOM
         interrupted = row.stack[: list(row.stack).index("handle_signal_work")]
         assert "main" in interrupted or "exit" in interrupted  # the timer goes on after main
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="glibc says so itself elsewhere")
+def test_a_coroutine_ends_where_its_context_began(programs: Path) -> None:
+    profile = profiled(programs / "profiled", "coroutine", 500, frequency=FAST_HZ)
+    spending = [row for row in profile.rows if any(it.startswith("spend_") for it in row.stack)]
+    assert sum(row.count for row in spending) > 0.8 * profile.samples
+    for row in spending:
+        assert row.end == pb.CPU_STACK_END_BOTTOM
+        assert "main" not in row.stack
+        assert list(row.stack).index("level_1") <= 2  # below it: the coroutine, and libc's code
 
 
 def test_a_stack_deeper_than_the_copy_says_so(programs: Path) -> None:

@@ -15,6 +15,7 @@
  *     exec	half in before_exec; then it executes itself, and the rest is in after_exec
  *     system	reads /dev/zero, and asks for its parent
  *     signals	shares, interrupted all the time, in handle_signal
+ *     coroutine	shares, on a stack of makecontext
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -29,6 +30,7 @@
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #define OWN __attribute__((noinline, noclone, used))
@@ -266,6 +268,27 @@ OWN static void handle_signal(int signal)
 	handle_signal_work(cpu_ns() + 1000000);
 }
 
+static void coroutine(int milliseconds)
+{
+	level_1(milliseconds);
+}
+
+static void run_coroutine(int milliseconds)
+{
+	static ucontext_t caller, callee;
+	static char stack[256 << 10];
+
+	if (getcontext(&callee))
+		exit(2);
+	callee.uc_stack.ss_sp = stack;
+	callee.uc_stack.ss_size = sizeof(stack);
+	callee.uc_link = &caller;
+	makecontext(&callee, (void (*)(void))coroutine, 1, milliseconds);
+	if (swapcontext(&caller, &callee))
+		exit(2);
+	print_shares();
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc == 3 ? argv[1] : "";
@@ -292,6 +315,8 @@ int main(int argc, char **argv)
 		execute(argv[0], argv[2]);
 	} else if (!strcmp(what, "system")) {
 		system_calls(milliseconds);
+	} else if (!strcmp(what, "coroutine")) {
+		run_coroutine(milliseconds);
 	} else if (!strcmp(what, "deep")) {
 		descend(400, milliseconds);
 		print_shares();

@@ -15,6 +15,7 @@ from coral.collectors.contract import Batch
 from coral.collectors.cpu_profile.frames import FRAME, Memory, Places, UserStacks, mixed, resolve
 from coral.collectors.cpu_profile.measures import ProfileMeasures
 from coral.collectors.cpu_profile.naming import Code
+from coral.collectors.cpu_profile.process_names import process_names
 from coral.collectors.cpu_profile.ragged import Ragged, fingerprints, gather, joined_reversed
 from coral.collectors.cpu_profile.samples import IN_KERNEL, Samples
 from coral.collectors.cpu_profile.summaries import Profile, summaries
@@ -284,3 +285,27 @@ def test_the_size_of_caches_is_that_of_all_who_profile_now() -> None:
 def cache_bytes() -> dict[str, float]:
     (sizes,) = (it for it in ProfileMeasures(1).collect() if it.name == "coral_profile_cache_bytes")
     return {it.labels["cache"]: it.value for it in sizes.samples}
+
+
+def test_a_process_has_the_name_that_it_had_as_each_program() -> None:
+    structs = np.zeros(6, SAMPLE)
+    structs["tgid"] = [7, 7, 7, 7, 7, 8]
+    structs["tid"] = [7, 70, 7, 71, 7, 80]
+    structs["execs"] = [1, 1, 1, 2, 3, 1]
+    structs["comm"] = [b"sh", b"helper", b"renamed", b"thread", b"server", b"worker"]
+    now = np.array([b"later"] * 5 + [b"daemon"], "S16")
+    names = process_names(structs, now).tolist()
+    assert names == [b"renamed", b"renamed", b"renamed", b"thread", b"server", b"daemon"]
+    assert process_names(structs[5:], np.array([b""], "S16")).tolist() == [b"worker"]
+    assert not len(process_names(structs[:0], now[:0]))
+
+
+def test_programs_of_a_process_have_rows_of_their_own() -> None:
+    it = profile((1, [], [100]), (1, [], [100]))
+    it.samples.structs["execs"] = [1, 2]
+    rows = summaries(it._replace(processes=np.array([b"sh", b"server"])), "shop", 10)
+    assert rows.columns["count"].tolist() == [1, 1]
+    assert [row.process for row in rows.as_messages() if isinstance(row, pb.CpuProfileSample)] == [
+        "sh",
+        "server",
+    ]

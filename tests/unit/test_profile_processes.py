@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from coral.bpf.attaching.mappings import MappedCode
-from coral.collectors.cpu_profile.processes import Processes
+from coral.collectors.cpu_profile.processes import Process, Processes
+from coral.collectors.procfs import start_time_of
 from coral.collectors.symbols.files import MappedFiles
 from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.names import Symbolizer
@@ -25,12 +26,25 @@ SAMPLE = np.dtype(
 )
 
 
-def sample(
-    tgid: int, execs: int = 3, parent: int = 1, parent_execs: int = 0, time_ns: int = 0
+def sample(  # noqa: PLR0917
+    tgid: int,
+    execs: int = 3,
+    parent: int = 1,
+    parent_execs: int = 0,
+    time_ns: int = 0,
+    born: int = 77,
 ) -> Any:
     """A sample taken now, if no time is given."""
     time_ns = time_ns or time.monotonic_ns()
-    return np.array([(tgid, 77, execs, parent, parent_execs, time_ns)], SAMPLE)[0]
+    return np.array([(tgid, born, execs, parent, parent_execs, time_ns)], SAMPLE)[0]
+
+
+def born_of(tgid: int) -> int:
+    """As the programs tell it."""
+    asleep_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    started = start_time_of(tgid)
+    assert started is not None
+    return int((started / os.sysconf("SC_CLK_TCK") - asleep_s) * 1e9 / 1024) % (1 << 32) | 1
 
 
 @pytest.fixture
@@ -97,16 +111,33 @@ def test_a_later_process_of_the_same_number_is_not_the_one_that_was_sampled(
 def test_a_process_that_was_met_has_its_memory_after_its_end(processes: Processes) -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
         processes.meet([MappedCode(1, process.pid, 0, 4096, 0, 0, 0, "cat")])
-    met = processes.of(sample(process.pid), newest=True)
+        born = born_of(process.pid)
+    met = processes.of(sample(process.pid, born=born), newest=True)
     assert met.maps.tgid == process.pid
     assert met.maps.generations
+
+
+def test_a_process_that_was_expected_has_its_memory_after_its_end(processes: Processes) -> None:
+    """It was idle when the session began, and has worked and ended before the first batch."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        processes.expect([process.pid])
+        born = born_of(process.pid)
+    assert processes.of(sample(process.pid, born=born), newest=True).maps.generations
+
+
+def test_a_process_is_not_taken_for_one_that_had_its_id(processes: Processes) -> None:
+    """The first was met, but never sampled."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        processes.expect([process.pid])
+        later = born_of(process.pid) + 100_000
+    assert not processes.of(sample(process.pid, born=later), newest=True).maps.generations
 
 
 def test_memory_that_was_told_too_soon_is_read_when_it_is_time(processes: Processes) -> None:
     """Nobody asks for it until the next batch, when the process may have ended."""
     mapped = MappedCode(1, os.getpid(), 0, 4096, 0, 0, 0, "")
     processes.meet([mapped])
-    met = processes.of(sample(os.getpid()), newest=True)
+    met = processes.of(sample(os.getpid(), born=born_of(os.getpid())), newest=True)
     with mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC) as code:
         address = np.frombuffer(code, np.uint8).ctypes.data
         processes.meet([mapped])
@@ -154,6 +185,31 @@ def test_two_programs_that_were_told_are_not_taken_for_one(
     code = told(ended, of=os.getpid())
     processes.meet([*code, *code])
     assert not processes.of(sample(ended, execs=9), newest=True).maps.generations
+
+
+def test_a_program_is_known_if_it_was_read_before_the_next_one(processes: Processes) -> None:
+    """What was mapped is what this process has; that it was told as of three programs is made up:
+    the last but one was executed and over before anybody looked."""
+    tgid, born = os.getpid(), born_of(os.getpid())
+    processes.expect([tgid])
+    first_ns = time.monotonic_ns()
+    second_ns = first_ns + 1
+    processes.meet([executed(tgid, second_ns)])
+    third_ns = time.monotonic_ns()
+    processes.meet([executed(tgid, third_ns), executed(tgid, third_ns + 1)])
+
+    def at(time_ns: int, execs: int, *, newest: bool = False) -> Process:
+        return processes.of(sample(tgid, execs, time_ns=time_ns, born=born), newest=newest)
+
+    one = at(first_ns - 1, 3)
+    assert one.maps.generations
+    assert not at(third_ns, 5).maps.generations
+    assert at(third_ns + 10, 6, newest=True) is one
+    assert len(processes) == 1
+
+
+def executed(tgid: int, time_ns: int) -> MappedCode:
+    return MappedCode(time_ns, tgid, 0, 4096, 0, 0, 0, "[vdso]")
 
 
 def test_what_is_mapped_after_an_exec_holds_from_the_exec_on() -> None:

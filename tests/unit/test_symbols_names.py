@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.symbols import names as names_module
-from coral.collectors.symbols.files import MappedFiles, Mounts, Sighting
+from coral.collectors.symbols.files import MappedFiles, Mounts, Sighting, read_whole
 from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.names import UNKNOWN, Symbolizer
 from tests.support import ROOT, built, wait_until
@@ -315,6 +316,21 @@ def test_names_outlive_the_process(start: Callable[..., Places], symbolizer: Sym
     gone = Symbolizer()
     assert named(gone, places.pid, addresses) == [UNKNOWN] * len(addresses)
     gone.close()
+
+
+def test_maps_are_read_whole_or_not_at_all() -> None:
+    """Of a process that ends while they are read, the kernel has no more to give."""
+    fork = "import os\nfor _ in range(500):\n pid = os.fork()\n if not pid: os._exit(0)\n"
+    fork += " print(pid, flush=True)\n input()\n os.waitpid(pid, 0)"
+    command = [sys.executable, "-I", "-S", "-c", fork]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        for line in parent.stdout:
+            while text := read_whole(int(line), "maps"):
+                assert b"[stack]" in text
+            parent.stdin.write(b"\n")
+            parent.stdin.flush()
 
 
 def test_samples_from_before_an_exec_have_the_names_of_then(

@@ -81,6 +81,21 @@ def test_a_sample_has_the_name_of_its_time(told: Path) -> None:
     it.close()
 
 
+def test_what_is_read_before_names_are_asked_for_has_its_time(told: Path) -> None:
+    """Samples of both are named after the address was used again."""
+    told.write_text("1000 10 first\n")
+    it = PerfMap(os.getpid())
+    times = np.array([time.monotonic_ns(), 0], np.uint64)
+    it.catch_up()
+    with told.open("a") as file:
+        file.write("1000 10 second\n")
+    it.catch_up()
+    times[1] = time.monotonic_ns()
+    found = it.find(np.array([0x1000, 0x1000], np.uint64), times)
+    assert [it.name(number) for number in found.tolist()] == [b"first", b"second"]
+    it.close()
+
+
 def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> None:
     it = PerfMap(os.getpid())
     told.write_text("1000 10 first\n2000 10 second\n")
@@ -126,6 +141,35 @@ def test_no_more_functions_are_kept_than_allowed(
     it = PerfMap(os.getpid())
     assert names(it, 99 * 16, 100 * 16) == ["f99", ""]
     assert "only the first 100 functions" in it.why_not
+    it.close()
+
+
+def test_a_file_of_a_terabyte_is_read_up_to_a_bound(told: Path) -> None:
+    """It takes no room on the disk, and reading it whole would take an hour."""
+    told.write_text("1000 10 first\n")
+    os.truncate(told, 1 << 40)
+    it = PerfMap(os.getpid())
+    while not it.why_not or it.position < perf_map.LARGEST_BYTES:
+        before = it.position
+        assert names(it, 0x1000) == ["first"]
+        assert 0 < it.position - before <= perf_map.MOST_READ_BYTES
+    assert it.why_not == "only the first 256 MB of the perf map are read"
+    assert names(it, 0x1000) == ["first"]
+    assert it.position == perf_map.LARGEST_BYTES
+    it.close()
+
+
+def test_functions_that_are_read_later_may_have_been_told_before(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only part of the file is read at a time: what it did not say yet is not what is new."""
+    monkeypatch.setattr(perf_map, "MOST_READ_BYTES", 12)
+    told.write_text("1000 10 old\n1000 10 new\n")
+    it = PerfMap(os.getpid())
+    assert names(it, 0x1000) == ["old"]
+    now = np.array([time.monotonic_ns()], np.uint64)
+    assert names(it, 0x1000) == ["new"]
+    assert it.name(int(it.find(np.array([0x1000], np.uint64), now)[0])) == b"new"
     it.close()
 
 

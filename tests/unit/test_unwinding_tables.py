@@ -13,6 +13,7 @@ from shutil import which
 import numpy as np
 import pytest
 
+from coral.collectors.unwinding.coroutines import context_start
 from coral.collectors.unwinding.eh_frame import compile_section
 from coral.collectors.unwinding.rules import (
     CFA,
@@ -122,6 +123,27 @@ def test_without_section_headers_the_table_is_found_by_its_segment(tmp_path: Pat
     assert expected is not None
     assert tables.compiled == 2
     assert equal(found, expected)
+
+
+def test_what_a_coroutine_returns_to_is_outermost_and_nothing_else_is() -> None:
+    whole = rows_of(library("libc.so.6"))
+    with opened(library("libc.so.6")) as elf:
+        start = context_start(elf)
+        rows = Tables().of(elf)
+    assert rows is not None
+    assert start is not None
+    column = FIRST_REGISTER + len(X86_64.tracked) - 1
+    inside = np.array([start - 1, start, start + 25], np.uint64)
+    assert (kind_of(rows.at(inside)[:, column]) == Saved.UNDEFINED).all()
+    others = np.concatenate([whole.start, np.array([start - 2, start + 26], np.uint64)])
+    others = others[(others < start - 1) | (others > start + 25)]
+    assert np.array_equal(rows.at(others)[:, column], whole.at(others)[:, column])
+    assert (rows.start[1:] > rows.start[:-1]).all()
+
+
+def test_a_file_that_makes_no_coroutines_has_none() -> None:
+    with opened(library("libm.so.6")) as elf:
+        assert context_start(elf) is None
 
 
 def test_a_damaged_function_is_left_out_and_the_others_stay() -> None:
