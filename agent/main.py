@@ -21,7 +21,6 @@ from coral.agent import logs
 from coral.agent.access.access import Access
 from coral.agent.access.audit import Audit
 from coral.agent.access.kubernetes import Reviews
-from coral.agent.access.kubernetes_api import ApiServer
 from coral.agent.access.sinks import audit_sinks
 from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, load
@@ -140,10 +139,7 @@ async def _serve(config: Config, secrets: _Secrets, audit: Audit, kept: frozense
         notifier = Notifier()
         stack.callback(notifier.close)
         stack.callback(audit.close)
-        kubernetes = config.auth.kubernetes
-        reviews = None
-        if kubernetes.server:
-            reviews = Reviews(ApiServer(kubernetes).post, kubernetes.audience)
+        reviews = _reviews(config)
         access = Access(config, reviews, audit)
         supervisor = await stack.enter_async_context(Supervisor(config, access))
         readiness, counts = Readiness(supervisor), Counts()
@@ -171,6 +167,18 @@ async def _serve(config: Config, secrets: _Secrets, audit: Audit, kept: frozense
         log.info("stopping", sessions=len(supervisor.sessions))
     log.info("stopped")
     stopped.set()
+
+
+def _reviews(config: Config) -> Reviews | None:
+    """What asks Kubernetes about callers, where the configuration says at which server."""
+    kubernetes = config.auth.kubernetes
+    if not kubernetes.server:
+        return None
+    from coral.agent.access.kubernetes_api import (  # noqa: PLC0415  memory that few want to spend
+        ApiServer,
+    )
+
+    return Reviews(ApiServer(kubernetes).post, kubernetes.audience)
 
 
 async def _export(stack: AsyncExitStack, supervisor: Supervisor, counts: Counts) -> None:

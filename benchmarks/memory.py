@@ -58,7 +58,16 @@ async def measure(bench: Bench) -> Report:
 
 def rss_mb(pid: int | str) -> float:
     """What a process holds in memory, pages that it shares with others included."""
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return _status_mb(pid, "VmRSS")
+
+
+def peak_rss_mb(pid: int | str) -> float:
+    """The most that a process has held so far."""
+    return _status_mb(pid, "VmHWM")
+
+
+def _status_mb(pid: int | str, name: str) -> float:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match
     return int(match[1]) * 1024 / 1e6
 

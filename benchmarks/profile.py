@@ -23,7 +23,9 @@ from typing import Final, NamedTuple
 
 from benchmarks import kernel, profilers
 from benchmarks.bench import ROOT, Bench, BenchError, start
-from benchmarks.memory import rss_mb
+from benchmarks.lag import lateness_ms, probed_agent
+from benchmarks.lagging_agent import read_lags
+from benchmarks.memory import peak_rss_mb, rss_mb
 from benchmarks.peers import PeerError
 from benchmarks.profilers import FREQUENCY_HZ, Profiler
 from benchmarks.report import NOT_HERE, Aim, Report, Samples, not_measured
@@ -33,7 +35,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.support import RunningAgent
 
 _ROUNDS: Final = 3
-_WATCHED_S: Final = 3.0
+_WATCHED_S: Final = 10.0  # two intervals
 _BARE_S: Final = 1.5
 _NAMES_ROUNDS: Final = 3
 _BATCHES: Final = 3  # until memory is read
@@ -41,6 +43,7 @@ _ARRIVAL_TIMEOUT_S: Final = 30.0
 _MOST_COPIED: Final = 0.5  # percent of one CPU, in all, of a target without frame pointers
 _MOST_BY_FRAME_POINTERS: Final = 0.3
 _MOST_NODE_MB: Final = 120.0
+_NO_LIMIT: Final = {"limits": {"cpu_percent": 1000}}
 _KIND: Final = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
 
 
@@ -305,12 +308,24 @@ async def measure_names(bench: Bench) -> Report:
     names_ms: dict[str, list[float]] = {name: [] for name in programs}
     cpu_ms: dict[str, list[float]] = {name: [] for name in programs}
     mb: dict[str, list[float]] = {name: [] for name in programs}
+    peak_mb: dict[str, list[float]] = {name: [] for name in programs}
+    turn_ms: dict[str, list[float]] = {name: [] for name in programs}
+    late_ms: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(_NAMES_ROUNDS):
         for name, (command, function) in programs.items():
             with _ready(command) as pid, bench.agent(cpu_percent=1000) as agent:
                 figures = await _first_names(agent, pid, function)
+                peak_mb[name].append(peak_rss_mb(agent.process.pid))
             for of, value in zip((names_ms, cpu_ms, mb), figures, strict=True):
                 of[name].append(value)
+            # Another agent, because the probe itself takes CPU time.
+            with _ready(command) as pid, probed_agent(bench, _NO_LIMIT) as (agent, lags):
+                before = len(read_lags(lags))
+                await _first_names(agent, pid, function)
+                late_s, busy_s = read_lags(lags)[before:].T
+                turn_ms[name].append(float(busy_s.max() * 1e3))
+                late_ms[name].append(float(lateness_ms(late_s).max()))
+                agent.stop()
         bench.say(f"round {turn + 1} of {_NAMES_ROUNDS}")
     aims = []
     if "Node" in programs:
@@ -320,14 +335,27 @@ async def measure_names(bench: Bench) -> Report:
         title="From the request to the first names",
         how=f"Median (middle half) of {_NAMES_ROUNDS} rounds; interval=100ms, an agent that has "
         "profiled nothing before, no cache on disk. CPU: of the agent until then. RSS: after "
-        f"{_BATCHES} more batches, in MB of 10^6 bytes.",
-        columns=("", "ms", "agent's CPU ms", "RSS MB"),
+        f"{_BATCHES} more batches, in MB of 10^6 bytes; peak: the most there was until then. "
+        "Longest turn: the most CPU time of the event loop's thread between two callbacks, due "
+        "each millisecond; worst delay: of such a callback, other processes' work included.",
+        columns=(
+            "",
+            "ms",
+            "agent's CPU ms",
+            "RSS MB",
+            "peak MB",
+            "longest turn, CPU ms",
+            "worst delay ms",
+        ),
         rows=[
             (
                 name,
                 Samples(names_ms[name]).show(),
                 Samples(cpu_ms[name]).show(),
                 Samples(mb[name]).show(1),
+                Samples(peak_mb[name]).show(1),
+                Samples(turn_ms[name]).show(1),
+                Samples(late_ms[name]).show(1),
             )
             for name in programs
         ],

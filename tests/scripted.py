@@ -120,6 +120,13 @@ class Scripted(Collector):
         raise NotImplementedError
 
 
+def admitted(made: Collector, request: StartRequest, caller: Caller) -> Admitted:
+    """MADE, as one that CALLER may open."""
+    by = "" if request.continuous else caller.identity.principal
+    target = Target(made.kind, made.watched)
+    return Admitted(made, target, Ownership(by, request.continuous), None)
+
+
 class Desk:
     """A supervisor whose admission hands out scripted collectors, in place of the kernel's."""
 
@@ -139,9 +146,7 @@ class Desk:
             raise failure
         made = Scripted(**self.script)
         self.made.append(made)
-        by = "" if request.continuous else caller.identity.principal
-        target = Target(made.kind, made.watched)
-        return Admitted(made, target, Ownership(by, request.continuous), None)
+        return admitted(made, request, caller)
 
     async def start(self, duration_s: float | None = None, **script: Any) -> Session:
         self.script = script

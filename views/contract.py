@@ -80,7 +80,7 @@ EVENTS: Final = Flag(
 )
 INTERVAL: Final = Flag(
     "--interval",
-    "How often to show figures.  [default: 1s]",
+    "How often to show figures.  [default: 1s; of profiles 5s]",
     key="interval",
     metavar="DURATION",
     short="-i",

@@ -76,17 +76,21 @@ class Reviews:
     audience: str
     clock: Callable[[], float] = time.monotonic
     unanswered: int = 0  # how often the API server did not answer
-    _users: Remembered[bytes, Identity | None] = field(init=False)
+    _users: Remembered[bytes, Identity] = field(init=False)
+    # Apart: whoever sends one wrong token after the other must not push out those that are right.
+    _strangers: Remembered[bytes, None] = field(init=False)
     _rights: Remembered[tuple[object, ...], bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self._users = Remembered(clock=self.clock)
+        self._strangers = Remembered(clock=self.clock)
         self._rights = Remembered(clock=self.clock)
         self._places = threading.BoundedSemaphore(_MOST_AT_ONCE)
 
     def remembers(self, token: str) -> bool:
         """Whether `identity_of` needs to ask nobody."""
-        return self._users.get(_digest(token)) is not None
+        digest = _digest(token)
+        return bool(self._users.get(digest) or self._strangers.get(digest))
 
     def identity_of(self, token: str) -> Identity | None:
         """Whose TOKEN it is; None for one that is not valid for this audience. Blocks. Raises
@@ -94,10 +98,15 @@ class Reviews:
         digest = _digest(token)
         if found := self._users.get(digest):
             return found[0]
+        if self._strangers.get(digest):
+            return None
         spec = {"token": token, "audiences": [self.audience]}
         status = self._ask(_TOKEN_REVIEW, spec)
         identity = self._identity(status)
-        self._users.put(digest, identity, YES_S if identity else NO_S)
+        if identity:
+            self._users.put(digest, identity, YES_S)
+        else:
+            self._strangers.put(digest, None, NO_S)
         return identity
 
     def _identity(self, status: Mapping[str, Any]) -> Identity | None:

@@ -48,6 +48,8 @@ class ApiServer:
     def _post(self, path: str, value: Mapping[str, object]) -> Mapping[str, Any]:
         authority = read_regular(Path(self._config.ca_file), _MOST_FILE_BYTES).decode()
         token = read_regular(Path(self._config.token_file), _MOST_FILE_BYTES).decode().strip()
+        if not authority.strip():  # Python would trust the machine's own authorities
+            raise ValueError(f"{self._config.ca_file} is empty")
         if not (token.isascii() and token.isprintable()) or " " in token:
             raise ValueError(f"{self._config.token_file} holds no token")
         connection = http.client.HTTPSConnection(

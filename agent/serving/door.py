@@ -5,13 +5,15 @@ What is decided here is decided by `agent.access`; this is its shell, which wait
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Final
 
 from google.protobuf.descriptor import MethodDescriptor
 
 from coral.agent.access.access import Verdict
+from coral.agent.access.asking import Asking
 from coral.agent.access.grants import ADMIN_SOCKET
 from coral.agent.access.kubernetes import Reviews
 from coral.agent.access.rpcs import About, Role, rpc_of
@@ -19,30 +21,37 @@ from coral.agent.access.tokens import Tokens
 from coral.agent.caller import Caller, Identity, Trust
 from coral.agent.errors import (
     DeniedError,
-    LimitError,
     UnauthenticatedError,
     UnavailableError,
 )
-from coral.agent.jobs import Jobs
+from coral.agent.rate import Bucket
 from coral.agent.serving.caller import NOBODY, Context
 from coral.agent.sessions.supervisor import Supervisor, unknown
 
 _BEARER: Final = "Bearer "
 _HINT: Final = "send `authorization: Bearer TOKEN` with this agent's token"
-_DEADLINE_S: Final = 6.0
 _MOST_TOKEN_BYTES: Final = 8 << 10
-
-T = TypeVar("T")
+_TOKENS_A_SECOND: Final = 10.0  # of one peer, that only Kubernetes can know
+_TOKENS_AT_ONCE: Final = 20.0
+_MOST_PEERS: Final = 1024
 
 
 class Door:
     """Lets callers in to the services of SUPERVISOR, by TOKENS, REVIEWS and their connections."""
 
-    def __init__(self, supervisor: Supervisor, tokens: Tokens, reviews: Reviews | None) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        tokens: Tokens,
+        reviews: Reviews | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._unheard: dict[str, Bucket] = {}  # by the peer that sends unknown tokens
         self._supervisor, self._access = supervisor, supervisor.access
         self._auth = supervisor.config.auth
         self._tokens, self._reviews = tokens, reviews
-        self._jobs = Jobs(_DEADLINE_S)
+        self._asking = Asking(supervisor.access)
 
     async def let_in(self, caller: Caller, context: Context, method: MethodDescriptor) -> Caller:
         """CALLER with who it is and what lets it in. Raises `UnauthenticatedError`, `DeniedError`,
@@ -59,7 +68,7 @@ class Door:
             self._access.audit.decided(replace(caller, identity=NOBODY), method.full_name, verdict)
             raise
         identity = caller.identity
-        verdict = await self._decided(
+        verdict = await self._asking.decided(
             identity, lambda: self._access.decide(identity, method.full_name)
         )
         if not verdict.allowed or row.about is About.NOTHING:
@@ -78,9 +87,9 @@ class Door:
         session_id = str(getattr(request, "collector_id", ""))
         ownership = self._supervisor.ownership(session_id)
         if ownership is None:
-            return caller  # the method says so
+            raise unknown(session_id)
         identity = caller.identity
-        verdict = await self._decided(
+        verdict = await self._asking.decided(
             identity, lambda: self._access.decide(identity, method.full_name, ownership)
         )
         self._access.audit.decided(caller, method.full_name, verdict, session=session_id)
@@ -103,7 +112,7 @@ class Door:
             if name := self._tokens.name_of(token):
                 proven = Identity("token", (f"token:{name}", *self._of_connection(identity)))
                 return _proven(caller, proven)
-            if self._reviews and (found := await self._reviewed(self._reviews, token)):
+            if self._reviews and (found := await self._reviewed(self._reviews, token, caller)):
                 names = (*found.names, *self._of_connection(identity))
                 return _proven(caller, Identity(found.how, names))
         raise UnauthenticatedError("authorization: the token is wrong", _HINT)
@@ -116,24 +125,23 @@ class Door:
         drops = (ADMIN_SOCKET,) if self._auth.token_file else ()
         return tuple(name for name in identity.names if name not in drops)
 
-    async def _reviewed(self, reviews: Reviews, token: str) -> Identity | None:
+    async def _reviewed(self, reviews: Reviews, token: str, caller: Caller) -> Identity | None:
         if reviews.remembers(token):
             return reviews.identity_of(token)
-        return await self._in_thread(lambda: reviews.identity_of(token))
+        self._check_rate(caller.principal)
+        return await self._asking.in_thread(lambda: reviews.identity_of(token))
 
-    async def _decided(self, identity: Identity, decide: Callable[[], Verdict]) -> Verdict:
-        if self._access.may_block(identity):
-            return await self._in_thread(decide)
-        return decide()
-
-    async def _in_thread(self, ask: Callable[[], T]) -> T:
-        try:
-            return await self._jobs.run(ask, "authorization")
-        except LimitError as error:
+    def _check_rate(self, peer: str) -> None:
+        """The API server is the whole cluster's: no peer may keep it busy with tokens that it has
+        to look at. Raises `UnavailableError`."""
+        if len(self._unheard) >= _MOST_PEERS:
+            self._unheard.clear()
+        bucket = self._unheard.setdefault(peer, Bucket(_TOKENS_A_SECOND, _TOKENS_AT_ONCE))
+        if not bucket.take(1, self._clock()):
             raise UnavailableError(
-                "authorization: Kubernetes does not answer in time, so this call is not let in: "
-                "try again"
-            ) from error
+                "authorization: this peer sends more unknown tokens than Kubernetes is asked "
+                f"about, {_TOKENS_A_SECOND:g} a second: try again"
+            )
 
 
 def _proven(caller: Caller, identity: Identity) -> Caller:

@@ -12,11 +12,11 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
+from coral.agent.access.asking import Asking
 from coral.agent.access.rpcs import Role
 from coral.agent.access.target import Ownership
 from coral.agent.caller import Caller
 from coral.agent.errors import InvalidRequestError, NotFoundError, UnsupportedError
-from coral.agent.jobs import Jobs
 from coral.agent.machine.caller_namespaces import Namespaces
 from coral.agent.serving.capabilities import capabilities_of
 from coral.agent.sessions.changes import Watch
@@ -39,7 +39,7 @@ class EbpfService:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._access = supervisor.access
-        self._jobs = Jobs()
+        self._asking = Asking(supervisor.access)
 
     async def StartCollector(  # noqa: N802  the RPC's name
         self, request: pb.StartEbpfCollectorRequest, caller: Caller
@@ -137,9 +137,7 @@ class EbpfService:
 
     async def _sees(self, ownership: Ownership, caller: Caller) -> bool:
         identity = caller.identity
-        if not self._access.may_block(identity):
-            return self._access.sees(identity, ownership)
-        return await self._jobs.run(lambda: self._access.sees(identity, ownership), "Kubernetes")
+        return await self._asking.decided(identity, lambda: self._access.sees(identity, ownership))
 
     @contextmanager
     def StreamEvents(  # noqa: N802

@@ -294,7 +294,7 @@ class Supervisor:
     def ownership(self, session_id: str) -> Ownership | None:
         """What access to the session of that id depends on; None for one that the agent does not
         know, or no more."""
-        if session := self.sessions.get(session_id):
+        if session := self.sessions.get(session_id) or self.ended.find(session_id):
             return session.ownership
         return self.ended.ownership_of(session_id)
 

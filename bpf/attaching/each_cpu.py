@@ -98,6 +98,8 @@ class CpuEvent:
         if self._ring is None:
             return np.empty(0, np.uint8)
         ring, tail, head = self._ring, self._ring.tail, self._ring.head
+        if head == tail:
+            return np.empty(0, np.uint8)
         self._barrier()
         begin, size = tail % len(ring.memory), head - tail
         first = ring.memory[begin : begin + size]

@@ -119,6 +119,8 @@ class MappingReader:
         """
         taken = self._left + [event.take().tobytes() for event in self._events]
         self._left.clear()
+        if not any(taken):
+            return []
         wanted = watched()
         found = [mapped for data in taken for mapped in self._decoded(data, wanted)]
         return sorted(found, key=attrgetter("time_ns"))

@@ -86,10 +86,11 @@ class SpreadClock:
         online: Callable[[], Iterable[int]] = online_cpus,
     ) -> None:
         self._freq_hz, self._mark, self._program_fd = freq_hz, mark, program_fd
+        self._online, self._cpus = online, tuple(online())
         self._periods_ns: dict[int, list[int]] = {}  # by CPU
         with ExitStack() as failing:
             self._timers = [
-                failing.enter_context(EachCpu(partial(self._open, number), online=online))
+                failing.enter_context(EachCpu(partial(self._open, number), online=self._known))
                 for number in range(len(_SPREAD))
             ]
             failing.pop_all()
@@ -112,10 +113,21 @@ class SpreadClock:
             flags=FLAG_EXCLUDE_IDLE,
         )
 
+    def _known(self) -> Iterable[int]:
+        return self._cpus
+
     def follow(self) -> None:
-        """See `EachCpu.follow`."""
-        for timer in self._timers:
-            timer.follow()
+        """See `EachCpu.follow`. A CPU stops all of its timers: one of them is asked."""
+        try:
+            self._cpus = tuple(self._online())
+        except OSError as error:
+            raise AttachError("reading which CPUs are online", error.errno or 0) from error
+        first, *others = self._timers
+        before = set(first)
+        first.follow()
+        if set(first) != before:
+            for timer in others:
+                timer.follow()
 
     def close(self) -> None:
         """Stops the timers. Safe to call twice."""

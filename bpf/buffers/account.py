@@ -3,23 +3,19 @@ what they could not, by reason."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import byref, c_uint32
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.buffers.maps import HashMap
+from coral.bpf.buffers.program_stats import read_program_stats
 from coral.bpf.libbpf import BpfError, call, possible_cpus
 
 # A reason that no program can count itself: the kernel skipped it.
 PROGRAM_MISSED: Final = "PROGRAM_MISSED"
 _PREFIX: Final = "LOSS_"
-# struct bpf_prog_info up to `recursion_misses` (Linux 5.12).
-_INFO_BYTES: Final = 216
-_RECURSION_MISSES_AT: Final = 208 // 8
 
 
 class Counts(NamedTuple):
@@ -83,8 +79,4 @@ def recursion_misses(program: int) -> int:
     """How often the kernel has skipped the program with the descriptor PROGRAM because it was
     running on that CPU already; 0 before Linux 5.12, which does not count that. Raises
     `BpfError`."""
-    info = (ctypes.c_uint64 * (_INFO_BYTES // 8))()
-    error = -call("bpf_obj_get_info_by_fd", program, info, byref(c_uint32(_INFO_BYTES)))
-    if error:
-        raise BpfError("reading the figures of a program", error)
-    return int(info[_RECURSION_MISSES_AT])
+    return read_program_stats(program).recursion_misses

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import byref, c_uint32
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 from coral.bpf.libbpf import BpfError, call, possible_cpus
 
 _PERCPU_TYPES: Final = {5, 6, 10, 21}  # BPF_MAP_TYPE_{,LRU_}PERCPU_HASH, PERCPU_ARRAY, CGROUP
+# Whose memory is allocated with the map: BPF_MAP_TYPE_ARRAY, PERF_EVENT_ARRAY, PERCPU_ARRAY,
+# ARRAY_OF_MAPS, RINGBUF; and BPF_MAP_TYPE_{,PERCPU_,LRU_,LRU_PERCPU_}HASH, with a flag not.
+_WHOLE_TYPES: Final = {2, 4, 6, 12, 27}
+_HASH_TYPES: Final = {1, 5, 9, 10}
+_F_NO_PREALLOC: Final = 1
+_FDINFO_BYTES: Final = 4096
 _BATCH_KEYS: Final = 4096
 _UNSUPPORTED: Final = {errno.EINVAL, errno.ENOTSUP, 524}  # 524: the kernel's own ENOTSUPP
 
@@ -45,6 +51,7 @@ class HashMap:
         self.value_dtype = value_dtype
         self.per_cpu = map_type in _PERCPU_TYPES
         self.batches = batches
+        self._memory = MapMemory()
         self._slot = value_dtype
         self._cpus = 1
         if self.per_cpu:
@@ -57,7 +64,7 @@ class HashMap:
     @property
     def memory_bytes(self) -> int:
         """What the kernel charges for the map, including the elements allocated so far."""
-        return fdinfo(self.fd).get("memlock", 0)
+        return self._memory.read(self.fd)
 
     def read(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Every element: keys of shape (n,), values of shape (n,), or (n, CPUs) for a per-CPU map.
@@ -235,13 +242,40 @@ class HashMap:
                 raise BpfError(f"deleting from map {self.name}", error)
 
 
+class MapMemory:
+    """What the kernel charges for one map: read again each time where that can change, otherwise
+    once."""
+
+    def __init__(self) -> None:
+        self._constant: int | None = None
+
+    def read(self, fd: int) -> int:
+        """The number of bytes; FD is the map's descriptor. Raises OSError."""
+        if self._constant is not None:
+            return self._constant
+        told = fdinfo(fd)
+        charged = told.get("memlock", 0)
+        map_type, flags = told.get("map_type", 0), told.get("map_flags", 0)
+        if map_type in _WHOLE_TYPES or (map_type in _HASH_TYPES and not flags & _F_NO_PREALLOC):
+            self._constant = charged
+        return charged
+
+
 def fdinfo(fd: int) -> dict[str, int]:
-    """The numbers that the kernel reports of a map, program or link, by name."""
+    """The numbers that the kernel reports of a map or link, by name. Raises OSError."""
+    opened = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(opened, _FDINFO_BYTES).decode()  # less than a page: it comes at once
+    finally:
+        os.close(opened)
     found = {}
-    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+    for line in text.splitlines():
         name, _, value = line.partition(":")
-        if value.strip().isdigit():
+        value = value.strip()
+        if value.isdigit():
             found[name] = int(value)
+        elif value.startswith("0x"):
+            found[name] = int(value, 16)
     return found
 
 

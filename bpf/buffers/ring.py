@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.buffers.barrier import memory_barrier
-from coral.bpf.buffers.maps import fdinfo
+from coral.bpf.buffers.maps import MapMemory
 from coral.bpf.buffers.records import (
     FILLING_SHARE,
     MOST_BYTES,
@@ -76,7 +76,7 @@ class RingReader:
 
     def __init__(self, fd: int, ring_bytes: int, kinds: Sequence[RecordKind]) -> None:
         self.capacity_bytes = ring_bytes
-        self._memory_bytes = 0
+        self._memory, self._memory_bytes = MapMemory(), 0
         self._kinds = kinds
         self._barrier = memory_barrier()
         self._finder = Finder(FRAMING, kinds, self._barrier)
@@ -131,7 +131,7 @@ class RingReader:
         left to read it, or once closed."""
         if hasattr(self, "_consumer"):
             with suppress(OSError):
-                told = fdinfo(self.fd).get("memlock", 0)
+                told = self._memory.read(self.fd)
                 self._memory_bytes = max(told, self.capacity_bytes)  # before 6.4 it tells 0
         return self._memory_bytes
 

@@ -12,8 +12,13 @@
 
 #include "account.bpf.h"
 
-#define WAKEUP_SHARE	    4 /* of the ring, which may fill up until the reader is woken again */
+#define WAKEUP_SHARE 4 /* of the ring, which may fill up until the reader is woken again */
+
+/* A ring that stays full wakes its reader until this much is beyond the mark: an object whose
+ * records are that long defines more before. */
+#ifndef WAKEUP_WINDOW_BYTES
 #define WAKEUP_WINDOW_BYTES (16 << 10)
+#endif
 
 /*
  * `kind` is a constant of the object's `enum record_kind`: RECORD_CALL for `struct call`, from 1

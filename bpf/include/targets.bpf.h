@@ -21,7 +21,7 @@ enum {
 struct member {
 	char comm[COMM_BYTES];
 	__u32 state;
-	__u32 reserved;
+	__u32 is_sighted; /* for the hub's own use: its programs have met the process */
 };
 
 /*

@@ -17,12 +17,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from ctypes import byref, c_uint32
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from coral.bpf.attaching.link import Link, Links
 from coral.bpf.buffers.element_reader import ElementReader, run_program
-from coral.bpf.buffers.maps import HashMap, fdinfo
+from coral.bpf.buffers.maps import HashMap, MapMemory
 from coral.bpf.buffers.perf_buffer import PerfReader
+from coral.bpf.buffers.program_stats import ProgramStats, read_program_stats
 from coral.bpf.buffers.records import MOST_BYTES, RecordKind, Records
 from coral.bpf.buffers.ring import RingReader
 from coral.bpf.buffers.walk import Walk
@@ -87,15 +88,6 @@ class RecordReader(Protocol):
         """Frees the buffers. Safe to call twice."""
 
 
-class ProgramStats(NamedTuple):
-    """The kernel's figures of one loaded program; times only count while statistics are on."""
-
-    run_time_ns: int
-    run_count: int
-    recursion_misses: int
-    verified_instructions: int
-
-
 def enable_run_time_stats() -> int:
     """Turns on the kernel's run-time statistics, for all programs of the machine, until the
     returned descriptor is closed. Raises `BpfError`."""
@@ -158,6 +150,7 @@ class BpfObject:
         self._readers: dict[tuple[str, int], RecordReader] = {}  # by map of maps, and slot
         self._walks: list[Walk] = []
         self._map_memory_bytes = 0
+        self._memories: dict[int, MapMemory] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -425,28 +418,19 @@ class BpfObject:
         descriptor left to read it."""
         with self._lock, suppress(OSError):
             if self._loaded:
-                charged = sum(fdinfo(fd).get("memlock", 0) for fd in self._loaded.made_maps())
+                charged = sum(self._memory_of(fd) for fd in self._loaded.made_maps())
                 readers = sum(reader.memory_bytes for reader in self._readers.values())
                 self._map_memory_bytes = charged + readers
         return self._map_memory_bytes
 
+    def _memory_of(self, fd: int) -> int:
+        return self._memories.setdefault(fd, MapMemory()).read(fd)
+
     def program_stats(self) -> dict[str, ProgramStats]:
-        """The kernel's figures of each loaded program; empty once closed. A program is left out if
-        there is no descriptor left to read its figures."""
-        found = {}
+        """The kernel's figures of each loaded program; empty once closed. Raises `BpfError`."""
         with self._lock:
-            for name in self._description.chosen if self._loaded else ():
-                try:
-                    info = fdinfo(self.program_fd(name))
-                except OSError:
-                    continue
-                found[name] = ProgramStats(
-                    info.get("run_time_ns", 0),
-                    info.get("run_cnt", 0),
-                    info.get("recursion_misses", 0),
-                    info.get("verified_insns", 0),
-                )
-        return found
+            names = self._description.chosen if self._loaded else ()
+            return {name: read_program_stats(self.program_fd(name)) for name in names}
 
     def detach(self) -> None:
         """Detaches every program; maps stay readable until `close`."""

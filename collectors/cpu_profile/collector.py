@@ -19,6 +19,7 @@ from coral.bpf.attaching.sampling import CycleCounter, SpreadClock
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
 from coral.collectors.contract import Batch, ServiceProcesses, Summaries, Support
+from coral.collectors.cpu_profile import sightings
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
@@ -62,7 +63,7 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             features,
             self._rung,
             programs=(),
-            walks=(_PROGRAM,),
+            walks=(_PROGRAM, sightings.PROGRAM),
             options={},
             sizes=self._sizes,
         )

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coral.bpf.libbpf import release_memory
 from coral.collectors.cpu_profile.frames import FRAME, Places
 from coral.collectors.cpu_profile.processes import Process, Processes
 from coral.collectors.cpu_profile.user_stacks import machine
@@ -23,6 +24,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
 _LOOK_EVERY_S: Final = 0.05
+_MUCH_BYTES: Final = 1 << 20
 _NO_FILE: Final = "[anonymous]"
 CODES: Final = set["Code"]()
 """Those at work, for the metrics."""
@@ -60,7 +62,11 @@ class Code:
         """Before names are asked for: reads the symbols of the kernel, which takes longest of all.
         Safe to call while another thread uses the rest."""
         with self._preparing:
-            self._symbolizer.kernel.prepare()
+            kernel = self._symbolizer.kernel
+            before = kernel.nbytes
+            kernel.prepare()
+            if kernel.nbytes > before + _MUCH_BYTES:
+                release_memory()
 
     def read_told(self, processes: Iterable[Process]) -> None:
         """Reads what the runtimes of PROCESSES have told of their functions: before a batch is
@@ -73,7 +79,9 @@ class Code:
         self._symbolizer.trim()
 
     def note_memory(self) -> None:
-        """Brings `memory_bytes` up to date."""
+        """Brings `memory_bytes` up to date. Once that has grown, gives back what was used to make
+        it, which is several times as much."""
+        before = sum(self.memory_bytes.values())
         stats = self._symbolizer.stats
         self.memory_bytes = {
             "symbols": stats.tables.memory_bytes,
@@ -82,6 +90,8 @@ class Code:
             "names": stats.string_bytes,
             "unwind_tables": self.unwinder.nbytes if self.unwinder else 0,
         }
+        if sum(self.memory_bytes.values()) > before + _MUCH_BYTES:
+            release_memory()
 
     def close(self) -> None:
         """Closes the files of processes. Safe to call twice."""

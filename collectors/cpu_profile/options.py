@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from coral.collectors.kernel_collector import KernelOptions
-from coral.collectors.options import Parser, choice, integer, option, size
+from coral.collectors.options import Parser, choice, duration, integer, option, size
 
 CLOCK, CYCLES = "cpu-clock", "cycles"
 _LEAST_BYTES: Final = 512
@@ -32,6 +32,7 @@ def _stack_size() -> Parser:
 class CpuProfileOptions(KernelOptions):
     """The options of `cpu_profile`."""
 
+    interval: float = option(duration(0.1, 60), "5s", "how often to send summaries")
     mode: str = option(
         choice("summaries"), "summaries", "`summaries`: stacks with their counts for each interval"
     )

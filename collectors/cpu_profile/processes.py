@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -49,12 +49,13 @@ class Processes:
         """The number of processes."""
         return len(self._newest)
 
-    def meet(self, mapped: Sequence[MappedCode]) -> None:
-        """Processes have just MAPPED code: looks at those that are new, which may have ended when
-        their samples are read, and once more at those that are known."""
+    def meet(self, mapped: Sequence[MappedCode], sighted: Collection[int] = ()) -> None:
+        """Processes have just MAPPED code, or were SIGHTED for the first time: looks at those that
+        are new, which may have ended when their samples are read, and once more at those that are
+        known and have mapped code."""
         known = {process.tgid for process in self._known.values()}
         executed = {code.tgid: code.time_ns for code in mapped if code.is_of_exec}
-        for tgid in dict.fromkeys(code.tgid for code in mapped):
+        for tgid in dict.fromkeys([*(code.tgid for code in mapped), *sighted]):
             met = self._met.get(tgid)
             if tgid in known or (met and not _is_another(met.maps, executed.get(tgid, 0))):
                 continue

@@ -7,19 +7,22 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Final
 
 from coral.bpf import BpfError, BpfObject
 from coral.bpf.attaching.mappings import MappingReader
 from coral.collectors.cpu_profile.naming import Code
+from coral.collectors.cpu_profile.sightings import Sightings
 from coral.collectors.hubs import FIRST_ENDED, Slot
 
 _log: Final = logging.getLogger(__name__)
 
 _MAPPINGS_BYTES: Final = 64 << 10  # for each CPU
-_LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and new CPUs
+_LOOK_EVERY_S: Final = 0.5  # at least, to notice the end and what processes map later
+_FOLLOW_EVERY_S: Final = 2.0  # to notice new CPUs
+_NEW_S: Final = 1.0  # for how long a program is new: what it maps is looked at as it comes
 _GATHER_S: Final = 0.002  # while the dynamic linker maps what a program needs
 # After a look, rest this many times as long: 5 % of a CPU at most while watched processes map code,
 # 0.7 % while only others do, whose reports the kernel cannot leave out.
@@ -31,12 +34,14 @@ class Shared:
     """What the sessions of a hub use in turn. It is made for the first that joins, and closed when
     the last has left."""
 
-    def __init__(self, bpf_object: BpfObject) -> None:  # noqa: ARG002  as `Slot.common` makes it
+    def __init__(self, bpf_object: BpfObject) -> None:
+        self._object = bpf_object
         self._lock = threading.Lock()
         self._slots: set[Slot] = set()
         self._code: Code | None = None
         self._reader: MappingReader | None = None
         self._stop = threading.Event()
+        self._new_until_s = 0.0  # since a watched process has executed a program
         self.why_not = ""
         """Why processes that end soon may have no names; empty if they have."""
 
@@ -88,49 +93,68 @@ class Shared:
             self.why_not = f"processes that end soon may have no names: {error}"
             return
         self.why_not = ""
+        sightings = Sightings.of(self._object)
+        arguments = (reader, sightings, self._stop)
         threading.Thread(
-            target=self._run, args=(reader, self._stop), name="coral-profile", daemon=True
+            target=self._run, args=arguments, name="coral-profile", daemon=True
         ).start()
 
-    def _run(self, reader: MappingReader, stop: threading.Event) -> None:
-        with reader:
-            followed_s, next_s = 0.0, None
+    def _run(
+        self, reader: MappingReader, sightings: Sightings | None, stop: threading.Event
+    ) -> None:
+        with reader, sightings or nullcontext():
+            followed_s = 0.0
+            next_s: float | None = None
             while not stop.is_set():
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 found = True
                 try:
-                    follow = time.monotonic() > followed_s + _LOOK_EVERY_S
+                    follow = time.monotonic() > followed_s + _FOLLOW_EVERY_S
                     followed_s = time.monotonic() if follow else followed_s
-                    found, next_s = self._look(reader, stop, follow=follow)
+                    found, next_s = self._look(reader, sightings, stop, follow=follow)
                 except (BpfError, OSError):
                     _log.debug("looking at new processes failed", exc_info=True)
                 took_s = time.thread_time() - began_s
                 rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
-                if not stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
-                    _wait(reader.fds, _LOOK_EVERY_S if next_s is None else next_s)
+                by_report = not sightings or time.monotonic() < self._new_until_s
+                # What others do wakes this thread by reports alone.
+                if (found or by_report) and stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
+                    break
+                fds = [sightings.fd] if sightings else []
+                if by_report:
+                    fds += reader.fds
+                _wait(fds, _LOOK_EVERY_S if next_s is None else next_s)
 
     def _look(
-        self, reader: MappingReader, stop: threading.Event, *, follow: bool
+        self,
+        reader: MappingReader,
+        sightings: Sightings | None,
+        stop: threading.Event,
+        *,
+        follow: bool,
     ) -> tuple[bool, float | None]:
-        """Whether watched processes have mapped code, and the number of seconds until there is more
-        to read; None if there is not."""
+        """Whether watched processes have mapped code or are new, and the number of seconds until
+        there is more to read; None if there is not."""
         with self._lock:
-            if stop.is_set():
+            if stop.is_set():  # another thread may read the sightings by now
                 return False, None
             self._reader = reader
             if follow:
                 reader.follow()
-            found = self._meet()
+            seen = sightings.take() if sightings else None
+            if seen is not None and seen["has_executed"].any():
+                self._new_until_s = time.monotonic() + _NEW_S
+            found = self._meet(() if seen is None else seen["tgid"].tolist())
             return found, self._code.processes.catch_up() if self._code else None
 
-    def _meet(self) -> bool:
-        """Looks at the processes that have mapped code since the last time, if any have. The lock
-        is held."""
+    def _meet(self, sighted: Collection[int] = ()) -> bool:
+        """Looks at the processes SIGHTED and those that have mapped code since the last time, if
+        there are any. The lock is held."""
         try:
             mapped = self._reader.drain(self._watched) if self._reader else []
-            if mapped:
-                self._opened().processes.meet(mapped)
-            return bool(mapped)
+            if mapped or sighted:
+                self._opened().processes.meet(mapped, sighted)
+            return bool(mapped or sighted)
         except (BpfError, OSError):
             _log.debug("looking at new processes failed", exc_info=True)
             return False

@@ -62,7 +62,8 @@ def slices(
     edges = np.zeros(len(text) + 1, np.int8)
     edges[starts] += 1
     np.subtract.at(edges, ends, 1)
-    inside = np.cumsum(edges[:-1], dtype=np.int8).astype(np.bool_)
+    inside = np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)  # each is 0 or 1
+    del edges  # which is as long as the text
     at = np.zeros(len(starts) + 1, np.uint32)
     np.cumsum(ends - starts, out=at[1:], dtype=np.uint32)
     return text[inside].tobytes(), at

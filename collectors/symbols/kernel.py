@@ -223,14 +223,12 @@ def _modules() -> dict[str, int]:
     return {name: int(address, 16) for name, _, address in _MODULE.findall(text)}
 
 
-def _read_bounded(path: Path) -> bytes:
-    chunks: list[bytes] = []
+def _read_bounded(path: Path) -> bytearray:
+    content = bytearray()  # parts and what they are joined to would be there at once
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = 0
-        while size < _LARGEST_BYTES and (chunk := os.read(fd, _CHUNK_BYTES)):
-            chunks.append(chunk)
-            size += len(chunk)
+        while len(content) < _LARGEST_BYTES and (chunk := os.read(fd, _CHUNK_BYTES)):
+            content += chunk
     finally:
         os.close(fd)
-    return b"".join(chunks)
+    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ UNKNOWN: Final = "[unknown]"
 read, or a stack was unwound wrongly."""
 _KERNEL_HALF: Final = np.uint64(1 << 63)
 _VSYSCALL: Final = np.uint64(0xFFFF_FFFF_FF60_0000)
+_NEW_S: Final = 10.0
 _MOST_PROCESSES: Final = 4096
 _MOST_PROGRAMS: Final = 8  # of a process, one after the other
 _MOST_REASONS: Final = 64
@@ -127,6 +129,8 @@ class Symbolizer:
         self.demangler = Demangler()
         self._processes: OrderedDict[tuple[int, int], _Process] = OrderedDict()
         self._behind: set[tuple[int, int]] = set()  # those of which more was told than was read
+        # Those that may end before they are asked for, with the time until which that is so.
+        self._new: dict[tuple[int, int], float] = {}
         self._of_files: WeakKeyDictionary[MappedFile, tuple[int, int]] = WeakKeyDictionary()
         self._of_kernel: dict[str, tuple[int, int]] = {}
         self._reasons: dict[str, None] = {}
@@ -167,6 +171,7 @@ class Symbolizer:
             perf_map = PerfMap(tgid, self._perf_map_room)
             process = _Process(ProcessMaps(tgid, self.files), [(0, perf_map)])
             self._processes[key] = process
+            self._new[key] = time.monotonic() + _NEW_S
             while len(self._processes) > _MOST_PROCESSES:
                 self._processes.popitem(last=False)[1].close()
         self._processes.move_to_end(key)
@@ -183,8 +188,9 @@ class Symbolizer:
                 self._behind.add((tgid, born))
 
     def catch_up(self) -> float | None:
-        """Reads the maps that were told of, but not read yet, as far as it is time. Returns the
-        number of seconds until it is time for the next; None if nothing is left to read."""
+        """Reads the maps that were told of, but not read yet, as far as it is time, and opens the
+        perf maps of new processes. Returns the number of seconds until it is time for the next;
+        None if nothing is left to read."""
         left = dict[tuple[int, int], float]()
         for key in self._behind:
             process = self._processes.get(key)
@@ -192,7 +198,23 @@ class Symbolizer:
             if left_s is not None:
                 left[key] = left_s
         self._behind = set(left)
+        self._open_perf_maps()
         return min(left.values(), default=None)
+
+    def _open_perf_maps(self) -> None:
+        """Opens those of new processes, which could not be opened after the process's end."""
+        now_s = time.monotonic()
+        for key, until_s in list(self._new.items()):
+            process = self._processes.get(key)
+            if (
+                process is None
+                or now_s > until_s
+                or (
+                    any(file.kind is FileKind.ANONYMOUS for file in process.maps.files)
+                    and process.perf_maps[-1][1].look()
+                )
+            ):
+                del self._new[key]
 
     def executed(self, tgid: int, time_ns: int, born: int = 0) -> None:
         """A process has executed another program at TIME_NS (CLOCK_MONOTONIC): names of before are
@@ -202,6 +224,7 @@ class Symbolizer:
         if known:
             process.maps.executed(time_ns)
             process.begin_program(time_ns, PerfMap(tgid, self._perf_map_room))
+            self._new[tgid, born] = time.monotonic() + _NEW_S
 
     def has_executed(self, tgid: int, time_ns: int, born: int = 0, *, is_over: bool) -> None:
         """The same where the maps know the program already. If it IS OVER, because the process has

@@ -54,7 +54,7 @@ class PerfMap:
         self.why_not = ""
         self._room = room
         self._file: ProcessFile | None = None
-        self._rest_until = -np.inf
+        self._rest_until = self._look_at = -np.inf
         self._clear()
 
     def _clear(self) -> None:
@@ -136,6 +136,14 @@ class PerfMap:
     def forget(self) -> None:
         """Drops all functions, which are read again when they are asked for."""
         self._clear()
+
+    def look(self) -> bool:
+        """Whether the file is open. Opens it, if it is there by now: then it can be read after the
+        process has ended, too. At most once a second."""
+        if self._file is None and time.monotonic() >= self._look_at:
+            self._open()
+            self._look_at = time.monotonic() + _LOOK_EVERY_S
+        return self._file is not None
 
     def close(self) -> None:
         """Closes the file; the names stay. Safe to call twice."""

@@ -7,9 +7,10 @@ may come from a hostile file: a damaged entry is left out and counted, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ Ints = NDArray[np.int64]
 # Fewer bytes between functions are padding, in which nothing runs.
 _SMALLEST_GAP: Final = 16
 # Programs are run in parts of the section of this size: all at once would take 160 MB for Node.
-_PART_BYTES: Final = 256 << 10
+_PART_BYTES: Final = 64 << 10
 # More than any file that we know of has: a hostile one must not fill the memory.
 _MOST_ROWS: Final = 4 << 20
 _MOST_RULES: Final = 1 << 16
@@ -66,6 +67,7 @@ def compile_section(
     unit = np.array([common.data_alignment for common in shared], np.int64)[place]
     programs = Programs(begin, end, start, step, unit, initial[place]).take(fits)
     ran = _run(padded, programs, machine)
+    del padded, programs, head, at, end, parent, identity, place, begin, step, unit
     return _sorted_rows(ran, start[fits], stop[fits], count, machine)
 
 
@@ -103,8 +105,8 @@ class _Ran:
 
     program: NDArray[np.int32]  # (m,)
     address: Ints  # (m,)
-    digest: Ints  # (m,): of the rule
-    rules: dict[int, Ints]  # by digest
+    rule: NDArray[np.uint32]  # (m,): in `rules`
+    rules: Sequence[Ints]  # the first is that of uncovered addresses
     damaged: NDArray[np.bool_]  # (n,)
 
 
@@ -115,10 +117,13 @@ def _weights(columns: int) -> Ints:
 
 
 def _run(padded: Bytes, programs: Programs, machine: Machine) -> _Ran:
-    weights = _weights(len(no_rule(machine)))
-    rules: dict[int, Ints] = {}
+    none = no_rule(machine)
+    weights = _weights(len(none))
+    rules, numbers = [none], {int((none * weights).sum()): 0}  # by digest
     damaged = np.zeros(len(programs.begin), np.bool_)
-    found: list[tuple[NDArray[np.int32], Ints, Ints]] = []
+    program: list[NDArray[np.int32]] = []
+    address: list[Ints] = []
+    rule: list[NDArray[np.uint32]] = []
     total = 0
     parts = np.flatnonzero(np.diff(programs.begin // _PART_BYTES, prepend=-1) != 0).tolist()
     for first, last in pairwise([*parts, len(programs.begin)]):
@@ -127,17 +132,34 @@ def _run(padded: Bytes, programs: Programs, machine: Machine) -> _Ran:
         code = decoded(_padded(padded[origin : int(part.end[-1])]))
         ran = run(code, part.moved(-origin), machine)
         damaged[first:last] = ran.damaged
-        digest = (ran.rules * weights).sum(axis=1)
-        distinct, where = np.unique(digest, return_index=True)
-        rules.update(zip(distinct.tolist(), ran.rules[where], strict=True))
-        found.append(((ran.program + first).astype(np.int32), ran.address, digest))
-        total += len(digest)
+        digests, where, of_row = np.unique(
+            (ran.rules * weights).sum(axis=1), return_index=True, return_inverse=True
+        )
+        for digest, at in zip(digests.tolist(), where.tolist(), strict=True):
+            if numbers.setdefault(digest, len(rules)) == len(rules):
+                rules.append(ran.rules[at])
+        number = np.array([numbers[digest] for digest in digests.tolist()], np.uint32)
+        program.append((ran.program + first).astype(np.int32))
+        address.append(ran.address)
+        rule.append(number[of_row])
+        total += len(of_row)
         if total > _MOST_ROWS or len(rules) > _MOST_RULES:
             damaged[last:] = True
             break
-    none = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    program, address, digest = (np.concatenate(column) for column in zip(none, *found, strict=True))
-    return _Ran(program, address, digest, rules, damaged)
+    return _Ran(
+        _joined(program, np.int32),
+        _joined(address, np.int64),
+        _joined(rule, np.uint32),
+        rules,
+        damaged,
+    )
+
+
+def _joined(parts: list[NDArray[Any]], type_: type[np.generic]) -> NDArray[Any]:
+    """PARTS as one array; frees them."""
+    joined = np.concatenate([np.zeros(0, type_), *parts])
+    parts.clear()
+    return joined
 
 
 def _sorted_rows(ran: _Ran, start: Ints, stop: Ints, count: int, machine: Machine) -> Rows:
@@ -154,25 +176,22 @@ def _sorted_rows(ran: _Ran, start: Ints, stop: Ints, count: int, machine: Machin
     limit[order] = np.minimum(stop[order], np.append(start[order][1:], np.int64(1) << ADDRESS_BITS))
     kept = ran.address < limit[ran.program]
 
-    none = no_rule(machine)
-    nothing = int((none * _weights(len(none))).sum())
     # Addresses that no function covers: from the file's first one, and from a function's end that
     # is not another's start.
     gaps = stop[order][np.append(start[order][1:] - stop[order][:-1] >= _SMALLEST_GAP, True)]
     gaps = np.append(np.int64(0), gaps) if start[order[0]] > 0 else gaps
     address = np.concatenate([ran.address[kept], gaps])
-    digest = np.concatenate([ran.digest[kept], np.full(len(gaps), nothing)])
+    rule = np.concatenate([ran.rule[kept], np.zeros(len(gaps), np.uint32)])
     by_address = np.argsort(address, kind="stable")
-    address, digest = address[by_address], digest[by_address]
-    changes = np.append(True, digest[1:] != digest[:-1])
-    address, digest = address[changes], digest[changes]
-    distinct, rule = np.unique(digest, return_inverse=True)
-    others = [number for number in distinct.tolist() if number != nothing]
-    table = np.array([none, *(ran.rules[number] for number in others)], np.int64)
-    place = np.zeros(len(distinct), np.int64)
-    place[distinct != nothing] = np.arange(1, len(table))
+    rule = rule[by_address]
+    changes = np.append(True, rule[1:] != rule[:-1])
+    rule = rule[changes]
+    address = address[by_address[changes]]
     address[0] = 0
-    rows = address.astype(np.uint64)
-    if len(table) <= np.iinfo(np.uint16).max:
-        return Rows(rows, place[rule].astype(np.uint16), table, count, damaged)
-    return Rows(rows, place[rule].astype(np.uint32), table, count, damaged)
+    is_used = np.zeros(len(ran.rules), np.bool_)
+    is_used[rule] = is_used[0] = True
+    table = np.array([ran.rules[number] for number in np.flatnonzero(is_used).tolist()], np.int64)
+    place = np.cumsum(is_used) - 1
+    short = len(table) <= np.iinfo(np.uint16).max
+    renumbered = place.astype(np.uint16 if short else np.uint32)[rule]
+    return Rows(address.view(np.uint64), renumbered, table, count, damaged)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.attaching.elf import ElfError, read_exactly
+from coral.bpf.libbpf import release_memory
 from coral.collectors.symbols.elf import EM_AARCH64, EM_X86_64, ElfFile
 from coral.collectors.unwinding.coroutines import context_start, ending_at
 from coral.collectors.unwinding.eh_frame import compile_section
@@ -40,6 +41,8 @@ _PC_RELATIVE_I4: Final = 0x1B  # DW_EH_PE_pcrel | DW_EH_PE_sdata4
 # Registers that calls preserve are followed for CFAs by one of them. Those occur in the dynamic
 # linker, libc, and assembly; other tables would have a third more rows for nothing.
 _LARGEST_WHOLE_BYTES: Final = 256 << 10
+
+_LARGE_BYTES: Final = 1 << 20
 
 _FORMAT: Final = b"CoralUW1"
 _HEADER: Final = struct.Struct("<8s6Q")  # format, rows, bytes of an index, rules, columns, counts
@@ -138,6 +141,8 @@ class Tables:
             rows = compiled(section, address, machine, has_end=has_end)
             rows = rows if outermost is None else ending_at(rows, outermost)
             self.compiled += 1
+            if len(section) > _LARGE_BYTES:
+                release_memory()  # ten times as much was used on the way
             self._write(key, rows)
         self._kept[key] = rows
         while len(self._kept) > 1 and self.nbytes > self._memory_bytes:

@@ -139,6 +139,27 @@ def test_programs_of_one_interval_have_their_own_names(programs: Path) -> None:
     assert spent > 0.9 * by_program["profiled"]
 
 
+def test_a_process_that_ends_before_anything_is_read_of_it_has_names(programs: Path) -> None:
+    """It runs since before the session: its first sample tells of it, and no mapping does."""
+    process = subprocess.Popen(
+        [programs / "profiled", "shares", "600"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    collector, profile = collector_of({"pid": str(process.pid), "frequency": "200"}), Profile()
+    try:
+        with process:
+            collector.open()
+            process.communicate("x")
+        collector.bpf_object.detach()
+        profile.add(collector.drain())
+    finally:
+        collector.close()
+    assert profile.samples > 50
+    assert profile.among("spend_most") > 0.5 * profile.samples
+
+
 def test_the_kernel_is_above_the_function_that_called_it(programs: Path) -> None:
     profile = profiled(programs / "profiled", "system", 2000, frequency=FAST_HZ)
     close_to_truth(profile, ["read_zeros", "ask_parent", "spend_little"])

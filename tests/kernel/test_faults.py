@@ -44,7 +44,7 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
+def test_without_descriptors_memory_is_what_it_was_and_programs_still_have_figures(
     watching: BpfObject,
 ) -> None:
     before = watching.map_memory_bytes
@@ -53,8 +53,7 @@ def test_without_descriptors_memory_is_what_it_was_and_programs_have_no_figures(
     assert len(programs) >= 1
     with no_descriptors():
         assert watching.map_memory_bytes == before
-        assert watching.program_stats() == {}
-    assert set(watching.program_stats()) == programs
+        assert set(watching.program_stats()) == programs
 
 
 def test_a_ring_that_cannot_be_opened_leaves_no_mapping(watching: BpfObject) -> None:

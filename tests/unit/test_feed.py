@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from coral.agent.caller import Caller
 from coral.agent.config import Continuous
 from coral.agent.errors import LimitError
+from coral.agent.sessions.admission import Admitted
 from coral.agent.sessions.session import Session, StartRequest
 from coral.agent.sessions.supervisor import Supervisor
 from coral.bpf import BpfError
 from coral.collectors.contract import Batch, Coverage, Measures
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.scripted import STATS, STOPPED, Desk, Scripted, calls, until
+from tests.scripted import STATS, STOPPED, Desk, Scripted, admitted, calls, until
 
 
 class Recorded(Measures):
@@ -63,8 +65,8 @@ async def begin(
     collector = Watching(last=calls(0))
     collector.watches, collector.covers = ("pid", target), covers
 
-    async def create(*_: object) -> Watching:
-        return collector
+    async def create(_type: object, request: StartRequest, caller: Caller) -> Admitted:
+        return admitted(collector, request, caller)
 
     supervisor._admission.create = create  # type: ignore[method-assign,assignment]
     request = StartRequest("syscall_stats", "shop", continuous=continuous)

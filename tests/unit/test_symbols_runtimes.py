@@ -6,6 +6,7 @@ import os
 import random
 import string
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from coral.collectors.symbols import fields, perf_map
 from coral.collectors.symbols.demangle import Demangler
 from coral.collectors.symbols.kernel import KernelSymbols
 from coral.collectors.symbols.perf_map import PerfMap
+from tests.support import wait_until
 
 
 @pytest.fixture
@@ -111,6 +113,22 @@ def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> No
     told.unlink()
     assert names(it, 0x1000) == ["sixth"]
     it.close()
+
+
+def test_a_file_that_was_looked_at_is_read_after_the_end_of_its_process() -> None:
+    code = "import os; open(f'/tmp/perf-{os.getpid()}.map', 'w').write('1000 10 one\\n'); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        path = Path(f"/tmp/perf-{process.pid}.map")
+        looked, not_looked = PerfMap(process.pid), PerfMap(process.pid)
+        wait_until(lambda: path.exists() and path.read_text() != "")
+        assert looked.look()
+        process.communicate(b"\n")
+    try:
+        assert names(looked, 0x1000) == ["one"]
+        assert names(not_looked, 0x1000) == [""]
+    finally:
+        looked.close()
+        path.unlink()
 
 
 def test_lines_that_are_none_are_skipped(told: Path) -> None:

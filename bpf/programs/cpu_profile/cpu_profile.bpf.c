@@ -8,6 +8,8 @@
  * which all run this one program. Their period, in nanoseconds or cycles, ends with the number of
  * the session's slot.
  */
+#define WAKEUP_WINDOW_BYTES (64 << 10) /* more than two samples of the largest size */
+
 #include "include/kernel.bpf.h"
 #include "include/user.bpf.h"
 #include "include/sessions.bpf.h"
@@ -64,12 +66,22 @@ struct cpu_sample_draft {
 	__u8 rest[MOST_FRAMES * sizeof(__u64) + STACK_STEPS * USER_READ_STEP];
 };
 
+/* A watched process has executed a program, and is about to map its libraries; or it has its first
+ * sample of a session. */
+struct sighting {
+	struct record_head head;
+	__u32 tgid;
+	__u32 has_executed;
+};
+
 enum record_kind {
 	RECORD_NONE,
 	RECORD_CPU_SAMPLE,
+	RECORD_SIGHTING,
 };
 
 IN_BTF(struct cpu_sample, cpu_sample);
+IN_BTF(struct sighting, sighting);
 IN_BTF(enum record_kind, record_kind);
 
 /* No sample interrupts another one of the same CPU, although a counter's interrupt can interrupt a
@@ -183,6 +195,35 @@ static __always_inline __u64 read_user_stack(struct cpu_sample *it, void *to, __
 	return bytes & ~7ULL;
 }
 
+/*
+ * Of all sessions. The kernel's reports of mapped code are of every process, and this wakes user
+ * space for those that are watched: it looks at them while they run, however briefly, and sleeps
+ * while others map code. The kernel wakes the reader for the first one after a rest. Without room,
+ * the reader is awake.
+ */
+BUFFER(RINGBUF, sightings, 64 << 10);
+
+static __always_inline void tell_sighting(__u32 tgid, bool has_executed)
+{
+	struct sighting told = {
+	    .head = {RECORD_SIGHTING, sizeof(told)},
+	    .tgid = tgid,
+	    .has_executed = has_executed,
+	};
+
+	bpf_ringbuf_output(map_of(sightings), &told, sizeof(told), 0);
+}
+
+static __always_inline void tell_first_sample(__u32 slot, __u32 tgid)
+{
+	struct member *member = member_of(slot, tgid);
+
+	if (member && !member->is_sighted) {
+		member->is_sighted = 1;
+		tell_sighting(tgid, false);
+	}
+}
+
 static __always_inline int sample_for(struct sampled *ctx, __u32 slot, __u32 tgid)
 {
 	struct profile_session *session = bpf_map_lookup_elem(map_of(profile_sessions), &slot);
@@ -227,7 +268,34 @@ int PROGRAM(coral_sample, struct sampled *ctx)
 		return 0;
 	if (state_in_session(slot, tgid) != MEMBER_ACTIVE)
 		return 0;
+	tell_first_sample(slot, tgid);
 	return sample_for(ctx, slot, tgid);
+}
+
+SUBPROGRAM int is_watched_in_session(__u32 slot, __u32 tgid)
+{
+	return member_of(slot, tgid) != NULL;
+}
+
+SEC("raw_tp/sched_process_exec")
+int RAW_PROGRAM(coral_execution, struct task_struct *task)
+{
+	struct sessions *all = all_sessions();
+	__u32 tgid = current_tgid();
+	__u64 ours, host;
+	int watched;
+
+	if (!all || surely_unwatched_here(all, tgid))
+		return 0;
+	ours = sessions_of_hub(all);
+	host = ours & all->host; /* members of these are added by samples */
+	watched = !!host;
+	for_each_session (slot, ours & ~host) {
+		watched |= is_watched_in_session(slot, tgid);
+	}
+	if (watched)
+		tell_sighting(tgid, true);
+	return 0;
 }
 
 LICENSED_AS("GPL");

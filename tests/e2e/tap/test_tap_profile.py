@@ -176,6 +176,7 @@ def test_a_closed_pipe_does_not_cost_the_file(agent: RunningAgent, tmp_path: Pat
         running = subprocess.Popen(
             coral(
                 "tap", "--agent", agent.address, "--cpu-profile", f"pid:{puppet.pid}", "-d", "2s",
+                "-i", "500ms",
                 "-o", path,
             ),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
