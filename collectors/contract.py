@@ -2,8 +2,8 @@
 
 A collector is synchronous: `open`, then `drain` again and again, then `close`. `runner.run` is the
 async shell around it. To add a kind, write a folder here with a `collector.py`, whose `COLLECTOR`
-is a subclass of `Collector` (of `KernelCollector` if its programs follow processes), and add the
-folder's name to `registry.py`.
+is a subclass of `Collector` (of `KernelCollector` if its programs follow processes, of
+`EventCollector` if it has single events too), and add the folder's name to `registry.py`.
 """
 
 from __future__ import annotations

@@ -125,6 +125,8 @@ class KernelCollector(Collector, Generic[OptionsT]):
     twins: ClassVar[Sequence[str]] = ()
     # Whether the programs keep a state for each thread (thread.bpf.h).
     thread_state: ClassVar[bool] = False
+    # Whether every session is sent records, and not only one of single events.
+    always_has_records: ClassVar[bool] = False
 
     def __init__(
         self, options: OptionsT, service: ServiceProcesses | None, features: Features
@@ -157,9 +159,9 @@ class KernelCollector(Collector, Generic[OptionsT]):
         """Finds the maps, sets the session's options, and opens the buffer of records by
         `_open_records`: after the maps are made, before the programs work for the session."""
 
-    @abstractmethod
-    def _read_events(self) -> EventRows:
-        """All single events since the last drain."""
+    def _read_rows(self) -> EventRows | Summaries:
+        """All rows since the last drain."""
+        return self._read_summaries()
 
     @abstractmethod
     def _read_summaries(self) -> Summaries:
@@ -292,17 +294,13 @@ class KernelCollector(Collector, Generic[OptionsT]):
     @property
     def _sizes(self) -> dict[str, int]:
         """The sizes of all maps that the session has of its own, in entries or bytes."""
-        records = self._rung.record_map if self._has_records else None
+        has_records = self.always_has_records or self._options.single_events
+        records = self._rung.record_map if has_records else None
         return {
             **self._targets.maps,
             **self._own_maps,
             **({records: self._options.ring} if records else {}),
         }
-
-    @property
-    def _has_records(self) -> bool:
-        """Whether the session is sent records."""
-        return self._options.single_events
 
     def drain(self) -> Batch:
         before_ns, self._drained_at_ns = self._drained_at_ns, time.monotonic_ns()
@@ -311,13 +309,11 @@ class KernelCollector(Collector, Generic[OptionsT]):
         if self._should_look_closely():
             # Before the rows: what is refused in between counts as lost in the next interval.
             counts = self._account.read()
-        rows: EventRows | Summaries
-        if self._options.single_events:
-            rows = self._read_events()
-            events = counts.produced if counts else 0
-        else:
-            rows = self._read_summaries()
+        rows = self._read_rows()
+        if isinstance(rows, Summaries):
             events = self._events_in(rows)
+        else:
+            events = counts.produced if counts else 0
         self._slot.tidy()
         losses: Mapping[int, int] = {}
         unread: Mapping[str, Unread] = {}
@@ -366,3 +362,14 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def close(self) -> None:
         records, self._records = self._records, None
         close_all([*([records.close] if records else []), self._targets.close, self._slot.close])
+
+
+class EventCollector(KernelCollector[OptionsT]):
+    """A collector whose sessions send summaries or, with mode=events, every single event."""
+
+    @abstractmethod
+    def _read_events(self) -> EventRows:
+        """All single events since the last drain."""
+
+    def _read_rows(self) -> EventRows | Summaries:
+        return self._read_events() if self._options.single_events else super()._read_rows()

@@ -72,6 +72,7 @@ def batch_of(
     lost: int = 0,
     truncated: int = 0,
     period_ns: int = PERIOD_NS,
+    period_cycles: int = 0,
 ) -> Batch:
     """The rows as columns, parsed from an agent's bytes."""
     message = _head(start_s, end_s, len(stacks))
@@ -101,6 +102,7 @@ def batch_of(
         "frame_build_id": [text(it.build_id) for it in frames],
         "frame_flags": [it.flags for it in frames],
         "period_ns": [period_ns],
+        "period_cycles": [period_cycles],
         "samples": [sum(it.count for it in stacks)],
         "samples_lost": [lost],
         "samples_truncated": [truncated],

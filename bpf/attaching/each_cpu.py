@@ -87,6 +87,11 @@ class CpuEvent:
         before_ns, self._enabled_ns = self._enabled_ns, enabled_ns
         return bool(enabled_ns == before_ns)
 
+    def is_counting(self) -> bool:
+        """Whether the kernel has given the event what it counts with: one that is pinned reads as
+        empty otherwise (perf_event_open(2))."""
+        return bool(os.read(self.fd, _READ.size))
+
     def take(self) -> NDArray[np.uint8]:
         """The records in its ring, whole and in order, as a copy; frees their space. They begin
         with a struct perf_event_header each. Empty without a ring."""

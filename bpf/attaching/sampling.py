@@ -3,23 +3,30 @@
 One timer of one period would be in step with any work of that period, and show one part of it only.
 So `SpreadClock` has several timers for each CPU, whose periods have no common multiple: together
 they fire as often as one would, at no more cost, and work can be in step with one of them at most.
+`CycleCounter` has one event for each CPU, because counters of the hardware are few.
 """
 
 from __future__ import annotations
 
 import errno
 import random
+import re
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Self
 
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
 from coral.bpf.buffers.perf_event import (
+    FLAG_EXCLUDE_GUEST,
+    FLAG_EXCLUDE_HYPERVISOR,
     FLAG_EXCLUDE_IDLE,
     FLAG_FREQ,
+    FLAG_PINNED,
+    PERF_COUNT_HW_CPU_CYCLES,
     PERF_COUNT_SW_CPU_CLOCK,
+    PERF_TYPE_HARDWARE,
     PERF_TYPE_SOFTWARE,
 )
 from coral.bpf.libbpf import AttachError
@@ -30,9 +37,13 @@ _NS_PER_S: Final = 1_000_000_000
 _SPREAD: Final = (1.0, 1.093, 1.217, 1.361)
 _SPREAD_VARIES: Final = 0.03
 MARKS: Final = 64
-"""How many numbers the periods of a `SpreadClock` can carry."""
+"""How many numbers a period can carry."""
 
 _MOST_HZ: Final = Path("/proc/sys/kernel/perf_event_max_sample_rate")  # the kernel may lower it
+_CPUS: Final = Path("/sys/devices/system/cpu")
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+_MHZ: Final = re.compile(r"^cpu MHz\s*: ([0-9.]+)$", re.MULTILINE)
+_USUAL_CLOCK_HZ: Final = 2_500_000_000  # of a CPU that tells nothing
 
 
 def cpu_clock(cpu: int, freq_hz: int, **options: int) -> CpuEvent:
@@ -122,6 +133,83 @@ class SpreadClock:
         """Stops the timers. Safe to call twice."""
         for timer in self._timers:
             timer.close()
+
+
+class CycleCounter:
+    """Counters of CPU cycles, one for each CPU, that run a `perf_event` program every
+    `period_cycles`. That is FREQ_HZ times a second on a CPU at its highest clock, and less often on
+    one that is slower or halts. `period_cycles` is the same on all CPUs, so that all samples stand
+    for equally many cycles, and MARK modulo `MARKS`; the program finds it as `sample_period`.
+    Raises `AttachError`, with ENOENT where there are no such counters."""
+
+    def __init__(
+        self,
+        program_fd: int,
+        freq_hz: int,
+        mark: int,
+        *,
+        online: Callable[[], Iterable[int]] = online_cpus,
+    ) -> None:
+        self.period_cycles = period_cycles(highest_clock_hz(), freq_hz, mark)
+        self._events = EachCpu(
+            partial(cycle_counter, period=self.period_cycles, program_fd=program_fd), online=online
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def follow(self) -> None:
+        """See `EachCpu.follow`."""
+        self._events.follow()
+
+    def close(self) -> None:
+        """Stops the counters. Safe to call twice."""
+        self._events.close()
+
+
+def cycle_counter(cpu: int, period: int, **options: int) -> CpuEvent:
+    """An event that samples what runs on a CPU each time that it has counted PERIOD cycles; a CPU
+    that halts counts none. OPTIONS are those of `CpuEvent`.
+
+    The cycles of virtual machines and of a hypervisor are left out: what ran there has no stack
+    here. `exclude_idle` is not set, because arm64 refuses it. A counter that the kernel would share
+    out by time is not accepted, since its samples would be a part of the truth that nothing tells.
+    """
+    flags = options.pop("flags", 0) | FLAG_PINNED | FLAG_EXCLUDE_HYPERVISOR | FLAG_EXCLUDE_GUEST
+    event = CpuEvent(
+        cpu, PERF_TYPE_HARDWARE, PERF_COUNT_HW_CPU_CYCLES, period=period, flags=flags, **options
+    )
+    try:
+        if not event.is_counting():
+            raise OSError(errno.EBUSY, "all counters of the CPU are in use")
+    except OSError:
+        event.close()
+        raise
+    return event
+
+
+def highest_clock_hz(cpus: Path = _CPUS, info: Path = _CPU_INFO) -> int:
+    """The highest clock of this machine's CPUs in Hz: what the governor of the clock says in the
+    folder CPUS, otherwise what x86 says in the file INFO, otherwise a usual one."""
+    found = []
+    for path in cpus.glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq"):
+        with suppress(OSError, ValueError):
+            found.append(int(path.read_text()) * 1000)
+    if not found:
+        with suppress(OSError):
+            text = info.read_text()
+            found = [round(float(mhz) * 1e6) for mhz in _MHZ.findall(text)]
+    return max(found, default=0) or _USUAL_CLOCK_HZ
+
+
+def period_cycles(clock_hz: int, freq_hz: int, mark: int) -> int:
+    """A period that is reached about FREQ_HZ times a second by CLOCK_HZ, and is MARK modulo
+    `MARKS`. It varies by chance, so that sessions differ."""
+    varied = random.uniform(1 - _SPREAD_VARIES, 1 + _SPREAD_VARIES)  # noqa: S311
+    return round(varied * clock_hz / freq_hz / MARKS) * MARKS + mark
 
 
 def periods_ns(freq_hz: int, mark: int) -> list[int]:

@@ -22,6 +22,7 @@ from coral.bpf.closing import close_all
 
 _SYS_OPENAT2: Final = 437  # on every processor
 _RESOLVE_NO_XDEV: Final = 0x01
+_RESOLVE_NO_SYMLINKS: Final = 0x04
 _RESOLVE_IN_ROOT: Final = 0x10
 _OPEN_HOW: Final = struct.Struct("=QQQ")
 _STATFS_BYTES: Final = 256  # more than any has; the first member is the type
@@ -33,15 +34,18 @@ _OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 class ProcessFile:
     """A regular file, opened as the process PID sees it: through its root directory, with its
     mounts. PATH is absolute; links on it stay inside that root, and WITHIN_MOUNT, in the file
-    system of that root.
+    system of that root; without FOLLOW_LINKS, a link on it is an error (ELOOP).
 
     Whatever happens to the path or the process later, `fd` is this file. Files with the same
     `identity` are one to the kernel: containers of one image have mounts (overlayfs) with device
     numbers of their own, but share the files below. Raises OSError.
     """
 
-    def __init__(self, pid: int, path: str, *, within_mount: bool = False) -> None:
+    def __init__(
+        self, pid: int, path: str, *, within_mount: bool = False, follow_links: bool = True
+    ) -> None:
         resolve = _RESOLVE_IN_ROOT | (_RESOLVE_NO_XDEV if within_mount else 0)
+        resolve |= 0 if follow_links else _RESOLVE_NO_SYMLINKS
         self._take(_open_in_root(f"/proc/{pid}/root", path, resolve), path)
 
     @classmethod

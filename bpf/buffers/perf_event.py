@@ -15,16 +15,21 @@ _SYS_PERF_EVENT_OPEN: Final = {"x86_64": 298, "aarch64": 241}
 # config1, then config2, branch_sample_type, sample_regs_user, sample_stack_user, clockid.
 _ATTR: Final = struct.Struct("=IIQQQQQIIQQQQIi")
 
+PERF_TYPE_HARDWARE: Final = 0
+PERF_COUNT_HW_CPU_CYCLES: Final = 0
 PERF_TYPE_SOFTWARE: Final = 1
 PERF_COUNT_SW_CPU_CLOCK: Final = 0
 PERF_COUNT_SW_DUMMY: Final = 9
 # Bits of perf_event_attr: flags.
 FLAG_DISABLED: Final = 1 << 0
+FLAG_PINNED: Final = 1 << 2  # always counts while its CPU is on, or not at all
+FLAG_EXCLUDE_HYPERVISOR: Final = 1 << 6
 FLAG_EXCLUDE_IDLE: Final = 1 << 7
 FLAG_MMAP: Final = 1 << 8  # report mappings of code
 FLAG_FREQ: Final = 1 << 10
 FLAG_WATERMARK: Final = 1 << 14  # `wakeup` counts bytes
 FLAG_SAMPLE_ID_ALL: Final = 1 << 18
+FLAG_EXCLUDE_GUEST: Final = 1 << 20
 FLAG_MMAP2: Final = 1 << 23
 FLAG_USE_CLOCKID: Final = 1 << 25
 # Requests of ioctl(2) on an event.

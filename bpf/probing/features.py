@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
-from coral.bpf.attaching.each_cpu import online_cpus
-from coral.bpf.attaching.sampling import cpu_clock
+from coral.bpf.attaching.each_cpu import CpuEvent, online_cpus
+from coral.bpf.attaching.sampling import cpu_clock, cycle_counter
 from coral.bpf.attaching.uprobe_links import attach_many
 from coral.bpf.libbpf import (
     VMLINUX_BTF,
@@ -60,6 +60,7 @@ ITERATORS: Final = {
 # Map kinds, by their number in enum bpf_map_type.
 MAPS: Final = {"ring_buffer": 27, "percpu_hash": 5, "perf_buffer": 4}
 LOADERS: Final = ("auto", "core", "bcc")
+_RARELY_CYCLES: Final = 1 << 40  # minutes of a CPU: a probe takes no sample
 
 # To do without something that the kernel has, and to test the rungs below.
 _ENV_WITHOUT: Final = "CORAL_WITHOUT"
@@ -125,7 +126,8 @@ def probe() -> Features:
             _try("socket_hooks", _attach_to_sockets),
             _try("loops", _load_loop),
             _try("uprobe_multi", _attach_to_many),
-            _try("cpu_clock", _attach_to_a_timer),
+            _try("cpu_clock", _sample_with(cpu_clock, 1)),
+            _try("cpu_cycles", _sample_with(cycle_counter, _RARELY_CYCLES)),
             *(_try(name, _make_map(number)) for name, number in MAPS.items()),
             _try("task_storage", _use_task_storage),
             _elements_on_demand(),
@@ -242,14 +244,18 @@ def _attach_to_many() -> None:
                 raise
 
 
-def _attach_to_a_timer() -> None:
-    """Attaches to the software cpu-clock of one CPU (Linux 4.9)."""
-    with _probe_object(walks=(_PROBE_SAMPLE,)) as probe_object:
-        try:
-            program = probe_object.program_fd(_PROBE_SAMPLE)
-            cpu_clock(online_cpus()[0], 1, program_fd=program).close()
-        except OSError as error:
-            raise BpfError("opening a perf event", error.errno or errno.EINVAL) from error
+def _sample_with(event: Callable[..., CpuEvent], period: int) -> Callable[[], None]:
+    """Attaches to an EVENT of one CPU with a PERIOD or frequency (Linux 4.9)."""
+
+    def attempt() -> None:
+        with _probe_object(walks=(_PROBE_SAMPLE,)) as probe_object:
+            try:
+                program = probe_object.program_fd(_PROBE_SAMPLE)
+                event(online_cpus()[0], period, program_fd=program).close()
+            except OSError as error:
+                raise BpfError("opening a perf event", error.errno or errno.EINVAL) from error
+
+    return attempt
 
 
 def _make_map(number: int) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from coral.bpf.probing import capabilities as caps
 _ENOTSUPP: Final = 524  # kernel-internal, not in errno
 _FORBIDDEN: Final = (errno.EPERM, errno.EACCES)
 _ABSENT: Final = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ESRCH)
+_NO_HARDWARE: Final = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV)
 _CAP_BPF_SINCE: Final = "5.8"  # and CAP_PERFMON; earlier kernels only have CAP_SYS_ADMIN
 _LOCKDOWN: Final = Path("/sys/kernel/security/lockdown")
 _CONFIDENTIALITY: Final = "confidentiality"
@@ -44,6 +45,7 @@ class Takes:
     sysctl: str = ""  # the setting that denies it to processes without the capabilities
     since_arm64: str = ""  # if it came later on arm64
     locked_down: bool = False  # lockdown=confidentiality forbids it
+    without_hardware: str = ""  # what to say of a machine on which the kernel finds no hardware
 
 
 TAKES: Final[Mapping[str, Takes]] = {
@@ -71,6 +73,13 @@ TAKES: Final[Mapping[str, Takes]] = {
     "loops": Takes("5.17", capabilities=caps.TRACING),
     "uprobe_multi": Takes("6.6", ("CONFIG_UPROBE_EVENTS", _EVENTS), caps.TRACING),
     "cpu_clock": Takes("4.9", ("CONFIG_PERF_EVENTS", _EVENTS), caps.TRACING, _PERF_SYSCTL),
+    "cpu_cycles": Takes(
+        "4.9",
+        ("CONFIG_PERF_EVENTS", _EVENTS),
+        caps.TRACING,
+        _PERF_SYSCTL,
+        without_hardware="this machine counts no CPU cycles, as is usual for virtual ones",
+    ),
     "ring_buffer": Takes("5.8"),
     "task_storage": Takes("5.13", (_SYSCALL, _BTF, _EVENTS), caps.TRACING),
     "percpu_hash": Takes("4.6"),
@@ -104,6 +113,8 @@ def explain(name: str, error: int, said: str, facts: Facts) -> str:
     code = errno.errorcode.get(error, str(error))
     if error in _FORBIDDEN:
         return f"{code}: {_forbidden(takes, facts)}"
+    if error in _NO_HARDWARE and takes.without_hardware:
+        return f"{code}: {takes.without_hardware}"
     if error in (*_ABSENT, _ENOTSUPP) and (why := _absent(takes, facts)):
         return f"{code}: {why}"
     return f"{code}: {said or os.strerror(error)}"

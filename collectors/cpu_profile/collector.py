@@ -15,15 +15,15 @@ from typing import ClassVar, Final
 import numpy as np
 
 from coral.bpf import Features, Rung, Step
-from coral.bpf.attaching.sampling import SpreadClock
+from coral.bpf.attaching.sampling import CycleCounter, SpreadClock
 from coral.bpf.closing import close_all
 from coral.bpf.probing import capabilities
-from coral.collectors.contract import Batch, EventRows, ServiceProcesses, Summaries, Support
+from coral.collectors.contract import Batch, ServiceProcesses, Summaries, Support
 from coral.collectors.cpu_profile import sightings
 from coral.collectors.cpu_profile.frames import memory_of, resolve
 from coral.collectors.cpu_profile.intake import Intake
 from coral.collectors.cpu_profile.measures import ProfileMeasures
-from coral.collectors.cpu_profile.options import CpuProfileOptions
+from coral.collectors.cpu_profile.options import CLOCK, CYCLES, CpuProfileOptions
 from coral.collectors.cpu_profile.process_names import process_names
 from coral.collectors.cpu_profile.shared import Shared
 from coral.collectors.cpu_profile.summaries import Profile, summaries
@@ -35,6 +35,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 _OBJECT: Final = "cpu_profile"
 _PROGRAM: Final = "coral_sample"
 _CLOCK: Final = "cpu_clock"
+_CYCLES: Final = "cpu_cycles"
 _NS_PER_S: Final = 1_000_000_000
 # Where samples are lost; other losses are of processes that are not watched for want of room.
 _STAGES: Final = (int(pb.Loss.STAGE_KERNEL_BUFFER), int(pb.Loss.STAGE_KERNEL_BUSY))
@@ -45,13 +46,14 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
 
     kind = pb.EBPF_COLLECTOR_KIND_CPU_PROFILE
     options_type = CpuProfileOptions
+    always_has_records = True
     continuous_defaults: ClassVar[Mapping[str, str]] = {"frequency": "19"}
 
     def __init__(
         self, options: CpuProfileOptions, service: ServiceProcesses | None, features: Features
     ) -> None:
         super().__init__(options, service, features)
-        self._clock: SpreadClock | None = None
+        self._clock: SpreadClock | CycleCounter | None = None
         self._intake: Intake | None = None
         self._shared: Shared | None = None
 
@@ -66,10 +68,6 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
             sizes=self._sizes,
         )
 
-    @property
-    def _has_records(self) -> bool:
-        return True
-
     @classmethod
     def support(cls, features: Features) -> Support:
         support = super().support(features)
@@ -79,7 +77,16 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         step = Step("timer", _CLOCK if clock.available else "", () if clock.available else (clock,))
         if reason := _obstacle(cls.climb(features), step):
             return replace(support, supported=False, reason=reason)
-        return replace(support, steps=(*support.steps, step))
+        steps = [*support.steps, step]
+        if features[_CYCLES].available:
+            steps.append(Step("counter", _CYCLES))
+        return replace(support, steps=tuple(steps))
+
+    @classmethod
+    def refused_options(cls, features: Features, rung: Rung) -> Mapping[str, str]:
+        refused = super().refused_options(features, rung)
+        cycles = features[_CYCLES]
+        return refused if cycles.available else {**refused, "event": f"`{CLOCK}`: {cycles.reason}"}
 
     @classmethod
     def wants(cls) -> Mapping[str, str]:
@@ -102,15 +109,13 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         if self._shared:
             self._shared.join(self._slot)
         program = self._slot.object.program_fd(_PROGRAM)
-        self._clock = SpreadClock(program, self._options.frequency, self._slot.number)
+        kind = CycleCounter if self._options.event == CYCLES else SpreadClock
+        self._clock = kind(program, self._options.frequency, self._slot.number)
 
     @property
     def notes(self) -> Sequence[str]:
         why_not = self._shared.why_not if self._shared else ""
         return (*super().notes, *([why_not] if why_not else []))
-
-    def _read_events(self) -> EventRows:
-        raise NotImplementedError
 
     def _read_summaries(self) -> Summaries:
         if self._intake is None or self._clock is None or self._shared is None:
@@ -137,10 +142,11 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
         processes = process_names(samples.structs, names_now)
         if len(members.ended):
             self._targets.forget(members.ended)
-        period_ns = _NS_PER_S // self._options.frequency
-        service = self._targets.label
         profile = Profile(samples, user, frames, names, processes)
-        return summaries(profile, service, period_ns)
+        service = self._targets.label
+        if isinstance(self._clock, CycleCounter):
+            return summaries(profile, service, 0, self._clock.period_cycles)
+        return summaries(profile, service, _NS_PER_S // self._options.frequency)
 
     def drain(self) -> Batch:
         batch = super().drain()

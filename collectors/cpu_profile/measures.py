@@ -27,7 +27,12 @@ _METHODS: Final = {
 }
 _ENDS: Final = len(pb.CpuStackEnd.values())
 _FIGURES: Final = 3  # taken, lost, truncated, before those by method
-_NS_PER_S: Final = 1e9
+_PERIODS: Final = ("period_ns", "period_cycles")
+# By the columns of what was used: the end of the metrics' names, the words, and the factor.
+_UNITS: Final = (
+    ("cpu_seconds", "CPU time", 1e9),
+    ("cpu_cycles", "Cycles of CPUs, in sessions with event=cycles,", 1.0),
+)
 
 
 class ProfileMeasures(Measures):
@@ -36,7 +41,7 @@ class ProfileMeasures(Measures):
 
     def __init__(self, max_series: int) -> None:
         self._accounts = SeriesTable(max_series, _OTHER)  # by service
-        self._seconds = SeriesTable(max_series, _OTHER)
+        self._used = SeriesTable(max_series, _OTHER)  # CPU time and cycles
         self._functions = SeriesTable(max_series, (_OTHER, _OTHER))
 
     def observe(self, service: str, batch: Batch) -> None:
@@ -44,22 +49,21 @@ class ProfileMeasures(Measures):
         if isinstance(rows, EventRows) or not len(rows.columns["period_ns"]):
             return
         columns = rows.columns
-        period_ns = int(columns["period_ns"][0])
+        period = np.array([columns[name][0] for name in _PERIODS], np.uint64)
         counts = columns["count"].astype(np.uint64)
         figures = [columns[name][0] for name in ("samples", "samples_lost", "samples_truncated")]
         methods = np.bincount(columns["unwinding"], counts, len(_METHODS))
         self._accounts.add(service, np.array([*figures, *methods], np.uint64))
-        self._seconds.add(service, np.array([counts.sum() * np.uint64(period_ns)], np.uint64))
+        self._used.add(service, counts.sum() * period)
         functions, samples = _by_leaf(columns, counts, len(rows.strings))
         order = np.argsort(samples)[::-1]
         for number, count in zip(functions[order].tolist(), samples[order].tolist(), strict=True):
-            added = np.array([int(count) * period_ns], np.uint64)
-            self._functions.add((service, _label(number, rows.strings)), added)
+            self._functions.add((service, _label(number, rows.strings)), np.uint64(count) * period)
 
     def collect(self) -> Iterable[Metric]:
         return chain(
             _account(self._accounts.copy()),
-            _seconds(self._seconds.copy(), self._functions.copy()),
+            _used(self._used.copy(), self._functions.copy()),
             _memory([code.memory_bytes for code in list(CODES)]),
         )
 
@@ -114,26 +118,30 @@ def _account(accounts: Mapping[str, NDArray[np.uint64]]) -> Iterator[Metric]:
     yield from (taken, lost, truncated, unwound)
 
 
-def _seconds(
+def _used(
     services: Mapping[str, NDArray[np.uint64]],
     functions: Mapping[tuple[str, str], NDArray[np.uint64]],
 ) -> Iterator[Metric]:
-    by_service = CounterMetricFamily(
-        "coral_profile_cpu_seconds",
-        "CPU time of the watched processes, by samples.",
-        labels=("service",),
-    )
-    by_function = CounterMetricFamily(
-        "coral_profile_function_cpu_seconds",
-        "CPU time in functions themselves, without those they call, by samples; functions without "
-        "names are one by module.",
-        labels=("service", "function"),
-    )
-    for service, figures in services.items():
-        by_service.add_metric((service,), float(figures[0]) / _NS_PER_S)
-    for key, figures in functions.items():
-        by_function.add_metric(key, float(figures[0]) / _NS_PER_S)
-    yield from (by_service, by_function)
+    """CPU time, and cycles of those sessions that count them, in place of time."""
+    for column, (unit, what, scale) in enumerate(_UNITS):
+        by_service = CounterMetricFamily(
+            f"coral_profile_{unit}",
+            f"{what} of the watched processes, by samples.",
+            labels=("service",),
+        )
+        by_function = CounterMetricFamily(
+            f"coral_profile_function_{unit}",
+            f"{what} in functions themselves, without those they call, by samples; functions "
+            "without names are one by module.",
+            labels=("service", "function"),
+        )
+        for service, figures in services.items():
+            if figures[column] or (not column and not figures.any()):
+                by_service.add_metric((service,), float(figures[column]) / scale)
+        for key, figures in functions.items():
+            if figures[column]:
+                by_function.add_metric(key, float(figures[column]) / scale)
+        yield from (by_service, by_function)
 
 
 def _memory(caches: Sequence[Mapping[str, int]]) -> Iterator[Metric]:

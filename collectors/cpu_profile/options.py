@@ -9,6 +9,7 @@ from typing import Final
 from coral.collectors.kernel_collector import KernelOptions
 from coral.collectors.options import Parser, choice, duration, integer, option, size
 
+CLOCK, CYCLES = "cpu-clock", "cycles"
 _LEAST_BYTES: Final = 512
 _MOST_BYTES: Final = 28 << 10  # STACK_STEPS of cpu_profile.bpf.c
 
@@ -36,11 +37,17 @@ class CpuProfileOptions(KernelOptions):
         choice("summaries"), "summaries", "`summaries`: stacks with their counts for each interval"
     )
     ring: int = option(size(64 << 10, 256 << 20), "8MiB", "the size of the ring buffer for samples")
+    event: str = option(
+        choice(CLOCK, CYCLES),
+        CLOCK,
+        "what to take samples by: `cpu-clock`, the time that threads are on a CPU; `cycles`, the "
+        "cycles of CPUs that have counters for them, which virtual ones seldom have",
+    )
     frequency: int = option(
         integer(1, 999),
         "99",
-        "how many samples to take a second of each CPU that a watched thread runs on; 19 for a "
-        "collector of the configuration file",
+        "how many samples to take a second of each CPU that a watched thread runs on, with "
+        "event=cycles at its highest clock; 19 for a collector of the configuration file",
     )
     stack_bytes: int = option(
         _stack_size(),

@@ -93,7 +93,7 @@ class Processes:
         process = self._known[tgid, born, before] if before is not None else None
         own = process if process and process.tgid == tgid else None
         if newest and not own:  # the first program; so far it had its parent's memory, if any
-            process = self._seen(tgid, born)
+            process = self._seen(tgid, born, int(sample["time_ns"]))
         else:
             met = None if own else self._met_as(tgid, born)
             process = self._executed(own or met, int(sample["time_ns"]), is_over=not newest)
@@ -117,12 +117,17 @@ class Processes:
         self._symbolizer.executed(process.tgid, time_ns, process.born)
         return process
 
-    def _seen(self, tgid: int, born: int) -> Process:
-        """A process that is sampled for the first time."""
+    def _seen(self, tgid: int, born: int, time_ns: int) -> Process:
+        """A process that is sampled for the first time, at TIME_NS. If another has its number by
+        now, nothing is known of it."""
         if met := self._met_as(tgid, born):
             del self._met[tgid]
             return met
-        return self._process(tgid, born)
+        process = self._process(tgid, born)
+        if not process.maps.began_after(time_ns):
+            return process
+        self._symbolizer.forget(tgid, born)
+        return self._process(0, 0)
 
     def _met_as(self, tgid: int, born: int) -> Process | None:
         """The process that was met, unless another one had its id then."""

@@ -33,9 +33,9 @@ class Profile(NamedTuple):
     processes: NDArray[np.bytes_]
 
 
-def summaries(profile: Profile, service: str, period_ns: int) -> Summaries:
+def summaries(profile: Profile, service: str, period_ns: int, period_cycles: int = 0) -> Summaries:
     """A row for each stack, thread, end of the stack and mode of the samples, each of which stands
-    for PERIOD_NS of CPU time. What was lost is for the caller to fill in."""
+    for PERIOD_NS of CPU time, or for PERIOD_CYCLES. What was lost is for the caller to fill in."""
     samples, user, frames, names, processes = profile
     strings = Strings()
     structs = samples.structs
@@ -65,6 +65,7 @@ def summaries(profile: Profile, service: str, period_ns: int) -> Summaries:
         "stack_frames": stacks.flat,
         **table,
         "period_ns": np.array([period_ns]),
+        "period_cycles": np.array([period_cycles]),
         "samples": np.array([len(samples)]),
         "samples_lost": np.zeros(1, np.uint64),
         "samples_truncated": np.array([np.count_nonzero(samples.has(STACK_CUT))]),
@@ -112,6 +113,10 @@ def mode_text(in_kernel: int) -> str:
     return "kernel" if in_kernel else "user"
 
 
+def _single(column: NDArray[Any]) -> int:
+    return int(column[0]) if len(column) else 0
+
+
 def messages(
     columns: Mapping[str, NDArray[Any]], strings: Sequence[str]
 ) -> list[pb.CpuProfileSample]:
@@ -121,7 +126,7 @@ def messages(
     starts, lengths = stacks.starts.tolist(), stacks.lengths.tolist()
     flat = stacks.flat.tolist()
     names = ("stack", "count", "tgid", "tid", "comm", "process", "end", "unwinding", "in_kernel")
-    period_ns = int(columns["period_ns"][0]) if len(columns["period_ns"]) else 0
+    period_ns, period_cycles = (_single(columns[name]) for name in ("period_ns", "period_cycles"))
     rows = []
     for stack, count, tgid, tid, comm, process, end, unwinding, in_kernel in zip(
         *(columns[name].tolist() for name in names), strict=True
@@ -140,6 +145,7 @@ def messages(
                     "end": end_text(end),
                 },
                 period_ns=period_ns,
+                period_cycles=period_cycles,
                 tgid=tgid,
                 tid=tid,
                 comm=strings[comm],

@@ -39,7 +39,7 @@ from coral.collectors.http_latency.unfinished import Unfinished
 from coral.collectors.http_latency.unread import IN_PROGRESS, UnreadCounts
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import (
-    KernelCollector,
+    EventCollector,
     KernelOptions,
     errors_only_option,
     min_duration_option,
@@ -137,11 +137,12 @@ def _has_typed_sockets() -> bool:
     return bool(kernel_names([_TYPED]))
 
 
-class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
+class HttpLatencyCollector(EventCollector[HttpLatencyOptions]):
     """Follows the HTTP requests of the watched processes."""
 
     kind = pb.EBPF_COLLECTOR_KIND_HTTP_LATENCY
     options_type = HttpLatencyOptions
+    always_has_records = True
     thread_state = True
 
     def _plan(self, features: Features) -> Plan:
@@ -160,10 +161,6 @@ class HttpLatencyCollector(KernelCollector[HttpLatencyOptions]):
             },
             sizes=self._sizes,
         )
-
-    @property
-    def _has_records(self) -> bool:
-        return True
 
     @classmethod
     def support(cls, features: Features) -> Support:

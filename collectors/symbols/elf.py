@@ -43,6 +43,7 @@ _COMPRESSION_HEADER_BYTES: Final = 24
 _ZLIB: Final = 1
 _XINDEX: Final = 0xFFFF  # SHN_XINDEX and PN_XNUM: the number is in the first section header
 _MOST_SEGMENTS: Final = 4096
+_MOST_COMPARED: Final = 64
 _MOST_SECTIONS: Final = 1 << 18
 _LARGEST_SECTION_BYTES: Final = 64 << 20
 _LARGEST_NOTES_BYTES: Final = 64 << 10
@@ -150,6 +151,16 @@ class ElfFile:
         columns = (loads["offset"], loads["address"], loads["bytes"], loads["flags"] & PF_X != 0)
         return list(zip(*columns, strict=True))
 
+    @cached_property
+    def few_contents(self) -> dict[bool, list[tuple[int, int, int]]]:
+        """Of loaded segments with content, of code (True) and of others: offset, address and size.
+        At most 64 of each: a file has a few, and each mapping of it is compared with all."""
+        found: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+        for first, address, size, is_code in self._contents:
+            if len(found[bool(is_code)]) < _MOST_COMPARED:
+                found[bool(is_code)].append((int(first), int(address), int(size)))
+        return found
+
     def addresses(self, offsets: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """The virtual addresses of bytes at OFFSETS (u64[n]) in the file, each by the segment in
         which it lies; NOWHERE for those in none."""
@@ -177,15 +188,12 @@ class ElfFile:
         it has most.
         """
         most, bias = 0, None
-        for offset, address, size, is_code in self._contents:
-            if is_code != executable:
-                continue
-            first = int(offset)
-            last = min(first + int(size), file_offset + end - start)
+        for first, address, size in self.few_contents[executable]:
+            last = min(first + size, file_offset + end - start)
             shared = last - max(first - first % _PAGE_BYTES, file_offset)
             if shared > most:
                 most = shared
-                bias = (start - file_offset + first - int(address)) % (1 << 64)
+                bias = (start - file_offset + first - address) % (1 << 64)
         return bias
 
 

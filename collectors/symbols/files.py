@@ -212,21 +212,32 @@ def _opened(seen: Sighting, mounts: Mounts) -> ProcessFile:
     if filesystem := mounts.that_may_hang(seen.device):
         raise ValueError(f"it is on {filesystem}, which could let the agent wait for ever")
     with suppress(OSError):
-        return ProcessFile.mapped(seen.tgid, f"{seen.start:x}-{seen.end:x}")
+        # Another file may have been mapped there meanwhile: it must not pass for this one, whose
+        # names all processes share.
+        return _checked(ProcessFile.mapped(seen.tgid, f"{seen.start:x}-{seen.end:x}"), seen)
     # Without the capability for that. /proc/PID/exe is the program itself, deleted or not.
     with suppress(OSError):
         program = f"{PROC}/{seen.tgid}/exe"
         if os.readlink(program) == _unescaped(seen.path):  # noqa: PTH115  not a path of ours
-            return ProcessFile.at(program)
+            return _checked(ProcessFile.at(program), seen)
     if seen.path.endswith(_DELETED):
         raise ValueError(
             "it is deleted or replaced, and opening it all the same needs "
             "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN"
         )
-    file = ProcessFile(seen.tgid, _unescaped(seen.path))
-    if file.inode != seen.inode and len(file.identity) == 2:  # noqa: PLR2004  not on overlayfs
-        file.close()
-        raise ValueError("another file has its path now")
+    # The kernel tells where files are, without links: one would be put there since.
+    return _checked(ProcessFile(seen.tgid, _unescaped(seen.path), follow_links=False), seen)
+
+
+def _checked(file: ProcessFile, seen: Sighting) -> ProcessFile:
+    """FILE, if it is the one that was SEEN. Raises ValueError, with FILE closed, if it is not."""
+    if len(file.identity) == 2:  # noqa: PLR2004  on overlayfs, the numbers are those of other files
+        device = f"{os.major(file.device):02x}:{os.minor(file.device):02x}"
+        # btrfs gives its subvolumes devices of their own, and says another one in maps.
+        both_unnamed = device.startswith("00:") and seen.device.startswith("00:")
+        if file.inode != seen.inode or (device != seen.device and not both_unnamed):
+            file.close()
+            raise ValueError("another file is there now")
     return file
 
 
@@ -253,9 +264,10 @@ class Mounts:
         return ""
 
     def that_hold(self, path: str) -> str:
-        """The same for a file at PATH, which is absolute; links on it are not followed."""
+        """The same for a file at PATH, which is absolute, or mounted there itself; links on it are
+        not followed."""
         for _, point, kind in self._all():
-            if os.fsencode(path).startswith(point.rstrip(b"/") + b"/"):
+            if f"{path}/".encode(errors="surrogateescape").startswith(point.rstrip(b"/") + b"/"):
                 return kind.decode()
         return ""
 

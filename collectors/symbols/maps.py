@@ -8,81 +8,40 @@ unloaded a library.
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf.attaching.elf import PF_X
 from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.procfs import start_time_of
-from coral.collectors.symbols.elf import ElfFile
 from coral.collectors.symbols.files import (
     FileKind,
     MappedFile,
     MappedFiles,
     Mounts,
     Sighting,
-    memory_of,
     read_whole,
 )
+from coral.collectors.symbols.generations import Generation, find_in
+from coral.collectors.symbols.map_lines import Line, Neighbours, lines_of, nearest_files
+from coral.collectors.symbols.moved_text import original_of
 
-_LINE: Final = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) ..(.). ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([0-9]+) *(.*)$",
-    re.MULTILINE,
-)
 _MOST_GENERATIONS: Final = 32
-_MOST_MAPPINGS: Final = 1 << 18
+_MOST_MAPPINGS: Final = 1 << 16  # 30 MB; runtimes map code at new addresses again and again
+_MOST_AT_ONCE: Final = 1 << 15
 _MOST_TOLD: Final = 256
 _MOST_EXECUTIONS: Final = 256
 _REST_FACTOR: Final = 20  # after a look, rest this many times as long: 5 % of a CPU at most
 _SHORTEST_REST_S: Final = 0.02
-_PAGE_BYTES: Final = 4096
-_COMPARED_PAGES: Final = 16
+_TICK_NS: Final = 10**9 // os.sysconf("SC_CLK_TCK")
 _KERNEL_HALF: Final = np.uint64(1 << 63)
 _COLUMNS: Final = np.dtype(
     [("start", "u8"), ("end", "u8"), ("offset", "u8"), ("file", "i4"), ("moved", "?")]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A line of /proc/PID/maps."""
-
-    seen: Sighting
-    executable: bool
-    offset: int
-
-
-_Neighbours = tuple[_Line | None, _Line | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What was mapped from a time on, until the next one: `ids` of mappings (i32[m]) with their
-    `starts` and `ends` (u64[m]), ascending. `program` counts the programs that the process has
-    executed; no two generations of a process have the same `number`."""
-
-    number: int
-    since_ns: int
-    program: int
-    ids: NDArray[np.int32]
-    starts: NDArray[np.uint64]
-    ends: NDArray[np.uint64]
-    read_ns: int = 0
-    """When it had been read."""
-
-    def find(self, addresses: NDArray[np.uint64]) -> NDArray[np.int32]:
-        """The ids of the mappings that contain ADDRESSES (u64[n]); -1 for those in none."""
-        if not len(self.ids):
-            return np.full(len(addresses), -1, np.int32)
-        at = np.searchsorted(self.starts, addresses, side="right") - 1
-        inside = (at >= 0) & (addresses < self.ends[at])
-        return np.where(inside, self.ids[at], -1).astype(np.int32)
 
 
 class ProcessMaps:
@@ -90,10 +49,10 @@ class ProcessMaps:
 
     Each has an id, by which these are indexed: `starts`, `ends` and `file_offsets` (u64), and
     `file_indexes` (i32) into `files`. An id keeps its meaning until `resets` changes, which
-    happens after 262,144 mappings. Memory without a file is a `MappedFile` as well. Text that the
-    process has moved into anonymous memory, for huge pages, counts as mapped from its file if the
-    memory's pages are those of the file; `is_moved` (bool) tells. `generations` are the states of
-    the memory that are remembered, oldest first.
+    happens after 65,536 mappings, of which 32,768 can be there at once. Memory without a file is a
+    `MappedFile` as well. Text that the process has moved into anonymous memory, for huge pages,
+    counts as mapped from its file if the memory's pages are those of the file; `is_moved` (bool)
+    tells. `generations` are the states of the memory that are remembered, oldest first.
 
     Times are of CLOCK_MONOTONIC, as the kernel's programs take them. Not safe to use from two
     threads at once. Never raises for what the process does or is: without its maps, it has none.
@@ -146,28 +105,7 @@ class ProcessMaps:
         An address that is in no mapping known of its time is looked for in those of later times,
         then in earlier ones, of the program that the process executed then.
         """
-        found = np.full(len(addresses), -1, np.int32)
-        if times_ns is None:
-            times_ns = np.full(len(addresses), np.iinfo(np.uint64).max)
-        ends = [generation.since_ns for generation in self.generations[1:]]
-        bounds = [np.uint64(end) for end in ends] + [np.iinfo(np.uint64).max]
-        programs = {generation.program for generation in self.generations}
-        for program in sorted(programs):
-            of_program = [
-                (generation, bound)
-                for generation, bound in zip(self.generations, bounds, strict=True)
-                if generation.program == program
-            ]
-            first = np.uint64(of_program[0][0].since_ns)
-            last = of_program[-1][1]
-            left = (times_ns >= first) & ((times_ns < last) | (last == np.iinfo(np.uint64).max))
-            if program == min(programs):
-                left |= times_ns < first
-            for generation, bound in of_program:
-                _fill(found, left & (times_ns <= bound), generation, addresses)
-            for generation, _ in reversed(of_program):
-                _fill(found, left, generation, addresses)
-        return found
+        return find_in(self.generations, addresses, times_ns)
 
     def locate(
         self, addresses: NDArray[np.uint64], times_ns: NDArray[np.uint64] | None = None
@@ -226,6 +164,16 @@ class ProcessMaps:
         """Whether the process has ended, even if another has its number now."""
         return self.has_ended or start_time_of(self.tgid) != self.started
 
+    def began_after(self, time_ns: int) -> bool:
+        """Whether the process began after TIME_NS: whatever had its number then was another one.
+        False if that is not known. /proc tells the beginning in ticks since boot, rounded down;
+        this clock stands still while the machine sleeps, so the result is never too late."""
+        if self.started is None:
+            return False
+        monotonic_ns = time.monotonic_ns()
+        slept_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - monotonic_ns
+        return self.started * _TICK_NS - slept_ns > time_ns
+
     def catch_up(self) -> float | None:
         """Reads the maps again if more was told than is known, and it is time. Returns the number
         of seconds until it is time; None if nothing is left to read."""
@@ -276,12 +224,12 @@ class ProcessMaps:
         return changed
 
     def _take(self, text: bytes, since_ns: int) -> bool:
-        lines = list(_lines(self.tgid, text))
+        lines = list(lines_of(self.tgid, text, _MOST_AT_ONCE))
         if len(self._columns) + sum(line.executable for line in lines) > _MOST_MAPPINGS:
             self.resets += 1
             self._forget_all()
         mounts = Mounts(self.tgid)
-        around = list(zip(_nearest_files(lines), _nearest_files(lines[::-1])[::-1], strict=True))
+        around = list(zip(nearest_files(lines), nearest_files(lines[::-1])[::-1], strict=True))
         ids = [
             self._id_of(line, neighbours, mounts)
             for line, neighbours in zip(lines, around, strict=True)
@@ -354,11 +302,14 @@ class ProcessMaps:
         self._taken += 1
         self.generations = (*self.generations, generation)[-_MOST_GENERATIONS:]
 
-    def _id_of(self, line: _Line, neighbours: _Neighbours, mounts: Mounts) -> int:
+    def _id_of(self, line: Line, neighbours: Neighbours, mounts: Mounts) -> int:
         seen, offset, moved = line.seen, line.offset, False
         file = self._registry.get(seen, mounts)
-        if file.elf is None and file.kind is not FileKind.VDSO:
-            if original := self._original(line, neighbours, mounts):
+        if file.elf is None:
+            original = None
+            if file.kind is not FileKind.VDSO:
+                original = original_of(line, neighbours, self._registry, mounts)
+            if original:
                 file, offset = original
                 moved = True
             else:
@@ -376,91 +327,3 @@ class ProcessMaps:
             found = self._known[key] = len(self._columns)
             self._columns.append((*key, moved))
         return found
-
-    def _original(
-        self, line: _Line, neighbours: _Neighbours, mounts: Mounts
-    ) -> tuple[MappedFile, int] | None:
-        """The file, and the offset in it, whose text was moved into the memory of LINE; None if
-        that is something else. It lies between two mappings of the file, where the text was."""
-        before, after = neighbours
-        if before is None or after is None or before.seen.of_file != after.seen.of_file:
-            return None
-        file = self._registry.get(before.seen, mounts)
-        if file.elf is None:
-            return None
-        start, end = line.seen.start, line.seen.end
-        for one in (before, after):
-            bias = file.elf.bias(one.seen.start, one.seen.end, one.offset, one.executable)
-            offset = None if bias is None else _code_offset(file.elf, start - bias)
-            if offset is not None and _is_the_same(self.tgid, start, end, file.elf, offset):
-                return file, offset
-        return None
-
-
-def _nearest_files(lines: Sequence[_Line]) -> list[_Line | None]:
-    """For each of LINES, the last one before it that maps a file."""
-    found: list[_Line | None] = []
-    last = None
-    for line in lines:
-        found.append(last)
-        if line.seen.inode:
-            last = line
-    return found
-
-
-def _fill(
-    found: NDArray[np.int32],
-    wanted: NDArray[np.bool_],
-    generation: Generation,
-    addresses: NDArray[np.uint64],
-) -> None:
-    wanted = wanted & (found < 0)
-    if wanted.any():
-        found[wanted] = generation.find(addresses[wanted])
-
-
-def _lines(tgid: int, text: bytes) -> Iterator[_Line]:
-    """The mappings of code, and those of files."""
-    for start, end, execute, offset, device, inode, path in _LINE.findall(text):
-        if execute == b"x" or inode != b"0":
-            yield _Line(
-                Sighting(
-                    tgid,
-                    int(start, 16),
-                    int(end, 16),
-                    device.decode(),
-                    int(inode),
-                    os.fsdecode(path),
-                ),
-                executable=execute == b"x",
-                offset=int(offset, 16),
-            )
-
-
-def _code_offset(elf: ElfFile, address: int) -> int | None:
-    """The offset in the file of the page of code at a virtual ADDRESS; None if none is there."""
-    for segment in elf.loads[elf.loads["flags"] & PF_X != 0]:
-        first = int(segment["address"])
-        skipped = first % _PAGE_BYTES
-        if first - skipped <= address < first + int(segment["bytes"]):
-            return int(segment["offset"]) - first + address
-    return None
-
-
-def _is_the_same(tgid: int, start: int, end: int, elf: ElfFile, offset: int) -> bool:
-    """Whether memory has the content of the file from OFFSET on: at most 16 pages, evenly spread,
-    are compared, of which one may differ, by a debugger's breakpoint."""
-    pages = (end - start) // _PAGE_BYTES
-    chosen = np.unique(np.linspace(0, pages - 1, min(pages, _COMPARED_PAGES)).astype(np.int64))
-    equal = compared = 0
-    try:
-        with memory_of(tgid) as memory:
-            for page in chosen.tolist():
-                of_file = os.pread(elf.fd, _PAGE_BYTES, offset + page * _PAGE_BYTES)
-                if of_file:  # the last page of a mapping may be past the end of the file
-                    compared += 1
-                    in_memory = os.pread(memory, len(of_file), start + page * _PAGE_BYTES)
-                    equal += in_memory == of_file
-    except OSError:
-        return False
-    return equal > 0 and equal >= compared - 1

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from coral.bpf.attaching.mappings import MappedCode
 from coral.collectors.symbols.demangle import Demangler
-from coral.collectors.symbols.elf import NOWHERE
+from coral.collectors.symbols.elf import NOWHERE, ElfFile
 from coral.collectors.symbols.files import FileKind, MappedFile, MappedFiles
 from coral.collectors.symbols.kernel import KernelSymbols
 from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.perf_map import PerfMap
-from coral.collectors.symbols.store import CacheStats, SymbolStore
+from coral.collectors.symbols.store import CacheStats, StoredTable, SymbolStore
 from coral.collectors.symbols.strings import Strings
 
 UNKNOWN: Final = "[unknown]"
@@ -29,8 +29,10 @@ _KERNEL_HALF: Final = np.uint64(1 << 63)
 _VSYSCALL: Final = np.uint64(0xFFFF_FFFF_FF60_0000)
 _NEW_S: Final = 10.0
 _MOST_PROCESSES: Final = 4096
+_MOST_PROGRAMS: Final = 8  # of a process, one after the other
 _MOST_REASONS: Final = 64
 _LARGEST_STRINGS_BYTES: Final = 32 << 20
+_LARGEST_PERF_MAPS_BYTES: Final = 192 << 20  # of all processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,13 @@ class _Process:
         for _, perf_map in self.perf_maps:
             perf_map.close()
 
+    def begin_program(self, time_ns: int, perf_map: PerfMap) -> None:
+        """PERF_MAP holds from TIME_NS on. Keeps those of the last few programs: a process can
+        execute any number of them."""
+        self.perf_maps.append((time_ns, perf_map))
+        while len(self.perf_maps) > _MOST_PROGRAMS:
+            self.perf_maps.pop(0)[1].close()
+
     def in_time(
         self, which: NDArray[np.int64], times_ns: NDArray[np.uint64] | None
     ) -> Iterator[tuple[PerfMap, NDArray[np.int64]]]:
@@ -98,9 +107,9 @@ class _Process:
         if times_ns is None:
             yield self.perf_maps[-1][1], which
             return
-        untils = [since_ns for since_ns, _ in self.perf_maps[1:]]
-        at = np.searchsorted(np.array(untils, np.uint64), times_ns[which], side="right")
-        for number in np.unique(at).tolist():
+        begins = [since_ns for since_ns, _ in self.perf_maps]
+        at = np.searchsorted(np.array(begins, np.uint64), times_ns[which], side="right") - 1
+        for number in np.unique(at[at >= 0]).tolist():
             yield self.perf_maps[number][1], which[at == number]
 
 
@@ -129,7 +138,7 @@ class Symbolizer:
     @property
     def stats(self) -> SymbolStats:
         """What is in memory now."""
-        perf_maps = [perf_map for one in self._processes.values() for _, perf_map in one.perf_maps]
+        perf_maps = list(self._perf_maps())
         return SymbolStats(
             tables=self.store.stats,
             open_files=len(self.files),
@@ -147,8 +156,7 @@ class Symbolizer:
     def why_not(self) -> list[str]:
         """Why names are missing, for people; at most 64 reasons."""
         reasons = [*self._reasons, self.kernel.why_not, self.demangler.why_not]
-        for process in self._processes.values():
-            reasons += [perf_map.why_not for _, perf_map in process.perf_maps]
+        reasons += [perf_map.why_not for perf_map in self._perf_maps()]
         return sorted(set(filter(None, reasons)))[:_MOST_REASONS]
 
     def maps(self, tgid: int, born: int = 0) -> ProcessMaps:
@@ -160,7 +168,8 @@ class Symbolizer:
         key = (tgid, born)
         process = self._processes.get(key)
         if process is None:
-            process = _Process(ProcessMaps(tgid, self.files), [(0, PerfMap(tgid))])
+            perf_map = PerfMap(tgid, self._perf_map_room)
+            process = _Process(ProcessMaps(tgid, self.files), [(0, perf_map)])
             self._processes[key] = process
             self._new[key] = time.monotonic() + _NEW_S
             while len(self._processes) > _MOST_PROCESSES:
@@ -214,14 +223,14 @@ class Symbolizer:
         process = self._process(tgid, born)
         if known:
             process.maps.executed(time_ns)
-            process.perf_maps.append((time_ns, PerfMap(tgid)))
+            process.begin_program(time_ns, PerfMap(tgid, self._perf_map_room))
             self._new[tgid, born] = time.monotonic() + _NEW_S
 
     def has_executed(self, tgid: int, time_ns: int, born: int = 0, *, is_over: bool) -> None:
         """The same where the maps know the program already. If it IS OVER, because the process has
         executed another one since, what it has told in a perf map is not known."""
-        perf_map = PerfMap(0 if is_over else tgid)
-        self._process(tgid, born).perf_maps.append((time_ns, perf_map))
+        perf_map = PerfMap(0 if is_over else tgid, self._perf_map_room)
+        self._process(tgid, born).begin_program(time_ns, perf_map)
 
     def read_told(self, tgid: int, born: int = 0) -> None:
         """Reads what the runtime of a process has told in its perf map, if it has code of its own:
@@ -236,9 +245,24 @@ class Symbolizer:
         if process := self._processes.pop((tgid, born), None):
             process.close()
 
+    def _perf_map_room(self) -> int:
+        """How many bytes perf maps may still take."""
+        return _LARGEST_PERF_MAPS_BYTES - sum(one.nbytes for one in self._perf_maps())
+
+    def _perf_maps(self) -> Iterator[PerfMap]:
+        """Those of processes that were not asked for longest come first."""
+        return (perf_map for one in self._processes.values() for _, perf_map in one.perf_maps)
+
     def trim(self) -> bool:
         """If the strings take more than 32 MB, forgets them all: numbers given before are void,
-        and `strings` is another object. Returns whether it did. For between two batches."""
+        and `strings` is another object. Returns whether it did. Drops perf maps, too, if these take
+        all the memory for them. For between two batches."""
+        if (room := self._perf_map_room()) <= 0:
+            for perf_map in self._perf_maps():
+                room += perf_map.nbytes
+                perf_map.forget()
+                if room >= _LARGEST_PERF_MAPS_BYTES // 2:
+                    break
         if self.strings.memory_bytes <= _LARGEST_STRINGS_BYTES:
             return False
         self.strings = Strings()
@@ -246,9 +270,8 @@ class Symbolizer:
         self._of_kernel.clear()
         self.store.forget_marks()
         self.kernel.marks[:] = 0
-        for process in self._processes.values():
-            for _, perf_map in process.perf_maps:
-                perf_map.marks[:] = 0
+        for perf_map in self._perf_maps():
+            perf_map.marks[:] = 0
         return True
 
     def close(self) -> None:
@@ -291,16 +314,18 @@ class Symbolizer:
             which = user[of_file == number]
             into = looked_up[which] - maps.starts[ids[which]] + maps.file_offsets[ids[which]]
             file = maps.files[number]
-            if not self._name_of_elf(named, which, into, file, tgid):
-                self._name_of_runtime(
-                    named,
-                    which,
-                    into,
-                    file,
-                    process=process,
-                    looked_up=looked_up,
-                    times_ns=times_ns,
-                )
+            named.modules[which], build_id = self._of_file(file)
+            stored = self.store.get(file, tgid)
+            if stored is not None and stored.elf is not None:
+                self.files.needed(file)
+                named.build_ids[which] = build_id
+                self._name_of_elf(named, which, into, stored, stored.elf)
+            else:
+                if file.kind is not FileKind.ANONYMOUS:
+                    self._reasons_add(f"{file.module}: {file.why_not}")
+                named.addresses[which] = into
+                self._name_of_runtime(named, which, process, looked_up, times_ns)
+            self._give_offsets(named, which)
         return named
 
     def _name_of_elf(
@@ -308,47 +333,29 @@ class Symbolizer:
         named: Named,
         which: NDArray[np.int64],
         offsets: NDArray[np.uint64],
-        file: MappedFile,
-        tgid: int,
-    ) -> bool:
-        """Names the addresses WHICH, at OFFSETS in FILE. Returns whether it is an ELF file."""
-        stored = self.store.get(file, tgid)
-        if stored is None or stored.elf is None:
-            return False
-        self.files.needed(file)
-        module, build_id = self._of_file(file)
-        named.modules[which], named.build_ids[which] = module, build_id
-        found = stored.elf.addresses(offsets)
-        places = np.where(found == np.uint64(NOWHERE), offsets, found)
-        named.addresses[which] = places
-        table = stored.table
-        self._give(named, which, table.find(found), stored.marks, table.name)
-        self._give_offsets(named, which)
-        return True
+        stored: StoredTable,
+        elf: ElfFile,
+    ) -> None:
+        """Names the addresses WHICH, at OFFSETS in the file ELF."""
+        found = elf.addresses(offsets)
+        named.addresses[which] = np.where(found == np.uint64(NOWHERE), offsets, found)
+        self._give(named, which, stored.table.find(found), stored.marks, stored.table.name)
 
     def _name_of_runtime(
         self,
         named: Named,
         which: NDArray[np.int64],
-        offsets: NDArray[np.uint64],
-        file: MappedFile,
-        *,
         process: _Process,
         looked_up: NDArray[np.uint64],
         times_ns: NDArray[np.uint64] | None,
     ) -> None:
-        """Names the addresses WHICH, by the perf maps of PROCESS. They are in memory that no ELF
-        file is mapped to, or none that could be opened: in FILE, at OFFSETS."""
-        named.modules[which] = self._of_file(file)[0]
-        named.addresses[which] = offsets
-        if file.kind is not FileKind.ANONYMOUS:
-            self._reasons_add(f"{file.module}: {file.why_not}")
+        """Names the addresses WHICH, by the perf maps of PROCESS: they are in memory that no ELF
+        file is mapped to, or none that could be opened."""
         for perf_map, mine in process.in_time(which, times_ns):
             found = perf_map.find(looked_up[mine], None if times_ns is None else times_ns[mine])
             hit = np.flatnonzero(found >= 0)
             self._give(named, mine, found, perf_map.marks, perf_map.name)
             named.addresses[mine[hit]] = looked_up[mine[hit]] - perf_map.starts[found[hit]]
-        self._give_offsets(named, which)
 
     def _name_kernel(
         self, named: Named, which: NDArray[np.int64], looked_up: NDArray[np.uint64]

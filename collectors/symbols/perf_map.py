@@ -5,9 +5,11 @@ for each, with its address and size in hexadecimal digits, and its name
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -40,16 +42,17 @@ class PerfMap:
     the one told last counts. Only a file of the process's user, or of root, is believed, which was
     written since the process started: ids are used again, by containers each time. At most
     1,048,576 functions and 64 MB of names of the first 256 MB are read, 32 MB at a time; `why_not`
-    says so, or what else is wrong with the file. Not safe to use from two threads at once. Never
-    raises.
+    says so, or what else is wrong with the file. ROOM tells how many bytes may still be taken, by
+    this and others together. Not safe to use from two threads at once. Never raises.
 
     Times are of CLOCK_MONOTONIC. A function that was told after a sample was taken is not the one
     that was sampled if another was there before.
     """
 
-    def __init__(self, tgid: int) -> None:
+    def __init__(self, tgid: int, room: Callable[[], int] = lambda: _MOST_TEXT_BYTES) -> None:
         self.tgid = tgid
         self.why_not = ""
+        self._room = room
         self._file: ProcessFile | None = None
         self._rest_until = self._look_at = -np.inf
         self._clear()
@@ -130,6 +133,10 @@ class PerfMap:
         """The name of a function with a NUMBER that `find` has given."""
         return bytes(self._names[self._at[number] : self._at[number + 1]])
 
+    def forget(self) -> None:
+        """Drops all functions, which are read again when they are asked for."""
+        self._clear()
+
     def look(self) -> bool:
         """Whether the file is open. Opens it, if it is there by now: then it can be read after the
         process has ended, too. At most once a second."""
@@ -159,6 +166,9 @@ class PerfMap:
             last = min(size, self.position + MOST_READ_BYTES, LARGEST_BYTES)
             while self.position < last:
                 if len(self) >= _MOST_FUNCTIONS or len(self._names) >= _MOST_TEXT_BYTES:
+                    return
+                if self._room() <= 0:
+                    self.why_not = "perf maps of other processes take all the memory for them"
                     return
                 wanted = min(_READ_BYTES, last - self.position)
                 data = os.pread(self._file.fd, wanted, self.position)
@@ -191,9 +201,12 @@ class PerfMap:
             )
             return
         try:
-            file = ProcessFile(self.tgid, path)
+            # A link could lead to a file system that never answers.
+            file = ProcessFile(self.tgid, path, follow_links=False)
             found = os.fstat(file.fd)
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self.why_not = "the perf map is a link, or in one: links are not followed"
             return
         if self._file and file.identity[:2] == self._file.identity[:2]:
             file.close()

@@ -4,12 +4,12 @@ no symbols; each is named after the function whose address it loads.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf.attaching.elf import SYMBOL
+from coral.bpf.attaching.elf import SYMBOL, ElfError
 from coral.collectors.symbols.elf import EM_AARCH64, EM_X86_64, ElfFile
 
 _SECTIONS: Final = (".plt", ".plt.sec", ".plt.got", ".iplt")
@@ -19,6 +19,7 @@ _INDIRECT: Final = {EM_X86_64: 37, EM_AARCH64: 1032}  # R_X86_64_IRELATIVE, R_AA
 _STUB_BYTES: Final = 16
 _SHORT_STUB_BYTES: Final = 8  # of .plt.got without endbr64
 _MOST_STUBS: Final = 1 << 16
+_LARGEST_TABLE_BYTES: Final = 32 << 20  # Chromium's relocations have 8 MB
 _ADRP_X16: Final = 0x9000_0010
 _LDR_X17_X16: Final = 0xF940_0211
 _BTI_BYTES: Final = 4
@@ -40,9 +41,9 @@ def stubs_of(elf: ElfFile) -> Stubs:
     places = np.concatenate([place for _, _, place in found])
     starts = np.concatenate([start for start, _, _ in found])
     sizes = np.concatenate([size for _, size, _ in found])
-    tables = [np.frombuffer(_whole(elf.section(name), 24), _RELOCATION) for name in _RELOCATIONS]
+    tables = [_table(elf, name, _RELOCATION) for name in _RELOCATIONS]
     slots = np.concatenate(tables)
-    symbols = np.frombuffer(_whole(elf.section(".dynsym"), SYMBOL.itemsize), SYMBOL)
+    symbols = _table(elf, ".dynsym", SYMBOL)
     if not len(slots) or not len(places):
         nothing = np.zeros(0, np.uint64)
         return Stubs(nothing, nothing, nothing.astype(np.uint32), nothing)
@@ -57,6 +58,14 @@ def stubs_of(elf: ElfFile) -> Stubs:
     targets = np.where(is_indirect, slots["addend"][at], 0).astype(np.uint64)
     good = (slots["where"][at] == places) & ((names > 0) | (targets > 0))
     return Stubs(starts[good], sizes[good], names[good], targets[good])
+
+
+def _table(elf: ElfFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The entries of the section NAME. Raises `ElfError`, also for more than 32 MB."""
+    header = elf.header_of(name)
+    if header is not None and header["bytes"] > _LARGEST_TABLE_BYTES:
+        raise ElfError(f"{header['bytes']} bytes of {name}")
+    return np.frombuffer(_whole(elf.section(name), dtype.itemsize), dtype)
 
 
 def _whole(data: bytes | None, size: int) -> bytes:
@@ -86,7 +95,7 @@ def _stubs_in(
     if elf.machine == EM_AARCH64:
         # The first stub is of 32 bytes, the others of 16 or, with BTI or PAC, 24.
         starts = np.uint64(base) + into
-        steps = np.diff(starts, append=np.uint64(base + len(code)))
+        steps = np.diff(starts, append=np.uint64((base + len(code)) % (1 << 64)))
         return starts, np.minimum(steps, np.uint64(24)), places
     return starts, np.full(len(starts), size, np.uint64), places
 

@@ -25,6 +25,9 @@ _DIGESTED: Final = (".symtab", ".dynsym", ".gnu_debuglink", ".gnu_debugdata")
 _MOST_SHARED: Final = 2048
 _MOST_COMPARED: Final = 4  # with one build id
 _DIGEST_CHUNK_BYTES: Final = 4 << 20
+# Of tables of symbols, names and debug information together, 0.3 s. A sparse file has any number of
+# bytes and takes no room.
+_LARGEST_DIGESTED_BYTES: Final = 256 << 20
 
 
 class CacheStats(NamedTuple):
@@ -138,8 +141,9 @@ class SymbolStore:
 
 
 def _digest_of(elf: ElfFile) -> bytes:
-    """Equal for files with the same segments and symbols; empty for a damaged one. 60 ms for Node's
-    14 MB."""
+    """Equal for files with the same segments and symbols; empty for a damaged one, or for more than
+    256 MB of symbols. 60 ms for Node's 14 MB."""
+    left = _LARGEST_DIGESTED_BYTES
     digest = hashlib.blake2b(digest_size=20)
     try:
         for name in _DIGESTED:
@@ -150,6 +154,9 @@ def _digest_of(elf: ElfFile) -> bytes:
             digest.update(f"{name} {len(headers)}:".encode())
             for one in headers:
                 offset, size = int(one["offset"]), int(one["bytes"])
+                left -= size
+                if left < 0:
+                    return b""
                 digest.update(f"{one['address']},{size};".encode())
                 for at in range(0, size, _DIGEST_CHUNK_BYTES):
                     chunk = min(_DIGEST_CHUNK_BYTES, size - at)

@@ -19,7 +19,6 @@ from coral.collectors.symbols.elf import SHF_EXECINSTR, ElfFile
 LONGEST_NAME_BYTES: Final = 4096
 _NO_TYPE, _FUNCTION, _INDIRECT_FUNCTION = 0, 2, 10
 _GLOBAL, _WEAK, _UNIQUE = 1, 2, 10
-_PART_BYTES: Final = 1 << 20
 _CHUNK: Final = 1 << 16
 _MOST_SYMBOLS: Final = 4 << 20  # read
 _MOST_FUNCTIONS: Final = 512 << 10  # kept: 130 MB and 2 s at worst, if all overlap
@@ -27,8 +26,11 @@ _LARGEST_STRINGS_BYTES: Final = 128 << 20
 _EH_FRAME_HEADER: Final = 0x6474_E550  # PT_GNU_EH_FRAME
 # Version 1, and the usual encodings: 4 bytes relative to the header (LSB, .eh_frame_hdr).
 _SORTED_TABLE: Final = b"\x01\x1b\x03\x3b"
-_MOST_ALIASES: Final = 8
+_HEADER_BYTES: Final = 12
+_LARGEST_OFFSET: Final = (1 << 63) - 1  # that pread(2) accepts; headers may say more
 _PLT_SUFFIX: Final = b"@plt"
+_LONGEST_COMPARED_BYTES: Final = 255
+_COMPARED_AT_ONCE: Final = 4096  # names
 
 _FOUND: Final = np.dtype(
     [
@@ -49,7 +51,7 @@ class _Strings:
     suffix: bytes = b""
 
     def read(self, at: int) -> bytes:
-        if at >= self.size:
+        if at >= self.size or self.offset + at > _LARGEST_OFFSET:
             return b""
         wanted = min(LONGEST_NAME_BYTES, self.size - at)
         if self.fd < 0:
@@ -115,11 +117,17 @@ class SymbolTable:
             return b""
 
 
-def _zeros_in(text: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Where TEXT is 0, ascending. In parts, because it can have many megabytes."""
-    parts = range(0, len(text), _PART_BYTES)
-    found = [np.flatnonzero(text[at : at + _PART_BYTES] == 0) + at for at in parts]
-    return np.concatenate([np.zeros(0, np.int64), *found])
+def _name_lengths(text: NDArray[np.uint8], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The lengths of the names that begin at STARTS in TEXT, at most 255. Looks at these alone: a
+    file's tables of names may be mostly zeros, a place each."""
+    found = np.empty(len(starts), np.int64)
+    into = np.arange(_LONGEST_COMPARED_BYTES)
+    for first in range(0, len(starts), _COMPARED_AT_ONCE):
+        at = starts[first : first + _COMPARED_AT_ONCE]
+        ends = text[np.minimum(at[:, np.newaxis] + into, len(text) - 1)] == 0
+        ends[:, -1] |= ~ends.any(axis=1)
+        found[first : first + len(at)] = np.minimum(ends.argmax(axis=1), len(text) - 1 - at)
+    return found
 
 
 def _without_version(name: bytes) -> bytes:
@@ -137,7 +145,9 @@ class TableBuilder:
 
     def __init__(self, elf: ElfFile) -> None:
         self._elf = elf
-        self._code = elf.loads[elf.loads["flags"] & PF_X != 0]
+        code = elf.loads[elf.loads["flags"] & PF_X != 0]
+        self._code_ends = code["address"] + code["memory"]
+        self._code = intervals.disjoint(code["address"], self._code_ends)
         self._found: list[NDArray[Any]] = []
         self._strings: list[_Strings] = []
         self._texts: dict[int, NDArray[np.uint8]] = {}
@@ -184,12 +194,10 @@ class TableBuilder:
         named = (symbols["name"] > 0) & (symbols["name"] < len(text)) & (symbols["section"] > 0)
         symbols = symbols[named & (typed | (kind == _NO_TYPE))]
         typed = symbols["info"] & 0xF != _NO_TYPE
-        in_code = np.zeros(len(symbols), np.bool_)
+        segment = intervals.find(self._code.starts, self._code.ends, symbols["address"])
+        in_code = segment >= 0
         until = np.zeros(len(symbols), np.uint64)
-        for segment in self._code:
-            inside = symbols["address"] - segment["address"] < segment["memory"]
-            in_code |= inside
-            until[inside] = segment["address"] + segment["memory"]
+        until[in_code] = self._code_ends[self._code.owners[segment[in_code]]]
         sections = source.sections
         number = np.where(symbols["section"] < len(sections), symbols["section"], 0)
         if len(sections):
@@ -313,6 +321,7 @@ class TableBuilder:
                 continue
             end = len(text) - 1
             at = np.minimum(found["name"][mine].astype(np.int64), end)
+            lengths[mine] = _name_lengths(text, at)
             leading = np.ones(len(mine), np.bool_)
             first = np.zeros(len(mine), np.uint64)
             for n in range(8):
@@ -322,8 +331,6 @@ class TableBuilder:
                     underscores[mine] += leading
                 first = first << np.uint64(8) | letter
             letters[mine] = first
-            ends = np.append(_zeros_in(text), end)
-            lengths[mine] = np.minimum(ends[np.searchsorted(ends, at)] - at, 255)
         return [
             underscores,
             lengths,
@@ -361,9 +368,10 @@ class TableBuilder:
             for segment in elf.segments[elf.segments["type"] == _EH_FRAME_HEADER][:1]:
                 size = min(int(segment["bytes"]), 16 << 20)
                 data = read_exactly(elf.fd, segment["offset"], size)
-                if data[:4] != _SORTED_TABLE:
+                if data[:4] != _SORTED_TABLE or len(data) < _HEADER_BYTES:
                     break
-                count = min(int.from_bytes(data[8:12], "little"), (len(data) - 12) // 8)
-                pairs = np.frombuffer(data, np.int32, 2 * count, 12)[::2]
+                count = int.from_bytes(data[8:_HEADER_BYTES], "little")
+                count = min(count, (len(data) - _HEADER_BYTES) // 8)
+                pairs = np.frombuffer(data, np.int32, 2 * count, _HEADER_BYTES)[::2]
                 return np.sort(pairs.astype(np.int64).astype(np.uint64) + segment["address"])
         return np.zeros(0, np.uint64)

@@ -16,7 +16,7 @@ from coral.bpf import Features, HashMap
 from coral.collectors.contract import Coverage, EventRows, Summaries
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import (
-    KernelCollector,
+    EventCollector,
     KernelOptions,
     errors_only_option,
     min_duration_option,
@@ -87,7 +87,7 @@ class SyscallStatsOptions(KernelOptions):
         return np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
 
 
-class SyscallStatsCollector(KernelCollector[SyscallStatsOptions]):
+class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
     """Counts the system calls of the watched processes."""
 
     kind = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS

@@ -31,7 +31,7 @@ from coral.collectors.clock import CLOCK
 from coral.collectors.contract import Coverage, EventRows, Summaries, Support
 from coral.collectors.hubs import Plan, SlotReader
 from coral.collectors.kernel_collector import (
-    KernelCollector,
+    EventCollector,
     KernelOptions,
     top_option,
 )
@@ -120,11 +120,12 @@ def _optional() -> set[str]:
     return {name for name, hook in _OPTIONAL.items() if hook in _kernel_has()}
 
 
-class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
+class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
     """Follows the TCP connections of the watched processes."""
 
     kind = pb.EBPF_COLLECTOR_KIND_TCP_METRICS
     options_type = TcpMetricsOptions
+    always_has_records = True
     twins = _TWINS
 
     def _plan(self, features: Features) -> Plan:
@@ -163,10 +164,6 @@ class TcpMetricsCollector(KernelCollector[TcpMetricsOptions]):
     def _own_maps(self) -> Mapping[str, int]:
         names = ("connections", "found") if self._asks else ("connections",)
         return dict.fromkeys(names, self._options.entries)
-
-    @property
-    def _has_records(self) -> bool:
-        return True
 
     def _optional_programs(self) -> tuple[str, ...]:
         """The optional programs that this session wants."""

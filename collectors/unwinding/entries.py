@@ -43,6 +43,7 @@ _FORMATS: Final = {
 _PC_RELATIVE: Final = 0x10
 _VERSIONS: Final = (1, 3)
 _LARGEST_FACTOR: Final = 256
+_MOST_BITS: Final = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ def commons(section: bytes, at: Ints, end: Ints, machine: Machine) -> tuple[list
 def _common(entry: bytes, first: int, machine: Machine) -> Common | None:
     """The common entry whose contents are ENTRY, FIRST bytes into the section; None where it is
     damaged or of an unknown kind."""
+    if len(entry) > MOST_BYTES:
+        return None
     try:
         version = entry[4]
         closing = entry.index(b"\0", 5)
@@ -108,12 +111,7 @@ def _common(entry: bytes, first: int, machine: Machine) -> Common | None:
         encoding, end = _augmented(entry, at, augmentation)
     except (IndexError, ValueError):
         return None
-    if (
-        version not in _VERSIONS
-        or column != machine.return_address
-        or end > len(entry)
-        or len(entry) > MOST_BYTES
-    ):
+    if version not in _VERSIONS or column != machine.return_address or end > len(entry):
         return None
     if not 0 < code_alignment < _LARGEST_FACTOR or abs(data_alignment) > _LARGEST_FACTOR:
         return None
@@ -154,14 +152,17 @@ def _pointer_bytes(encoding: int) -> int:
 
 
 def _number(data: bytes, at: int, *, is_signed: bool = False) -> tuple[int, int]:
+    """A LEB128 number, and where it ends. Raises IndexError at the end of DATA, and ValueError for
+    more than 63 bits."""
     value = bits = 0
-    while True:
+    while bits < _MOST_BITS:
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << bits
         bits += 7
         if byte < 0x80:  # noqa: PLR2004
             return value - (1 << bits) if is_signed and byte & 0x40 else value, at
+    raise ValueError("a number of more than 63 bits")
 
 
 def field(padded: Bytes, at: Ints, dtype: str) -> NDArray[np.generic]:

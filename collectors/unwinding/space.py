@@ -30,6 +30,7 @@ from coral.collectors.unwinding.rules import (
     offset_of,
 )
 
+_Part = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 _WINDOW: Final = 1 << ADDRESS_BITS
 # Tables of a single rule, before those of files.
 _PLAIN: Final = (Cfa.UNMAPPED, Cfa.PENDING, Cfa.NONE, Cfa.ANONYMOUS, Cfa.TRAMPOLINE)
@@ -84,6 +85,8 @@ class Space:
         self.machine = machine
         self._slots: dict[Hashable, int] = {}
         self._memories: list[Sequence[Region]] = []
+        # Of each memory, what `Index.mapping` and `Index.shift` have of it, once that was made.
+        self._parts: list[_Part | None] = []
         self._tables: dict[int, Rows] = {}  # by identity
         self._index: Index | None = None
         self._joined: _Joined | None = None
@@ -98,6 +101,11 @@ class Space:
     def slot(self, key: Hashable) -> int:
         """The number of a memory in `Samples.memory`, until `keep_only` is called."""
         return self._slots[key]
+
+    @property
+    def tables(self) -> int:
+        """The number of tables, each of a file."""
+        return len(self._tables)
 
     @property
     def row_bytes(self) -> int:
@@ -116,8 +124,9 @@ class Space:
         regions = sorted(regions, key=lambda region: region.start)
         if slot == len(self._memories):
             self._memories.append(regions)
+            self._parts.append(None)
         else:
-            self._memories[slot] = regions
+            self._memories[slot], self._parts[slot] = regions, None
         for region in regions:
             if region.rows is not None:
                 self._add(region.rows)
@@ -131,7 +140,7 @@ class Space:
     def keep_only(self, keys: set[Hashable]) -> None:
         """Forgets all memories but KEYS, and the tables that only they had. Slots change."""
         kept = {key: self._memories[slot] for key, slot in self._slots.items() if key in keys}
-        self._slots, self._memories, self._tables = {}, [], {}
+        self._slots, self._memories, self._parts, self._tables = {}, [], [], {}
         self._index = self._joined = None
         for key, regions in kept.items():
             self.put(key, regions)
@@ -147,32 +156,46 @@ class Space:
             self._joined = _joined(self.machine, self._tables)
         return _index(self._joined, self._mappings(self._joined.numbers))
 
-    def _mappings(self, numbers: dict[int, int]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        mapping, shift = [0], [0]
+    def _mappings(self, numbers: dict[int, int]) -> _Part:
+        """Those of all memories. A new one comes often, so the others' are kept: tables are only
+        added, and keep their NUMBERS."""
+        nothing = np.zeros(1, np.uint64)
+        parts: list[_Part] = [(nothing, nothing)]
         for slot, regions in enumerate(self._memories):
-            base = slot * _WINDOW
-            after = 0
-            for region in regions:
-                if not after <= region.start < region.end < _WINDOW:
-                    continue
-                if region.start > after:
-                    mapping.append(base + after)
-                    shift.append(-base)
-                table, bias = _PLAIN.index(region.kind), 0
-                if region.rows is not None:
-                    first = (region.start - region.bias) % (1 << 64)
-                    if first + region.end - region.start < _WINDOW:
-                        table, bias = numbers[id(region.rows)], region.bias
-                mapping.append(base + region.start)
-                shift.append(table * _WINDOW - bias - base)
-                after = region.end
+            part = self._parts[slot]
+            if part is None:
+                part = self._parts[slot] = _mapped(slot, regions, numbers)
+            parts.append(part)
+        mapping, shift = zip(*parts, strict=True)
+        return np.concatenate(mapping), np.concatenate(shift)
+
+
+def _mapped(slot: int, regions: Sequence[Region], numbers: dict[int, int]) -> _Part:
+    """What `Index.mapping` and `Index.shift` have of the memory in SLOT."""
+    mapping, shift = [], []
+    base = slot * _WINDOW
+    after = 0
+    for region in regions:
+        if not after <= region.start < region.end < _WINDOW:
+            continue
+        if region.start > after:
             mapping.append(base + after)
             shift.append(-base)
-        modulus = 1 << 64
-        return (
-            np.array(mapping, np.uint64),
-            np.array([number % modulus for number in shift], np.uint64),
-        )
+        table, bias = _PLAIN.index(region.kind), 0
+        if region.rows is not None:
+            first = (region.start - region.bias) % (1 << 64)
+            if first + region.end - region.start < _WINDOW:
+                table, bias = numbers[id(region.rows)], region.bias
+        mapping.append(base + region.start)
+        shift.append(table * _WINDOW - bias - base)
+        after = region.end
+    mapping.append(base + after)
+    shift.append(-base)
+    modulus = 1 << 64
+    return (
+        np.array(mapping, np.uint64),
+        np.array([number % modulus for number in shift], np.uint64),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.symbols.files import FileKind, MappedFile, memory_of
-from coral.collectors.symbols.maps import Generation, ProcessMaps
+from coral.collectors.symbols.generations import Generation
+from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.unwinding.rules import Cfa, Machine, Rows
 from coral.collectors.unwinding.space import Region, Space
 from coral.collectors.unwinding.stacks import Samples, Stacks, replaced
@@ -22,6 +23,7 @@ Ints = NDArray[np.int64]
 _Key = tuple[ProcessMaps, int]
 
 _MOST_MEMORIES: Final = 1024
+_MOST_TABLES: Final = 8192  # there is room for 65,536 in a `Space`
 _MOST_ROW_BYTES: Final = 128 << 20  # beside what the processes at hand need
 _MOST_ROUNDS: Final = 64  # each finds the next file on a stack of which nothing was known
 _NOW: Final = np.iinfo(np.uint64).max
@@ -132,7 +134,9 @@ class Unwinder:
             for index in np.unique(at).tolist():
                 place[chosen[at == index]] = len(keys)
                 keys.append(self._put(process, generations, index))
-        if len(self._space) > _MOST_MEMORIES or self._space.row_bytes > _MOST_ROW_BYTES:
+        space = self._space
+        is_full = len(space) > _MOST_MEMORIES or space.tables > _MOST_TABLES
+        if is_full or space.row_bytes > _MOST_ROW_BYTES:
             self._forget(keys)
         slots = np.array([self._space.slot(key) for key in keys], np.int64)
         memory = slots[place] if keys else place

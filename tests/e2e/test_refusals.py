@@ -29,6 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from build_hook import clang_command
+from coral.bpf.probing.features import probe
 from coral.collectors.hierarchies import hierarchies
 from coral.collectors.procfs import comm_of
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -437,6 +438,29 @@ def test_a_collector_that_is_not_possible_is_an_answer_and_not_an_error(tmp_path
     assert answer == pb.StartEbpfCollectorResponse(
         supported=False, error="cpu_profile: no timer (cpu_clock: switched off by CORAL_WITHOUT)"
     )
+
+
+def test_cycles_are_refused_before_anything_is_attached(tmp_path: Path) -> None:
+    """On a machine that has counters, as on one that has none."""
+    without = {"CORAL_WITHOUT": "cpu_cycles"} if probe()["cpu_cycles"].available else {}
+    request = start_request({"scope": "host", "event": "cycles"}, kind=CPU_PROFILE)
+    with running_agent(tmp_path / "agent", environment=without) as agent:
+        code, text = code_and_text(agent, "StartCollector", request)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert re.fullmatch(
+            r"""config\["event"\]: 'cycles' is not accepted; give `cpu-clock`: .+""", text
+        )
+        reason = "switched off" if without else "this machine counts no CPU cycles"
+        assert reason in text
+        (here,) = [
+            collector
+            for collector in agent.call("GetCapabilities", pb.GetCapabilitiesRequest()).collectors
+            if collector.kind == CPU_PROFILE
+        ]
+        (event,) = [option for option in here.options if option.name == "event"]
+        assert here.supported
+        assert (event.accepts, event.default_value) == ("cpu-clock or cycles", "cpu-clock")
+        assert event.refused in text
 
 
 IN_LEAVE: Final = "RAW_PROGRAM(coral_leave, struct pt_regs *regs, long ret)\n{\n"

@@ -6,18 +6,23 @@ import errno
 import fcntl
 import math
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from coral.bpf import AttachError
 from coral.bpf.attaching.each_cpu import CpuEvent, EachCpu, online_cpus
-from coral.bpf.attaching.sampling import cpu_clock, sample_with
+from coral.bpf.attaching.sampling import CycleCounter, cpu_clock, cycle_counter, sample_with
+from coral.bpf.probing.features import probe
 from tests.attaching import toy
-from tests.support import PATIENCE
+from tests.support import PATIENCE, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left", "no_descriptors_left")
 
@@ -191,3 +196,61 @@ def test_a_frequency_that_the_kernel_does_not_allow_is_told_with_the_limit() -> 
     for freq_hz in (0, limit + 1):
         with pytest.raises(AttachError, match=f"at {freq_hz} Hz: .* allows 1 to {limit}: EINVAL"):
             sample_with(-1, freq_hz)
+
+
+COUNTS_CYCLES: Final = """
+from coral.bpf.attaching.sampling import cycle_counter
+try:
+    cycle_counter(0, 30_000_007)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_the_kernel_is_asked_for_cycles_of_a_fixed_period(tmp_path: Path) -> None:
+    log = tmp_path / "strace.out"
+    asked = ("strace", "-f", "-e", "trace=perf_event_open", "-v", "-o", str(log))
+    done = subprocess.run(
+        (*asked, sys.executable, "-P", "-c", COUNTS_CYCLES), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (call,) = [line for line in log.read_text().splitlines() if "perf_event_open(" in line]
+    print(call)
+    attributes = dict(re.findall(r"(\w+)=(\w+)", call))
+    assert (attributes["type"], attributes["config"]) == (
+        "PERF_TYPE_HARDWARE",
+        "PERF_COUNT_HW_CPU_CYCLES",
+    )
+    assert attributes["sample_period"] == "30000007"
+    assert "}, -1, 0, -1, PERF_FLAG_FD_CLOEXEC)" in call
+    assert {name for name, value in attributes.items() if value == "1"} == {
+        "disabled",
+        "pinned",
+        "exclude_hv",
+        "exclude_guest",
+    }
+
+
+def test_cycles_are_counted_or_refused_with_nothing_left_open(attaching_object: Path) -> None:
+    with toy(attaching_object, PROGRAM, wanted_tgid=os.getpid()) as bpf_object:
+        program = bpf_object.program_fd(PROGRAM)
+        if probe()["cpu_cycles"].available:
+            with CycleCounter(program, FREQ_HZ, 7) as counter:
+                assert counter.period_cycles % 64 == 7
+                wait_until(lambda: bpf_object.read_variable("samples").sum() > 0)
+            return
+        with pytest.raises(AttachError) as refused:
+            CycleCounter(program, FREQ_HZ, 7)
+        assert refused.value.errno == errno.ENOENT
+
+
+def test_a_counter_that_the_kernel_does_not_give_is_an_error() -> None:
+    """A pinned event reads as empty where its CPU has no counter left; some machines have none."""
+
+    def take_all(held: ExitStack) -> None:
+        for _ in range(64):  # more than any CPU has
+            held.callback(cycle_counter(0, 1 << 40).close)
+
+    with ExitStack() as held, pytest.raises(OSError) as refused:  # noqa: PT011  see below
+        take_all(held)
+    assert ("in use" in str(refused.value)) == probe()["cpu_cycles"].available

@@ -21,6 +21,7 @@ from coral.collectors.cpu_profile.samples import IN_KERNEL, Samples
 from coral.collectors.cpu_profile.summaries import Profile, summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 
+CYCLES = 30_000_064
 LISTS = st.lists(st.lists(st.integers(0, 5), max_size=6), max_size=8)
 SAMPLE = np.dtype(
     [
@@ -171,6 +172,34 @@ def test_a_part_of_the_rows_has_its_own_stacks_and_frames_and_a_part_of_the_acco
     assert (len(nothing), len(nothing.columns["frame_function"])) == (0, 0)
 
 
+def test_rows_and_columns_have_cycles_and_no_time() -> None:
+    rows = summaries(profile((1, [], [100])), "shop", 0, CYCLES)
+    assert rows.columns["period_cycles"].tolist() == [CYCLES]
+    assert rows.columns["period_ns"].tolist() == [0]
+    (row,) = rows.as_messages()
+    assert isinstance(row, pb.CpuProfileSample)
+    assert (row.period_cycles, row.period_ns) == (CYCLES, 0)
+
+
+def test_cycles_are_not_added_to_cpu_seconds() -> None:
+    measures = ProfileMeasures(10)
+    for period in ((0, CYCLES), (10_000_000, 0)):
+        rows = summaries(profile((1, [], [100, 300]), (1, [], [200])), "shop", *period)
+        measures.observe("shop", Batch(rows, 0, 1))
+    measures.observe("other", Batch(summaries(profile((1, [], [100])), "", 0, 5), 0, 1))
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in measures.collect()
+        for sample in family.samples
+    }
+    assert found["coral_profile_cpu_seconds_total", "shop"] == pytest.approx(0.02)
+    assert found["coral_profile_cpu_cycles_total", "shop"] == 2 * CYCLES
+    assert found["coral_profile_function_cpu_cycles_total", "shop", "f1"] == CYCLES
+    assert found["coral_profile_function_cpu_seconds_total", "shop", "f1"] == pytest.approx(0.01)
+    assert found["coral_profile_cpu_cycles_total", "other"] == 5
+    assert ("coral_profile_cpu_seconds_total", "other") not in found
+
+
 def test_cpu_time_is_counted_by_service_and_by_function() -> None:
     measures = ProfileMeasures(10)
     period_ns = 10_000_000
@@ -202,7 +231,7 @@ def test_functions_without_names_have_one_series_by_module() -> None:
     rows = summaries(profile(*stacks, (1, [1400], [100])), "shop", 10_000_000)
     rows.columns["frame_flags"] |= pb.CPU_FRAME_FLAG_UNNAMED
     measures.observe("shop", Batch(rows, 0, 1))
-    (functions,) = (it for it in measures.collect() if "function" in it.name)
+    (functions,) = (it for it in measures.collect() if it.name.endswith("function_cpu_seconds"))
     found = {it.labels["function"]: it.value for it in functions.samples}
     assert found == {"[program]": pytest.approx(0.17), "[kernel]": pytest.approx(0.01)}
 
@@ -213,7 +242,7 @@ def test_functions_for_which_there_is_no_room_are_added_up() -> None:
         (1, [], [100 * n]) for n in (5, 5, 5, 6, 6, 7, 8)
     ]
     measures.observe("shop", Batch(summaries(profile(*stacks), "shop", 10**9), 0, 1))
-    (functions,) = (it for it in measures.collect() if "function" in it.name)
+    (functions,) = (it for it in measures.collect() if it.name.endswith("function_cpu_seconds"))
     found = {tuple(it.labels.values()): it.value for it in functions.samples}
     assert found == {("shop", "f5"): 3, ("shop", "f6"): 2, ("other", "other"): 2}
 

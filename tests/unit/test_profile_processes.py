@@ -19,6 +19,7 @@ from coral.collectors.procfs import start_time_of
 from coral.collectors.symbols.files import MappedFiles
 from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.names import Symbolizer
+from tests.support import wait_until
 
 SAMPLE = np.dtype(
     [(name, "u8") for name in ("tgid", "born", "execs", "parent", "parent_execs", "time_ns")]
@@ -30,9 +31,11 @@ def sample(  # noqa: PLR0917
     execs: int = 3,
     parent: int = 1,
     parent_execs: int = 0,
-    time_ns: int = 1,
+    time_ns: int = 0,
     born: int = 77,
 ) -> Any:
+    """A sample taken now, if no time is given."""
+    time_ns = time_ns or time.monotonic_ns()
     return np.array([(tgid, born, execs, parent, parent_execs, time_ns)], SAMPLE)[0]
 
 
@@ -88,6 +91,21 @@ def test_samples_of_before_an_exec_are_not_those_of_what_runs_now(processes: Pro
     after = processes.of(sample(os.getpid(), execs=4), newest=True)
     assert not before.maps.generations
     assert after.maps.generations
+
+
+def test_a_later_process_of_the_same_number_is_not_the_one_that_was_sampled(
+    processes: Processes,
+) -> None:
+    before_ns = time.monotonic_ns()
+    wait_until(lambda: time.monotonic_ns() > before_ns + 30_000_000)  # ticks are 10 ms
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as later:
+        gone = processes.of(sample(later.pid, time_ns=before_ns), newest=True)
+        assert not gone.maps.generations
+        processes.meet([MappedCode(1, later.pid, 0, 4096, 0, 0, 0, "cat")])
+        gone = processes.of(sample(later.pid, 4, time_ns=before_ns), newest=True)
+        assert not gone.maps.generations
+        there = np.array([(later.pid, 78, 5, 1, 0, time.monotonic_ns())], SAMPLE)[0]
+        assert processes.of(there, newest=True).maps.generations
 
 
 def test_a_process_that_was_met_has_its_memory_after_its_end(processes: Processes) -> None:

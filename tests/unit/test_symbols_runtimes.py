@@ -117,7 +117,7 @@ def test_a_file_that_is_cut_rewritten_or_replaced_is_read_anew(told: Path) -> No
 
 def test_a_file_that_was_looked_at_is_read_after_the_end_of_its_process() -> None:
     code = "import os; open(f'/tmp/perf-{os.getpid()}.map', 'w').write('1000 10 one\\n'); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-I", "-c", code], stdin=subprocess.PIPE) as process:
         path = Path(f"/tmp/perf-{process.pid}.map")
         looked, not_looked = PerfMap(process.pid), PerfMap(process.pid)
         wait_until(lambda: path.exists() and path.read_text() != "")

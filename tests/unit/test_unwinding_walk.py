@@ -190,6 +190,32 @@ def test_a_file_that_is_mapped_twice_is_kept_once() -> None:
     assert "two" not in space
 
 
+def test_memories_that_come_one_by_one_are_as_those_that_come_together() -> None:
+    """What was made of the earlier ones is kept, and made again for one that has changed."""
+    tables = [table(by_sp(size), OUTERMOST) for size in (8, 16, 24)]
+    regions = [[Region(CODE, CODE + 0x10000, CODE, rows)] for rows in tables]
+    grown, whole = Space(X86_64), Space(X86_64)
+    for number in (0, 1, 2, 1, 0):
+        grown.put(number, regions[(number + 1) % 3])
+        grown.index()
+        grown.put(number, regions[number])
+        grown.index()
+    for number in range(3):
+        whole.put(number, regions[number])
+    one, other = grown.index(), whole.index()
+    key = np.array(
+        [n << 48 | at for n in range(3) for at in (0, CODE - 1, function(0), function(1))]
+    )
+    found = [index.rules[index.rule_at(key.astype(np.uint64))].tolist() for index in (one, other)]
+    assert found[0] == found[1]
+    assert len(np.unique(found[0], axis=0)) == 5  # outside, three rules and the outermost
+    grown.keep_only({2})
+    assert grown.tables == 1
+    key = np.array([grown.slot(2) << 48 | function(0)], np.uint64)
+    index = grown.index()
+    assert index.rules[index.rule_at(key)].tolist() == [found[1][10]]
+
+
 def test_more_frames_than_wanted_are_cut_and_marked() -> None:
     stacks = PLAIN.unwind(thread(function(0), *[function(0)] * 50), most=10)
     assert stacks.lengths.tolist() == [10]

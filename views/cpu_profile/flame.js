@@ -11,7 +11,7 @@
   const FIELDS = 6; // of a node: depth, function, samples to its left, total, own, guessed
 
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { functions, nodes, samples, period_ns: periodNs } = data;
+  const { functions, nodes, samples, period, in_cycles: inCycles } = data;
   const count = nodes.length / FIELDS;
   const depth = (i) => nodes[i * FIELDS];
   const functionOf = (i) => nodes[i * FIELDS + 1];
@@ -38,8 +38,9 @@
   let drawn = new Map();
 
   const share = (part) => (samples ? `${((100 * part) / samples).toFixed(2)}%` : "0%");
-  const time = (part) => `${((part * periodNs) / 1e9).toPrecision(3)} s`;
-  const amount = (part) => `${part.toLocaleString("en")} (${share(part)}, ${time(part)})`;
+  const used = (part) =>
+    `${((part * period) / 1e9).toPrecision(3)} ${inCycles ? "billion cycles" : "s"}`;
+  const amount = (part) => `${part.toLocaleString("en")} (${share(part)}, ${used(part)})`;
 
   function label(i) {
     const [name, , flags] = functions[functionOf(i)];

@@ -68,7 +68,8 @@ def _data(profile: Profile, tree: Node, least: int) -> dict[str, Any]:
         nodes += depth, at, left, node.total, node.own, node.guessed
     return {
         "samples": profile.samples,
-        "period_ns": profile.period_ns,
+        "period": profile.period,
+        "in_cycles": profile.in_cycles,
         "functions": functions,
         "nodes": nodes,
     }

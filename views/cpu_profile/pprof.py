@@ -25,26 +25,29 @@ from coral.views.cpu_profile.profile import (
 from coral.views.cpu_profile.session import Facts, told
 from coral.wire.encoding import WIRE_BYTES, WIRE_VARINT, varint
 
-_TYPES: Final = (("samples", "count"), ("cpu", "nanoseconds"))
+_SAMPLES: Final = ("samples", "count")
+_TIME: Final = ("cpu", "nanoseconds")
+_CYCLES: Final = ("cycles", "count")
 _BELONGS_NOWHERE: Final = ("", CUT, NO_STACK, NOT_KEPT)
 
 
 def pprof(profile: Profile, facts: Facts) -> bytes:
     """PROFILE as the bytes of a `.pb.gz` file; the same profile gives the same bytes."""
     tables = _Tables(profile)
-    samples = [_sample(tables, stack, profile.period_ns) for stack in profile.stacks()]
+    samples = [_sample(tables, stack, profile.period) for stack in profile.stacks()]
     comments = [tables.string(line) for line in (f"target: {facts.target}", *told(profile, facts))]
-    types = [_message(1, _pair(tables, *each)) for each in _TYPES]
+    main = _CYCLES if profile.in_cycles else _TIME
+    types = [_message(1, _pair(tables, *each)) for each in (_SAMPLES, main)]
     parts = [
         *types,
         *(_message(2, each) for each in samples),
         *tables.encoded(),
         _number(9, facts.began_ns),
         _number(10, round(facts.seconds * 1e9)),
-        _message(11, _pair(tables, *_TYPES[1])),
-        _number(12, profile.period_ns),
+        _message(11, _pair(tables, *main)),
+        _number(12, profile.period),
         _message(13, b"".join(map(varint, comments))),
-        _number(14, tables.string(_TYPES[1][0])),
+        _number(14, tables.string(main[0])),
     ]
     # The strings come last: everything before adds to them.
     parts += [_message(6, text.encode(errors="replace")) for text in tables.strings]
@@ -109,7 +112,7 @@ class _Tables:
             yield _message(5, _number(1, number) + _number(2, text) + _number(3, text))
 
 
-def _sample(tables: _Tables, stack: Sampled, period_ns: int) -> bytes:
+def _sample(tables: _Tables, stack: Sampled, period: int) -> bytes:
     origin, frames, count = stack
     # The innermost frame comes first.
     whole = (*[Frame(CUT)] * origin.cut, *frames)[::-1]
@@ -122,7 +125,7 @@ def _sample(tables: _Tables, stack: Sampled, period_ns: int) -> bytes:
         "guessed": "yes" if any(frame.guessed for frame in frames) else "",
     }
     locations = b"".join(varint(tables.location(frame)) for frame in whole)
-    values = varint(count) + varint(count * period_ns)
+    values = varint(count) + varint(count * period)
     texts = [_label(tables, name, value) for name, value in labels.items()]
     return _message(1, locations) + _message(2, values) + b"".join(texts)
 

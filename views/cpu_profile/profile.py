@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.cpu_profile.functions import Function, Uses
 from coral.views.cpu_profile.names import file_name
+from coral.views.text import format_amount, format_ns
 
 # A profile of five minutes on a machine of two CPUs has at most 60,000 samples.
 MOST_STACKS: Final = 200_000
@@ -126,8 +127,10 @@ class Profile:
         self.samples = 0
         self.lost = 0  # in the kernel
         self.truncated = 0  # samples whose user stack was copied in part
-        self.period_ns = 0
+        self.period_ns = 0  # what one sample stands for: time
+        self.period_cycles = 0  # or cycles of a CPU, which are no time
         self.cpu_ns = 0  # what the samples stand for
+        self.cycles = 0
         self.ends: Counter[int] = Counter()  # samples by pb.CpuStackEnd
         self.guessed = 0  # samples with at least one frame by guess
         self.in_kernel = 0
@@ -147,16 +150,42 @@ class Profile:
     def __len__(self) -> int:
         return len(self._counts)
 
+    @property
+    def period(self) -> int:
+        """What one sample stands for, in the unit of `in_cycles`."""
+        return self.period_cycles if self.in_cycles else self.period_ns
+
+    @property
+    def in_cycles(self) -> bool:
+        """Whether samples stand for cycles of CPUs, and not for CPU time."""
+        return bool(self.period_cycles) and not self.period_ns
+
+    def amount(self, samples: int) -> str:
+        """What SAMPLES stand for: `1.20s`, `3.1G cycles`."""
+        if self.in_cycles:
+            return f"{format_amount(samples * self.period_cycles)} cycles"
+        return format_ns(samples * self.period_ns)
+
     def account(self, *, lost: int, truncated: int) -> None:
         """Notes what an interval says of its samples as a whole."""
         self.lost += lost
         self.truncated += truncated
 
-    def add(self, origin: Origin, frames: Sequence[Frame], count: int, period_ns: int) -> None:
-        """Adds COUNT samples of a stack, the outermost frame first, each for PERIOD_NS of CPU."""
+    def add(
+        self,
+        origin: Origin,
+        frames: Sequence[Frame],
+        count: int,
+        period_ns: int,
+        period_cycles: int = 0,
+    ) -> None:
+        """Adds COUNT samples of a stack, the outermost frame first, each for PERIOD_NS of CPU time,
+        or for PERIOD_CYCLES."""
         self.samples += count
         self.cpu_ns += count * period_ns
+        self.cycles += count * period_cycles
         self.period_ns = period_ns or self.period_ns
+        self.period_cycles = period_cycles or self.period_cycles
         self.ends[origin.end] += count
         self.in_kernel += count * origin.in_kernel
         numbers = self._known(frames or (Frame(NO_STACK, flags=_FLAG_UNNAMED),))
@@ -178,7 +207,9 @@ class Profile:
         for origin, frames, count in more.stacks():
             self.add(origin, frames, count, 0)
         self.cpu_ns += more.cpu_ns
+        self.cycles += more.cycles
         self.period_ns = more.period_ns or self.period_ns
+        self.period_cycles = more.period_cycles or self.period_cycles
         self.account(lost=more.lost, truncated=more.truncated)
 
     def stacks(self) -> Iterator[Sampled]:

@@ -25,10 +25,10 @@ _FRAME_COLUMNS: Final = (
 
 def take(batch: Batch, *profiles: Profile) -> None:
     """Adds a batch to each of PROFILES."""
-    columns, period_ns = batch.columns, _period_ns(batch)
+    columns, period = batch.columns, _period(batch)
     for origin, frames, count in samples(batch):
         for profile in profiles:
-            profile.add(origin, frames, count, period_ns)
+            profile.add(origin, frames, count, *period)
     lost, truncated = (_single(columns, f"samples_{name}") for name in ("lost", "truncated"))
     for profile in profiles:
         profile.account(lost=lost, truncated=truncated)
@@ -82,10 +82,12 @@ def _number(labels: Mapping[str, str], name: str) -> int:
     return int(text) if text.isascii() and text.isdecimal() else 0
 
 
-def _period_ns(batch: Batch) -> int:
-    """The CPU time that a sample of a batch stands for; 0 where nothing says so."""
-    rows = batch.message.cpu_profile
-    return rows[0].period_ns if rows else _single(batch.columns, "period_ns")
+def _period(batch: Batch) -> tuple[int, int]:
+    """What each sample of a batch stands for, in ns of CPU time and in cycles: one of them is 0, or
+    both where nothing says so."""
+    if rows := batch.message.cpu_profile:
+        return rows[0].period_ns, rows[0].period_cycles
+    return _single(batch.columns, "period_ns"), _single(batch.columns, "period_cycles")
 
 
 def _single(columns: Mapping[str, NDArray[Any]], name: str) -> int:
@@ -96,7 +98,8 @@ def _single(columns: Mapping[str, NDArray[Any]], name: str) -> int:
 
 def records(batch: Batch) -> Iterator[dict[str, Any]]:
     """Each row as plain data."""
-    message, period_ns = batch.message, _period_ns(batch)
+    message = batch.message
+    period_ns, period_cycles = _period(batch)
     for index, (origin, frames, count) in enumerate(samples(batch)):
         yield {
             "collector": kind_name(message.kind),
@@ -110,6 +113,7 @@ def records(batch: Batch) -> Iterator[dict[str, Any]]:
             "tid": origin.tid,
             "count": count,
             "period_ns": period_ns,
+            "period_cycles": period_cycles,
             "in_kernel": origin.in_kernel,
             "end": short_name(pb.CpuStackEnd.DESCRIPTOR, origin.end),
             "unwinding": short_name(pb.CpuUnwinding.DESCRIPTOR, origin.unwinding),

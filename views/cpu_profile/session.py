@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from coral.views.cpu_profile.profile import Profile
-from coral.views.text import format_ns, format_share
+from coral.views.text import format_amount, format_ns, format_share
 
 NOTHING_RAN: Final = "nothing ran: no sample was taken, so the target used next to no CPU time"
 
@@ -45,10 +45,15 @@ def told(profile: Profile, facts: Facts) -> Iterator[str]:
 
 
 def amount_words(profile: Profile, seconds: float) -> str:
-    """`2,970 samples, 30.0s of CPU time (0.99 CPUs), 12% in the kernel`."""
-    text = f"{_many(profile.samples)}, {format_ns(profile.cpu_ns)} of CPU time"
-    if seconds > 0:
-        text += f" ({profile.cpu_ns / 1e9 / seconds:.2f} CPUs)"
+    """`2,970 samples, 30.0s of CPU time (0.99 CPUs), 12% in the kernel`. Cycles are not converted
+    to time: how fast the CPUs' clocks were is not known."""
+    text = _many(profile.samples)
+    if profile.cycles:
+        text += f", {format_amount(profile.cycles)} cycles"
+    if profile.cpu_ns or not profile.cycles:
+        text += f", {format_ns(profile.cpu_ns)} of CPU time"
+        if seconds > 0:
+            text += f" ({profile.cpu_ns / 1e9 / seconds:.2f} CPUs)"
     return f"{text}, {format_share(profile.in_kernel / profile.samples)} in the kernel"
 
 

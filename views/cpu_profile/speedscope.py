@@ -38,7 +38,7 @@ class _Frames:
 
 
 def speedscope(profile: Profile, facts: Facts) -> str:
-    """PROFILE as JSON; weights are nanoseconds of CPU time."""
+    """PROFILE as JSON; weights are nanoseconds of CPU time, or cycles."""
     frames = _Frames()
     everything: _Samples = []
     threads: dict[tuple[str, int], _Samples] = {}
@@ -49,11 +49,13 @@ def speedscope(profile: Profile, facts: Facts) -> str:
         everything.append((numbers, count))
         threads.setdefault((origin.thread, origin.tid), []).append((numbers, count))
     # The schema asks for at least one profile, and every sample for at least one frame.
-    profiles = [_profile("all threads", everything, profile.period_ns)]
+    # Without a unit of its own, it shows plain numbers.
+    unit = "none" if profile.in_cycles else "nanoseconds"
+    profiles = [_profile("all threads", everything, profile.period, unit)]
     if len(threads) > 1:
         busiest = sorted(threads.items(), key=lambda it: -sum(count for _, count in it[1]))
         for (thread, tid), samples in busiest[:_MOST_THREADS]:
-            profiles.append(_profile(f"{visible(thread)}/{tid}", samples, profile.period_ns))
+            profiles.append(_profile(f"{visible(thread)}/{tid}", samples, profile.period, unit))
     return json.dumps(
         {
             "$schema": _SCHEMA,
@@ -70,15 +72,17 @@ def _name(frame: Frame) -> str:
     return f"{_GUESS if frame.guessed else ''}{frame.function}"
 
 
-def _profile(name: str, samples: Iterable[tuple[list[int], int]], period_ns: int) -> dict[str, Any]:
+def _profile(
+    name: str, samples: Iterable[tuple[list[int], int]], period: int, unit: str
+) -> dict[str, Any]:
     """Samples one after the other. Equal neighbours are drawn as one, so the stacks are sorted:
     what has the same callers lies side by side."""
     ordered = sorted(samples)
-    weights = [count * period_ns for _, count in ordered]
+    weights = [count * period for _, count in ordered]
     return {
         "type": "sampled",
         "name": name,
-        "unit": "nanoseconds",
+        "unit": unit,
         "startValue": 0,
         "endValue": sum(weights),
         "samples": [numbers for numbers, _ in ordered],

@@ -17,7 +17,7 @@ from coral.views.cpu_profile.names import visible
 from coral.views.cpu_profile.profile import Profile
 from coral.views.cpu_profile.session import Facts, told
 from coral.views.cpu_profile.tree import Node, call_tree, least_drawn, walk
-from coral.views.text import format_ns, format_share, wrapped
+from coral.views.text import format_share, wrapped
 
 MOST_NODES: Final = 20_000
 _WIDTH: Final = 1200
@@ -108,8 +108,8 @@ def _about(node: Node, label: str, profile: Profile) -> str:
     if node.function.module:
         lines.append(f"in {visible(node.function.module)}")
     for name, count in (("self", node.own), ("total", node.total)):
-        cpu = format_ns(count * profile.period_ns)
-        lines.append(f"{name} {count:,} ({format_share(count / profile.samples)}, {cpu})")
+        share = format_share(count / profile.samples)
+        lines.append(f"{name} {count:,} ({share}, {profile.amount(count)})")
     if node.guessed:
         lines.append(f"{node.guessed:,} by guess")
     return "\n".join(lines)

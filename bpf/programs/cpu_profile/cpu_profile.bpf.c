@@ -4,8 +4,9 @@
  * the registers of user space, and as much of the user stack as is in use, up to a limit. User
  * space unwinds and names.
  *
- * Each session has timers of its own, perf events of the software cpu-clock, which all run this one
- * program. A timer's period, in nanoseconds, ends with the number of the session's slot.
+ * Each session has timers of its own, perf events of the software cpu-clock, or counters of cycles,
+ * which all run this one program. Their period, in nanoseconds or cycles, ends with the number of
+ * the session's slot.
  */
 #define WAKEUP_WINDOW_BYTES (64 << 10) /* more than two samples of the largest size */
 
@@ -83,7 +84,8 @@ IN_BTF(struct cpu_sample, cpu_sample);
 IN_BTF(struct sighting, sighting);
 IN_BTF(enum record_kind, record_kind);
 
-/* No sample interrupts another one of the same CPU: all are taken by timers' interrupts. */
+/* No sample interrupts another one of the same CPU, although a counter's interrupt can interrupt a
+ * timer's: the kernel runs no such program within another (bpf_prog_active). */
 MAP(PERCPU_ARRAY, sample_drafts, __u32, struct cpu_sample_draft, 1, 0);
 
 #ifdef CORAL_BCC
