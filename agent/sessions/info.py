@@ -23,6 +23,7 @@ def info_of(session: Session) -> pb.CollectorInfo:
         produced=channel.produced,
         lost=loss_messages(channel.lost_in_kernel),
         map_memory_bytes=session.map_memory_bytes,
+        attributes=session.attributes,
     )
     for subscription in channel.subscriptions:
         account = subscription.account

@@ -6,7 +6,7 @@ SECURITY.md has these rules for users. The operator's own continuous collectors 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
@@ -89,6 +89,8 @@ def _check_host_scope(watched: Watched, service: ServiceProcesses | None, *, all
             why = f"this cgroup holds {what}, as the root of all cgroups does"
             raise DeniedError(_not_allowed(name, value, "policy.host_scope", why))
         tgids = cgroup_tgids(watched.cgroup)
+    elif watched.pods:
+        tgids = {tgid for cgroup in watched.cgroups for tgid in cgroup_tgids(cgroup)}
     elif watched.comm:
         tgids = (tgid for tgid in running_tgids() if comm_of(tgid) == watched.comm)
     elif INIT in watched.tgids and watched.follows_children:
@@ -105,22 +107,39 @@ def _words(watched: Watched, service: ServiceProcesses | None) -> tuple[str, str
         return "service_name", service.name
     if watched.cgroup:
         return "cgroup", str(watched.cgroup)
+    if watched.pods:
+        kind, _, text = watched.pods.partition(":")
+        return kind, text
     if watched.comm:
         return "comm", watched.comm
     first = ",".join(map(str, watched.tgids[:_FEW]))
     return "pid", first + ",..." * (len(watched.tgids) > _FEW)
 
 
+def is_service_listed(service: ServiceProcesses | None, policy: Policy) -> bool:
+    """Whether the policy's list of services names it."""
+    return service is not None and any(fnmatchcase(service.name, name) for name in policy.services)
+
+
 def _is_listed(watched: Watched, service: ServiceProcesses | None, policy: Policy) -> bool:
     """Whether one of the policy's lists names what is watched."""
-    if service and any(fnmatchcase(service.name, name) for name in policy.services):
+    if is_service_listed(service, policy):
         return True
     if not policy.cgroups or watched.host or watched.comm:
         return False  # processes of a name may start in any cgroup
-    roots = _identities(policy.cgroups)
+    covered = covers(policy)
     if watched.cgroup:
-        return not roots.isdisjoint(_above(watched.cgroup))
+        return covered(watched.cgroup)
+    if watched.pods:
+        return bool(watched.cgroups) and all(map(covered, watched.cgroups))
+    roots = _identities(policy.cgroups)
     return all(not roots.isdisjoint(_above_process(tgid)) for tgid in watched.tgids)
+
+
+def covers(policy: Policy) -> Callable[[Path], bool]:
+    """Says of a cgroup's directory whether it is one of the policy's list, or below one."""
+    roots = _identities(policy.cgroups)
+    return lambda directory: not roots.isdisjoint(_above(directory))
 
 
 def _not_listed(watched: Watched, service: ServiceProcesses | None, policy: Policy) -> str:
