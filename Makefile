@@ -12,7 +12,7 @@ RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-
 TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
 	apache2-bin curl gdb linux-perf nodejs openssl wrk
 SOAK_PACKAGES = $(TEST_PACKAGES) openjdk-17-jdk-headless
-TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics
+TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics build/containerd/containerd build/containerd/runc
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
@@ -118,3 +118,9 @@ build/victoria-metrics/victoria-metrics:
 
 build/nginx/nginx:
 	@deploy/packages --extract nginx build/nginx
+
+build/containerd/containerd:
+	@deploy/packages --extract containerd build/containerd ctr containerd-shim-runc-v2
+
+build/containerd/runc:
+	@deploy/packages --extract runc build/containerd

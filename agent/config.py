@@ -21,6 +21,7 @@ from coral.agent.addresses import ACCEPTED, is_unix, unix_address
 from coral.agent.config_access import Audit, RoleRule, problem
 from coral.agent.config_access import Auth as Auth  # noqa: PLC0414  others have it from here
 from coral.agent.config_file import read_yaml
+from coral.agent.config_kubernetes import Kubernetes
 from coral.agent.config_otlp import Otlp
 from coral.agent.config_tls import Tls
 from coral.agent.config_units import ByteCount as ByteCount  # noqa: PLC0414
@@ -32,6 +33,8 @@ from coral.collectors.options import (
     format_duration,
     parse_duration_s,
 )
+from coral.collectors.selectors import SELECTORS
+from coral.collectors.selectors import parse as parse_selector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 from coral.wire.text import is_printable, safe
@@ -242,6 +245,28 @@ class ServiceRule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     comm: Annotated[str, Meta(description="the processes with this command name")] = ""
     cgroup: Annotated[str, Meta(description="the processes in this cgroup and below it")] = ""
     pid_file: Annotated[str, Meta(description="the process whose id is in this file")] = ""
+    pod: Annotated[
+        str, Meta(description="a pod, `NAMESPACE/POD`, or one of its containers, with `/CONTAINER`")
+    ] = ""
+    pods: Annotated[
+        str, Meta(description="the pods with some labels, also later ones: `NAMESPACE?app=web`")
+    ] = ""
+    namespace: Annotated[str, Meta(description="the pods of this namespace, also later ones")] = ""
+    workload: Annotated[
+        str,
+        Meta(
+            description="the pods of a workload, also later ones: `NAMESPACE/KIND/NAME`, such as "
+            "`shop/deploy/checkout`"
+        ),
+    ] = ""
+    container: Annotated[str, Meta(description="a container, by its id or the beginning of it")] = (
+        ""
+    )
+
+    @property
+    def selectors(self) -> dict[str, str]:
+        """Those of pods and containers, by key."""
+        return {key: text for key in SELECTORS if (text := getattr(self, key))}
 
 
 class Continuous(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -254,8 +279,8 @@ class Continuous(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     config: Annotated[
         dict[str, str],
         Meta(
-            description="its options, as in a request; without `service`, one of `pid`, `comm`, "
-            "`cgroup` or `scope` is needed"
+            description="its options, as in a request; without `service`, one of those that name a "
+            "target is needed, such as `comm`, `namespace` or `scope`"
         ),
     ] = field(default_factory=dict)
 
@@ -324,6 +349,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = ()
     audit: Audit = field(default_factory=Audit)
     tls: Tls = field(default_factory=Tls)
+    kubernetes: Kubernetes = field(default_factory=Kubernetes)
     continuous: Annotated[
         tuple[Continuous, ...], Meta(description="collectors that run for as long as the agent")
     ] = ()
@@ -463,8 +489,10 @@ def _decode(wanted: type, value: object) -> object:
 
 def _check(config: Config) -> None:
     for name, rule in config.services.items():
-        if sum(map(bool, (rule.comm, rule.cgroup, rule.pid_file))) != 1:
-            raise ConfigError(f"services.{name}: exactly one of comm, cgroup, pid_file is expected")
+        given = [key for key in rule.__struct_fields__ if getattr(rule, key)]
+        if len(given) != 1:
+            keys = ", ".join(rule.__struct_fields__)
+            raise ConfigError(f"services.{name}: exactly one of {keys} is expected")
         _check_name(f"services.{name}", name)
         _check_service(f"services.{name}", rule)
     _check_name("agent_id", config.agent_id)
@@ -532,6 +560,13 @@ def _check_service(path: str, rule: ServiceRule) -> None:
             f"{path}.comm: {shown(rule.comm)} is not accepted; give a command name of at most "
             f"{_MOST_COMM_BYTES} bytes, as the kernel cuts them off there"
         )
+    for key, text in rule.selectors.items():
+        try:
+            parse_selector(key, text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}.{key}: {shown(text)} is not accepted; give {error}"
+            ) from error
     if rule.pid_file and not Path(rule.pid_file).is_absolute():
         raise ConfigError(
             f"{path}.pid_file: {shown(rule.pid_file)} is not accepted; give an absolute path"
@@ -542,6 +577,7 @@ def _check_continuous(path: str, rule: Continuous) -> None:
     # Programs without an agent need neither.
     from coral.collectors.contract import ServiceProcesses  # noqa: PLC0415
     from coral.collectors.registry import COLLECTORS  # noqa: PLC0415
+    from coral.collectors.target_options import TARGETS  # noqa: PLC0415
 
     _check_kind(f"{path}.kind", rule.kind, tuple(map(kind_name, COLLECTORS)))
     _check_name(f"{path}.service", rule.service)
@@ -555,7 +591,7 @@ def _check_continuous(path: str, rule: Continuous) -> None:
     except OptionError as error:
         if not error.value and error.name not in rule.config:
             raise ConfigError(
-                f"{path}: name a service, or one of pid, comm, cgroup or scope in config"
+                f"{path}: name a service, or one of {', '.join(TARGETS)} in config"
             ) from error
         accepts = error.accepts.replace("service_name", "service")  # the key of a rule
         raise ConfigError(

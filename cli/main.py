@@ -23,6 +23,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "collectors": "coral.cli.show",
     "demo": "coral.cli.demo.command",
     "doctor": "coral.cli.doctor.command",
+    "pods": "coral.cli.pods",
     "stop": "coral.cli.show",
     "tap": "coral.cli.tap.command",
 }

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 import click
-from rich.text import Text
 
 from coral.cli.common import (
     ANSWER_S,
-    Output,
     agent_option,
     as_dict,
     echo_data,
@@ -20,6 +17,8 @@ from coral.cli.common import (
     run,
 )
 from coral.cli.ladder import refusals, taken
+from coral.cli.page import Page, yes
+from coral.cli.pods import sources_sheet
 from coral.client import (
     AgentClient,
     CollectorCapability,
@@ -28,7 +27,7 @@ from coral.client import (
     KernelFeature,
 )
 from coral.views.sheet import Column, Sheet
-from coral.views.text import clauses, format_age, format_amount
+from coral.views.text import format_age, format_amount
 from coral.wire.kinds import kind_name
 from coral.wire.text import safe
 
@@ -63,29 +62,6 @@ _FEATURES: Final = (
 )
 
 
-class _Page:
-    """Text and tables on standard output: fitted to a terminal, or to COLUMNS; in a pipe as wide
-    as they are, to be searched and copied."""
-
-    def __init__(self) -> None:
-        self._console = Output()
-        fitted = self._console.is_terminal or "COLUMNS" in os.environ
-        self._width = self._console.width if fitted else None
-
-    def text(self, text: str, style: str = "") -> None:
-        """A sentence."""
-        lines = list(clauses(safe(text), self._width)) if self._width else []
-        for line in lines or (safe(text),):
-            self._console.print(Text(line, style), soft_wrap=True)
-
-    def sheet(self, sheet: Sheet) -> None:
-        """A table."""
-        if self._width is None:
-            click.echo("\n".join(sheet.lines()))
-        else:
-            self._console.print(sheet.table(self._width))
-
-
 @click.command()
 @click.option("--options", "with_options", is_flag=True, help="Show each collector's options, too.")
 @agent_option
@@ -101,7 +77,7 @@ async def _capabilities(address: str, output: str, *, with_options: bool) -> int
     if output != "table":
         echo_data(as_dict(answer, whole=True), output)
         return 0
-    page = _Page()
+    page = Page()
     page.text(
         f"agent {answer.agent_id} {answer.agent_version}, kernel {answer.kernel_version}, "
         f"libbpf {answer.libbpf_version or 'not used'}"
@@ -121,6 +97,9 @@ async def _capabilities(address: str, output: str, *, with_options: bool) -> int
     if answer.features:
         page.text("")
         page.sheet(_features(answer.features))
+    if answer.pod_sources:
+        page.text("")
+        page.sheet(sources_sheet(answer.pod_sources))
     if not with_options:
         page.text("")
         page.text("`coral capabilities --options` shows the options of each collector")
@@ -132,7 +111,7 @@ def _support(collectors: Iterable[CollectorCapability]) -> Sheet:
     for collector in collectors:
         # The reasons step by step are in the next table, if it came to steps.
         why = "" if collector.supported or collector.steps else collector.reason
-        sheet.add(kind_name(collector.kind), _yes(collector.supported), taken(collector) or why)
+        sheet.add(kind_name(collector.kind), yes(collector.supported), taken(collector) or why)
     return sheet
 
 
@@ -157,12 +136,8 @@ def _options(options: Iterable[CollectorOption]) -> Sheet:
 def _features(features: Iterable[KernelFeature]) -> Sheet:
     sheet = Sheet(_FEATURES)
     for feature in features:
-        sheet.add(feature.name, _yes(feature.available), feature.reason)
+        sheet.add(feature.name, yes(feature.available), feature.reason)
     return sheet
-
-
-def _yes(value: bool) -> tuple[str, str]:
-    return ("yes", "green") if value else ("no", "red")
 
 
 @click.command()
@@ -179,7 +154,7 @@ async def _collectors(address: str, output: str) -> int:
     if output != "table":
         echo_data(as_dict(answer), output)
         return 0
-    page = _Page()
+    page = Page()
     if not answer.collectors:
         page.text("no collector is running")
         return 0

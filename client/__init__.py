@@ -24,6 +24,7 @@ from coral.client.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from coral.client.pods import PodInfo, Pods, PodSource
 from coral.client.results import (
     Capabilities,
     CollectorCapability,
@@ -71,6 +72,9 @@ __all__ = [
     "NotFoundError",
     "OutOfRangeError",
     "PermissionDeniedError",
+    "PodInfo",
+    "PodSource",
+    "Pods",
     "Retry",
     "SessionEnd",
     "Started",

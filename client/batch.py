@@ -88,6 +88,12 @@ class Batch:
         return {it.what: (it.count, it.bytes) for it in self.message.unread}
 
     @property
+    def attributes(self) -> Mapping[str, str]:
+        """Of a session that watches pods or containers: what all of them have in common, by
+        OpenTelemetry's names, such as `k8s.pod.name`."""
+        return dict(self.message.attributes)
+
+    @property
     def end(self) -> SessionEnd | None:
         """How the session ended, in its last batch; else None."""
         return SessionEnd.of(self.message.end) if self.message.HasField("end") else None

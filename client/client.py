@@ -38,6 +38,7 @@ from coral.client.errors import (
     building_a_request,
     error_of,
 )
+from coral.client.pods import Pods
 from coral.client.results import Capabilities, Collectors, Kind, Started
 from coral.client.stream import Stream
 from coral.client.terms import Terms, stream_request
@@ -120,6 +121,13 @@ class AgentClient:
         request = pb.ListCollectorsRequest(include_ended=include_ended)
         answer = await self._call("ListCollectors", request, pb.ListCollectorsResponse)
         return Collectors.of(answer)
+
+    async def pods(self, namespace: str = "") -> Pods:
+        """The pods of the agent's node that it knows by name, of one NAMESPACE or of all, and what
+        it knows them by."""
+        with building_a_request():
+            request = pb.ListPodsRequest(namespace=namespace)
+        return Pods.of(await self._call("ListPods", request, pb.ListPodsResponse))
 
     async def start(
         self,

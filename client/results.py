@@ -15,6 +15,7 @@ from typing import Any, Final, Self, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from coral.client.pods import PodSource
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 
@@ -311,6 +312,7 @@ class Capabilities:
     available_collectors: tuple[Kind, ...]
     features: tuple[KernelFeature, ...]
     collectors: tuple[CollectorCapability, ...]
+    pod_sources: tuple[PodSource, ...]
     message: pb.EbpfCapabilities = field(repr=False, compare=False)
 
     @classmethod
@@ -322,6 +324,7 @@ class Capabilities:
             available_collectors=tuple(map(Kind, message.available_collectors)),
             features=tuple(map(KernelFeature.of, message.features)),
             collectors=tuple(map(CollectorCapability.of, message.collectors)),
+            pod_sources=tuple(map(PodSource.of, message.pod_sources)),
             message=message,
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 from google.protobuf.message import Message
@@ -23,6 +23,7 @@ from prometheus_client import Metric
 
 from coral.bpf import Features, ProgramStats, RecordReader, Rung, Step
 from coral.bpf.probing import capabilities
+from coral.collectors.hierarchies import Kind
 from coral.collectors.options import Option, UnknownOptionError
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
@@ -98,13 +99,17 @@ class Unread:
         return Unread(self.count + more.count, self.bytes + more.bytes)
 
 
+NO_ATTRIBUTES: Final[Mapping[str, str]] = {}
+"""One for all, because an empty mapping takes as much memory as a small event."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What a collector saw in one interval: rows of one message type, and what it lost.
 
     Times are Unix time in nanoseconds. `losses` are counts by `pb.Loss.Stage`. `in_detail` says
     that the request asked for metrics with more labels than by default. `unread` is what it came
-    upon and cannot read, by what that is.
+    upon and cannot read, by what that is. `attributes` are those of `Collector.attributes` now.
     """
 
     rows: Summaries | EventRows
@@ -113,6 +118,7 @@ class Batch:
     losses: Mapping[int, int] = field(default_factory=dict)
     in_detail: bool = False
     unread: Mapping[str, Unread] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES)
 
     def __bool__(self) -> bool:
         return bool(len(self.rows) or self.losses or self.unread)
@@ -166,9 +172,50 @@ class Support:
         return cls(True, rung.hook.taken, rung.hook.why_not, steps, refused_options)
 
 
+CgroupsChanged = Callable[[frozenset[Path], frozenset[Path]], None]
+"""Takes the directories of cgroups that a target has gained, and those that it has lost."""
+
+
+class LiveCgroups(Protocol):
+    """The cgroups of a target to which others may come later, such as the pods of a selector. All
+    are in the hierarchy `kind`; none is below another."""
+
+    @property
+    def kind(self) -> Kind:
+        """The hierarchy that they are in."""
+
+    @property
+    def label(self) -> str:
+        """A name for what it is."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for equal targets."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user may not expect of it, in sentences."""
+
+    @property
+    def now(self) -> frozenset[Path]:
+        """The directories that there are now."""
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """What all of it has in common now, by OpenTelemetry's names. Does not block."""
+
+    def follow(self, changed: CgroupsChanged) -> frozenset[Path]:
+        """Returns the directories that there are, and calls CHANGED, from another thread, for what
+        is gained and lost from then on. Blocks."""
+
+    def close(self) -> None:
+        """Ends that. Blocks while CHANGED is under way. Safe to call twice."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceProcesses:
-    """The processes of a service, which a collector watches where its options name no process.
+    """The processes of a service, which a collector watches where its options name no process, or
+    where they name pods or containers: then it is all processes in CGROUPS, and no others.
 
     NAMESPACES are the Kubernetes namespaces that all of them belong to; empty where one may belong
     to none that is known.
@@ -176,17 +223,21 @@ class ServiceProcesses:
 
     name: str
     tgids: tuple[int, ...]
+    cgroups: LiveCgroups | None = None
     namespaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
     """The processes that a collector is about to watch, as its request resolved: by their ids, by
-    their command name, by the directory of their cgroup (v2), or all of the machine."""
+    their command name, by the directory of their cgroup, by those of pods or containers, whose
+    target is then PODS, or all of the machine."""
 
     tgids: tuple[int, ...] = ()
     comm: str = ""
     cgroup: Path | None = None
+    pods: str = ""
+    cgroups: frozenset[Path] = frozenset()
     host: bool = False
     follows_children: bool = False
 
@@ -283,6 +334,12 @@ class Collector(ABC):
     def notes(self) -> Sequence[str]:
         """What the user may not expect of it, in sentences: once it is open."""
         return ()
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """What all that it watches has in common, by OpenTelemetry's names, such as
+        `k8s.namespace.name`. It may change. Does not block."""
+        return NO_ATTRIBUTES
 
     def spare(self, tgids: AbstractSet[int]) -> None:  # noqa: B027  not all watch processes
         """Leaves the processes TGIDS out, whatever the target. Call it before `open`."""

@@ -48,7 +48,8 @@ from coral.collectors.options import (
     size,
     value_text,
 )
-from coral.collectors.targets import TargetOptions, Targets, refused_options
+from coral.collectors.target_options import TargetOptions
+from coral.collectors.targets import Targets, refused_options
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 # How often a session of single events says what it has lost, if there are none.
@@ -235,6 +236,10 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def notes(self) -> Sequence[str]:
         return self._targets.notes
 
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        return self._targets.attributes
+
     def spare(self, tgids: AbstractSet[int]) -> None:
         self._targets.spared = frozenset(tgids)
 
@@ -324,7 +329,9 @@ class KernelCollector(Collector, Generic[OptionsT]):
             elapsed_ns = self._drained_at_ns - self._looked_at_ns
             self._looked_at_ns = self._drained_at_ns
             self._slot.note_work(events, elapsed_ns / 1e9)
-        return Batch(rows, began_at_ns, ended_at_ns, losses, self._in_detail, unread)
+        return Batch(
+            rows, began_at_ns, ended_at_ns, losses, self._in_detail, unread, self.attributes
+        )
 
     def _should_look_closely(self) -> bool:
         """Whether this drain also reads what the kernel lost. Reading it takes a third of a small

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,10 +29,9 @@ from coral.collectors.cgroups import (
     memory_hierarchy,
     path_in_hierarchy,
 )
-from coral.collectors.contract import ServiceProcesses, Watched
+from coral.collectors.contract import NO_ATTRIBUTES, ServiceProcesses, Watched
 from coral.collectors.hubs import FIRST_ENDED, Slot
-from coral.collectors.options import OptionError, boolean, choice, items, option, text
-from coral.collectors.pids import PIDS, pid_anywhere, running_pid
+from coral.collectors.options import OptionError
 from coral.collectors.procfs import (
     Process,
     children_of,
@@ -41,8 +41,8 @@ from coral.collectors.procfs import (
     running_tgids,
     start_time_of,
 )
+from coral.collectors.target_options import COMM_BYTES, TargetOptions
 
-COMM_BYTES: Final = 15  # and a terminating zero
 _MOST_MEMBERS: Final = 10240
 # The kernel keeps some free elements for each CPU and makes more a moment later.
 _MOMENTARY: Final = (errno.ENOMEM, errno.EBUSY)
@@ -53,60 +53,6 @@ _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
 _HASH_OFFSET: Final = 0xCBF29CE484222325
 _HASH_PRIME: Final = 0x100000001B3
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """The options that name processes; a collector's own options extend this."""
-
-    pid: tuple[int, ...] = option(
-        items(running_pid, PIDS, pid_anywhere),
-        "",
-        "watch these processes",
-    )
-    comm: str = option(
-        text("a command name of at most 15 bytes", COMM_BYTES),
-        "",
-        "watch every process with this command name, also those that start later",
-    )
-    cgroup: str = option(
-        text("the path of a cgroup (v2), such as /system.slice/nginx.service", 4096),
-        "",
-        "watch the processes in this cgroup and in the cgroups below it",
-    )
-    scope: str = option(choice("host"), "", "`host`: watch every process on this machine")
-    follow_children: bool = option(
-        boolean(), "true", "also watch the children of watched processes, from their first call on"
-    )
-    until_exit: bool = option(
-        boolean(), "false", "end the session once all processes that it started with have ended"
-    )
-    from_exec: bool = option(
-        boolean(),
-        "false",
-        "watch the processes in `pid` from their next exec on, including the exec itself",
-    )
-
-    def check(self, service: ServiceProcesses | None) -> None:
-        """Raises `OptionError` unless the options and SERVICE name exactly one target. Looks at
-        nothing on this machine."""
-        named = [name for name in ("pid", "comm", "cgroup", "scope") if getattr(self, name)]
-        if len(named) > 1:
-            raise OptionError(
-                named[1],
-                str(getattr(self, named[1])),
-                f"only one of pid, comm, cgroup, scope; {named[0]} is given too",
-            )
-        if not named and not service:
-            raise OptionError(
-                "scope",
-                "",
-                'a service_name, or one of pid, comm, cgroup, or scope "host" for all processes',
-            )
-        if self.until_exit and named not in (["pid"], []):
-            raise OptionError("until_exit", "true", "it with pid or a service_name only")
-        if self.from_exec and named != ["pid"]:
-            raise OptionError("from_exec", "true", "it with pid only")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +111,12 @@ class Targets:
         self._tgids = options.pid
         if service and not (options.pid or options.comm or options.cgroup or options.scope):
             self._tgids = service.tgids
+        self._live = service.cgroups if service else None
+        if (name := options.selector) and not self._live:
+            value = getattr(options, name)
+            raise OptionError(name, value, "it to an agent, which knows the pods of its node")
+        self._changing = threading.Lock()  # held while the cgroups that are watched change
+        self._is_open = False
         # A process id may go to another process before `fill`; its start time tells.
         self._started = {tgid: start_time_of(tgid) for tgid in self._tgids}
         self._resolved_at_ticks = clock_ticks()
@@ -177,19 +129,28 @@ class Targets:
     @property
     def watched(self) -> Watched:
         """What the options and the service resolved to."""
-        options = self._options
+        options, live = self._options, self._live
         return Watched(
             self._tgids,
             options.comm,
             cgroup_directory(options.cgroup) if options.cgroup else None,
+            ":".join(live.key) if live else "",
+            live.now if live else frozenset(),
             bool(options.scope),
             options.follow_children,
         )
 
     @property
+    def attributes(self) -> Mapping[str, str]:
+        """See `Collector.attributes`."""
+        return self._live.attributes if self._live else NO_ATTRIBUTES
+
+    @property
     def label(self) -> str:
         """A name for what is watched: the command's, the cgroup's, or `host`."""
         options = self._options
+        if self._live:
+            return self._live.label
         if self._tgids:
             return comm_of(self._tgids[0]) or f"pid {self._tgids[0]}"
         return options.comm or Path(options.cgroup).name or "host"
@@ -199,6 +160,8 @@ class Targets:
         """What is watched, the same for equal targets. A service is one target, whichever processes
         it had when the session began."""
         options = self._options
+        if self._live:
+            return self._live.key
         if options.cgroup:
             return ("cgroup", str(cgroup_directory(options.cgroup)))
         for name, value in (("comm", options.comm), ("scope", options.scope)):
@@ -211,7 +174,12 @@ class Targets:
     @property
     def maps(self) -> dict[str, int]:
         """The maps that a session needs for its processes, with their sizes."""
-        return {"members": _MOST_MEMBERS, **({"cgroups": _MOST_CGROUPS} if self._cgroup else {})}
+        return {"members": _MOST_MEMBERS, **({"cgroups": _MOST_CGROUPS} if self.by_cgroup else {})}
+
+    @property
+    def by_cgroup(self) -> bool:
+        """Whether processes are watched while they are in some cgroups."""
+        return bool(self._options.cgroup or self._live)
 
     @property
     def _cgroup(self) -> Path | None:
@@ -226,21 +194,25 @@ class Targets:
         """The programs begin to follow processes for the session in SLOT, which has its maps. With
         DETAILED, each change becomes a record of the session. Raises `BpfError`."""
         self._slot, self._map = slot, slot.map("members")
-        options, cgroup = self._options, self._cgroup
-        if options.scope or cgroup or options.comm:
+        options, cgroup, live = self._options, self._cgroup, self._live
+        if options.scope or cgroup or live or options.comm:
             self._add(self.spared, _SPARED)
         if options.comm:
             slot.own("wanted_comms", (_words(options.comm, COMM_BYTES + 1),))
         if cgroup:
             slot.own("cgroup_paths", _path_hash(cgroup))
             self._add_cgroups(cgroup)
+        if live:
+            slot.own("cgroup_paths", 0)
+            self.notes = live.notes
+        kind = live.kind if live else hierarchy(cgroup) if cgroup else None
         slot.activate(
-            hierarchy=memory_hierarchy() if cgroup else None,
+            hierarchy=memory_hierarchy() if kind else None,
             host=bool(options.scope),
-            follow=options.follow_children and not cgroup,
+            follow=options.follow_children and not kind,
             comm=bool(options.comm),
-            cgroup=bool(cgroup),
-            memory=bool(cgroup and _place(cgroup)),
+            cgroup=bool(kind),
+            memory=kind == "memory",
             await_exec=options.from_exec,
             detailed=detailed,
         )
@@ -249,14 +221,13 @@ class Targets:
         """Adds the processes that run already. Call it after `follow`, so that no fork is missed.
         Raises `BpfError`."""
         options = self._options
-        if cgroup := self._cgroup:
+        if self._live:
+            self._is_open = True
+            self._change_cgroups(self._live.follow(self._change_cgroups), frozenset())
+        elif cgroup := self._cgroup:
             self._add_cgroups(cgroup)  # those that were made meanwhile
-            members = cgroup_tgids(cgroup) - self.spared
-            self._add(members, _ACTIVE)
-            if not members:
+            if not self._add_members(cgroup):
                 self._note(f"is in the cgroup {options.cgroup} now; those that come are watched")
-            # The write undoes that a program saw one leave. Programs see those that leave later.
-            self._map.delete(sorted(members - cgroup_tgids(cgroup)))
         elif options.comm:
             self._tgids = tuple(
                 tgid
@@ -275,6 +246,28 @@ class Targets:
         self._slot.members_changed()
         if options.until_exit:
             self._open_pidfds()
+
+    def _add_members(self, cgroup: Path) -> set[int]:
+        """Adds the processes in a cgroup whose id is in the map already; returns them."""
+        members = cgroup_tgids(cgroup) - self.spared
+        self._add(members, _ACTIVE)
+        # The write undoes that a program saw one leave. Programs see those that leave later.
+        self._map.delete(sorted(members - cgroup_tgids(cgroup)))
+        return members
+
+    def _change_cgroups(self, added: frozenset[Path], removed: frozenset[Path]) -> None:
+        """Pods or containers come and go. Called from their thread, too."""
+        with self._changing:
+            if not self._is_open:
+                return
+            for directory in added:
+                self._add_cgroups(directory)  # first: programs then see those that enter
+                self._add_members(directory)
+            for directory in removed:  # they may still be there, if their labels have changed
+                ids = cgroup_ids_below(directory)
+                self._slot.map("cgroups").delete([each | _place(directory) for each in ids])
+                self._map.delete(sorted(cgroup_tgids(directory) - self.spared))
+            self._slot.members_changed()
 
     def _note(self, that: str) -> None:
         self.notes = (*self.notes, f"no process {that}")
@@ -411,7 +404,11 @@ class Targets:
             self._map.delete(ended)
 
     def close(self) -> None:
-        """Closes the process descriptors."""
+        """Closes the process descriptors, and follows no pods any more."""
+        with self._changing:
+            self._is_open = False
+        if self._live:
+            self._live.close()
         while self._pidfds:
             os.close(self._pidfds.pop())
 

@@ -42,7 +42,9 @@ def metrics_page() -> str:
         + "them. Beside them\nare `/healthz` and `/readyz` ([health](health.md)).\n\n"
         + _table(("metric", "type", "labels", "meaning"), sorted(rows))
         + "\n`service` is the name in the request that started the collector, or else what it "
-        + "watches: a command's or\ncgroup's name, or `host`. No label is ever a process id.\n\n"
+        + "watches: a command's or\ncgroup's name, or `host`. No label is ever a process id.\n"
+        + "Metrics of pods also have `namespace`, `workload` and `container`, where all that the "
+        + "session watches shares them\n([Kubernetes](kubernetes.md)).\n\n"
         + "Each kind of collector keeps at most `limits.prometheus_series` label sets. A new one "
         + "takes the place of the\none that has been idle longest, if that is for at least "
         + f"{IDLE_S / 60:g} minutes; otherwise it is added up under\n"

@@ -38,17 +38,21 @@ class Reviewer(Protocol):
         is empty. Blocks. Raises `UnavailableError`."""
 
 
+_EVERYTHING: Final = policy.Scope("")
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What was decided. ROLE is the greatest that the caller has. REASON says why not, or by what;
-    ALLOWANCE comes with what allowed it. A session that is not VISIBLE to the
-    caller is answered as one that does not exist."""
+    ALLOWANCE and SCOPE come with what allowed it. A session that is not VISIBLE to the caller is
+    answered as one that does not exist."""
 
     allowed: bool
     role: Role
     reason: str
     allowance: Allowance = UNLIMITED
     visible: bool = True
+    scope: policy.Scope = _EVERYTHING
 
 
 class Access:
@@ -119,6 +123,18 @@ class Access:
             and self._is_allowed(identity, "list", _asked(ownership.namespaces))
         )
 
+    def sees_namespace(self, identity: Identity, namespace: str) -> bool:
+        """Whether the caller may know which pods are in a Kubernetes NAMESPACE. Asks Kubernetes
+        where `may_block`."""
+        if identity is LIBRARY_IDENTITY:
+            return True
+        for grant in self._grants.of(identity):
+            scope = grant.scope
+            named = not scope.lists or policy.are_among((namespace,), scope.namespaces)
+            if grant.role >= Role.VIEW and named:
+                return True
+        return self._is_reviewed(identity) and self._is_allowed(identity, "list", (namespace,))
+
     def covering(self, target: Target) -> frozenset[int]:
         """The numbers of the grants whose constraints TARGET meets. Blocks."""
         return self._grants.covering(target)
@@ -174,7 +190,8 @@ class Access:
 
     def _allowed(self, identity: Identity, grant: Grant) -> Verdict:
         reason = f"{grant.key} gives {grant.role}"
-        return Verdict(True, self.role_of(identity), reason, grant.allowance)
+        role = self.role_of(identity)
+        return Verdict(True, role, reason, grant.allowance, scope=grant.scope)
 
     def _lacks(self, identity: Identity, rpc: str, row: Rpc) -> Verdict:
         role = self.role_of(identity)

@@ -7,7 +7,7 @@ role. SECURITY.md has them for users. The operator's own continuous collectors a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -116,7 +116,7 @@ def covers(
 ) -> bool:
     """Whether one of the lists of SCOPE names what is watched, or there are none. Blocks where the
     scope names cgroups."""
-    if not scope.lists or (namespaces and _are_among(namespaces, scope.namespaces)):
+    if not scope.lists or (namespaces and are_among(namespaces, scope.namespaces)):
         return True
     return _is_listed(watched, service, scope)
 
@@ -146,6 +146,8 @@ def _check_host_scope(
             why = f"this cgroup holds {what}, as the root of all cgroups does"
             raise DeniedError(_not_allowed(name, value, key, why))
         tgids = cgroup_tgids(watched.cgroup)
+    elif watched.pods:
+        tgids = {tgid for cgroup in watched.cgroups for tgid in cgroup_tgids(cgroup)}
     elif watched.comm:
         tgids = (tgid for tgid in running_tgids() if comm_of(tgid) == watched.comm)
     elif INIT in watched.tgids and watched.follows_children:
@@ -162,26 +164,58 @@ def _words(watched: Watched, service: ServiceProcesses | None) -> tuple[str, str
         return "service_name", service.name
     if watched.cgroup:
         return "cgroup", str(watched.cgroup)
+    if watched.pods:
+        kind, _, text = watched.pods.partition(":")
+        return kind, text
     if watched.comm:
         return "comm", watched.comm
     first = ",".join(map(str, watched.tgids[:_FEW]))
     return "pid", first + ",..." * (len(watched.tgids) > _FEW)
 
 
+def _is_named(service: ServiceProcesses | None, scope: Scope) -> bool:
+    return service is not None and any(fnmatchcase(service.name, name) for name in scope.services)
+
+
 def _is_listed(watched: Watched, service: ServiceProcesses | None, scope: Scope) -> bool:
     """Whether one of the scope's lists names what is watched."""
-    if service and any(fnmatchcase(service.name, name) for name in scope.services):
+    if _is_named(service, scope):
         return True
     if not scope.cgroups or watched.host or watched.comm:
         return False  # processes of a name may start in any cgroup
-    roots = _identities(scope.cgroups)
+    covered = _covered(scope)
     if watched.cgroup:
-        return not roots.isdisjoint(_above(watched.cgroup))
+        return covered(watched.cgroup)
+    if watched.pods:
+        return bool(watched.cgroups) and all(map(covered, watched.cgroups))
+    roots = _identities(scope.cgroups)
     each = (not roots.isdisjoint(_above_process(tgid)) for tgid in watched.tgids)
     return bool(watched.tgids) and all(each)
 
 
-def _are_among(namespaces: Iterable[str], patterns: Iterable[str]) -> bool:
+def within(
+    scopes: Iterable[Scope], service: ServiceProcesses | None, namespaces: Sequence[str]
+) -> Callable[[Path], bool] | None:
+    """What a cgroup must be that comes later to a target that all SCOPES include: None where it may
+    be any, as all that may come is in namespaces or of a service that they name. Blocks."""
+    must = [
+        _covered(scope)
+        for scope in scopes
+        if scope.lists
+        and not (namespaces and are_among(namespaces, scope.namespaces))
+        and not _is_named(service, scope)
+    ]
+    return (lambda directory: all(covered(directory) for covered in must)) if must else None
+
+
+def _covered(scope: Scope) -> Callable[[Path], bool]:
+    """Says of a cgroup's directory whether it is one of the scope's list, or below one."""
+    roots = _identities(scope.cgroups)
+    return lambda directory: not roots.isdisjoint(_above(directory))
+
+
+def are_among(namespaces: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether each of NAMESPACES is of one of PATTERNS."""
     known = tuple(patterns)
     return all(any(fnmatchcase(each, pattern) for pattern in known) for each in namespaces)
 

@@ -55,6 +55,7 @@ RPCS: Final[Mapping[str, Rpc]] = {
     f"{_EBPF}StreamEventBatches": Rpc(Role.VIEW, About.SESSION, "get"),
     f"{_EBPF}ListCollectors": Rpc(Role.VIEW, About.NOTHING, "list"),
     f"{_EBPF}WatchCollectors": Rpc(Role.VIEW, About.NOTHING, "list"),
+    f"{_EBPF}ListPods": Rpc(Role.VIEW, About.NOTHING, "list"),
     f"{_EBPF}GetCapabilities": Rpc(Role.VIEW, About.NOTHING, "list"),
     "grpc.reflection.v1alpha.ServerReflection.ServerReflectionInfo": Rpc(
         Role.VIEW, About.NOTHING, "list"

@@ -35,6 +35,9 @@ class Target:
             found["host"] = True
         if watched.cgroup:
             found["cgroup"] = str(watched.cgroup)
+        if watched.pods:
+            found["pods"] = watched.pods
+            found["cgroups"] = len(watched.cgroups)
         if watched.comm:
             found["comm"] = watched.comm
         if watched.tgids:

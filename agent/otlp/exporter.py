@@ -17,6 +17,7 @@ from coral.agent.otlp.resource import Resource
 from coral.agent.otlp.transport import NotAcceptedError, transport
 from coral.agent.serving.prometheus import Registry
 from coral.agent.sessions.background import Backoff, keep_going
+from coral.agent.sessions.labels import whole_label
 from coral.agent.sessions.session import Session
 from coral.collectors.contract import Batch
 from coral.collectors.runner import in_thread
@@ -81,7 +82,7 @@ class Exporter:
         """Lets the requests of BATCH that belong to a trace wait for their export."""
         if not self._config.spans:
             return
-        if found := spans.traced(session.service_name, batch):
+        if found := spans.traced(whole_label(session), batch):
             self._counts["spans", "lost"] += self._queue.add(found)
             self._some.set()
 

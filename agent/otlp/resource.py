@@ -10,6 +10,8 @@ from typing import Final
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
 from opentelemetry.proto.resource.v1 import resource_pb2
 
+from coral.collectors.series import Service
+
 _AGENT: Final = "coral-agent"
 
 
@@ -40,4 +42,6 @@ class Resource:
     def of(self, service: str) -> resource_pb2.Resource:
         """The resource of SERVICE, or of the agent itself."""
         name = text("service.name", service or _AGENT)
-        return resource_pb2.Resource(attributes=[name, *self._attributes])
+        of_pods = service.attributes if isinstance(service, Service) else {}
+        more = [text(key, value) for key, value in of_pods.items() if key != "service.name"]
+        return resource_pb2.Resource(attributes=[name, *more, *self._attributes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from coral.agent.serving.pods import pod_sources
 from coral.agent.sessions.supervisor import Supervisor
 from coral.bpf import Feature
 from coral.collectors.contract import Collector, Support
@@ -26,6 +27,7 @@ async def capabilities_of(supervisor: Supervisor) -> pb.EbpfCapabilities:
         libbpf_version=features.libbpf_version,
         features=_features(features.features),
     )
+    answer.pod_sources.extend(await pod_sources(supervisor))
     supports = await supervisor.capabilities()
     for kind, collector in COLLECTORS.items():
         support = supports[kind_name(kind)]

@@ -16,7 +16,7 @@ from typing import Final
 
 from prometheus_client import Metric
 
-from coral.collectors.series import le
+from coral.collectors.series import Service, le
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -65,6 +65,9 @@ def _labels(labels: Mapping[str, str], escaped: dict[str, str]) -> str:
     if not labels:
         return ""
     pairs = []
+    service = labels.get("service")
+    if isinstance(service, Service):
+        labels = {**labels, **service.more}
     for name, value in labels.items():
         if (text := escaped.get(value)) is None:
             text = escaped[value] = value.translate(_IN_QUOTES)

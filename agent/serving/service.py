@@ -19,6 +19,7 @@ from coral.agent.caller import Caller
 from coral.agent.errors import InvalidRequestError, NotFoundError, UnsupportedError
 from coral.agent.machine.caller_namespaces import Namespaces
 from coral.agent.serving.capabilities import capabilities_of
+from coral.agent.serving.pods import listed_pods
 from coral.agent.sessions.changes import Watch
 from coral.agent.sessions.info import info_of, timestamp
 from coral.agent.sessions.session import StartRequest
@@ -88,6 +89,19 @@ class EbpfService:
     ) -> pb.EbpfCapabilities:
         """The collectors and options that this machine supports."""
         return await capabilities_of(self._supervisor)
+
+    async def ListPods(  # noqa: N802
+        self, request: pb.ListPodsRequest, caller: Caller
+    ) -> pb.ListPodsResponse:
+        """The pods of this node that have a name, in namespaces that the caller may know of."""
+        identity = caller.identity
+
+        async def sees(namespace: str) -> bool:
+            return await self._asking.decided(
+                identity, lambda: self._access.sees_namespace(identity, namespace)
+            )
+
+        return await listed_pods(self._supervisor, sees, request.namespace)
 
     async def ListCollectors(  # noqa: N802
         self, request: pb.ListCollectorsRequest, caller: Caller

@@ -22,23 +22,25 @@ from coral.agent.errors import (
 )
 from coral.agent.jobs import Jobs
 from coral.agent.machine.caller_namespaces import HERE, translated
+from coral.agent.machine.pods.node import Pods, PodTarget
 from coral.agent.machine.privileges import refusal
 from coral.agent.machine.resolve import resolve
 from coral.agent.sessions.session import StartRequest, lease_s
 from coral.bpf import BpfError, Features, probe
 from coral.bpf.probing import capabilities
-from coral.collectors import namespaces
+from coral.collectors import namespaces, selectors
 from coral.collectors.contract import Collector, Coverage, ServiceProcesses, Support
 from coral.collectors.options import OptionError, UnknownOptionError
 from coral.collectors.registry import COLLECTORS
 from coral.collectors.runner import in_thread
+from coral.collectors.target_options import TARGETS
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
 
 # Both are in every description of the session, the name in the log and in metrics too.
 _SERVICE_NAME_BYTES: Final = 128
 _CONFIG_BYTES: Final = 64 << 10
-_TARGET_KEYS: Final = frozenset({"pid", "comm", "cgroup", "scope"})
+_TARGET_KEYS: Final = frozenset(TARGETS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Admission:
     def __init__(self, config: Config, access: Access) -> None:
         self._config = config
         self._access = access
+        self.pods = Pods(config.kubernetes)
         self._on_demand = 0  # slots that are taken
         self._jobs = Jobs()
 
@@ -168,14 +171,25 @@ class Admission:
     ) -> Admitted:
         """Blocks."""
         allowed = self._config.policy
-        service = self._resolve(request)
-        if service and not request.continuous:
+        pods, service = self._pods(request, features), None
+        if pods:
+            name = request.service_name or pods.label
+            service = ServiceProcesses(name, (), pods, pods.namespaces)
+        else:
+            service = self._resolve(request)
+        if service and not pods and not request.continuous:
             service = policy.spare(service, allowed)
         created = collector.create(request.config, service, features)
+        # Where its options name the target, the service is a label.
+        named = None if _TARGET_KEYS & request.config.keys() else service
         is_single = created.coverage is Coverage.NONE
-        namespaces = service.namespaces if service else ()
-        target = Target(collector.kind, created.watched, service, is_single, namespaces)
+        target = Target(
+            collector.kind, created.watched, named, is_single, service.namespaces if service else ()
+        )
         verdict = None if request.continuous else self._decide(caller, target)
+        if pods and verdict:
+            scopes = (policy.Scope.of_policy(allowed), verdict.scope)
+            pods.within = policy.within(scopes, named, target.namespaces)
         created.spare(policy.spared(allowed))
         ownership = Ownership(
             "" if request.continuous else caller.identity.principal,
@@ -192,6 +206,21 @@ class Admission:
             error.resolved = target.described()
             raise error
         return verdict
+
+    def _pods(self, request: StartRequest, features: Features) -> PodTarget | None:
+        """The pods that REQUEST names, by its options or by the rule of its service."""
+        config: Mapping[str, str] = request.config
+        rule = self._config.services.get(request.service_name)
+        if rule and not _TARGET_KEYS & config.keys():
+            config = rule.selectors
+        for kind in selectors.SELECTORS:
+            if text := config.get(kind):
+                try:
+                    selector = selectors.parse(kind, text)
+                except ValueError:
+                    return None  # it is refused with all other options
+                return self.pods.target(selector, features)
+        return None
 
     def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
         if not request.service_name or _TARGET_KEYS & request.config.keys():

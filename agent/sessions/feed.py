@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from coral.agent.sessions.labels import label_of
 from coral.agent.sessions.session import Session
 from coral.collectors.contract import Batch, Coverage, Measures
 from coral.collectors.registry import COLLECTORS
@@ -32,7 +33,8 @@ class _Fitness(NamedTuple):
 class Feed:
     """The measures of every kind, and the sessions that feed them."""
 
-    def __init__(self, max_series: int) -> None:
+    def __init__(self, max_series: int, *, pod_label: bool = False) -> None:
+        self._pod_label = pod_label
         self.measures: dict[int, Measures] = {
             kind: collector.measures(max_series) for kind, collector in COLLECTORS.items()
         }
@@ -54,7 +56,7 @@ class Feed:
     def observe(self, session: Session, batch: Batch) -> None:
         """Counts a batch of SESSION, if that is the one that feeds."""
         if self.feeds(session.id):
-            self.measures[session.kind].observe(session.service_name, batch)
+            self.measures[session.kind].observe(label_of(session, pod_label=self._pod_label), batch)
 
     def feeds(self, session_id: str) -> bool:
         """Whether the session of that id is the fittest of those that watch the same."""

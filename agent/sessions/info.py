@@ -24,6 +24,7 @@ def info_of(session: Session, whose: str | None = None) -> pb.CollectorInfo:
         produced=channel.produced,
         lost=loss_messages(channel.lost_in_kernel),
         map_memory_bytes=session.map_memory_bytes,
+        attributes=session.attributes,
     )
     for subscription in channel.subscriptions:
         if whose is not None and subscription.terms.principal != whose:

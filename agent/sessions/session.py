@@ -83,6 +83,7 @@ class Session:
         self.channel = Channel(
             header, config.limits.replay_bytes, charge=self.costs.charge_offering
         )
+        self._attributes: Mapping[str, str] = {}
         self.slot = ExitStack()  # what is given back when the session ends
         self._lease: asyncio.TimerHandle | None = None
         self._limits = config.limits
@@ -94,6 +95,14 @@ class Session:
         if not self._collector:
             raise RuntimeError(f"session {self.id} has ended")
         return self._collector
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """What all that it watches has in common: see `Collector.attributes`; after its end, what
+        it was."""
+        if self._collector:
+            self._attributes = self._collector.attributes
+        return self._attributes
 
     @property
     def at_work(self) -> bool:
@@ -179,6 +188,7 @@ class Session:
             self._lease.cancel()
         self.ended_at = time.time()
         self.channel.end(end.reason, end.detail, int(self.ended_at * 1e9))
+        self._attributes = self.attributes
         self._collector = None
         self.slot.close()
         self.ended.set()

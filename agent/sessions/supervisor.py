@@ -33,6 +33,7 @@ from coral.agent.errors import (
     RefusedError,
     UnavailableError,
 )
+from coral.agent.machine.pods.node import Pods
 from coral.agent.machine.program_stats import ProgramStatsSampler, Sampled
 from coral.agent.sessions import continuous
 from coral.agent.sessions.admission import Admission
@@ -74,7 +75,9 @@ class Supervisor:
         self.readers = Readers(self.config.limits.stalled_subscriber)
         self._admission = Admission(self.config, self.access)
         self._changes = Changes()
-        self._feed = Feed(self.config.limits.prometheus_series)
+        self._feed = Feed(
+            self.config.limits.prometheus_series, pod_label=self.config.kubernetes.pod_label
+        )
         self._room = Room(self.config.limits)
         self.continuous_changed = asyncio.Event()
         self.continuous = tuple(
@@ -128,6 +131,11 @@ class Supervisor:
         for session in sessions:
             await session.ended.wait()
         self._changes.close()
+
+    @property
+    def pods(self) -> Pods:
+        """What is known of the pods of this node."""
+        return self._admission.pods
 
     @property
     def measures(self) -> Mapping[int, Measures]:

@@ -79,6 +79,7 @@ class Channel:
         self.lost_in_kernel.update(batch.losses)
         for what, more in batch.unread.items():
             self.unread = {**self.unread, what: self.unread.get(what, Unread(0, 0)) + more}
+        self.attributes = batch.attributes
         losses = {stage: count for stage, count in batch.losses.items() if count}
         for rows in _messages_of(batch.rows):
             if not (len(rows) or losses):
@@ -95,6 +96,7 @@ class Channel:
                     losses,
                     dict(self.lost_in_kernel),
                     unread=self.unread,
+                    attributes=self.attributes,
                 )
             )
             losses = {}

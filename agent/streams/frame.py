@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from coral.agent.streams.filter import Filter
 from coral.agent.streams.masking import masked
 from coral.agent.streams.rows import compact, layout_of, take
-from coral.collectors.contract import EventRows, Summaries, Unread
+from coral.collectors.contract import NO_ATTRIBUTES, EventRows, Summaries, Unread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import WIRE_BYTES, varint
@@ -76,6 +76,8 @@ class Frame:
     losses: Counts = field(default_factory=dict)  # since the frame before
     lost_in_kernel: Counts = field(default_factory=dict)  # so far, those of this frame included
     unread: Mapping[str, Unread] = field(default_factory=dict)  # so far
+    # Of the pods that the rows are of.
+    attributes: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES)
     seqs: NDArray[np.int64] | None = None
     end: pb.SessionEnd | None = None
     _made: _Made = field(default_factory=_Made)
@@ -226,6 +228,7 @@ class Frame:
             strings=rows.strings if isinstance(rows, EventRows) else strings,
             sample_every=rows.sample_every if isinstance(rows, EventRows) else 0,
             unread=unread_messages(self.unread),
+            attributes=self.attributes,
         )
         return message.SerializeToString()
 
@@ -333,7 +336,7 @@ _MASK: Final = "masked"  # the key of a frame without the other ends of connecti
 _HEAD_BYTES: Final = 200
 # A frame's objects of Python beside the bytes of its rows, and those of each column of summaries;
 # tests/unit/test_streams.py measures them.
-FRAME_BYTES: Final = 880
+FRAME_BYTES: Final = 944
 COLUMN_BYTES: Final = 130
 
 

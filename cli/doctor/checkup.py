@@ -81,7 +81,7 @@ async def examine(
             yield Check("agent", Status.FAIL, text)
             return
         yield Check("agent", Status.OK, f"{answer.agent_version}, {about}")
-        for check in _kernel(answer):
+        for check in (*_kernel(answer), *_pods(answer)):
             yield check
         if process:
             for check in _process(process, answer.kernel_version):
@@ -113,6 +113,15 @@ def _kernel(answer: Capabilities) -> Iterator[Check]:
         loaders = [name for name, it in (("core", btf), ("bcc", bcc)) if it.available]
         why_none = f"none: core: {btf.reason}; bcc: {bcc.reason}"
         yield _has("loaders", bool(loaders), " and ".join(loaders), why_none)
+
+
+def _pods(answer: Capabilities) -> Iterator[Check]:
+    """What the agent knows of pods. A machine need not be a node of Kubernetes: nothing is wrong
+    where no source of names is there, unless it was configured."""
+    for source in answer.pod_sources:
+        found = source.detail if source.used else f"not used: {source.detail}"
+        late = source.name in ("cgroup paths", "cgroup changes") and not source.used
+        yield Check(f"pods: {source.name}", Status.WARN if late else Status.OK, found)
 
 
 def _has(name: str, there: bool, found: str, reason: str) -> Check:

@@ -27,6 +27,7 @@ from coral.cli.common import (
     run,
 )
 from coral.cli.signals import on_signal
+from coral.cli.tap.completion import complete_target
 from coral.cli.tap.display import Screen, Tapped, screen_of
 from coral.cli.tap.files import Output, output_option, parse_output
 from coral.cli.tap.launch import EXIT_NOT_EXECUTABLE, HeldCommand, own_namespace
@@ -42,6 +43,12 @@ _TARGET_VALUES: Final = {
     "pid": "a process id, such as pid:1234",
     "cgroup": "the path of a cgroup",
     "comm": "the name of a command",
+    "pod": "a pod, such as pod:shop/checkout-5d9c7b6f9c-x2x4p, with /CONTAINER for one of its "
+    "containers",
+    "pods": "a namespace and labels, such as 'pods:shop?app=web'",
+    "namespace": "a namespace of Kubernetes, such as namespace:shop",
+    "workload": "a workload, such as workload:shop/deploy/checkout",
+    "container": "a container's id, or the beginning of it",
 }
 _EMPTY: Final = "an empty TARGET"
 _CLOSED: Final = "standard output was closed"
@@ -66,8 +73,8 @@ def parse_target(target: str | None, command: Sequence[str], *, host: bool) -> T
     named += ["--host"] * host + ["the command after --"] * bool(command)
     if not named or named == [_EMPTY]:
         raise click.UsageError(
-            "name one thing to watch: a service, pid:N, cgroup:PATH, comm:NAME, --host, or a "
-            "command to start after --"
+            "name one thing to watch: a service, pid:N, cgroup:PATH, comm:NAME, pod:NAMESPACE/POD, "
+            "pods:, namespace:, workload:, container:ID, --host, or a command to start after --"
         )
     if len(named) > 1:
         raise click.UsageError(f"give only one of {all_of(named)}")
@@ -126,7 +133,7 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
 
     # One keyword argument for each flag below, by its name without the dashes.
     @click.command("tap", cls=_TapCommand)
-    @click.argument("target", required=False)
+    @click.argument("target", required=False, shell_complete=complete_target)
     @click.option("--host", is_flag=True, help="Watch every process of the machine.")
     @_each(_kind_option(view) for view in views.values())
     @_each(_flag_option(flag, views) for flag in flags.values())
@@ -160,11 +167,22 @@ def tap_command(views: Mapping[int, View]) -> click.Command:
         output: str,
         **given: Any,
     ) -> None:
-        """Watch a service, a process, a cgroup or a command, and see what it does.
+        """Watch a service, a process, a pod, a cgroup or a command, and see what it does.
 
         TARGET is a service's name, pid:N, cgroup:PATH or comm:NAME. A command after -- is started,
         and watched from its exec on, with the processes that it starts itself. Ctrl-C stops the
         collector and prints the totals.
+
+        \b
+        On a node of Kubernetes, TARGET may also be
+          pod:shop/checkout-5d9c7b6f9c-x2x4p/app   a pod, or one of its containers
+          workload:shop/deploy/checkout            the pods of a workload
+          'pods:shop?app=web,tier!=batch'          the pods with these labels
+          namespace:shop                           the pods of a namespace
+          container:3f2a9c                         a container, by its id
+
+        Pods that come later are watched from their first exec on, but with pod: and container:.
+        `coral pods` lists those of the node.
         """
         view = _chosen(views, given)
         chosen = parse_output(output, view, views)

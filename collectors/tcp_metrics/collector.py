@@ -170,7 +170,7 @@ class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
         wanted = _optional()
         if self._walks and self._options.single_events:
             wanted.discard(_SEGMENT)  # it sends no events
-        elif self._walks and not self._options.cgroup:
+        elif self._walks and not self._targets.by_cgroup:
             wanted.discard(_RECEIVED)  # scans find the owners of sockets
         return tuple(sorted(wanted))
 

@@ -20,6 +20,7 @@ SERVICE: Final = "coral.mesh.v1.EbpfService"
 METHODS: Final = (
     "GetCapabilities",
     "ListCollectors",
+    "ListPods",
     "RenewCollector",
     "StartCollector",
     "StopCollector",

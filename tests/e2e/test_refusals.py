@@ -63,8 +63,9 @@ KINDS: Final = (
     "EBPF_COLLECTOR_KIND_CPU_PROFILE (3), EBPF_COLLECTOR_KIND_TCP_METRICS (4)"
 )
 OPTIONS: Final = (
-    "cgroup, comm, entries, errors_only, exclude, follow_children, from_exec, include, interval, "
-    "min_duration, mode, pid, ring, sample, scope, top, until_exit"
+    "cgroup, comm, container, entries, errors_only, exclude, follow_children, from_exec, "
+    "include, interval, min_duration, mode, namespace, pid, pod, pods, ring, sample, scope, "
+    "top, until_exit, workload"
 )
 
 
@@ -331,8 +332,8 @@ def test_two_targets_at_once_are_refused(agent: RunningAgent) -> None:
     assert code_and_text(agent, "StartCollector", request) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         (
-            "config[\"comm\"]: 'nginx' is not accepted; give only one of pid, comm, cgroup, scope; "
-            "pid is given too"
+            "config[\"comm\"]: 'nginx' is not accepted; give only one of pid, comm, cgroup, pod, "
+            "pods, namespace, workload, container, scope; pid is given too"
         ),
     )
 
@@ -342,7 +343,7 @@ def test_no_target_is_refused_with_the_ways_to_name_one(agent: RunningAgent) -> 
         grpc.StatusCode.INVALID_ARGUMENT,
         (
             "config[\"scope\"]: '' is not accepted; give a service_name, or one of pid, comm, "
-            'cgroup, or scope "host" for all processes'
+            'cgroup, pod, pods, namespace, workload, container, or scope "host" for all processes'
         ),
     )
 

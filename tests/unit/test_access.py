@@ -40,7 +40,7 @@ def rule(role: Any, *to: str, **constraints: Any) -> RoleRule:
 
 
 def service(name: str, *namespaces: str, kind: int = STATS, events: bool = False) -> Target:
-    found = ServiceProcesses(name, (2**22,), namespaces)
+    found = ServiceProcesses(name, (2**22,), namespaces=namespaces)
     return Target(kind, Watched(tgids=(2**22,)), found, events, namespaces)
 
 

@@ -112,6 +112,17 @@ def test_flags_win_over_environment_and_environment_over_the_file(tmp_path: Path
             r"yaml: continuous\[0\].config.top: a list is not accepted; give text$",
         ),
         ("services: {shop: {}}", "yaml: services.shop: exactly one of comm, cgroup, pid_file"),
+        (
+            "services: {shop: {pod: a/b, comm: c}}",
+            "yaml: services.shop: exactly one of comm, cgroup, pid_file, pod, pods, namespace",
+        ),
+        (
+            "services: {shop: {workload: shop/web}}",
+            (
+                "yaml: services.shop.workload: 'shop/web' is not accepted; give "
+                "NAMESPACE/KIND/NAME, such as shop/deploy/checkout"
+            ),
+        ),
         ("services: {shop: {comm: a, cgroup: b}}", "services.shop: exactly one of"),
         ("[1, 2]", "a mapping of keys to values is expected"),
         ("a: [", "not YAML"),
@@ -326,7 +337,10 @@ STATS = "continuous: [{kind: syscall_stats, "
     [
         (
             "continuous: [{kind: syscall_stats}]",
-            "continuous[0]: name a service, or one of pid, comm, cgroup or scope in config",
+            (
+                "continuous[0]: name a service, or one of pid, comm, cgroup, pod, pods, namespace, "
+                "workload, container, scope in config"
+            ),
         ),
         (
             STATS + "service: shop, config: {top: x}}]",
@@ -347,7 +361,7 @@ STATS = "continuous: [{kind: syscall_stats, "
             STATS + "config: {pid: 1, scope: host}}]",
             (
                 "continuous[0].config.scope: 'host' is not accepted; give only one of pid, comm, "
-                "cgroup, scope; pid is given too"
+                "cgroup, pod, pods, namespace, workload, container, scope; pid is given too"
             ),
         ),
         (

@@ -83,7 +83,7 @@ async def agent(cluster: Cluster, directory: Path) -> AsyncIterator[grpc.aio.Cha
         async def create(_type: type[Collector], request: StartRequest, caller: Caller) -> Admitted:
             made = Scripted()
             namespaces = tuple(filter(None, request.service_name.split(",")))
-            service = ServiceProcesses(request.service_name, (2**22,), namespaces)
+            service = ServiceProcesses(request.service_name, (2**22,), namespaces=namespaces)
             target = Target(made.kind, Watched(tgids=(2**22,)), service, False, namespaces)
             verdict = await in_thread(lambda: admission._decide(caller, target))
             ownership = Ownership(caller.identity.principal, namespaces=namespaces)

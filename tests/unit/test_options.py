@@ -46,7 +46,8 @@ def test_defaults_are_those_of_the_description() -> None:
     assert options.interval == 1.0
     assert options.follow_children is True
     assert {option.name: option.default for option in describe(SyscallStatsOptions)} == {
-        "pid": "", "comm": "", "cgroup": "", "scope": "", "follow_children": "true",
+        "pid": "", "comm": "", "cgroup": "", "pod": "", "pods": "", "namespace": "",
+        "workload": "", "container": "", "scope": "", "follow_children": "true",
         "until_exit": "false", "from_exec": "false", "interval": "1s", "include": "",
         "exclude": "", "top": "0", "entries": "10240", "mode": "summaries", "min_duration": "0s",
         "errors_only": "false", "sample": "1", "ring": "4MiB",
@@ -124,7 +125,7 @@ def test_the_id_of_a_thread_is_refused() -> None:
     ("config", "message"),
     [
         ({}, "a service_name, or one of pid, comm, cgroup"),
-        ({"comm": "x", "scope": "host"}, "only one of pid, comm, cgroup, scope; comm is given too"),
+        ({"comm": "x", "scope": "host"}, "only one of pid, comm, .*, scope; comm is given too"),
         ({"comm": "x", "until_exit": "true"}, "it with pid or a service_name only"),
         ({"comm": "x", "from_exec": "true"}, "it with pid only"),
         ({"cgroup": "/no/such/cgroup"}, "there is none at this path"),

@@ -1,0 +1,157 @@
+"""The inventory of pods, fed step by step: what selectors select, who is told, and which source
+counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coral.agent.machine.pods import inventory as module
+from coral.agent.machine.pods.cgroup_names import place_of
+from coral.agent.machine.pods.facts import Container, Facts, Pod
+from coral.agent.machine.pods.inventory import Inventory
+from coral.collectors.hierarchies import Kind
+from coral.collectors.selectors import Selector, parse
+
+TOP = Path("/sys/fs/cgroup")
+
+
+def uid(number: int) -> str:
+    return f"{number:032x}"
+
+
+def container_id(number: int) -> str:
+    return f"{number:064x}"
+
+
+def pod(number: int, namespace: str = "shop", **labels: str) -> Pod:
+    workloads = (("deployment", labels["app"]),) if "app" in labels else ()
+    return Pod(uid(number), namespace, f"web-{number}", labels, {}, workloads)
+
+
+def made(inventory: Inventory, path: str, kind: Kind = "v2") -> Path:
+    place = place_of(path)
+    assert place
+    directory = TOP / path.lstrip("/")
+    inventory.made(kind, directory, place)
+    return directory
+
+
+def selector(text: str) -> Selector:
+    kind, _, value = text.partition(":")
+    return parse(kind, value)
+
+
+def test_a_pod_is_its_own_cgroup_and_a_container_its_own() -> None:
+    inventory = Inventory()
+    whole = made(inventory, f"/kubepods/pod{uid(1)}")
+    app = made(inventory, f"/kubepods/pod{uid(1)}/{container_id(1)}")
+    made(inventory, f"/kubepods/pod{uid(1)}/{container_id(2)}")
+    inventory.tell("cri", Facts((pod(1),), (Container(container_id(1), uid(1), "app"),)))
+    assert inventory.select(selector("pod:shop/web-1"), "v2") == {whole}
+    assert inventory.select(selector("pod:shop/web-1/app"), "v2") == {app}
+    assert inventory.select(selector("pod:shop/web-1/other"), "v2") == set()
+    assert inventory.select(selector(f"container:{container_id(1)}"), "v2") == {app}
+    assert inventory.select(selector("pod:shop/web-1"), "memory") == set()
+    assert inventory.container_ids("0000") == {container_id(1), container_id(2)}
+
+
+def test_a_container_without_a_cgroup_of_its_pod_stands_for_itself() -> None:
+    inventory = Inventory()
+    path = f"/system.slice/kubepods-pod{uid(1)}.slice:cri-containerd:{container_id(1)}"
+    alone = made(inventory, path)
+    inventory.tell("cri", Facts((pod(1),)))
+    assert inventory.select(selector("namespace:shop"), "v2") == {alone}
+
+
+def test_those_who_watch_are_told_of_what_comes_and_goes_once() -> None:
+    inventory = Inventory()
+    first = made(inventory, f"/kubepods/pod{uid(1)}")
+    inventory.tell("cri", Facts((pod(1),)))
+    watch = inventory.watch(selector("namespace:shop"), "v2")
+    assert watch.told == {first}
+    assert inventory.settle() == []
+    second = made(inventory, f"/kubepods/pod{uid(2)}")
+    assert inventory.settle() == []  # nobody knows its name
+    assert inventory.unnamed() == {uid(2)}
+    inventory.tell("cri", Facts((pod(1), pod(2), pod(3))))
+    (change,) = inventory.settle()
+    assert change.added == {second}
+    assert not change.removed
+    assert inventory.settle() == []
+    inventory.removed("v2", first)
+    (change,) = inventory.settle()
+    assert change.removed == {first}
+    assert not change.added
+    inventory.unwatch(watch)
+    inventory.removed("v2", second)
+    assert inventory.settle() == []
+
+
+def test_a_pod_whose_labels_change_comes_or_goes() -> None:
+    inventory = Inventory()
+    only = made(inventory, f"/kubepods/pod{uid(1)}")
+    inventory.tell("cri", Facts((pod(1, app="web"),)))
+    inventory.watch(selector("pods:shop?app=web"), "v2")
+    inventory.tell_one("api", pod(1, app="old"), ())
+    assert [change.removed for change in inventory.settle()] == [{only}]
+    inventory.tell_one("api", pod(1, app="web"), ())
+    assert [change.added for change in inventory.settle()] == [{only}]
+    inventory.forget_one("api", uid(1))
+    assert inventory.settle() == []  # the runtime still knows it, by its old labels
+
+
+def test_the_source_that_knows_more_counts() -> None:
+    inventory = Inventory()
+    inventory.tell("cri", Facts((Pod(uid(1), "shop", "web-1", {}, {}, ()),)))
+    inventory.tell("api", Facts((pod(1, app="web"),)))
+    found = inventory.pod(uid(1))
+    assert found
+    assert found.workload == ("deployment", "web")
+
+
+def test_the_hierarchy_is_that_which_has_the_pods() -> None:
+    inventory = Inventory()
+    inventory.tell("cri", Facts((pod(1), pod(2, "bank"))))
+    shop = selector("namespace:shop")
+    assert inventory.kind_for(shop, ("v2", "memory")) == "memory"
+    assert inventory.kind_for(shop, ("v2",)) == "v2"
+    assert inventory.kind_for(shop, ()) is None
+    made(inventory, f"/kubepods/pod{uid(2)}")
+    assert inventory.kind_for(shop, ("v2", "memory")) == "v2"
+    made(inventory, f"/kubepods/pod{uid(2)}", "memory")
+    made(inventory, f"/kubepods/pod{uid(1)}")
+    assert inventory.kind_for(shop, ("v2", "memory")) == "v2"
+    made(inventory, f"/kubepods/pod{uid(1)}", "memory")
+    assert inventory.kind_for(shop, ("v2", "memory")) == "memory"
+
+
+def test_the_nearest_names_are_those_of_the_same_sort() -> None:
+    inventory = Inventory()
+    inventory.tell("cri", Facts((pod(1, app="checkout"), pod(2, "bank")),
+                                (Container(container_id(1), uid(1), "app"),)))  # fmt: skip
+    assert inventory.near(selector("namespace:shpo")) == ["shop"]
+    assert inventory.near(selector("pod:shop/web-3"))[0] == "shop/web-1"
+    assert inventory.near(selector("pod:shop/web-1/ap"))[0] == "shop/web-1/app"
+    assert inventory.near(selector("workload:shop/deploy/chekout")) == ["shop/deployment/checkout"]
+    assert inventory.near(selector("namespace:zzzzzzzzzzzz")) == []
+
+
+def test_what_has_no_room_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_PODS", 3)
+    monkeypatch.setattr(module, "MOST_CGROUPS", 2)
+    inventory = Inventory()
+    inventory.tell("cri", Facts(tuple(map(pod, range(5)))))
+    assert (len(inventory.pods), inventory.refused) == (3, 2)
+    inventory.tell_one("cri", pod(9), ())
+    assert (len(inventory.pods), inventory.refused) == (3, 3)
+    for number in range(3):
+        made(inventory, f"/kubepods/pod{uid(number)}")
+    assert inventory.refused == 4
+
+
+def test_cgroups_inside_of_containers_are_not_kept() -> None:
+    inventory = Inventory()
+    made(inventory, f"/kubepods/pod{uid(1)}/{container_id(1)}/init.scope")
+    assert inventory.unnamed() == set()
