@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from coral.collectors.symbols.files import FileKind, MappedFile, MappedFiles
 from coral.collectors.symbols.kernel import KernelSymbols
 from coral.collectors.symbols.maps import ProcessMaps
 from coral.collectors.symbols.perf_map import PerfMap
+from coral.collectors.symbols.process import KnownProcess
 from coral.collectors.symbols.store import CacheStats, StoredTable, SymbolStore
 from coral.collectors.symbols.strings import Strings
 
@@ -29,7 +30,6 @@ _KERNEL_HALF: Final = np.uint64(1 << 63)
 _VSYSCALL: Final = np.uint64(0xFFFF_FFFF_FF60_0000)
 _NEW_S: Final = 10.0
 _MOST_PROCESSES: Final = 4096
-_MOST_PROGRAMS: Final = 8  # of a process, one after the other
 _MOST_REASONS: Final = 64
 _LARGEST_STRINGS_BYTES: Final = 32 << 20
 _LARGEST_PERF_MAPS_BYTES: Final = 192 << 20  # of all processes
@@ -83,36 +83,6 @@ class SymbolStats(NamedTuple):
     names_refused: int
 
 
-@dataclass(slots=True)
-class _Process:
-    maps: ProcessMaps
-    # With the times from which they hold: one for each program that the process has executed.
-    perf_maps: list[tuple[int, PerfMap]] = field(default_factory=list)
-
-    def close(self) -> None:
-        for _, perf_map in self.perf_maps:
-            perf_map.close()
-
-    def begin_program(self, time_ns: int, perf_map: PerfMap) -> None:
-        """PERF_MAP holds from TIME_NS on. Keeps those of the last few programs: a process can
-        execute any number of them."""
-        self.perf_maps.append((time_ns, perf_map))
-        while len(self.perf_maps) > _MOST_PROGRAMS:
-            self.perf_maps.pop(0)[1].close()
-
-    def in_time(
-        self, which: NDArray[np.int64], times_ns: NDArray[np.uint64] | None
-    ) -> Iterator[tuple[PerfMap, NDArray[np.int64]]]:
-        """The perf maps that held at TIMES_NS, or now, each with those of the samples WHICH."""
-        if times_ns is None:
-            yield self.perf_maps[-1][1], which
-            return
-        begins = [since_ns for since_ns, _ in self.perf_maps]
-        at = np.searchsorted(np.array(begins, np.uint64), times_ns[which], side="right") - 1
-        for number in np.unique(at[at >= 0]).tolist():
-            yield self.perf_maps[number][1], which[at == number]
-
-
 class Symbolizer:
     """Names addresses of processes and of the kernel. A process is known by its id and the time at
     which it was born, in whatever unit the caller has it. Not safe to use from two threads at once.
@@ -127,7 +97,7 @@ class Symbolizer:
         self.store = SymbolStore()
         self.kernel = KernelSymbols()
         self.demangler = Demangler()
-        self._processes: OrderedDict[tuple[int, int], _Process] = OrderedDict()
+        self._processes: OrderedDict[tuple[int, int], KnownProcess] = OrderedDict()
         self._behind: set[tuple[int, int]] = set()  # those of which more was told than was read
         # Those that may end before they are asked for, with the time until which that is so.
         self._new: dict[tuple[int, int], float] = {}
@@ -164,12 +134,12 @@ class Symbolizer:
         read and its files opened, so that its addresses have names after it has ended."""
         return self._process(tgid, born).maps
 
-    def _process(self, tgid: int, born: int) -> _Process:
+    def _process(self, tgid: int, born: int) -> KnownProcess:
         key = (tgid, born)
         process = self._processes.get(key)
         if process is None:
             perf_map = PerfMap(tgid, self._perf_map_room)
-            process = _Process(ProcessMaps(tgid, self.files), [(0, perf_map)])
+            process = KnownProcess(ProcessMaps(tgid, self.files), [(0, perf_map)])
             self._processes[key] = process
             self._new[key] = time.monotonic() + _NEW_S
             while len(self._processes) > _MOST_PROCESSES:
@@ -209,10 +179,7 @@ class Symbolizer:
             if (
                 process is None
                 or now_s > until_s
-                or (
-                    any(file.kind is FileKind.ANONYMOUS for file in process.maps.files)
-                    and process.perf_maps[-1][1].look()
-                )
+                or (process.has_code_of_its_own and process.perf_maps[-1][1].look())
             ):
                 del self._new[key]
 
@@ -237,7 +204,7 @@ class Symbolizer:
         soon after samples were taken, because the runtime may tell of other functions at their
         addresses later."""
         process = self._processes.get((tgid, born))
-        if process and any(file.kind is FileKind.ANONYMOUS for file in process.maps.files):
+        if process and process.has_code_of_its_own:
             process.perf_maps[-1][1].catch_up()
 
     def forget(self, tgid: int, born: int = 0) -> None:
@@ -345,7 +312,7 @@ class Symbolizer:
         self,
         named: Named,
         which: NDArray[np.int64],
-        process: _Process,
+        process: KnownProcess,
         looked_up: NDArray[np.uint64],
         times_ns: NDArray[np.uint64] | None,
     ) -> None:
