@@ -26,7 +26,12 @@ class OutOfRangeError(RefusedError):
 
 
 class NotFoundError(RefusedError):
-    """There is no such session, agent or service."""
+    """There is no such session, agent or service. HINT, at the end of the message, tells of what
+    there is."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(f"{reason}{hint}")
+        self.reason = reason
 
 
 class FailedPreconditionError(RefusedError):

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from coral.agent.access import policy
 from coral.agent.access.audit import Audit
-from coral.agent.access.grants import Grant, Grants
+from coral.agent.access.grants import VIEW_SOCKET, Grant, Grants
 from coral.agent.access.quotas import CallerQuotas
 from coral.agent.access.rpcs import About, Role, Rpc, rpc_of, short
 from coral.agent.access.target import Ownership, Target
@@ -105,7 +105,7 @@ class Access:
         grant = next((each for each in self._grants.of(identity) if each.role >= row.least), None)
         if grant:
             return self._allowed(identity, grant)
-        if self._is_reviewed(identity):
+        if self._is_reviewed(identity, row):
             if row.about is not About.NOTHING:
                 return Verdict(True, Role.OPERATE, "Kubernetes is asked once the target is known")
             return self._review(identity, rpc, row, _own_namespace(identity))
@@ -139,15 +139,23 @@ class Access:
         """The numbers of the grants whose constraints TARGET meets. Blocks."""
         return self._grants.covering(target)
 
+    def looks_at_cgroups(self, identity: Identity) -> bool:
+        """Whether what the caller may watch depends on cgroups, which only a look tells."""
+        return any(grant.scope.cgroups for grant in self._grants.of(identity))
+
     def _start(self, identity: Identity, rpc: str, target: Target) -> Verdict:
-        role = self.role_of(identity)
         try:
             policy.check(target.watched, target.service, self._policy)
         except DeniedError as error:
-            return Verdict(False, role, str(error))
+            return Verdict(False, self.role_of(identity), str(error))
+        return self.foresee(identity, rpc, target)
+
+    def foresee(self, identity: Identity, rpc: str, target: Target) -> Verdict:
+        """As `decide`, by roles and Kubernetes alone: for a TARGET that was not looked at, so that
+        a refusal tells nothing of what is there. Of cgroups it knows nothing."""
         if identity is LIBRARY_IDENTITY:
             return _LIBRARY
-        row, reasons = rpc_of(rpc), []
+        role, row, reasons = self.role_of(identity), rpc_of(rpc), []
         for grant in self._grants.of(identity):
             if grant.role < row.least:
                 continue
@@ -155,7 +163,7 @@ class Access:
             if not reason:
                 return self._allowed(identity, grant)
             reasons.append(reason)
-        if self._is_reviewed(identity):
+        if self._is_reviewed(identity, row):
             return self._review(identity, rpc, row, _asked(target.namespaces))
         if not reasons:
             return self._lacks(identity, rpc, row)
@@ -169,11 +177,12 @@ class Access:
             return Verdict(False, role, "it is another caller's", visible=False)
         is_own = self._is_own(identity, ownership)
         for grant in self._grants.of(identity):
-            if grant.role < row.least or not (grant.covers(ownership) or is_own):
+            # Of the caller's own too: what allows another target says nothing of this one.
+            if grant.role < row.least or not grant.covers(ownership):
                 continue
             if is_own or grant.role is Role.ADMIN or row.least is Role.VIEW:
                 return self._allowed(identity, grant)
-        if self._is_reviewed(identity) and (is_own or row.least is Role.VIEW):
+        if self._is_reviewed(identity, row) and (is_own or row.least is Role.VIEW):
             return self._review(identity, rpc, row, _asked(ownership.namespaces))
         if is_own or row.least is Role.VIEW:
             return self._lacks(identity, rpc, row)
@@ -200,8 +209,11 @@ class Access:
 
     # Kubernetes.
 
-    def _is_reviewed(self, identity: Identity) -> bool:
-        return identity.how == "kubernetes" and self._reviewer is not None
+    def _is_reviewed(self, identity: Identity, row: Rpc | None = None) -> bool:
+        """Whether Kubernetes decides where no rule does; of the RPC of ROW."""
+        # Nor does Kubernetes make an operator of whoever comes by the viewers' socket.
+        is_too_much = row is not None and row.least > Role.VIEW and VIEW_SOCKET in identity.names
+        return identity.how == "kubernetes" and self._reviewer is not None and not is_too_much
 
     def _is_allowed(self, identity: Identity, verb: str, namespaces: Sequence[str]) -> bool:
         return not self._refused_in(identity, verb, namespaces)

@@ -99,7 +99,13 @@ class Grant:
         A view that names no processes includes the whole machine: it starts nothing. Blocks."""
         if self._wrong_form(target):
             return False
-        return policy.covers(self.scope, target.watched, target.service, target.namespaces)
+        scope = self.scope
+        if target.watched.pods and scope.cgroups:
+            # Of others' sessions, pods that come later may be in any cgroup.
+            scope = replace(scope, cgroups=())
+            if not scope.lists:
+                return False
+        return policy.covers(scope, target.watched, target.service, target.namespaces)
 
     def covers(self, ownership: Ownership) -> bool:
         """The same of a session that was looked at when it was started."""

@@ -105,6 +105,9 @@ def check_scope(
     """Raises `DeniedError` where SCOPE does not include that. All of the processes belong to the
     Kubernetes NAMESPACES, or none is known. Blocks."""
     allowed = bool(scope.lists) and covers(scope, watched, service, namespaces)
+    if watched.pods and scope.lists and not allowed:
+        # First: how many processes another team's pods have is not for this caller.
+        raise DeniedError(_not_listed(watched, service, scope))
     if not scope.host:
         _check_host_scope(watched, service, f"{scope.key}.host_scope", allowed=allowed)
     if not allowed and scope.lists:

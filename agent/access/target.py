@@ -7,7 +7,7 @@ from typing import Final
 
 from coral.collectors.contract import ServiceProcesses, Watched
 
-_SHOWN_TGIDS: Final = 16
+_SHOWN: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Target:
 
     SERVICE is None where the request's options name the target. NAMESPACES are the Kubernetes
     namespaces that all of the processes belong to; empty where one may belong to none that is
-    known.
+    known. PODS are those that it has now, for the audit.
     """
 
     kind: int
@@ -24,6 +24,7 @@ class Target:
     service: ServiceProcesses | None = None
     single_events: bool = False
     namespaces: tuple[str, ...] = ()
+    pods: tuple[str, ...] = ()
 
     def described(self) -> dict[str, object]:
         """For the audit: as resolved, shortened."""
@@ -36,12 +37,13 @@ class Target:
         if watched.cgroup:
             found["cgroup"] = str(watched.cgroup)
         if watched.pods:
-            found["pods"] = watched.pods
+            found["selector"] = watched.pods
+            found["pods"] = list(self.pods[:_SHOWN])
             found["cgroups"] = len(watched.cgroups)
         if watched.comm:
             found["comm"] = watched.comm
         if watched.tgids:
-            found["pids"] = list(watched.tgids[:_SHOWN_TGIDS])
+            found["pids"] = list(watched.tgids[:_SHOWN])
             found["processes"] = len(watched.tgids)
         if self.namespaces:
             found["namespaces"] = list(self.namespaces)

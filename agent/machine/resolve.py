@@ -64,13 +64,15 @@ def resolve(
         is_complete = bool(found)
         found = found or _listening_and_masters(_having(name, processes), processes)
         if not found:
-            raise NotFoundError(_not_found(name, {*rules, *units, *containers}, processes))
+            raise _not_found(name, {*rules, *units, *containers}, processes)
     if descendants and not is_complete:
         found |= with_descendants(found - {_INIT}, processes)
     return ServiceProcesses(name, tuple(sorted(found)))
 
 
-def _not_found(name: str, known: AbstractSet[str], processes: Mapping[int, Process]) -> str:
+def _not_found(
+    name: str, known: AbstractSet[str], processes: Mapping[int, Process]
+) -> NotFoundError:
     """Why nothing is found, with the nearest names: those KNOWN, and listening commands."""
     commands = {process.comm for process in processes.values()}
     likely = difflib.get_close_matches(name, known | commands, _LIKELY_NAMES, _LIKENESS)
@@ -78,9 +80,10 @@ def _not_found(name: str, known: AbstractSet[str], processes: Mapping[int, Proce
     hint = f"; the nearest names are {', '.join(near[:_NEAR_NAMES])}" if near else ""
     if lacking := capabilities.lacking(capabilities.LISTENERS, capabilities.held()):
         hint += f". Other users' listening commands were not seen: {capabilities.missing(lacking)}"
-    return (
+    return NotFoundError(
         f"service_name: no process belongs to {name!r}, as a configured service, systemd unit, "
-        f"container, pod or listening command{hint}"
+        "container, pod or listening command",
+        hint,
     )
 
 

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from coral.agent.access import policy
@@ -18,18 +19,20 @@ from coral.agent.errors import (
     DeniedError,
     InvalidRequestError,
     LimitError,
+    NotFoundError,
     UnsupportedError,
 )
 from coral.agent.jobs import Jobs
 from coral.agent.machine.caller_namespaces import HERE, translated
-from coral.agent.machine.pods.node import Pods, PodTarget
+from coral.agent.machine.pods.node import Pods
+from coral.agent.machine.pods.target import PodTarget
 from coral.agent.machine.privileges import refusal
 from coral.agent.machine.resolve import resolve
 from coral.agent.sessions.session import StartRequest, lease_s
 from coral.bpf import BpfError, Features, probe
 from coral.bpf.probing import capabilities
 from coral.collectors import namespaces, selectors
-from coral.collectors.contract import Collector, Coverage, ServiceProcesses, Support
+from coral.collectors.contract import Collector, Coverage, ServiceProcesses, Support, Watched
 from coral.collectors.options import OptionError, UnknownOptionError
 from coral.collectors.registry import COLLECTORS
 from coral.collectors.runner import in_thread
@@ -171,12 +174,12 @@ class Admission:
     ) -> Admitted:
         """Blocks."""
         allowed = self._config.policy
-        pods, service = self._pods(request, features), None
+        pods, service = self._pods(collector.kind, request, features, caller), None
         if pods:
             name = request.service_name or pods.label
             service = ServiceProcesses(name, (), pods, pods.namespaces)
         else:
-            service = self._resolve(request)
+            service = self._resolve(collector.kind, request, caller)
         if service and not pods and not request.continuous:
             service = policy.spare(service, allowed)
         created = collector.create(request.config, service, features)
@@ -184,7 +187,12 @@ class Admission:
         named = None if _TARGET_KEYS & request.config.keys() else service
         is_single = created.coverage is Coverage.NONE
         target = Target(
-            collector.kind, created.watched, named, is_single, service.namespaces if service else ()
+            collector.kind,
+            created.watched,
+            named,
+            is_single,
+            service.namespaces if service else (),
+            pods.pods if pods else (),
         )
         verdict = None if request.continuous else self._decide(caller, target)
         if pods and verdict:
@@ -202,32 +210,81 @@ class Admission:
     def _decide(self, caller: Caller, target: Target) -> Verdict:
         verdict = self._access.decide(caller.identity, START, target)
         if not verdict.allowed:
-            error = DeniedError(verdict.reason)
-            error.resolved = target.described()
-            raise error
+            raise _denied(verdict, target)
         return verdict
 
-    def _pods(self, request: StartRequest, features: Features) -> PodTarget | None:
+    def _pods(
+        self, kind: int, request: StartRequest, features: Features, caller: Caller
+    ) -> PodTarget | None:
         """The pods that REQUEST names, by its options or by the rule of its service."""
         config: Mapping[str, str] = request.config
-        rule = self._config.services.get(request.service_name)
+        rule, service = self._config.services.get(request.service_name), None
         if rule and not _TARGET_KEYS & config.keys():
-            config = rule.selectors
-        for kind in selectors.SELECTORS:
-            if text := config.get(kind):
-                try:
-                    selector = selectors.parse(kind, text)
-                except ValueError:
-                    return None  # it is refused with all other options
-                return self.pods.target(selector, features)
-        return None
+            config, service = rule.selectors, ServiceProcesses(request.service_name, ())
+        name = next((each for each in selectors.SELECTORS if config.get(each)), "")
+        try:
+            selector = selectors.parse(name, config[name]) if name else None
+        except ValueError:
+            return None  # it is refused with all other options
+        if not selector:
+            return None
+        if request.continuous:
+            return self.pods.target(selector, features)
+        named = (selector.namespace,) if selector.namespace else ()
+        asked = Target(kind, Watched(pods=str(selector)), service, namespaces=named)
+        sees = partial(self._access.sees_namespace, caller.identity)
+        if named:
+            self._check_known(caller, asked, named)
+            return self.pods.target(selector, features, sees)
+        try:
+            found = self.pods.target(selector, features, sees)
+        except NotFoundError:
+            self._check_known(caller, asked, ())
+            raise
+        self._check_known(caller, asked, found.namespaces)
+        return found
 
-    def _resolve(self, request: StartRequest) -> ServiceProcesses | None:
-        if not request.service_name or _TARGET_KEYS & request.config.keys():
+    def _check_known(self, caller: Caller, asked: Target, namespaces: tuple[str, ...]) -> None:
+        """Refuses what is in NAMESPACES that the caller may not know of as if it did not exist: by
+        what was ASKED for alone, which does not have a container's namespace. Raises
+        `DeniedError`."""
+        identity, access = caller.identity, self._access
+        if all(access.sees_namespace(identity, each) for each in namespaces or ("",)):
+            return
+        if access.looks_at_cgroups(identity):
+            return
+        if access.foresee(identity, START, replace(asked, namespaces=namespaces)).allowed:
+            return
+        verdict = access.foresee(identity, START, asked)
+        if not verdict.allowed:
+            raise _denied(verdict, asked)
+
+    def _resolve(self, kind: int, request: StartRequest, caller: Caller) -> ServiceProcesses | None:
+        name = request.service_name
+        if not name or _TARGET_KEYS & request.config.keys():
             return None
         # Whether it is well formed is checked with all other options.
         alone = request.config.get("follow_children", "").lower() == "false"
-        return resolve(request.service_name, self._config.services, descendants=not alone)
+        services = self._config.services
+        if request.continuous:
+            return resolve(name, services, descendants=not alone)
+        asked = Target(kind, Watched(), ServiceProcesses(name, ()))
+        verdict = self._access.foresee(caller.identity, START, asked)
+        if not verdict.allowed and not self._access.looks_at_cgroups(caller.identity):
+            raise _denied(verdict, asked)
+        try:
+            return resolve(name, services, descendants=not alone)
+        except NotFoundError as error:
+            if verdict.allowed and not verdict.scope.lists:
+                raise
+            # What else is there is not for callers of some of it.
+            raise NotFoundError(error.reason) from error
+
+
+def _denied(verdict: Verdict, target: Target) -> DeniedError:
+    error = DeniedError(verdict.reason)
+    error.resolved = target.described()
+    return error
 
 
 @contextmanager

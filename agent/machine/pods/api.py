@@ -70,7 +70,7 @@ class Api:
             if not more:
                 break
         self.about = f"at {self.server.url}, pods of node {self.node}"
-        return facts_of(items)
+        return facts_of(items, with_mirrors=True)
 
     def changes(self, hold: Hold) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """What changes after `version`, which moves on: a word such as ADDED, and the pod."""
@@ -124,7 +124,7 @@ class ApiWatch:
                 while not self._stopping.is_set():
                     for what, item in self._api.changes(self._hold):
                         pause_s = _LEAST_PAUSE_S
-                        pod, containers = pod_of(item)
+                        pod, containers = pod_of(item, with_mirrors=True)
                         self._changed(what, pod, containers)
             except GoneError:
                 self._stopping.wait(_LEAST_PAUSE_S)
@@ -169,17 +169,17 @@ def readable(path: str) -> str:
     return path if path and Path(path).exists() else ""
 
 
-def facts_of(items: Iterable[Mapping[str, Any]]) -> Facts:
-    """The pods of a list, in the form of the API (core/v1 Pod)."""
+def facts_of(items: Iterable[Mapping[str, Any]], *, with_mirrors: bool = False) -> Facts:
+    """The pods of a list, in the form of the API (core/v1 Pod); WITH MIRRORS of static ones."""
     pods, containers = [], []
     for item in items:
-        pod, its = pod_of(item)
+        pod, its = pod_of(item, with_mirrors=with_mirrors)
         pods.append(pod)
         containers += its
     return Facts(tuple(pods), tuple(containers))
 
 
-def pod_of(item: Mapping[str, Any]) -> tuple[Pod, list[Container]]:
+def pod_of(item: Mapping[str, Any], *, with_mirrors: bool = False) -> tuple[Pod, list[Container]]:
     """One pod, and those of its containers that have an id."""
     told, status = item.get("metadata") or {}, item.get("status") or {}
     labels = _texts(told.get("labels"))
@@ -195,6 +195,8 @@ def pod_of(item: Mapping[str, Any]) -> tuple[Pod, list[Container]]:
         labels=labels,
         annotations=_texts(told.get("annotations")),
         workloads=workloads if owner else by_labels(name, labels),
+        # Kubelets make mirrors their node's.
+        may_mirror=with_mirrors and owner.get("kind") == "Node",
     )
     containers = [
         Container(str(each.get("containerID", "")).rpartition("//")[2], pod.uid, str(each["name"]))

@@ -13,7 +13,9 @@ _ANNOTATION: Final = "resource.opentelemetry.io/"
 _INSTANCE: Final = "app.kubernetes.io/instance"
 _NAME: Final = "app.kubernetes.io/name"
 _VERSION: Final = "app.kubernetes.io/version"
-_HASH: Final = ("kubernetes.io/config.mirror", "kubernetes.io/config.hash")
+_MIRROR: Final = "kubernetes.io/config.mirror"
+# What the agent itself says of where something runs.
+_OWN_ATTRIBUTES: Final = ("k8s.", "container.")
 # The order in which a service is named after a workload.
 _NAMED_AFTER: Final = ("deployment", "replicaset", "statefulset", "daemonset", "cronjob", "job")
 _MOST_LABELS: Final = 256  # of one pod, in what is kept of it
@@ -22,7 +24,7 @@ _MOST_LABELS: Final = 256  # of one pod, in what is kept of it
 @dataclass(frozen=True, slots=True)
 class Pod:
     """A pod of this node. `uid` is its key, of 32 digits, `workloads` what it is part of, the
-    direct owner first."""
+    direct owner first. One that `mirrors` stands in the API for a static pod, whose key it has."""
 
     uid: str
     namespace: str
@@ -30,6 +32,7 @@ class Pod:
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)
     workloads: tuple[Workload, ...] = ()
+    mirrors: bool = False
 
     @classmethod
     def of(
@@ -41,13 +44,20 @@ class Pod:
         labels: Mapping[str, str],
         annotations: Mapping[str, str],
         workloads: tuple[Workload, ...],
+        may_mirror: bool = False,
     ) -> Pod:
         """As a source tells it. A static pod has another UID in the API (that of its mirror) than
-        on its node, where an annotation has it."""
-        own = next((annotations[key] for key in _HASH if annotations.get(key)), uid)
+        on its node, which an annotation of the mirror has: that counts where the pod MAY MIRROR,
+        and nowhere else, since everybody may annotate their pods."""
+        static = annotations.get(_MIRROR, "") if may_mirror else ""
         kept = {key: text for key, text in annotations.items() if key.startswith(_ANNOTATION)}
         few = dict(list(labels.items())[:_MOST_LABELS])
-        return cls(uid_key(own), namespace, name, few, kept, workloads)
+        key = uid_key(static or uid)
+        return cls(key, namespace, name, few, kept, workloads, bool(static))
+
+    def is_named_like(self, other: Pod) -> bool:
+        """Whether OTHER is the same pod, by namespace and name."""
+        return (self.namespace, self.name) == (other.namespace, other.name)
 
     @property
     def workload(self) -> Workload | None:
@@ -93,7 +103,11 @@ def attributes_of(
     if pod:
         found |= _service(pod, container)
         own = {key.removeprefix(_ANNOTATION): text for key, text in pod.annotations.items()}
-        found |= {key: text for key, text in own.items() if key and key not in found}
+        found |= {
+            key: text
+            for key, text in own.items()
+            if key and key not in found and not key.startswith(_OWN_ATTRIBUTES)
+        }
     return {key: text for key, text in found.items() if text}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -89,7 +90,7 @@ class Inventory:
         """These are all pods and containers that a source knows."""
         self.version += 1
         self.refused += max(0, len(facts.pods) - MOST_PODS)
-        self._pods[source] = {pod.uid: pod for pod in facts.pods[:MOST_PODS]}
+        self._pods[source] = _by_uid(facts.pods[:MOST_PODS])
         most = MOST_PODS * 8
         self.refused += max(0, len(facts.containers) - most)
         self._containers[source] = {each.id: each for each in facts.containers[:most]}
@@ -101,21 +102,28 @@ class Inventory:
         if pod.uid not in known and len(known) >= MOST_PODS:
             self.refused += 1
             return
+        if pod.mirrors and (other := known.get(pod.uid)) and not other.is_named_like(pod):
+            return
         known[pod.uid] = pod
         self._containers[source].update((each.id, each) for each in containers)
 
-    def forget_one(self, source: str, uid: str) -> None:
+    def forget_one(self, source: str, pod: Pod) -> None:
         """A source has seen a pod go."""
+        known = self._pods[source].get(pod.uid)
+        if not known or not known.is_named_like(pod):
+            return
         self.version += 1
-        self._pods[source].pop(uid, None)
+        del self._pods[source][pod.uid]
         of_source = self._containers[source]
-        self._containers[source] = {k: each for k, each in of_source.items() if each.pod != uid}
+        self._containers[source] = {k: it for k, it in of_source.items() if it.pod != pod.uid}
 
     # What callers ask.
 
     def pod(self, uid: str) -> Pod | None:
-        """A pod by its key."""
-        return next((of[uid] for s in SOURCES if uid in (of := self._pods[s])), None)
+        """A pod by its key. One that mirrors another gives way to any whose own key it is: anybody
+        who may make pods may write what makes it a mirror."""
+        found = (of[uid] for s in SOURCES if uid in (of := self._pods[s]))
+        return min(found, key=lambda pod: pod.mirrors, default=None)
 
     def container(self, container_id: str) -> Container | None:
         """A container by its whole id."""
@@ -161,10 +169,10 @@ class Inventory:
         container = self.container(place.container) if place.container else None
         return container is not None and container.name == selector.container
 
-    def container_ids(self, prefix: str) -> set[str]:
-        """The ids of containers that begin with PREFIX."""
+    def container_ids(self, prefix: str) -> dict[str, str]:
+        """The ids of containers that begin with PREFIX, with the namespaces of their pods."""
         return {
-            own
+            own: pod.namespace if (pod := self.pod(place.pod)) else ""
             for of in self._cgroups.values()
             for place in of.values()
             if place.level == "container"
@@ -192,10 +200,10 @@ class Inventory:
         own = place.container or place.innermost
         return attributes_of(pod, self.container(own) if own else None, own)
 
-    def near(self, selector: Selector) -> list[str]:
-        """The names most like that of a selector for which there is nothing, as users write them
-        after its kind."""
-        pods = self.pods
+    def near(self, selector: Selector, namespaces: AbstractSet[str]) -> list[str]:
+        """The names in NAMESPACES most like that of a selector for which there is nothing, as users
+        write them after its kind."""
+        pods = [pod for pod in self.pods if pod.namespace in namespaces]
         if selector.kind in ("namespace", "pods"):
             wanted, known = selector.namespace, {pod.namespace for pod in pods}
         elif selector.workload:
@@ -247,3 +255,16 @@ class Inventory:
                 changes.append(Change(watch, now - watch.told, watch.told - now))
                 watch.told = now
         return changes
+
+
+def _by_uid(pods: Iterable[Pod]) -> dict[str, Pod]:
+    """PODS by their keys. Mirrors of one pod that do not agree on its name leave it without."""
+    found: dict[str, Pod] = {}
+    disputed = set()
+    for pod in pods:
+        other = found.setdefault(pod.uid, pod)
+        if other.mirrors and not pod.mirrors:
+            found[pod.uid] = pod
+        elif other.mirrors and not other.is_named_like(pod):
+            disputed.add(pod.uid)
+    return {uid: pod for uid, pod in found.items() if not (pod.mirrors and uid in disputed)}

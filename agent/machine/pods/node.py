@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -22,97 +21,24 @@ from coral.agent.config_kubernetes import Kubernetes
 from coral.agent.errors import FailedPreconditionError
 from coral.agent.machine.pods.api import Api, ApiWatch
 from coral.agent.machine.pods.cgroups import CgroupChange, CgroupChanges, Tree
-from coral.agent.machine.pods.facts import Container, Facts, Pod, attributes_of, common
-from coral.agent.machine.pods.inventory import SOURCES, Cgroups, Inventory, Watch
-from coral.agent.machine.pods.refusals import check_container, said, why_empty
+from coral.agent.machine.pods.facts import Container, Facts, Pod, attributes_of
+from coral.agent.machine.pods.inventory import SOURCES, Cgroups, Inventory
+from coral.agent.machine.pods.refusals import only_container, said, why_empty
 from coral.agent.machine.pods.source import SourceError, SourceState
 from coral.agent.machine.pods.sources import sources_of
+from coral.agent.machine.pods.target import KnownPod, PodTarget
 from coral.agent.machine.pods.waiting import ASK_EVERY_S, Asking, Waiting
 from coral.bpf import BpfError, Features
-from coral.collectors.contract import NO_ATTRIBUTES, CgroupsChanged
-from coral.collectors.hierarchies import Kind
 from coral.collectors.selectors import Selector
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.pods")
 
 _FRESH_S: Final = 5.0
-_MOST_LABEL: Final = 128  # an annotation may name the service
 _SCAN_EVERY_S: Final = 0.5  # where the kernel does not tell
 
 
-@dataclass(frozen=True)
-class KnownPod:
-    """A pod of this node, with its attributes and its containers' names by id."""
-
-    pod: Pod
-    attributes: Mapping[str, str]
-    containers: Mapping[str, str]
-
-
-@dataclass(eq=False)
-class PodTarget:
-    """What a selector stands for: the cgroups that it has now, and later. It is a `LiveCgroups` of
-    the collectors' contract."""
-
-    selector: Selector
-    kind: Kind
-    notes: tuple[str, ...]
-    _pods: Pods
-    _features: Features
-    watch: Watch | None = field(default=None, init=False)  # while it is followed
-    changed: CgroupsChanged | None = field(default=None, init=False)
-    known: tuple[int, list[dict[str, str]]] = field(default_factory=lambda: (-1, []), init=False)
-    _last: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES, init=False)
-    # Pods that come later and for whose cgroups this is false are left out.
-    within: Callable[[Path], bool] | None = field(default=None, init=False)
-
-    @property
-    def label(self) -> str:
-        """The service's name where all of it has one, else the selector."""
-        names = {found.get("service.name") for found in self._pods.attributes(self)}
-        only = names.pop() if len(names) == 1 else None
-        return (only or str(self.selector))[:_MOST_LABEL]
-
-    @property
-    def namespaces(self) -> tuple[str, ...]:
-        """The namespaces that all of it is in, now and later; empty where that is not known."""
-        if self.selector.namespace:
-            return (self.selector.namespace,)
-        known = self.attributes.get("k8s.namespace.name")  # a container's
-        return (known,) if known else ()
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """The same for equal selectors."""
-        return (self.selector.kind, self.selector.text)
-
-    @property
-    def now(self) -> Cgroups:
-        """The cgroups that it has now."""
-        return self._pods.cgroups(self)
-
-    @property
-    def attributes(self) -> Mapping[str, str]:
-        """The attributes that all of it has in common; once it has gone, those that it had."""
-        self._last = common(self._pods.attributes(self)) or self._last
-        return self._last
-
-    def follow(self, changed: CgroupsChanged) -> Cgroups:
-        """Returns the cgroups that it has, and calls CHANGED, from a thread, for those that it
-        gains and loses from then on."""
-
-        def allowed(added: Cgroups, removed: Cgroups) -> None:
-            changed(self._allowed(added), removed)
-
-        self.changed = allowed
-        return self._allowed(self._pods.follow(self, self._features))
-
-    def _allowed(self, cgroups: Cgroups) -> Cgroups:
-        return frozenset(filter(self.within, cgroups)) if self.within else cgroups
-
-    def close(self) -> None:
-        """Ends that. CHANGED may still be under way."""
-        self._pods.unfollow(self)
+def _sees_all(_namespace: str) -> bool:
+    return True
 
 
 class Pods:
@@ -139,23 +65,31 @@ class Pods:
 
     # Asked once.
 
-    def target(self, selector: Selector, features: Features) -> PodTarget:
-        """What SELECTOR stands for. Raises `NotFoundError`, with the nearest names, or
-        `FailedPreconditionError` if nothing here knows the names."""
+    def target(
+        self, selector: Selector, features: Features, sees: Callable[[str], bool] = _sees_all
+    ) -> PodTarget:
+        """What SELECTOR stands for. Raises `NotFoundError`, with the nearest names in namespaces
+        that the caller SEES, or `FailedPreconditionError` if nothing here knows the names."""
         self._look()
         with self._lock:
             inventory, kinds = self._inventory, tuple(self._tree.of)
             kind = inventory.kind_for(selector, kinds)
             if kind is None:
                 raise FailedPreconditionError(said(selector, _no_cgroups()))
-            if selector.kind == "container":
-                check_container(inventory, selector)
-            elif not self._knows_names:
+            if selector.kind != "container" and not self._knows_names:
                 raise FailedPreconditionError(said(selector, self._why_no_names()))
             found = inventory.select(selector, kind)
-            notes = list(self._notes(selector))
-            if not found:
-                notes.append(why_empty(inventory, selector))
+            ids = inventory.container_ids(selector.container)
+            namespaces = {pod.namespace for pod in inventory.pods}
+        if selector.kind == "container":
+            # By its whole id from now on: one that comes later may begin like that.
+            own = only_container(selector, ids, sees)
+            selector = replace(selector, container=own)
+        notes = list(self._notes(selector))
+        if not found:  # to be asked without the lock, since Kubernetes may have to be
+            seen = frozenset(filter(sees, namespaces))
+            with self._lock:
+                notes.append(why_empty(inventory, selector, seen))
         return PodTarget(selector, kind, tuple(notes), self, features)
 
     def listing(self) -> list[KnownPod]:
@@ -390,7 +324,7 @@ class Pods:
     def _change(self, what: str, pod: Pod, containers: list[Container]) -> None:
         with self._lock:
             if what == "DELETED":
-                self._inventory.forget_one("api", pod.uid)
+                self._inventory.forget_one("api", pod)
             else:
                 self._inventory.tell_one("api", pod, containers)
             self._wake_if_running()

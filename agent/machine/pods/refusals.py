@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+
 from coral.agent.errors import NotFoundError
 from coral.agent.machine.pods.inventory import Inventory
 from coral.collectors.selectors import Selector
@@ -12,23 +15,26 @@ def said(selector: Selector, problem: str) -> str:
     return f'config["{selector.kind}"]: {problem}'
 
 
-def check_container(inventory: Inventory, selector: Selector) -> None:
-    """Raises `NotFoundError` unless exactly one container has an id that begins like that."""
-    ids = inventory.container_ids(selector.container)
+def only_container(selector: Selector, ids: Mapping[str, str], sees: Callable[[str], bool]) -> str:
+    """Which of IDS, with the namespaces of each, is meant: the only one, or the only one that the
+    caller SEES. Raises `NotFoundError`."""
     if not ids:
         raise NotFoundError(
             said(selector, f"no container {selector.container!r} runs on this node")
         )
-    if len(ids) > 1:
-        near = ", ".join(sorted(found[:20] for found in ids)[:3])
-        raise NotFoundError(
-            said(selector, f"{len(ids)} containers begin like that, such as {near}; give more")
-        )
+    seen = sorted(found for found, namespace in ids.items() if len(ids) == 1 or sees(namespace))
+    if len(seen) == 1:
+        return seen[0]
+    why = "more than one container begins like that"
+    if seen:
+        near = ", ".join(found[:20] for found in seen[:3])
+        why = f"{len(seen)} containers begin like that, such as {near}"
+    raise NotFoundError(said(selector, f"{why}; give more"))
 
 
-def why_empty(inventory: Inventory, selector: Selector) -> str:
-    """The note of a selector of pods that nothing matches yet. Raises `NotFoundError`, unless its
-    namespace is known and pods are to come."""
+def why_empty(inventory: Inventory, selector: Selector, seen: AbstractSet[str]) -> str:
+    """The note of a selector of pods that nothing matches yet. Raises `NotFoundError`, with the
+    nearest names in the namespaces SEEN, unless its own is known and pods are to come."""
     pods = inventory.pods
     namespaces = {pod.namespace for pod in pods}
     if selector.kind == "pods" and selector.namespace in namespaces:
@@ -43,6 +49,6 @@ def why_empty(inventory: Inventory, selector: Selector) -> str:
         what = f"no container {selector.container!r} of that pod runs now"
     else:
         what = f"no pod {selector.namespace}/{selector.pod} runs on this node"
-    near = inventory.near(selector)
+    near = inventory.near(selector, seen)
     hint = f"; the nearest names are {', '.join(near)}" if near else ""
-    raise NotFoundError(said(selector, f"{what}{hint}"))
+    raise NotFoundError(said(selector, what), hint)

@@ -1,0 +1,105 @@
+"""What a selector stands for on this node: a pod as it is listed, and a target that is followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from coral.agent.machine.pods.facts import Pod, common
+from coral.agent.machine.pods.inventory import Cgroups, Watch
+from coral.bpf import Features
+from coral.collectors.contract import NO_ATTRIBUTES, CgroupsChanged
+from coral.collectors.hierarchies import Kind
+from coral.collectors.selectors import Selector
+
+if TYPE_CHECKING:
+    from coral.agent.machine.pods.node import Pods
+
+_MOST_LABEL: Final = 128  # an annotation may name the service
+
+
+@dataclass(frozen=True)
+class KnownPod:
+    """A pod of this node, with its attributes and its containers' names by id."""
+
+    pod: Pod
+    attributes: Mapping[str, str]
+    containers: Mapping[str, str]
+
+
+@dataclass(eq=False)
+class PodTarget:
+    """What a selector stands for: the cgroups that it has now, and later. It is a `LiveCgroups` of
+    the collectors' contract."""
+
+    selector: Selector
+    kind: Kind
+    notes: tuple[str, ...]
+    _pods: Pods
+    _features: Features
+    watch: Watch | None = field(default=None, init=False)  # while it is followed
+    changed: CgroupsChanged | None = field(default=None, init=False)
+    known: tuple[int, list[dict[str, str]]] = field(default_factory=lambda: (-1, []), init=False)
+    _last: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES, init=False)
+    # Pods that come later and for whose cgroups this is false are left out.
+    within: Callable[[Path], bool] | None = field(default=None, init=False)
+
+    @property
+    def label(self) -> str:
+        """The service's name where all of it has one, else the selector."""
+        names = {found.get("service.name") for found in self._pods.attributes(self)}
+        only = names.pop() if len(names) == 1 else None
+        return (only or str(self.selector))[:_MOST_LABEL]
+
+    @property
+    def pods(self) -> tuple[str, ...]:
+        """The pods that it has now, `NAMESPACE/POD`; of containers outside of pods their ids."""
+        return tuple(sorted({_name(found) for found in self._pods.attributes(self)}))
+
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """The namespaces that all of it is in, now and later; empty where that is not known."""
+        if self.selector.namespace:
+            return (self.selector.namespace,)
+        known = self.attributes.get("k8s.namespace.name")  # a container's
+        return (known,) if known else ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The same for equal selectors."""
+        return (self.selector.kind, self.selector.text)
+
+    @property
+    def now(self) -> Cgroups:
+        """The cgroups that it has now."""
+        return self._pods.cgroups(self)
+
+    @property
+    def attributes(self) -> Mapping[str, str]:
+        """The attributes that all of it has in common; once it has gone, those that it had."""
+        self._last = common(self._pods.attributes(self)) or self._last
+        return self._last
+
+    def follow(self, changed: CgroupsChanged) -> Cgroups:
+        """Returns the cgroups that it has, and calls CHANGED, from a thread, for those that it
+        gains and loses from then on."""
+
+        def allowed(added: Cgroups, removed: Cgroups) -> None:
+            changed(self._allowed(added), removed)
+
+        self.changed = allowed
+        return self._allowed(self._pods.follow(self, self._features))
+
+    def _allowed(self, cgroups: Cgroups) -> Cgroups:
+        return frozenset(filter(self.within, cgroups)) if self.within else cgroups
+
+    def close(self) -> None:
+        """Ends that. CHANGED may still be under way."""
+        self._pods.unfollow(self)
+
+
+def _name(attributes: Mapping[str, str]) -> str:
+    names = (attributes.get("k8s.namespace.name", ""), attributes.get("k8s.pod.name", ""))
+    return "/".join(names) if all(names) else attributes.get("container.id", "")
