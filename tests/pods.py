@@ -7,8 +7,9 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -17,7 +18,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import grpc
 
+from coral.collectors.hierarchies import hierarchies
 from coral.mesh.cri.v1 import cri_pb2 as cri
+from tests.support import wait_until
 
 HASH = "5d9c7b6f9c"
 
@@ -59,6 +62,27 @@ class FakePod:
         directory = self.directory_of(container) if container else self.directory
         directory.mkdir(exist_ok=True)
         return directory
+
+
+@contextmanager
+def kubepods() -> Iterator[Path]:
+    """A cgroup of this machine in which a test may make pods, where runtimes would: it is removed
+    with all that is in it, once no process is."""
+    found = {each.kind: each.directory for each in hierarchies()}
+    top = found.get("memory") or found["v2"]
+    top = top / f"kubepods-{uuid.uuid4().hex[:8]}.slice"
+    top.mkdir()
+    try:
+        yield top
+    finally:
+        for below in (*sorted(top.rglob("*/"), reverse=True), top):
+            wait_until(partial(_has_gone, below))
+
+
+def _has_gone(directory: Path) -> bool:
+    with suppress(OSError):
+        directory.rmdir()
+    return not directory.exists()
 
 
 @dataclass

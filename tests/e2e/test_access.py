@@ -85,6 +85,7 @@ CALLERS: Final = {
     "view socket root": "view",
     "view socket viewer": "view",
     "view socket boss's token": "view",
+    "view socket Kubernetes' all rights": "view",
     "certificate boss": "admin",
     "certificate view": "view",
     "certificate operator": "operate",
@@ -124,6 +125,7 @@ def house() -> Iterator[House]:
                 "client_certificates": "request",
             },
             "limits": {"concurrent_collectors": 12},
+            "kubernetes": {"cri": "off", "api": "off"},
             "auth": {
                 "tokens": [{"name": n, "file": token_file(directory, n)} for n in names],
                 "kubernetes": cluster.config(),
@@ -154,6 +156,7 @@ def house() -> Iterator[House]:
             "view socket root": Who(view),
             "view socket viewer": Who(stack.enter_context(as_user(VIEWER_UID, view))),
             "view socket boss's token": Who(view, "the-token-of-boss"),
+            "view socket Kubernetes' all rights": Who(view, "kube-sa-all"),
             **{f"certificate {name}": over(shows=pair) for name, pair in shown.items()},
             "certificate stranger with the operator's token": over(
                 "the-token-of-operator", shows=shown["stranger"]
@@ -219,6 +222,7 @@ WITHOUT_TARGET: Final = {
     "ListCollectors": pb.ListCollectorsRequest(),
     "WatchCollectors": pb.WatchCollectorsRequest(),
     "GetCapabilities": pb.GetCapabilitiesRequest(),
+    "ListPods": pb.ListPodsRequest(),
 }
 OTHER_SERVICES: Final = ("Check", "List", "Watch", "ServerReflectionInfo")
 READ, WRITE = SESSION_RPCS[:2], SESSION_RPCS[2:]

@@ -7,20 +7,16 @@ import json
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
 
-from coral.collectors.hierarchies import hierarchies
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import start, start_request, stop
-from tests.pods import HASH, FakePod, Runtime, runtime
+from tests.pods import HASH, FakePod, Runtime, kubepods, runtime
 from tests.support import (
     Puppet,
     RunningAgent,
@@ -53,15 +49,11 @@ class Node:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     directory = tmp_path_factory.mktemp("pods")
-    found = {each.kind: each.directory for each in hierarchies()}
-    top = found.get("memory", found.get("v2", directory))
-    top = top / f"kubepods-{uuid.uuid4().hex[:8]}.slice"
-    top.mkdir()
-    pod = FakePod(top, "shop", NAME, LABELS)
-    for name in ("app", "proxy"):
-        pod.add(name)
-        pod.make(name)
-    try:
+    with kubepods() as top:
+        pod = FakePod(top, "shop", NAME, LABELS)
+        for name in ("app", "proxy"):
+            pod.add(name)
+            pod.make(name)
         with runtime(directory) as served:
             served.pods.append(pod)
             config = {
@@ -71,15 +63,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             }
             with running_agent(directory / "agent", config) as agent:
                 yield Node(agent, served, pod)
-    finally:
-        for below in (*sorted(top.rglob("*/"), reverse=True), top):
-            wait_until(partial(_has_gone, below))
-
-
-def _has_gone(directory: Path) -> bool:
-    with suppress(OSError):
-        directory.rmdir()
-    return not directory.exists()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -329,6 +330,27 @@ def test_constraints_hold_for_what_others_have_started_and_for_continuous_collec
         assert of.sees(boss, ownership) is of.decide(boss, STOP, ownership).allowed is by_admin
 
 
+def test_the_rule_that_allows_the_target_counts_for_the_callers_own_session_too() -> None:
+    of = access(
+        rule("operate", namespaces=("bank",)),
+        rule("operate", namespaces=("shop",), redact_addresses=True),
+    )
+    shop, bank = (
+        Ownership("token:ci", covered_by=of.covering(service("a", each)))
+        for each in ("shop", "bank")
+    )
+    assert of.decide(CI, STREAM, shop).allowance.redacted
+    assert not of.decide(CI, STREAM, bank).allowance.redacted
+
+
+def test_what_pods_may_come_to_is_not_seen_by_the_cgroups_that_they_have_now(
+    tmp_path: Path,
+) -> None:
+    of = access(rule("view", cgroups=(str(tmp_path),)))
+    pods = Watched(pods="namespace:shop", cgroups=frozenset({tmp_path}))
+    assert of.covering(Target(STATS, pods, namespaces=("shop",))) == frozenset()
+
+
 def test_a_viewer_without_lists_sees_continuous_collectors_of_the_whole_machine() -> None:
     of = access(rule("view"), rule("view", "token:b", kinds=("tcp_metrics",)))
     ownership = Ownership("", continuous=True, covered_by=of.covering(HOST))
@@ -402,6 +424,35 @@ def test_a_right_that_was_taken_away_holds_no_session_either() -> None:
     assert not without.decide(TRACER, STREAM, own).allowed
     others = Ownership("kubernetes:other", namespaces=("shop",))
     assert not with_right.decide(TRACER, STREAM, others).visible
+
+
+def test_kubernetes_makes_no_operator_of_whoever_comes_by_the_viewers_socket() -> None:
+    of = access(reviewer=Cluster(*((NAME, verb, "") for verb in ("create", "delete", "list"))))
+    by_socket = Identity("kubernetes", (*TRACER.names, "uid:0", "socket:view"))
+    for rpc in (START, STOP):
+        refused = of.decide(by_socket, rpc)
+        assert not refused.allowed
+        assert refused.reason.endswith("and have the role view")
+        assert of.decide(TRACER, rpc).allowed
+    assert not of.decide(by_socket, START, service("a", "shop")).allowed
+    assert not of.decide(by_socket, STOP, Ownership(NAME, namespaces=("shop",))).allowed
+    assert of.decide(by_socket, LIST).allowed
+
+
+@pytest.mark.parametrize("constraint", [{}, {"namespaces": ("b*",)}])
+def test_the_namespaces_that_a_caller_knows_of_are_those_of_its_roles_and_rights(
+    constraint: dict[str, Any],
+) -> None:
+    of = access(rule("view", **constraint), reviewer=Cluster((NAME, "list", "shop")))
+    named = bool(constraint)
+    assert of.sees_namespace(CI, "bank")
+    assert of.sees_namespace(CI, "shop") is not named
+    assert of.sees_namespace(CI, "") is not named
+    assert of.sees_namespace(TRACER, "shop")
+    assert not of.sees_namespace(TRACER, "bank")
+    assert not of.sees_namespace(TRACER, "")
+    assert not of.sees_namespace(Identity("unix", ("uid:7",)), "bank")
+    assert of.sees_namespace(LIBRARY_IDENTITY, "bank")
 
 
 def test_a_continuous_collector_is_seen_with_the_right_to_list_in_its_namespaces() -> None:

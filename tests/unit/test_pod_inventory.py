@@ -54,7 +54,7 @@ def test_a_pod_is_its_own_cgroup_and_a_container_its_own() -> None:
     assert inventory.select(selector("pod:shop/web-1/other"), "v2") == set()
     assert inventory.select(selector(f"container:{container_id(1)}"), "v2") == {app}
     assert inventory.select(selector("pod:shop/web-1"), "memory") == set()
-    assert set(inventory.container_ids("0000")) == {container_id(1), container_id(2)}
+    assert inventory.container_ids("0000") == {container_id(1): "shop", container_id(2): "shop"}
 
 
 def test_a_container_without_a_cgroup_of_its_pod_stands_for_itself() -> None:
@@ -98,7 +98,7 @@ def test_a_pod_whose_labels_change_comes_or_goes() -> None:
     assert [change.removed for change in inventory.settle()] == [{only}]
     inventory.tell_one("api", pod(1, app="web"), ())
     assert [change.added for change in inventory.settle()] == [{only}]
-    inventory.forget_one("api", uid(1))
+    inventory.forget_one("api", pod(1))
     assert inventory.settle() == []  # the runtime still knows it, by its old labels
 
 
@@ -131,11 +131,57 @@ def test_the_nearest_names_are_those_of_the_same_sort() -> None:
     inventory = Inventory()
     inventory.tell("cri", Facts((pod(1, app="checkout"), pod(2, "bank")),
                                 (Container(container_id(1), uid(1), "app"),)))  # fmt: skip
-    assert inventory.near(selector("namespace:shpo")) == ["shop"]
-    assert inventory.near(selector("pod:shop/web-3"))[0] == "shop/web-1"
-    assert inventory.near(selector("pod:shop/web-1/ap"))[0] == "shop/web-1/app"
-    assert inventory.near(selector("workload:shop/deploy/chekout")) == ["shop/deployment/checkout"]
-    assert inventory.near(selector("namespace:zzzzzzzzzzzz")) == []
+
+    def near(text: str, *namespaces: str) -> list[str]:
+        return inventory.near(selector(text), set(namespaces or ("shop", "bank")))
+
+    assert near("namespace:shpo") == ["shop"]
+    assert near("pod:shop/web-3")[0] == "shop/web-1"
+    assert near("pod:shop/web-1/ap")[0] == "shop/web-1/app"
+    assert near("workload:shop/deploy/chekout") == ["shop/deployment/checkout"]
+    assert near("namespace:zzzzzzzzzzzz") == []
+    for text in ("namespace:shpo", "pod:shop/web-1/ap", "workload:shop/deploy/chekout"):
+        assert not any("shop" in each for each in near(text, "bank"))
+
+
+STATIC = "abcdef0123456789" * 2
+
+
+def mirror(of: str, namespace: str, name: str) -> Pod:
+    return Pod(of, namespace, name, {}, {}, (), mirrors=True)
+
+
+def test_a_mirror_gives_its_name_to_a_static_pod_and_to_no_other() -> None:
+    inventory = Inventory()
+    static = made(inventory, f"/kubepods/pod{STATIC}")
+    bank = made(inventory, f"/kubepods/pod{uid(1)}")
+    own = pod(1, "bank")
+    claim = mirror(uid(1), "shop", "mine")
+    inventory.tell("api", Facts((mirror(STATIC, "kube-system", "etcd"), own, claim)))
+    assert inventory.select(selector("namespace:kube-system"), "v2") == {static}
+    assert inventory.select(selector("namespace:bank"), "v2") == {bank}
+    assert inventory.select(selector("namespace:shop"), "v2") == set()
+    inventory.tell_one("api", claim, ())
+    inventory.forget_one("api", claim)
+    assert inventory.select(selector("namespace:bank"), "v2") == {bank}
+    # Nor where only another source knows whose it is.
+    inventory.tell("api", Facts((claim,)))
+    inventory.tell("cri", Facts((own,)))
+    assert inventory.select(selector("namespace:bank"), "v2") == {bank}
+    assert inventory.select(selector("namespace:shop"), "v2") == set()
+
+
+def test_mirrors_that_do_not_agree_name_nothing() -> None:
+    inventory = Inventory()
+    made(inventory, f"/kubepods/pod{STATIC}")
+    etcd, claim = mirror(STATIC, "kube-system", "etcd"), mirror(STATIC, "shop", "mine")
+    inventory.tell("api", Facts((claim, etcd)))
+    assert inventory.pod(STATIC) is None
+    inventory.tell("api", Facts((etcd,)))
+    inventory.tell_one("api", claim, ())
+    assert inventory.pod(STATIC) == etcd
+    inventory.forget_one("api", claim)
+    assert inventory.pod(STATIC) == etcd
 
 
 def test_what_has_no_room_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

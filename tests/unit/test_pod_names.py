@@ -3,10 +3,14 @@ is, by its names and labels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coral.agent.machine.pods.api import pod_of
 from coral.agent.machine.pods.cgroup_names import Place, place_of
 from coral.agent.machine.pods.facts import Container, Pod, attributes_of, common
 from coral.agent.machine.pods.workloads import by_labels, by_owner
@@ -196,10 +200,41 @@ def test_the_attributes_of_a_container() -> None:
     assert attributes_of(None, None, A) == {"container.id": A}
 
 
-def test_a_static_pod_has_the_uid_that_its_cgroup_has() -> None:
-    mirror = Pod.of(UID, "kube-system", "etcd-node", labels={}, workloads=(),
-                    annotations={"kubernetes.io/config.hash": STATIC})  # fmt: skip
-    assert mirror.uid == STATIC
+def annotated(owner: str, **annotations: str) -> Mapping[str, Any]:
+    """A pod in the form of the API."""
+    told = {f"kubernetes.io/config.{key}": text for key, text in annotations.items()}
+    owners = [{"kind": owner, "name": "it", "controller": True}] if owner else []
+    return {"metadata": {"uid": UID, "namespace": "kube-system", "name": "etcd-node",
+                         "annotations": told, "ownerReferences": owners}}  # fmt: skip
+
+
+def test_a_mirror_in_the_api_has_the_uid_that_the_cgroup_of_its_static_pod_has() -> None:
+    pod, _ = pod_of(annotated("Node", mirror=STATIC), with_mirrors=True)
+    assert (pod.uid, pod.mirrors) == (STATIC, True)
+
+
+@pytest.mark.parametrize(
+    ("item", "with_mirrors"),
+    [
+        (annotated("Node", mirror=STATIC), False),  # a kubelet has the static pod itself
+        (annotated("", mirror=STATIC), True),
+        (annotated("ReplicaSet", mirror=STATIC), True),
+        (annotated("Node", hash=STATIC), True),
+    ],
+)
+def test_annotations_alone_do_not_make_a_pod_another(
+    item: Mapping[str, Any], *, with_mirrors: bool
+) -> None:
+    pod, _ = pod_of(item, with_mirrors=with_mirrors)
+    assert (pod.uid, pod.mirrors) == (UID.replace("-", ""), False)
+
+
+def test_annotations_say_nothing_of_where_a_pod_runs() -> None:
+    keys = ("k8s.container.name", "k8s.workload.kind", "container.id", "k8s.namespace.name", "team")
+    annotations = {f"resource.opentelemetry.io/{key}": "forged" for key in keys}
+    pod = Pod.of(UID, "shop", "web", labels={}, annotations=annotations, workloads=())
+    forged = {key for key, text in attributes_of(pod).items() if text == "forged"}
+    assert forged == {"team"}
 
 
 def test_what_several_have_in_common() -> None:
