@@ -37,8 +37,8 @@ class Kubernetes(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     token_file: Annotated[
         str,
         Meta(
-            description="a file with the token for `api` and `kubelet`; empty: that of the pod's "
-            "ServiceAccount, if there is one"
+            description="a file with the token for `api` and `kubelet`, which is sent by `https` "
+            "alone; empty: that of the pod's ServiceAccount, if there is one"
         ),
     ] = ""
     ca_file: Annotated[

@@ -4,6 +4,7 @@ that lists what the test says."""
 from __future__ import annotations
 
 import json
+import ssl
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -177,9 +178,10 @@ def as_api(pod: FakePod, owner: tuple[str, str] | None = None, version: int = 1)
 
 
 class ApiServer:
-    """Lists and watches pods over HTTP, as the API server does."""
+    """Lists and watches pods over HTTP, as the API server does, or over HTTPS with the CERTIFICATE
+    and the key in two files."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
         self.items: list[Mapping[str, Any]] = []
         self.events: list[Mapping[str, Any]] = []  # of watches that are open, and to come
         self.requests: list[str] = []
@@ -220,7 +222,12 @@ class ApiServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        scheme = "https" if certificate else "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
         self._thread = Thread(target=self._server.serve_forever, args=(0.01,))
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from coral.agent.config import Continuous
-from coral.agent.errors import RefusedError, UnavailableError
+from coral.agent.errors import NotFoundError, RefusedError, UnavailableError
 from coral.agent.sessions.background import Backoff
 from coral.agent.sessions.budget import Needs
 from coral.agent.sessions.session import Session, StartRequest
@@ -107,7 +107,10 @@ async def _keep(standing: Standing, start: Start, has_room: Callable[[Needs], bo
             return
         except (RefusedError, BpfError) as error:
             reason = str(error)
-            waits = Waits(_reason(error), reason)
+            # Whoever reaches the agent's health reads it: not what else there is.
+            waits = Waits(
+                _reason(error), error.reason if isinstance(error, NotFoundError) else reason
+            )
         else:
             backoff.begin()
             standing.set(_AT_WORK)

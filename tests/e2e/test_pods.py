@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.e2e.test_health import page
 from tests.e2e.test_refusals import start, start_request, stop
 from tests.pods import HASH, FakePod, Runtime, kubepods, runtime
 from tests.support import (
@@ -151,6 +152,20 @@ def test_without_a_source_of_names_the_refusal_says_how_to_have_one(tmp_path: Pa
         assert text.startswith('config["namespace"]: nothing here knows the names of pods: ')
         assert "mount the runtime's socket, or name it in kubernetes.cri" in text
         assert "kubernetes.kubelet is not set" in text
+
+
+def test_whoever_reaches_the_agents_health_is_told_of_no_other_pod(
+    node: Node, tmp_path: Path
+) -> None:
+    config = {
+        "kubernetes": {"cri": str(node.runtime.socket), "api": "off"},
+        "continuous": [{"kind": "syscall_stats", "config": {"pod": "shop/web"}}],
+    }
+    with running_agent(tmp_path / "agent", config) as agent:
+        wait_until(lambda: "no pod shop/web runs" in page(agent, "/readyz")[1])
+        assert NAME not in page(agent, "/readyz")[1]
+        line = next(it for it in agent.log() if "continuous collector is not" in it["event"])
+        assert f"the nearest names are shop/{NAME}" in str(line["reason"])
 
 
 def test_a_tap_of_a_pod_and_its_refusal_in_the_users_words(node: Node, puppet: Puppet) -> None:

@@ -413,23 +413,21 @@ def test_the_audit_has_pods_as_asked_and_as_resolved(node: Node) -> None:
     asked = {"pod": f"bank/{bank.name}"}
     assert who.outcome("StartCollector", start_request(asked))[0] is DENIED
 
-    def lines() -> list[dict[str, Any]]:
+    def of(verdict: str) -> list[dict[str, Any]]:
         whole = node.audit.read_text().rpartition("\n")[0].splitlines()
-        return [it for line in whole if (it := json.loads(line)).get("rpc") == "StartCollector"]
+        lines = [it for line in whole if (it := json.loads(line)).get("rpc") == "StartCollector"]
+        own = [it for it in lines if (it["who"], it["verdict"]) == ("token:shop", verdict)]
+        return [
+            it for it in own if session == it.get("session") or it["asked"].get("config") == asked
+        ]
 
-    def of(verdict: str) -> dict[str, Any] | None:
-        own = (it for it in lines() if it["who"] == "token:shop" and it["verdict"] == verdict)
-        wanted = (it for it in own if session in it.get("session", "") or verdict == "refused")
-        return next((it for it in wanted if it["asked"].get("config", {}) == asked
-                     or verdict == "allowed"), None)  # fmt: skip
-
-    allowed = wait_until(lambda: of("allowed"))
+    (allowed,) = wait_until(lambda: of("allowed"))
     assert allowed["asked"]["config"]["workload"] == "shop/deploy/web"
     assert allowed["resolved"] == {
         "selector": "workload:shop/deploy/web", "pods": [f"shop/{shop.name}"], "cgroups": 1,
         "namespaces": ["shop"],
     }  # fmt: skip
-    refused = wait_until(lambda: of("refused"))
+    refused = wait_until(lambda: of("refused"))[-1]
     assert refused["resolved"]["selector"] == f"pod:bank/{bank.name}"
     assert refused["resolved"]["namespaces"] == ["bank"]
     assert "roles[0].namespaces (shop)" in refused["reason"]

@@ -17,6 +17,7 @@ from coral.agent.machine.pods.facts import Facts
 from coral.agent.machine.pods.http_json import Server
 from coral.agent.machine.pods.node import Pods
 from coral.agent.machine.pods.source import SourceError
+from tests.kubernetes_api import authority
 from tests.pods import HASH, ApiServer, FakePod, as_api, runtime
 from tests.support import wait_until
 
@@ -85,9 +86,10 @@ def test_a_runtime_that_goes_away_and_comes_back_is_asked_again(tmp_path: Path) 
 def test_the_api_is_asked_for_the_pods_of_this_node_alone(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("secret\n")
-    with ApiServer() as server:
+    certificate, key = authority(tmp_path)
+    with ApiServer((certificate, key)) as server:
         server.items = [as_api(web(), ("ReplicaSet", f"web-{HASH}"))]
-        source = Api(Server(server.url, str(token)), "node-1")
+        source = Api(Server(server.url, str(token), str(certificate)), "node-1")
         facts = source.fetch()
     (request,) = server.requests
     assert parse_qs(urlsplit(request).query) == {
@@ -98,6 +100,15 @@ def test_the_api_is_asked_for_the_pods_of_this_node_alone(tmp_path: Path) -> Non
     (pod,), (container,) = facts.pods, facts.containers
     assert pod.workloads == (("replicaset", f"web-{HASH}"), ("deployment", "web"))
     assert (container.name, container.pod) == ("app", pod.uid)
+
+
+def test_no_token_goes_to_whoever_has_taken_a_port_without_tls(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    with ApiServer() as server:
+        server.items = [as_api(web())]
+        assert len(Kubelet(Server(server.url, str(token))).fetch().pods) == 1
+    assert server.tokens == [""]
 
 
 def test_a_watch_tells_what_changes_and_begins_again_when_it_is_forgotten() -> None:

@@ -67,7 +67,8 @@ class Hold:
 @dataclass(frozen=True, slots=True)
 class Server:
     """A server at URL. The files of the token and of the certificates that it is checked against
-    are read again at each connection, because they are replaced; an empty path is for none."""
+    are read again at each connection, because they are replaced; an empty path is for none. Without
+    TLS, whoever has taken the port would get the token: it is not sent then."""
 
     url: str
     token_file: str = ""
@@ -111,7 +112,7 @@ class Server:
         parts = urlsplit(self.url)
         headers = {"Accept": "application/json", "User-Agent": "coral"}
         try:
-            if self.token_file:
+            if self.token_file and parts.scheme == "https":
                 token = read_regular(Path(self.token_file), _MOST_TOKEN_BYTES).decode().strip()
                 headers["Authorization"] = f"Bearer {token}"
             connection = self._connection(parts.scheme, parts.hostname or "", parts.port, timeout_s)
