@@ -164,7 +164,7 @@ def test_whoever_reaches_the_agents_health_is_told_of_no_other_pod(
     with running_agent(tmp_path / "agent", config) as agent:
         wait_until(lambda: "no pod shop/web runs" in page(agent, "/readyz")[1])
         assert NAME not in page(agent, "/readyz")[1]
-        line = next(it for it in agent.log() if "continuous collector is not" in it["event"])
+        line = next(it for it in agent.log() if "continuous collector is not" in str(it["event"]))
         assert f"the nearest names are shop/{NAME}" in str(line["reason"])
 
 

@@ -229,6 +229,15 @@ def test_annotations_alone_do_not_make_a_pod_another(
     assert (pod.uid, pod.mirrors) == (UID.replace("-", ""), False)
 
 
+def test_annotations_are_kept_within_bounds() -> None:
+    annotations = {f"resource.opentelemetry.io/k{n}": "x" * 5000 for n in range(1000)}
+    annotations["resource.opentelemetry.io/service.name"] = "y" * 5000
+    pod = Pod.of(UID, "shop", "web", labels={}, annotations=annotations, workloads=())
+    assert len(pod.annotations) == 32
+    assert attributes_of(pod)["service.name"] == "y" * 256
+    assert set(map(len, pod.annotations.values())) == {256}
+
+
 def test_annotations_say_nothing_of_where_a_pod_runs() -> None:
     keys = ("k8s.container.name", "k8s.workload.kind", "container.id", "k8s.namespace.name", "team")
     annotations = {f"resource.opentelemetry.io/{key}": "forged" for key in keys}

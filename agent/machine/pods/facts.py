@@ -10,6 +10,7 @@ from coral.agent.machine.pods.cgroup_names import uid_key
 from coral.agent.machine.pods.workloads import Workload
 
 _ANNOTATION: Final = "resource.opentelemetry.io/"
+_OF_SERVICE: Final = f"{_ANNOTATION}service."
 _INSTANCE: Final = "app.kubernetes.io/instance"
 _NAME: Final = "app.kubernetes.io/name"
 _VERSION: Final = "app.kubernetes.io/version"
@@ -18,7 +19,10 @@ _MIRROR: Final = "kubernetes.io/config.mirror"
 _OWN_ATTRIBUTES: Final = ("k8s.", "container.")
 # The order in which a service is named after a workload.
 _NAMED_AFTER: Final = ("deployment", "replicaset", "statefulset", "daemonset", "cronjob", "job")
-_MOST_LABELS: Final = 256  # of one pod, in what is kept of it
+_MOST_LABELS: Final = 256  # of one pod, in what is kept of it, as the next
+# Kubernetes bounds annotations by 256 KiB in all, and batches carry these.
+_MOST_ANNOTATIONS: Final = 32
+_MOST_TEXT: Final = 256  # characters of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,9 @@ class Pod:
         on its node, which an annotation of the mirror has: that counts where the pod MAY MIRROR,
         and nowhere else, since everybody may annotate their pods."""
         static = annotations.get(_MIRROR, "") if may_mirror else ""
-        kept = {key: text for key, text in annotations.items() if key.startswith(_ANNOTATION)}
+        own = sorted(key for key in annotations if key.startswith(_ANNOTATION))
+        own.sort(key=lambda key: not key.startswith(_OF_SERVICE))
+        kept = {key: annotations[key][:_MOST_TEXT] for key in own[:_MOST_ANNOTATIONS]}
         few = dict(list(labels.items())[:_MOST_LABELS])
         key = uid_key(static or uid)
         return cls(key, namespace, name, few, kept, workloads, bool(static))
