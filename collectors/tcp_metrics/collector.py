@@ -69,6 +69,10 @@ _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 _LIVE: Final = {"map_iterator": "coral_live_iter", "syscall_program": "coral_live_run"}
 
 
+# Of an element of `connections`: its memory may belong to another connection later.
+_IDENTITY: Final = ["sk", "found_ns"]
+
+
 @dataclass(frozen=True)
 class TcpMetricsOptions(KernelOptions):
     """The options of `tcp_metrics`."""
@@ -264,7 +268,8 @@ class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
         if self._live and self._files:
             if self._slot.attached:
                 self._files.run_if_rested()
-            return self._live.read(), self._drain_ended()
+                return self._live.read(), self._drain_ended()
+            return self._last(self._live.read()), self._drain_ended()
         if self._diag:
             self._diag.read(now=not self._slot.attached)
         live, ended = self._connections_map.read()[1], self._drain_ended()
@@ -272,6 +277,16 @@ class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
             live, ended = self._diag.merged(live, ended)
         live["read_ns"] = time.monotonic_ns()  # they go on, even if no segment comes
         return live, ended
+
+    def _last(self, live: NDArray[Any]) -> NDArray[Any]:
+        """LIVE, and those that have gone on since the last program ran for them: the walk leaves
+        them to a next one, or to the record of their end, and neither comes. They are as they were
+        then."""
+        kept = self._connections_map.read()[1]
+        left = ~np.isin(kept[_IDENTITY], live[_IDENTITY])
+        kept = kept[left & (kept["cookie"] != 0)]
+        kept["read_ns"] = time.monotonic_ns()
+        return np.concatenate([live, kept])
 
     def _drain_ended(self) -> NDArray[Any]:
         ended = self._drain_records()["tcp_ended"]["connection"]

@@ -468,6 +468,20 @@ def test_what_outlives_the_collector_is_reported_open() -> None:
         assert row.duration_ns > 0
 
 
+def test_what_ends_while_the_collector_ends_is_reported_as_it_was() -> None:
+    """No program runs for it any more, and the walk to its socket finds another state."""
+    with puppets(2) as (client, server), following(client) as seen:
+        connected(client, server, "127.0.0.1")
+        send(client, "c", server, "s", 5_000)
+        seen.collector.bpf_object.detach()
+        server.do("s.close()")
+        client.do("c.close()")
+        (row,) = seen.drain()
+        assert (row.end, row.state) == (pb.TCP_END_OPEN, pb.TCP_STATE_ESTABLISHED)
+        assert row.opened == 1
+        assert row.pid == client.pid
+
+
 def test_a_port_that_is_used_again_at_once_is_another_connection() -> None:
     with puppets(2) as (client, server), following(client) as seen:
         port = listen(server, "127.0.0.1")
