@@ -44,8 +44,8 @@ _EVERYTHING: Final = policy.Scope("")
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What was decided. ROLE is the greatest that the caller has. REASON says why not, or by what;
-    ALLOWANCE and SCOPE come with what allowed it. A session that is not VISIBLE to the caller is
-    answered as one that does not exist."""
+    ALLOWANCE and SCOPE come with what allowed it, RULE is its number in `roles`, if it is there. A
+    session that is not VISIBLE to the caller is answered as one that does not exist."""
 
     allowed: bool
     role: Role
@@ -53,6 +53,7 @@ class Verdict:
     allowance: Allowance = UNLIMITED
     visible: bool = True
     scope: policy.Scope = _EVERYTHING
+    rule: int | None = None
 
 
 class Access:
@@ -200,7 +201,8 @@ class Access:
     def _allowed(self, identity: Identity, grant: Grant) -> Verdict:
         reason = f"{grant.key} gives {grant.role}"
         role = self.role_of(identity)
-        return Verdict(True, role, reason, grant.allowance, scope=grant.scope)
+        rule = grant.number if grant.number >= 0 else None
+        return Verdict(True, role, reason, grant.allowance, scope=grant.scope, rule=rule)
 
     def _lacks(self, identity: Identity, rpc: str, row: Rpc) -> Verdict:
         role = self.role_of(identity)

@@ -199,11 +199,14 @@ class Admission:
             scopes = (policy.Scope.of_policy(allowed), verdict.scope)
             pods.within = policy.within(scopes, named, target.namespaces)
         created.spare(policy.spared(allowed))
+        covered_by = self._access.covering(target)
+        if verdict and verdict.rule is not None:  # whose scope holds for what comes later, too
+            covered_by |= {verdict.rule}
         ownership = Ownership(
             "" if request.continuous else caller.identity.principal,
             request.continuous,
             target.namespaces,
-            self._access.covering(target),
+            covered_by,
         )
         return Admitted(created, target, ownership, verdict)
 

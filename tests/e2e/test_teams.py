@@ -31,6 +31,9 @@ teams = pytest.mark.parametrize(("how", "namespace"), TEAMS)
 FORGED: Final = {"resource.opentelemetry.io/service.name": "shop-web"}
 
 
+PLACE: Final = "place.slice"
+
+
 def account(namespace: str) -> str:
     return f"system:serviceaccount:{namespace}:tracer"
 
@@ -50,11 +53,13 @@ class Node:
         return Who(self.address, token)
 
     @contextmanager
-    def pod(self, namespace: str, name: str, **annotations: str) -> Iterator[FakePod]:
-        """One more pod, for the duration of the block, with the container `app`; nothing of it is
-        made."""
+    def pod(
+        self, namespace: str, name: str, *, below: str = "", **annotations: str
+    ) -> Iterator[FakePod]:
+        """One more pod, for the duration of the block, with the container `app`, in a cgroup BELOW
+        that of all; nothing of it is made."""
         labels = {"app": "web", "pod-template-hash": HASH}
-        pod = FakePod(self.top, namespace, name, labels, annotations)
+        pod = FakePod(self.top / below, namespace, name, labels, annotations)
         pod.add("app")
         self.runtime.pods.append(pod)
         try:
@@ -93,7 +98,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             cluster.users[f"kube-{namespace}"] = (user, ("system:authenticated",), AUDIENCE)
             verbs = ("create", "get", "list", "delete")
             cluster.rights |= {(user, verb, namespace) for verb in verbs}
-        audit = directory / "audit"
+        audit, place = directory / "audit", top / PLACE
+        place.mkdir()
         config = {
             "listen": ["127.0.0.1:0"],
             "kubernetes": {"cri": str(served.socket), "api": "off"},
@@ -105,7 +111,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             "auth": {
                 "tokens": [
                     {"name": name, "file": token_file(directory, name)}
-                    for name in (*NAMESPACES, "services", "boss")
+                    for name in (*NAMESPACES, "services", "place", "boss")
                 ],
                 "kubernetes": cluster.config(),
             },
@@ -113,6 +119,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
                 *({"role": "operate", "to": [f"token:{each}"], "namespaces": [each]}
                   for each in NAMESPACES),
                 {"role": "operate", "to": ["token:services"], "services": ["shop-*"]},
+                {"role": "operate", "to": ["token:place"], "cgroups": [str(place)]},
                 {"role": "admin", "to": ["token:boss"]},
             ],
             "audit": {"file": str(audit)},
@@ -317,6 +324,33 @@ def test_pods_that_come_later_are_watched_in_the_teams_namespace_and_nowhere_els
         assert foreign.pid in seen_with(foreign, admin, control)
         seen = seen_with(own, who, session)
         assert foreign.pid not in seen
+
+
+def test_pods_that_come_later_are_watched_only_below_the_cgroups_of_the_role(node: Node) -> None:
+    who, admin = node.who("token", "place"), node.who("token", "boss")
+    with (
+        node.pod("yard", "first", below=PLACE) as first,
+        node.pod("yard", "inside", below=PLACE) as inside,
+        node.pod("yard", "outside") as outside,
+        Puppet() as own,
+        Puppet() as foreign,
+    ):
+        first.make("app")
+        config = {"namespace": "yard"}
+        with started(who, config) as session, started(admin, config) as control:
+            for pod, puppet in ((outside, foreign), (inside, own)):
+                pod.make("app")
+                enter(puppet, pod)
+            assert foreign.pid in seen_with(foreign, admin, control)
+            assert foreign.pid not in seen_with(own, who, session)
+        code, text = who.outcome("StartCollector", start_request(config))
+        assert code is DENIED  # one of them is elsewhere now
+        assert "roles[3].cgroups" in text
+        for missing in ({"pod": "yard/none"}, {"namespace": "none"}):
+            code, text = who.outcome("StartCollector", start_request(missing))
+            assert code is grpc.StatusCode.NOT_FOUND
+            assert "nearest" not in text
+    assert not who.call("ListPods", pb.ListPodsRequest()).pods
 
 
 def test_a_container_that_begins_like_the_one_that_is_watched_is_another(node: Node) -> None:
