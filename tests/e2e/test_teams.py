@@ -98,6 +98,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             cluster.users[f"kube-{namespace}"] = (user, ("system:authenticated",), AUDIENCE)
             verbs = ("create", "get", "list", "delete")
             cluster.rights |= {(user, verb, namespace) for verb in verbs}
+        cluster.users["kube-starter"] = (account("starter"), (), AUDIENCE)
+        cluster.rights |= {(account("starter"), verb, "shop") for verb in ("create", "delete")}
         audit, place = directory / "audit", top / PLACE
         place.mkdir()
         config = {
@@ -221,6 +223,23 @@ def test_what_is_anothers_is_refused_as_what_does_not_exist(
         )
     assert text.replace(there, missing) == nothing
     assert "web-" not in text.replace(there, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_right_to_create_is_enough_to_start_and_tells_nothing(node: Node, kind: str) -> None:
+    who = node.who("kubernetes", "starter")
+    with started(who, {kind: selectors(node.pods["shop"])[kind]}):
+        pass
+    assert who.outcome("ListPods", pb.ListPodsRequest())[0] is DENIED
+    there, missing = selectors(node.pods["bank"])[kind], MISSING[kind].format("shop")
+    code, text = who.outcome("StartCollector", start_request({kind: there}))
+    assert code is DENIED
+    where = "every namespace" if kind == "container" else "the namespace bank"
+    assert f"needs the right to create collectors.coral.io in {where}" in text
+    if kind not in ("container", "pods", "namespace"):
+        code, text = who.outcome("StartCollector", start_request({kind: missing}))
+        assert code is grpc.StatusCode.NOT_FOUND
+        assert "nearest" not in text
 
 
 @teams
