@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 CONTRACT_BASE := 770f74a
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
+IMAGE_PACKAGES := openssl dpkg python3
 TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
-	apache2-bin curl gdb linux-perf nodejs openssl wrk
+	apache2-bin curl gdb linux-perf nodejs openssl runc util-linux wrk
 TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
@@ -20,7 +21,7 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
-.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench clean
+.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench image deb clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -86,6 +87,14 @@ dashboards: $(VENV)/.dev ## write Grafana dashboards to build/monitoring
 bench: $(VENV)/.dev build/nginx/nginx ## measure beside bpftrace, bcc, libbpf-tools and strace
 	@deploy/packages $(BENCH_PACKAGES)
 	$(BIN)/python -P -m benchmarks.run
+
+image: $(VENV)/.dev ## make the container image in build/image, signed by KEY (a private key in PEM)
+	@deploy/packages $(IMAGE_PACKAGES)
+	$(BIN)/python -P -m deploy.image image $(if $(KEY),--key $(KEY))
+
+deb: $(VENV)/.dev ## make the Debian package in build/image, signed by KEY
+	@deploy/packages $(IMAGE_PACKAGES)
+	$(BIN)/python -P -m deploy.image deb $(if $(KEY),--key $(KEY))
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
