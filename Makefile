@@ -22,7 +22,7 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
-.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench image deb clean
+.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench image deb test-cluster clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -57,6 +57,10 @@ coverage: ## run TESTS, by default all, and list what none of them reaches, in s
 test-kernels: $(VENV)/.dev build/nginx/nginx ## run the kernel tests on other kernels; KERNELS="6.1 arm64 /path/to/bzImage"
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
+
+test-cluster: $(VENV)/.dev build/kubernetes/helm ## run the agent in a real Kubernetes, which the first run builds; as root
+	@deploy/packages $(TEST_PACKAGES) dpkg-dev
+	$(BIN)/python -P -m pytest tests/cluster/checks.py
 
 lint: $(VENV)/.dev ## check style, types, imports, C format and the contract
 	$(BIN)/ruff check .

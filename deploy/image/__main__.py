@@ -70,7 +70,10 @@ def _image(root: Path, name: str, cache: Path) -> Made:
         "org.opencontainers.image.licenses": "Apache-2.0",
         "org.opencontainers.image.base.name": "scratch",
     }
-    made = oci.image(name, content, platform.machine(), labels)
+    made = oci.image(
+        name, content, platform.machine(), labels,
+        entrypoint=["/usr/bin/coral"], command=["agent", "--log-format", "json"],
+    )  # fmt: skip
     return Made(made, content, bill.components(root, root / PACKAGES))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,17 +37,25 @@ class Image:
         return digest(self.manifest)
 
 
-def image(name: str, layer: Layer, machine: str, labels: Mapping[str, str]) -> Image:
-    """The image NAME of one layer, for a MACHINE as uname says it, that runs `coral agent` unless
-    told otherwise."""
+def image(
+    name: str,
+    layer: Layer,
+    machine: str,
+    labels: Mapping[str, str],
+    *,
+    entrypoint: Sequence[str],
+    command: Sequence[str] = (),
+) -> Image:
+    """The image NAME of one layer, for a MACHINE as uname says it, that runs ENTRYPOINT with the
+    words of COMMAND, unless other words are given."""
     config = _json(
         {
             "architecture": ARCHITECTURES[machine],
             "os": "linux",
             "created": _EPOCH,
             "config": {
-                "Entrypoint": ["/usr/bin/coral"],
-                "Cmd": ["agent", "--log-format", "json"],
+                "Entrypoint": list(entrypoint),
+                "Cmd": list(command),
                 "Env": ["PATH=/usr/bin", "LANG=C.UTF-8"],
                 "Labels": dict(labels),
                 "StopSignal": "SIGTERM",
