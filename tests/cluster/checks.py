@@ -135,7 +135,7 @@ def collectors(running: Cluster) -> str:
 
 
 def requests(lines: list[dict[str, Any]]) -> int:
-    return sum(sum(row.get("counts", [])) for line in lines for row in line.get("rows", []))
+    return sum(line["count"] for line in lines if line.get("role") == "server")
 
 
 def test_a_rollout_replaces_the_agent_and_never_runs_two(running: Cluster) -> None:

@@ -31,6 +31,7 @@ _SERVER: Final = f"https://{ADDRESS}:6443"
 _PAUSE: Final = "localhost/pause:1"
 _TOOLS: Final = ROOT / "build/kubernetes"
 _START_S: Final = 300.0  # a busy machine
+_LOGS: Final = Path("/var/log/pods")  # the kubelet writes them nowhere else
 _PAUSE_SOURCE: Final = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
 
 
@@ -56,6 +57,7 @@ class Cluster:
         self._built, self._unpacked = built, unpacked
         self._name = f"coral-{os.getpid()}"
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._others_logs = set(_LOGS.glob("*"))
 
     def start(self) -> None:
         """Starts everything; returns once the node is ready."""
@@ -117,6 +119,7 @@ class Cluster:
             *(f"--advertise-address={ADDRESS}", f"--bind-address={ADDRESS}", "--secure-port=6443"),
             *(f"--cert-dir={at}/apiserver", f"--token-auth-file={at}/tokens.csv"),
             *("--authorization-mode=RBAC", "--allow-privileged=true", "--profiling=false"),
+            "--kubelet-preferred-address-types=InternalIP",
             f"--service-account-issuer={_SERVER}",
             f"--service-account-key-file={at}/accounts.pub",
             f"--service-account-signing-key-file={at}/accounts.key",
@@ -290,6 +293,8 @@ class Cluster:
             if (mounted := line.split()[1]).startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "--lazy", mounted], check=False)
         subprocess.run(["ip", "netns", "delete", self._name], check=False)
+        for logs in set(_LOGS.glob("*")) - self._others_logs:
+            shutil.rmtree(logs, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _remove_pods(self) -> None:
