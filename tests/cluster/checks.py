@@ -41,7 +41,7 @@ SHOP: Final = {
                         "name": "server",
                         "image": "localhost/coral-agent:0.1.0",
                         "imagePullPolicy": "Never",
-                        "command": ["/usr/bin/python3.11", "-m", "http.server", "8080"],
+                        "command": ["/usr/bin/python3.11", "-P", "-m", "http.server", "8080"],
                         "workingDir": "/tmp",
                         "readinessProbe": {"tcpSocket": {"port": 8080}},
                     }
@@ -125,7 +125,7 @@ def test_a_tap_counts_every_request_of_another_pod(running: Cluster) -> None:
     with running.begin(*EXEC, "coral", "tap", f"pid:{pid}", "--http-latency", "--json") as tap:
         # It watches once the agent has it among its collectors.
         wait_until(lambda: "http_latency" in collectors(running).lower(), READY_S)
-        running.kubectl(*EXEC, "/usr/bin/python3.11", "-c", ASK, url, str(REQUESTS))
+        running.kubectl(*EXEC, "/usr/bin/python3.11", "-P", "-c", ASK, url, str(REQUESTS))
         wait_until(lambda: requests(tap.lines()) >= REQUESTS, READY_S)
     assert requests(tap.lines()) == REQUESTS
 
