@@ -127,7 +127,7 @@ def test_a_tap_counts_every_request_of_another_pod(running: Cluster) -> None:
         wait_until(lambda: "http_latency" in collectors(running).lower(), READY_S)
         running.kubectl(*EXEC, "/usr/bin/python3.11", "-P", "-c", ASK, url, str(REQUESTS))
         wait_until(lambda: requests(tap.lines()) >= REQUESTS, READY_S)
-    assert requests(tap.lines()) == REQUESTS
+        assert requests(tap.lines()) == REQUESTS
 
 
 def collectors(running: Cluster) -> str:
