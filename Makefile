@@ -9,10 +9,12 @@ BIN := $(VENV)/bin
 CONTRACT_BASE := 770f74a
 
 RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-certificates
+IMAGE_PACKAGES := openssl dpkg python3
 TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
-	apache2-bin curl gdb linux-perf nodejs openssl wrk
+	apache2-bin curl gdb linux-perf nodejs openssl runc util-linux wrk
 SOAK_PACKAGES = $(TEST_PACKAGES) openjdk-17-jdk-headless
-TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics build/containerd/containerd build/containerd/runc
+TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics \
+	build/containerd/containerd build/containerd/runc build/kubernetes/helm
 GUEST_PACKAGES = qemu-system-x86 busybox-static kmod python3-bpfcc $(if $(filter arm64,$(KERNELS)),qemu-system-arm)
 BENCH_PACKAGES = $(TEST_PACKAGES) bpftrace bpfcc-tools libbpf-tools linux-headers-$(shell dpkg --print-architecture)
 COMPILED := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h) $(shell find proto -name '*.proto') build_hook.py
@@ -21,7 +23,7 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
-.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench clean
+.PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench image deb test-cluster clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -57,6 +59,10 @@ test-kernels: $(VENV)/.dev build/nginx/nginx ## run the kernel tests on other ke
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
+test-cluster: $(VENV)/.dev build/kubernetes/helm ## run the agent in a real Kubernetes, which the first run builds; as root
+	@deploy/packages $(TEST_PACKAGES) dpkg-dev
+	$(BIN)/python -P -m pytest tests/cluster/checks.py
+
 lint: $(VENV)/.dev ## check style, types, imports, C format and the contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,6 +93,14 @@ dashboards: $(VENV)/.dev ## write Grafana dashboards to build/monitoring
 bench: $(VENV)/.dev build/nginx/nginx ## measure beside bpftrace, bcc, libbpf-tools and strace
 	@deploy/packages $(BENCH_PACKAGES)
 	$(BIN)/python -P -m benchmarks.run
+
+image: $(VENV)/.dev ## make the container image in build/image, signed by KEY (a private key in PEM)
+	@deploy/packages $(IMAGE_PACKAGES)
+	$(BIN)/python -P -m deploy.image image $(if $(KEY),--key $(KEY))
+
+deb: $(VENV)/.dev ## make the Debian package in build/image, signed by KEY
+	@deploy/packages $(IMAGE_PACKAGES)
+	$(BIN)/python -P -m deploy.image deb $(if $(KEY),--key $(KEY))
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -124,3 +138,8 @@ build/containerd/containerd:
 
 build/containerd/runc:
 	@deploy/packages --extract runc build/containerd
+
+# helm and kubectl, which Debian 12 has not, or has too old.
+build/kubernetes/helm:
+	@command -v npm >/dev/null || deploy/packages npm
+	tests/cluster/tools build/kubernetes

@@ -34,7 +34,7 @@ from coral.agent.serving.rotation import Rotation, read_tls
 from coral.agent.serving.server import Server
 from coral.agent.serving.web_guard import WebGuard, read_guard
 from coral.agent.sessions.supervisor import Supervisor
-from coral.bpf.loading import bcc
+from coral.bpf.loading import bcc, signed
 from coral.collectors.cgroups import cgroup_directory
 from coral.collectors.options import OptionError
 from coral.collectors.registry import COLLECTORS
@@ -63,6 +63,7 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     _keep_little_memory()
     try:
         config = load(config_path, flags=flags)
+        signed.check_environment()
         logs.configure(config.log_format, config.log_level)
         # Before root is given up: only root may be able to read and write these files.
         tokens, sinks = Tokens(config.auth), audit_sinks(config.audit)
@@ -73,7 +74,7 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
             runner.run(_serve(config, secrets, Audit(config.name, sinks), kept))
         # asyncio leaves Python's own handler behind, which would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except ConfigError as error:
+    except (ConfigError, signed.UnsignedError) as error:
         logs.close()
         logs.say(f"coral agent: {error}")
         return _EXIT_CONFIG

@@ -93,7 +93,10 @@ def configuration_page() -> str:
         + "value.\n\n"
         + _table(("key", "type", "default", "meaning"), keys)
         + "\nThe variable `CORAL_BPF_OBJECTS` names a directory of compiled programs to load in "
-        + "place of the installed\nones. The client reads `CORAL_AGENT` (the agent's address) and "
+        + "place of the installed\nones; an installation with signed programs, such as the image, "
+        + "refuses it. `CORAL_BPF_KEY`\n(32 bytes in base64) is the Ed25519 key that must have "
+        + "signed the programs, see [install](install.md).\nThe client reads `CORAL_AGENT` "
+        + "(the agent's address) and "
         + "`CORAL_TOKEN`.\n"
         + "\n# Options of collectors\n\n"
         + "Give them in the `config` map of a `StartCollector` request, or with `coral tap "

@@ -36,7 +36,7 @@ _LONGEST_FILES = {
     "test_faults.py", "test_lifecycle.py", "test_vanishing.py", "test_attacker.py", "test_wheel.py",
     "test_hostile_names.py", "test_supervisor.py", "test_targets.py", "test_syscall_hosts.py",
     "test_tcp_hosts.py", "test_tcp_metrics.py", "test_tap.py", "test_limits.py",
-    "test_http_servers.py", "test_http_wire.py", "test_cpu_profile.py",
+    "test_http_servers.py", "test_http_wire.py", "test_cpu_profile.py", "test_image.py",
 }  # fmt: skip
 _ran = Counter[str]()
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from ctypes import byref, c_char_p, c_size_t, c_uint32
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,24 +22,22 @@ from coral.bpf.libbpf import (
     capture_log,
     last_errno,
 )
-from coral.bpf.loading import seal
+from coral.bpf.loading import seal, signed
 from coral.bpf.loading.btf import Btf, Variable
 from coral.bpf.loading.map_definition import MapDefinition
-
-_PROGRAMS: Final = Path(__file__).resolve().parent.parent / "programs"
-_ENV_OBJECT_DIR: Final = "CORAL_BPF_OBJECTS"
 
 
 def object_path(name: str) -> Path:
     """The path of the object NAME: beside its source, or in the directory CORAL_BPF_OBJECTS."""
-    directory = os.environ.get(_ENV_OBJECT_DIR)
-    return (Path(directory) if directory else _PROGRAMS / name) / f"{name}.bpf.o"
+    directory = os.environ.get(signed.ENV_OBJECT_DIR)
+    return (Path(directory) if directory else signed.PROGRAMS / name) / f"{name}.bpf.o"
 
 
 def not_built(path: Path) -> str:
     """The message for a missing object."""
-    if _ENV_OBJECT_DIR in os.environ:
-        return f"{path} is missing: let {_ENV_OBJECT_DIR} name a directory of built programs"
+    if signed.ENV_OBJECT_DIR in os.environ:
+        variable = signed.ENV_OBJECT_DIR
+        return f"{path} is missing: let {variable} name a directory of built programs"
     return f"{path.name} is not built: run `make setup`"
 
 
@@ -76,11 +74,13 @@ class ObjectFile:
     def _open(self) -> int:
         what = f"opening {self.path.name}"
         try:
-            elf = seal.opened(self.path.read_bytes())
+            data = self.path.read_bytes()
+            signed.check(self.path.name, data)
+            elf = seal.opened(data)
         except OSError as error:
             why = "" if self.path.exists() else not_built(self.path)
             raise LoadError(what, error.errno or errno.EIO, why) from error
-        except seal.DamagedError as error:
+        except (seal.DamagedError, signed.UnsignedError) as error:
             raise LoadError(f"{what}: {error}; install the agent anew") from error
         # libbpf names the maps of sections after it, as it does with the name of a file.
         name = self.path.name.partition(".")[0].encode()

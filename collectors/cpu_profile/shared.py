@@ -4,10 +4,11 @@ processes while they are there."""
 from __future__ import annotations
 
 import logging
+import os
 import select
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Final
 
@@ -40,7 +41,7 @@ class Shared:
         self._slots: set[Slot] = set()
         self._code: Code | None = None
         self._reader: MappingReader | None = None
-        self._stop = threading.Event()
+        self._work: _Work | None = None
         self._new_until_s = 0.0  # since a watched process has executed a program
         self.why_not = ""
         """Why processes that end soon may have no names; empty if they have."""
@@ -54,15 +55,19 @@ class Shared:
             self._opened().processes.expect(_running(slot))
 
     def leave(self, slot: Slot) -> None:
-        """A session has ended. No error if it never joined."""
+        """A session has ended. When the last has left, nothing of this is in the kernel any more.
+        No error if it never joined."""
+        work: _Work | None = None
         with self._lock:
             self._slots.discard(slot)
             if not self._slots:
-                self._stop.set()
+                work, self._work = self._work, None
                 self._reader = None
                 if self._code:
                     self._code.close()
                 self._code = None
+        if work:
+            work.end()
 
     def prepare(self) -> None:
         """Before names are asked for: reads what takes longest, while new processes are looked
@@ -86,7 +91,6 @@ class Shared:
         return self._code
 
     def _start(self) -> None:
-        self._stop = threading.Event()
         try:
             reader = MappingReader(_MAPPINGS_BYTES, wakes=True)
         except BpfError as error:
@@ -94,18 +98,13 @@ class Shared:
             return
         self.why_not = ""
         sightings = Sightings.of(self._object)
-        arguments = (reader, sightings, self._stop)
-        threading.Thread(
-            target=self._run, args=arguments, name="coral-profile", daemon=True
-        ).start()
+        self._work = _Work(lambda stop: self._run(reader, sightings, stop))
 
-    def _run(
-        self, reader: MappingReader, sightings: Sightings | None, stop: threading.Event
-    ) -> None:
+    def _run(self, reader: MappingReader, sightings: Sightings | None, stop: _Stop) -> None:
         with reader, sightings or nullcontext():
             followed_s = 0.0
             next_s: float | None = None
-            while not stop.is_set():
+            while not stop.is_set:
                 began_s = time.thread_time()  # without its wait for a batch to be done
                 found = True
                 try:
@@ -118,25 +117,25 @@ class Shared:
                 rest_s = took_s * (_REST_FACTOR if found else _REST_FACTOR_OTHERS)
                 by_report = not sightings or time.monotonic() < self._new_until_s
                 # What others do wakes this thread by reports alone.
-                if (found or by_report) and stop.wait(max(_GATHER_S, min(rest_s, _LOOK_EVERY_S))):
-                    break
+                if found or by_report:
+                    stop.wait([], max(_GATHER_S, min(rest_s, _LOOK_EVERY_S)))
                 fds = [sightings.fd] if sightings else []
                 if by_report:
                     fds += reader.fds
-                _wait(fds, _LOOK_EVERY_S if next_s is None else next_s)
+                stop.wait(fds, min(_LOOK_EVERY_S, _LOOK_EVERY_S if next_s is None else next_s))
 
     def _look(
         self,
         reader: MappingReader,
         sightings: Sightings | None,
-        stop: threading.Event,
+        stop: _Stop,
         *,
         follow: bool,
     ) -> tuple[bool, float | None]:
         """Whether watched processes have mapped code or are new, and the number of seconds until
         there is more to read; None if there is not."""
         with self._lock:
-            if stop.is_set():  # another thread may read the sightings by now
+            if stop.is_set:  # another thread may read the sightings by now
                 return False, None
             self._reader = reader
             if follow:
@@ -173,9 +172,38 @@ def _running(slot: Slot) -> list[int]:
     return running
 
 
-def _wait(fds: list[int], most_s: float) -> None:
-    """Returns when one of FDS is readable, or after MOST_S."""
-    polled = select.poll()
-    for fd in fds:
-        polled.register(fd, select.POLLIN)
-    polled.poll(min(most_s, _LOOK_EVERY_S) * 1000)
+class _Stop:
+    """The wish that a thread ends, which wakes it."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        """It shall end."""
+        self.is_set = True
+        os.eventfd_write(self.fd, 1)
+
+    def wait(self, fds: Sequence[int], most_s: float) -> None:
+        """Returns when it shall end, one of FDS is readable, or MOST_S have passed."""
+        polled = select.poll()
+        for fd in (self.fd, *fds):
+            polled.register(fd, select.POLLIN)
+        polled.poll(most_s * 1000)
+
+
+class _Work:
+    """The thread, at work until `end`."""
+
+    def __init__(self, run: Callable[[_Stop], None]) -> None:
+        self._stop = _Stop()
+        self._thread = threading.Thread(
+            target=run, args=(self._stop,), name="coral-profile", daemon=True
+        )
+        self._thread.start()
+
+    def end(self) -> None:
+        """Returns once it has ended, and has closed what it held."""
+        self._stop.set()
+        self._thread.join()
+        os.close(self._stop.fd)

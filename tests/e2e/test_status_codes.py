@@ -221,8 +221,13 @@ def test_a_number_that_an_enum_does_not_have_is_an_invalid_argument(
 
 
 def test_columns_are_of_batches_alone(agent: RunningAgent) -> None:
-    request = pb.EbpfEventStreamRequest(summaries=pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS)
-    assert code_and_text(agent, "StreamEvents", request) == (
+    collector_id = start_collector(agent, pid=str(os.getpid())).collector_id
+    request = pb.EbpfEventStreamRequest(
+        collector_id=collector_id, summaries=pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS
+    )
+    refusal = code_and_text(agent, "StreamEvents", request)
+    agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=collector_id))
+    assert refusal == (
         grpc.StatusCode.INVALID_ARGUMENT,
         (
             "summaries: SUMMARIES_COLUMNS is not accepted; give SUMMARIES_ROWS, or call "
@@ -298,6 +303,12 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "max_children": ("1", "100", "10000"),
     "frequency": ("1", "99", "999"),
     "stack_bytes": ("0", "512", "16KiB", "28KiB"),
+    "event": ("cpu-clock", "cycles"),
+    "pod": ("shop/web-1", "shop/web-1/app"),
+    "pods": ("shop?app=web", "shop?app in (web, api),!old"),
+    "namespace": ("shop",),
+    "workload": ("shop/deploy/web", "shop/statefulset/db"),
+    "container": ("0123456789ab",),
     **dict.fromkeys(
         (
             "follow_children",
@@ -315,6 +326,7 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 ALLOWED: Final = {
     grpc.StatusCode.OK,
     grpc.StatusCode.PERMISSION_DENIED,  # to watch the host
+    grpc.StatusCode.FAILED_PRECONDITION,  # nothing here knows the names of pods
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.OUT_OF_RANGE,

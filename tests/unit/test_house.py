@@ -29,8 +29,8 @@ TEXTS: Final = {".py", ".md", ".sh", ".toml", ".yaml", ".yml", ".service", ".con
 # Imports every module that is not a program, and prints all modules that have a file.
 EVERY_MODULE: Final = textwrap.dedent("""
     import importlib, json, pkgutil, sys
-    import benchmarks, build_hook, coral, tests
-    for package in benchmarks, coral, tests:
+    import benchmarks, build_hook, coral, deploy, tests
+    for package in benchmarks, coral, deploy, tests:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
@@ -102,7 +102,7 @@ def test_no_module_of_this_run_has_two_names() -> None:
     assert doubly_loaded(files) == {}
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "proto", "docs", "deploy", "mesh"])
+@pytest.mark.parametrize("name", [*FOLDERS, "proto", "docs", "mesh"])
 def test_a_folder_is_no_package_of_its_own(name: str) -> None:
     assert importlib.util.find_spec(name) is None
 

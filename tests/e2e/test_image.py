@@ -1,0 +1,279 @@
+"""The image: the same twice, small, without a shell, its parts listed and signed, and enough to
+work with two capabilities."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import textwrap
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+from coral.bpf.loading import ed25519
+from coral.bpf.probing.capabilities import NAMES
+from tests.containers import PODS, SERVICES, Built, blob, build, run
+from tests.e2e.test_doctor import COLLECTORS, MODES
+from tests.support import ROOT
+
+pytestmark = pytest.mark.timeout(600)  # it builds two images, and the first fetches their packages
+
+MAX_BYTES: Final = 60_000_000
+PROGRAMS: Final = Path("usr/lib/coral/lib/python3.11/site-packages/coral/bpf/programs")
+CORAL: Final = "/usr/bin/coral"
+PYTHON: Final = "/usr/lib/coral/bin/python3"
+IMPORT_ALL: Final = textwrap.dedent("""
+    import pkgutil, sys, coral
+    for module in pkgutil.walk_packages(coral.__path__, "coral."):
+        __import__(module.name)
+    print(sum(name.startswith("coral.") for name in sys.modules))
+""")
+
+
+class Images(NamedTuple):
+    """Two builds with one key, and the files of the first."""
+
+    first: Built
+    second: Built
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    work = tmp_path_factory.mktemp("images")
+    first = build(work / "first", work / "key.pem")
+    second = build(work / "second", work / "key.pem", umask=0o077)
+    return Images(first, second, first.unpack(work / "root"))
+
+
+def test_two_builds_make_the_same_image_to_the_byte(images: Images) -> None:
+    assert images.first.named == images.second.named
+    for path in images.first.directory.iterdir():
+        assert path.read_bytes() == (images.second.directory / path.name).read_bytes(), path.name
+
+
+def test_the_image_is_smaller_than_60_mb_and_has_no_shell(images: Images) -> None:
+    assert images.first.archive.stat().st_size < MAX_BYTES
+    programs = {path.name for path in (images.root / "usr/bin").iterdir()}
+    assert programs == {"coral", "python3.11"}
+    assert not list((images.root / "usr/sbin").iterdir())
+
+
+def test_every_module_has_its_bytecode_whose_sources_nobody_checks(images: Images) -> None:
+    compiled = [*images.root.glob("usr/lib/coral/lib/**/*.pyc")]
+    flags = {int.from_bytes(path.read_bytes()[4:8], "little") for path in compiled}
+    assert flags == {0b01}  # PEP 552: by hash, unchecked
+    assert {path.name.partition(".")[0] for path in compiled} == {
+        path.stem for path in images.root.glob("usr/lib/coral/lib/**/*.py")
+    }
+
+
+def test_every_file_is_roots_and_none_is_set_user_id_or_writable_by_others(images: Images) -> None:
+    with tarfile.open(images.first.archive) as image:
+        manifest = json.loads(blob(image, images.first.named["digest"]))
+        file = image.extractfile(f"blobs/{manifest['layers'][0]['digest'].replace(':', '/')}")
+        with tarfile.open(fileobj=file, mode="r:gz") as layer:
+            members = layer.getmembers()
+    assert {(member.uid, member.gid, member.mtime) for member in members} == {(0, 0, 0)}
+    loose = [it.name for it in members if it.mode & 0o6022 and not it.issym()]
+    assert loose == ["tmp"]
+
+
+# Bills of materials
+
+
+def named(bill: Mapping[str, Any], field: str, version: str) -> dict[str, str]:
+    return {part["name"]: part[version] for part in bill[field]}
+
+
+def test_both_bills_list_every_debian_package_and_every_python_distribution(
+    images: Images,
+) -> None:
+    directory = images.first.directory
+    spdx = json.loads((directory / "coral.spdx.json").read_text())
+    cyclonedx = json.loads((directory / "coral.cdx.json").read_text())
+    listed = named(cyclonedx, "components", "version")
+    assert named(spdx, "packages", "versionInfo") == listed | {
+        images.first.named["name"]: images.first.named["digest"]
+    }
+    pinned = re.findall(
+        r"^(\S+)==(\S+)", (ROOT / "deploy/image/requirements.txt").read_text(), re.MULTILINE
+    )
+    assert dict(pinned).items() <= listed.items()
+    assert {"libc6", "libssl3", "libbpf1", "python3.11-minimal", "coral-ebpf-agent"} <= set(listed)
+    installed = subprocess.run(
+        ["apt-cache", "policy", "libc6"], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"Candidate: {listed['libc6']}" in installed
+
+
+# Signatures
+
+
+def openssl_accepts(content: Path, signature: Path, public_key: Path) -> bool:
+    command = ("openssl", "pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", public_key)
+    done = subprocess.run(
+        [*command, "-in", content, "-sigfile", signature], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def test_openssl_verifies_the_bills_and_refuses_a_changed_one(
+    images: Images, tmp_path: Path
+) -> None:
+    directory = images.first.directory
+    for name in ("coral.spdx.json", "coral.cdx.json"):
+        signature, key = directory / f"{name}.sig", directory / "coral.pub"
+        assert openssl_accepts(directory / name, signature, key)
+        changed = tmp_path / name
+        changed.write_text((directory / name).read_text().replace("libc6", "libc7"))
+        assert not openssl_accepts(changed, signature, key)
+
+
+def test_the_images_signature_names_its_digest_as_cosign_expects(
+    images: Images, tmp_path: Path
+) -> None:
+    with tarfile.open(images.first.directory / "coral.signature.oci.tar") as archive:
+        index = archive.extractfile("index.json")
+        assert index
+        (entry,) = json.load(index)["manifests"]
+        manifest = json.loads(blob(archive, entry["digest"]))
+        (layer,) = manifest["layers"]
+        payload = blob(archive, layer["digest"])
+    digest = images.first.named["digest"]
+    tag = f"{digest.replace(':', '-')}.sig"
+    assert entry["annotations"]["org.opencontainers.image.ref.name"] == tag
+    critical = json.loads(payload)["critical"]
+    assert critical["image"] == {"docker-manifest-digest": digest}
+    assert critical["type"] == "cosign container image signature"
+    (tmp_path / "payload").write_bytes(payload)
+    signature = base64.b64decode(layer["annotations"]["dev.cosignproject.cosign/signature"])
+    (tmp_path / "signature").write_bytes(signature)
+    key = images.first.directory / "coral.pub"
+    assert openssl_accepts(tmp_path / "payload", tmp_path / "signature", key)
+
+
+def test_the_programs_are_listed_and_the_list_is_signed_by_the_key(images: Images) -> None:
+    programs = images.root / PROGRAMS
+    listed = (programs / "objects.sha256").read_text()
+    names = [line.split("  ")[1] for line in listed.splitlines()]
+    assert names == [path.name for path in sorted(programs.glob("*/*.bpf.o"))]
+    key, signature = (
+        base64.b64decode((programs / name).read_text())
+        for name in ("objects.pub", "objects.sha256.sig")
+    )
+    assert ed25519.verify(signature, listed.encode(), key)
+
+
+# In a container
+
+
+def examined(
+    root: Path, bundle: Path, *capabilities: str, pure_v2: bool = False
+) -> dict[str, tuple[str, str]]:
+    """`coral doctor --json` in a container: by check, how it came out and what was found."""
+    done = run(root, bundle, (CORAL, "doctor", "--json"), capabilities, pure_v2=pure_v2)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    return {it["check"]: (it["status"], it["found"]) for it in checks}
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("pure_v2", [False, True], ids=["hybrid", "cgroup v2"])
+@pytest.mark.parametrize("capabilities", [PODS, SERVICES], ids=["two", "five"])
+def test_the_doctor_finds_everything_in_order_inside(
+    images: Images, tmp_path: Path, capabilities: tuple[str, ...], pure_v2: bool
+) -> None:
+    reading = (PYTHON, "-c", "print(open('/proc/self/status').read())")
+    status = run(images.root, tmp_path / "status", reading, capabilities, pure_v2=pure_v2).stdout
+    (mask,) = re.findall(r"CapEff:\s+(\w+)", status)
+    assert {name for bit, name in enumerate(NAMES) if int(mask, 16) >> bit & 1} == {*capabilities}
+    checks = examined(images.root, tmp_path / "bundle", *capabilities, pure_v2=pure_v2)
+    for name, mode in product(COLLECTORS, MODES):
+        status, found = checks[f"{name}, {mode}"]
+        assert status == "ok"
+        assert found.startswith(f"{COLLECTORS[name]}, the first after ")
+    assert checks["cpu_profile, summaries"][0] == "ok"
+    assert checks["left behind"][0] == "ok"
+    assert checks["cgroup2"][0] == "ok"
+
+
+def test_every_module_can_be_imported_inside(images: Images, tmp_path: Path) -> None:
+    done = run(images.root, tmp_path / "bundle", (PYTHON, "-P", "-c", IMPORT_ALL), ())
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+
+
+def test_other_programs_are_refused_by_a_line_with_the_remedy(
+    images: Images, tmp_path: Path
+) -> None:
+    elsewhere = {"CORAL_BPF_OBJECTS": "/tmp"}
+    done = run(images.root, tmp_path / "bundle", (CORAL, "agent"), PODS, environment=elsewhere)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "coral agent: CORAL_BPF_OBJECTS is set, but this installation loads only the programs that "
+        "were signed with it: unset CORAL_BPF_OBJECTS\n"
+    )
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_program_that_was_changed_is_refused_and_the_others_work(
+    images: Images, tmp_path: Path
+) -> None:
+    """A whole program, with a seal of its own that is right: only the signature tells."""
+    root = tmp_path / "root"
+    shutil.copytree(images.root, root, symlinks=True, copy_function=os.link)
+    changed = root / PROGRAMS / "syscall_stats/syscall_stats.bpf.o"
+    changed.unlink()
+    shutil.copyfile(root / PROGRAMS / "tcp_metrics/tcp_metrics.bpf.o", changed)
+    done = run(root, tmp_path / "bundle", (CORAL, "doctor", "--json"), PODS)
+    checks = {it["check"]: it for it in json.loads(done.stdout)["checks"]}
+    told = "opening syscall_stats.bpf.o: it is not the program that was signed"
+    assert told in checks["syscall_stats, summaries"]["found"]
+    assert checks["tcp_metrics, summaries"]["status"] == "ok"
+
+
+def test_a_key_from_outside_decides_and_refuses_programs_that_it_did_not_sign(
+    images: Images, tmp_path: Path
+) -> None:
+    own = (images.root / PROGRAMS / "objects.pub").read_text().strip()
+    other = base64.b64encode(bytes(31) + b"\x01").decode()
+    for key, is_ok in ((own, True), (other, False)):
+        done = run(
+            images.root, tmp_path / f"bundle-{is_ok}", (CORAL, "doctor", "--json"), PODS,
+            environment={"CORAL_BPF_KEY": key},
+        )  # fmt: skip
+        assert ("is not by the key of this installation" in done.stdout) is not is_ok
+        assert (done.returncode == 0) is is_ok
+
+
+# The Debian package
+
+
+def test_the_debian_package_is_the_same_twice_and_unpacks_to_the_same_environment(
+    images: Images, tmp_path: Path
+) -> None:
+    (package,) = images.first.directory.glob("*.deb")
+    assert package.read_bytes() == (images.second.directory / package.name).read_bytes()
+    root = tmp_path / "root"
+    subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
+    for path in (images.root / "usr/lib/coral").rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            same = root / path.relative_to(images.root)
+            assert same.read_bytes() == path.read_bytes(), path
+    unit = (root / "lib/systemd/system/coral-agent.service").read_text()
+    assert "\nExecStart=/usr/bin/coral agent --log-format json --config /etc/coral/" in unit
+    fields = ("Package", "Depends", "Version")
+    told = subprocess.run(
+        ["dpkg-deb", "--field", package, *fields], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Package: coral-agent\n" in told
+    assert "libbpf1" in told
