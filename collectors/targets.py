@@ -49,6 +49,7 @@ _MOMENTARY: Final = (errno.ENOMEM, errno.EBUSY)
 _TRIES: Final = 5
 _PAUSE_S: Final = 0.002
 _MOST_CGROUPS: Final = 4096
+_MOST_LOOKS: Final = 8  # at cgroups that somebody may go on to make
 _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
 _HASH_OFFSET: Final = 0xCBF29CE484222325
@@ -290,9 +291,16 @@ class Targets:
             parents += young
 
     def _add_cgroups(self, directory: Path) -> None:
-        wanted = self._slot.map("cgroups")
-        for cgroup in cgroup_ids_below(directory):
-            self._put(wanted, cgroup | _place(directory), 1)  # or what starts in it is not seen
+        """Programs add what is made below a cgroup that is in the map. What was made before it was
+        there, and after a look, is found by the next look."""
+        wanted, added = self._slot.map("cgroups"), frozenset[int]()
+        for _ in range(_MOST_LOOKS):
+            fresh = cgroup_ids_below(directory) - added
+            for cgroup in fresh:
+                self._put(wanted, cgroup | _place(directory), 1)  # or what starts in it is not seen
+            if not fresh:
+                break
+            added |= fresh
 
     def _add(self, tgids: Iterable[int], state: int) -> None:
         """Adds running processes in this state. Those for which there is no room are counted."""

@@ -105,7 +105,11 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         config = {
             "listen": ["127.0.0.1:0"],
             "kubernetes": {"cri": str(served.socket), "api": "off"},
-            "limits": {"cpu_percent": 1000, "concurrent_collectors": 20},
+            "limits": {
+                "cpu_percent": 1000,
+                "continuous_cpu_percent": 1000,
+                "concurrent_collectors": 20,
+            },
             "services": {
                 f"{namespace}-front": {"workload": f"{namespace}/deploy/web"}
                 for namespace in NAMESPACES
