@@ -63,7 +63,7 @@ def as_prose(text: str) -> str:
 
 def test_a_healthy_machine_has_a_line_for_each_check_and_status_0() -> None:
     done = run("doctor")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     *lines, summary = done.stdout.splitlines()
     checks = dict(re.split("  +", line, maxsplit=2)[1:] for line in lines)
     assert {line.split()[0] for line in lines} <= {"ok", "warn"}
