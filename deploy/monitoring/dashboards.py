@@ -441,7 +441,7 @@ def main() -> None:
         sys.exit(__doc__)
     directory = Path(sys.argv[1])
     if missing := {kind_name(kind) for kind in COLLECTORS} - BOARDS.keys():
-        sys.exit(f"these kinds of collectors have no dashboard: {', '.join(sorted(missing))}")
+        print(f"no dashboard for: {', '.join(sorted(missing))}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     for name, board in BOARDS.items():
         text = JSONEncoder(sort_keys=True, indent=2).encode(dashboard(name, board).build())
