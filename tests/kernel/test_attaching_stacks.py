@@ -136,6 +136,7 @@ def test_a_limit_is_held(attaching_object: Path, programs: Path) -> None:
     assert {int(stack["bytes"]) for stack in sampled.below(200, "deep")} == {5000}
 
 
+@pytest.mark.pace
 def test_registers_are_those_of_user_space_while_the_kernel_works(
     attaching_object: Path, programs: Path
 ) -> None:
