@@ -118,15 +118,15 @@ def test_programs_of_one_interval_have_their_own_names(programs: Path) -> None:
     count = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"
     script = f"read go; {count}; exec {programs}/profiled shares 1000 </dev/null"
     process = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    collector, profile = collector_of({"pid": str(process.pid), "frequency": "499"}), Profile()
-    try:
-        collector.open()
-        with process:
+    with process:
+        collector, profile = collector_of({"pid": str(process.pid), "frequency": "499"}), Profile()
+        try:
+            collector.open()
             process.communicate(b"x")
-        collector.bpf_object.detach()
-        profile.add(collector.drain())
-    finally:
-        collector.close()
+            collector.bpf_object.detach()
+            profile.add(collector.drain())
+        finally:
+            collector.close()
     by_program = Counter[str]()
     for row in profile.rows:
         assert row.end != pb.CPU_STACK_END_PROCESS_GONE
@@ -147,15 +147,15 @@ def test_a_process_that_ends_before_anything_is_read_of_it_has_names(programs: P
         stdout=subprocess.PIPE,
         text=True,
     )
-    collector, profile = collector_of({"pid": str(process.pid), "frequency": "200"}), Profile()
-    try:
-        with process:
+    with process:
+        collector, profile = collector_of({"pid": str(process.pid), "frequency": "200"}), Profile()
+        try:
             collector.open()
             process.communicate("x")
-        collector.bpf_object.detach()
-        profile.add(collector.drain())
-    finally:
-        collector.close()
+            collector.bpf_object.detach()
+            profile.add(collector.drain())
+        finally:
+            collector.close()
     assert profile.samples > 50
     assert profile.among("spend_most") > 0.5 * profile.samples
 
@@ -248,16 +248,16 @@ def test_samples_without_room_are_counted(programs: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    config = {"pid": str(process.pid), "frequency": "500", "ring": "256KiB"}
-    collector, profile = collector_of(config), Profile()
-    try:
-        collector.open()
-        with process:
+    with process:
+        config = {"pid": str(process.pid), "frequency": "500", "ring": "256KiB"}
+        collector, profile = collector_of(config), Profile()
+        try:
+            collector.open()
             out, _ = process.communicate("x")
-        collector.bpf_object.detach()
-        profile.add(collector.drain())
-    finally:
-        collector.close()
+            collector.bpf_object.detach()
+            profile.add(collector.drain())
+        finally:
+            collector.close()
     seconds = sum(int(line.split()[1]) for line in out.splitlines()) / NS_PER_S
     lost = profile.losses[pb.Loss.STAGE_KERNEL_BUFFER]
     print(f"{profile.samples} samples, {lost} lost, of {seconds} s")
