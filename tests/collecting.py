@@ -104,7 +104,13 @@ def session(without: tuple[str, ...] = (), **config: str) -> SyscallStatsCollect
 def collecting(without: tuple[str, ...] = (), **config: str) -> Iterator[Collected]:
     """A session at work; what is left is drained at the end of the block, once its programs no
     longer work for it."""
-    collector = session(without, **config)
+    with collected_of(session(without, **config)) as collected:
+        yield collected
+
+
+@contextmanager
+def collected_of(collector: SyscallStatsCollector) -> Iterator[Collected]:
+    """The same of a collector that is not open yet."""
     try:
         collector.open()
         collected = Collected(collector)

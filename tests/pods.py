@@ -70,8 +70,14 @@ def kubepods() -> Iterator[Path]:
     """A cgroup of this machine in which a test may make pods, where runtimes would: it is removed
     with all that is in it, once no process is."""
     found = {each.kind: each.directory for each in hierarchies()}
-    top = found.get("memory") or found["v2"]
-    top = top / f"kubepods-{uuid.uuid4().hex[:8]}.slice"
+    with made_in(found.get("memory") or found["v2"]) as top:
+        yield top
+
+
+@contextmanager
+def made_in(directory: Path) -> Iterator[Path]:
+    """A cgroup below DIRECTORY, named as a kubelet names that of all pods, and removed likewise."""
+    top = directory / f"kubepods-{uuid.uuid4().hex[:8]}.slice"
     top.mkdir()
     try:
         yield top

@@ -3,11 +3,9 @@ answers over its socket, and what a session sees of the processes inside, from t
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,8 +21,8 @@ from coral.collectors import selectors
 from coral.collectors.contract import ServiceProcesses, Watched
 from coral.collectors.hierarchies import Kind, hierarchies
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
-from tests.collecting import Collected, both_modes
-from tests.pods import HASH, FakePod, Runtime, runtime
+from tests.collecting import Collected, both_modes, collected_of
+from tests.pods import HASH, FakePod, Runtime, made_in, runtime
 from tests.support import RUNGS, Puppet, loaded, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -36,17 +34,8 @@ def top(request: pytest.FixtureRequest) -> Iterator[Path]:
     found = next((each for each in hierarchies() if each.kind == request.param), None)
     if found is None:
         pytest.skip(f"no hierarchy {request.param} of cgroups is mounted here")
-    directory = found.directory / f"kubepods-{uuid.uuid4().hex[:8]}.slice"
-    directory.mkdir()
-    yield directory
-    for below in (*sorted(directory.rglob("*/"), reverse=True), directory):
-        wait_until(partial(_has_gone, below))
-
-
-def _has_gone(directory: Path) -> bool:
-    with suppress(OSError):
-        directory.rmdir()
-    return not directory.exists()
+    with made_in(found.directory) as directory:
+        yield directory
 
 
 @dataclass
@@ -97,14 +86,8 @@ def watching(
     found = node.pods.target(selectors.parse(kind, text), features)
     service = ServiceProcesses(found.label, (), found)
     collector = SyscallStatsCollector.create({kind: text, **config}, service, features)
-    try:
-        collector.open()
-        collected = Collected(collector)
+    with collected_of(collector) as collected:
         yield collected
-        collector.bpf_object.detach()
-        collected.drain()
-    finally:
-        collector.close()
 
 
 def move(puppet: Puppet, directory: Path) -> None:
