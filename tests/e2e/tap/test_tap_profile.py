@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -191,10 +193,9 @@ def test_a_closed_pipe_does_not_cost_the_file(agent: RunningAgent, tmp_path: Pat
     assert folded_samples(path) > 0
 
 
-def test_a_file_that_cannot_be_written_is_told_after_the_totals(
-    agent: RunningAgent, tmp_path: Path
-) -> None:
-    path = tmp_path / "folder" / "flame.html"
+@contextmanager
+def tap_whose_folder_goes(agent: RunningAgent, path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A tap of a busy process to PATH, whose folder is removed once rows have come."""
     path.parent.mkdir()
     with Puppet() as puppet:
         puppet.begin("while True: pass")
@@ -207,6 +208,14 @@ def test_a_file_that_cannot_be_written_is_told_after_the_totals(
         assert running.stdout
         assert running.stdout.readline() == "\n"
         path.parent.rmdir()
+        yield running
+
+
+def test_a_file_that_cannot_be_written_is_told_after_the_totals(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    path = tmp_path / "folder" / "flame.html"
+    with tap_whose_folder_goes(agent, path) as running:
         running.send_signal(signal.SIGTERM)
         out, err = running.communicate(timeout=60)
     assert "totals of" in out
@@ -219,19 +228,9 @@ def test_a_closed_pipe_and_a_file_that_cannot_be_written_are_one_line(
     agent: RunningAgent, tmp_path: Path
 ) -> None:
     path = tmp_path / "folder" / "flame.html"
-    path.parent.mkdir()
-    with Puppet() as puppet:
-        puppet.begin("while True: pass")
-        running = subprocess.Popen(
-            coral(
-                "tap", "--agent", agent.address, "--cpu-profile", f"pid:{puppet.pid}", "-o", path
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    with tap_whose_folder_goes(agent, path) as running:
         assert running.stdout
         assert running.stderr
-        assert running.stdout.readline() == "\n"
-        path.parent.rmdir()
         running.stdout.close()
         assert running.wait(60) == 128 + signal.SIGPIPE
         said = running.stderr.read()
