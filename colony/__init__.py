@@ -1,1 +1,1 @@
-"""The colony: storage and queries over the streams of many agents. Empty as yet."""
+"""The colony: follows the agents of a cluster, keeps what they see, and answers questions."""

@@ -1,0 +1,88 @@
+"""What a follower of an agent hands to the store: batches, where they are from, and what was lost
+on the way. Data alone: neither side knows the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from coral.client import Batch, Kind
+
+AGENT_LOST: Final = "agent_lost"
+"""The stage of events that an agent had numbered, and took with it when it died. Only the colony
+can know of it, so the contract's `Loss.Stage` does not have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One session of one agent. `attributes` are those of its pods, by OpenTelemetry's names."""
+
+    agent_id: str
+    collector_id: str
+    kind: Kind
+    service: str
+    started_ns: int
+    config: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies it among the sessions of all agents."""
+        return self.agent_id, self.collector_id
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a session ended. `reason` is a word of the client's `EndReason`, or `agent_lost`."""
+
+    reason: str
+    detail: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The events `after_seq` + 1 to `last_seq` of a session, each in exactly one place:
+
+        last_seq - after_seq = rows + the sum of lost
+
+    `batch` has the rows, as columns where the kind has them; it is None where the delivery only
+    says how the session stands. `lost` counts by stage since the delivery before. `lost_in_kernel`,
+    by stage, and `produced` are those of the whole session so far, up to here.
+    """
+
+    session: Session
+    batch: Batch | None
+    after_seq: int
+    last_seq: int
+    produced: int
+    time_ns: int  # the end of the interval it tells of, in Unix time; else when it came
+    size_bytes: int
+    lost: Mapping[str, int] = field(default_factory=dict)
+    lost_in_kernel: Mapping[str, int] = field(default_factory=dict)
+    ended: Ended | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return self.batch.count if self.batch else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the store has of a session, as of its last transaction:
+
+        last_seq = stored + the sum of lost
+
+    and, once it has `ended`, `produced` = `last_seq`.
+    """
+
+    session: Session
+    last_seq: int
+    produced: int
+    stored: int
+    updated_ns: int
+    lost: Mapping[str, int] = field(default_factory=dict)
+    lost_in_kernel: Mapping[str, int] = field(default_factory=dict)
+    ended: Ended | None = None
