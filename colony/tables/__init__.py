@@ -1,0 +1,31 @@
+"""The colony's tables: their columns, what fills them, and their rollups."""
+
+from coral.colony.tables.histograms import Histogram
+from coral.colony.tables.intake import Intake
+from coral.colony.tables.layout import (
+    HOUR,
+    LEVELS,
+    MINUTE,
+    STACKS,
+    TABLES,
+    Level,
+    Role,
+    TableLayout,
+    base_of,
+    schema_of,
+)
+
+__all__ = [
+    "HOUR",
+    "LEVELS",
+    "MINUTE",
+    "STACKS",
+    "TABLES",
+    "Histogram",
+    "Intake",
+    "Level",
+    "Role",
+    "TableLayout",
+    "base_of",
+    "schema_of",
+]
