@@ -14,6 +14,8 @@ from coral.colony.tables.layout import (
     base_of,
     schema_of,
 )
+from coral.colony.tables.quantiles import counts_of, quantiles
+from coral.colony.tables.rollup import Rollup
 
 __all__ = [
     "HOUR",
@@ -25,7 +27,10 @@ __all__ = [
     "Intake",
     "Level",
     "Role",
+    "Rollup",
     "TableLayout",
     "base_of",
+    "counts_of",
+    "quantiles",
     "schema_of",
 ]

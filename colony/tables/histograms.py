@@ -27,6 +27,11 @@ class Histogram:
     least: str = ""
     most: str = ""
 
+    @property
+    def is_log2(self) -> bool:
+        """Whether its slots are powers of two, the last of which counts as one too."""
+        return self.columns[-1].startswith(f"{self.name}_e")
+
     def of(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of NAMES, columns of a table, that belong to it, by the values they count."""
         size = len(self.name)
