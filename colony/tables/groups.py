@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -18,12 +18,15 @@ _NOTHING: Final = np.zeros(0, np.uint64)
 
 
 class Groups:
-    """Groups of rows, each in a slot, from 0: `keys` and figures by name. A group is known by a
-    hash of 64 bits of its keys."""
+    """Groups of rows, each in a slot, from 0: `keys`, of the types given by name, and figures. A
+    group is known by a hash of 64 bits of its keys."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, types: Mapping[str, type[np.integer[Any]]]) -> None:
         self.size = 0
-        self.keys = {name: np.zeros(_FEW, np.int64) for name in keys}
+        self.keys: dict[str, NDArray[Any]] = {
+            name: np.zeros(_FEW, dtype) for name, dtype in types.items()
+        }
+        self._types = types
         self._figures: dict[str, _Figure] = {}
         # The hashes of the groups, sorted, and the slot of each.
         self._hashes = _NOTHING
@@ -64,7 +67,7 @@ class Groups:
     def without(self, mask: NDArray[np.bool_]) -> Groups:
         """The groups that are not in MASK, of shape (size,)."""
         kept = np.flatnonzero(~mask)
-        left = Groups(tuple(self.keys))
+        left = Groups(self._types)
         if not len(kept):
             return left
         left.size = len(kept)

@@ -94,7 +94,7 @@ class Rollup:
         if np.count_nonzero(used) + _MOST_IDLE_TEXTS > len(self._texts):
             return
         old, self._texts = self._texts, Texts()
-        numbers = np.zeros(len(old), np.int64)
+        numbers = np.zeros(len(old), np.int32)
         kept = np.flatnonzero(used)
         numbers[kept] = self._texts.ids(map(old.__getitem__, kept.tolist()))
         for it in tables:
@@ -113,10 +113,10 @@ class _Read:
         count: int = self._rows.num_rows
         return count
 
-    def texts(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    def texts(self, name: str) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
         """A column of texts: their ids and their hashes, of shape (n,)."""
         texts, of_row = self._dictionary(name)
-        ids = self._texts.ids(texts).astype(np.int64)
+        ids = self._texts.ids(texts)
         # Python's hashes of texts are random in each process, so that nobody can make equal ones.
         hashes = np.array([hash(text) for text in texts], np.int64).view(np.uint64)
         return ids[of_row], hashes[of_row]
@@ -159,7 +159,9 @@ class _Rolled:
         self._texts = (*PLACE, *own)
         self._numbers = tuple(it.name for it in layout.key_columns if not it.is_text)
         self._others = {*layout.schema.names, *layout.rollup_schema.names}
-        self.groups = Groups((TIME, *self._texts, *self._numbers))
+        types: dict[str, type[np.integer[Any]]] = {TIME: np.int64}
+        types |= dict.fromkeys(self._texts, np.int32) | dict.fromkeys(self._numbers, np.int64)
+        self.groups = Groups(types)
 
     def add(self, rows: _Read, factor: np.uint64) -> None:
         """Adds up ROWS. FACTOR, which is odd, is for hashes."""
@@ -222,7 +224,7 @@ class _Rolled:
         for name in self._texts:
             used[self.groups.keys[name][: self.groups.size]] = True
 
-    def renumber(self, numbers: NDArray[np.int64]) -> None:
+    def renumber(self, numbers: NDArray[np.int32]) -> None:
         """Texts have new ids: NUMBERS, by the old ones."""
         for name in self._texts:
             self.groups.keys[name] = numbers[self.groups.keys[name]]
