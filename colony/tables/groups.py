@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.colony.tables.layout import Role
+from coral.colony.tables.lookup import find
 
 _FEW: Final = 1024
 _MOST_SMALL: Final = 2**32 - 1
@@ -88,14 +89,11 @@ class Groups:
     ) -> NDArray[np.int64]:
         """The slots of the groups with HASHES, of shape (k,), sorted and distinct. Groups that are
         new get one, and the keys of their ROWS."""
-        at = np.searchsorted(self._hashes, hashes)
-        is_new = np.ones(len(hashes), bool)
-        within = at < len(self._hashes)
-        is_new[within] = self._hashes[at[within]] != hashes[within]
+        at, known = find(self._hashes, hashes)
         slots = np.empty(len(hashes), np.int64)
-        slots[~is_new] = self._slots[at[~is_new]]
-        added = int(np.count_nonzero(is_new))
-        if added:
+        slots[known] = self._slots[at[known]]
+        is_new = ~known
+        if added := int(np.count_nonzero(is_new)):
             begin, self.size = self.size, self.size + added
             slots[is_new] = np.arange(begin, self.size)
             for name, values in self.keys.items():

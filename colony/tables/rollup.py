@@ -7,7 +7,6 @@ after its window was handed over is handed over as a further row.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ from coral.colony.tables.layout import (
     TableLayout,
     base_of,
 )
+from coral.colony.tables.lookup import hashed
 from coral.colony.tables.texts import Texts
 
 _MOST_IDLE_TEXTS: Final = 100_000
@@ -49,7 +49,6 @@ class Rollup:
         self.level = level
         self._tables: dict[str, _Rolled] = {}
         self._texts = Texts()
-        self._factor = np.uint64(secrets.randbits(64) | 1)
 
     @property
     def size_bytes(self) -> int:
@@ -70,7 +69,7 @@ class Rollup:
         rolled = self._tables.get(layout.name)
         if rolled is None:
             rolled = self._tables[layout.name] = _Rolled(layout, self.level.width_ns)
-        rolled.add(_Read(rows, self._texts), self._factor)
+        rolled.add(_Read(rows, self._texts))
 
     def take(self, until_ns: int) -> Mapping[str, pa.Table]:
         """What was added up of the windows that end at or before UNTIL_NS, for each table that has
@@ -163,20 +162,20 @@ class _Rolled:
         types |= dict.fromkeys(self._texts, np.int32) | dict.fromkeys(self._numbers, np.int64)
         self.groups = Groups(types)
 
-    def add(self, rows: _Read, factor: np.uint64) -> None:
-        """Adds up ROWS. FACTOR, which is odd, is for hashes."""
+    def add(self, rows: _Read) -> None:
+        """Adds up ROWS."""
         times = rows.numbers(TIME)
         keys = {TIME: times - times % self._width_ns}
-        hashes = _hashed(np.zeros(len(rows), np.uint64), keys[TIME].view(np.uint64), factor)
+        hashes = hashed(np.zeros(len(rows), np.uint64), keys[TIME])
         for name in self._texts:
             keys[name], of_text = rows.texts(name)
-            hashes = _hashed(hashes, of_text, factor)
+            hashes = hashed(hashes, of_text)
         for name in self._numbers:
             values = rows.numbers(name)
             if where := self._layout.key_where.get(name):
                 values = values * rows.is_one_of(*where)
             keys[name] = values
-            hashes = _hashed(hashes, values.view(np.uint64), factor)
+            hashes = hashed(hashes, values)
         self.groups.add(hashes, keys, self._figures(rows))
 
     def _figures(self, rows: _Read) -> Mapping[str, tuple[Role, NDArray[np.int64]]]:
@@ -228,11 +227,3 @@ class _Rolled:
         """Texts have new ids: NUMBERS, by the old ones."""
         for name in self._texts:
             self.groups.keys[name] = numbers[self.groups.keys[name]]
-
-
-def _hashed(
-    hashes: NDArray[np.uint64], values: NDArray[np.uint64], factor: np.uint64
-) -> NDArray[np.uint64]:
-    """HASHES of the keys before, with VALUES as the next, both of shape (n,)."""
-    mixed = (hashes ^ values) * factor
-    return mixed ^ (mixed >> np.uint64(32))
