@@ -52,8 +52,8 @@ class Part:
     @property
     def place_of_row(self) -> NDArray[np.int32]:
         """The id of the place of each row, of shape (count,)."""
-        if len(self.places) == 1:
-            return np.repeat(self.places, self.count)
+        if len(self.places) == 1 or not has_field(self.values, RESOURCE):
+            return np.repeat(self.places[:1], self.count)
         of_row: NDArray[np.int32] = self.places[self.values[RESOURCE]]
         return of_row
 
