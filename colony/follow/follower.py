@@ -113,8 +113,9 @@ class Follower:
                             self._take(change.what, change.collector)
                             visit.follow(change.collector)
                         self.status.sessions = visit.sessions
-                finally:
+                except AgentError:
                     await visit.end()
+                    raise
 
     def _stands(self, client: AgentClient) -> None:
         self.client = client

@@ -96,7 +96,7 @@ class Upkeep:
         """A connection stands; INFOS are the collectors at work. Those that are wanted are
         adopted."""
         for place in self._places:
-            place.is_asked, place.collector_id = False, ""
+            place.is_asked, place.collector_id, place.due_s = False, "", now_s
         for info in infos:
             self.appears(info, now_s)
 

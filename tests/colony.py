@@ -1,0 +1,117 @@
+"""What tests of the colony share: a store in memory that checks every delivery, and a fleet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+from coral.client import AgentClient
+from coral.colony.delivery import Delivery, Standing
+from coral.colony.follow.discovery.listed import Listed
+from coral.colony.follow.fleet import Fleet
+from coral.colony.follow.follower import ONCE
+from coral.colony.follow.wanted import Wanted
+from tests.support import PATIENCE
+
+T = TypeVar("T")
+Key = tuple[str, str]
+
+
+class Gap(NamedTuple):
+    agent_id: str
+    from_ns: int
+    to_ns: int
+    why: str
+
+
+class Shelf:
+    """Keeps deliveries in memory, and holds each one to its promise. It outlives fleets, as a
+    store's file outlives colonies."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Key, list[Delivery]] = {}
+        self.gaps: list[Gap] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        self._standings: dict[Key, Standing] = {}
+
+    def put(self, delivery: Delivery) -> None:
+        key, before = delivery.session.key, self._standings.get(delivery.session.key)
+        assert delivery.after_seq == (before.last_seq if before else 0), delivery
+        lost, in_order = sum(delivery.lost.values()), delivery.last_seq - delivery.after_seq
+        assert in_order == delivery.rows + lost, delivery
+        assert delivery.produced >= delivery.last_seq
+        if delivery.ended:
+            assert delivery.produced == delivery.last_seq
+        self.kept.setdefault(key, []).append(delivery)
+        stored, all_lost = (before.stored, before.lost) if before else (0, {})
+        self._standings[key] = Standing(
+            session=delivery.session,
+            last_seq=delivery.last_seq,
+            produced=delivery.produced,
+            stored=stored + delivery.rows,
+            updated_ns=delivery.time_ns,
+            lost=dict(Counter(all_lost) + Counter(delivery.lost)),
+            lost_in_kernel=delivery.lost_in_kernel,
+            ended=delivery.ended,
+        )
+
+    async def room(self) -> None:
+        await self.open.wait()
+
+    def standing(self, agent_id: str, collector_id: str) -> Standing | None:
+        return self._standings.get((agent_id, collector_id))
+
+    def standings(self) -> Sequence[Standing]:
+        return tuple(self._standings.values())
+
+    def gap(self, agent_id: str, from_ns: int, to_ns: int, why: str) -> None:
+        assert from_ns <= to_ns
+        self.gaps.append(Gap(agent_id, from_ns, to_ns, why))
+
+    def of(self, collector_id: str) -> Standing | None:
+        """What there is of the session, of whatever agent."""
+        found = (it for it in self.standings() if it.session.collector_id == collector_id)
+        return next(found, None)
+
+    def forget_after(self, collector_id: str, deliveries: int) -> None:
+        """What a store's end takes along: all but the first DELIVERIES of a session."""
+        (key,) = (key for key in self.kept if key[1] == collector_id)
+        kept, _ = self.kept.pop(key)[:deliveries], self._standings.pop(key)
+        for delivery in kept:
+            self.put(delivery)
+
+
+async def until(condition: Callable[[], T], timeout_s: float = 30.0) -> T:
+    """What CONDITION returns once it is true; TimeoutError where it never is."""
+    async with asyncio.timeout(timeout_s * PATIENCE):
+        while not (value := condition()):
+            await asyncio.sleep(0.01)
+    return value
+
+
+@asynccontextmanager
+async def following(
+    shelf: Shelf, *addresses: str, wanted: Sequence[Wanted] = (), token: str = ""
+) -> AsyncIterator[Fleet]:
+    """A fleet of the agents at ADDRESSES, each of which is followed or was tried."""
+    connect = partial(AgentClient, token=token, timeout_s=10 * PATIENCE, retry=ONCE)
+    fleet = Fleet(shelf, [Listed(addresses)], connect, wanted=wanted)
+    async with fleet.following():
+        await until(lambda: fleet.is_settled)
+        yield fleet
+
+
+def ended(standing: Standing | None) -> bool:
+    """Whether the session's end is known."""
+    return standing is not None and standing.ended is not None
+
+
+def reopened(standing: Standing) -> Standing:
+    """The same of a session that goes on."""
+    return replace(standing, ended=None)
