@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from coral.client import AgentClient
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.follow.discovery.listed import Listed
 from coral.colony.follow.fleet import Fleet
 from coral.colony.follow.follower import ONCE
@@ -22,13 +22,6 @@ T = TypeVar("T")
 Key = tuple[str, str]
 
 
-class Gap(NamedTuple):
-    agent_id: str
-    from_ns: int
-    to_ns: int
-    why: str
-
-
 class Shelf:
     """Keeps deliveries in memory, and holds each one to its promise. It outlives fleets, as a
     store's file outlives colonies."""
@@ -36,6 +29,7 @@ class Shelf:
     def __init__(self) -> None:
         self.kept: dict[Key, list[Delivery]] = {}
         self.gaps: list[Gap] = []
+        self.seen: dict[str, AgentSeen] = {}
         self.open = asyncio.Event()
         self.open.set()
         self._standings: dict[Key, Standing] = {}
@@ -70,9 +64,12 @@ class Shelf:
     def standings(self) -> Sequence[Standing]:
         return tuple(self._standings.values())
 
-    def gap(self, agent_id: str, from_ns: int, to_ns: int, why: str) -> None:
-        assert from_ns <= to_ns
-        self.gaps.append(Gap(agent_id, from_ns, to_ns, why))
+    def agent_seen(self, agent: AgentSeen) -> None:
+        self.seen[agent.agent_id] = agent
+
+    def gap(self, gap: Gap) -> None:
+        assert gap.from_ns <= gap.to_ns
+        self.gaps.append(gap)
 
     def of(self, collector_id: str) -> Standing | None:
         """What there is of the session, of whatever agent."""
@@ -90,7 +87,7 @@ class Shelf:
 async def until(condition: Callable[[], T], timeout_s: float = 30.0) -> T:
     """What CONDITION returns once it is true; TimeoutError where it never is."""
     async with asyncio.timeout(timeout_s * PATIENCE):
-        while not (value := condition()):
+        while not (value := condition()):  # noqa: ASYNC110  nothing says when
             await asyncio.sleep(0.01)
     return value
 

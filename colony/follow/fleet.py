@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 
 from coral.client import AgentClient, AgentError
+from coral.colony.delivery import Gap
 from coral.colony.follow.agents import Agents, given_up
 from coral.colony.follow.counts import Counts
 from coral.colony.follow.discovery.source import Source
@@ -190,4 +191,4 @@ class Fleet:
         with its sessions, they go on."""
         for agent in self.agents.silent(now_ns - self._lost_after_ns):
             self._shared.lose(given_up(agent, frozenset(), SILENT, now_ns))
-            self._shared.sink.gap(agent.agent_id, agent.heard_ns, now_ns, SILENT)
+            self._shared.sink.gap(Gap(agent.agent_id, agent.heard_ns, now_ns, SILENT))

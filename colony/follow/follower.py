@@ -13,7 +13,8 @@ import structlog
 
 from coral.client import AgentClient, AgentError, CollectorInfo, Retry, Watch, What
 from coral.client.backoff import Backoff
-from coral.colony.follow.agents import FollowedTwiceError
+from coral.colony.delivery import AgentSeen
+from coral.colony.follow.agents import Agent, FollowedTwiceError
 from coral.colony.follow.status import Shared, State, Status
 from coral.colony.follow.visit import TRANSIENT, Visit
 from coral.colony.follow.wanted import Renew, Start, Upkeep
@@ -106,6 +107,8 @@ class Follower:
                 await visit.begin([*present, *(it for it in listed if it.end)])
                 await entering.aclose()
                 self._stands(client)
+                stack.callback(self._tell_seen, agent, connected=False)
+                self._tell_seen(agent, connected=True)
                 group.create_task(self._keep_up(client))
                 try:
                     async for change in watch:
@@ -124,6 +127,14 @@ class Follower:
         self._backoff.stands()
         self._backoff.delivers()
         self._is(State.FOLLOWED)
+
+    def _tell_seen(self, agent: Agent, *, connected: bool) -> None:
+        address = self.status.address
+        self._shared.sink.agent_seen(
+            AgentSeen(
+                agent.agent_id, address, agent.heard_ns, connected, agent.version, agent.kernel
+            )
+        )
 
     def _leaves(self) -> None:
         self.client = None

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 
 
 class Sink(Protocol):
     """Keeps deliveries; the store is one."""
 
-    def put(self, delivery: Delivery) -> None:
-        """Queues DELIVERY, which goes on where the session's delivery before it ended."""
+    def put(self, delivery: Delivery) -> object:
+        """Queues DELIVERY, which goes on where the session's delivery before it ended. Raises
+        `SequenceError` where it does not."""
 
     async def room(self) -> None:
         """Returns when there is room for more. Followers wait for it before they read on."""
@@ -23,6 +24,8 @@ class Sink(Protocol):
     def standings(self) -> Sequence[Standing]:
         """The same of every session."""
 
-    def gap(self, agent_id: str, from_ns: int, to_ns: int, why: str) -> None:
-        """Between the two Unix times the agent could not be followed, and it may have seen what
-        nobody knows of."""
+    def agent_seen(self, agent: AgentSeen) -> None:
+        """Notes how an agent fares."""
+
+    def gap(self, gap: Gap) -> None:
+        """Notes that an agent could not be followed for a while."""

@@ -21,6 +21,7 @@ from coral.client import (
     UnavailableError,
 )
 from coral.client.backoff import Backoff
+from coral.colony.delivery import Gap, SequenceError
 from coral.colony.follow.agents import RESTARTED, Agent, given_up
 from coral.colony.follow.book import Book
 from coral.colony.follow.status import Shared
@@ -60,7 +61,7 @@ class Visit:
         reported = frozenset(info.collector_id for info in infos)
         if lost := given_up(agent, reported, RESTARTED, now_ns):
             self._shared.lose(lost)
-            self._shared.sink.gap(agent.agent_id, agent.heard_ns, now_ns, RESTARTED)
+            self._shared.sink.gap(Gap(agent.agent_id, agent.heard_ns, now_ns, RESTARTED))
         agent.heard_ns = now_ns
         for event in opened:
             await event.wait()
@@ -91,6 +92,12 @@ class Visit:
             while not book.ended:
                 try:
                     await self._subscribe(book, opened)
+                except SequenceError as error:
+                    log.error(
+                        "a session is read again from where the sink has it", reason=str(error),
+                        agent=self._agent.agent_id, collector=collector_id,
+                    )  # fmt: skip
+                    book.last_seq, book.ended = error.expected_seq, None
                 except _NOT_THERE as error:
                     self._shared.lose([book.close_as_lost(str(error), time.time_ns())])
                 except AgentError as error:

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from coral.client import AgentClient, Kind
+from coral.client import Kind
 from coral.colony.delivery import AGENT_LOST
 from coral.colony.follow.status import State
 from coral.colony.follow.wanted import Wanted
