@@ -6,7 +6,6 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.follow.discovery.listed import Listed
 from coral.colony.follow.fleet import Fleet
 from coral.colony.follow.follower import ONCE
+from coral.colony.follow.status import Connect
 from coral.colony.follow.wanted import Wanted
 from tests.support import PATIENCE
 
@@ -76,13 +76,6 @@ class Shelf:
         found = (it for it in self.standings() if it.session.collector_id == collector_id)
         return next(found, None)
 
-    def forget_after(self, collector_id: str, deliveries: int) -> None:
-        """What a store's end takes along: all but the first DELIVERIES of a session."""
-        (key,) = (key for key in self.kept if key[1] == collector_id)
-        kept, _ = self.kept.pop(key)[:deliveries], self._standings.pop(key)
-        for delivery in kept:
-            self.put(delivery)
-
 
 async def until(condition: Callable[[], T], timeout_s: float = 30.0) -> T:
     """What CONDITION returns once it is true; TimeoutError where it never is."""
@@ -94,10 +87,12 @@ async def until(condition: Callable[[], T], timeout_s: float = 30.0) -> T:
 
 @asynccontextmanager
 async def following(
-    shelf: Shelf, *addresses: str, wanted: Sequence[Wanted] = (), token: str = ""
+    shelf: Shelf,
+    *addresses: str,
+    wanted: Sequence[Wanted] = (),
+    connect: Connect = partial(AgentClient, timeout_s=10 * PATIENCE, retry=ONCE),
 ) -> AsyncIterator[Fleet]:
     """A fleet of the agents at ADDRESSES, each of which is followed or was tried."""
-    connect = partial(AgentClient, token=token, timeout_s=10 * PATIENCE, retry=ONCE)
     fleet = Fleet(shelf, [Listed(addresses)], connect, wanted=wanted)
     async with fleet.following():
         await until(lambda: fleet.is_settled)
@@ -107,8 +102,3 @@ async def following(
 def ended(standing: Standing | None) -> bool:
     """Whether the session's end is known."""
     return standing is not None and standing.ended is not None
-
-
-def reopened(standing: Standing) -> Standing:
-    """The same of a session that goes on."""
-    return replace(standing, ended=None)
