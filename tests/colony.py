@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from coral.client import AgentClient
 from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
@@ -20,6 +20,8 @@ from tests.support import PATIENCE
 
 T = TypeVar("T")
 Key = tuple[str, str]
+
+CONNECT: Final[Connect] = partial(AgentClient, timeout_s=10 * PATIENCE, retry=ONCE)
 
 
 class Shelf:
@@ -90,7 +92,7 @@ async def following(
     shelf: Shelf,
     *addresses: str,
     wanted: Sequence[Wanted] = (),
-    connect: Connect = partial(AgentClient, timeout_s=10 * PATIENCE, retry=ONCE),
+    connect: Connect = CONNECT,
 ) -> AsyncIterator[Fleet]:
     """A fleet of the agents at ADDRESSES, each of which is followed or was tried."""
     fleet = Fleet(shelf, [Listed(addresses)], connect, wanted=wanted)

@@ -10,9 +10,12 @@ from typing import Final
 import pytest
 
 from coral.client import Kind
+from coral.colony.agents import connecting
+from coral.colony.config import Agents, AgentsTls
 from coral.colony.delivery import AGENT_LOST
 from coral.colony.follow.status import State
 from coral.colony.follow.wanted import Wanted
+from tests.certificates import Authority, put
 from tests.colony import Shelf, ended, following, until
 from tests.events import connected, start_events
 from tests.peer import cutting_proxy
@@ -198,3 +201,40 @@ async def test_what_an_agent_refuses_is_told_in_its_words(agent: RunningAgent) -
         assert "config" in asked.error
         (unknown,) = await fleet.collect("syscall_stats", agents=["elsewhere"])
         assert unknown.error == "agent 'elsewhere' is not known"
+
+
+async def test_an_agent_is_followed_over_tls_with_a_certificate_and_a_token_that_changes(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    authority = Authority()
+    ca = str(authority.write(tmp_path / "ca.crt"))
+    certificate, key = map(str, authority.sign("127.0.0.1").write(tmp_path, "server"))
+    own, own_key = map(str, authority.sign(subject=None).write(tmp_path, "colony"))
+    token, known = tmp_path / "token", tmp_path / "known"
+    put(known, b"0123456789abcdef", 0o600)
+    put(token, b"a-token-of-another", 0o600)
+    config = {
+        **CONFIG,
+        "tls": {"certificate": certificate, "key": key, "client_ca": ca},
+        "auth": {"token_file": str(known)},
+        "listen": ["127.0.0.1:0"],
+    }
+    told = Agents(tls=AgentsTls(ca=ca, certificate=own, key=own_key), token_file=str(token))
+    with running_agent(tmp_path / "agent", config) as agent:
+        (line,) = [line for line in agent.log() if line["event"] == "listening"]
+        address: str = line["grpc"][0]  # type: ignore[index]
+        connect = connecting(told)
+        async with following(Shelf(), address, connect=connect) as fleet:
+            (status,) = fleet.statuses
+            assert status.state is State.REFUSED
+            assert "authorization" in status.why
+        token.unlink()
+        async with following(Shelf(), address, connect=connect) as fleet:
+            (status,) = fleet.statuses
+            assert status.why == f"agents.token_file: {token}: No such file or directory"
+        put(token, b"0123456789abcdef\n", 0o600)
+        shelf = Shelf()
+        async with following(shelf, address, wanted=[stats(puppet)], connect=connect) as fleet:
+            await until(lambda: not fleet.missing())
+            puppet.getppid(10)
+            await until(lambda: calls_stored(shelf, "getppid") == 10)
