@@ -15,6 +15,7 @@ from msgspec import Meta, Struct, field
 
 from coral.client import Kind
 from coral.client import Tls as ClientTls
+from coral.colony.config_storage import Storage
 from coral.colony.config_words import Duration, choices, converted, shown
 from coral.colony.files import read_regular
 from coral.colony.follow.discovery.addresses import agent_address, host_and_port
@@ -181,6 +182,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "`tcp_metrics` of the whole host"
         ),
     ] = field(default_factory=_everywhere)
+    storage: Storage = field(default_factory=Storage)
     listen: Annotated[
         tuple[str, ...],
         Meta(description="addresses for questions, each `unix:PATH` or `HOST:PORT`"),

@@ -69,7 +69,9 @@ def _clean_for_people(
         if isinstance(value, str):
             is_traceback = key == "exception"
             lines = value.splitlines() or [""]
-            record[key] = "\n".join(f"    | {it}" for it in lines) if is_traceback else "\\n".join(lines)
+            record[key] = (
+                "\n".join(f"    | {it}" for it in lines) if is_traceback else "\\n".join(lines)
+            )
     return record
 
 

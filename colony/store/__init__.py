@@ -3,14 +3,13 @@
 See docs/colony.md. Only `rows.py` says what the store needs to know of rows.
 """
 
+from coral.colony.delivery import AgentSeen, Gap, SequenceError
 from coral.colony.store.errors import (
-    SequenceError,
     StoreError,
     StoreInUseError,
     StoreUnavailableError,
 )
 from coral.colony.store.figures import Figures, State, families
-from coral.colony.store.making import AgentSeen, Gap
 from coral.colony.store.rows import Intake, Rollup, Rows
 from coral.colony.store.settings import HOUR_NS, MINUTE_NS, Settings, Tier
 from coral.colony.store.sources import Sources

@@ -14,8 +14,7 @@ from typing import Final
 import pyarrow as pa
 
 from coral.client import Kind
-from coral.colony.delivery import Delivery, Ended, Session, Standing
-from coral.colony.store.errors import SequenceError
+from coral.colony.delivery import Delivery, Ended, SequenceError, Session, Standing
 
 UNREADABLE: Final = "unreadable"
 """The stage of events in a delivery that the colony could not make rows of."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
 import structlog
 
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.store.book import Book, Key
 from coral.colony.store.rows import Intake, Rollup, Rows
 from coral.colony.store.settings import HOUR_NS, LOSSES, MINUTE_NS, Settings
@@ -20,31 +20,6 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 COMMITTED_NS: Final = "committed_ns"
 ROLLED_UP: Final = "rolled_up_"
 """Of names of watermarks; with the width of an interval in ns."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentSeen:
-    """How an agent fares: its place, what it is, since when it is followed or why it is not."""
-
-    agent_id: str
-    address: str
-    seen_ns: int
-    connected: bool
-    version: str = ""
-    kernel: str = ""
-    detail: str = ""
-    attributes: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """An agent could not be reached, and why. A gap that goes on comes again, with the same
-    `from_ns` and a later `to_ns`."""
-
-    agent_id: str
-    from_ns: int
-    to_ns: int
-    why: str
 
 
 Waiting = Delivery | AgentSeen | Gap
