@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -36,6 +37,7 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags)
         logs.configure(config.log_format, config.log_level)
+        _allow_connections()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_serve(config))
     except ConfigError as error:
@@ -45,6 +47,12 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         log.exception("the colony failed unexpectedly")
         return _EXIT_FAILED
     return 0
+
+
+def _allow_connections() -> None:
+    """Each agent takes a descriptor; many systems allow 1,024 until a process asks for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -111,7 +111,7 @@ def test_a_flag_that_is_not_accepted_is_named() -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "missing")
-    with pytest.raises(ConfigError, match="it is not a regular file"):
+    with pytest.raises(ConfigError, match="Is a directory"):
         load(tmp_path)
 
 
