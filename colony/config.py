@@ -149,8 +149,8 @@ class Collect(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lease: Annotated[
         Duration,
         Meta(
-            description="how long it goes on without the colony, which renews it three times as "
-            "often; at most the agents' `limits.max_duration`"
+            description="how long it goes on without the colony, which renews it after a third "
+            "of that; at most the agents' `limits.max_duration`"
         ),
     ] = Duration(300)
 
