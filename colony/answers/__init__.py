@@ -1,0 +1,1 @@
+"""Questions to the colony: named queries and SQL over what is stored, each answer with its coverage."""
