@@ -82,14 +82,14 @@ def planned(wanted: Window, kept: Mapping[str, Kept]) -> Plan:
             to_ns = _ceil(to_ns, width_ns)
         if (from_ns, to_ns) != before:
             grown = _WHOLE[coarser]
-    notes = [f"the window is in whole {grown}: no finer rows of that time are kept"] if grown else []
+    notes = (
+        [f"the window is in whole {grown}: no finer rows of that time are kept"] if grown else []
+    )
     window = Window(from_ns, to_ns)
     return Plan(window, tuple(_covered(window, tiers[::-1], kept)), tuple(notes))
 
 
-def _covered(
-    window: Window, tiers: Sequence[str], kept: Mapping[str, Kept]
-) -> Iterator[Piece]:
+def _covered(window: Window, tiers: Sequence[str], kept: Mapping[str, Kept]) -> Iterator[Piece]:
     """WINDOW in pieces, with as much as possible in the first of TIERS, and the ends in the others."""
     if window.from_ns >= window.to_ns or not tiers:
         return

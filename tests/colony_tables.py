@@ -1,0 +1,90 @@
+"""A colony's tables in a plain DuckDB, filled by hand: what named queries are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from coral.colony.answers.sources import Sources
+
+T = TypeVar("T")
+
+SMALL_TABLES = {
+    "ledger": """id BIGINT, agent VARCHAR, session VARCHAR, kind VARCHAR, service VARCHAR,
+        started_ns BIGINT, config VARCHAR, attributes VARCHAR, last_seq UBIGINT, produced UBIGINT,
+        stored UBIGINT, lost UBIGINT, lost_by_stage VARCHAR, lost_in_kernel VARCHAR,
+        updated_ns BIGINT, ended VARCHAR, ended_detail VARCHAR, ended_ns BIGINT""",
+    "gaps": "time_from_ns BIGINT, time_to_ns BIGINT, agent VARCHAR, why VARCHAR",
+    "agents": """agent VARCHAR, address VARCHAR, version VARCHAR, kernel VARCHAR,
+        connected BOOLEAN, detail VARCHAR, attributes VARCHAR, first_seen_ns BIGINT,
+        last_seen_ns BIGINT""",
+    "losses": """time_ns BIGINT, time_from_ns BIGINT, time_to_ns BIGINT, agent VARCHAR,
+        session VARCHAR, service VARCHAR, kind VARCHAR, stage VARCHAR, in_kernel BOOLEAN,
+        "count" UBIGINT""",
+}
+
+
+class PlainSources:
+    """Every row is hot."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, watermarks: dict[int, int], now: int):
+        self._con = con
+        self._watermarks = watermarks
+        self.committed_ns = now
+
+    @property
+    def tables(self) -> Sequence[str]:
+        found = self._con.execute("SELECT table_name FROM duckdb_tables()").fetchall()
+        return [name for (name,) in found if name not in SMALL_TABLES]
+
+    def columns(self, table: str) -> Sequence[str]:
+        sql = "SELECT column_name FROM duckdb_columns() WHERE table_name = ?"
+        return [name for (name,) in self._con.execute(sql, [table]).fetchall()]
+
+    def rows(self, table: str, from_ns: int, to_ns: int) -> str:
+        return f"SELECT * FROM {table}"
+
+    hot = rows
+
+    def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:
+        return []
+
+    def kept_from_ns(self, table: str) -> int | None:
+        if not self.columns(table):
+            return None
+        ((oldest_ns,),) = self._con.execute(f"SELECT min(time_ns) FROM {table}").fetchall()
+        return oldest_ns
+
+    def watermark_ns(self, width_ns: int) -> int:
+        return self._watermarks.get(width_ns, 0)
+
+
+class PlainReads:
+    """A store that holds what `add` gave it."""
+
+    def __init__(self, now_ns: int) -> None:
+        self.con = duckdb.connect()
+        for name, columns in SMALL_TABLES.items():
+            self.con.execute(f"CREATE TABLE {name} ({columns})")
+        self.watermarks: dict[int, int] = {}
+        self.now_ns = now_ns
+
+    def add(self, table: str, *rows: dict[str, Any]) -> None:
+        arrow = pa.Table.from_pylist(list(rows))
+        if not self.sources().columns(table):
+            self.con.execute(f"CREATE TABLE {table} AS SELECT * FROM arrow")
+        else:
+            self.con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM arrow")
+        del arrow
+
+    def sources(self) -> PlainSources:
+        return PlainSources(self.con, self.watermarks, self.now_ns)
+
+    async def snapshot(
+        self, work: Callable[[duckdb.DuckDBPyConnection, Sources], T], *, deadline_s: float
+    ) -> T:
+        return work(self.con.cursor(), self.sources())
