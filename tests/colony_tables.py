@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from coral.colony.answers.sources import Sources
 
@@ -88,3 +89,21 @@ class PlainReads:
         self, work: Callable[[duckdb.DuckDBPyConnection, Sources], T], *, deadline_s: float
     ) -> T:
         return work(self.con.cursor(), self.sources())
+
+
+class Sealed(PlainSources):
+    """A table `calls` of 200 rows: those before the time 100 are in a segment, the others hot."""
+
+    def __init__(self, directory: Path) -> None:
+        reads = PlainReads(1000)
+        super().__init__(reads.con, {}, reads.now_ns)
+        rows = [{"time_ns": at, "service": f"s{at % 2}", "calls": at} for at in range(200)]
+        reads.add("calls", *rows[100:])
+        self.segment = directory / "segment.parquet"
+        pq.write_table(pa.Table.from_pylist(rows[:100]), self.segment)
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        return self._con.cursor()
+
+    def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:
+        return [self.segment] if table == "calls" and from_ns < 100 else []

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
 from coral.colony.answers.comparing import compared
@@ -15,11 +14,8 @@ from coral.colony.answers.figures import finished
 from coral.colony.answers.named import NAMED
 from coral.colony.answers.query import (
     ACCOUNT,
-    MOST_GROUPS,
     Asked,
     conditions,
-    literal,
-    quoted,
     statement,
     table_of,
 )

@@ -48,7 +48,11 @@ def requests(
         "time_ns": at_ns,
         "interval_ns": MINUTE_NS if tier else 10 * SECOND_NS,
         **place(**where),
-        **{"role": role, "method": "GET", "route": route, "status": status, "version": 1},
+        "role": role,
+        "method": "GET",
+        "route": route,
+        "status": status,
+        "version": 1,
         "tls": False,
         "count": sum(counts),
         "errors": errors,
@@ -213,9 +217,19 @@ def test_syscalls_have_log2_quantiles(reads: PlainReads) -> None:
     reads.add(
         "syscall_stats",
         {
-            **{"time_ns": NOON, "interval_ns": 10**10, **place(), "syscall": "read", "pid": 7},
-            **{"comm": "x", "call_count": 10, "error_count": 1, "total_duration_ns": 5000},
-            **{"max_duration_ns": 1900, **slots, "latency_e8": 5, "latency_e10": 5},
+            "time_ns": NOON,
+            "interval_ns": 10**10,
+            **place(),
+            "syscall": "read",
+            "pid": 7,
+            "comm": "x",
+            "call_count": 10,
+            "error_count": 1,
+            "total_duration_ns": 5000,
+            "max_duration_ns": 1900,
+            **slots,
+            "latency_e8": 5,
+            "latency_e10": 5,
         },
     )
     (row,) = ask(reads, SYSCALLS).table.to_pylist()
@@ -227,24 +241,41 @@ def test_syscalls_have_log2_quantiles(reads: PlainReads) -> None:
 def test_tcp_has_peers_and_connections_under_one_name(reads: PlainReads) -> None:
     common = {"time_ns": NOON, "interval_ns": 10**10, **place(), "role": "client"}
     counters = {
-        **{"bytes_sent": 100, "bytes_received": 50, "segments_sent": 10, "retransmits": 1},
-        **{"retransmits_timeout": 0, "listen_drops": 0, "rtt_us_le_100": 4, "rtt_us_le_inf": 0},
+        "bytes_sent": 100,
+        "bytes_received": 50,
+        "segments_sent": 10,
+        "retransmits": 1,
+        "retransmits_timeout": 0,
+        "listen_drops": 0,
+        "rtt_us_le_100": 4,
+        "rtt_us_le_inf": 0,
     }
     reads.add(
         "tcp_peers",
         {
             **common,
-            **{"remote_address": "10.0.0.1", "port": 5432, "connections_opened": 3},
-            **{"connections_established": 2, "connections_closed": 1, "connections_failed": 1},
-            **{**counters, "ends_refused": 1},
+            "remote_address": "10.0.0.1",
+            "port": 5432,
+            "connections_opened": 3,
+            "connections_established": 2,
+            "connections_closed": 1,
+            "connections_failed": 1,
+            **counters,
+            "ends_refused": 1,
         },
     )
     reads.add(
         "tcp_metrics",
         {
             **common,
-            **{"remote_address": "10.0.0.1", "remote_port": 5432, "local_port": 40000},
-            **{"opened": 1, "established": 1, "closed": 1, "failed": 0, "end": "reset_remote"},
+            "remote_address": "10.0.0.1",
+            "remote_port": 5432,
+            "local_port": 40000,
+            "opened": 1,
+            "established": 1,
+            "closed": 1,
+            "failed": 0,
+            "end": "reset_remote",
             **counters,
         },
     )
