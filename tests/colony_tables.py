@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coral.colony.answers.sources import Sources
+from coral.colony.tables import LEVELS, STACKS, TABLES, schema_of
 
 T = TypeVar("T")
 
+_ROLLED_UP = [name for name, table in TABLES.items() if table.is_rolled_up]
+TABLES_OF_ROWS = [STACKS, *TABLES, *(it.name(name) for it in LEVELS for name in _ROLLED_UP)]
 SMALL_TABLES = {
     "ledger": """id BIGINT, agent VARCHAR, session VARCHAR, kind VARCHAR, service VARCHAR,
         started_ns BIGINT, config VARCHAR, attributes VARCHAR, last_seq UBIGINT, produced UBIGINT,
@@ -30,7 +33,7 @@ SMALL_TABLES = {
 
 
 class PlainSources:
-    """Every row is hot."""
+    """Every row is hot. A table of the colony is made when somebody asks for it."""
 
     def __init__(self, con: duckdb.DuckDBPyConnection, watermarks: dict[int, int], now: int):
         self._con = con
@@ -40,24 +43,31 @@ class PlainSources:
     @property
     def tables(self) -> Sequence[str]:
         found = self._con.execute("SELECT table_name FROM duckdb_tables()").fetchall()
-        return [name for (name,) in found if name not in SMALL_TABLES]
+        return [name for (name,) in found]
+
+    def made(self, table: str) -> str:
+        """TABLE, which is there from now on."""
+        if table not in self.tables:
+            empty = pa.Table.from_pylist([], schema_of(table))
+            self._con.register("empty", empty)
+            self._con.execute(f"CREATE TABLE {table} AS SELECT * FROM empty")
+        return table
 
     def columns(self, table: str) -> Sequence[str]:
         sql = "SELECT column_name FROM duckdb_columns() WHERE table_name = ?"
-        return [name for (name,) in self._con.execute(sql, [table]).fetchall()]
+        return [name for (name,) in self._con.execute(sql, [self.made(table)]).fetchall()]
 
     def rows(self, table: str, from_ns: int, to_ns: int) -> str:
-        return f"SELECT * FROM {table}"
+        return f"SELECT * FROM {self.made(table)}"
 
-    hot = rows
+    def hot(self, table: str) -> str:
+        return self.rows(table, 0, 0)
 
     def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:
         return []
 
     def kept_from_ns(self, table: str) -> int | None:
-        if not self.columns(table):
-            return None
-        ((oldest_ns,),) = self._con.execute(f"SELECT min(time_ns) FROM {table}").fetchall()
+        ((oldest_ns,),) = self._con.execute(f"SELECT min(time_ns) FROM {self.made(table)}").fetchall()
         return oldest_ns
 
     def watermark_ns(self, width_ns: int) -> int:
@@ -75,12 +85,19 @@ class PlainReads:
         self.now_ns = now_ns
 
     def add(self, table: str, *rows: dict[str, Any]) -> None:
-        arrow = pa.Table.from_pylist(list(rows))
-        if not self.sources().columns(table):
-            self.con.execute(f"CREATE TABLE {table} AS SELECT * FROM arrow")
+        if table in TABLES_OF_ROWS:
+            self.sources().made(table)
+            named = {name for row in rows for name in row}
+            schema = pa.schema([field for field in schema_of(table) if field.name in named])
+            assert len(schema) == len(named), named - set(schema.names)
+            arrow = pa.Table.from_pylist(list(rows), schema)
         else:
-            self.con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM arrow")
-        del arrow
+            arrow = pa.Table.from_pylist(list(rows))
+        self.con.register("added", arrow)
+        if table in self.sources().tables:
+            self.con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM added")
+        else:
+            self.con.execute(f"CREATE TABLE {table} AS SELECT * FROM added")
 
     def sources(self) -> PlainSources:
         return PlainSources(self.con, self.watermarks, self.now_ns)

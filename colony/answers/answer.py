@@ -9,8 +9,9 @@ import duckdb
 import pyarrow as pa
 
 from coral.colony.answers.comparing import compared
-from coral.colony.answers.coverage import Scope, covered
+from coral.colony.answers.coverage import Scope, covered, watches_of
 from coral.colony.answers.figures import finished
+from coral.colony.answers.frames import with_frames
 from coral.colony.answers.named import NAMED
 from coral.colony.answers.query import (
     ACCOUNT,
@@ -20,8 +21,10 @@ from coral.colony.answers.query import (
     table_of,
 )
 from coral.colony.answers.refusals import unknown
+from coral.colony.answers.repeats import repeats
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import WIDTHS_NS, Window
+from coral.colony.tables.layout import STACK
 from coral.mesh.colony.v1 import colony_pb2 as pb
 
 
@@ -35,6 +38,17 @@ class Answer:
 
 def answered(cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked) -> Answer:
     """The answer to a checked request. Raises `RefusedError`, `duckdb.Error`."""
+    answer = _answered(cursor, sources, asked)
+    if STACK not in asked.by:
+        return answer
+    window = Window(
+        getattr(answer.coverage, "from").ToNanoseconds() - asked.against_ns,
+        answer.coverage.to.ToNanoseconds(),
+    )
+    return Answer(with_frames(cursor, sources, answer.table, window), answer.coverage)
+
+
+def _answered(cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked) -> Answer:
     if not asked.against_ns:
         answer = _of_window(cursor, sources, asked, asked.window, asked.top)
         if not answer.table.num_rows:
@@ -57,13 +71,12 @@ def answered(cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked) 
 def _of_window(
     cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked, window: Window, top: int
 ) -> Answer:
-    made = statement(asked, window, sources, top=top)
     scope = scope_of(asked)
-    coverage = covered(cursor, sources, window, scope, made.plans.values())
+    watches = watches_of(cursor, window, scope)
+    made = statement(asked, window, sources, top=top, left_out=list(repeats(watches)))
+    coverage = covered(cursor, sources, window, scope, made.plans.values(), watches)
     if asked.needs_raw:
         coverage.notes.extend(_raw_notes(asked, sources, made.plans))
-    if not made.sql:
-        return Answer(_empty(asked), coverage)
     sums: pa.Table = cursor.sql(made.sql).to_arrow_table()
     rows_used, groups = (_first(sums, name) for name in ACCOUNT)
     coverage.rows_used = rows_used
@@ -107,10 +120,6 @@ def scope_of(asked: Asked) -> Scope:
     return Scope(asked.named.kinds, named, chosen)
 
 
-def _empty(asked: Asked) -> pa.Table:
-    return pa.table({name: pa.array([], pa.string()) for name in asked.by})
-
-
 def _check_services(
     cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked, coverage: pb.Coverage
 ) -> None:
@@ -132,12 +141,8 @@ def known_services(cursor: duckdb.DuckDBPyConnection, sources: Sources) -> Seque
     read."""
     found: set[str] = set()
     for table in dict.fromkeys(it.table for named in NAMED.values() for it in named.sources):
-        if not sources.columns(table):
-            continue
-        pieces = [(table, 0)]
         minutes = table_of(table, "1m")
-        if sources.columns(minutes):
-            pieces = [(minutes, 0), (table, sources.watermark_ns(WIDTHS_NS["1m"]))]
+        pieces = [(minutes, 0), (table, sources.watermark_ns(WIDTHS_NS["1m"]))]
         for name, from_ns in pieces:
             rows = sources.rows(name, from_ns, _FOREVER_NS)
             sql = f"SELECT DISTINCT service FROM ({rows}) WHERE time_ns >= {from_ns}"

@@ -30,7 +30,7 @@ _WEIGHT: Final = {FAILING: 4, SLOW: 3, NEW: 2, GONE: 1, FAST: 1}
 def compared(named: Named, now: pa.Table, before: pa.Table, by: Sequence[str]) -> pa.Table:
     """The rows of both windows, with a column `verdict` behind BY. Those that became worse come
     first, and of these the ones with most."""
-    count, errors = _COUNTED[named.name]
+    count, errors = named.counted
     if not now.num_rows and not before.num_rows:
         return now.append_column("verdict", pa.array([], pa.string()))
     joined = side_by_side(_like(now, before), _like(before, now), by)
@@ -50,15 +50,6 @@ def compared(named: Named, now: pa.Table, before: pa.Table, by: Sequence[str]) -
     order = np.lexsort((-np.maximum(amount, amount_before), -weight))
     joined = joined.add_column(len(by), "verdict", pa.array(verdicts.tolist(), pa.string()))
     return joined.take(pa.array(order))
-
-
-_COUNTED: Final = {
-    "http": ("count", "errors"),
-    "syscalls": ("calls", "errors"),
-    "tcp": ("segments_sent", "retransmits"),
-    "services": ("requests", "errors"),
-    "profile": ("count", ""),
-}
 
 
 def _like(table: pa.Table, other: pa.Table) -> pa.Table:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import duckdb
 
 from coral.colony.answers.query import literal
+from coral.colony.answers.repeats import Watch, overlapping, repeats
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import Plan, Window
 from coral.mesh.colony.v1 import colony_pb2 as pb
@@ -37,8 +38,10 @@ def covered(
     window: Window,
     scope: Scope,
     plans: Iterable[Plan] = (),
+    watches: Sequence[Watch] = (),
 ) -> pb.Coverage:
-    """What is missing in an answer about WINDOW. Its numbers of rows are left to the caller."""
+    """What is missing in an answer about WINDOW, which the sessions WATCHES were at work in. Its
+    numbers of rows are left to the caller."""
     coverage = pb.Coverage()
     plans = list(plans)
     from_ns = min((it.window.from_ns for it in plans), default=window.from_ns)
@@ -53,7 +56,7 @@ def covered(
     window = Window(from_ns, to_ns)
     coverage.lost.extend(_lost(cursor, sources, window, scope))
     coverage.gaps.extend(_gaps(cursor, window, scope))
-    notes = [*(note for plan in plans for note in plan.notes), *_twice(cursor, window, scope)]
+    notes = [*(note for plan in plans for note in plan.notes), *_twice(watches)]
     coverage.notes.extend(list(dict.fromkeys(notes))[:_MOST_NOTES])
     complete_ns = _complete_to(cursor, scope)
     if complete_ns is not None:
@@ -71,8 +74,6 @@ def _lost(
 ) -> Iterator[pb.Lost]:
     """By stage, kind, service and agent, the most first. What was lost between two times is told
     where either lies in WINDOW, or between them."""
-    if not sources.columns(LOSSES):
-        return
     where = " AND ".join((_of_kinds(scope), *scope.conditions, *scope.agent_conditions))
     # A loss is known when the next batch comes: that may be after the window.
     rows = sources.rows(LOSSES, window.from_ns, window.to_ns + _LATE_NS)
@@ -121,27 +122,38 @@ def _complete_to(cursor: duckdb.DuckDBPyConnection, scope: Scope) -> int | None:
     return least_ns
 
 
-def _twice(cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope) -> Iterator[str]:
-    """Sessions of one agent that watched one service at a time: what both saw is counted twice."""
+def watches_of(
+    cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope
+) -> Sequence[Watch]:
+    """The sessions that were at work in WINDOW."""
     conditions = " AND ".join((_of_kinds(scope), *scope.conditions, *scope.agent_conditions))
     sql = f"""
-        WITH mine AS (
-            SELECT agent, session, kind, service, started_ns,
-                coalesce(ended_ns, {window.to_ns}) AS until_ns
-            FROM ledger
-            WHERE {conditions} AND stored > 0 AND started_ns < {window.to_ns}
-                AND coalesce(ended_ns, {window.to_ns}) > {window.from_ns}
-        )
-        SELECT one.kind, one.service, count(DISTINCT one.agent), min(one.agent)
-        FROM mine one JOIN mine other USING (agent, kind, service)
-        WHERE one.session < other.session
-            AND one.started_ns < other.until_ns AND other.started_ns < one.until_ns
-        GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT {_MOST_NOTES}"""
-    for kind, service, agents, agent in cursor.execute(sql).fetchall():
-        where = agent if agents == 1 else f"{agents} agents"
+        SELECT agent, session, kind, service, config, started_ns, ended_ns FROM ledger
+        WHERE {conditions} AND stored > 0 AND started_ns < {window.to_ns}
+            AND coalesce(ended_ns, {window.to_ns}) >= {window.from_ns}"""
+    return [Watch(*row) for row in cursor.execute(sql).fetchall()]
+
+
+def _twice(watches: Sequence[Watch]) -> Iterator[str]:
+    """What is counted several times, or is left out because it would be."""
+    found = list(repeats(watches))
+    if found:
+        where = found[0].agent if len(found) == 1 else f"{len({it.agent for it in found})} agents"
         yield (
-            f"several sessions of {kind} watched {service or 'the host'} on {where} at a time: "
-            "what they all saw is counted several times"
+            f"{len(found)} sessions on {where} saw the same as others at the time: these are left "
+            "out while both were at work"
+            if len(found) > 1
+            else f"a session on {where} saw the same as another at the time: it is left out while "
+            "both were at work"
+        )
+    differing: dict[tuple[str, str], list[str]] = {}
+    for kind, service, agent in overlapping(watches, found):
+        differing.setdefault((kind, service), []).append(agent)
+    for (kind, service), agents in differing.items():
+        where = agents[0] if len(agents) == 1 else f"{len(agents)} agents"
+        yield (
+            f"several sessions of {kind} with different options watched {service or 'the host'} "
+            f"on {where} at a time: what they all saw is counted several times"
         )
 
 

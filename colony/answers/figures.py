@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from coral.colony.answers.histograms import Slots, quantiles
 from coral.colony.answers.named import Times
-from coral.colony.answers.query import ACCOUNT, Statement
+from coral.colony.answers.query import ACCOUNT, Slots, Statement
+from coral.colony.tables.quantiles import counts_of, quantiles
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
 _BEFORE: Final = "_before"
@@ -31,30 +31,26 @@ def finished(sums: pa.Table, statement: Statement, times: Sequence[Times]) -> pa
 
 
 def _of_times(sums: pa.Table, times: Times, slots: Slots) -> Iterator[tuple[pa.Field, pa.Array]]:
-    if slots.columns:
-        arrays = [sums.column(name).to_numpy() for name in slots.columns]
-        counts = np.stack(arrays, axis=1).astype(np.int64)
-    else:
-        counts = np.zeros((sums.num_rows, 0), np.int64)
+    histogram = slots.histogram
+    counts, names = counts_of(histogram, sums)
     least, most = (_numbers(sums, name) for name in (times.least, times.most))
-    for q in QUANTILES:
-        values = quantiles(counts, slots, q, least, most)
+    values = quantiles(histogram, counts, QUANTILES, names=names, least=least, most=most)
+    empty = counts.sum(axis=1) == 0
+    for place, q in enumerate(QUANTILES):
         name = f"{times.prefix}p{q * 100:g}_{times.unit}"
-        yield pa.field(name, pa.float64()), pa.array(values, from_pandas=True)
-    bounds = [f"{upper:.0f}" for upper in slots.upper.tolist() if np.isfinite(upper)]
-    metadata = {"bounds": ",".join(bounds), "unit": times.unit}
-    kind = pa.list_(pa.int64())
-    field = pa.field(f"{times.prefix}histogram", kind, metadata=metadata)
-    width = counts.shape[1]
-    offsets = pa.array(np.arange(sums.num_rows + 1, dtype=np.int32) * width)
+        yield pa.field(name, pa.float64()), pa.array(values[:, place], mask=empty)
+    _, upper = histogram.edges(names)
+    bounds = ",".join(f"{each:.0f}" for each in upper if np.isfinite(each))
+    metadata = {"bounds": bounds, "unit": times.unit}
+    field = pa.field(f"{times.prefix}histogram", pa.list_(pa.int64()), metadata=metadata)
+    offsets = pa.array(np.arange(sums.num_rows + 1, dtype=np.int32) * counts.shape[1])
     yield field, pa.ListArray.from_arrays(offsets, pa.array(counts.reshape(-1)))
 
 
 def _numbers(sums: pa.Table, name: str) -> NDArray[np.float64] | None:
-    """A column of figures, NaN where it has none: comparisons leave those alone."""
-    if not name or name not in sums.column_names:
-        return None
-    return np.asarray(sums.column(name).to_numpy(), np.float64)
+    """A column of figures; None where the query has none. Where there is no value there are no
+    counts either."""
+    return numbers(sums, name) if name in sums.column_names else None
 
 
 def side_by_side(now: pa.Table, before: pa.Table, by: Sequence[str]) -> pa.Table:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 PLACE: Final = ("service", "namespace", "workload", "pod", "container", "agent", "session")
-"""Where rows are from: columns that all tables have. Rollups have no session."""
+"""Where rows are from: columns that all tables have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,11 @@ def greatest(name: str, of: str = "") -> Value:
     return Value(name, f"max({of})::BIGINT", (of,))
 
 
+def least(name: str) -> Value:
+    """The least of a column, in which 0 is no value; NULL where there is none."""
+    return Value(name, f"min(nullif({name}, 0))::BIGINT", (name,))
+
+
 @dataclass(frozen=True, slots=True)
 class Times:
     """A histogram of a query, of which quantiles are answered: as `<prefix>p50_<unit>` and so on,
@@ -77,8 +82,12 @@ class Named:
     values: Sequence[Value]
     order: str
     times: Sequence[Times] = ()
-    raw_only: Sequence[str] = ("session",)
+    raw_only: Sequence[str] = ()
     """Those of `columns` that rollups do not have."""
+    always_by: Sequence[str] = ()
+    """What rows are told apart by whatever is asked."""
+    counted: tuple[str, str] = ("count", "errors")
+    """The values whose share is compared: how many, and of these how many went wrong."""
     can_compare: bool = True
 
     @property
@@ -115,12 +124,20 @@ HTTP: Final = Named(
         total("response_body_bytes"),
         total("sum_ns"),
         greatest("max_ns"),
-        Value("min_ns", "min(nullif(min_ns, 0))::BIGINT", ("min_ns",)),
+        least("min_ns"),
+        greatest("first_byte_max_ns"),
+        least("first_byte_min_ns"),
     ),
     order="count",
     times=(
         Times("duration", "ns", least="min_ns", most="max_ns"),
-        Times("first_byte", "ns", "first_byte_"),
+        Times(
+            "first_byte",
+            "ns",
+            "first_byte_",
+            least="first_byte_min_ns",
+            most="first_byte_max_ns",
+        ),
     ),
 )
 
@@ -138,7 +155,8 @@ SYSCALLS: Final = Named(
     ),
     order="total_ns",
     times=(Times("latency", "ns", most="max_ns"),),
-    raw_only=("session", "pid"),
+    raw_only=("pid",),
+    counted=("calls", "errors"),
 )
 
 _COUNTERS: Final = (
@@ -183,6 +201,20 @@ TCP: Final = Named(
     ),
     order="bytes_sent + bytes_received",
     times=(Times("rtt_us", "us", "rtt_"), Times("connect_us", "us", "connect_")),
+    counted=("segments_sent", "retransmits"),
+)
+
+PROFILE: Final = Named(
+    name="profile",
+    about="CPU profiles: samples by stack, of any services and any time.",
+    sources=(Source("cpu_profile"),),
+    columns=(*PLACE, "process", "comm", "tgid"),
+    by=("service",),
+    always_by=("process", "end", "unwinding", "in_kernel", "stack_id"),
+    values=(total("count"), total("cpu_ns"), total("cycles")),
+    order="count",
+    raw_only=("comm", "tgid"),
+    counted=("count", ""),
 )
 
 SERVICES: Final = Named(
@@ -219,6 +251,7 @@ SERVICES: Final = Named(
     ),
     order="requests + requests_made + calls",
     times=(Times("duration", "ns"),),
+    counted=("requests", "errors"),
 )
 
-NAMED: Final[Mapping[str, Named]] = {it.name: it for it in (HTTP, SYSCALLS, TCP, SERVICES)}
+NAMED: Final[Mapping[str, Named]] = {it.name: it for it in (HTTP, SYSCALLS, TCP, PROFILE, SERVICES)}

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from coral.colony.answers.histograms import Slots, slots_of
 from coral.colony.answers.named import Named, Source, Times, Value
 from coral.colony.answers.refusals import RefusedError, unknown
+from coral.colony.answers.repeats import Repeat
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import RAW, WIDTHS_NS, Kept, Piece, Plan, Window, planned
+from coral.colony.tables import TABLES
+from coral.colony.tables.histograms import Histogram
 
 MOST_GROUPS: Final = 200_000
 _FOREVER_NS: Final = 1 << 62
@@ -51,7 +53,7 @@ class Asked:
             raise RefusedError("where: a value has a NUL byte")
         if self.against_ns and not self.named.can_compare:
             raise RefusedError(f"against: {self.named.name} compares no windows")
-        by = tuple(dict.fromkeys(self.by or self.named.by))
+        by = tuple(dict.fromkeys((*(self.by or self.named.by), *self.named.always_by)))
         return Asked(
             self.named, self.window, by, self.top, self.services, self.where, self.against_ns
         )
@@ -63,13 +65,20 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """A histogram, and the columns that have its counts in the tables of a query."""
+
+    histogram: Histogram
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Statement:
-    """SQL for a checked request, the plan of each table, and the histograms' slots."""
+    """SQL for a checked request, the plan of each table, and the histograms' slots by name."""
 
     sql: str
     plans: Mapping[str, Plan]
     slots: Mapping[str, Slots]
-    values: Sequence[str]
 
 
 def table_of(table: str, tier: str) -> str:
@@ -90,16 +99,17 @@ def plan_of(table: str, window: Window, sources: Sources, *, raw_only: bool = Fa
     return planned(window, kept)
 
 
-def statement(asked: Asked, window: Window, sources: Sources, *, top: int) -> Statement:
-    """The SQL for one WINDOW of a checked request; TOP is 0 for all groups, of which there are at
-    most MOST_GROUPS."""
+def statement(
+    asked: Asked, window: Window, sources: Sources, *, top: int, left_out: Sequence[Repeat] = ()
+) -> Statement:
+    """The SQL for one WINDOW of a checked request, without what LEFT_OUT names; TOP is 0 for all
+    groups, of which there are at most MOST_GROUPS."""
     named = asked.named
     tables = dict.fromkeys(source.table for source in named.sources)
     raw_only = bool(asked.needs_raw)
     plans = {
         table: plan_of(table, window, sources, raw_only=raw_only)
         for table in tables
-        if sources.columns(table)
     }
     slots = {it.histogram: _slots(it, named.sources, sources) for it in named.times}
     values = [*named.values, *_slot_sums(slots)]
@@ -107,14 +117,10 @@ def statement(asked: Asked, window: Window, sources: Sources, *, top: int) -> St
         dict.fromkeys((*asked.by, *asked.where, "service", *(c for v in values for c in v.of)))
     )
     selects = [
-        _select(source, piece, inner, asked, sources, slots)
+        _Part(source, piece, sources, slots).select(inner, asked, left_out)
         for source in named.sources
-        if source.table in plans
         for piece in plans[source.table].pieces
-        if sources.columns(table_of(source.table, piece.tier))
     ]
-    if not selects:
-        return Statement("", plans, slots, [it.name for it in values])
     keys = ", ".join(map(quoted, asked.by))
     figures = ", ".join(f"{it.sql} AS {quoted(it.name)}" for it in values)
     limit = min(top or MOST_GROUPS, MOST_GROUPS)
@@ -126,7 +132,7 @@ def statement(asked: Asked, window: Window, sources: Sources, *, top: int) -> St
         )
         SELECT * REPLACE (sum({_ROWS}) OVER ()::BIGINT AS {_ROWS}), count(*) OVER () AS {_GROUPS}
         FROM summed ORDER BY {_order(named, values)} DESC NULLS LAST, {keys} LIMIT {limit}"""
-    return Statement(sql, plans, slots, [it.name for it in values])
+    return Statement(sql, plans, slots)
 
 
 def _order(named: Named, values: Sequence[Value]) -> str:
@@ -135,14 +141,16 @@ def _order(named: Named, values: Sequence[Value]) -> str:
 
 
 def _slots(times: Times, tables: Iterable[Source], sources: Sources) -> Slots:
-    columns = {
-        column
-        for source in tables
-        if source.has_times
-        for tier in WIDTHS_NS
-        for column in sources.columns(table_of(source.table, tier))
-    }
-    return slots_of(times.histogram, columns)
+    columns: set[str] = set()
+    histogram = None
+    for source in tables:
+        found = TABLES[source.table].histograms.get(times.histogram)
+        if found and source.has_times:
+            histogram = found
+            for tier in WIDTHS_NS:
+                columns.update(sources.columns(table_of(source.table, tier)))
+    assert histogram  # noqa: S101  the query names it
+    return Slots(histogram, histogram.of(columns))
 
 
 def _slot_sums(slots: Mapping[str, Slots]) -> Iterator[Value]:
@@ -151,45 +159,64 @@ def _slot_sums(slots: Mapping[str, Slots]) -> Iterator[Value]:
             yield Value(column, f"coalesce(sum({quoted(column)}), 0)::BIGINT", (column,))
 
 
-def _select(
-    source: Source,
-    piece: Piece,
-    inner: Sequence[str],
-    asked: Asked,
-    sources: Sources,
-    slots: Mapping[str, Slots],
-) -> str:
-    """The columns INNER of one piece of a table."""
-    table = table_of(source.table, piece.tier)
-    there = set(sources.columns(table))
-    missing = "".join(f", NULL AS {quoted(it)}" for it in source.optional if it not in there)
-    of_times = {column for found in slots.values() for column in found.columns}
-    if not source.has_times:
-        there -= of_times
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a window, in one table."""
 
-    def expression(column: str) -> str:
-        own = source.as_sql.get(column, quoted(column) if column in there else "NULL")
-        return f"{own} AS {quoted(column)}"
+    source: Source
+    piece: Piece
+    sources: Sources
+    slots: Mapping[str, Slots]
 
-    window = piece.window
-    rows = f"SELECT *{missing} FROM ({sources.rows(table, window.from_ns, window.to_ns)})"
-    at = f"time_ns >= {window.from_ns} AND time_ns < {window.to_ns}"
-    where = f"{at} AND {source.where}" if source.where else at
-    picked = ", ".join(map(expression, inner))
-    select = f"SELECT {picked}, 1 AS {_ROWS} FROM ({rows}) WHERE {where}"
-    chosen = " AND ".join(conditions(asked))
-    return f"SELECT * FROM ({select}) WHERE {chosen}" if chosen else select
+    def select(self, inner: Sequence[str], asked: Asked, left_out: Sequence[Repeat]) -> str:
+        """The columns INNER."""
+        source, window = self.source, self.piece.window
+        table = table_of(source.table, self.piece.tier)
+        there = set(self.sources.columns(table))
+        missing = "".join(f", NULL AS {quoted(it)}" for it in source.optional if it not in there)
+        if not source.has_times:
+            there -= {column for found in self.slots.values() for column in found.columns}
+
+        def expression(column: str) -> str:
+            own = source.as_sql.get(column, quoted(column) if column in there else "NULL")
+            return f"{own} AS {quoted(column)}"
+
+        rows = self.sources.rows(table, window.from_ns, window.to_ns)
+        where = [f"time_ns >= {window.from_ns}", f"time_ns < {window.to_ns}"]
+        if source.where:
+            where.append(source.where)
+        if left_out:
+            where.append(_without(left_out))
+        picked = ", ".join(map(expression, inner))
+        select = (
+            f"SELECT {picked}, 1 AS {_ROWS} FROM (SELECT *{missing} FROM ({rows})) AS part "
+            f"WHERE {' AND '.join(where)}"
+        )
+        chosen = " AND ".join(conditions(asked))
+        return f"SELECT * FROM ({select}) WHERE {chosen}" if chosen else select
+
+
+def _without(left_out: Sequence[Repeat]) -> str:
+    """The condition that a row of `part` is none of LEFT_OUT."""
+    values = ", ".join(
+        f"({literal(it.agent)}, {literal(it.session)}, {it.from_ns}, {it.to_ns})" for it in left_out
+    )
+    return (
+        f"NOT EXISTS (FROM (VALUES {values}) AS again(agent, session, from_ns, to_ns) "
+        "WHERE again.agent = part.agent AND again.session = part.session "
+        "AND part.time_ns > again.from_ns AND part.time_ns <= again.to_ns)"
+    )
 
 
 def conditions(asked: Asked) -> Iterator[str]:
     """Which rows are wanted, as conditions on the query's columns."""
     if asked.services:
-        yield f"({' OR '.join(_like('service', text) for text in asked.services)})"
+        yield f"({' OR '.join(like('service', text) for text in asked.services)})"
     for name, text in asked.where.items():
-        yield _like(name, text)
+        yield like(name, text)
 
 
-def _like(column: str, pattern: str) -> str:
+def like(column: str, pattern: str) -> str:
     """The condition that COLUMN, as text, is PATTERN, in which `*` stands for anything."""
     text = f"CAST({quoted(column)} AS VARCHAR)"
     if "*" not in pattern:

@@ -15,13 +15,13 @@ class Sources(Protocol):
     """The tables as one snapshot has them: hot rows and sealed segments as one."""
 
     def columns(self, table: str) -> Sequence[str]:
-        """The columns that any row of TABLE has; none where there is no such table yet."""
+        """The columns that any row of TABLE has."""
 
     def rows(self, table: str, from_ns: int, to_ns: int) -> str:
         """SQL that selects all rows of TABLE in this window, and perhaps others."""
 
-    def hot(self, table: str, from_ns: int, to_ns: int) -> str:
-        """The same of the rows that are in no segment yet."""
+    def hot(self, table: str) -> str:
+        """SQL that selects the rows that are in no segment yet."""
 
     def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:
         """The segments with all other rows of TABLE in this window. They can be read for a minute
@@ -35,11 +35,10 @@ class Sources(Protocol):
 
     @property
     def tables(self) -> Sequence[str]:
-        """The names of all tables with rows of collectors."""
+        """The names of all tables that have rows, and of the store's own."""
 
-    @property
-    def committed_ns(self) -> int:
-        """When the snapshot was committed."""
+    committed_ns: int
+    """When the snapshot was committed."""
 
 
 class Reads(Protocol):

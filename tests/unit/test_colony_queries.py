@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 
 from coral.colony.answers.answer import Answer, answered
-from coral.colony.answers.named import HTTP, SERVICES, SYSCALLS, TCP, Named
+from coral.colony.answers.named import HTTP, NAMED, PROFILE, SERVICES, SYSCALLS, TCP, Named
 from coral.colony.answers.query import Asked
 from coral.colony.answers.refusals import NotFoundError, RefusedError
 from coral.colony.answers.window import HOUR_NS, MINUTE_NS, SECOND_NS, Window
+from coral.wire.http import BOUNDS_NS
 from tests.colony_tables import PlainReads
 
 NOON = 1_700_000_000_000_000_000 // HOUR_NS * HOUR_NS
 NOW = NOON + 30 * MINUTE_NS
 MS = 1_000_000
-# Of wire/http.py, those that these tests fill.
-BOUNDS = (1 * MS, 10 * MS, 100 * MS)
+# Of wire/http.py, those that these tests fill: the slots begin at 0.5, 5, 75 and 100 ms.
+BOUNDS = (1 * MS, 10 * MS, 100 * MS, 250 * MS)
 
 
 def place(service: str = "checkout", agent: str = "n1") -> dict[str, Any]:
@@ -60,15 +61,28 @@ def requests(
         "response_body_bytes": 1000 * sum(counts),
         "sum_ns": sum(counts) * MS,
         "max_ns": most_ns or 200 * MS,
-        "min_ns": 1000,
-        **{f"duration_le_{bound}": n for bound, n in zip(BOUNDS, counts, strict=False)},
-        "duration_le_inf": counts[3],
+        "min_ns": 600_000,
+        **{f"duration_le_{bound}": n for bound, n in zip(BOUNDS, counts, strict=True)},
         "first_byte_le_1000000": sum(counts),
-        "first_byte_le_inf": 0,
     }
-    if tier:
-        del row["session"]
     return row
+
+
+def syscalls(at_ns: int, **figures: Any) -> dict[str, Any]:
+    return {
+        "time_ns": at_ns,
+        "interval_ns": 10 * SECOND_NS,
+        **place(),
+        "syscall": "read",
+        "comm": "shop",
+        "call_count": 10,
+        "error_count": 1,
+        "total_duration_ns": 5000,
+        "max_duration_ns": 1900,
+        "latency_e8": 5,
+        "latency_e10": 5,
+        **figures,
+    }
 
 
 @pytest.fixture
@@ -94,14 +108,14 @@ def test_requests_are_added_up_by_route_and_quantiles_come_from_the_merged_histo
     pay, root = answer.table.to_pylist()
     assert (pay["service"], pay["role"], pay["route"]) == ("checkout", "server", "/pay")
     assert (pay["count"], pay["errors"], pay["status_5xx"], pay["status_4xx"]) == (100, 10, 10, 0)
-    assert pay["p50_ns"] == pytest.approx(1000 + (MS - 1000) * 50 / 90)
-    assert pay["p95_ns"] == pytest.approx(MS + 9 * MS * 5 / 8)
-    assert pay["p99_ns"] == pytest.approx(100 * MS + 100 * MS / 2)  # to the greatest, 200 ms
-    assert pay["histogram"] == [90, 8, 0, 2]
+    assert pay["p50_ns"] == pytest.approx((0.6 + 0.4 * 50 / 90) * MS)  # from the least
+    assert pay["p95_ns"] == pytest.approx((5 + 5 * 5 / 8) * MS)
+    assert pay["p99_ns"] == pytest.approx((100 + 100 / 2) * MS)  # to the greatest, 200 ms
+    assert [count for count in pay["histogram"] if count] == [90, 8, 2]
+    assert len(pay["histogram"]) == len(BOUNDS_NS) + 1
     assert (root["count"], root["status_4xx"]) == (5, 5)
-    assert (
-        answer.table.schema.field("histogram").metadata[b"bounds"] == b"1000000,10000000,100000000"
-    )
+    bounds = answer.table.schema.field("histogram").metadata[b"bounds"].decode()
+    assert bounds == ",".join(map(str, BOUNDS_NS))
     assert (answer.coverage.rows_used, answer.coverage.rows) == (3, 2)
     assert not answer.coverage.cut
 
@@ -130,11 +144,12 @@ def test_minutes_are_used_where_they_are_whole_and_raw_rows_elsewhere(reads: Pla
 
 
 def test_what_rollups_do_not_have_is_read_from_raw_rows(reads: PlainReads) -> None:
-    reads.add("http_latency", requests(NOON, (1, 0, 0, 0)))
-    reads.add("http_latency_1m", requests(NOON, (12, 0, 0, 0), tier="1m"))
+    reads.add("syscall_stats", syscalls(NOON, pid=7), syscalls(NOON, pid=8))
+    reads.add("syscall_stats_1m", syscalls(NOON, call_count=12))
     reads.watermarks[MINUTE_NS] = NOON + MINUTE_NS
-    answer = ask(reads, HTTP, by=("service", "session"))
-    assert [(row["session"], row["count"]) for row in answer.table.to_pylist()] == [("s1", 1)]
+    rows = ask(reads, SYSCALLS, by=("pid",)).table.to_pylist()
+    assert [(row["pid"], row["calls"]) for row in rows] == [(7, 10), (8, 10)]
+    assert ask(reads, SYSCALLS).table.to_pylist()[0]["calls"] == 12
 
 
 def test_services_and_values_choose_rows(reads: PlainReads) -> None:
@@ -173,7 +188,7 @@ def test_a_service_that_is_known_has_an_empty_answer(reads: PlainReads) -> None:
 
 
 def test_an_empty_colony_answers(reads: PlainReads) -> None:
-    for named in (HTTP, SYSCALLS, TCP, SERVICES):
+    for named in NAMED.values():
         assert ask(reads, named).table.num_rows == 0
         assert ask(reads, named, against_ns=HOUR_NS).table.num_rows == 0
 
@@ -205,7 +220,7 @@ def test_two_windows_side_by_side_tell_slower_failing_new_and_gone(reads: PlainR
     }
     assert list(rows)[:2] == ["/failing", "/slow"]
     assert (rows["/slow"]["count"], rows["/slow"]["count_before"]) == (100, 100)
-    assert rows["/slow"]["p50_ns"] == pytest.approx(MS + 9 * MS / 2)
+    assert rows["/slow"]["p50_ns"] == pytest.approx(7.5 * MS)
     assert rows["/gone"]["count"] is None
     against = answer.coverage.against
     assert getattr(against, "from").ToNanoseconds() == before
@@ -213,29 +228,11 @@ def test_two_windows_side_by_side_tell_slower_failing_new_and_gone(reads: PlainR
 
 
 def test_syscalls_have_log2_quantiles(reads: PlainReads) -> None:
-    slots = {f"latency_e{e}": 0 for e in range(6, 12)}
-    reads.add(
-        "syscall_stats",
-        {
-            "time_ns": NOON,
-            "interval_ns": 10**10,
-            **place(),
-            "syscall": "read",
-            "pid": 7,
-            "comm": "x",
-            "call_count": 10,
-            "error_count": 1,
-            "total_duration_ns": 5000,
-            "max_duration_ns": 1900,
-            **slots,
-            "latency_e8": 5,
-            "latency_e10": 5,
-        },
-    )
+    reads.add("syscall_stats", syscalls(NOON))
     (row,) = ask(reads, SYSCALLS).table.to_pylist()
     assert (row["calls"], row["errors"], row["total_ns"], row["max_ns"]) == (10, 1, 5000, 1900)
     assert row["p50_ns"] == 512
-    assert row["p99_ns"] == pytest.approx(1024 + (1900 - 1024) * 4.9 / 5)
+    assert row["p95_ns"] == 1900  # 1024 + 1024 * 4.5 / 5, and never above the greatest
 
 
 def test_tcp_has_peers_and_connections_under_one_name(reads: PlainReads) -> None:
@@ -283,7 +280,7 @@ def test_tcp_has_peers_and_connections_under_one_name(reads: PlainReads) -> None
     assert (row["remote_address"], row["port"]) == ("10.0.0.1", 5432)
     assert (row["opened"], row["established"], row["closed"], row["failed"]) == (4, 3, 2, 1)
     assert (row["refused"], row["resets"], row["bytes_sent"]) == (1, 1, 200)
-    assert row["rtt_p50_us"] == 50
+    assert row["rtt_p50_us"] == 75  # the slot begins at 50
 
 
 def test_services_are_seen_by_all_kinds(reads: PlainReads) -> None:
@@ -342,13 +339,62 @@ def test_coverage_says_what_was_lost_and_who_was_away(reads: PlainReads) -> None
     assert coverage.complete_to.ToNanoseconds() == NOW - 5 * SECOND_NS
 
 
-def test_sessions_that_saw_the_same_are_noted(reads: PlainReads) -> None:
-    reads.add("http_latency", requests(NOON, (1, 0, 0, 0)))
+def test_of_sessions_that_saw_the_same_only_the_first_counts(reads: PlainReads) -> None:
+    first = requests(NOON + 2 * SECOND_NS, (1, 0, 0, 0))
+    again = [
+        {**requests(NOON + at * SECOND_NS, (10, 0, 0, 0)), "session": "s2"} for at in (2, 60, 61)
+    ]
+    reads.add("http_latency", first, *again)
     session = {"kind": "http_latency", "service": "checkout", "stored": 1, "agent": "n1"}
     reads.add(
         "ledger",
-        {**session, "session": "s1", "started_ns": NOON - HOUR_NS, "updated_ns": NOW},
-        {**session, "session": "s2", "started_ns": NOON, "updated_ns": NOW},
+        {
+            **session,
+            "session": "s1",
+            "started_ns": NOON - HOUR_NS,
+            "ended_ns": NOON + MINUTE_NS,
+            "config": '{"interval":"10s"}',
+        },
+        {**session, "session": "s2", "started_ns": NOON, "config": '{"interval":"1s"}'},
+    )
+    answer = ask(reads, HTTP)
+    assert answer.table.to_pylist()[0]["count"] == 1 + 10
+    (note,) = answer.coverage.notes
+    assert note.startswith("a session on n1 saw the same as another at the time: it is left out")
+
+
+def test_sessions_that_saw_part_of_the_same_are_noted(reads: PlainReads) -> None:
+    session = {"kind": "http_latency", "service": "checkout", "stored": 1, "agent": "n1"}
+    reads.add(
+        "ledger",
+        {**session, "session": "s1", "started_ns": NOON - HOUR_NS, "config": "{}"},
+        {**session, "session": "s2", "started_ns": NOON, "config": '{"pid":"7"}'},
+        {**session, "session": "s3", "started_ns": NOON, "config": '{"mode":"events"}'},
     )
     (note,) = ask(reads, HTTP).coverage.notes
-    assert note.startswith("several sessions of http_latency watched checkout on n1 at a time")
+    assert note.startswith("several sessions of http_latency with different options watched")
+
+
+def test_profiles_are_stacks_with_their_frames(reads: PlainReads) -> None:
+    def samples(stack: int, count: int, process: str = "shop") -> dict[str, Any]:
+        row = {"time_ns": NOON, "interval_ns": 10**10, **place(), "stack_id": stack}
+        own = {"process": process, "tid": count, "end": "bottom", "unwinding": "eh_frame"}
+        return {**row, **own, "in_kernel": False, "count": count, "cpu_ns": count * 10**7}
+
+    reads.add("cpu_profile", samples(1, 5), samples(1, 6), samples(2**63 + 1, 2), samples(3, 1))
+    frames = {"functions": ["main", "work"], "modules": ["shop", "shop"], "build_ids": ["", ""]}
+    numbers = {"addresses": [1, 2], "flags": [0, 4]}
+    reads.add(
+        "cpu_stacks",
+        {"stack_id": 1, "time_ns": NOON - 20 * HOUR_NS, **frames, **numbers},
+        {"stack_id": 1, "time_ns": NOON, **frames, **numbers},
+        {"stack_id": 2**63 + 1, "time_ns": NOON, **frames, **numbers, "functions": ["main", "b"]},
+    )
+    one, two, three = ask(reads, PROFILE).table.to_pylist()
+    assert (one["service"], one["process"], one["count"], one["cpu_ns"]) == (
+        *("checkout", "shop", 11, 11 * 10**7),
+    )
+    assert (one["functions"], one["flags"]) == (["main", "work"], [0, 4])
+    assert two["functions"] == ["main", "b"]
+    assert (three["count"], three["functions"]) == (1, None)
+    assert "stack_id" not in one

@@ -43,9 +43,9 @@ REFUSED = {
     "SELECT * FROM query('DROP VIEW calls')": "Expected a single SELECT",
     "SELECT * FROM arrow_scan(1, 2, 3)": "No function matches",
     "SELECT * FROM sources": "no such table: 'sources'",
-    "SELECT * FROM call": "no such table: 'call'; did you mean calls?",
+    "SELECT * FROM call": "no such table: 'call'; did you mean calls",
     "SELECT nothing FROM calls": 'column "nothing" not found',
-    "SELECT 1 AS a, \0": "syntax error",
+    "SELECT 1 AS a, \0": "NUL byte",
 }
 
 

@@ -15,9 +15,11 @@ from coral.colony.answers.query import quoted
 from coral.colony.answers.refusals import BusyError, RefusedError, unknown
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import Window
+from coral.colony.tables import LEVELS, STACKS, TABLES
 
 BOOKS: Final = ("agents", "gaps", "ledger", "losses")
 """Small tables that can be asked for too; they have no window."""
+_OWN: Final = {"generations", "segments", "watermarks"}
 MOST_HOT_BYTES: Final = 256 << 20
 _BATCH_ROWS: Final = 65_536
 _FOREVER_NS: Final = 1 << 62
@@ -41,8 +43,13 @@ class Shipment:
 
 
 def tables_of(sources: Sources) -> Sequence[str]:
-    """All that a statement may name."""
-    return sorted({*sources.tables, *BOOKS})
+    """All that a statement may name, whether or not they have rows: not the store's own lists."""
+    names = [STACKS, *TABLES, *(level.name(name) for level in LEVELS for name in _rolled_up())]
+    return sorted({*names, *BOOKS, *set(sources.tables) - _OWN})
+
+
+def _rolled_up() -> Sequence[str]:
+    return [name for name, table in TABLES.items() if table.is_rolled_up]
 
 
 def ship(
@@ -65,7 +72,7 @@ def ship(
         for name in (each for each in known if each in named):
             bounds = None if name in BOOKS else window
             from_ns, to_ns = (bounds.from_ns, bounds.to_ns) if bounds else (0, _FOREVER_NS)
-            hot = _hot_sql(sources, name, from_ns, to_ns)
+            hot = _hot_sql(sources, name, bounds)
             room = MOST_HOT_BYTES - sum(os.fstat(fd).st_size for fd in fds)
             fd, count = _in_memory(cursor, _columns(cursor, hot, words), room)
             tables[name] = {
@@ -82,11 +89,9 @@ def ship(
     return Shipment(tables, fds, window, rows)
 
 
-def _hot_sql(sources: Sources, table: str, from_ns: int, to_ns: int) -> str:
-    if table in BOOKS and table not in sources.tables:
-        return f"SELECT * FROM {quoted(table)}"
-    where = "" if table in BOOKS else f" WHERE time_ns >= {from_ns} AND time_ns < {to_ns}"
-    return f"SELECT * FROM ({sources.hot(table, from_ns, to_ns)}){where}"
+def _hot_sql(sources: Sources, table: str, window: Window | None) -> str:
+    where = f" WHERE time_ns >= {window.from_ns} AND time_ns < {window.to_ns}" if window else ""
+    return f"SELECT * FROM ({sources.hot(table)}){where}"
 
 
 def _columns(cursor: duckdb.DuckDBPyConnection, sql: str, words: Sequence[str] | None) -> str:

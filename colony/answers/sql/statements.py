@@ -33,6 +33,8 @@ class Needs:
 
 def needs_of(connection: duckdb.DuckDBPyConnection, sql: str) -> Needs:
     """What SQL reads. Raises `StatementError` for all but one SELECT."""
+    if "\0" in sql:
+        raise StatementError("the statement has a NUL byte")
     try:
         statements = duckdb.extract_statements(sql)
     except (duckdb.Error, ValueError) as error:
