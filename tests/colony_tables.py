@@ -85,14 +85,14 @@ class PlainReads:
         self.now_ns = now_ns
 
     def add(self, table: str, *rows: dict[str, Any]) -> None:
+        named = dict.fromkeys(name for row in rows for name in row)
         if table in TABLES_OF_ROWS:
             self.sources().made(table)
-            named = {name for row in rows for name in row}
             schema = pa.schema([field for field in schema_of(table) if field.name in named])
-            assert len(schema) == len(named), named - set(schema.names)
+            assert len(schema) == len(named), named.keys() - set(schema.names)
             arrow = pa.Table.from_pylist(list(rows), schema)
         else:
-            arrow = pa.Table.from_pylist(list(rows))
+            arrow = pa.Table.from_pylist([{**named, **row} for row in rows])
         self.con.register("added", arrow)
         if table in self.sources().tables:
             self.con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM added")
