@@ -10,7 +10,7 @@ from coral.client import Batch, Kind
 from coral.collectors.contract import EventRows, Summaries
 from coral.colony.delivery import Delivery, Session
 from coral.mesh.v1 import ebpf_pb2 as pb
-from coral.wire.kinds import field_of
+from coral.wire.kinds import field_of, kind_name
 
 NOW_NS: Final = 1_700_000_000 * 10**9
 """When the deliveries are from: a whole minute."""
@@ -19,7 +19,7 @@ INTERVAL_NS: Final = 10 * 10**9
 
 def session_of(kind: int, agent: str = "node-1", **more: Any) -> Session:
     """A session of an agent."""
-    given: dict[str, Any] = {"collector_id": f"{agent}-{kind}", "service": "shop"} | more
+    given: dict[str, Any] = {"collector_id": f"{agent}-{kind_name(kind)}", "service": "shop"} | more
     return Session(agent, kind=Kind(kind), started_ns=NOW_NS, **given)
 
 

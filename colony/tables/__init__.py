@@ -1,5 +1,6 @@
 """The colony's tables: their columns, what fills them, and their rollups."""
 
+from coral.colony.tables.contract_rows import ContractRows
 from coral.colony.tables.histograms import Histogram
 from coral.colony.tables.intake import Intake
 from coral.colony.tables.layout import (
@@ -23,6 +24,7 @@ __all__ = [
     "MINUTE",
     "STACKS",
     "TABLES",
+    "ContractRows",
     "Histogram",
     "Intake",
     "Level",

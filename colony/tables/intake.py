@@ -18,7 +18,7 @@ from coral.client import Batch, ContractError
 from coral.colony.delivery import Delivery
 from coral.colony.tables import checks
 from coral.colony.tables.joined import JoinedRows, Part, signed
-from coral.colony.tables.layout import RESOURCE, STACKS, TABLES, Form, TableLayout
+from coral.colony.tables.layout import RESOURCE, STACK, STACKS, TABLES, Form, TableLayout
 from coral.colony.tables.matrices import MOST_COLUMNS, OTHER, Named, Shapes
 from coral.colony.tables.places import Place
 from coral.colony.tables.stacks import Frames, Hashes, KnownStacks
@@ -76,7 +76,7 @@ class Intake:
 
     def take(self) -> Mapping[str, pa.Table]:
         """All rows since the last take, for each table that has any; and in `cpu_stacks` the frames
-        of stacks that `confirm` has not been given. Columns of texts are dictionaries."""
+        of stacks that are not known to be stored. Columns of texts are dictionaries."""
         taken = {}
         places = list(self._places)
         for name, table in self._tables.items():
@@ -91,9 +91,10 @@ class Intake:
         self._texts, self._places = Texts(), {}
         return taken
 
-    def confirm(self, stack_ids: pa.ChunkedArray) -> None:
-        """The frames of these stacks, the column of a `cpu_stacks` that was taken, are stored."""
-        self._known.add(stack_ids.to_numpy())
+    def confirm(self, stored: Mapping[str, pa.Table]) -> None:
+        """These tables, which were taken, are durable: the frames in them need not come again."""
+        if STACKS in stored:
+            self._known.add(stored[STACKS][STACK].to_numpy())
 
     def _times(
         self, delivery: Delivery, batch: Batch, layout: TableLayout, values: Mapping[str, Any]
@@ -195,9 +196,9 @@ class _Table:
         self, texts: Texts, places: Sequence[Place], stacks: NDArray[np.uint64] | None
     ) -> pa.Table:
         """All rows, and none are gathered any more. STACKS are the ids of their stacks."""
-        rows = JoinedRows(self.parts, texts)
+        rows = JoinedRows(self.layout, self.parts, texts)
         self.parts = []
-        made = rows.common(self.layout, places)
+        made = rows.common(places)
         for column in self.layout.columns:
             made[column.name] = (
                 pa.array(stacks) if column.form is Form.STACK else rows.column(column)

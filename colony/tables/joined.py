@@ -61,14 +61,17 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
     """The rows of PARTS, at least one, of one table: a mapping of their columns, of shape (n,), by
     their names in the batches. TEXTS are what ids stand for."""
 
-    def __init__(self, parts: Sequence[Part], texts: Texts) -> None:
-        self._parts, self._texts = parts, texts
+    def __init__(self, layout: TableLayout, parts: Sequence[Part], texts: Texts) -> None:
+        self._layout, self._parts, self._texts = layout, parts, texts
+        self._once = {it.source for it in layout.columns if it.form is Form.EACH_ROW}
         self._counts = np.array([part.count for part in parts])
         self._size = int(self._counts.sum())
         self._strings, starts = joined([part.strings for part in parts])
         self._starts = np.repeat(starts, self._counts)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
+        if name in self._once:
+            return np.repeat(self._single(name), self._counts)
         return np.concatenate([part.values[name] for part in self._parts])
 
     def __iter__(self) -> Iterator[str]:
@@ -77,11 +80,11 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
     def __len__(self) -> int:
         return len(self._parts[0].values)
 
-    def common(self, layout: TableLayout, places: Sequence[Place]) -> dict[str, pa.Array]:
+    def common(self, places: Sequence[Place]) -> dict[str, pa.Array]:
         """The columns that all tables have, in their order. PLACES are by id."""
         parts, texts = self._parts, self._texts
         made = {}
-        if source := layout.time_source:
+        if source := self._layout.time_source:
             made[TIME] = pa.array(self[source].astype(np.int64, copy=False))
         else:
             made[TIME] = self._repeated((it.time_ns for it in parts), np.int64)
@@ -89,7 +92,7 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
         of_row = np.concatenate([part.place_of_row for part in parts])
         for name, of_place in zip(PLACE, zip(*places, strict=True), strict=True):
             made[name] = texts.array(texts.ids(of_place)[of_row])
-        if layout.time_source:
+        if self._layout.time_source:
             made[SAMPLE_EVERY] = self._repeated((it.sample_every for it in parts), np.uint32)
         return made
 
@@ -150,12 +153,8 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
         ids = self._texts.ids(address_text(*values) for values in whole[first].tolist())
         return self._texts.array(ids[of_row])
 
-    def each_row(self, column: Column) -> NDArray[np.int64]:
-        """What a batch has once, for each of its rows."""
-        return signed(np.repeat(self._single(column.source), self._counts))
-
     def first_row(self, column: Column) -> NDArray[np.int64]:
-        """The same for its first row, and 0 for the others: so it adds up."""
+        """What a batch has once, in its first row, and 0 in the others: so it adds up."""
         made = np.zeros(self._size, np.uint64)
         made[np.cumsum(self._counts) - self._counts] = self._single(column.source)
         return signed(made)
@@ -174,7 +173,7 @@ _BY_FORM: Final[Mapping[Form, Callable[[JoinedRows, Column], Any]]] = {
     Form.NUMBER: JoinedRows.number,
     Form.TRUTH: JoinedRows.truth,
     Form.ADDRESS: JoinedRows.address,
-    Form.EACH_ROW: JoinedRows.each_row,
+    Form.EACH_ROW: JoinedRows.number,
     Form.FIRST_ROW: JoinedRows.first_row,
 }
 _BIGINT: Final = pa.int64()
