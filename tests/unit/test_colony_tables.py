@@ -643,7 +643,7 @@ def test_the_store_learns_the_tables_here() -> None:
         assert "time_ns" in rows.order(table)
     assert rows.schema("ledger") is None
     assert rows.order("cpu_profile_1h") == (
-        "service", "process", "end", "unwinding", "agent", "time_ns",
+        "service", "stack_id", "process", "end", "unwinding", "in_kernel", "agent", "time_ns",
     )  # fmt: skip
     assert [rows.rollup(it.width_ns).level for it in LEVELS] == [MINUTE, HOUR]
 
