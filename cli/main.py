@@ -21,6 +21,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "agent": "coral.cli.agent_command",
     "capabilities": "coral.cli.show",
     "collectors": "coral.cli.show",
+    "colony": "coral.cli.colony_command",
     "demo": "coral.cli.demo.command",
     "doctor": "coral.cli.doctor.command",
     "pods": "coral.cli.pods",
