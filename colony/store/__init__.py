@@ -4,13 +4,11 @@ See docs/colony.md. Only `rows.py` says what the store needs to know of rows.
 """
 
 from coral.colony.store.errors import (
-    SequenceError,
     StoreError,
     StoreInUseError,
     StoreUnavailableError,
 )
 from coral.colony.store.figures import Figures, State, families
-from coral.colony.store.making import AgentSeen, Gap
 from coral.colony.store.rows import Intake, Rollup, Rows
 from coral.colony.store.settings import HOUR_NS, MINUTE_NS, Settings, Tier
 from coral.colony.store.sources import Sources
@@ -19,13 +17,10 @@ from coral.colony.store.store import Store
 __all__ = [
     "HOUR_NS",
     "MINUTE_NS",
-    "AgentSeen",
     "Figures",
-    "Gap",
     "Intake",
     "Rollup",
     "Rows",
-    "SequenceError",
     "Settings",
     "Sources",
     "State",

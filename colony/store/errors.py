@@ -11,14 +11,5 @@ class StoreInUseError(StoreError):
     """Another process has the directory open."""
 
 
-class SequenceError(StoreError):
-    """A delivery does not follow on what the store has of its session: events would be counted
-    twice, or never. Subscribe again after `expected_seq`."""
-
-    def __init__(self, text: str, expected_seq: int) -> None:
-        super().__init__(text)
-        self.expected_seq = expected_seq
-
-
 class StoreUnavailableError(StoreError):
     """The database is closed or being opened again. Ask again later."""

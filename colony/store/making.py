@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import pyarrow as pa
 import structlog
 
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.store.book import Book, Key
 from coral.colony.store.rows import Intake, Rollup, Rows
 from coral.colony.store.settings import HOUR_NS, LOSSES, MINUTE_NS, Settings
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
-COMMITTED_NS: Final = "committed_ns"
-ROLLED_UP: Final = "rolled_up_"
-"""Of names of watermarks; with the width of an interval in ns."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentSeen:
-    """How an agent fares: its place, what it is, since when it is followed or why it is not."""
-
-    agent_id: str
-    address: str
-    seen_ns: int
-    connected: bool
-    version: str = ""
-    kernel: str = ""
-    detail: str = ""
-    attributes: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """An agent could not be reached, and why. A gap that goes on comes again, with the same
-    `from_ns` and a later `to_ns`."""
-
-    agent_id: str
-    from_ns: int
-    to_ns: int
-    why: str
+UNTIL_NS: Final = {MINUTE_NS: "minutes_until_ns", HOUR_NS: "hours_until_ns"}
+"""By width of intervals, the column of `marks` with their watermark."""
 
 
 Waiting = Delivery | AgentSeen | Gap
@@ -62,7 +36,8 @@ class Commit:
     changed_lines: pa.Table
     agents: pa.Table
     gaps: pa.Table
-    watermarks: Mapping[str, int]
+    committed_ns: int
+    marks: Mapping[str, int]
     confirmed: Callable[[], None]
     """To be called once it is durable."""
 
@@ -106,6 +81,7 @@ class Making:
         standings, new, changed, losses = self._book.take_changed()
         tables[LOSSES] = losses
         self.number += 1
+        committed_ns = self._settings.clock_ns()
         return Commit(
             number=self.number,
             items=self._items,
@@ -115,9 +91,11 @@ class Making:
             changed_lines=changed,
             agents=_agent_lines(agents.values()),
             gaps=_gap_lines(gaps.values()),
-            watermarks={
-                COMMITTED_NS: self._settings.clock_ns(),
-                **{f"{ROLLED_UP}{width}": at for width, at in self.watermarks.items()},
+            committed_ns=committed_ns,
+            marks={
+                "transaction": self.number,
+                "committed_ns": committed_ns,
+                **{UNTIL_NS[width]: at for width, at in self.watermarks.items()},
             },
             confirmed=lambda: self.intake.confirm(stored),
         )

@@ -10,12 +10,12 @@ from typing import Final, TypeVar
 import duckdb
 import pyarrow as pa
 
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.store.core import Core
 from coral.colony.store.errors import StoreError
 from coral.colony.store.figures import Figures
 from coral.colony.store.lock import DirectoryLock
-from coral.colony.store.making import AgentSeen, Gap, Waiting
+from coral.colony.store.making import Waiting
 from coral.colony.store.readers import Readers, Work
 from coral.colony.store.rows import Rows
 from coral.colony.store.settings import Settings
