@@ -67,9 +67,18 @@ def is_local(address: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def channel_options(address: str) -> tuple[tuple[str, int], ...]:
-    """gRPC's options for a connection to ADDRESS."""
+def channel_options(
+    address: str, read_ahead_bytes: int | None = None
+) -> tuple[tuple[str, int], ...]:
+    """gRPC's options for a connection to ADDRESS. Of each stream that is not read it buffers
+    READ_AHEAD_BYTES, by default as much as passes in a round trip, up to some megabytes."""
+    window = (
+        (("grpc.http2.lookahead_bytes", read_ahead_bytes), ("grpc.http2.bdp_probe", 0))
+        if read_ahead_bytes
+        else ()
+    )
     return (
+        *window,
         # A client has a connection of its own: by default all channels to one address share one.
         ("grpc.use_local_subchannel_pool", 1),
         # While a call waits, an agent that has vanished without closing its connection is found.

@@ -20,6 +20,8 @@ from coral.colony.follow.follower import ONCE
 from coral.colony.follow.status import Connect
 
 _MOST_TOKEN_BYTES: Final = 64 << 10
+_READ_AHEAD_BYTES: Final = 64 << 10
+"""A batch is not much larger. What a slow store cannot take waits at the agents, which bound it."""
 
 
 def sources(agents: Agents) -> list[Source]:
@@ -41,7 +43,10 @@ def connecting(agents: Agents) -> Connect:
 
     def connect(address: str) -> AgentClient:
         token = _token(agents.token_file) if agents.token_file else None
-        return AgentClient(address, token, tls=tls, timeout_s=agents.timeout, retry=ONCE)
+        return AgentClient(
+            address, token, tls=tls, timeout_s=agents.timeout, retry=ONCE,
+            read_ahead_bytes=_READ_AHEAD_BYTES,
+        )  # fmt: skip
 
     return connect
 

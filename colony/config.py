@@ -15,6 +15,7 @@ from msgspec import Meta, Struct, field
 
 from coral.client import Kind
 from coral.client import Tls as ClientTls
+from coral.colony.config_storage import Storage
 from coral.colony.config_words import Duration, choices, converted, shown
 from coral.colony.files import read_regular
 from coral.colony.follow.discovery.addresses import agent_address, host_and_port
@@ -148,8 +149,8 @@ class Collect(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lease: Annotated[
         Duration,
         Meta(
-            description="how long it goes on without the colony, which renews it three times as "
-            "often; at most the agents' `limits.max_duration`"
+            description="how long it goes on without the colony, which renews it after a third "
+            "of that; at most the agents' `limits.max_duration`"
         ),
     ] = Duration(300)
 
@@ -181,6 +182,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "`tcp_metrics` of the whole host"
         ),
     ] = field(default_factory=_everywhere)
+    storage: Storage = field(default_factory=Storage)
     listen: Annotated[
         tuple[str, ...],
         Meta(description="addresses for questions, each `unix:PATH` or `HOST:PORT`"),

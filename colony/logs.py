@@ -66,10 +66,10 @@ def _clean_for_people(
     logger: object, method: str, record: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     for key, value in _clean(logger, method, record).items():
-        if isinstance(value, str):
-            is_traceback = key == "exception"
-            lines = value.splitlines() or [""]
-            record[key] = "\n".join(f"    | {it}" for it in lines) if is_traceback else "\\n".join(lines)
+        if key == "exception":
+            record[key] = "\n".join(f"    | {line}" for line in str(value).splitlines())
+        elif isinstance(value, str):
+            record[key] = value.replace("\n", "\\n")
     return record
 
 

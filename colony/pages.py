@@ -57,9 +57,7 @@ async def serving(host: str, port: int, pages: Pages) -> AsyncIterator[int]:
         await server.wait_closed()
 
 
-async def _answer(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pages: Pages
-) -> None:
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pages: Pages) -> None:
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_REQUEST_BYTES)
     try:
         while (event := connection.next_event()) is h11.NEED_DATA:

@@ -103,7 +103,7 @@ class Follower:
             self.upkeep.begin(present, time.monotonic())
             stack.callback(self._leaves)
             async with asyncio.TaskGroup() as group:
-                visit = Visit(shared, client, agent, group)
+                visit = Visit(shared, client, agent, self.status, group)
                 await visit.begin([*present, *(it for it in listed if it.end)])
                 await entering.aclose()
                 self._stands(client)
@@ -115,7 +115,6 @@ class Follower:
                         if change.collector:
                             self._take(change.what, change.collector)
                             visit.follow(change.collector)
-                        self.status.sessions = visit.sessions
                 except AgentError:
                     await visit.end()
                     raise
@@ -138,7 +137,6 @@ class Follower:
 
     def _leaves(self) -> None:
         self.client = None
-        self.status.sessions = 0
 
     def _take(self, what: What, info: CollectorInfo) -> None:
         if what is What.ENDED:

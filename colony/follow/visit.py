@@ -24,7 +24,7 @@ from coral.client.backoff import Backoff
 from coral.colony.delivery import Gap, SequenceError
 from coral.colony.follow.agents import RESTARTED, Agent, given_up
 from coral.colony.follow.book import Book
-from coral.colony.follow.status import Shared
+from coral.colony.follow.status import Shared, Status
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -36,22 +36,23 @@ _LAST_WORDS_S: Final = 5.0
 
 
 class Visit:
-    """Reads each session of AGENT by a task of GROUP."""
+    """Reads each session of AGENT by a task of GROUP; STATUS says how many there are."""
 
     def __init__(
-        self, shared: Shared, client: AgentClient, agent: Agent, group: asyncio.TaskGroup
+        self,
+        shared: Shared,
+        client: AgentClient,
+        agent: Agent,
+        status: Status,
+        group: asyncio.TaskGroup,
     ) -> None:
         self._shared = shared
         self._client = client
         self._agent = agent
+        self._status = status
         self._group = group
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._over = asyncio.Event()
-
-    @property
-    def sessions(self) -> int:
-        """How many are being read."""
-        return len(self._reading)
 
     async def begin(self, infos: Sequence[CollectorInfo]) -> None:
         """Follows all sessions that the agent reports, and gives up those that it has lost. Returns
@@ -76,6 +77,7 @@ class Visit:
             return None
         opened = asyncio.Event()
         self._reading[info.collector_id] = self._group.create_task(self._read(book, opened))
+        self._status.sessions = len(self._reading)
         return opened
 
     async def end(self) -> None:
@@ -114,6 +116,7 @@ class Visit:
         finally:
             opened.set()
             self._reading.pop(collector_id, None)
+            self._status.sessions = len(self._reading)
 
     async def _subscribe(self, book: Book, opened: asyncio.Event) -> None:
         async with self._client.subscribe(

@@ -12,6 +12,7 @@ from msgspec.structs import fields
 from coral.client import Kind
 from coral.client import Tls as ClientTls
 from coral.colony.config import Config, ConfigError, load
+from coral.colony.config_words import Duration
 from coral.colony.follow.wanted import Wanted
 from tests.support import ROOT
 
@@ -46,7 +47,7 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
     assert config.data == "/srv/coral"
     assert config.metrics == ""
     assert config.agents.addresses == ("unix:/run/one",)
-    assert config.agents.lost_after == 7200
+    assert config.agents.lost_after == Duration(7200)
     assert config.agents.tls.as_client() == ClientTls("/ca", server_name="agent")
     assert [rule.as_wanted() for rule in config.collect] == [
         Wanted(
@@ -62,21 +63,21 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
         ("agent: {}", "agent: no such key; did you mean `agents`? accepted are data, agents,"),
         ("- 1", "a mapping of keys to values is expected"),
         ("a: {", "not YAML: "),
-        ("agents: {connecting: 0}", "agents.connecting: 0 is not accepted; give a whole number "
-         "from 1 to 10,000"),
-        ("agents: {addresses: [here]}", "agents.addresses[0]: 'here' is not accepted; give "
-         "HOST:PORT, or unix:PATH"),
+        ("agents: {connecting: 0}", ("agents.connecting: 0 is not accepted; give a whole number "
+         "from 1 to 10,000")),
+        ("agents: {addresses: [here]}", ("agents.addresses[0]: 'here' is not accepted; give "
+         "HOST:PORT, or unix:PATH")),
         ("agents: {addresses: ['a:99999']}", "agents.addresses[0]: 'a:99999' is not accepted"),
         ("agents: {addresses: ['::1:90']}", "agents.addresses[0]: '::1:90' is not accepted"),
         ("agents: {addresses: ['unix:']}", "agents.addresses[0]: 'unix:' is not accepted"),
         ("agents: {addresses: a:1}", "agents.addresses: 'a:1' is not accepted; give a list"),
-        ("agents: {dns: [agents]}", "agents.dns[0]: 'agents' is not accepted; give NAME:PORT, or "
-         "_NAME._tcp.DOMAIN"),
+        ("agents: {dns: [agents]}", ("agents.dns[0]: 'agents' is not accepted; give NAME:PORT, or "
+         "_NAME._tcp.DOMAIN")),
         ("agents: {dns_every: 5y}", "agents.dns_every: '5y' is not accepted; give a duration"),
-        ("agents: {kubernetes: {service: a}}", "agents.kubernetes.service: 'a' is not accepted; "
-         "give NAMESPACE/NAME"),
-        ("agents: {kubernetes: {server: a:6443}}", "agents.kubernetes.server: 'a:6443' is not "
-         "accepted; give https://HOST:PORT"),
+        ("agents: {kubernetes: {service: a}}", ("agents.kubernetes.service: 'a' is not accepted; "
+         "give NAMESPACE/NAME")),
+        ("agents: {kubernetes: {server: a:6443}}", ("agents.kubernetes.server: 'a:6443' is not "
+         "accepted; give https://HOST:PORT")),
         ("agents: {tls: {key: /k}}", "agents.tls.ca: it is missing; give the authorities"),
         ("agents: {tls: {ca: /c, key: /k}}", "agents.tls.certificate: give it too"),
         ("agents: {token_file: \"a\\nb\"}", "agents.token_file: 'a\\nb' has characters that"),
@@ -110,7 +111,7 @@ def test_a_flag_that_is_not_accepted_is_named() -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "missing")
-    with pytest.raises(ConfigError, match="it is not a regular file|Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory"):
         load(tmp_path)
 
 

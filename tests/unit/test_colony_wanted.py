@@ -10,6 +10,7 @@ import pytest
 from coral.client import CollectorInfo, Kind
 from coral.colony.follow.wanted import Renew, Start, Upkeep, Wanted
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_of
 
 HTTP: Final = Wanted(Kind.of("http_latency"), config={"scope": "host", "interval": "10s"})
 PODS: Final = Wanted(Kind.of("tcp_metrics"), "shop", {"namespace": "shop", "interval": "10s"})
@@ -26,7 +27,7 @@ def info(
     return CollectorInfo.of(
         pb.CollectorInfo(
             collector_id=collector_id,
-            kind=Kind.of(kind),
+            kind=kind_of(kind),  # type: ignore[arg-type]
             config=HTTP.config if config is None else config,
             service_name=service,
             continuous=continuous,
