@@ -14,6 +14,15 @@ AGENT_LOST: Final = "agent_lost"
 can know of it, so the contract's `Loss.Stage` does not have it."""
 
 
+class SequenceError(Exception):
+    """A delivery does not follow on what is kept of its session: events would be counted twice, or
+    never. Subscribe again after `expected_seq`."""
+
+    def __init__(self, text: str, expected_seq: int) -> None:
+        super().__init__(text)
+        self.expected_seq = expected_seq
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """One session of one agent. `attributes` are those of its pods, by OpenTelemetry's names."""
