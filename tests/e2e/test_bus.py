@@ -213,7 +213,7 @@ async def test_a_stream_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "events"), [(2, 600), pytest.param(20, 4000, marks=pytest.mark.soak)]
+    ("rounds", "events"), [(2, 600), pytest.param(20, 20_000, marks=pytest.mark.soak)]
 )
 async def test_all_is_exact_whatever_is_killed(rounds: int, events: int, tmp_path: Path) -> None:
     seed, agents = rounds, 4

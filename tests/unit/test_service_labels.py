@@ -7,7 +7,8 @@ from prometheus_client.core import CounterMetricFamily
 
 from coral.agent.otlp.resource import Resource
 from coral.agent.serving.exposition import TEXT, encode
-from coral.collectors.series import SeriesTable, Service
+from coral.collectors.series import SeriesTable
+from coral.wire.service import Service
 
 SHOP = Service(
     "web",
