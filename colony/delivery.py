@@ -95,3 +95,28 @@ class Standing:
     lost: Mapping[str, int] = field(default_factory=dict)
     lost_in_kernel: Mapping[str, int] = field(default_factory=dict)
     ended: Ended | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSeen:
+    """How an agent fares: its place, what it is, whether it is followed, or why not."""
+
+    agent_id: str
+    address: str
+    seen_ns: int
+    connected: bool
+    version: str = ""
+    kernel: str = ""
+    detail: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Between two Unix times an agent could not be followed, and may have seen what nobody knows
+    of. A gap that goes on comes again, with the same `from_ns` and a later `to_ns`."""
+
+    agent_id: str
+    from_ns: int
+    to_ns: int
+    why: str

@@ -20,7 +20,7 @@ from pathlib import Path
 from coral.client import Batch, Kind
 from coral.client.account import Ledger
 from coral.colony.bus.settings import BusSettings
-from coral.colony.delivery import Delivery, Ended, Session, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Ended, Gap, Session, Standing
 from tests import peer
 from tests.support import ROOT, wait_until
 
@@ -148,10 +148,11 @@ class Shelf:
             """PRAGMA journal_mode = WAL; PRAGMA synchronous = OFF;
             CREATE TABLE IF NOT EXISTS rows
                 (agent, session, number, UNIQUE (agent, session, number));
-            CREATE TABLE IF NOT EXISTS gaps (agent, from_ns, to_ns, why);
             CREATE TABLE IF NOT EXISTS ledger (agent, session, last_seq, produced, stored, lost,
                 in_kernel, ended, UNIQUE (agent, session))"""
         )
+        self.seen: list[AgentSeen] = []
+        self.gaps: list[Gap] = []
         self._waiting: list[Delivery] = []
         self._standings: dict[tuple[str, str], Standing] = {}
         for line in self._database.execute("SELECT * FROM ledger").fetchall():
@@ -186,19 +187,16 @@ class Shelf:
     def standings(self) -> Sequence[Standing]:
         return tuple(self._standings.values())
 
-    def gap(self, agent_id: str, from_ns: int, to_ns: int, why: str) -> None:
-        with self._database:
-            self._database.execute(
-                "INSERT INTO gaps VALUES (?, ?, ?, ?)", (agent_id, from_ns, to_ns, why)
-            )
+    def agent_seen(self, agent: AgentSeen) -> None:
+        self.seen.append(agent)
+
+    def gap(self, gap: Gap) -> None:
+        self.gaps.append(gap)
 
     def rows(self, agent_id: str, collector_id: str) -> list[int]:
         """The numbers of the events that are stored, in the order in which they came."""
         query = "SELECT number FROM rows WHERE agent = ? AND session = ? ORDER BY rowid"
         return [n for (n,) in self._database.execute(query, (agent_id, collector_id))]
-
-    def gaps(self) -> list[tuple[object, ...]]:
-        return self._database.execute("SELECT DISTINCT * FROM gaps").fetchall()
 
     def _write(self, it: Delivery) -> None:
         key = it.session.key

@@ -22,7 +22,7 @@ from coral.colony.bus import envelope, subjects
 from coral.colony.bus.connection import FAILURES, Connection
 from coral.colony.bus.inbox import Inbox, Order, OutOfOrderError
 from coral.colony.bus.settings import BusSettings
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -33,7 +33,7 @@ _MOST_UNACKNOWLEDGED: Final = 100_000
 class Keeper(Protocol):
     """What the consumer needs of a store."""
 
-    def put(self, delivery: Delivery) -> None:
+    def put(self, delivery: Delivery) -> object:
         """Queues DELIVERY."""
 
     async def room(self) -> None:
@@ -45,8 +45,11 @@ class Keeper(Protocol):
     def standing(self, agent_id: str, collector_id: str) -> Standing | None:
         """What is durable of a session."""
 
-    def gap(self, agent_id: str, from_ns: int, to_ns: int, why: str) -> None:
-        """Between the two Unix times the agent could not be followed."""
+    def agent_seen(self, agent: AgentSeen) -> object:
+        """How an agent fares."""
+
+    def gap(self, gap: Gap) -> object:
+        """When an agent could not be followed."""
 
 
 @dataclass(slots=True)
@@ -167,12 +170,14 @@ class Consumer:
         self._counts.bytes += len(message.data)
         try:
             told = envelope.told_of(message.headers)
-            gap = envelope.gap_of(message.headers)
+            gap, seen = envelope.gap_of(message.headers), envelope.seen_of(message.headers)
         except msgspec.MsgspecError as error:
             log.error("a message is not of this kind", subject=message.subject, reason=str(error))
             return
         if gap:
-            self._store.gap(gap.agent, gap.from_ns, gap.to_ns, gap.why)
+            self._store.gap(gap)
+        if seen:
+            self._store.agent_seen(seen)
         if told and (delivery := self.inbox.take(told, message.data)):
             self._store.put(delivery)
 

@@ -5,7 +5,9 @@ The headers are
     Nats-Msg-Id     agent/session/last_seq; the server stores each once
     Coral-Delivery  the delivery without its batch, in JSON: the fields of `Told`
 
-so that readers in any language find an EbpfEventBatch of the contract in the payload.
+so that readers in any language find an EbpfEventBatch of the contract in the payload. Other
+messages have no payload, and in place of the latter `Coral-Gap` or `Coral-Agent`: see `Gap` and
+`AgentSeen`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import msgspec
 
 from coral.client import Batch, Kind
 from coral.colony.bus.subjects import token
-from coral.colony.delivery import Delivery, Ended, Session, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Ended, Gap, Session, Standing
 
 TOO_LARGE: Final = "bus_too_large"
 """The stage of events whose batch is larger than the server accepts."""
@@ -28,6 +30,7 @@ MESSAGE_ID: Final = "Nats-Msg-Id"
 EXPECTED: Final = "Nats-Expected-Last-Subject-Sequence"
 DELIVERY: Final = "Coral-Delivery"
 GAP: Final = "Coral-Gap"
+SEEN: Final = "Coral-Agent"
 
 
 class ToldEnd(msgspec.Struct, frozen=True):
@@ -123,15 +126,6 @@ class Told(msgspec.Struct, frozen=True, omit_defaults=True):
         return Ended(end.reason, end.detail, end.at_ns) if end else None
 
 
-class Gap(msgspec.Struct, frozen=True):
-    """A time at which an agent could not be followed."""
-
-    agent: str
-    from_ns: int
-    to_ns: int
-    why: str
-
-
 def told(delivery: Delivery, stored: int, lost: Mapping[str, int]) -> Told:
     """What is said of DELIVERY; STORED and LOST are the session's account before it."""
     session, end = delivery.session, delivery.ended
@@ -175,12 +169,15 @@ def message_id(it: Told) -> str:
     return name if it.last_seq > it.after_seq else f"{name}@{it.time_ns}"
 
 
-def gap_id(gap: Gap) -> str:
-    """The same of a gap."""
-    return f"{token(gap.agent)}/gap/{gap.from_ns}-{gap.to_ns}"
+def headers_apart(it: Gap | AgentSeen) -> dict[str, str]:
+    """The headers of a message that belongs to no session."""
+    agent = token(it.agent_id)
+    if isinstance(it, Gap):
+        return {MESSAGE_ID: f"{agent}/gap/{it.from_ns}-{it.to_ns}", GAP: header(it)}
+    return {MESSAGE_ID: f"{agent}/seen/{it.seen_ns}", SEEN: header(it)}
 
 
-def header(value: Told | Gap) -> str:
+def header(value: Told | Gap | AgentSeen) -> str:
     """VALUE as the value of a header: JSON on one line, in ASCII."""
     encoded = _encoder.encode(value)
     return encoded.decode() if encoded.isascii() else json.dumps(json.loads(encoded))
@@ -199,6 +196,13 @@ def gap_of(headers: Mapping[str, str] | None) -> Gap | None:
     return _gap.decode(value) if value else None
 
 
+def seen_of(headers: Mapping[str, str] | None) -> AgentSeen | None:
+    """The same of an agent."""
+    value = (headers or {}).get(SEEN)
+    return _seen.decode(value) if value else None
+
+
 _encoder: Final = msgspec.json.Encoder()
 _told: Final = msgspec.json.Decoder(Told)
 _gap: Final = msgspec.json.Decoder(Gap)
+_seen: Final = msgspec.json.Decoder(AgentSeen)

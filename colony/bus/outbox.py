@@ -16,8 +16,8 @@ from typing import Final
 import structlog
 
 from coral.colony.bus import envelope, subjects
-from coral.colony.bus.envelope import Gap, Told
-from coral.colony.delivery import Delivery, SequenceError, Standing
+from coral.colony.bus.envelope import Told
+from coral.colony.delivery import AgentSeen, Delivery, Gap, SequenceError, Standing
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -140,10 +140,10 @@ class Outbox:
             self._free(line)
         return True
 
-    def admit_gap(self, gap: Gap) -> None:
-        """Queues GAP."""
-        headers = {envelope.MESSAGE_ID: envelope.gap_id(gap), envelope.GAP: envelope.header(gap)}
-        subject, size = subjects.of_gaps(self._prefix, gap.agent), _size(headers, b"")
+    def admit_apart(self, it: Gap | AgentSeen) -> None:
+        """Queues what belongs to no session."""
+        headers = envelope.headers_apart(it)
+        subject, size = subjects.of_agent(self._prefix, it.agent_id), _size(headers, b"")
         self._apart.append(Message(self._enter(size), subject, headers, b"", size))
 
     def next(self) -> Message | None:

@@ -18,10 +18,10 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from coral.colony.bus import envelope, subjects
 from coral.colony.bus.connection import FAILURES, BusError, Connection, is_wrong_sequence
-from coral.colony.bus.envelope import Gap, Told
+from coral.colony.bus.envelope import Told
 from coral.colony.bus.outbox import Message, Numbered, Outbox
 from coral.colony.bus.settings import BusSettings
-from coral.colony.delivery import Delivery, Standing
+from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -111,11 +111,12 @@ class Publisher:
         """Whether there is a connection now."""
         return self._connection.is_up
 
-    def put(self, delivery: Delivery) -> None:
-        """Queues DELIVERY; one that was put before is left out. Raises `SequenceError` where it
-        does not follow on what was put of its session, or what somebody else published of it."""
-        if self._outbox.admit(delivery):
-            self._work.set()
+    def put(self, delivery: Delivery) -> bool:
+        """Queues DELIVERY; False for one that was put before. Raises `SequenceError` where it does
+        not follow on what was put of its session, or on what somebody else published of it."""
+        is_news = self._outbox.admit(delivery)
+        self._work.set()
+        return is_news
 
     async def room(self) -> None:
         """Waits while too many bytes wait."""
@@ -137,9 +138,14 @@ class Publisher:
         async with self._progress:
             await self._progress.wait_for(lambda: self._outbox.has_all_up_to(number))
 
-    def gap(self, agent_id: str, from_ns: int, to_ns: int, why: str) -> None:
-        """Between the two Unix times the agent could not be followed."""
-        self._outbox.admit_gap(Gap(agent_id, from_ns, to_ns, why))
+    def agent_seen(self, agent: AgentSeen) -> None:
+        """How an agent fares."""
+        self._outbox.admit_apart(agent)
+        self._work.set()
+
+    def gap(self, gap: Gap) -> None:
+        """When an agent could not be followed."""
+        self._outbox.admit_apart(gap)
         self._work.set()
 
     async def _run(self) -> None:

@@ -1,7 +1,7 @@
 """The subjects of the stream: one a session, below its agent, below one of 64 buckets of agents.
 
     coral.batches.07.node-3%2Eexample.0f3a91
-    coral.gaps.07.node-3%2Eexample
+    coral.agents.07.node-3%2Eexample
 
 Colonies share the agents by bucket, so that a share is a filter that the server applies.
 """
@@ -14,7 +14,7 @@ from zlib import crc32
 
 BUCKETS: Final = 64
 BATCHES: Final = "batches"
-GAPS: Final = "gaps"
+AGENTS: Final = "agents"
 
 _EMPTY: Final = "%"
 
@@ -35,9 +35,9 @@ def of_session(prefix: str, agent_id: str, collector_id: str) -> str:
     return f"{prefix}.{BATCHES}.{bucket(agent_id):02}.{token(agent_id)}.{token(collector_id)}"
 
 
-def of_gaps(prefix: str, agent_id: str) -> str:
-    """The subject of the times at which an agent could not be followed."""
-    return f"{prefix}.{GAPS}.{bucket(agent_id):02}.{token(agent_id)}"
+def of_agent(prefix: str, agent_id: str) -> str:
+    """The subject of what there is to say about an agent itself."""
+    return f"{prefix}.{AGENTS}.{bucket(agent_id):02}.{token(agent_id)}"
 
 
 def everything(prefix: str) -> str:

@@ -20,7 +20,7 @@ from coral.colony.bus.consumer import Consumer
 from coral.colony.bus.envelope import TOO_LARGE
 from coral.colony.bus.inbox import EVICTED
 from coral.colony.bus.publisher import Publisher
-from coral.colony.delivery import SequenceError
+from coral.colony.delivery import AgentSeen, Gap, SequenceError
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.bus import NatsServer, Role, Scripted, Shelf, nats_server, settings_for
 from tests.programs.bus_side import sessions
@@ -71,11 +71,14 @@ async def publish(publisher: Publisher, one: Scripted, after_seq: int = 0) -> No
 
 async def test_what_is_published_is_stored_once_and_anybody_can_read_it(tmp_path: Path) -> None:
     one = Scripted.make("node 1.example é", "s*1>", FATES * 50)
+    gap = Gap("node 2", 1, 2, "away, ü")
+    seen = AgentSeen("node 2", "host:1", 5, connected=True, attributes={"zone": "a"})
     with nats_server(tmp_path / "nats") as server:
         settings = settings_for(server.url)
         async with Publisher(settings) as publisher:
             await publish(publisher, one)
-            publisher.gap("node 2", 1, 2, "away, ü")
+            publisher.gap(gap)
+            publisher.agent_seen(seen)
             await publisher.stored()
             before = publisher.standing(*one.session.key)
         async with Publisher(settings) as publisher:
@@ -90,7 +93,7 @@ async def test_what_is_published_is_stored_once_and_anybody_can_read_it(tmp_path
         async with reading(Consumer(settings, shelf)):
             await ended(shelf, [one])
         assert_exact(shelf, one)
-        assert shelf.gaps() == [("node 2", 1, 2, "away, ü")]
+        assert (shelf.gaps, shelf.seen) == ([gap], [seen])
         client = await nats.connect(server.url)
         subject = "coral.batches.*.node%201%2Eexample%20%C3%A9.s%2A1%3E"
         message = await client.jetstream().get_msg("CORAL", seq=1, next=True, subject=subject)
