@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from itertools import islice
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 from numpy.typing import NDArray
 from prometheus_client.utils import floatToGoString
@@ -74,3 +74,27 @@ class SeriesTable(Generic[Key]):
 def le(bound: float) -> str:
     """An upper bound as the label `le` has it in its canonical form: `0.001`, `1.0`, `+Inf`."""
     return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
+
+
+class Service(str):
+    """The label `service` of what is of pods, with MORE labels that come with it, and the same as
+    ATTRIBUTES of a resource of OpenTelemetry. Services of one name with other labels are others."""
+
+    more: Mapping[str, str]
+    attributes: Mapping[str, str]
+    __slots__ = ("attributes", "more")
+
+    def __new__(cls, name: str, more: Mapping[str, str], attributes: Mapping[str, str]) -> Self:
+        """A text with these."""
+        service = super().__new__(cls, name)
+        service.more, service.attributes = dict(more), dict(attributes)
+        return service
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True and getattr(other, "more", {}) == self.more
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((str(self), *self.more.items()))
