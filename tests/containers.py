@@ -17,7 +17,7 @@ from tests.support import ROOT
 
 PODS: Final = ("CAP_BPF", "CAP_PERFMON")
 SERVICES: Final = (*PODS, "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "CAP_IPC_LOCK")
-_CACHE: Final = ROOT / "build/image/cache"
+CACHE: Final = ROOT / "build/image/cache"
 # A cgroup v2 hierarchy alone, as on a machine that has booted with it.
 _PURE_V2: Final = (
     *("unshare", "--mount", "sh", "-ec"),
@@ -69,7 +69,7 @@ def build(directory: Path, key: Path, umask: int = 0o022) -> Built:
     """Builds the image and the Debian package into DIRECTORY, signed by KEY. What apt and pip
     fetched for the last build serves the next."""
     command = (sys.executable, "-P", "-m", "deploy.image", "image", "deb")
-    where = ("--output", directory, "--key", key, "--cache", _CACHE)
+    where = ("--output", directory, "--key", key, "--cache", CACHE)
     done = subprocess.run(
         [*command, *where], capture_output=True, text=True, check=False, umask=umask
     )
