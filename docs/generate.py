@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from coral.agent import config
+from coral.agent.config import Config
+from coral.agent.config_table import describe
 from coral.agent.serving import prometheus as metrics
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
@@ -82,7 +83,7 @@ def configuration_page() -> str:
     """Every key of the configuration, and every option of every collector."""
     keys = [
         (f"`{path}`", kind, f"`{default}`" if default else "", meaning)
-        for path, kind, default, meaning in config.describe()
+        for path, kind, default, meaning in describe(Config)
     ]
     page = (
         _NOTE
