@@ -1,5 +1,5 @@
-"""What the agent takes in its pod, and how soon it is ready: the figures of docs/install.md, printed
-by `pytest -s`."""
+"""What the agent takes in its pod, and how soon it is ready: the figures of
+docs/benchmarks_kubernetes.md, printed by `make test-cluster`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _MB: Final = 1e6
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Bytes that the cgroup of a process is charged: all, and all but the page cache that can be
-    taken back, which is what the kubelet goes by."""
+    """Bytes that the cgroup of a process is charged: all, all but the page cache that can be taken
+    back (the kubelet's working set), and what is no file's and not the kernel's."""
     path = cgroup_of(pid).lstrip("/")
     (directory,) = (
         top / path for top in hierarchies()
@@ -38,7 +38,8 @@ def memory_of(pid: int) -> dict[str, int]:
     usage = directory / ("memory.current" if is_v2 else "memory.usage_in_bytes")
     inactive = int(stat["inactive_file" if is_v2 else "total_inactive_file"])
     charged = int(usage.read_text())
-    return {"charged": charged, "working set": charged - inactive}
+    anonymous = int(stat["anon" if is_v2 else "total_rss"])
+    return {"charged": charged, "working set": charged - inactive, "anonymous": anonymous}
 
 
 def said(pid: int, when: str) -> dict[str, int]:
@@ -51,7 +52,7 @@ def said(pid: int, when: str) -> dict[str, int]:
 def test_how_soon_the_agent_is_ready_after_helm_install(running: Cluster, agent: Agent) -> None:
     took_s = []
     for _ in range(INSTALLS):
-        running.helm("uninstall", "coral", *AGENT, "--wait", f"--timeout={READY_S}s")
+        running.helm("uninstall", "coral", *AGENT)
         wait_until(lambda: not running.get("pods", *AGENT)["items"], READY_S)
         began_s = time.monotonic()
         install(running)

@@ -81,7 +81,7 @@ def query(running: Cluster) -> Iterator[Query]:
             assert process.process.poll() is None, process.errors
             words = ("--get", f"http://{_LISTEN}/api/v1/query")
             done = subprocess.run(
-                running.inside("curl", "-s", "--data-urlencode", f"query={expression}", *words),
+                running.inside("curl", "-sf", "--data-urlencode", f"query={expression}", *words),
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             if done.returncode:  # it is still starting

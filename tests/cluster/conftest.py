@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,10 +15,12 @@ from tests.containers import build
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster that has the image; no agent yet."""
-    made = build(tmp_path_factory.mktemp("image"), CACHE / "image.pem")
-    with cluster(CACHE) as it:
-        it.load(made.archive)
-        yield it
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(build, tmp_path_factory.mktemp("image"), CACHE / "image.pem")
+        with cluster(CACHE) as it:
+            it.load(made.result().archive)
+            yield it
 
 
 @pytest.fixture(scope="session")
