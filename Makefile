@@ -68,9 +68,10 @@ test-kernels: $(VENV)/.dev build/nginx/nginx ## run the kernel tests on other ke
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
-test-cluster: $(VENV)/.dev build/kubernetes/helm ## run the agent in a real Kubernetes, which the first run builds; as root
+test-cluster: ## run the agent in a real Kubernetes, which the first run builds; as root
+	@$(BUILD) $(VENV)/.dev build/kubernetes/helm build/prometheus-kubernetes/prometheus
 	@deploy/packages $(TEST_PACKAGES) dpkg-dev
-	$(BIN)/python -P -m pytest tests/cluster/checks.py
+	$(BIN)/python -P -m pytest -rP tests/cluster/checks_*.py
 
 lint: $(VENV)/.dev ## check style, types, imports, C format and the contract
 	$(BIN)/ruff check .
@@ -137,6 +138,10 @@ $(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 # Only the programs: Debian's packages would start services of their own.
 build/prometheus/prometheus:
 	@deploy/packages --extract prometheus build/prometheus promtool
+
+# Debian 12's knows no service discovery by Kubernetes.
+build/prometheus-kubernetes/prometheus:
+	@deploy/packages --extract prometheus/trixie build/prometheus-kubernetes
 
 # Debian 12's receives no OTLP yet.
 build/victoria-metrics/victoria-metrics:
