@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -92,6 +92,25 @@ class Batch:
         """Of a session that watches pods or containers: what all of them have in common, by
         OpenTelemetry's names, such as `k8s.pod.name`."""
         return dict(self.message.attributes)
+
+    @cached_property
+    def resources(self) -> Sequence[Mapping[str, str]]:
+        """Of such a session: the attributes of the containers that the rows are of, whole. The number
+        in `row_resources` is 0 for `attributes` alone, which are the first of these."""
+        common = self.attributes
+        return (common, *({**common, **each.attributes} for each in self.message.resources))
+
+    @cached_property
+    def row_resources(self) -> NDArray[np.uint32]:
+        """Which of `resources` each row is of, of shape (count,)."""
+        if self.rows and not (self.columns or len(self.events)):
+            rows = getattr(self.message, self.rows)
+            return np.array([row.resource for row in rows], np.uint32)
+        values: Any = self.columns or self.events
+        there_are = values if self.columns else self.events.dtype.names or ()
+        found: NDArray[np.uint32]
+        found = values["resource"] if "resource" in there_are else np.zeros(self.count, np.uint32)
+        return found
 
     @property
     def end(self) -> SessionEnd | None:

@@ -20,7 +20,7 @@ from coral.mesh.v1 import options_pb2 as options
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import NotFixedError, fields
 from coral.wire.kinds import RowsField, fields_of_kind, rows_fields
-from coral.wire.rows import RowLayout, row_layout
+from coral.wire.rows import RowLayout, layout_at, row_layout
 
 _BATCH: Final = pb.EbpfEventBatch.DESCRIPTOR
 _BY_NUMBER: Final[Mapping[int, RowsField]] = {
@@ -76,7 +76,7 @@ def _quick(wire: bytes) -> Parts | None:
         return None
     events = _NO_EVENTS
     if carrier.form == options.ROW_FORM_EVENTS:
-        events = _run(row_layout(_BATCH, carrier.name), wire, 0)
+        events = _run(layout_at(_BATCH, carrier.name, wire, 0), wire, 0)
         end = events.nbytes
     else:
         _, end, _ = next(there_are, (0, len(wire), body))
@@ -113,7 +113,7 @@ def _sort(wire: bytes) -> _Raw:
                 raw.bodies.append(body)
                 in_columns = True
                 continue
-            run = _run(row_layout(_BATCH, carrier.name), wire, at)
+            run = _run(layout_at(_BATCH, carrier.name, wire, at), wire, at)
             raw.runs.append(run)
             start = rest_from = at + run.nbytes
             break
@@ -142,6 +142,8 @@ def _decode(raw: _Raw) -> Parts:
     message = pb.EbpfEventBatch.FromString(b"".join(raw.rest))
     events = _no_events(message.kind)
     if raw.runs:
+        if len({run.dtype for run in raw.runs}) > 1:
+            raise NotFixedError("the rows are not of one form")
         events = raw.runs[0] if len(raw.runs) == 1 else np.concatenate(raw.runs)
     if not (raw.field and raw.bodies):
         return Parts(message, raw.field or _summaries(message), events, {})
@@ -164,7 +166,8 @@ def _parse(wire: bytes) -> Parts:
                 continue
             columns = _columns(carrier, memoryview(value.SerializeToString()), message.count)
         elif value:
-            layout = row_layout(_BATCH, carrier.name)
+            of_pods = bool(message.resources)
+            layout = row_layout(_BATCH, carrier.name, of_pods=of_pods)
             names = layout.dtype.names or ()
             rows = [tuple(getattr(row, name) for name in names) for row in value]
             events = np.array(rows, layout.dtype)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -144,6 +145,19 @@ class Pods:
                 target.known = self._inventory.version, found
             return found
 
+    def is_pod(self, target: PodTarget, directory: Path) -> bool:
+        """Whether a cgroup of a target is that of a pod, and not of a container."""
+        with self._lock:
+            return self._inventory.is_pod(directory, target.kind)
+
+    def note_groups(self, target: PodTarget) -> None:
+        """Lets a target know what the groups of its cgroups are, if something has changed since it
+        was last told."""
+        with self._lock:
+            if target.noted_version != self._inventory.version:
+                target.note(self._inventory.by_group(target.selector, target.kind))
+                target.noted_version = self._inventory.version
+
     @property
     def _knows_names(self) -> bool:
         return any(self._states[name].used for name in SOURCES)
@@ -247,7 +261,7 @@ class Pods:
     def _apply(self, found: Iterable[CgroupChange]) -> None:
         for change in found:
             if change.made:
-                self._inventory.made(change.kind, change.directory, change.place)
+                self._inventory.made(change.kind, change.directory, change.place, change.group)
             else:
                 self._inventory.removed(change.kind, change.directory)
 
@@ -257,6 +271,8 @@ class Pods:
             with self._lock:
                 changes = self._inventory.settle()
                 by_watch = {target.watch: target for target in self._targets}
+                for each in self._targets:
+                    self.note_groups(each)
             for change in changes:
                 target = by_watch.get(change.watch)
                 if not target or not target.changed:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from coral.agent.machine.pods.node import Pods
 
 _MOST_LABEL: Final = 128  # an annotation may name the service
+_NAMES: Final = ("k8s.pod.name", "k8s.container.name")
+_MOST_NOTED: Final = 16_384  # containers of one target, those that have gone among them
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class PodTarget:
     changed: CgroupsChanged | None = field(default=None, init=False)
     known: tuple[int, list[dict[str, str]]] = field(default_factory=lambda: (-1, []), init=False)
     _last: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES, init=False)
+    noted_version: int = field(default=-1, init=False)  # of the inventory
+    _noted: dict[int, Mapping[str, str]] = field(default_factory=dict, init=False)  # by group
     # Pods that come later and for whose cgroups this is false are left out.
     within: Callable[[Path], bool] | None = field(default=None, init=False)
 
@@ -81,6 +85,25 @@ class PodTarget:
         """The attributes that all of it has in common; once it has gone, those that it had."""
         self._last = common(self._pods.attributes(self)) or self._last
         return self._last
+
+    def is_pod(self, directory: Path) -> bool:
+        """Whether a cgroup is that of a pod, and those directly below it its containers'."""
+        return self._pods.is_pod(self, directory)
+
+    def attributes_of(self, group: int) -> Mapping[str, str]:
+        """The attributes of the container whose cgroup makes a GROUP, as they were last known."""
+        self._pods.note_groups(self)
+        return self._noted.get(group, NO_ATTRIBUTES)
+
+    def note(self, by_group: Mapping[int, Mapping[str, str]]) -> None:
+        """These are the attributes by group. What was known of others stays so for some time; and so
+        does what was known of a container that no source knows any more."""
+        for group, attributes in by_group.items():
+            before = self._noted.pop(group, NO_ATTRIBUTES)  # the newest are the last
+            is_lost = any(name in before and name not in attributes for name in _NAMES)
+            self._noted[group] = before if is_lost else attributes
+        while len(self._noted) > _MOST_NOTED:
+            del self._noted[next(iter(self._noted))]
 
     def follow(self, changed: CgroupsChanged) -> Cgroups:
         """Returns the cgroups that it has, and calls CHANGED, from a thread, for those that it
