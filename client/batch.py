@@ -95,8 +95,8 @@ class Batch:
 
     @cached_property
     def resources(self) -> Sequence[Mapping[str, str]]:
-        """Of such a session: the attributes of the containers that the rows are of, whole. The number
-        in `row_resources` is 0 for `attributes` alone, which are the first of these."""
+        """Of such a session: `attributes`, for rows of which no more is known, and then those of
+        each container that the rows are of."""
         common = self.attributes
         return (common, *({**common, **each.attributes} for each in self.message.resources))
 
@@ -106,10 +106,11 @@ class Batch:
         if self.rows and not (self.columns or len(self.events)):
             rows = getattr(self.message, self.rows)
             return np.array([row.resource for row in rows], np.uint32)
-        values: Any = self.columns or self.events
-        there_are = values if self.columns else self.events.dtype.names or ()
-        found: NDArray[np.uint32]
-        found = values["resource"] if "resource" in there_are else np.zeros(self.count, np.uint32)
+        if self.columns:
+            return self.columns["resource"]
+        if "resource" not in (self.events.dtype.names or ()):
+            return np.zeros(len(self.events), np.uint32)
+        found: NDArray[np.uint32] = self.events["resource"]
         return found
 
     @property

@@ -55,9 +55,9 @@ class Summaries:
 
     `message` is the type of their columns (`pb.SyscallStatsColumns`). `columns` has an array for
     each of its fields: (n,) with a value for each row, (n, width) for a matrix, (k,) for a field
-    that is per batch. Columns of indices point into `strings`; `resource`, which only a session that
-    watches pods has, points into `resources`. `messages` makes the row messages from columns and
-    strings, for subscribers that want rows; the callers add what the resources say.
+    that is per batch. Columns of indices point into `strings`; `resource`, which only a session
+    that watches pods has, points into `resources`. `messages` makes the row messages from columns
+    and strings, for subscribers that want rows; the callers add what the resources say.
     """
 
     message: type[Message]

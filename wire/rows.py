@@ -8,6 +8,7 @@ ordinary rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -54,11 +55,10 @@ class RowLayout:
         return rows
 
 
-def layout_at(container: Any, field_name: str, wire: bytes, offset: int) -> RowLayout:
-    """The layout of the row in CONTAINER's repeated field that begins at OFFSET. Raises
-    `NotFixedError` where it has neither of both."""
-    for of_pods in (False, True):
-        layout = row_layout(container, field_name, of_pods=of_pods)
+def layout_at(layouts: Iterable[RowLayout], wire: bytes, offset: int) -> RowLayout:
+    """That of LAYOUTS which the row has that begins at OFFSET. Raises `NotFixedError` where it has
+    none of them."""
+    for layout in layouts:
         if wire.startswith(layout.head, offset):
             return layout
     raise NotFixedError("the row is not of the expected length")
@@ -66,9 +66,9 @@ def layout_at(container: Any, field_name: str, wire: bytes, offset: int) -> RowL
 
 @cache
 def row_layout(container: Descriptor, field_name: str, *, of_pods: bool = False) -> RowLayout:
-    """The layout of the rows in CONTAINER's repeated field: without the field that points into the
-    resources of the batch, unless they are OF PODS. Raises TypeError where a row has a field that is
-    not of fixed width."""
+    """The layout of the rows in CONTAINER's repeated field: those that are OF PODS have the field
+    that points into the resources of the batch, and others not. Raises TypeError where a row has a
+    field that is not of fixed width."""
     field = container.fields_by_name[field_name]
     row = field.message_type
     if row is None:

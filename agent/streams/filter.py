@@ -80,12 +80,9 @@ class Filter:
             keep &= _named(rows, options.MEANING_SYSCALL, self.syscalls)
         if self.errors_only:
             keep &= _failed(rows)
-        if self.min_duration_ns:
-            for values in _columns(rows, options.MEANING_DURATION):
-                keep &= values >= self.min_duration_ns
-        if self.pods:
-            keep &= _of_pods(rows, attributes, self.pods)
-        return keep
+        for values in _columns(rows, options.MEANING_DURATION) if self.min_duration_ns else ():
+            keep &= values >= self.min_duration_ns
+        return keep & _of_pods(rows, attributes, self.pods) if self.pods else keep
 
 
 def _sorted(numbers: frozenset[int]) -> NDArray[np.int64]:

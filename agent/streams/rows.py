@@ -26,8 +26,8 @@ def row_bytes(rows: EventRows) -> int:
 
 
 def row_sizes(rows: Summaries) -> NDArray[np.int64]:
-    """What each row takes in a message at most, in bytes, of shape (n,). Strings and resources count
-    for each row that refers to them, as strings do where summaries are sent as messages."""
+    """What each row takes in a message at most, in bytes, of shape (n,). Strings and resources
+    count for each row that refers to them, as strings do where summaries are sent as messages."""
     lengths = np.array([len(text.encode()) for text in rows.strings] or [0], np.int64)
     sizes = np.full(len(rows), _ROW_OVERHEAD_BYTES, np.int64)
     for name, column in columns_layout(rows.message.DESCRIPTOR).columns.items():
@@ -47,8 +47,8 @@ _ROW_OVERHEAD_BYTES: Final = 64
 
 
 def take(rows: EventRows | Summaries, keep: NDArray[Any]) -> EventRows | Summaries:
-    """The rows at KEEP, row numbers or a mask of shape (n,), with the strings and the resources they
-    use alone."""
+    """The rows at KEEP, row numbers or a mask of shape (n,), with the strings and the resources
+    that they use alone."""
     if isinstance(rows, EventRows):
         records = _as_bytes(rows.records)[keep].view(rows.records.dtype)
         return with_used_resources(with_used_strings(replace(rows, records=records)))

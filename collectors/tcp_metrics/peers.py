@@ -37,8 +37,8 @@ _ENDS: Final = len(pb.TcpEnd.values())
 
 def peer_summaries(changes: Changes, top: int, table: ResourceTable | None = None) -> Summaries:
     """A row for each peer with which anything moved, those with most bytes first. With TOP > 0 only
-    the first TOP, then the row `other`, which adds up the rest. With TABLE, a row for each container
-    that has this peer."""
+    the first TOP, then the row `other`, which adds up the rest. With TABLE, each row is of one
+    container, too."""
     strings = Strings()
     keys, of_row = np.unique(_peers_of(changes.connections), return_inverse=True)
     counters = sum_by_group(changes.delta, of_row, len(keys))
@@ -195,5 +195,5 @@ _MATRICES: Final = (
 _NUMBERS: Final = tuple(
     field.name
     for field in pb.TcpPeerMetrics.DESCRIPTOR.fields
-    if field.name not in (*_MATRICES, "remote_address")
+    if field.name not in (*_MATRICES, "remote_address", "resource")
 )

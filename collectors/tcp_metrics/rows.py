@@ -152,5 +152,5 @@ _MATRICES: Final = (
 _NUMBERS: Final = tuple(
     field.name
     for field in pb.TcpMetrics.DESCRIPTOR.fields
-    if field.name not in (*_TEXTS, *_MATRICES)
+    if field.name not in (*_TEXTS, *_MATRICES, "resource")
 )

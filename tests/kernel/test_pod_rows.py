@@ -18,6 +18,7 @@ from coral.collectors import selectors
 from coral.collectors.contract import Batch, Collector, EventRows, ServiceProcesses
 from coral.collectors.cpu_profile.collector import CpuProfileCollector
 from coral.collectors.http_latency.collector import HttpLatencyCollector
+from coral.collectors.hubs import Slot
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -116,8 +117,10 @@ class Tally:
             self.of[place] += int(count)
         return batch
 
-    def members(self) -> set[int]:
-        return set(self.collector.bpf_object.keys_of("members").tolist())
+    def watches(self, puppet: Puppet) -> bool:
+        slot = self.collector.bpf_object
+        assert isinstance(slot, Slot)
+        return puppet.pid in slot.keys_of("members")
 
 
 # By mode: what each session's collector is, its options, and what is counted.
@@ -181,7 +184,7 @@ def test_each_row_says_which_container_of_which_pod_it_is_of(node: Node, mode: s
                 tally.drain()
             second = pod(node, "b", "app")
             move(later, second.directory_of("app"))
-            wait_until(lambda: all(later.pid in tally.members() for _, tally in tallies))
+            wait_until(lambda: all(tally.watches(later) for _, tally in tallies))
             later.do("work(700, 6)")
             later.do("work_in_child(1, 1)")
             app.do("work(2, 1)")

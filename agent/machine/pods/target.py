@@ -96,8 +96,8 @@ class PodTarget:
         return self._noted.get(group, NO_ATTRIBUTES)
 
     def note(self, by_group: Mapping[int, Mapping[str, str]]) -> None:
-        """These are the attributes by group. What was known of others stays so for some time; and so
-        does what was known of a container that no source knows any more."""
+        """These are the attributes by group. What was known of others stays so for some time, and
+        so does what was known of a container that no source knows any more."""
         for group, attributes in by_group.items():
             before = self._noted.pop(group, NO_ATTRIBUTES)  # the newest are the last
             is_lost = any(name in before and name not in attributes for name in _NAMES)
