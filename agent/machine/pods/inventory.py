@@ -17,11 +17,10 @@ from typing import Final, NamedTuple
 from coral.agent.machine.pods.cgroup_names import Place
 from coral.agent.machine.pods.facts import Container, Facts, Pod, attributes_of
 from coral.agent.machine.pods.groups import Groups
+from coral.agent.machine.pods.standing import SOURCES
 from coral.collectors.hierarchies import Kind
 from coral.collectors.selectors import Selector
 
-SOURCES: Final = ("api", "kubelet", "cri")
-"""The sources of names, that which knows most first."""
 MOST_PODS: Final = 4096  # of one source; a kubelet runs 110 by default
 MOST_CGROUPS: Final = 65_536
 _NEAR: Final = 3
@@ -203,6 +202,11 @@ class Inventory:
         """The attributes of each cgroup of a selector, in the order of their paths."""
         places = self._cgroups[kind]
         return [self.attributes_at(places[path]) for path in sorted(self.select(selector, kind))]
+
+    def attributes_in(self, cgroups: Iterable[Path], kind: Kind) -> list[dict[str, str]]:
+        """The attributes of each of these cgroups that is known."""
+        places = self._cgroups[kind]
+        return [self.attributes_at(places[path]) for path in sorted(cgroups) if path in places]
 
     def is_pod(self, directory: Path, kind: Kind) -> bool:
         """Whether a cgroup's DIRECTORY is that of a pod, and not of a container."""

@@ -49,6 +49,9 @@ class PodTarget:
     _noted: dict[int, Mapping[str, str]] = field(default_factory=dict, init=False)  # by group
     # Pods that come later and for whose cgroups this is false are left out.
     within: Callable[[Path], bool] | None = field(default=None, init=False)
+    # Takes the names of pods that have come later, and of those that were left out.
+    joined: Callable[[list[str], list[str]], object] | None = field(default=None, init=False)
+    _decided: frozenset[str] = field(default=frozenset(), init=False)
 
     @property
     def label(self) -> str:
@@ -60,7 +63,9 @@ class PodTarget:
     @property
     def pods(self) -> tuple[str, ...]:
         """The pods that it has now, `NAMESPACE/POD`; of containers outside of pods their ids."""
-        return tuple(sorted({_name(found) for found in self._pods.attributes(self)}))
+        found = tuple(sorted({_name(found) for found in self._pods.attributes(self)}))
+        self._decided = frozenset(found)
+        return found
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -110,13 +115,30 @@ class PodTarget:
         gains and loses from then on."""
 
         def allowed(added: Cgroups, removed: Cgroups) -> None:
-            changed(self._allowed(added), removed)
+            kept = self._allowed(added)
+            changed(kept, removed)
+            self._tell_joined(kept, added - kept, frozenset())
 
         self.changed = allowed
-        return self._allowed(self._pods.follow(self, self._features))
+        found = self._pods.follow(self, self._features)
+        kept = self._allowed(found)
+        self._tell_joined(kept, found - kept, self._decided)
+        return kept
 
     def _allowed(self, cgroups: Cgroups) -> Cgroups:
         return frozenset(filter(self.within, cgroups)) if self.within else cgroups
+
+    def _tell_joined(self, joined: Cgroups, left_out: Cgroups, known: frozenset[str]) -> None:
+        """Tells which pods these cgroups are of, but for those that are KNOWN."""
+        if not self.joined:
+            return
+        names = (
+            sorted({_name(each) for each in self._pods.attributes_in(self, some)} - known)
+            for some in (joined, left_out)
+        )
+        come, kept_out = names
+        if come or kept_out:
+            self.joined(come, kept_out)
 
     def close(self) -> None:
         """Ends that. CHANGED may still be under way."""
