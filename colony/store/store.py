@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -65,7 +66,8 @@ class Store:
         loop = asyncio.get_running_loop()
 
         def published() -> None:
-            loop.call_soon_threadsafe(self._wake)
+            with suppress(RuntimeError):  # nobody waits in a loop that is closed
+                loop.call_soon_threadsafe(self._wake)
 
         self._writer = Writer(
             self._core,
