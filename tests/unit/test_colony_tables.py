@@ -22,6 +22,7 @@ from coral.colony.tables import (
     TABLES,
     ContractRows,
     Intake,
+    Rollup,
     schema_of,
 )
 from coral.colony.tables import layout as tables_layout
@@ -312,6 +313,51 @@ def test_what_is_said_of_pods_is_in_the_row() -> None:
     ]  # fmt: skip
 
 
+def of_containers(message: pb.EbpfEventBatch) -> None:
+    """A batch of a session that watches two containers."""
+    message.attributes["k8s.namespace.name"] = "shop"
+    message.attributes["service.name"] = "front"
+    for name in ("web", "proxy"):
+        message.resources.add(attributes={"k8s.container.name": name, "service.name": name})
+
+
+def test_each_row_is_of_its_container() -> None:
+    def change(message: pb.EbpfEventBatch) -> None:
+        of_containers(message)
+        columns_of(message).resource[:] = [2, 0, 1]
+
+    gathered = intake()
+    gathered.add(delivered(changed(syscalls(1, 3, 0), change)))
+    gathered.add(delivery_of(syscalls(2, 2, 0), agent="node-2"))
+    records = records_of("syscall_calls", 2)
+    records["ended_ns"], records["syscall"], records["comm"] = NOW_NS, 0, 0
+    gathered.add(delivered(changed(EventRows(pb.SyscallCall, records, ("",)), of_containers)))
+    taken = gathered.take()
+    rows = taken["syscall_stats"].to_pylist()
+    assert [row["container"] for row in rows] == ["proxy", "", "web", "", ""]
+    assert [row["service"] for row in rows] == ["proxy", "front", "web", "shop", "shop"]
+    assert [row["namespace"] for row in rows] == ["shop", "shop", "shop", "", ""]
+    rolled = Rollup(MINUTE)
+    rolled.add("syscall_stats", taken["syscall_stats"])
+    found = rolled.take(2**62)["syscall_stats_1m"].to_pylist()
+    assert {row["container"] for row in found} == {"proxy", "", "web"}
+    # Rows of single events need not say it.
+    assert [row["service"] for row in taken["syscall_calls"].to_pylist()] == ["front", "front"]
+
+
+def test_single_events_are_of_their_containers() -> None:
+    layout = row_layout(pb.EbpfEventBatch.DESCRIPTOR, "syscall_calls", of_pods=True)
+    records = np.zeros(3, layout.dtype)
+    records["ended_ns"], records["resource"] = NOW_NS, [1, 2, 0]
+    batch = changed(EventRows(pb.SyscallCall, records, ("read",)), of_containers)
+    gathered = intake()
+    gathered.add(delivered(batch))
+    gathered.add(delivered(batch, agent="node-2"))
+    rows = gathered.take()["syscall_calls"].to_pylist()
+    assert [row["container"] for row in rows] == ["web", "proxy", ""] * 2
+    assert [row["agent"] for row in rows] == ["node-1"] * 3 + ["node-2"] * 3
+
+
 def test_counts_beyond_sqls_are_its_greatest() -> None:
     def change(message: pb.EbpfEventBatch) -> None:
         message.syscall_stats_columns.call_count[0] = 2**64 - 1
@@ -551,6 +597,7 @@ def wrong() -> Iterator[tuple[str, Callable[[], pb.EbpfEventBatch], Any, str]]:
     yield "names", by_peer, replacing("failures", *[1] * 3 * 9), "failure_names: "
     yield "wide", by_peer, replacing("ends", *[1] * 3 * 500), "ends: 500 columns"
     yield "counters", tcp, replacing("delta", *[1] * 3 * 500), "TcpCounters: 500 counters"
+    yield "resource", calls, replacing("resource", 0, 1, 0), "resource: index 1, and there are 1 r"
     yield "odd", tcp, replacing("delta", *[1] * 46), "column delta has 46 values for 3 rows"
     far = NOW_NS + 400 * DAY_NS
     yield "future", calls, at("interval_end_ns", far), "interval_end_ns: 2024-12-18 .* clock"
