@@ -219,7 +219,7 @@ def test_the_contracts_rows_are_the_tables() -> None:
         assert set(table.sort_by) <= set(table.schema.names)
 
 
-def changed(make: Summaries, change: Callable[[pb.EbpfEventBatch], object]) -> Batch:
+def changed(make: Summaries | EventRows, change: Callable[[pb.EbpfEventBatch], object]) -> Batch:
     """A batch as an agent would send it that does one thing in another way."""
     message = message_of(wire_of(make))
     change(message)
