@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -632,6 +633,71 @@ def test_a_batch_that_is_wrong_is_refused_whole_and_its_field_named(
     gathered.add(good)
     (table,) = (it for name, it in gathered.take().items() if name != STACKS)
     assert table.column_names == schema_of(good.batch.rows).names  # type: ignore[union-attr]
+
+
+numbers = st.one_of(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([0, 1, 2, 3, 15, 63, 64, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]),
+)
+mistakes = st.lists(
+    st.tuples(
+        st.integers(0, 100),  # which column
+        st.sampled_from(["set", "fill", "cut", "double", "clear"]),
+        st.integers(0, 2000),  # which of its values
+        numbers,
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def mistaken(columns: Any, column: int, what: str, place: int, number: int) -> None:
+    """One thing that is wrong with columns."""
+    fields = [it for it in columns.DESCRIPTOR.fields if len(getattr(columns, it.name))]
+    if not fields:
+        return
+    field = fields[column % len(fields)]
+    values = getattr(columns, field.name)
+    is_long = field.type == field.TYPE_FIXED64
+    value = number if is_long else number % 2 ** (63 if field.type == field.TYPE_SFIXED64 else 32)
+    if what == "set":
+        values[place % len(values)] = value
+    elif what == "fill":
+        values[:] = [value] * len(values)
+    elif what == "cut":
+        del values[place % len(values) :]
+    elif what == "double":
+        values.extend(list(values))
+    else:
+        del values[:]
+
+
+@pytest.mark.parametrize("table", [*(it[0] for it in EVERY_SUMMARY), "cpu_profile"])
+@given(seed=st.integers(0, 2**31), wrong=mistakes)
+@settings(max_examples=40)
+def test_whatever_an_agent_sends_is_refused_or_becomes_rows(
+    table: str, seed: int, wrong: list[tuple[int, str, int, int]]
+) -> None:
+    makes = {name: make for name, make, _ in EVERY_SUMMARY}
+    sent = message_of(wire_of(makes[table](seed, 5, 0))) if table in makes else stack_batch()
+    for mistake in wrong:
+        mistaken(columns_of(sent), *mistake)
+    gathered = intake(NOW_NS + SECOND_NS)
+    try:
+        gathered.add(delivered(Batch.parse(sent.SerializeToString())))
+    except ContractError:
+        assert gathered.take() == {}
+        return
+    taken = gathered.take()
+    assert taken[table].num_rows == sent.count
+    rolled = Rollup(MINUTE)
+    rolled.add(table, taken[table])
+    (found,) = rolled.take(2**62).values()
+    assert sum(found["row_count"].to_pylist()) == taken[table].num_rows
+    for column in (*taken[table].columns, *found.columns):
+        assert column.null_count == 0
+        if column.type == pa.int64():
+            assert min(column.to_pylist()) >= 0
 
 
 def test_events_from_nowhere_in_time_are_refused() -> None:
