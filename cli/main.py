@@ -25,6 +25,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "demo": "coral.cli.demo.command",
     "doctor": "coral.cli.doctor.command",
     "pods": "coral.cli.pods",
+    "query": "coral.cli.query.command",
     "stop": "coral.cli.show",
     "tap": "coral.cli.tap.command",
 }

@@ -8,6 +8,8 @@ from typing import Final
 
 DEFAULT_ADDRESS: Final = "unix:/run/coral/agent.sock"
 ENV_ADDRESS: Final = "CORAL_AGENT"
+DEFAULT_COLONY: Final = "unix:/run/coral/colony.sock"
+ENV_COLONY: Final = "CORAL_COLONY"
 ENV_TOKEN: Final = "CORAL_TOKEN"  # noqa: S105  the variable's name
 
 _KEEPALIVE_MS: Final = 30_000
@@ -21,6 +23,11 @@ _SCHEMES: Final = ("ipv4:", "ipv6:", "dns:///", "dns:")
 def default_address() -> str:
     """CORAL_AGENT, else the socket of this machine's agent."""
     return os.environ.get(ENV_ADDRESS) or DEFAULT_ADDRESS
+
+
+def default_colony() -> str:
+    """CORAL_COLONY, else the socket of this machine's colony."""
+    return os.environ.get(ENV_COLONY) or DEFAULT_COLONY
 
 
 def checked_address(address: str) -> str:

@@ -12,7 +12,7 @@ from coral.colony.delivery import Delivery, Session
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import field_of, kind_name
 
-NOW_NS: Final = 1_700_000_000 * 10**9
+NOW_NS: Final = 1_700_000_040 * 10**9
 """When the deliveries are from: a whole minute."""
 INTERVAL_NS: Final = 10 * 10**9
 

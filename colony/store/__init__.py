@@ -3,7 +3,6 @@
 See docs/colony.md. Only `rows.py` says what the store needs to know of rows.
 """
 
-from coral.colony.delivery import AgentSeen, Gap, SequenceError
 from coral.colony.store.errors import (
     StoreError,
     StoreInUseError,
@@ -18,13 +17,10 @@ from coral.colony.store.store import Store
 __all__ = [
     "HOUR_NS",
     "MINUTE_NS",
-    "AgentSeen",
     "Figures",
-    "Gap",
     "Intake",
     "Rollup",
     "Rows",
-    "SequenceError",
     "Settings",
     "Sources",
     "State",

@@ -14,7 +14,7 @@ from typing import Final
 import pyarrow as pa
 
 from coral.client import Kind
-from coral.colony.delivery import Delivery, Ended, SequenceError, Session, Standing
+from coral.colony.delivery import AGENT_LOST, Delivery, Ended, SequenceError, Session, Standing
 
 UNREADABLE: Final = "unreadable"
 """The stage of events in a delivery that the colony could not make rows of."""
@@ -125,7 +125,7 @@ class Book:
         entry.last_seq = delivery.last_seq
         entry.produced = max(entry.produced, delivery.produced, delivery.last_seq)
         entry.updated_ns = max(entry.updated_ns, delivery.time_ns)
-        entry.ended = delivery.ended or entry.ended
+        entry.ended = delivery.ended  # one given up as lost may come back
 
     def take_changed(self) -> tuple[Mapping[Key, Standing], pa.Table, pa.Table, pa.Table]:
         """What has changed since the last call: standings; lines for `ledger` that are new; lines
@@ -142,13 +142,15 @@ class Book:
         """A transaction has made STANDINGS durable."""
         self._durable.update(standings)
 
-    def forget(self, ended_before_ns: int) -> None:
-        """Drops sessions that ended before that, unless something of them waits."""
+    def forget(self, ended_before_ns: int, lost_before_ns: int) -> None:
+        """Drops sessions that ended before that, unless something of them waits. One that was
+        given up as lost may come back, with an agent that was cut off."""
         for key, standing in list(self._durable.items()):
             ended = standing.ended
             if (
                 ended
-                and ended.at_ns < ended_before_ns
+                and ended.at_ns
+                < (lost_before_ns if ended.reason == AGENT_LOST else ended_before_ns)
                 and key not in self._changed
                 and self._admitted.get(key) == standing.last_seq
             ):

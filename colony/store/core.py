@@ -1,7 +1,7 @@
 """The store's work, step by step, without a thread and without a loop: commit, seal, retire,
 recover. One thread calls it, except that a `SealJob` may run in another.
 
-Every transaction counts up `watermarks.commit`. After a failure nobody knows whether the disk has
+Every transaction has a number, in `marks`. After a failure nobody knows whether the disk has
 the transaction: the number in the database does, once it is open again.
 """
 
@@ -20,7 +20,7 @@ from coral.colony.store.book import Book, entries_of
 from coral.colony.store.catalog import Catalog, Generation, Segment
 from coral.colony.store.database import Database, is_fatal
 from coral.colony.store.errors import StoreError
-from coral.colony.store.making import COMMITTED_NS, ROLLED_UP, Commit, Making, Waiting
+from coral.colony.store.making import UNTIL_NS, Commit, Making, Waiting
 from coral.colony.store.rows import Rows
 from coral.colony.store.sealing import SealJob, delete_orphans, found_segments
 from coral.colony.store.settings import HOUR_NS, MINUTE_NS, Settings, Tier
@@ -31,14 +31,12 @@ from coral.colony.store.statements import (
     count,
     described,
     load_generations,
+    load_marks,
     load_segments,
-    load_watermarks,
-    set_watermark,
+    set_marks,
     write_small_tables,
 )
 
-_COMMIT: Final = "commit"
-_GENERATION: Final = "generation"
 _BATCH_ROWS: Final = 100_000
 
 
@@ -95,10 +93,9 @@ class Core:
         lines = self.database.writer.sql("SELECT * FROM ledger").to_arrow_table()
         self.book = Book(entries_of(lines))
         self.making = Making(self._rows, self.settings, self.book)
-        marks = load_watermarks(self.database.writer)
-        self.making.number = marks.get(_COMMIT, 0)
-        for width in self.making.watermarks:
-            self.making.watermarks[width] = marks.get(f"{ROLLED_UP}{width}", 0)
+        marks = load_marks(self.database.writer)
+        self.making.number = marks["transaction"]
+        self.making.watermarks = {width: marks[it] for width, it in UNTIL_NS.items()}
 
     def rebuild(self) -> None:
         """Reads again what the rollups had not written when the store ended: the minutes and hours
@@ -126,7 +123,7 @@ class Core:
         self.database.open()
         self._load_catalog()
         pending = self._pending
-        if pending and load_watermarks(self.database.writer).get(_COMMIT, 0) >= pending.number:
+        if pending and load_marks(self.database.writer)["transaction"] >= pending.number:
             self._done(pending)
 
     def commit(self, waiting: Iterable[Waiting] = ()) -> Commit:
@@ -138,8 +135,7 @@ class Core:
             for table, rows in pending.tables.items():
                 changed.append(self._insert(database, table, rows))
             write_small_tables(database, pending)
-            for name, value in {_COMMIT: pending.number, **pending.watermarks}.items():
-                set_watermark(database, name, value)
+            set_marks(database, pending.marks)
         numbers = {it.number for it in changed}
         kept = [it for it in self.catalog.generations if it.number not in numbers]
         self.catalog.generations = sorted([*kept, *changed], key=lambda it: it.number)
@@ -194,7 +190,10 @@ class Core:
                 ("agents", "last_seen_ns"),
             ):
                 database.execute(f"DELETE FROM {table} WHERE {ended} < ?", [now_ns - longest_ns])
-        self.book.forget(now_ns - int(self.settings.known_ended_s * 1e9))
+        self.book.forget(
+            now_ns - int(self.settings.known_ended_s * 1e9),
+            now_ns - int(self.settings.known_lost_s * 1e9),
+        )
 
     def close(self) -> None:
         """Closes the database; DuckDB writes its log into the file."""
@@ -203,7 +202,7 @@ class Core:
     def _done(self, pending: Commit) -> None:
         self._pending = None
         self.durable_items = pending.items
-        self.committed_ns = pending.watermarks[COMMITTED_NS]
+        self.committed_ns = pending.committed_ns
         self.book.publish(pending.standings)
         pending.confirmed()
 
@@ -264,7 +263,7 @@ class Core:
             columns = f"SELECT * FROM {before.name} UNION ALL BY NAME {columns}"
         database.execute(f"CREATE TABLE {hot.name} AS SELECT * FROM ({columns}) LIMIT 0")
         database.execute("INSERT INTO generations VALUES (?, ?, ?)", [table, hot.number, now_ns])
-        set_watermark(database, _GENERATION, hot.number)
+        set_marks(database, {"generation": hot.number})
         hot.columns = described(database, f"SELECT * FROM {hot.name}")
         return hot
 
@@ -276,7 +275,7 @@ class Core:
         )
         used = [it.generation for it in self.catalog.segments]
         used += [it.number for it in self.catalog.generations]
-        used.append(load_watermarks(self.database.writer).get(_GENERATION, 0))
+        used.append(load_marks(self.database.writer)["generation"])
         self._next_generation = max(used) + 1
 
     def _adopt(self) -> None:

@@ -46,9 +46,11 @@ SMALL_TABLES: Final[Mapping[str, str]] = {
     "generations": "table_name VARCHAR, generation BIGINT, opened_ns BIGINT",
     "segments": """table_name VARCHAR, generation BIGINT, path VARCHAR, columns VARCHAR,
         from_ns BIGINT, to_ns BIGINT, row_count BIGINT, size_bytes BIGINT, sealed_ns BIGINT""",
-    "watermarks": "name VARCHAR, value BIGINT",
+    "marks": """transaction BIGINT, generation BIGINT, committed_ns BIGINT,
+        minutes_until_ns BIGINT, hours_until_ns BIGINT""",
 }
-"""By name, their columns. JSON where a VARCHAR holds a mapping."""
+"""By name, their columns. JSON where a VARCHAR holds a mapping. `marks` has one row: the numbers of
+the last transaction and generation, and how far rows are rolled up."""
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -195,6 +197,7 @@ class Database:
             with self._connect(unfinished) as connection:
                 for name, columns in SMALL_TABLES.items():
                     connection.execute(f"CREATE TABLE {name} ({columns})")
+                connection.execute("INSERT INTO marks VALUES (0, 0, 0, 0, 0)")
         except duckdb.Error as error:
             raise StoreError(f"{self.path}: {_first_line(error)}") from error
         unfinished.rename(self.path)

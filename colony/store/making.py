@@ -17,9 +17,8 @@ from coral.colony.store.settings import HOUR_NS, LOSSES, MINUTE_NS, Settings
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
-COMMITTED_NS: Final = "committed_ns"
-ROLLED_UP: Final = "rolled_up_"
-"""Of names of watermarks; with the width of an interval in ns."""
+UNTIL_NS: Final = {MINUTE_NS: "minutes_until_ns", HOUR_NS: "hours_until_ns"}
+"""By width of intervals, the column of `marks` with their watermark."""
 
 
 Waiting = Delivery | AgentSeen | Gap
@@ -37,7 +36,8 @@ class Commit:
     changed_lines: pa.Table
     agents: pa.Table
     gaps: pa.Table
-    watermarks: Mapping[str, int]
+    committed_ns: int
+    marks: Mapping[str, int]
     confirmed: Callable[[], None]
     """To be called once it is durable."""
 
@@ -81,6 +81,7 @@ class Making:
         standings, new, changed, losses = self._book.take_changed()
         tables[LOSSES] = losses
         self.number += 1
+        committed_ns = self._settings.clock_ns()
         return Commit(
             number=self.number,
             items=self._items,
@@ -90,9 +91,11 @@ class Making:
             changed_lines=changed,
             agents=_agent_lines(agents.values()),
             gaps=_gap_lines(gaps.values()),
-            watermarks={
-                COMMITTED_NS: self._settings.clock_ns(),
-                **{f"{ROLLED_UP}{width}": at for width, at in self.watermarks.items()},
+            committed_ns=committed_ns,
+            marks={
+                "transaction": self.number,
+                "committed_ns": committed_ns,
+                **{UNTIL_NS[width]: at for width, at in self.watermarks.items()},
             },
             confirmed=lambda: self.intake.confirm(stored),
         )

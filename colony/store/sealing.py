@@ -66,15 +66,16 @@ class SealJob:
             columns = [(name, kind) for name, kind, *_ in described]
             names = [name for name, _ in columns]
             times = "min(time_ns), max(time_ns)" if "time_ns" in names else "NULL, NULL"
-            found = cursor.execute(f"SELECT {times}, count(*) FROM {hot.name}").fetchone()
-            assert found  # noqa: S101  aggregates return one row
+            ((from_ns, to_ns, rows),) = cursor.execute(
+                f"SELECT {times}, count(*) FROM {hot.name}"
+            ).fetchall()
             facts = {
                 "table": hot.table,
                 "generation": hot.number,
                 "columns": hashlib.sha1(repr(columns).encode(), usedforsecurity=False).hexdigest(),
-                "from_ns": found[0] or 0,
-                "to_ns": found[1] or self.sealed_ns,
-                "rows": found[2],
+                "from_ns": from_ns or 0,
+                "to_ns": to_ns or self.sealed_ns,
+                "rows": rows,
                 "sealed_ns": self.sealed_ns,
             }
             order = ", ".join(f'"{it}"' for it in self.order if it in names)

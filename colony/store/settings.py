@@ -75,4 +75,6 @@ class Settings:
     """After a failed transaction, the pause before the next; it doubles up to the second."""
     known_ended_s: float = 2 * _DAY_S
     """How long the standing of an ended session is at hand. It is in the table `ledger` longer."""
+    known_lost_s: float = 14 * _DAY_S
+    """The same, of a session that went with its agent: an agent that was only cut off has it."""
     clock_ns: Callable[[], int] = time.time_ns

@@ -13,9 +13,9 @@ import pyarrow as pa
 from coral.colony.store.catalog import Columns, Segment
 from coral.colony.store.database import SMALL_TABLES
 from coral.colony.store.errors import StoreError
-from coral.colony.store.making import COMMITTED_NS, ROLLED_UP
+from coral.colony.store.making import UNTIL_NS
 from coral.colony.store.rows import Rows
-from coral.colony.store.statements import described, load_segments, load_watermarks
+from coral.colony.store.statements import described, load_marks, load_segments
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Sources:
     _rows: Rows
     _hot: Mapping[str, Sequence[str]]
     _segments: Mapping[str, Sequence[Segment]]
-    _watermarks: Mapping[str, int]
+    _marks: Mapping[str, int]
     _known: dict[str, Columns] = field(default_factory=dict)
 
     @classmethod
@@ -43,8 +43,8 @@ class Sources:
         segments: dict[str, list[Segment]] = {}
         for it in load_segments(cursor):
             segments.setdefault(it.table, []).append(it)
-        marks = load_watermarks(cursor)
-        return cls(cursor, marks.get(COMMITTED_NS, 0), directory, rows, hot, segments, marks)
+        marks = load_marks(cursor)
+        return cls(cursor, marks["committed_ns"], directory, rows, hot, segments, marks)
 
     @property
     def tables(self) -> Sequence[str]:
@@ -83,14 +83,14 @@ class Sources:
         """The time of the oldest row; None where there is none."""
         times = [it.from_ns for it in self._segments.get(table, ())]
         for hot in self._hot.get(table, ()):
-            found = self.cursor.execute(f"SELECT min(time_ns) FROM {hot}").fetchone()
-            times += [it for it in found or () if it is not None]
+            ((oldest,),) = self.cursor.execute(f"SELECT min(time_ns) FROM {hot}").fetchall()
+            times += [] if oldest is None else [oldest]
         return min(times, default=None)
 
     def watermark_ns(self, width_ns: int) -> int:
         """All rows of intervals of WIDTH_NS (a minute, an hour) that begin before it are in the
         rollups, and no others."""
-        return self._watermarks.get(f"{ROLLED_UP}{width_ns}", 0)
+        return self._marks[UNTIL_NS[width_ns]]
 
     def _hot_parts(self, table: str) -> Iterator[str]:
         yield from (f"SELECT * FROM {it}" for it in self._hot.get(table, ()))

@@ -39,8 +39,8 @@ def accepts(database: duckdb.DuckDBPyConnection, hot: Generation, columns: Colum
 
 def count(database: duckdb.DuckDBPyConnection, table: str) -> int:
     """The rows of TABLE."""
-    found = database.execute(f"SELECT count(*) FROM {table}").fetchone()
-    return int(found[0]) if found else 0
+    ((found,),) = database.execute(f"SELECT count(*) FROM {table}").fetchall()
+    return int(found)
 
 
 def add_segment(database: duckdb.DuckDBPyConnection, segment: Segment) -> None:
@@ -80,18 +80,18 @@ def load_generations(
         yield hot
 
 
-def load_watermarks(database: duckdb.DuckDBPyConnection) -> Mapping[str, int]:
-    """By name."""
-    return dict(database.execute("SELECT name, value FROM watermarks").fetchall())
+def load_marks(database: duckdb.DuckDBPyConnection) -> Mapping[str, int]:
+    """The row of `marks`, by column."""
+    found = database.execute("SELECT * FROM marks")
+    names = [it[0] for it in found.description]
+    (row,) = found.fetchall()
+    return dict(zip(names, row, strict=True))
 
 
-def set_watermark(database: duckdb.DuckDBPyConnection, name: str, value: int) -> None:
-    """Replaces it, or adds it."""
-    changed = database.execute(
-        "UPDATE watermarks SET value = ? WHERE name = ?", [value, name]
-    ).fetchone()
-    if not changed or not changed[0]:
-        database.execute("INSERT INTO watermarks VALUES (?, ?)", [name, value])
+def set_marks(database: duckdb.DuckDBPyConnection, marks: Mapping[str, int]) -> None:
+    """Changes those columns of `marks`."""
+    changes = ", ".join(f"{name} = ?" for name in marks)
+    database.execute(f"UPDATE marks SET {changes}", list(marks.values()))
 
 
 def write_small_tables(database: duckdb.DuckDBPyConnection, commit: Commit) -> None:

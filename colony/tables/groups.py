@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coral.colony.tables.layout import Role
+from coral.colony.tables.lookup import find
 
 _FEW: Final = 1024
 _MOST_SMALL: Final = 2**32 - 1
@@ -18,12 +19,15 @@ _NOTHING: Final = np.zeros(0, np.uint64)
 
 
 class Groups:
-    """Groups of rows, each in a slot, from 0: `keys` and figures by name. A group is known by a
-    hash of 64 bits of its keys."""
+    """Groups of rows, each in a slot, from 0: `keys`, of the types given by name, and figures. A
+    group is known by a hash of 64 bits of its keys."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, types: Mapping[str, type[np.integer[Any]]]) -> None:
         self.size = 0
-        self.keys = {name: np.zeros(_FEW, np.int64) for name in keys}
+        self.keys: dict[str, NDArray[Any]] = {
+            name: np.zeros(_FEW, dtype) for name, dtype in types.items()
+        }
+        self._types = types
         self._figures: dict[str, _Figure] = {}
         # The hashes of the groups, sorted, and the slot of each.
         self._hashes = _NOTHING
@@ -64,7 +68,7 @@ class Groups:
     def without(self, mask: NDArray[np.bool_]) -> Groups:
         """The groups that are not in MASK, of shape (size,)."""
         kept = np.flatnonzero(~mask)
-        left = Groups(tuple(self.keys))
+        left = Groups(self._types)
         if not len(kept):
             return left
         left.size = len(kept)
@@ -85,14 +89,11 @@ class Groups:
     ) -> NDArray[np.int64]:
         """The slots of the groups with HASHES, of shape (k,), sorted and distinct. Groups that are
         new get one, and the keys of their ROWS."""
-        at = np.searchsorted(self._hashes, hashes)
-        is_new = np.ones(len(hashes), bool)
-        within = at < len(self._hashes)
-        is_new[within] = self._hashes[at[within]] != hashes[within]
+        at, known = find(self._hashes, hashes)
         slots = np.empty(len(hashes), np.int64)
-        slots[~is_new] = self._slots[at[~is_new]]
-        added = int(np.count_nonzero(is_new))
-        if added:
+        slots[known] = self._slots[at[known]]
+        is_new = ~known
+        if added := int(np.count_nonzero(is_new)):
             begin, self.size = self.size, self.size + added
             slots[is_new] = np.arange(begin, self.size)
             for name, values in self.keys.items():

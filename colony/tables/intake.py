@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from coral.client import Batch, ContractError
 from coral.colony.delivery import Delivery
 from coral.colony.tables import checks
-from coral.colony.tables.joined import JoinedRows, Part, signed
+from coral.colony.tables.joined import JoinedRows, Part, has_field, signed
 from coral.colony.tables.layout import RESOURCE, STACK, STACKS, TABLES, Form, TableLayout
 from coral.colony.tables.matrices import MOST_COLUMNS, OTHER, Named, Shapes
 from coral.colony.tables.places import Place
@@ -55,6 +55,8 @@ class Intake:
         table = self._tables.get(batch.rows)
         if table is None:
             raise ContractError(f"rows: {batch.rows or 'none'} of {batch.kind} have no table")
+        if table.layout.kind != delivery.session.kind:
+            raise ContractError(f"rows: {batch.rows} in a session of {delivery.session.kind}")
         values = _values(batch, table.layout)
         strings = list(batch.message.strings)
         names = table.check(values, strings)
@@ -225,7 +227,7 @@ def _places(delivery: Delivery, batch: Batch, values: Any) -> list[Place]:  # no
     """The place that all rows have in common, then those of the batch's resources."""
     common = {**delivery.session.attributes, **batch.attributes}
     resources: Sequence[Any] = getattr(batch.message, "resources", ())
-    if resources:
+    if has_field(values, RESOURCE):
         checks.check_indices(RESOURCE, values[RESOURCE], len(resources) + 1, "resources")
     return [
         Place.of(delivery.session, common),

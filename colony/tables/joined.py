@@ -22,6 +22,7 @@ from coral.colony.tables.layout import (
     Form,
     TableLayout,
 )
+from coral.colony.tables.lookup import hashed
 from coral.colony.tables.places import Place
 from coral.colony.tables.texts import Texts, joined
 from coral.views.addresses import address_text
@@ -51,8 +52,8 @@ class Part:
     @property
     def place_of_row(self) -> NDArray[np.int32]:
         """The id of the place of each row, of shape (count,)."""
-        if len(self.places) == 1:
-            return np.repeat(self.places, self.count)
+        if len(self.places) == 1 or not has_field(self.values, RESOURCE):
+            return np.repeat(self.places[:1], self.count)
         of_row: NDArray[np.int32] = self.places[self.values[RESOURCE]]
         return of_row
 
@@ -141,16 +142,16 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
     def address(self, column: Column) -> pa.Array:
         """Addresses of 128 bits. Each distinct one becomes text once."""
         high = column.source
-        names = (high, f"{high.removesuffix('_high')}_low")
-        whole = np.zeros((self._size, 3), np.uint64)
-        for place, name in enumerate(names):
-            whole[:, place] = self[name]
-        if _has(self._parts[0].values, _SCOPE):
-            whole[:, 2] = self[_SCOPE]
-        _, first, of_row = np.unique(
-            whole.view("V24").reshape(-1), return_index=True, return_inverse=True
-        )
-        ids = self._texts.ids(address_text(*values) for values in whole[first].tolist())
+        names = [high, f"{high.removesuffix('_high')}_low"]
+        if has_field(self._parts[0].values, _SCOPE):
+            names.append(_SCOPE)
+        parts = [self[name].astype(np.uint64, copy=False) for name in names]
+        hashes = np.zeros(self._size, np.uint64)
+        for part in parts:
+            hashes = hashed(hashes, part)
+        _, first, of_row = np.unique(hashes, return_index=True, return_inverse=True)
+        each = zip(*(part[first].tolist() for part in parts), strict=True)
+        ids = self._texts.ids(address_text(*values) for values in each)
         return self._texts.array(ids[of_row])
 
     def first_row(self, column: Column) -> NDArray[np.int64]:
@@ -187,7 +188,8 @@ def signed(values: NDArray[Any]) -> NDArray[np.int64]:
     return as_signed
 
 
-def _has(values: Any, name: str) -> bool:  # noqa: ANN401  columns, or an array with fields
+def has_field(values: Any, name: str) -> bool:  # noqa: ANN401
+    """Whether VALUES, columns or an array with fields, have the field NAME."""
     return name in (values.dtype.names if isinstance(values, np.ndarray) else values)
 
 

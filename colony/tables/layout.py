@@ -184,9 +184,9 @@ class TableLayout:
 
     @property
     def sort_by(self) -> tuple[str, ...]:
-        """The order that makes rows small and quick to find: of one service, of one subject."""
-        subject = (it.name for it in self.columns if it.is_text)
-        return ("service", *subject, "agent", TIME)
+        """The order that makes rows small and quick to find: summaries of one service and subject,
+        single events of one service, by their time."""
+        return ("service", *self.keys, "agent", TIME)
 
 
 def _layouts() -> Iterator[TableLayout]:

@@ -7,7 +7,6 @@ after its window was handed over is handed over as a further row.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ from coral.colony.tables.layout import (
     TableLayout,
     base_of,
 )
+from coral.colony.tables.lookup import hashed
 from coral.colony.tables.texts import Texts
 
 _MOST_IDLE_TEXTS: Final = 100_000
@@ -49,7 +49,6 @@ class Rollup:
         self.level = level
         self._tables: dict[str, _Rolled] = {}
         self._texts = Texts()
-        self._factor = np.uint64(secrets.randbits(64) | 1)
 
     @property
     def size_bytes(self) -> int:
@@ -70,7 +69,7 @@ class Rollup:
         rolled = self._tables.get(layout.name)
         if rolled is None:
             rolled = self._tables[layout.name] = _Rolled(layout, self.level.width_ns)
-        rolled.add(_Read(rows, self._texts), self._factor)
+        rolled.add(_Read(rows, self._texts))
 
     def take(self, until_ns: int) -> Mapping[str, pa.Table]:
         """What was added up of the windows that end at or before UNTIL_NS, for each table that has
@@ -94,7 +93,7 @@ class Rollup:
         if np.count_nonzero(used) + _MOST_IDLE_TEXTS > len(self._texts):
             return
         old, self._texts = self._texts, Texts()
-        numbers = np.zeros(len(old), np.int64)
+        numbers = np.zeros(len(old), np.int32)
         kept = np.flatnonzero(used)
         numbers[kept] = self._texts.ids(map(old.__getitem__, kept.tolist()))
         for it in tables:
@@ -113,10 +112,10 @@ class _Read:
         count: int = self._rows.num_rows
         return count
 
-    def texts(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    def texts(self, name: str) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
         """A column of texts: their ids and their hashes, of shape (n,)."""
         texts, of_row = self._dictionary(name)
-        ids = self._texts.ids(texts).astype(np.int64)
+        ids = self._texts.ids(texts)
         # Python's hashes of texts are random in each process, so that nobody can make equal ones.
         hashes = np.array([hash(text) for text in texts], np.int64).view(np.uint64)
         return ids[of_row], hashes[of_row]
@@ -159,22 +158,24 @@ class _Rolled:
         self._texts = (*PLACE, *own)
         self._numbers = tuple(it.name for it in layout.key_columns if not it.is_text)
         self._others = {*layout.schema.names, *layout.rollup_schema.names}
-        self.groups = Groups((TIME, *self._texts, *self._numbers))
+        types: dict[str, type[np.integer[Any]]] = {TIME: np.int64}
+        types |= dict.fromkeys(self._texts, np.int32) | dict.fromkeys(self._numbers, np.int64)
+        self.groups = Groups(types)
 
-    def add(self, rows: _Read, factor: np.uint64) -> None:
-        """Adds up ROWS. FACTOR, which is odd, is for hashes."""
+    def add(self, rows: _Read) -> None:
+        """Adds up ROWS."""
         times = rows.numbers(TIME)
         keys = {TIME: times - times % self._width_ns}
-        hashes = _hashed(np.zeros(len(rows), np.uint64), keys[TIME].view(np.uint64), factor)
+        hashes = hashed(np.zeros(len(rows), np.uint64), keys[TIME])
         for name in self._texts:
             keys[name], of_text = rows.texts(name)
-            hashes = _hashed(hashes, of_text, factor)
+            hashes = hashed(hashes, of_text)
         for name in self._numbers:
             values = rows.numbers(name)
             if where := self._layout.key_where.get(name):
                 values = values * rows.is_one_of(*where)
             keys[name] = values
-            hashes = _hashed(hashes, values.view(np.uint64), factor)
+            hashes = hashed(hashes, values)
         self.groups.add(hashes, keys, self._figures(rows))
 
     def _figures(self, rows: _Read) -> Mapping[str, tuple[Role, NDArray[np.int64]]]:
@@ -222,15 +223,7 @@ class _Rolled:
         for name in self._texts:
             used[self.groups.keys[name][: self.groups.size]] = True
 
-    def renumber(self, numbers: NDArray[np.int64]) -> None:
+    def renumber(self, numbers: NDArray[np.int32]) -> None:
         """Texts have new ids: NUMBERS, by the old ones."""
         for name in self._texts:
             self.groups.keys[name] = numbers[self.groups.keys[name]]
-
-
-def _hashed(
-    hashes: NDArray[np.uint64], values: NDArray[np.uint64], factor: np.uint64
-) -> NDArray[np.uint64]:
-    """HASHES of the keys before, with VALUES as the next, both of shape (n,)."""
-    mixed = (hashes ^ values) * factor
-    return mixed ^ (mixed >> np.uint64(32))

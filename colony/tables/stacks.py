@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from coral.colony.tables.layout import STACKS_SCHEMA
+from coral.colony.tables.lookup import find
 from coral.colony.tables.texts import Texts
 
 _MOST_KNOWN: Final = 1 << 20  # of 8 bytes each
@@ -158,12 +159,15 @@ class KnownStacks:
         if time_ns // _NS_PER_DAY > self._day:
             self._day = time_ns // _NS_PER_DAY
             self._ids = self._ids[:0]
-        return np.isin(ids, self._ids, invert=True)
+        return ~find(self._ids, ids)[1]
 
     def add(self, ids: NDArray[np.uint64]) -> None:
         """They are stored."""
-        merged = np.union1d(self._ids, ids)
-        self._ids = merged if len(merged) <= _MOST_KNOWN else np.unique(ids)[:_MOST_KNOWN]
+        ids = np.unique(ids)
+        at, known = find(self._ids, ids)
+        self._ids = np.insert(self._ids, at[~known], ids[~known])
+        if len(self._ids) > _MOST_KNOWN:
+            self._ids = ids[:_MOST_KNOWN]
 
 
 def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

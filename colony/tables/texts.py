@@ -51,7 +51,7 @@ class Texts:
         if not len(numbers):
             return np.zeros(0, np.int32)
         if int(numbers.max()) < _FEW:
-            found = np.flatnonzero(np.bincount(numbers))
+            found = np.flatnonzero(np.bincount(numbers.astype(np.intp)))
             ids = np.zeros(int(found[-1]) + 1, np.int32)
             ids[found] = self.ids(map(word, found.tolist()))
             of_row: NDArray[np.int32] = ids[numbers]

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from coral.colony.delivery import AGENT_LOST, Ended
+from coral.colony.delivery import AGENT_LOST, AgentSeen, Ended, Gap, SequenceError
 from coral.colony.store import (
-    AgentSeen,
-    Gap,
-    SequenceError,
     Settings,
     State,
     Store,

@@ -612,6 +612,12 @@ def test_rows_as_messages_are_refused() -> None:
         intake().add(delivered(Batch.parse(message.SerializeToString())))
 
 
+def test_rows_of_another_kind_than_the_sessions_are_refused() -> None:
+    other = session_of(pb.EBPF_COLLECTOR_KIND_TCP_METRICS)
+    with pytest.raises(ContractError, match="rows: syscall_stats in a session of tcp_metrics"):
+        intake().add(delivery_of(syscalls(1, 2, 0), session=other))
+
+
 def test_a_delivery_without_rows_is_none() -> None:
     gathered = intake()
     empty = pb.EbpfEventBatch(kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, first_seq=1)
@@ -643,7 +649,7 @@ def test_the_store_learns_the_tables_here() -> None:
         assert "time_ns" in rows.order(table)
     assert rows.schema("ledger") is None
     assert rows.order("cpu_profile_1h") == (
-        "service", "process", "end", "unwinding", "agent", "time_ns",
+        "service", "stack_id", "process", "end", "unwinding", "in_kernel", "agent", "time_ns",
     )  # fmt: skip
     assert [rows.rollup(it.width_ns).level for it in LEVELS] == [MINUTE, HOUR]
 
