@@ -1,4 +1,5 @@
-"""Writes the pages that repeat what the code says: docs/metrics.md and docs/configuration.md.
+"""Writes the pages that repeat what the code says: docs/metrics.md, docs/configuration.md and
+docs/tables.md.
 
 python -P docs/generate.py            writes them
 python -P docs/generate.py --check    exits with 1 if one is out of date, or if a kind of collector
@@ -14,10 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from coral.agent import config
+from coral.agent.config import Config
+from coral.agent.config_table import describe
 from coral.agent.serving import prometheus as metrics
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
+from coral.colony.tables import LEVELS, STACKS, TABLES, Role, TableLayout, schema_of
+from coral.colony.tables.layout import PLACE, ROW_COUNT
 from coral.wire.kinds import kind_name
 from coral.wire.series import IDLE_S
 
@@ -79,7 +83,7 @@ def configuration_page() -> str:
     """Every key of the configuration, and every option of every collector."""
     keys = [
         (f"`{path}`", kind, f"`{default}`" if default else "", meaning)
-        for path, kind, default, meaning in config.describe()
+        for path, kind, default, meaning in describe(Config)
     ]
     page = (
         _NOTE
@@ -113,6 +117,87 @@ def configuration_page() -> str:
     return page
 
 
+_IN_ROLLUPS: Final = {
+    Role.KEY: "key",
+    Role.SUM: "sum",
+    Role.MOST: "greatest",
+    Role.LEAST: "least, but for 0",
+    Role.DROPPED: "",
+}
+_TYPES: Final = {
+    "string": "VARCHAR", "int64": "BIGINT", "uint64": "UBIGINT", "uint32": "UINTEGER",
+    "bool": "BOOLEAN",
+}  # fmt: skip
+
+
+def tables_page() -> str:
+    """Every table of a colony, and its columns."""
+    suffixes = " and ".join(f"`<table>_{level.suffix}`" for level in LEVELS)
+    page = (
+        _NOTE
+        + "# Tables of a colony\n\n"
+        + "There is one table for each type of row in the contract ([protocol](protocol.md)), "
+        + "which says what the\ncolumns mean. Summaries are added up by the minute and by the "
+        + f"hour in {suffixes}.\n\n"
+        + "All tables begin with `time_ns` and the columns of the place: "
+        + ", ".join(f"`{name}`" for name in PLACE)
+        + ".\nA place that is not known is `''`; a workload is written `deployment/web`.\n\n"
+        + "* `time_ns` is Unix time: of a summary the end of its interval, of a single event its "
+        + "own time, of a rollup\n  the start of its minute or hour. `interval_ns` is how long "
+        + "that was.\n"
+        + "* A rollup has the keys and figures below. It can have several rows for one minute and "
+        + f"key, because rows\n  come late: add them up. `{ROW_COUNT}` is the number of raw rows. "
+        + "There is no percentile in any table:\n  read them from the histograms, which add up "
+        + "exactly.\n"
+        + "* `..._e12` counts values from 2^12 up to 2^13; `..._le_500` those above the bound "
+        + "before it and up to 500,\n  which are in no other bucket. HTTP's bounds belong to the "
+        + "bucket below them, TCP's to the one above.\n"
+        + "* A newer agent can bring further columns of histograms, errors and outcomes. Older "
+        + "rows have NULL there,\n  which is 0.\n"
+        + '* `end` is a reserved word of SQL: write `"end"`.\n'
+    )
+    for table in TABLES.values():
+        page += f"\n## {table.name}\n\n" + _layout(table)
+    page += (
+        f"\n## {STACKS}\n\n"
+        "The frames of the stacks in `cpu_profile`, the outermost first. `stack_id` is a hash of "
+        "the functions, their\nmodules and build ids. The same stack can be there several times; "
+        "only the addresses differ, which are\nexamples for functions with a name.\n\n"
+        + _table(
+            ("column", "type"),
+            [(f"`{it.name}`", _type(str(it.type))) for it in schema_of(STACKS)],
+        )
+    )
+    return page
+
+
+def _layout(table: TableLayout) -> str:
+    roles = {**{it.name: it.role for it in table.columns}, **table.figures}
+    slots = [name for it in table.histograms.values() for name in it.columns]
+    if not table.is_rolled_up:
+        rows = [(f"`{it.name}`", _type(str(it.type))) for it in table.schema if it.name in roles]
+        return "Single events. `sample_every` is how many each stands for.\n\n" + _table(
+            ("column", "type"), rows
+        )
+    whole = [
+        (f"`{it.name}`", _type(str(it.type)), _IN_ROLLUPS[roles[it.name]])
+        for it in table.schema
+        if it.name in roles and it.name not in slots
+    ]
+    whole += [
+        (f"`{it.columns[0]}` to `{it.columns[-1]}`", "BIGINT", "sum")
+        for it in table.histograms.values()
+    ]
+    return _table(("column", "type", "in rollups"), whole)
+
+
+def _type(arrow: str) -> str:
+    """SQL's name of a type of Arrow's."""
+    if arrow.startswith("list"):
+        return _TYPES[arrow.removesuffix(">").rpartition(" ")[2]] + "[]"
+    return _TYPES[arrow]
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -120,7 +205,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Writes or checks every generated page."""
-    pages = {"metrics.md": metrics_page(), "configuration.md": configuration_page()}
+    pages = {
+        "metrics.md": metrics_page(),
+        "configuration.md": configuration_page(),
+        "tables.md": tables_page(),
+    }
     status = 0
     for name, text in pages.items():
         path = DOCS / name
