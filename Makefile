@@ -127,7 +127,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 	@echo "# installing the agent into $(VENV), compiling its eBPF programs"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[colony]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
