@@ -258,7 +258,9 @@ def _duration(seconds: float, name: str) -> Duration:
     try:
         duration.FromNanoseconds(round(seconds * 1e9))
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name}: {seconds!r} is not accepted; give a number of seconds") from error
+        raise ValueError(
+            f"{name}: {seconds!r} is not accepted; give a number of seconds"
+        ) from error
     return duration
 
 

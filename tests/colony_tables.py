@@ -67,7 +67,9 @@ class PlainSources:
         return []
 
     def kept_from_ns(self, table: str) -> int | None:
-        ((oldest_ns,),) = self._con.execute(f"SELECT min(time_ns) FROM {self.made(table)}").fetchall()
+        ((oldest_ns,),) = self._con.execute(
+            f"SELECT min(time_ns) FROM {self.made(table)}"
+        ).fetchall()
         return oldest_ns
 
     def watermark_ns(self, width_ns: int) -> int:

@@ -13,7 +13,15 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from coral.cli.common import ANSWER_S, EXIT_ERROR, Duration, DurationType, echo_error, run, tls_options
+from coral.cli.common import (
+    ANSWER_S,
+    EXIT_ERROR,
+    Duration,
+    DurationType,
+    echo_error,
+    run,
+    tls_options,
+)
 from coral.cli.page import Page
 from coral.cli.query.completion import (
     complete_by,
@@ -124,8 +132,7 @@ def _grouped(name: str, about: str) -> click.Command:
         multiple=True,
         metavar="COLUMNS",
         shell_complete=complete_by,
-        help="What tells rows apart, comma-separated.  "
-        f"[default: {','.join(_DEFAULT_BY[name])}]",
+        help=f"What tells rows apart, comma-separated.  [default: {','.join(_DEFAULT_BY[name])}]",
     )
     @_rows_options
     @click.option(
@@ -239,9 +246,7 @@ def tables(*, table: str | None, address: str) -> None:
     run(_tables(address, table))
 
 
-async def _ask(
-    address: str, asked: Asked, output: Output, wanted: Mapping[str, Any]
-) -> int:
+async def _ask(address: str, asked: Asked, output: Output, wanted: Mapping[str, Any]) -> int:
     async with ColonyClient(address) as colony, colony.query(asked.name, **wanted) as answer:
         return await _shown(partial(show, answer, asked, output))
 
@@ -342,7 +347,9 @@ _ABOUT: Final = {
 for _name, _text in _ABOUT.items():
     query.add_command(_grouped(_name, _text))
 query.add_command(
-    _listed("sessions", "Sessions of collectors: where, since when, how they ended.", with_services=True)
+    _listed(
+        "sessions", "Sessions of collectors: where, since when, how they ended.", with_services=True
+    )
 )
 query.add_command(
     _listed("accounts", "Where every event is: produced = stored + lost.", with_services=True)

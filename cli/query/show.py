@@ -107,6 +107,7 @@ def _shown(table: pa.Table, asked: Asked, coverage: Coverage) -> Shown:
         seconds=(coverage.to_ns - coverage.from_ns) / 1e9,
         bounds=_bounds(table),
         compared=asked.compared,
+        cut=coverage.cut,
         now_ns=coverage.as_of_ns,
     )
 

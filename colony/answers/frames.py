@@ -39,9 +39,19 @@ def with_frames(
         cursor.unregister(_WANTED)
     known = found.column(STACK).to_numpy()
     at = np.searchsorted(known, unique)
-    is_known = (at < len(known)) & (known[np.minimum(at, len(known) - 1)] == unique) if len(known) else np.zeros(len(unique), bool)
-    index = pa.array(np.where(is_known, at, 0)[which.reshape(-1)], mask=~is_known[which.reshape(-1)])
+    is_known = (
+        (at < len(known)) & (known[np.minimum(at, len(known) - 1)] == unique)
+        if len(known)
+        else np.zeros(len(unique), bool)
+    )
+    index = pa.array(
+        np.where(is_known, at, 0)[which.reshape(-1)], mask=~is_known[which.reshape(-1)]
+    )
     for name in _COLUMNS:
-        column = found.column(name).combine_chunks().take(index) if len(known) else pa.nulls(table.num_rows, found.schema.field(name).type)
+        column = (
+            found.column(name).combine_chunks().take(index)
+            if len(known)
+            else pa.nulls(table.num_rows, found.schema.field(name).type)
+        )
         table = table.append_column(name, column)
     return table.drop_columns([STACK])

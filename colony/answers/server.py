@@ -145,8 +145,7 @@ def _check(serving: Serving) -> None:
             "let every local user ask by insecure_loopback"
         )
     if serving.insecure_loopback and not all(
-        each.startswith("unix:") or _is_loopback(each.rpartition(":")[0])
-        for each in serving.listen
+        each.startswith("unix:") or _is_loopback(each.rpartition(":")[0]) for each in serving.listen
     ):
         raise ServingError("listen: insecure_loopback is for addresses on loopback alone")
 

@@ -130,7 +130,9 @@ def _stages(row: Row) -> str:
     lost = json.loads(row["lost_by_stage"] or "{}")
     kernel = json.loads(row["lost_in_kernel"] or "{}")
     parts = [f"{count:,} {stage}" for stage, count in lost.items()]
-    parts += [f"{count:,} {stage} (in the kernel, without a number)" for stage, count in kernel.items()]
+    parts += [
+        f"{count:,} {stage} (in the kernel, without a number)" for stage, count in kernel.items()
+    ]
     return ", ".join(parts)
 
 

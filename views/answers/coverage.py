@@ -20,11 +20,13 @@ def coverage_line(coverage: Coverage) -> str:
         parts += [f"before: {text}" for text in _missing(coverage.against)]
     reached = _reached(coverage)
     if not parts:
-        parts = [reached or f"nothing of this is collected now; as of {clock(coverage.as_of_ns)}"]
+        parts = [reached or f"as of {clock(coverage.as_of_ns)}"]
     elif reached:
         parts.append(reached)
     if coverage.cut:
-        parts.append(f"{coverage.left_out:,} more rows" if coverage.left_out else "there are more rows")
+        parts.append(
+            f"{coverage.left_out:,} more rows" if coverage.left_out else "there are more rows"
+        )
     return "; ".join(parts)
 
 
