@@ -58,6 +58,8 @@ class Intake:
         if table.layout.kind != delivery.session.kind:
             raise ContractError(f"rows: {batch.rows} in a session of {delivery.session.kind}")
         values = _values(batch, table.layout)
+        if not table.layout.time_source:
+            checks.check_size(values, batch.count, table.row_bytes)
         strings = list(batch.message.strings)
         names = table.check(values, strings)
         time_ns, interval_ns = self._times(delivery, batch, table.layout, values)
@@ -137,6 +139,7 @@ class _Table:
     def __init__(self, layout: TableLayout) -> None:
         self.layout = layout
         self.parts: list[Part] = []
+        self.row_bytes = 8 * len(layout.schema.names)
         self.has_stacks = any(it.form is Form.STACK for it in layout.columns)
         self._shapes = {name: Shapes(it) for name, it in layout.matrices.items()}
         self._columns = {

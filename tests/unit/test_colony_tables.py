@@ -612,6 +612,16 @@ def test_rows_as_messages_are_refused() -> None:
         intake().add(delivered(Batch.parse(message.SerializeToString())))
 
 
+def test_few_bytes_do_not_become_many_rows() -> None:
+    columns = pb.TcpMetricsColumns(pid=[1] * 100_000)
+    message = pb.EbpfEventBatch(
+        kind=pb.EBPF_COLLECTOR_KIND_TCP_METRICS, count=100_000, first_seq=1, last_seq=100_000,
+        tcp_metrics_columns=columns, interval_end_ns=NOW_NS,
+    )  # fmt: skip
+    with pytest.raises(ContractError, match="count: 100000 rows in 400000 bytes of columns"):
+        intake().add(delivered(Batch.parse(message.SerializeToString())))
+
+
 def test_rows_of_another_kind_than_the_sessions_are_refused() -> None:
     other = session_of(pb.EBPF_COLLECTOR_KIND_TCP_METRICS)
     with pytest.raises(ContractError, match="rows: syscall_stats in a session of tcp_metrics"):
