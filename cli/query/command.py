@@ -62,8 +62,8 @@ def query() -> None:
     coral query profile checkout -o flame.svg  where its CPU time went
     coral query sql 'SELECT ...'               whatever else
 
-    Each answer ends with what it covers: up to when everything had arrived, what was lost, and which
-    agents could not be reached.
+    Each answer ends with what it covers: up to when everything had arrived, what was lost, and
+    which agents could not be reached.
     """
 
 
@@ -234,8 +234,9 @@ def sql(
     """
     form = parse_output(output, pictures=False)
     text = sys.stdin.read() if statement == "-" else statement
-    typed = {"deadline": f"--deadline {deadline.text}"} if deadline is not None else {}
-    run(_ask_sql(address, text, form, since, until, rows, deadline), typed)
+    typed = {**_typed(()), "deadline": f"--deadline {deadline.text if deadline else ''}"}
+    wanted = {"since": since, "until": until, "most_rows": rows, "deadline_s": deadline}
+    run(_ask_sql(address, text, form, wanted), typed)
 
 
 @query.command("tables")
@@ -251,21 +252,8 @@ async def _ask(address: str, asked: Asked, output: Output, wanted: Mapping[str, 
         return await _shown(partial(show, answer, asked, output))
 
 
-async def _ask_sql(
-    address: str,
-    statement: str,
-    output: Output,
-    since: float | datetime | None,
-    until: float | datetime | None,
-    rows: int,
-    deadline_s: float | None,
-) -> int:
-    async with (
-        ColonyClient(address) as colony,
-        colony.sql(
-            statement, since=since, until=until, most_rows=rows, deadline_s=deadline_s
-        ) as answer,
-    ):
+async def _ask_sql(address: str, statement: str, output: Output, wanted: Mapping[str, Any]) -> int:
+    async with ColonyClient(address) as colony, colony.sql(statement, **wanted) as answer:
         return await _shown(partial(show, answer, Asked("sql"), output))
 
 

@@ -66,8 +66,8 @@ def span_s(text: str) -> float:
 
 
 def moment(text: str, now: datetime) -> float | datetime:
-    """What TEXT says at NOW, which has a zone. A time of day without a date is the last one that has
-    been. Raises ValueError."""
+    """What TEXT says at NOW, which has a zone. A time of day without a date is the last one that
+    has been. Raises ValueError."""
     if text == "now":
         return 0.0
     if match := _AGO.fullmatch(text):

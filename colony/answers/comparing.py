@@ -106,4 +106,5 @@ def _ratio(joined: pa.Table, times: Times, values: NDArray[Any]) -> NDArray[Any]
 
 
 def _share(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[Any]:
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    found: NDArray[Any] = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    return found

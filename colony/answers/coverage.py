@@ -37,6 +37,7 @@ def covered(
     sources: Sources,
     window: Window,
     scope: Scope,
+    *,
     plans: Iterable[Plan] = (),
     watches: Sequence[Watch] = (),
 ) -> pb.Coverage:
@@ -131,7 +132,7 @@ def _complete_to(cursor: duckdb.DuckDBPyConnection, scope: Scope) -> int | None:
         WHERE ended IS NULL AND {conditions}
             AND agent NOT IN (SELECT agent FROM agents WHERE NOT connected)"""
     ((least_ns,),) = cursor.execute(sql).fetchall()
-    return least_ns
+    return int(least_ns) if least_ns is not None else None
 
 
 def watches_of(cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope) -> Sequence[Watch]:

@@ -1,5 +1,5 @@
-"""Requests of the contract, as queries: moments become times, and what cannot be is refused in words
-that begin with the field's name."""
+"""Requests of the contract, as queries: moments become times, and what cannot be is refused in
+words that begin with the field's name."""
 
 from __future__ import annotations
 

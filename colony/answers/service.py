@@ -113,7 +113,7 @@ class Service:
     def handlers(self) -> grpc.GenericRpcHandler:
         """For a server of grpc.aio."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        made = {
+        made: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Describe": unary(
                 self._unary(Role.VIEW, self.describe), pb.DescribeRequest.FromString, _bytes
             ),

@@ -45,7 +45,7 @@ def requests(
     tier: str = "",
     **where: Any,
 ) -> dict[str, Any]:
-    row = {
+    return {
         "time_ns": at_ns,
         "interval_ns": MINUTE_NS if tier else 10 * SECOND_NS,
         **place(**where),
@@ -65,7 +65,6 @@ def requests(
         **{f"duration_le_{bound}": n for bound, n in zip(BOUNDS, counts, strict=True)},
         "first_byte_le_1000000": sum(counts),
     }
-    return row
 
 
 def syscalls(at_ns: int, **figures: Any) -> dict[str, Any]:

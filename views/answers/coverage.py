@@ -24,9 +24,7 @@ def coverage_line(coverage: Coverage) -> str:
     elif reached:
         parts.append(reached)
     if coverage.cut:
-        parts.append(
-            f"{coverage.left_out:,} more rows" if coverage.left_out else "there are more rows"
-        )
+        parts.append(f"{coverage.left_out:,} more rows" if coverage.left_out else "more rows")
     return "; ".join(parts)
 
 
@@ -98,7 +96,8 @@ def span(from_ns: int, to_ns: int, now_ns: int = 0) -> str:
 
 
 def clock(at_ns: int, now_ns: int = 0, *, seconds: bool = True) -> str:
-    """The local time of day; with the date where it is not that of NOW_NS, by default the present."""
+    """The local time of day; with the date where that is not the date of NOW_NS, by default the
+    present."""
     at = time.localtime(at_ns // _NS_PER_S)
     now = time.localtime(now_ns // _NS_PER_S if now_ns else None)
     text = time.strftime("%H:%M:%S" if seconds else "%H:%M", at)

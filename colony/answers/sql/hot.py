@@ -1,4 +1,5 @@
-"""What a worker gets of the store: the segments' paths, and the hot rows as Arrow in sealed memory."""
+"""What a worker gets of the store: the segments' paths, and the hot rows as Arrow in memory that
+nobody can change."""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ def _columns(cursor: duckdb.DuckDBPyConnection, sql: str, words: Sequence[str] |
 
 
 def _in_memory(cursor: duckdb.DuckDBPyConnection, sql: str, room_bytes: int) -> tuple[int, int]:
-    """A descriptor of the rows as an Arrow IPC file that nobody can change, and how many there are."""
+    """A descriptor of the rows as an Arrow IPC file, sealed; and how many there are."""
     fd = os.memfd_create("coral-hot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         rows = 0
