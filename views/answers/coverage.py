@@ -29,7 +29,7 @@ def coverage_line(coverage: Coverage) -> str:
 
 
 def source_line(coverage: Coverage) -> str:
-    """`from 1,234 rows, 12:00 to 12:15: minutes to 12:14, raw`: which rows the answer is made of."""
+    """`from 1,234 rows (raw, minutes), 12:00-12:15`: which rows the answer is made of."""
     text = f"from {coverage.rows_used:,} row{'' if coverage.rows_used == 1 else 's'}"
     if coverage.pieces:
         tiers = dict.fromkeys(_TIERS.get(piece.tier, piece.tier) for piece in coverage.pieces)
