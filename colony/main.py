@@ -15,6 +15,7 @@ import structlog
 
 from coral.colony import logs
 from coral.colony.agents import connecting, sources
+from coral.colony.answers.server import Answers
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.follow.discovery.addresses import host_and_port, joined
 from coral.colony.follow.fleet import Fleet
@@ -71,6 +72,11 @@ async def _serve(config: Config) -> None:
         lag = Lag()
         measuring = asyncio.ensure_future(lag.run())
         stack.callback(measuring.cancel)
+        try:
+            answers = Answers(store, fleet, config.as_serving())
+            addresses = await stack.enter_async_context(answers.serving())
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         metrics = await _serve_pages(
             stack,
             config,
@@ -83,7 +89,7 @@ async def _serve(config: Config) -> None:
                 {"agents": lambda: _why_unsettled(fleet), "store": lambda: _why_idle(store)},
             ),
         )
-        log.info("listening", data=config.data, metrics=metrics or None)
+        log.info("listening", grpc=addresses, metrics=metrics or None, data=config.data)
         await stack.enter_async_context(fleet.following())
         await stopping
         log.info("stopping")

@@ -27,6 +27,7 @@ FAILURES: Final = (NatsError, OSError, TimeoutError, EOFError)
 
 _CONNECT_S: Final = 5
 _RECONNECT_S: Final = 0.5
+_TELL_AGAIN_S: Final = 60.0
 _DUPLICATES_S: Final = 120.0  # as long as the server remembers ids by default
 # "Wrong last sequence", with and without the number that the stream has.
 _WRONG_SEQUENCE: Final = frozenset({10071, 10164})
@@ -45,6 +46,8 @@ class Connection:
         self.client = Client()
         self._connected = asyncio.Event()
         self.breaks = 0
+        self._told = ("", "")
+        self._tell_again_s = 0.0
 
     @property
     def stream(self) -> JetStreamContext:
@@ -66,7 +69,7 @@ class Connection:
                     self._connected.set()
                 await self.ensure_stream()
             except FAILURES as error:
-                log.warning("the bus does not answer", reason=str(error) or type(error).__name__)
+                self.tell("the bus does not answer", error)
                 await asyncio.sleep(backoff.delay_s(time.monotonic()) or 0.0)
             else:
                 return
@@ -84,6 +87,14 @@ class Connection:
         """For what is tried until it succeeds."""
         retry = Retry(float("inf"), first_delay_s=0.1, max_delay_s=self.settings.most_retry_s)
         return Backoff(retry)
+
+    def tell(self, what: str, error: BaseException) -> None:
+        """Logs a failure: the same one again only after a minute, because all that is under way
+        fails with it, and is tried again and again."""
+        reason, now_s = str(error) or type(error).__name__, time.monotonic()
+        if (what, reason) != self._told or now_s > self._tell_again_s:
+            self._told, self._tell_again_s = (what, reason), now_s + _TELL_AGAIN_S
+            log.warning(what, reason=reason)
 
     async def ensure_stream(self) -> None:
         """Makes the stream if it is not there. Raises `BusError`, and what may pass."""
