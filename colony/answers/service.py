@@ -45,7 +45,7 @@ _CODES: Final[Sequence[tuple[type[Exception], grpc.StatusCode]]] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
     (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (RefusedError, grpc.StatusCode.INVALID_ARGUMENT),
-    (StoreError, grpc.StatusCode.UNAVAILABLE),
+    (StoreError, grpc.StatusCode.FAILED_PRECONDITION),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (duckdb.OutOfMemoryException, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )

@@ -12,6 +12,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
+from coral.colony.answers.coverage import LOSSES
 from coral.colony.answers.query import quoted
 from coral.colony.answers.refusals import BusyError, RefusedError, unknown
 from coral.colony.answers.sources import Sources
@@ -91,6 +92,8 @@ def ship(
 
 
 def _hot_sql(sources: Sources, table: str, window: Window | None) -> str:
+    if table in BOOKS and table != LOSSES:  # never sealed
+        return sources.rows(table, 0, _FOREVER_NS)
     where = f" WHERE time_ns >= {window.from_ns} AND time_ns < {window.to_ns}" if window else ""
     return f"SELECT * FROM ({sources.hot(table)}){where}"
 
