@@ -12,7 +12,14 @@ import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RawStreamMsg, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import (
+    DiscardPolicy,
+    RawStreamMsg,
+    RetentionPolicy,
+    StorageType,
+    StoreCompression,
+    StreamConfig,
+)
 from nats.js.errors import APIError, BadRequestError, NotFoundError
 
 from coral.client import Retry
@@ -113,6 +120,7 @@ class Connection:
                 num_replicas=settings.replicas,
                 duplicate_window=min(_DUPLICATES_S, settings.max_age_s),
                 allow_direct=True,
+                compression=StoreCompression.S2,
             )
             try:
                 await self.stream.add_stream(wanted)
