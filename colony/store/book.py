@@ -15,23 +15,12 @@ import pyarrow as pa
 
 from coral.client import Kind
 from coral.colony.delivery import AGENT_LOST, Delivery, Ended, SequenceError, Session, Standing
+from coral.colony.store.rows import LOSSES_SCHEMA
 
 UNREADABLE: Final = "unreadable"
 """The stage of events in a delivery that the colony could not make rows of."""
 
 Key = tuple[str, str]
-
-LOSSES_SCHEMA: Final = pa.schema(
-    [
-        ("time_ns", pa.int64()),
-        ("time_from_ns", pa.int64()),
-        ("time_to_ns", pa.int64()),
-        *((name, pa.string()) for name in ("agent", "session", "service", "kind", "stage")),
-        ("in_kernel", pa.bool_()),
-        ("count", pa.uint64()),
-    ]
-)
-"""`time_ns` is `time_to_ns`, for those that look for rows of a window."""
 
 
 @dataclass(slots=True)

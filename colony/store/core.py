@@ -21,7 +21,7 @@ from coral.colony.store.catalog import Catalog, Generation, Segment
 from coral.colony.store.database import Database, is_fatal
 from coral.colony.store.errors import StoreError
 from coral.colony.store.making import UNTIL_NS, Commit, Making, Waiting
-from coral.colony.store.rows import Rows
+from coral.colony.store.rows import Rows, WithLosses
 from coral.colony.store.sealing import SealJob, delete_orphans, found_segments
 from coral.colony.store.settings import HOUR_NS, MINUTE_NS, Settings, Tier
 from coral.colony.store.sources import Sources
@@ -64,7 +64,7 @@ class Core:
         self.durable_items = 0
         """How many of what was given to `commit`, from the first on, are durable."""
         self.committed_ns = 0
-        self._rows = rows
+        self.rows: Rows = WithLosses(rows)
         self._pending: Commit | None = None
         self._next_generation = 1
 
@@ -92,7 +92,7 @@ class Core:
         delete_orphans(self.directory, self.catalog.segments)
         lines = self.database.writer.sql("SELECT * FROM ledger").to_arrow_table()
         self.book = Book(entries_of(lines))
-        self.making = Making(self._rows, self.settings, self.book)
+        self.making = Making(self.rows, self.settings, self.book)
         marks = load_marks(self.database.writer)
         self.making.number = marks["transaction"]
         self.making.watermarks = {width: marks[it] for width, it in UNTIL_NS.items()}
@@ -101,13 +101,13 @@ class Core:
         """Reads again what the rollups had not written when the store ended: the minutes and hours
         that were open. Needed once, before the first `commit`."""
         with self.database.cursor() as cursor:
-            sources = Sources.of(cursor, self.directory, self._rows)
+            sources = Sources.of(cursor, self.directory, self.rows)
             for width_ns, suffix, rollup in (
                 (MINUTE_NS, "", self.making.minutes),
                 (HOUR_NS, f"_{Tier.MINUTE}", self.making.hours),
             ):
                 since_ns = self.making.watermarks[width_ns]
-                for table in (f"{it}{suffix}" for it in self._rows.rolled_up()):
+                for table in (f"{it}{suffix}" for it in self.rows.rolled_up()):
                     if table not in sources.tables:
                         continue
                     query = f"SELECT * FROM ({sources.rows(table, since_ns)}) WHERE time_ns >= ?"
@@ -148,7 +148,7 @@ class Core:
         if not full:
             return None
         full.closed = True
-        return SealJob(self.directory, self.database, full, self._rows.order(full.table), now_ns)
+        return SealJob(self.directory, self.database, full, self.rows.order(full.table), now_ns)
 
     def register(self, segment: Segment) -> None:
         """The segment takes the place of its generation: in one transaction, so a reader sees

@@ -72,10 +72,10 @@ class Database:
     def __init__(self, directory: Path, settings: Settings) -> None:
         self.path = directory / "hot.duckdb"
         self.moved_aside: Path | None = None
+        self.memory_bytes = settings.memory_bytes
         self.invalid = threading.Event()
         """Set by whoever meets a fatal error."""
         self._temporary = directory / "spill"
-        self._settings = settings
         self._root: duckdb.DuckDBPyConnection | None = None
         self._writer: duckdb.DuckDBPyConnection | None = None
         self._live: dict[duckdb.DuckDBPyConnection, int] = {}
@@ -177,7 +177,7 @@ class Database:
         return duckdb.connect(
             str(path),
             config={
-                "memory_limit": f"{self._settings.memory_bytes}B",
+                "memory_limit": f"{self.memory_bytes}B",
                 # Whoever calls does the work: the writer's pace does not depend on readers.
                 "threads": 1,
                 "temp_directory": str(self._temporary),

@@ -19,7 +19,7 @@ _LEDGER_CHANGES: Final = (
 _AGENT_CHANGES: Final = (
     "address", "version", "kernel", "connected", "detail", "attributes", "last_seen_ns",
 )  # fmt: skip
-_ROUGHLY_A_ROW: Final = 200  # bytes in memory, of rows that were there before this process
+_ROUGHLY_A_ROW: Final = 500  # bytes in memory, of rows that were there before this process
 
 
 def described(database: duckdb.DuckDBPyConnection, query: str) -> Columns:
