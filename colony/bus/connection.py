@@ -20,7 +20,7 @@ from nats.js.api import (
     StoreCompression,
     StreamConfig,
 )
-from nats.js.errors import APIError, BadRequestError, NotFoundError
+from nats.js.errors import APIError, BadRequestError, NotFoundError, ServerError
 
 from coral.client import Retry
 from coral.client.backoff import Backoff
@@ -124,8 +124,11 @@ class Connection:
             )
             try:
                 await self.stream.add_stream(wanted)
-            except BadRequestError as error:
-                raise BusError(f"stream {settings.stream}: {error.description}") from error
+            except (BadRequestError, ServerError) as error:
+                raise BusError(
+                    f"stream {settings.stream} cannot be made: {error.description}; its limit "
+                    f"would be {settings.max_bytes:,} bytes"
+                ) from error
             log.info("stream made", stream=settings.stream, max_bytes=settings.max_bytes)
             return
         everything = subjects.everything(settings.prefix)

@@ -37,7 +37,7 @@ async def test_every_event_is_stored_once_whichever_is_killed(
 ) -> None:
     chance, made = random.Random(rounds), 0
     with nats_server(tmp_path / "nats") as server, Puppet() as puppet:
-        bus = {"servers": [server.url]}
+        bus = {"servers": [server.url], "max_bytes": "256MiB"}
         follow = {
             "agents": {"addresses": [agent.address]}, "collect": [],
             "bus": {"mode": "publish", **bus},
