@@ -26,6 +26,12 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
+# Tests by marker, two at a time. What failed (status 1) beside others is tried once more, alone: on a
+# machine that others keep busy, a fault that matters fails there too. Both results are printed.
+PYTEST = $(BIN)/python -P -m pytest
+TESTED = set -x; $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "$(1)" || { [ $$? = 1 ] && \
+	$(PYTEST) -n 0 --last-failed --last-failed-no-failures none --maxfail 5 -m "$(1)"; }
+
 .PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench image deb image-lock test-cluster clean
 
 help: ## list the targets
@@ -42,12 +48,12 @@ run: setup ## run the agent in the foreground
 test: ## run the tests; those on the kernel need root
 	@$(BUILD) $(VENV)/.dev $(TEST_PROGRAMS)
 	@deploy/packages $(TEST_PACKAGES)
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
+	@$(call TESTED,not soak)
 
 test-soak: ## run the tests that `make test` leaves out: the longest, and the same again and again
 	@$(BUILD) $(VENV)/.dev $(SOAK_PROGRAMS)
 	@deploy/packages $(SOAK_PACKAGES)
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m soak
+	@$(call TESTED,soak)
 
 # Tests that bound a time may fail here, because every line is counted: the report comes all the same.
 coverage: ## run TESTS, by default all, and list what none of them reaches, in subprocesses too
@@ -62,9 +68,10 @@ test-kernels: $(VENV)/.dev build/nginx/nginx ## run the kernel tests on other ke
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
-test-cluster: $(VENV)/.dev build/kubernetes/helm ## run the agent in a real Kubernetes, which the first run builds; as root
+test-cluster: ## run the agent in a real Kubernetes, which the first run builds; as root
+	@$(BUILD) $(VENV)/.dev build/kubernetes/helm build/prometheus-kubernetes/prometheus
 	@deploy/packages $(TEST_PACKAGES) dpkg-dev
-	$(BIN)/python -P -m pytest tests/cluster/checks.py
+	$(BIN)/python -P -m pytest -rP tests/cluster/checks_*.py
 
 lint: $(VENV)/.dev ## check style, types, imports, C format and the contract
 	$(BIN)/ruff check .
@@ -120,7 +127,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 	@echo "# installing the agent into $(VENV), compiling its eBPF programs"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[colony]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
@@ -131,6 +138,10 @@ $(VENV)/.dev: pyproject.toml $(COMPILED) | $(VENV)/bin/python
 # Only the programs: Debian's packages would start services of their own.
 build/prometheus/prometheus:
 	@deploy/packages --extract prometheus build/prometheus promtool
+
+# Debian 12's knows no service discovery by Kubernetes.
+build/prometheus-kubernetes/prometheus:
+	@deploy/packages --extract prometheus/trixie build/prometheus-kubernetes
 
 # Debian 12's receives no OTLP yet.
 build/victoria-metrics/victoria-metrics:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from coral.agent.config_units import Duration
+
 
 class Kubernetes(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the agent learns the names of pods and containers."""
@@ -48,6 +50,13 @@ class Kubernetes(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "those of the pod's ServiceAccount, else the system's"
         ),
     ] = ""
+    stale_after: Annotated[
+        Duration,
+        Meta(
+            description="for how long what a source said still counts once it does not answer any "
+            "more: later, requests for pods are refused unless another source answers"
+        ),
+    ] = Duration(300)
     pod_label: Annotated[
         bool,
         Meta(

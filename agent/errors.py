@@ -39,7 +39,13 @@ class FailedPreconditionError(RefusedError):
 
 
 class LimitError(RefusedError):
-    """A limit stands against it; the message names the limit, its value and the request."""
+    """A limit stands against it; the message names the limit, its value and the request. LIMIT is
+    its name alone."""
+
+    def __init__(self, message: str, limit: str = "") -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.is_audited = False
 
 
 class DeniedError(RefusedError):

@@ -39,7 +39,8 @@ class Jobs:
         if self.late >= self._most_late:
             raise LimitError(
                 f"{what}: {self.late} earlier requests still wait for this machine's files, the "
-                "most that this agent allows"
+                "most that this agent allows",
+                "late requests",
             )
         loop = asyncio.get_running_loop()
         deadline, done = loop.time() + self._deadline_s, loop.create_future()
@@ -48,7 +49,8 @@ class Jobs:
         except RuntimeError as error:
             raise LimitError(
                 f"{what}: the agent could not start a thread ({error}): raise the limit on its "
-                "threads (TasksMax of its unit, RLIMIT_NPROC), or try again later"
+                "threads (TasksMax of its unit, RLIMIT_NPROC), or try again later",
+                "threads",
             ) from error
         cancelled: asyncio.CancelledError | None = None
         while not done.done() and (left_s := deadline - loop.time()) > 0:
@@ -66,7 +68,8 @@ class Jobs:
             raise cancelled
         raise LimitError(
             f"{what}: this took longer than {self._deadline_s:g} s, the most that this agent waits "
-            "for this machine's files"
+            "for this machine's files",
+            "time of a request",
         )
 
     def _caught_up(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -34,6 +34,8 @@ class Batch:
     rows: str = ""
     """What the rows are, by the contract's field for them as messages: `syscall_stats`,
     `syscall_calls`, `tcp_peers`; empty where there are none."""
+    wire: bytes = b""
+    """The whole batch as the agent sent it."""
 
     @classmethod
     def parse(cls, wire: bytes) -> Self:
@@ -41,7 +43,7 @@ class Batch:
         `ContractError`."""
         parts = split(wire)
         rows = (parts.field.same_as or parts.field.name) if parts.field else ""
-        return cls(parts.message, parts.events, parts.columns, rows)
+        return cls(parts.message, parts.events, parts.columns, rows, wire)
 
     def __repr__(self) -> str:
         numbers = f"first_seq={self.first_seq}, last_seq={self.last_seq}, count={self.count}"
@@ -92,6 +94,26 @@ class Batch:
         """Of a session that watches pods or containers: what all of them have in common, by
         OpenTelemetry's names, such as `k8s.pod.name`."""
         return dict(self.message.attributes)
+
+    @cached_property
+    def resources(self) -> Sequence[Mapping[str, str]]:
+        """Of such a session: `attributes`, for rows of which no more is known, and then those of
+        each container that the rows are of."""
+        common = self.attributes
+        return (common, *({**common, **each.attributes} for each in self.message.resources))
+
+    @cached_property
+    def row_resources(self) -> NDArray[np.uint32]:
+        """Which of `resources` each row is of, of shape (count,)."""
+        if self.rows and not (self.columns or len(self.events)):
+            rows = getattr(self.message, self.rows)
+            return np.array([row.resource for row in rows], np.uint32)
+        if self.columns:
+            return self.columns["resource"]
+        if "resource" not in (self.events.dtype.names or ()):
+            return np.zeros(len(self.events), np.uint32)
+        found: NDArray[np.uint32] = self.events["resource"]
+        return found
 
     @property
     def end(self) -> SessionEnd | None:

@@ -19,8 +19,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.mesh.v1 import options_pb2 as options
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import NotFixedError, fields
-from coral.wire.kinds import RowsField, fields_of_kind, rows_fields
-from coral.wire.rows import RowLayout, row_layout
+from coral.wire.kinds import RowsField, fields_of_kind, resource_field_of, rows_fields
+from coral.wire.rows import RowLayout, layout_at, row_layout
 
 _BATCH: Final = pb.EbpfEventBatch.DESCRIPTOR
 _BY_NUMBER: Final[Mapping[int, RowsField]] = {
@@ -76,7 +76,7 @@ def _quick(wire: bytes) -> Parts | None:
         return None
     events = _NO_EVENTS
     if carrier.form == options.ROW_FORM_EVENTS:
-        events = _run(row_layout(_BATCH, carrier.name), wire, 0)
+        events = _run(layout_at(_layouts(carrier.name), wire, 0), wire, 0)
         end = events.nbytes
     else:
         _, end, _ = next(there_are, (0, len(wire), body))
@@ -113,7 +113,7 @@ def _sort(wire: bytes) -> _Raw:
                 raw.bodies.append(body)
                 in_columns = True
                 continue
-            run = _run(row_layout(_BATCH, carrier.name), wire, at)
+            run = _run(layout_at(_layouts(carrier.name), wire, at), wire, at)
             raw.runs.append(run)
             start = rest_from = at + run.nbytes
             break
@@ -142,6 +142,8 @@ def _decode(raw: _Raw) -> Parts:
     message = pb.EbpfEventBatch.FromString(b"".join(raw.rest))
     events = _no_events(message.kind)
     if raw.runs:
+        if len({run.dtype for run in raw.runs}) > 1:
+            raise NotFixedError("the rows are not of one form")
         events = raw.runs[0] if len(raw.runs) == 1 else np.concatenate(raw.runs)
     if not (raw.field and raw.bodies):
         return Parts(message, raw.field or _summaries(message), events, {})
@@ -164,7 +166,9 @@ def _parse(wire: bytes) -> Parts:
                 continue
             columns = _columns(carrier, memoryview(value.SerializeToString()), message.count)
         elif value:
-            layout = row_layout(_BATCH, carrier.name)
+            resource = resource_field_of(carrier.message)
+            of_pods = bool(resource) and any(getattr(row, resource) for row in value)
+            layout = row_layout(_BATCH, carrier.name, of_pods=of_pods)
             names = layout.dtype.names or ()
             rows = [tuple(getattr(row, name) for name in names) for row in value]
             events = np.array(rows, layout.dtype)
@@ -187,6 +191,12 @@ def _summaries(message: pb.EbpfEventBatch) -> RowsField | None:
         if len(getattr(message, field.name)):
             return field
     return None
+
+
+@cache
+def _layouts(name: str) -> tuple[RowLayout, RowLayout]:
+    """Of the rows in a field, those of sessions that do not watch pods first."""
+    return row_layout(_BATCH, name), row_layout(_BATCH, name, of_pods=True)
 
 
 @cache

@@ -10,7 +10,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 Overflow = Literal["drop_oldest", "drop_newest", "end"]
 
 _AS_THEY_ARE: Final = ("after_seq", "queue_bytes", "interactive")
-_LISTS: Final = ("pids", "tids", "comms", "syscalls")
+_LISTS: Final = ("pids", "tids", "comms", "syscalls", "pods")
 
 
 class Terms(TypedDict, total=False):
@@ -27,6 +27,8 @@ class Terms(TypedDict, total=False):
     """Only events of processes with these command names."""
     syscalls: Sequence[str]
     """Only events of these system calls, by name."""
+    pods: Sequence[str]
+    """Only events of the pods of these names, in a session that watches pods."""
     errors_only: bool
     """Only calls and connections that failed."""
     min_duration_s: float
@@ -74,6 +76,7 @@ def _filter(wanted: Terms) -> pb.EventFilter:
         tids=wanted.get("tids"),
         comms=wanted.get("comms"),
         syscalls=wanted.get("syscalls"),
+        pods=wanted.get("pods"),
         errors_only=wanted.get("errors_only", False),
         min_duration_ns=round(wanted.get("min_duration_s", 0.0) * 1e9),
     )

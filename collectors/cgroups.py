@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from coral.collectors.hierarchies import (
     Hierarchy,
@@ -26,6 +26,7 @@ from coral.collectors.procfs import PROC, thread_group_of
 
 _AT_FDCWD: Final = -100
 _ID_BYTES: Final = 8
+_GROUP: Final = (1 << 32) - 1
 # Errors of a cgroup that is removed meanwhile, before and after its file is opened.
 _REMOVED: Final = (errno.ENOENT, errno.ENODEV)
 _IS_OUTSIDE: Final = (
@@ -136,6 +137,49 @@ def cgroup_tgids(directory: Path) -> set[int]:
     for path in _walk(directory):
         tgids |= _members(path)
     return tgids - {0}  # a process of another pid namespace
+
+
+class Below(NamedTuple):
+    """A cgroup, its id, and the group that the processes in it belong to: the lower half of the id
+    of a cgroup, which is unique among those of its hierarchy that there are at one time."""
+
+    directory: Path
+    id: int
+    group: int
+
+
+def cgroups_below(directory: Path, *, is_pod: bool) -> list[Below]:
+    """A cgroup's DIRECTORY and all below it, as far as they exist: all one group or, in that of a
+    pod, with a group for each cgroup directly below it, which are its containers'."""
+    found: list[Below] = []
+    left = [(directory, 0)]
+    while left:
+        path, group = left.pop()
+        number = _id_or_none(path)
+        if number is None:
+            continue
+        own = group or number & _GROUP
+        found.append(Below(path, number, own))
+        inherited = 0 if is_pod and path == directory else own
+        left += [(below, inherited) for below in subdirectories(path)]
+    return found
+
+
+def tgids_by_group(directory: Path, *, is_pod: bool) -> dict[int, int]:
+    """The processes of `cgroup_tgids`, each with its group as `cgroups_below` has it."""
+    found: dict[int, int] = {}
+    for below in cgroups_below(directory, is_pod=is_pod):
+        found |= dict.fromkeys(_members(below.directory), below.group)
+    found.pop(0, None)
+    return found
+
+
+def group_of_cgroup(directory: Path) -> int:
+    """The group that a cgroup's id makes; 0 for one that is removed."""
+    try:
+        return directory.stat().st_ino & _GROUP  # the lower half is the same on every kernel
+    except OSError:
+        return 0
 
 
 class _FileHandle(ctypes.Structure):

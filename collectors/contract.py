@@ -35,12 +35,15 @@ class EventRows:
 
     `records` is of shape (n,), with the fields of `message`, a type of fixed-width fields only;
     fields that are indices point into `strings`. Each record stands for `sample_every` events.
+    Records of a session that watches pods have the field `resource`, which points into `resources`;
+    others have none.
     """
 
     message: type[Message]
     records: NDArray[Any]
     strings: Sequence[str]
     sample_every: int = 1
+    resources: Sequence[pb.Resource] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -52,8 +55,9 @@ class Summaries:
 
     `message` is the type of their columns (`pb.SyscallStatsColumns`). `columns` has an array for
     each of its fields: (n,) with a value for each row, (n, width) for a matrix, (k,) for a field
-    that is per batch. Columns of indices point into `strings`. `messages` makes the row messages
-    from columns and strings, for subscribers that want rows.
+    that is per batch. Columns of indices point into `strings`; `resource`, which only a session
+    that watches pods has, points into `resources`. `messages` makes the row messages from columns
+    and strings, for subscribers that want rows; the callers add what the resources say.
     """
 
     message: type[Message]
@@ -64,6 +68,7 @@ class Summaries:
     # For columns that are per batch and depend on its rows: given all columns after some rows were
     # taken, and whether the first was among these.
     shrink: Callable[[dict[str, NDArray[Any]], bool], Mapping[str, NDArray[Any]]] | None = None
+    resources: Sequence[pb.Resource] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -83,7 +88,7 @@ class Summaries:
         return replace(self, columns=columns, count=count)
 
     def as_messages(self) -> Sequence[Message]:
-        """The rows as messages, with one Python object for each row."""
+        """The rows as messages, with one Python object for each row, without their resources."""
         return self.messages(self.columns, self.strings)
 
 
@@ -203,6 +208,14 @@ class LiveCgroups(Protocol):
     @property
     def attributes(self) -> Mapping[str, str]:
         """What all of it has in common now, by OpenTelemetry's names. Does not block."""
+
+    def is_pod(self, directory: Path) -> bool:
+        """Whether a cgroup's DIRECTORY is that of a pod, and those directly below it are its
+        containers'."""
+
+    def attributes_of(self, group: int) -> Mapping[str, str]:
+        """The attributes of the container whose cgroup makes a GROUP (`cgroups.Below`), also for
+        some time after it has gone; empty for one that is not known. Does not block."""
 
     def follow(self, changed: CgroupsChanged) -> frozenset[Path]:
         """Returns the directories that there are, and calls CHANGED, from another thread, for what

@@ -310,6 +310,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
     def drain(self) -> Batch:
         before_ns, self._drained_at_ns = self._drained_at_ns, time.monotonic_ns()
         began_at_ns, ended_at_ns = CLOCK.unix_ns_of(before_ns, self._drained_at_ns)
+        self._targets.note_common()
         counts = None
         if self._should_look_closely():
             # Before the rows: what is refused in between counts as lost in the next interval.
@@ -330,7 +331,7 @@ class KernelCollector(Collector, Generic[OptionsT]):
             self._looked_at_ns = self._drained_at_ns
             self._slot.note_work(events, elapsed_ns / 1e9)
         return Batch(
-            rows, began_at_ns, ended_at_ns, losses, self._in_detail, unread, self.attributes
+            rows, began_at_ns, ended_at_ns, losses, self._in_detail, unread, self._targets.common
         )
 
     def _should_look_closely(self) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.collectors.columns import Strings
-from coral.collectors.targets import Targets, comm_text, process_keys
+from coral.collectors.members import comm_text, process_keys
+from coral.collectors.targets import Targets
 
 _NAMED, _ENDED = 2, 3  # enum change of targets.bpf.h
 

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +24,15 @@ from coral.collectors.cgroups import (
     cgroup_directory,
     cgroup_ids_below,
     cgroup_tgids,
+    cgroups_below,
     hierarchy,
     memory_hierarchy,
     path_in_hierarchy,
+    tgids_by_group,
 )
 from coral.collectors.contract import NO_ATTRIBUTES, ServiceProcesses, Watched
 from coral.collectors.hubs import FIRST_ENDED, Slot
+from coral.collectors.members import Members, comm_text
 from coral.collectors.options import OptionError
 from coral.collectors.procfs import (
     Process,
@@ -41,6 +43,7 @@ from coral.collectors.procfs import (
     running_tgids,
     start_time_of,
 )
+from coral.collectors.resources import EndedGroups, EventResources, ResourceTable
 from coral.collectors.target_options import COMM_BYTES, TargetOptions
 
 _MOST_MEMBERS: Final = 10240
@@ -54,50 +57,6 @@ _ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
 _PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
 _HASH_OFFSET: Final = 0xCBF29CE484222325
 _HASH_PRIME: Final = 0x100000001B3
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """The n processes in one reading of a session's map: those that run, and those that have ended
-    and still have a name. A process is known by its id and by when it was born, because an id can
-    go from a process that has ended to another one."""
-
-    keys: NDArray[np.uint64]  # (n,), sorted: the id of one that runs; with `born` if it has ended
-    comms: NDArray[np.bytes_]  # (n,): their command names
-
-    @property
-    def ended(self) -> NDArray[np.uint64]:
-        """Those that have ended, as `process_keys` gives them."""
-        return self.keys[self.keys >= FIRST_ENDED]
-
-    def comms_of(self, tgids: NDArray[Any], born: NDArray[Any] | int = 0) -> NDArray[np.bytes_]:
-        """The command names of TGIDS that were BORN then, all of shape (m,); empty for a process
-        that is not here."""
-        if not len(self.keys):
-            return np.zeros(len(tgids), self.comms.dtype)
-        names = self._at(process_keys(tgids, born))
-        running = self._at(tgids.astype(np.uint64))
-        return np.where(names != b"", names, running)
-
-    def __or__(self, more: Members) -> Members:
-        keys, at = np.unique(np.concatenate([self.keys, more.keys]), return_index=True)
-        return Members(keys, np.concatenate([self.comms, more.comms])[at])
-
-    def _at(self, keys: NDArray[np.uint64]) -> NDArray[np.bytes_]:
-        at = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[at] == keys, self.comms[at], b"")
-
-
-def process_keys(tgids: NDArray[Any], born: NDArray[Any] | int) -> NDArray[np.uint64]:
-    """Processes as numbers, of shape (n,): BORN and the id."""
-    shifted = np.asarray(born).astype(np.uint64) << np.uint64(32)
-    keys: NDArray[np.uint64] = shifted | tgids.astype(np.uint64)
-    return keys
-
-
-def comm_text(comm: bytes) -> str:
-    """A command name as text; in the kernel it ends at its first zero."""
-    return comm.split(b"\0")[0].decode(errors="replace")
 
 
 class Targets:
@@ -123,7 +82,10 @@ class Targets:
         self._resolved_at_ticks = clock_ticks()
         self._pidfds: list[int] = []
         self._unfollowed = 0
-        self._names_at_start: dict[int, bytes] = {}  # by id: no record tells of these
+        # Names and groups by id: no record tells of these.
+        self._at_start: dict[int, tuple[bytes, int]] = {}
+        self._ended = EndedGroups()
+        self.common: Mapping[str, str] = NO_ATTRIBUTES  # as of `note_common`
         self.notes: tuple[str, ...] = ()  # see `Collector.notes`
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
 
@@ -145,6 +107,19 @@ class Targets:
     def attributes(self) -> Mapping[str, str]:
         """See `Collector.attributes`."""
         return self._live.attributes if self._live else NO_ATTRIBUTES
+
+    def note_common(self) -> None:
+        """Notes `attributes` for a batch that begins: what the resources of its rows have beyond
+        these."""
+        self.common = self.attributes
+
+    def resource_table(self) -> ResourceTable | None:
+        """For the rows of a batch; None where the session does not watch pods or containers."""
+        return ResourceTable(self._live, self.common) if self._live else None
+
+    def event_resources(self) -> EventResources | None:
+        """For the rows of single events; None likewise."""
+        return EventResources(self) if self._live else None
 
     @property
     def label(self) -> str:
@@ -197,7 +172,7 @@ class Targets:
         self._slot, self._map = slot, slot.map("members")
         options, cgroup, live = self._options, self._cgroup, self._live
         if options.scope or cgroup or live or options.comm:
-            self._add(self.spared, _SPARED)
+            self._add(_without_groups(self.spared), _SPARED)
         if options.comm:
             slot.own("wanted_comms", (_words(options.comm, COMM_BYTES + 1),))
         if cgroup:
@@ -235,13 +210,14 @@ class Targets:
                 for tgid in running_tgids()
                 if tgid not in self.spared and comm_of(tgid) == options.comm
             )
-            self._add(self._tgids, _ACTIVE)
+            self._add(_without_groups(self._tgids), _ACTIVE)
             if not self._tgids:
                 name = f"has the command name {options.comm!r}"
                 self._note(f"{name} now; those that get it later are watched")
         else:
             self._tgids = tuple(tgid for tgid in self._tgids if not self._was_replaced(tgid))
-            self._add(self._tgids, _ARMED if options.from_exec else _ACTIVE)
+            armed = _ARMED if options.from_exec else _ACTIVE
+            self._add(_without_groups(self._tgids), armed)
             if options.follow_children and not options.from_exec:
                 self._add_children()
         self._slot.members_changed()
@@ -250,11 +226,23 @@ class Targets:
 
     def _add_members(self, cgroup: Path) -> set[int]:
         """Adds the processes in a cgroup whose id is in the map already; returns them."""
-        members = cgroup_tgids(cgroup) - self.spared
+        members = self._in_cgroup(cgroup)
         self._add(members, _ACTIVE)
-        # The write undoes that a program saw one leave. Programs see those that leave later.
-        self._map.delete(sorted(members - cgroup_tgids(cgroup)))
-        return members
+        # The write undoes that a program saw one leave, or move inside of the cgroup. Programs see
+        # those that do so later.
+        now = self._in_cgroup(cgroup)
+        self._map.delete(sorted(members.keys() - now))
+        moved = {tgid: group for tgid, group in now.items() if members.get(tgid, group) != group}
+        self._add(moved, _ACTIVE)
+        return set(members)
+
+    def _in_cgroup(self, directory: Path) -> dict[int, int]:
+        """The processes to watch in a cgroup, with their groups."""
+        if self._live:
+            found = tgids_by_group(directory, is_pod=self._live.is_pod(directory))
+        else:
+            found = _without_groups(cgroup_tgids(directory))
+        return {tgid: group for tgid, group in found.items() if tgid not in self.spared}
 
     def _change_cgroups(self, added: frozenset[Path], removed: frozenset[Path]) -> None:
         """Pods or containers come and go. Called from their thread, too."""
@@ -286,30 +274,34 @@ class Targets:
                 for child in children
                 if (found := process_of(child)) and found.started >= self._resolved_at_ticks
             }
-            self._add(young, _ACTIVE)
+            self._add(_without_groups(young), _ACTIVE)
             seen |= young
             parents += young
 
     def _add_cgroups(self, directory: Path) -> None:
         """Programs add what is made below a cgroup that is in the map. What was made before it was
         there, and after a look, is found by the next look."""
-        wanted, added = self._slot.map("cgroups"), frozenset[int]()
+        wanted, added = self._slot.map("cgroups"), set[int]()
+        is_pod = bool(self._live and self._live.is_pod(directory))
         for _ in range(_MOST_LOOKS):
-            fresh = cgroup_ids_below(directory) - added
-            for cgroup in fresh:
-                self._put(wanted, cgroup | _place(directory), 1)  # or what starts in it is not seen
+            fresh = [it for it in cgroups_below(directory, is_pod=is_pod) if it.id not in added]
+            for each in fresh:
+                value = (each.group if self._live else 0, is_pod and each.directory == directory)
+                # Without room for it, what starts in it is not seen.
+                self._put(wanted, each.id | _place(directory), value)
             if not fresh:
                 break
-            added |= fresh
+            added.update(each.id for each in fresh)
 
-    def _add(self, tgids: Iterable[int], state: int) -> None:
-        """Adds running processes in this state. Those for which there is no room are counted."""
+    def _add(self, tgids: Mapping[int, int], state: int) -> None:
+        """Adds running processes, with their groups, in this state. Those for which there is no
+        room are counted."""
         added: dict[int, Process] = {}
-        for tgid in tgids:
+        for tgid, group in tgids.items():
             found = process_of(tgid)
             if found is None or not found.can_be_watched:
                 continue  # a program has removed it, or it was never there
-            if self._put(self._map, tgid, _member(found, state)):
+            if self._put(self._map, tgid, _member(found, state, group)):
                 added[tgid] = found
         self._slot.hint(list(added))
         # What programs did between the look and the write, the write has undone: one that ended
@@ -320,9 +312,10 @@ class Targets:
                 self._map.delete([tgid])
             elif now.comm != before.comm:
                 # An exec has activated it; no program changes the name of a member later than that.
-                self._map.write(tgid, _member(now, _ACTIVE if state == _ARMED else state))
+                state_now = _ACTIVE if state == _ARMED else state
+                self._map.write(tgid, _member(now, state_now, tgids[tgid]))
                 added[tgid] = now
-        self._names_at_start |= {tgid: _name(found) for tgid, found in added.items()}
+        self._at_start |= {tgid: (_name(found), tgids[tgid]) for tgid, found in added.items()}
 
     def _put(self, table: HashMap, key: int, value: object) -> bool:
         """Sets an element, or counts that there is no room for it. Raises `BpfError`."""
@@ -354,6 +347,13 @@ class Targets:
         present = zip(members.keys.tolist(), names, strict=True)
         return {key: name for key, name in present if key < FIRST_ENDED and key not in self.spared}
 
+    def groups_present(self) -> dict[int, int]:
+        """The groups of these, by tgid; none where no groups are told apart."""
+        if not self._live:
+            return {}
+        members = self.read()
+        return dict(zip(members.keys.tolist(), members.groups.tolist(), strict=True))
+
     def _was_replaced(self, tgid: int) -> bool:
         """Whether the process that was asked for has ended and another one has its id."""
         started, now = self._started.get(tgid), start_time_of(tgid)
@@ -379,7 +379,10 @@ class Targets:
         forgotten."""
         keys, members = self._map.read()
         keys, at = np.unique(keys, return_index=True)
-        return Members(keys, members["comm"][at])
+        found = Members(keys, members["comm"][at], members["group"][at])
+        if self._live:
+            self._ended.note(found)
+        return found
 
     def read_with(self, tgids: NDArray[Any], born: NDArray[Any]) -> Members:
         """The same, surely with the processes TGIDS that were BORN then, all of shape (n,).
@@ -399,7 +402,22 @@ class Targets:
         member = self._map.read_one(process)
         if member is None:  # it runs, or it is not known when it was born
             member = self._map.read_one(tgid)
-        return self._names_at_start.get(tgid, b"") if member is None else bytes(member["comm"])
+        return self._at_start.get(tgid, (b"", 0))[0] if member is None else bytes(member["comm"])
+
+    def group_of(self, process: int) -> int:
+        """The group of one process, likewise; 0 if it was never watched."""
+        tgid = process % (1 << 32)
+        member = self._map.read_one(process)
+        if member is None:
+            member = self._map.read_one(tgid)
+        return self._at_start.get(tgid, (b"", 0))[1] if member is None else int(member["group"])
+
+    def groups_of(
+        self, members: Members, tgids: NDArray[Any], born: NDArray[Any]
+    ) -> NDArray[np.uint32]:
+        """The groups of TGIDS that were BORN then, all of shape (n,): by MEMBERS, or as they were
+        when the processes ended. 0 for one that is not known."""
+        return self._ended.groups_of(members, tgids, born)
 
     @property
     def untold_changes(self) -> int:
@@ -434,8 +452,12 @@ def refused_options(features: Features) -> dict[str, str]:
     return refused
 
 
-def _member(process: Process, state: int) -> tuple[bytes, int, int]:
-    return _name(process), state, 0
+def _without_groups(tgids: Iterable[int]) -> dict[int, int]:
+    return dict.fromkeys(tgids, 0)
+
+
+def _member(process: Process, state: int, group: int) -> tuple[bytes, int, int, int, int]:
+    return _name(process), state, 0, 0, group
 
 
 def _name(process: Process) -> bytes:

@@ -19,9 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import grpc
 
-from coral.collectors.hierarchies import hierarchies
+from coral.agent.machine.pods.node import Pods
+from coral.collectors.hierarchies import Kind, hierarchies
 from coral.mesh.cri.v1 import cri_pb2 as cri
-from tests.support import wait_until
+from tests.support import Puppet, wait_until
 
 HASH = "5d9c7b6f9c"
 
@@ -159,6 +160,35 @@ def runtime(directory: Path, package: str = "runtime.v1") -> Iterator[Runtime]:
         yield served
     finally:
         server.stop(None).wait()
+
+
+@dataclass
+class Node:
+    """A node with a runtime, and where it makes cgroups."""
+
+    top: Path
+    runtime: Runtime
+    pods: Pods
+
+    @property
+    def kind(self) -> Kind:
+        found = (each for each in hierarchies() if self.top.is_relative_to(each.directory))
+        return max(found, key=lambda each: len(each.directory.parts)).kind
+
+    def pod(self, namespace: str, name: str, *containers: str, **labels: str) -> FakePod:
+        """A pod that runs, with these containers."""
+        pod = FakePod(self.top, namespace, name, labels)
+        pod.make()
+        for container in containers:
+            pod.add(container)
+            pod.make(container)
+        self.runtime.pods.append(pod)
+        return pod
+
+
+def move(puppet: Puppet, directory: Path) -> None:
+    """Moves a process into a cgroup."""
+    (directory / "cgroup.procs").write_text(str(puppet.pid))
 
 
 def as_api(pod: FakePod, owner: tuple[str, str] | None = None, version: int = 1) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from coral.collectors.contract import Summaries
 from coral.collectors.http_latency import summaries as request_rows
 from coral.collectors.http_latency.paths import Paths
 from coral.collectors.http_latency.routes import Routes
+from coral.collectors.members import Members
 from coral.collectors.syscall_stats import rows as syscall_rows
 from coral.collectors.syscall_stats.counters import COLUMNS as SYSCALL_COLUMNS
 from coral.collectors.syscall_stats.counters import LATENCY, TOTAL_NS, Increase
-from coral.collectors.targets import Members
 from coral.collectors.tcp_metrics import peers as peer_rows
 from coral.collectors.tcp_metrics import rows as connection_rows
 from coral.collectors.tcp_metrics.connections import COLUMNS, Changes
@@ -25,7 +25,11 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 # Makes summaries by a seed, a number of rows at most, and `top`.
 Make = Callable[[int, int, int], Summaries]
 
-MEMBERS = Members(np.array([7, 5 << 32 | 9], np.uint64), np.array([b"shop", b"db"], "S16"))
+MEMBERS = Members(
+    np.array([7, 5 << 32 | 9], np.uint64),
+    np.array([b"shop", b"db"], "S16"),
+    np.array([0, 0], np.uint32),
+)
 _CLOCK = UnixClock(lambda: Reading(0, 0, 10**18, 0))
 RECORD = np.dtype(
     [
@@ -35,7 +39,7 @@ RECORD = np.dtype(
             for name in (
                 "pid", "network", "local_port", "remote_port", "srtt_us", "rtt_deviation_us",
                 "rtt_min_us", "congestion_window", "slow_start_threshold", "segment_bytes",
-                "error", "reset_reason", "backlog", "backlog_limit", "scope_id",
+                "error", "reset_reason", "backlog", "backlog_limit", "scope_id", "group",
             )
         ),
         *((name, "u1") for name in ("role", "state", "end")),

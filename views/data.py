@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from coral.client import Batch
 from coral.views.addresses import address_text
+from coral.wire.kinds import resource_field_of, rows_fields
 
 
 def event_rows(batch: Batch, *texts: str) -> Iterator[dict[str, Any]]:
@@ -19,6 +20,7 @@ def event_rows(batch: Batch, *texts: str) -> Iterator[dict[str, Any]]:
     if not len(events):
         return
     names = events.dtype.names or ()
+    resource = resource_field_of(rows_fields()[batch.rows].message) if batch.rows else ""
     at = {name: number for number, name in enumerate(names)}
     # What each field becomes, and where in a row its value lies, and the lower half of an address.
     plan = [
@@ -26,7 +28,7 @@ def event_rows(batch: Batch, *texts: str) -> Iterator[dict[str, Any]]:
         if name.endswith("_high")
         else (name, at[name], -1)
         for name in names
-        if not name.endswith("_low")
+        if not name.endswith("_low") and name != resource
     ]
     scope = at.get("scope_id", -1)
     strings = {name: batch.strings[events[name]].tolist() for name in texts}
@@ -43,8 +45,11 @@ def event_rows(batch: Batch, *texts: str) -> Iterator[dict[str, Any]]:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message with all its fields: numbers as numbers, enums by their short names."""
-    return {field.name: _plain(message, field) for field in message.DESCRIPTOR.fields}
+    """A message with all its fields: numbers as numbers, enums by their short names. Without the
+    number of its resource: see `pods.attributed`."""
+    resource = resource_field_of(message.DESCRIPTOR)
+    fields = (field for field in message.DESCRIPTOR.fields if field.name != resource)
+    return {field.name: _plain(message, field) for field in fields}
 
 
 def _plain(message: Message, field: Any) -> Any:  # noqa: ANN401

@@ -99,3 +99,10 @@ def fields_meaning(message: Descriptor, meaning: int) -> tuple[FieldDescriptor, 
 def is_string_index(field: Any) -> bool:  # noqa: ANN401  either of protobuf's descriptors
     """Whether the values of FIELD point into the `strings` of their batch."""
     return bool(said(field, options.string_index))
+
+
+@cache
+def resource_field_of(message: Descriptor) -> str:
+    """The field of MESSAGE, a type of rows or of columns, that points into the `resources` of the
+    batch; empty where it has none."""
+    return next((it.name for it in message.fields if said(it, options.resource_index)), "")

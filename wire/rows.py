@@ -8,6 +8,7 @@ ordinary rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,18 +18,19 @@ from google.protobuf.descriptor import Descriptor
 from numpy.typing import NDArray
 
 from coral.wire.encoding import FORMATS, WIRE_32, WIRE_64, WIRE_BYTES, NotFixedError, varint
+from coral.wire.kinds import resource_field_of
 
 
 @dataclass(frozen=True)
 class RowLayout:
     """How rows of one repeated field lie on the wire.
 
-    `dtype` has the row's fields by name, with gaps where the constant bytes are; `tag` is the
-    repeated field's tag, with which every row begins.
+    `dtype` has the row's fields by name, with gaps where the constant bytes are. Every row begins
+    with `head`.
     """
 
     dtype: np.dtype[np.void]
-    tag: bytes
+    head: bytes  # the repeated field's tag and the row's length
     template: NDArray[np.uint8]  # (row bytes,): the constant bytes, and zeros
     constant: NDArray[np.intp]  # positions of the constant bytes
 
@@ -53,16 +55,29 @@ class RowLayout:
         return rows
 
 
+def layout_at(layouts: Iterable[RowLayout], wire: bytes, offset: int) -> RowLayout:
+    """That of LAYOUTS which the row has that begins at OFFSET. Raises `NotFixedError` where it has
+    none of them."""
+    for layout in layouts:
+        if wire.startswith(layout.head, offset):
+            return layout
+    raise NotFixedError("the row is not of the expected length")
+
+
 @cache
-def row_layout(container: Descriptor, field_name: str) -> RowLayout:
-    """The layout of the rows in CONTAINER's repeated field. Raises TypeError where a row has a
+def row_layout(container: Descriptor, field_name: str, *, of_pods: bool = False) -> RowLayout:
+    """The layout of the rows in CONTAINER's repeated field: those that are OF PODS have the field
+    that points into the resources of the batch, and others not. Raises TypeError where a row has a
     field that is not of fixed width."""
     field = container.fields_by_name[field_name]
     row = field.message_type
     if row is None:
         raise TypeError(f"{field.full_name} has no rows")
     names, formats, offsets, body = [], [], [], b""
+    left_out = "" if of_pods else resource_field_of(row)
     for row_field in sorted(row.fields, key=lambda f: f.number):
+        if row_field.name == left_out:
+            continue
         wire_format = FORMATS.get(row_field.type)
         if wire_format is None or row_field.is_repeated:
             raise TypeError(f"{row_field.full_name} is not of fixed width")
@@ -87,4 +102,4 @@ def row_layout(container: Descriptor, field_name: str) -> RowLayout:
         start = len(head) + offset
         is_value[start : start + wire_format.itemsize] = True
     template = np.frombuffer(head + body, np.uint8)
-    return RowLayout(dtype, tag, template, np.flatnonzero(~is_value))
+    return RowLayout(dtype, head, template, np.flatnonzero(~is_value))

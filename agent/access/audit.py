@@ -7,6 +7,7 @@ lines; its sinks may be slow, full or broken, and hold up nobody.
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ class Audit:
     def __init__(self, name: str, sinks: Sequence[Sink] = ()) -> None:
         self._name = name
         self._sinks = sinks
+        self._putting = threading.Lock()  # what joins a session comes from a thread
         for sink in sinks:
             sink.start()
         self.decisions: Counter[str] = Counter({"allowed": 0, "refused": 0})
@@ -70,9 +72,11 @@ class Audit:
         asked: Mapping[str, object] | None = None,
         resolved: Mapping[str, object] | None = None,
         session: str = "",
+        limit: str = "",
     ) -> None:
         """A decision about a call of RPC, by its full name. ASKED is the target in the request's
-        words, RESOLVED what it came to; SESSION is the session's id."""
+        words, RESOLVED what it came to; SESSION is the session's id, LIMIT the name of what stands
+        against it."""
         word = "allowed" if verdict.allowed else "refused"
         self.decisions[word] += 1
         if not self._sinks:
@@ -92,9 +96,19 @@ class Audit:
             line["asked"] = asked
         if resolved is not None:
             line["resolved"] = resolved
+        if limit:
+            line["limit"] = limit
         if session:
             line["session"] = session
         self._put(line)
+
+    def joined(self, session: str, pods: Sequence[str], left_out: Sequence[str]) -> None:
+        """PODS, by their names, have come to what a session watches; LEFT_OUT are those that it may
+        not watch. Safe to call from any thread."""
+        for event, names in (("joined", pods), ("left out", left_out)):
+            if names:
+                some = list(names[:_MOST_ITEMS])
+                self._put({"event": event, "session": session, "pods": some, "number": len(names)})
 
     def continuous(
         self, session: str, asked: Mapping[str, object], resolved: Mapping[str, object]
@@ -116,9 +130,10 @@ class Audit:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = {"time": now, "agent": self._name, **values}
         text = json.dumps(_bounded(line), separators=(",", ":"))
-        self.lines += 1
-        for sink in self._sinks:
-            sink.put(text)
+        with self._putting:
+            self.lines += 1
+            for sink in self._sinks:
+                sink.put(text)
 
 
 def _bounded(value: object) -> object:

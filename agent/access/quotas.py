@@ -61,7 +61,8 @@ def _one(taken: Counter[str], principal: str, of: _Limit) -> Iterator[None]:
     if of.most and taken[principal] >= of.most:
         raise LimitError(
             f"{of.name} is {of.most}, and {principal} has {taken[principal]} {of.things}: end one, "
-            "or wait for one to end"
+            "or wait for one to end",
+            of.name,
         )
     taken[principal] += 1
     try:

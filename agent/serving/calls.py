@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from coral.agent.caller import Caller
 from coral.agent.config import Limits
-from coral.agent.errors import UnauthenticatedError
+from coral.agent.errors import LimitError, UnauthenticatedError
 from coral.agent.serving.caller import CallerOf, Context, unknown_caller
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.requests import parse
@@ -67,6 +67,9 @@ class Admits(Protocol):
     async def permit(self, caller: Caller, method: MethodDescriptor, request: object) -> Caller:
         """The same, once it is known what the call is about. Raises a `RefusedError`."""
 
+    def limited(self, caller: Caller, method: MethodDescriptor, error: LimitError) -> None:
+        """A limit stands against a call, of CALLER as far as it is known by then."""
+
 
 class Everyone:
     """Lets every caller in; for servers without roles."""
@@ -78,6 +81,9 @@ class Everyone:
     async def permit(self, caller: Caller, _method: MethodDescriptor, _request: object) -> Caller:
         """The caller."""
         return caller
+
+    def limited(self, caller: Caller, method: MethodDescriptor, error: LimitError) -> None:
+        """Nobody has to know."""
 
 
 def handlers(
@@ -97,6 +103,13 @@ def handlers(
             for method in descriptor.methods
         },
     )
+
+
+@dataclass
+class _Seen:
+    """A call under way: who makes it, as far as that is known so far."""
+
+    caller: Caller
 
 
 @dataclass(frozen=True)
@@ -130,12 +143,12 @@ class _Calls:
             # Until gRPC has sent the answer: it keeps answers that callers do not read.
             place = ExitStack()
             context.add_done_callback(lambda _: place.close())  # type: ignore[arg-type]
-            async with _failures_as_status(method, context, caller):
+            async with self._failures_as_status(method, context, caller) as seen:
                 place.enter_context(self.quotas.unary.one(caller))
-                known = await self.door.let_in(caller, context, method)
+                seen.caller = await self.door.let_in(caller, context, method)
                 request = parse(request_type, wire)
-                known = await self.door.permit(known, method, request)
-                response = await behaviour(request, known)
+                seen.caller = await self.door.permit(seen.caller, method, request)
+                response = await behaviour(request, seen.caller)
                 return response.SerializeToString()
 
         return answer
@@ -145,17 +158,51 @@ class _Calls:
     ) -> Callable[[Any, Context], Awaitable[None]]:
         async def answer(wire: object, context: Context) -> None:
             caller = self.caller_of(context)
-            async with _failures_as_status(method, context, caller):
+            async with self._failures_as_status(method, context, caller) as seen:
                 with self.quotas.streaming.one(caller):
-                    known = await self.door.let_in(caller, context, method)
+                    seen.caller = await self.door.let_in(caller, context, method)
                     request = parse_request(wire)
-                    known = await self.door.permit(known, method, request)
-                    with behaviour(request, known) as (messages, charge):
+                    seen.caller = await self.door.permit(seen.caller, method, request)
+                    with behaviour(request, seen.caller) as (messages, charge):
                         # A caller that has the headers knows that its stream stands.
                         await context.send_initial_metadata(())
                         await metered(_write(messages, context), charge)
 
         return answer
+
+    @asynccontextmanager
+    async def _failures_as_status(
+        self, method: MethodDescriptor, context: Context, caller: Caller
+    ) -> AsyncIterator[_Seen]:
+        """Ends the call with the status of whatever is raised inside. gRPC itself would answer
+        UNKNOWN to anything but its own errors."""
+        seen = _Seen(caller)
+        try:
+            yield seen
+        except Exception as error:
+            # The caller has left. A write that was under way may say so before gRPC notices.
+            if context.done() or isinstance(error, grpc.aio.InternalError):
+                return
+            code, peer = code_of(error), caller.peer
+            if isinstance(error, LimitError) and not error.is_audited:
+                self.door.limited(seen.caller, method, error)
+            if code is grpc.StatusCode.INTERNAL:
+                log.exception("call failed unexpectedly", method=method.name, peer=peer)
+                error = RuntimeError(f"{method.name} failed: the agent's log says why")
+            elif isinstance(error, UnauthenticatedError):
+                log.warning(
+                    "refused", peer=peer, principal=caller.refusals_of, code=code.name,
+                    method=f"/{method.containing_service.full_name}/{method.name}",
+                    reason=error.reason,
+                )  # fmt: skip
+            elif code is grpc.StatusCode.PERMISSION_DENIED:
+                log.warning(
+                    "refused", peer=peer, principal=caller.refusals_of, code=code.name,
+                    reason=str(error),
+                )  # fmt: skip
+            elif isinstance(error, BpfError):
+                log.error("refused by the kernel", peer=peer, what=error.what, said=error.log)
+            await context.abort(code, fitting(str(error)))
 
 
 async def _parsed(
@@ -168,34 +215,3 @@ async def _parsed(
 async def _write(messages: AsyncIterator[bytes], context: Context) -> None:
     async for message in messages:
         await context.write(message)
-
-
-@asynccontextmanager
-async def _failures_as_status(
-    method: MethodDescriptor, context: Context, caller: Caller
-) -> AsyncIterator[None]:
-    """Ends the call with the status of whatever is raised inside. gRPC itself would answer UNKNOWN
-    to anything but its own errors."""
-    try:
-        yield
-    except Exception as error:
-        # The caller has left. A write that was under way may say so before gRPC notices.
-        if context.done() or isinstance(error, grpc.aio.InternalError):
-            return
-        code, peer = code_of(error), caller.peer
-        if code is grpc.StatusCode.INTERNAL:
-            log.exception("call failed unexpectedly", method=method.name, peer=peer)
-            error = RuntimeError(f"{method.name} failed: the agent's log says why")
-        elif isinstance(error, UnauthenticatedError):
-            log.warning(
-                "refused", peer=peer, principal=caller.refusals_of, code=code.name,
-                method=f"/{method.containing_service.full_name}/{method.name}", reason=error.reason,
-            )  # fmt: skip
-        elif code is grpc.StatusCode.PERMISSION_DENIED:
-            log.warning(
-                "refused", peer=peer, principal=caller.refusals_of, code=code.name,
-                reason=str(error),
-            )  # fmt: skip
-        elif isinstance(error, BpfError):
-            log.error("refused by the kernel", peer=peer, what=error.what, said=error.log)
-        await context.abort(code, fitting(str(error)))

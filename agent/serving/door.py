@@ -21,6 +21,7 @@ from coral.agent.access.tokens import Tokens
 from coral.agent.caller import Caller, Identity, Trust
 from coral.agent.errors import (
     DeniedError,
+    LimitError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -98,6 +99,13 @@ class Door:
         if not verdict.allowed:
             raise DeniedError(f"collector_id: {verdict.reason}")
         return replace(caller, allowance=verdict.allowance)
+
+    def limited(self, caller: Caller, method: MethodDescriptor, error: LimitError) -> None:
+        """Notes in the audit that a limit stands against a call."""
+        if rpc_of(method.full_name).least is Role.NONE:
+            return
+        verdict = Verdict(False, self._access.role_of(caller.identity), str(error))
+        self._access.audit.decided(caller, method.full_name, verdict, limit=error.limit)
 
     async def _identified(self, caller: Caller, given: str) -> Caller:
         auth, identity = self._auth, caller.identity

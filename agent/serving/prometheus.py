@@ -141,6 +141,7 @@ class _AgentMetrics:
             *self._refusals(),
             *self._exported(),
             *self._access(),
+            *self._pods(),
             *self._tls(),
             self._build,
             CounterMetricFamily(
@@ -277,6 +278,22 @@ class _AgentMetrics:
             access.unanswered,
         )
         return decisions, dropped, unanswered
+
+    def _pods(self) -> Iterable[Metric]:
+        pods = self._supervisor.pods
+        stale = GaugeMetricFamily(
+            f"{_PREFIX}pod_source_stale_seconds",
+            "For how long a source of pods' names has not answered; 0 for one that does.",
+            labels=("source",),
+        )
+        for source, seconds in pods.stale_s.items():
+            stale.add_metric((source,), seconds)
+        used = CounterMetricFamily(
+            f"{_PREFIX}pods_cpu_seconds",
+            "CPU time that following pods used, for all sessions that watch some.",
+            pods.cpu_s,
+        )
+        return stale, used
 
     def _tls(self) -> Iterable[Metric]:
         labels = ("listener",)

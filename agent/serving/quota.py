@@ -43,5 +43,6 @@ class Quota:
             self.refused[name] += 1
             raise LimitError(
                 f"limits.{name} is {most}, and {taken} {self.things}{whose} are under way: wait "
-                "for one to end"
+                "for one to end",
+                f"limits.{name}",
             )

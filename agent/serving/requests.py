@@ -35,7 +35,8 @@ def parse(message: type[Request], wire: bytes) -> Request:
     if len(wire) > MOST_BYTES:
         raise LimitError(
             f"request: {len(wire):,} bytes are more than {MOST_BYTES:,}, this agent's limit for a "
-            "request"
+            "request",
+            "size of a request",
         )
     try:
         request = message.FromString(wire)

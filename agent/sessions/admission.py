@@ -55,6 +55,7 @@ class Admitted:
     target: Target
     ownership: Ownership
     verdict: Verdict | None
+    pods: PodTarget | None = None
 
 
 class Admission:
@@ -127,7 +128,8 @@ class Admission:
             raise LimitError(
                 f"limits.concurrent_collectors is {most}, and {taken} are at work: stop one "
                 "(`coral collectors` lists them, `coral stop ID` ends one), or wait for its lease "
-                f"to end, before you start this {kind_name(_kind(request.kind))}"
+                f"to end, before you start this {kind_name(_kind(request.kind))}",
+                "limits.concurrent_collectors",
             )
         self._on_demand += 1
         try:
@@ -208,7 +210,7 @@ class Admission:
             target.namespaces,
             covered_by,
         )
-        return Admitted(created, target, ownership, verdict)
+        return Admitted(created, target, ownership, verdict, pods)
 
     def _decide(self, caller: Caller, target: Target) -> Verdict:
         verdict = self._access.decide(caller.identity, START, target)

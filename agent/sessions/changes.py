@@ -104,7 +104,8 @@ class Watch:
         if self._failed:
             raise LimitError(
                 f"more than {MAX_WAITING_BYTES} bytes of changes were waiting to be read: watch "
-                "again, which begins with the collectors that are at work then"
+                "again, which begins with the collectors that are at work then",
+                "changes that wait",
             )
         if self._waiting:
             change, size_bytes, self.about = self._waiting.popleft()

@@ -161,7 +161,14 @@ class Supervisor:
             verdict = Verdict(False, self.access.role_of(caller.identity), str(error))
             self.access.audit.decided(caller, START, verdict, asked=asked, resolved=error.resolved)
             raise
-        await self._launch(session)
+        except LimitError as error:
+            self._audit_limit(caller, error, asked)
+            raise
+        try:
+            await self._launch(session)
+        except LimitError as error:
+            self._audit_limit(caller, error, asked, session.id)
+            raise
         log.info(
             "session started",
             session=session.id,
@@ -172,6 +179,19 @@ class Supervisor:
             by=session.ownership.by,
         )
         return session
+
+    def _audit_limit(
+        self, caller: Caller, error: LimitError, asked: Mapping[str, object], session: str = ""
+    ) -> None:
+        """Notes that a limit stands against a start. Those of the configuration try again and
+        again, without a caller."""
+        error.is_audited = True
+        if caller is LIBRARY:
+            return
+        verdict = Verdict(False, self.access.role_of(caller.identity), str(error))
+        self.access.audit.decided(
+            caller, START, verdict, asked=asked, session=session, limit=error.limit
+        )
 
     async def _admitted(
         self, request: StartRequest, caller: Caller, asked: Mapping[str, object]
@@ -191,6 +211,8 @@ class Supervisor:
                 undo.enter_context(self.access.quotas.session(principal, verdict.allowance))
             session = Session(admitted.collector, request, self.config, admitted.ownership)
             session.slot = undo.pop_all()
+        if admitted.pods:
+            admitted.pods.joined = partial(audit.joined, session.id)
         resolved = admitted.target.described()
         if verdict:
             audit.decided(
@@ -264,7 +286,8 @@ class Supervisor:
             raise LimitError(
                 f"limits.memory is {limit} bytes; this {kind_name(session.kind)} takes "
                 f"{session.memory_bytes}, which makes {used} in all: ask for smaller buffers, or "
-                "stop another collector"
+                "stop another collector",
+                "limits.memory",
             )
 
     def _publish(self, session: Session, batch: Batch) -> None:

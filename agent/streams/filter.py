@@ -6,19 +6,20 @@ option of the contract), so no kind of collector is named here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.collectors.contract import EventRows, Summaries
+from coral.collectors.contract import NO_ATTRIBUTES, EventRows, Summaries
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.mesh.v1 import options_pb2 as options
-from coral.wire.kinds import fields_meaning, is_string_index
+from coral.wire.kinds import fields_meaning, is_string_index, resource_field_of
 
 _MAX_ERRNO: Final = 4095
+_POD: Final = "k8s.pod.name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Filter:
     syscalls: frozenset[str] = frozenset()
     errors_only: bool = False
     min_duration_ns: int = 0
+    pods: frozenset[str] = frozenset()
     _pids: NDArray[np.int64] = field(init=False, repr=False, compare=False)  # sorted
     _tids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
@@ -54,13 +56,16 @@ class Filter:
             frozenset(wanted.syscalls),
             wanted.errors_only,
             wanted.min_duration_ns,
+            frozenset(wanted.pods),
         )
 
     def __bool__(self) -> bool:
         return self is not EVERYTHING and self != EVERYTHING
 
-    def mask(self, rows: EventRows | Summaries) -> NDArray[np.bool_]:
-        """Which of ROWS pass, of shape (n,)."""
+    def mask(
+        self, rows: EventRows | Summaries, attributes: Mapping[str, str] = NO_ATTRIBUTES
+    ) -> NDArray[np.bool_]:
+        """Which of ROWS pass, of shape (n,). ATTRIBUTES are what all of them have in common."""
         keep = np.empty(len(rows), bool)  # several times as fast as np.ones for a few rows
         keep.fill(True)
         if self.pids:
@@ -75,10 +80,9 @@ class Filter:
             keep &= _named(rows, options.MEANING_SYSCALL, self.syscalls)
         if self.errors_only:
             keep &= _failed(rows)
-        if self.min_duration_ns:
-            for values in _columns(rows, options.MEANING_DURATION):
-                keep &= values >= self.min_duration_ns
-        return keep
+        for values in _columns(rows, options.MEANING_DURATION) if self.min_duration_ns else ():
+            keep &= values >= self.min_duration_ns
+        return keep & _of_pods(rows, attributes, self.pods) if self.pods else keep
 
 
 def _sorted(numbers: frozenset[int]) -> NDArray[np.int64]:
@@ -112,6 +116,21 @@ def _named(rows: EventRows | Summaries, meaning: int, names: frozenset[str]) -> 
     for indices in _columns(rows, meaning):
         named &= passes[indices]
     return named
+
+
+def _of_pods(
+    rows: EventRows | Summaries, attributes: Mapping[str, str], names: frozenset[str]
+) -> NDArray[np.bool_]:
+    """Which of ROWS are of pods with one of NAMES, of shape (n,); ATTRIBUTES are those of all."""
+    common = attributes.get(_POD, "")
+    if not rows.resources:
+        return np.full(len(rows), common in names)
+    passes = [common in names, *(it.attributes.get(_POD, common) in names for it in rows.resources)]
+    values: Any = rows.records if isinstance(rows, EventRows) else rows.columns
+    found: NDArray[np.bool_] = np.array(passes, bool)[
+        values[resource_field_of(rows.message.DESCRIPTOR)]
+    ]
+    return found
 
 
 def _failed(rows: EventRows | Summaries) -> NDArray[np.bool_]:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from coral.agent.streams.filter import Filter
 from coral.agent.streams.masking import masked
-from coral.agent.streams.rows import compact, layout_of, take
+from coral.agent.streams.rows import as_messages, compact, layout_of, take
 from coral.collectors.contract import NO_ATTRIBUTES, EventRows, Summaries, Unread
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import WIRE_BYTES, varint
-from coral.wire.kinds import event_field_of, field_of, is_string_index
+from coral.wire.kinds import event_field_of, field_of, is_string_index, resource_field_of
 
 Counts = Mapping[int, int]  # by pb.Loss.Stage
 _NOTHING: Final[Counts] = {}
@@ -113,7 +113,9 @@ class Frame:
             return len(self._made.events)
         if self.rows is None:
             return len(self.wire())
-        return _HEAD_BYTES + self._rows_bytes + sum(map(len, self.rows.strings))
+        tables = sum(map(len, self.rows.strings))
+        tables += sum(each.ByteSize() for each in self.rows.resources)
+        return _HEAD_BYTES + self._rows_bytes + tables
 
     @property
     def _rows_bytes(self) -> int:
@@ -205,7 +207,7 @@ class Frame:
             tag = varint(target.number << 3 | WIRE_BYTES)
             return tag + varint(len(body)) + body + self._head(rows.strings)
         message = pb.EbpfEventBatch()
-        getattr(message, target.same_as).extend(rows.messages(rows.columns, rows.strings))
+        getattr(message, target.same_as).extend(as_messages(rows))
         return self._head() + message.SerializeToString()
 
     def _head(self, strings: Sequence[str] = ()) -> bytes:
@@ -229,6 +231,7 @@ class Frame:
             sample_every=rows.sample_every if isinstance(rows, EventRows) else 0,
             unread=unread_messages(self.unread),
             attributes=self.attributes,
+            resources=rows.resources if rows is not None else (),
         )
         return message.SerializeToString()
 
@@ -287,9 +290,19 @@ class Frame:
             if isinstance(self.rows, EventRows):
                 event.sample_every = self.rows.sample_every
                 _send_strings(event, row, self.rows.strings)
+            if self.attributes:
+                self._name_resource(event, row)
             yield event.SerializeToString()
         if self.end:
             yield self._event(end=self.end, account=account).SerializeToString()
+
+    def _name_resource(self, event: pb.EbpfEvent, row: Message) -> None:
+        """Gives EVENT the attributes of its ROW, whose index of a resource is then of no use."""
+        event.attributes.update(self.attributes)
+        payload, name = event_field_of(row.DESCRIPTOR), resource_field_of(row.DESCRIPTOR)
+        if name and self.rows is not None and (at := getattr(row, name)):
+            event.attributes.update(self.rows.resources[at - 1].attributes)
+            getattr(event, payload).ClearField(name)
 
     def _seqs(self) -> Sequence[int]:
         if self.seqs is not None:
@@ -302,7 +315,7 @@ class Frame:
         if rows is None:
             return ()
         if isinstance(rows, Summaries):
-            return rows.messages(rows.columns, rows.strings)
+            return as_messages(rows)
         name = field_of(rows.message.DESCRIPTOR).name
         messages: Sequence[Message] = getattr(pb.EbpfEventBatch.FromString(self.wire()), name)
         return messages

@@ -110,7 +110,7 @@ def filtered(frame: Frame, wanted: Filter) -> Queued:
     if shared is not None and (found := shared.get(wanted)):
         same: Queued = found
         return same
-    passed = Passed(frame, wanted.mask(frame.rows))
+    passed = Passed(frame, wanted.mask(frame.rows, frame.attributes))
     if passed.count == frame.count:
         return frame
     is_few = passed.count and passed.size_bytes < frame.size_bytes // _FEW_ROWS_SHARE

@@ -20,8 +20,10 @@ enum {
 
 struct member {
 	char comm[COMM_BYTES];
-	__u32 state;
-	__u32 is_sighted; /* for the hub's own use: its programs have met the process */
+	__u8 state;
+	__u8 is_sighted; /* for the hub's own use: its programs have met the process */
+	__u16 reserved;
+	__u32 group; /* of the session's cgroups, see struct watched_cgroup; 0 without these */
 };
 
 /*
@@ -91,7 +93,7 @@ static __always_inline void hint_at(__u32 tgid)
 enum change {
 	CHANGE_NONE,
 	CHANGE_FOUND,
-	CHANGE_NAMED,
+	CHANGE_NAMED, /* it has another name, or has moved to another group */
 	CHANGE_ENDED,
 };
 
@@ -101,7 +103,7 @@ struct process_change {
 	__u32 tgid;
 	__u32 born;
 	__u32 change;
-	__u32 reserved;
+	__u32 group;
 	char comm[COMM_BYTES];
 };
 
@@ -121,7 +123,7 @@ MAP(ARRAY, untold_changes, __u32, __u32, SESSIONS, 0);
  * only rings: without one, user space looks up each process that it meets.
  */
 static __always_inline bool tell_change(const struct sessions *all, __u32 slot, __u32 tgid,
-					__u32 born, enum change change, const char *comm)
+					__u32 born, enum change change, const struct member *member)
 {
 	struct process_change record = {
 	    .head.kind = RECORD_PROCESS_CHANGE,
@@ -129,13 +131,14 @@ static __always_inline bool tell_change(const struct sessions *all, __u32 slot, 
 	    .tgid = tgid,
 	    .born = born,
 	    .change = change,
+	    .group = member->group,
 	};
 
 	__u32 *untold;
 
 	if (!(all->detailed & session_bit(slot)))
 		return false;
-	__builtin_memcpy(record.comm, comm, COMM_BYTES);
+	__builtin_memcpy(record.comm, member->comm, COMM_BYTES);
 	if (option(records_in_ring) && !record_note(slot, &record, sizeof(record)))
 		return true;
 	untold = bpf_map_lookup_elem(map_of(untold_changes), &slot);
@@ -169,7 +172,7 @@ static __always_inline void member_add(const struct sessions *all, __u32 slot, _
 	}
 	if (!(all->host & session_bit(slot))) /* those that watch every process look at no hint */
 		hint_at(tgid);
-	tell_change(all, slot, tgid, born, CHANGE_FOUND, member->comm);
+	tell_change(all, slot, tgid, born, CHANGE_FOUND, member);
 }
 
 #define NO_MEMBER -1

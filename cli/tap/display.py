@@ -17,6 +17,7 @@ from rich.text import Text
 from coral.cli.common import echo_data
 from coral.client import Account, Batch, EndReason, SessionEnd, Started
 from coral.views.contract import Story
+from coral.views.pods import attributed, lines_width, with_pods
 from coral.views.text import shorten
 from coral.wire.text import safe
 
@@ -117,7 +118,7 @@ class _DataScreen:
         self._output = output
 
     def update(self, batch: Batch) -> None:
-        for record in self._tapped.story.records(batch):
+        for record in attributed(batch, self._tapped.story.records(batch)):
             echo_data(record, self._output)
         for stage, count in batch.lost.items():
             echo_data({"lost": count, "stage": stage}, self._output)
@@ -182,8 +183,9 @@ class _EventScreen(_PlainScreen):
 
     def update(self, batch: Batch) -> None:
         width = self._console.width if self._console.is_terminal else None
-        if lines := list(self._tapped.story.event_lines(batch, width)):
-            click.echo("\n".join(lines))
+        lines = self._tapped.story.event_lines(batch, lines_width(batch, width))
+        if shown := list(with_pods(batch, lines)):
+            click.echo("\n".join(shown))
 
     def finish(self) -> None:
         if self._console.is_terminal:

@@ -140,9 +140,13 @@ class CpuProfileCollector(KernelCollector[CpuProfileOptions]):
                 names = code.strings
         names_now = members.comms_of(samples.structs["tgid"], samples.structs["born"])
         processes = process_names(samples.structs, names_now)
+        structs, table = samples.structs, self._targets.resource_table()
+        groups = None
+        if table:
+            groups = self._targets.groups_of(members, structs["tgid"], structs["born"])
         if len(members.ended):
             self._targets.forget(members.ended)
-        profile = Profile(samples, user, frames, names, processes)
+        profile = Profile(samples, user, frames, names, processes, groups, table)
         service = self._targets.label
         if isinstance(self._clock, CycleCounter):
             return summaries(profile, service, 0, self._clock.period_cycles)

@@ -13,8 +13,8 @@ from coral.collectors.columns import group
 from coral.collectors.cpu_profile.processes import Process, Processes
 from coral.collectors.cpu_profile.ragged import Ragged, joined_reversed
 from coral.collectors.cpu_profile.samples import Samples
+from coral.collectors.members import process_keys
 from coral.collectors.symbols.strings import Strings
-from coral.collectors.targets import process_keys
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 # Which words of memory a process uses as addresses is its own choice: with factors of this run, it

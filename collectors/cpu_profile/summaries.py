@@ -15,8 +15,9 @@ from coral.collectors.contract import Summaries
 from coral.collectors.cpu_profile.frames import Frames, UserStacks, mixed
 from coral.collectors.cpu_profile.ragged import Ragged, fingerprints
 from coral.collectors.cpu_profile.samples import IN_KERNEL, STACK_CUT, Samples
+from coral.collectors.members import comm_text
+from coral.collectors.resources import ResourceTable, with_resources
 from coral.collectors.symbols.strings import Strings as Names
-from coral.collectors.targets import comm_text
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _FACTOR: Final = secrets.randbits(64) | 1
@@ -24,19 +25,22 @@ _FACTOR: Final = secrets.randbits(64) | 1
 
 class Profile(NamedTuple):
     """The samples of an interval, n of them: with their user stacks and their frames, the strings
-    that frames point into, and the command names of their processes, of shape (n,)."""
+    that frames point into, and the command names of their processes, of shape (n,). With a TABLE of
+    resources, the groups of their processes, of shape (n,)."""
 
     samples: Samples
     user: UserStacks
     frames: Frames
     names: Names
     processes: NDArray[np.bytes_]
+    groups: NDArray[np.uint32] | None = None
+    resources: ResourceTable | None = None
 
 
 def summaries(profile: Profile, service: str, period_ns: int, period_cycles: int = 0) -> Summaries:
     """A row for each stack, thread, end of the stack and mode of the samples, each of which stands
     for PERIOD_NS of CPU time, or for PERIOD_CYCLES. What was lost is for the caller to fill in."""
-    samples, user, frames, names, processes = profile
+    samples, user, frames, names, processes, groups, resources = profile
     strings = Strings()
     structs = samples.structs
     table = _table(frames.table, names, strings)
@@ -70,7 +74,9 @@ def summaries(profile: Profile, service: str, period_ns: int, period_cycles: int
         "samples_lost": np.zeros(1, np.uint64),
         "samples_truncated": np.array([np.count_nonzero(samples.has(STACK_CUT))]),
     }
-    return Summaries(pb.CpuProfileColumns, columns, strings.table, messages, len(first), shrink)
+    made = Summaries(pb.CpuProfileColumns, columns, strings.table, messages, len(first), shrink)
+    resource = resources.indices(groups[first]) if resources and groups is not None else None
+    return with_resources(made, resource, resources)
 
 
 def shrink(columns: dict[str, NDArray[Any]], has_first: bool) -> Mapping[str, NDArray[Any]]:

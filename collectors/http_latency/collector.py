@@ -229,9 +229,15 @@ class HttpLatencyCollector(EventCollector[HttpLatencyOptions]):
     def _read_summaries(self) -> Summaries:
         exchanges = self._with_untold(exchanges_of(self._drain_records()))
         self._left_unfinished(exchanges)  # which have no times to sum
-        if len(ended := self._targets.read().ended):
-            self._targets.forget(ended)
-        return summaries(exchanges, self._paths, self._options.top)
+        table, groups = self._targets.resource_table(), None
+        if table:
+            members = self._targets.read_with(exchanges["pid"], exchanges["born"])
+            groups = self._targets.groups_of(members, exchanges["pid"], exchanges["born"])
+        else:
+            members = self._targets.read()
+        if len(members.ended):
+            self._targets.forget(members.ended)
+        return summaries(exchanges, self._paths, self._options.top, groups, table)
 
     def _with_untold(self, exchanges: NDArray[Any]) -> NDArray[Any]:
         """EXCHANGES, and before them those of processes that have ended without telling."""

@@ -45,6 +45,9 @@ _ROW: Final = np.dtype(
 )  # fmt: skip
 
 
+_ROW_OF_PODS: Final = np.dtype([*_ROW.descr, ("resource", "<u4")])
+
+
 class RequestRows:
     """Makes the rows of one session: of all requests, or of those that took MIN_DURATION_NS and, if
     ERRORS_ONLY, failed."""
@@ -53,6 +56,7 @@ class RequestRows:
         self, targets: Targets, paths: Paths, min_duration_ns: int = 0, *, errors_only: bool = False
     ) -> None:
         self._processes = ProcessNames(targets)
+        self._resources = targets.event_resources()
         self._paths = paths
         self._min_duration_ns = min_duration_ns
         self._errors_only = errors_only
@@ -66,14 +70,20 @@ class RequestRows:
         self._processes.forget_indices()
         self._processes.learn(changes)
         wanted = self._wanted(records)
-        rows = np.zeros(len(wanted), _ROW)
+        resources = self._resources
+        rows = np.zeros(len(wanted), _ROW_OF_PODS if resources else _ROW)
+        if resources:
+            resources.begin(changes)
+            exchanges = _exchanges(wanted)
+            rows["resource"] = resources.of_processes(exchanges["pid"], exchanges["born"])
         if len(wanted):
             self._fill(rows, _exchanges(wanted), strings)
             if _is_detailed(wanted):
                 for name, indices in details_of(wanted, strings)._asdict().items():
                     rows[name] = indices
         self._processes.forget(changes)
-        return EventRows(pb.HttpRequest, rows, strings.table)
+        told = resources.resources if resources else ()
+        return EventRows(pb.HttpRequest, rows, strings.table, resources=told)
 
     def _wanted(self, records: NDArray[Any]) -> NDArray[Any]:
         if not (self._min_duration_ns or self._errors_only):

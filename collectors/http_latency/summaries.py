@@ -18,6 +18,7 @@ from coral.collectors.http_latency.exchanges import (
     since_began_ns,
 )
 from coral.collectors.http_latency.paths import Paths
+from coral.collectors.resources import ResourceTable, with_resources
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.http import BOUNDS_NS
 
@@ -30,6 +31,7 @@ _NS_PER_MS: Final = 1e6
 
 # What tells rows apart beside the route, and how many bits of a key each has.
 _KEYS: Final = {"role": 2, "method": 5, "status": 10, "version": 2, "tls": 1, "outcome": 3}
+_RESOURCE_BITS: Final = 17  # more containers than one session has cgroups
 _NAMES: Final = ("role", "method", "status", "version", "tls")
 # How the figures of several rows become those of one; all others are added.
 _LEAST: Final = ("min_ns", "first_byte_min_ns")
@@ -37,13 +39,21 @@ _MOST: Final = ("max_ns", "first_byte_max_ns")
 _NEVER: Final = np.uint64(2**64 - 1)  # the least of no values
 
 
-def summaries(records: NDArray[Any], paths: Paths, top: int = 0) -> Summaries:
+def summaries(
+    records: NDArray[Any],
+    paths: Paths,
+    top: int = 0,
+    groups: NDArray[np.uint32] | None = None,
+    table: ResourceTable | None = None,
+) -> Summaries:
     """A row for each role, method, route, status and so on of RECORDS, struct http_exchange of
     shape (n,), those with most requests first. With TOP > 0 only the first TOP, then a row `other`
-    for each role, which adds up the rest."""
+    for each role, which adds up the rest. With TABLE, a row for each container, too, whose groups
+    are GROUPS, of shape (n,)."""
     strings = Strings()
     _, routes = paths.find(records)
-    first, of_record = group(_keys(records, routes))
+    resource = table.indices(groups) if table and groups is not None else None
+    first, of_record = group(_keys(records, routes, resource))
     figures = _figures(records, of_record, len(first))
     busiest, rest = split_top(figures["count"], top)
     names = {
@@ -62,12 +72,18 @@ def summaries(records: NDArray[Any], paths: Paths, top: int = 0) -> Summaries:
     for name in _LEAST:
         columns[name][columns[name] == _NEVER] = 0
     columns = {**names, **columns, "bounds_ns": _BOUNDS}
-    return Summaries(pb.HttpLatencyColumns, columns, strings.table, messages, count)
+    made = Summaries(pb.HttpLatencyColumns, columns, strings.table, messages, count)
+    shown = None if resource is None else resource[first][busiest]
+    return with_resources(made, shown, table)
 
 
-def _keys(records: NDArray[Any], routes: NDArray[np.intp]) -> NDArray[np.uint64]:
+def _keys(
+    records: NDArray[Any], routes: NDArray[np.intp], resource: NDArray[np.uint32] | None
+) -> NDArray[np.uint64]:
     """One number for each record, which is the same for records of one row."""
     keys = routes.astype(np.uint64)
+    if resource is not None:
+        keys = (keys << np.uint64(_RESOURCE_BITS)) | resource.astype(np.uint64)
     for name, bits in _KEYS.items():
         values = records[name].astype(np.uint64)
         if name == "outcome":

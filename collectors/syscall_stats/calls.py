@@ -11,6 +11,7 @@ from coral.collectors.clock import CLOCK
 from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
 from coral.collectors.process_names import ProcessNames
+from coral.collectors.resources import EventResources
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.targets import Targets
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -25,6 +26,7 @@ class CallRows:
     def __init__(self, targets: Targets, sample_every: int) -> None:
         self._sample_every = sample_every
         self._processes = ProcessNames(targets)
+        self._resources = targets.event_resources()
         self._forget_strings()
 
     def _forget_strings(self) -> None:
@@ -45,7 +47,12 @@ class CallRows:
                 records["pid"], records["born"], self._strings
             )
         self._processes.forget(changes)
-        return EventRows(pb.SyscallCall, records, self._strings.table, self._sample_every)
+        strings, every = self._strings.table, self._sample_every
+        if not (resources := self._resources):
+            return EventRows(pb.SyscallCall, records, strings, every)
+        resources.begin(changes)
+        records = _with_resources(records, resources)
+        return EventRows(pb.SyscallCall, records, strings, every, resources.resources)
 
     def _syscall_indices(self, numbers: NDArray[Any]) -> NDArray[np.int32]:
         indices: NDArray[np.int32] = self._of_number[numbers]
@@ -54,3 +61,22 @@ class CallRows:
                 self._of_number[number] = self._strings.index(syscall_table.name_of(number))
             indices = self._of_number[numbers]
         return indices
+
+
+def _with_resources(records: NDArray[Any], resources: EventResources) -> NDArray[Any]:
+    """RECORDS with the field `resource` in the place of `born`, which is of no more use."""
+    of_row = resources.of_processes(records["pid"], records["born"])
+    layout: Any = records.dtype
+    names = ["resource" if name == "born" else name for name in layout.names]
+    fields = [layout.fields[name] for name in layout.names]
+    renamed = np.dtype(
+        {
+            "names": names,
+            "formats": [field[0] for field in fields],
+            "offsets": [field[1] for field in fields],
+            "itemsize": layout.itemsize,
+        }
+    )
+    found = records.view(renamed)
+    found["resource"] = of_row
+    return found

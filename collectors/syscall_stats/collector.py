@@ -22,6 +22,7 @@ from coral.collectors.kernel_collector import (
     min_duration_option,
     top_option,
 )
+from coral.collectors.members import process_keys
 from coral.collectors.options import (
     integer,
     items,
@@ -33,7 +34,6 @@ from coral.collectors.syscall_stats.calls import CallRows
 from coral.collectors.syscall_stats.counters import Counters
 from coral.collectors.syscall_stats.measures import SyscallMeasures
 from coral.collectors.syscall_stats.rows import summaries
-from coral.collectors.targets import process_keys
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "syscall_stats"
@@ -168,7 +168,11 @@ class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
         increase = self._counters.advance(keys, values, interval)
         if len(ended):
             self._forget(ended, keys)
-        return summaries(increase, members, self._options.top)
+        table = self._targets.resource_table()
+        groups = None
+        if table:
+            groups = self._targets.groups_of(members, increase.tgids, increase.born)
+        return summaries(increase, members, self._options.top, groups, table)
 
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["call_count"].sum())

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coral.bpf.buffers.maps import sum_over_cpus
+from coral.collectors.members import process_keys
 from coral.collectors.syscall_stats import errno_class
-from coral.collectors.targets import process_keys
 
 LATENCY_FIRST: Final = 6  # as in syscall_stats.bpf.c
 LATENCY_SLOTS: Final = 32

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from coral.collectors.columns import Strings, split_top
 from coral.collectors.contract import Summaries
+from coral.collectors.members import Members, comm_text
+from coral.collectors.resources import ResourceTable, with_resources
 from coral.collectors.syscall_stats import errno_class
 from coral.collectors.syscall_stats import table as syscall_table
 from coral.collectors.syscall_stats.counters import (
@@ -21,20 +23,27 @@ from coral.collectors.syscall_stats.counters import (
     TOTAL_NS,
     Increase,
 )
-from coral.collectors.targets import Members, comm_text
 from coral.mesh.v1 import ebpf_pb2 as pb
 
 OTHER: Final = "other"
 
 
-def summaries(increase: Increase, members: Members, top: int = 0) -> Summaries:
+def summaries(
+    increase: Increase,
+    members: Members,
+    top: int = 0,
+    groups: NDArray[np.uint32] | None = None,
+    table: ResourceTable | None = None,
+) -> Summaries:
     """A row for each pair of process and system call, those that took most time first. With TOP > 0
-    only the first TOP, then the row `other`, which adds up the rest."""
+    only the first TOP, then the row `other`, which adds up the rest. With TABLE, each row has the
+    resource of its process, whose group is in GROUPS, of shape (n,)."""
     strings = Strings()
     busiest, rest = split_top(increase.counters[:, TOTAL_NS], top)
     shown = increase.take(busiest)
     syscall = strings.indices(shown.numbers, syscall_table.name_of)
     comm = strings.indices(members.comms_of(shown.tgids, shown.born), comm_text)
+    resource = table.indices(groups[busiest]) if table and groups is not None else None
     if len(rest):
         shown = shown.with_sum_of(increase.take(rest))
         syscall = np.append(syscall, np.uint32(strings.index(OTHER)))
@@ -56,7 +65,8 @@ def summaries(increase: Increase, members: Members, top: int = 0) -> Summaries:
         "latency_first_exponent": np.array([LATENCY_FIRST], np.uint32),
         "latency_slots": np.array([LATENCY_SLOTS], np.uint32),
     }
-    return Summaries(pb.SyscallStatsColumns, columns, strings.table, messages, len(syscall))
+    made = Summaries(pb.SyscallStatsColumns, columns, strings.table, messages, len(syscall))
+    return with_resources(made, resource, table)
 
 
 def _slots_used(counts: NDArray[Any]) -> int:

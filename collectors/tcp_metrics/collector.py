@@ -224,7 +224,7 @@ class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
                 self._files.run()  # the first walk may have met those that share one too early
         if self._asks:
             self._diag = DiagConnections(self._connections_map, self._slot.map("found"))
-            self._diag.find(self._targets.present())
+            self._diag.find(self._targets.present(), self._targets.groups_present())
 
     def _begin_with(self, walk: int) -> None:
         self._session["first_walk"] = walk
@@ -241,7 +241,7 @@ class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
         events = records["tcp_event"]
         closed = events["new_state"] == pb.TCP_STATE_CLOSE
         self._hints.note_ended(int(closed.sum()), self._slot)
-        return event_rows(events)
+        return event_rows(events, self._targets.resource_table())
 
     def _read_summaries(self) -> Summaries:
         live, ended = self._read()
@@ -250,10 +250,10 @@ class TcpMetricsCollector(EventCollector[TcpMetricsOptions]):
         )
         members = self._targets.read()
         self._targets.forget(members.ended)
-        top = self._options.top
+        top, table = self._options.top, self._targets.resource_table()
         if self._options.by == "peer":
-            return peer_summaries(changes, top or _MOST_PEERS)
-        return connection_summaries(changes, members, CLOCK, top)
+            return peer_summaries(changes, top or _MOST_PEERS, table)
+        return connection_summaries(changes, members, CLOCK, top, table)
 
     @property
     def _in_detail(self) -> bool:

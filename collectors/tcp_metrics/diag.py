@@ -56,9 +56,10 @@ class DiagConnections:
         self._asked_ns = 0
         self.unfollowed = 0  # the maps had no room for them
 
-    def find(self, processes: Mapping[int, str]) -> None:
-        """Finds the connections of PROCESSES, command names by tgid. Call it after the programs are
-        attached, which see every later connection. Raises `BpfError`."""
+    def find(self, processes: Mapping[int, str], groups: Mapping[int, int]) -> None:
+        """Finds the connections of PROCESSES, command names by tgid; GROUPS are those of struct
+        member, 0 for a process that is not among them. Call it after the programs are attached,
+        which see every later connection. Raises `BpfError`."""
         owners = _socket_owners(processes)
         self._networks = _networks(processes)
         parts = [self._found]
@@ -68,6 +69,7 @@ class DiagConnections:
             records = _identified(sockets, self._found.dtype, network)
             records["pid"] = [owners[inode] for inode in sockets["socket"]["inode"].tolist()]
             records["comm"] = [processes[tgid].encode() for tgid in records["pid"].tolist()]
+            records["group"] = [groups.get(tgid, 0) for tgid in records["pid"].tolist()]
             _name_roles(records, sockets)
             _count(records, sockets)
             parts.append(records)
@@ -158,8 +160,8 @@ class DiagConnections:
     def _tell(self, found: NDArray[Any]) -> list[bool]:
         """Whether the map had room, for each connection."""
         return [
-            self._write(self._found_map, cookie, (pid, comm))
-            for cookie, pid, comm in found[["cookie", "pid", "comm"]].tolist()
+            self._write(self._found_map, cookie, (pid, group, comm))
+            for cookie, pid, group, comm in found[["cookie", "pid", "group", "comm"]].tolist()
         ]
 
     def _write(self, to: HashMap, key: object, value: object) -> bool:

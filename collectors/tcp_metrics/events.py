@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from coral.collectors.clock import CLOCK
 from coral.collectors.columns import Strings
 from coral.collectors.contract import EventRows
-from coral.collectors.targets import comm_text
+from coral.collectors.members import comm_text
+from coral.collectors.resources import ResourceTable
 from coral.collectors.tcp_metrics.names import reset_reason
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -28,10 +29,15 @@ _ROW: Final = np.dtype(
 )
 
 
-def event_rows(read: NDArray[Any]) -> EventRows:
+_ROW_OF_PODS: Final = np.dtype([*_ROW.descr, ("resource", "<u4")])
+
+
+def event_rows(read: NDArray[Any], table: ResourceTable | None = None) -> EventRows:
     """The rows of READ, struct tcp_event of shape (n,): with Unix time, addresses as numbers, and
-    names."""
-    rows = np.empty(len(read), _ROW)
+    names; with TABLE, with their resources."""
+    rows = np.empty(len(read), _ROW_OF_PODS if table else _ROW)
+    if table:
+        rows["resource"] = table.indices(read["group"])
     rows["time_ns"] = CLOCK.unix_ns(read["time_ns"])
     rows["connection_id"] = read["connection_id"]
     rows["network_namespace"] = read["network"]
@@ -43,4 +49,5 @@ def event_rows(read: NDArray[Any]) -> EventRows:
     strings = Strings()
     rows["comm"] = strings.indices(read["name"], comm_text)
     rows["reason"] = strings.indices(read["reason"], reset_reason)
-    return EventRows(pb.TcpStateChange, rows, strings.table)
+    told = table.resources if table else ()
+    return EventRows(pb.TcpStateChange, rows, strings.table, resources=told)

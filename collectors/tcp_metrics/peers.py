@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from coral.collectors.columns import Strings, split_top, sum_by_group, with_row
 from coral.collectors.contract import Summaries
+from coral.collectors.resources import ResourceTable, with_resources
 from coral.collectors.tcp_metrics.connections import (
     BOUNDS_US,
     LISTENER,
@@ -30,13 +31,14 @@ from coral.collectors.tcp_metrics.names import (
 )
 from coral.mesh.v1 import ebpf_pb2 as pb
 
-_KEY_BYTES: Final = 24
+_KEY_BYTES: Final = 28
 _ENDS: Final = len(pb.TcpEnd.values())
 
 
-def peer_summaries(changes: Changes, top: int) -> Summaries:
+def peer_summaries(changes: Changes, top: int, table: ResourceTable | None = None) -> Summaries:
     """A row for each peer with which anything moved, those with most bytes first. With TOP > 0 only
-    the first TOP, then the row `other`, which adds up the rest."""
+    the first TOP, then the row `other`, which adds up the rest. With TABLE, each row is of one
+    container, too."""
     strings = Strings()
     keys, of_row = np.unique(_peers_of(changes.connections), return_inverse=True)
     counters = sum_by_group(changes.delta, of_row, len(keys))
@@ -54,8 +56,8 @@ def peer_summaries(changes: Changes, top: int) -> Summaries:
     raw = keys.view(np.uint8).reshape(-1, _KEY_BYTES)[busiest]
     columns = {
         "remote_address": address_indices(strings, raw[:, :20]),
-        "port": raw[:, 20].astype(np.uint32) << 8 | raw[:, 21],
-        "role": raw[:, 22].astype(np.uint32),
+        "port": raw[:, 24].astype(np.uint32) << 8 | raw[:, 25],
+        "role": raw[:, 26].astype(np.uint32),
         **{name: values[busiest] for name, values in figures.items()},
     }
     if len(rest):
@@ -64,18 +66,22 @@ def peer_summaries(changes: Changes, top: int) -> Summaries:
     count = len(columns["port"])
     columns["rtt_us_bounds"] = columns["connect_us_bounds"] = np.array(BOUNDS_US, np.uint32)
     columns["failure_names"] = strings.indices(errors, error_name)
-    return Summaries(pb.TcpPeerMetricsColumns, columns, strings.table, messages, count)
+    made = Summaries(pb.TcpPeerMetricsColumns, columns, strings.table, messages, count)
+    groups = np.ascontiguousarray(raw[:, 20:24]).view("<u4").reshape(-1)
+    return with_resources(made, table.indices(groups) if table else None, table)
 
 
 def _peers_of(connections: NDArray[Any]) -> NDArray[Any]:
-    """A key for each connection: address, scope, port, role, and a last byte that is not 0, because
-    numpy's byte strings end where zeros do."""
+    """A key for each connection: address, scope, the owner's group (0 unless the session watches
+    pods), port, role, and a last byte that is not 0, because numpy's byte strings end where zeros
+    do."""
     keys = np.ones((len(connections), _KEY_BYTES), np.uint8)
     client = connections["role"] == pb.TCP_ROLE_CLIENT
     port = np.where(client, connections["remote_port"], connections["local_port"])
     keys[:, :20] = scoped(connections["remote"], connections["scope_id"])
-    keys[:, 20], keys[:, 21] = port >> 8, port & 0xFF
-    keys[:, 22] = connections["role"]
+    keys[:, 20:24] = connections["group"].astype("<u4").reshape(-1, 1).view(np.uint8)
+    keys[:, 24], keys[:, 25] = port >> 8, port & 0xFF
+    keys[:, 26] = connections["role"]
     return keys.view(f"S{_KEY_BYTES}").reshape(-1)
 
 
@@ -189,5 +195,5 @@ _MATRICES: Final = (
 _NUMBERS: Final = tuple(
     field.name
     for field in pb.TcpPeerMetrics.DESCRIPTOR.fields
-    if field.name not in (*_MATRICES, "remote_address")
+    if field.name not in (*_MATRICES, "remote_address", "resource")
 )

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from coral.collectors.clock import UnixClock
 from coral.collectors.columns import Strings, split_top, with_row
 from coral.collectors.contract import Summaries
-from coral.collectors.targets import Members, comm_text
+from coral.collectors.members import Members, comm_text
+from coral.collectors.resources import ResourceTable, with_resources
 from coral.collectors.tcp_metrics.connections import BOUNDS_US, RTT, RTT_SUM, Changes
 from coral.collectors.tcp_metrics.names import (
     OTHER,
@@ -29,11 +30,15 @@ _NO_THRESHOLD: Final = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH: no loss yet
 
 
 def connection_summaries(
-    changes: Changes, members: Members, clock: UnixClock, top: int
+    changes: Changes,
+    members: Members,
+    clock: UnixClock,
+    top: int,
+    table: ResourceTable | None = None,
 ) -> Summaries:
     """A row for each connection, those that carried most bytes first. With TOP > 0 only the first
     TOP, then the row `other`, which adds up the rest. OFFSET_NS makes Unix time of the programs'
-    times."""
+    times. With TABLE, each row has its resource."""
     strings = Strings()
     busiest, rest = split_top(changes.delta[:, 0] + changes.delta[:, 2], top)
     columns = _columns(changes.take(busiest), members, clock, strings)
@@ -52,7 +57,9 @@ def connection_summaries(
         )
     count = len(columns["pid"])
     columns["rtt_us_bounds"] = np.array(BOUNDS_US, np.uint32)
-    return Summaries(pb.TcpMetricsColumns, columns, strings.table, messages, count)
+    made = Summaries(pb.TcpMetricsColumns, columns, strings.table, messages, count)
+    resource = table.indices(changes.connections["group"][busiest]) if table else None
+    return with_resources(made, resource, table)
 
 
 def _columns(
@@ -145,5 +152,5 @@ _MATRICES: Final = (
 _NUMBERS: Final = tuple(
     field.name
     for field in pb.TcpMetrics.DESCRIPTOR.fields
-    if field.name not in (*_TEXTS, *_MATRICES)
+    if field.name not in (*_TEXTS, *_MATRICES, "resource")
 )

@@ -10,11 +10,15 @@ from typing import Final
 import pytest
 
 from coral import bpf
+from coral.agent.config_kubernetes import Kubernetes
+from coral.agent.machine.pods.node import Pods
+from coral.collectors.hierarchies import hierarchies
 from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.collectors.hubs.keeper import KEEPER
 from tests.attaching import Called
 from tests.http_seen import seeing_plain
 from tests.network import Side, puppets, two_sides
+from tests.pods import Node, made_in, runtime
 from tests.support import (
     OWN_MACHINE,
     Puppet,
@@ -25,7 +29,7 @@ from tests.support import (
 )
 
 # A client's socket `c`, a server's `s`, and what passes between them.
-_BOTH_ENDS: Final = r"""
+BOTH_ENDS: Final = r"""
 import socket
 listener = socket.create_server(("127.0.0.1", 0))
 kept = []
@@ -75,7 +79,7 @@ def both_ends() -> Iterator[Puppet]:
     bytes to the server and `answer` to the client, `exchange` passes a request in pieces and a
     response, and `connect` makes another connection and keeps the old one."""
     with puppets(1) as (puppet,):
-        puppet.do(f"exec({_BOTH_ENDS!r})")
+        puppet.do(f"exec({BOTH_ENDS!r})")
         yield puppet
 
 
@@ -130,3 +134,19 @@ def _descriptors() -> int:
     gc.collect()  # gives the keeper things to close, so it comes first
     wait_until(lambda: KEEPER.is_idle)
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture(params=["v2", "memory"])
+def top(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A cgroup of this test in which it makes pods, in each hierarchy that there is."""
+    found = next((each for each in hierarchies() if each.kind == request.param), None)
+    if found is None:
+        pytest.skip(f"no hierarchy {request.param} of cgroups is mounted here")
+    with made_in(found.directory) as directory:
+        yield directory
+
+
+@pytest.fixture
+def node(top: Path, tmp_path: Path) -> Iterator[Node]:
+    with runtime(tmp_path) as served:
+        yield Node(top, served, Pods(Kubernetes(cri=str(served.socket), api="off")))

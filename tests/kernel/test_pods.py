@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,58 +13,16 @@ import pytest
 from coral import bpf
 from coral.agent.access import policy as rules
 from coral.agent.config import Policy
-from coral.agent.config_kubernetes import Kubernetes
 from coral.agent.errors import DeniedError, NotFoundError
 from coral.agent.machine.pods.node import Pods
 from coral.collectors import selectors
 from coral.collectors.contract import ServiceProcesses, Watched
-from coral.collectors.hierarchies import Kind, hierarchies
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from tests.collecting import Collected, both_modes, collected_of
-from tests.pods import HASH, FakePod, Runtime, made_in, runtime
+from tests.pods import HASH, FakePod, Node, move
 from tests.support import RUNGS, Puppet, loaded, wait_until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(params=["v2", "memory"])
-def top(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A cgroup of this test in which it makes pods, in each hierarchy that there is."""
-    found = next((each for each in hierarchies() if each.kind == request.param), None)
-    if found is None:
-        pytest.skip(f"no hierarchy {request.param} of cgroups is mounted here")
-    with made_in(found.directory) as directory:
-        yield directory
-
-
-@dataclass
-class Node:
-    """A node with a runtime, and where it makes cgroups."""
-
-    top: Path
-    runtime: Runtime
-    pods: Pods
-
-    @property
-    def kind(self) -> Kind:
-        found = (each for each in hierarchies() if self.top.is_relative_to(each.directory))
-        return max(found, key=lambda each: len(each.directory.parts)).kind
-
-    def pod(self, namespace: str, name: str, *containers: str, **labels: str) -> FakePod:
-        """A pod that runs, with these containers."""
-        pod = FakePod(self.top, namespace, name, labels)
-        pod.make()
-        for container in containers:
-            pod.add(container)
-            pod.make(container)
-        self.runtime.pods.append(pod)
-        return pod
-
-
-@pytest.fixture
-def node(top: Path, tmp_path: Path) -> Iterator[Node]:
-    with runtime(tmp_path) as served:
-        yield Node(top, served, Pods(Kubernetes(cri=str(served.socket), api="off")))
 
 
 class Known(Protocol):
@@ -88,10 +45,6 @@ def watching(
     collector = SyscallStatsCollector.create({kind: text, **config}, service, features)
     with collected_of(collector) as collected:
         yield collected
-
-
-def move(puppet: Puppet, directory: Path) -> None:
-    (directory / "cgroup.procs").write_text(str(puppet.pid))
 
 
 def watched(counted: Collected, puppet: Puppet) -> Callable[[], bool]:

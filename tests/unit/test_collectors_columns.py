@@ -31,7 +31,9 @@ def columns_of(rows: Sequence[Any], summaries: Summaries) -> dict[str, NDArray[A
     layout = columns_layout(summaries.message.DESCRIPTOR).columns
     made = {}
     for name, column in layout.items():
-        given = summaries.columns[name]
+        given = summaries.columns.get(name)
+        if given is None:
+            continue  # the resource, which only sessions have that watch pods
         if column.per_batch:
             made[name] = given
             continue

@@ -31,6 +31,9 @@ class Names:
 
     untold_changes = 0
 
+    def event_resources(self) -> None:
+        return None
+
     def __init__(self, names: dict[int, bytes]) -> None:
         self.names = names
 

@@ -3,7 +3,7 @@ rows, which have the names of functions alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +13,7 @@ from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.cpu_profile.profile import UNKNOWN, Frame, Origin, Profile, Sampled
 from coral.views.data import short_name
+from coral.views.pods import row_pods
 from coral.wire.kinds import kind_name
 
 _ROW_COLUMNS: Final = (
@@ -36,13 +37,16 @@ def take(batch: Batch, *profiles: Profile) -> None:
 
 def samples(batch: Batch) -> Iterator[Sampled]:
     """The rows of a batch, each with its stack."""
+    pods = row_pods(batch)
     if batch.columns:
-        yield from _of_columns(batch.columns, list(batch.message.strings))
-    for row in batch.message.cpu_profile:
-        yield _of_row(row)
+        yield from _of_columns(batch.columns, list(batch.message.strings), pods)
+    for row, pod in zip(batch.message.cpu_profile, pods, strict=False):
+        yield _of_row(row, pod)
 
 
-def _of_columns(columns: Mapping[str, NDArray[Any]], strings: list[str]) -> Iterator[Sampled]:
+def _of_columns(
+    columns: Mapping[str, NDArray[Any]], strings: list[str], pods: Iterable[str]
+) -> Iterator[Sampled]:
     frames = [
         Frame(strings[function] or UNKNOWN, strings[module], address, strings[build_id], flags)
         for function, module, address, build_id, flags in _table(columns, _FRAME_COLUMNS)
@@ -50,12 +54,19 @@ def _of_columns(columns: Mapping[str, NDArray[Any]], strings: list[str]) -> Iter
     ends = np.cumsum(columns["stack_length"], dtype=np.int64)
     cuts = np.split(columns["stack_frames"].astype(np.int64), ends[:-1])
     stacks = [[frames[number] for number in cut.tolist()] for cut in cuts]
-    for stack, count, process, tgid, comm, tid, end, unwinding, kernel in _table(
-        columns, _ROW_COLUMNS
+    rows = _table(columns, _ROW_COLUMNS)
+    for (stack, count, process, tgid, comm, tid, end, unwinding, kernel), pod in zip(
+        rows, pods, strict=False
     ):
         name = strings[comm]
-        origin = Origin(strings[process] or name, tgid, name, tid, end, unwinding, bool(kernel))
+        called = _in_pod(strings[process] or name, pod)
+        origin = Origin(called, tgid, name, tid, end, unwinding, bool(kernel))
         yield Sampled(origin, stacks[stack], count)
+
+
+def _in_pod(process: str, pod: str) -> str:
+    """What a process is called: with its pod, where the session watches several."""
+    return f"{process} ({pod})" if pod else process
 
 
 def _table(columns: Mapping[str, NDArray[Any]], names: tuple[str, ...]) -> Iterator[Any]:
@@ -67,12 +78,12 @@ def _table(columns: Mapping[str, NDArray[Any]], names: tuple[str, ...]) -> Itera
     return zip(*whole, strict=True)
 
 
-def _of_row(row: pb.CpuProfileSample) -> Sampled:
+def _of_row(row: pb.CpuProfileSample, pod: str) -> Sampled:
     """A row; of a frame it has the text alone. Clients of other agents fill in labels only."""
     labels = row.labels
     comm = row.comm or labels.get("comm", "")
     pid, tid = (row.tgid or _number(labels, "pid")), (row.tid or _number(labels, "tid"))
-    process = row.process or labels.get("process", "") or comm
+    process = _in_pod(row.process or labels.get("process", "") or comm, pod)
     origin = Origin(process, pid, comm, tid, row.end, row.unwinding, row.in_kernel)
     return Sampled(origin, [Frame(text or UNKNOWN) for text in row.stack], row.count)
 

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
+from coral.views import pods
 from coral.views.ending import end_lines, end_table
 from coral.views.headline import flowing, in_line
 from coral.views.http_latency.events import event_lines, records
@@ -208,9 +209,11 @@ class HttpStory:
             named.append((sum_of(rest), lambda width: text[:width]))
         slots = filled(row.total for row, _ in named)
         picture = Column(_range(named, slots), right=False, spare=_STRIP_SPARE)
-        sheet = Sheet((*_COLUMNS, picture))
+        of_pods = len({row.pod for row in shown + rest if row.pod}) > 1
+        sheet = Sheet((*([pods.COLUMN] if of_pods else []), *_COLUMNS, picture))
         for row, content in named:
-            sheet.add(*_cells(row, content, seconds, slots))
+            cells = _cells(row, content, seconds, slots)
+            sheet.add(*([row.pod] if of_pods else []), *cells)
         return sheet
 
     @staticmethod

@@ -15,6 +15,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.data import event_rows
 from coral.views.http_latency.words import OTHER, is_error, outcome_of
 from coral.views.intervals import Intervals
+from coral.views.pods import pod_words, row_pods
 from coral.wire.http import BOUNDS_NS
 
 # Fields of an event that point to strings.
@@ -23,17 +24,19 @@ _NS_PER_MS: Final = 1_000_000
 _MOST_ROUTES: Final = 10_000
 _MOST_SLOWEST: Final = 20
 
-_Key = tuple[int, int, str]
+_Key = tuple[int, int, str, str]
 _Events = NDArray[Any]
 
 
 @dataclass
 class Requests:
-    """Requests of one role, method and route, or several such added up."""
+    """Requests of one role, method and route, and of one pod where the session watches several; or
+    several such added up."""
 
     role: int = pb.HTTP_ROLE_UNSPECIFIED
     method: int = pb.HTTP_METHOD_UNSPECIFIED
     route: str = ""
+    pod: str = ""
     count: int = 0
     errors: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -46,10 +49,10 @@ class Requests:
     @property
     def key(self) -> _Key:
         """What its rows have in common."""
-        return self.role, self.method, self.route
+        return self.role, self.method, self.route, self.pod
 
     def merge(self, more: Requests) -> None:
-        """Adds others; role, method and route stay as they were."""
+        """Adds others; role, method, route and pod stay as they were."""
         self.count += more.count
         self.errors += more.errors
         self.statuses.update(more.statuses)
@@ -60,13 +63,14 @@ class Requests:
         self.response_bytes += more.response_bytes
 
 
-def of_row(row: pb.HttpLatencyHistogram) -> Requests:
+def of_row(row: pb.HttpLatencyHistogram, pod: str = "") -> Requests:
     """A row of figures."""
     bounds = tuple(round(bound * _NS_PER_MS) for bound in row.buckets)
     requests = Requests(
         role=row.role,
         method=row.method,
         route=row.route,
+        pod=pod,
         count=row.count,
         errors=row.errors,
         total=_buckets(bounds, row.counts, row.sum, row.min, row.max),
@@ -108,24 +112,28 @@ def _of_times(times_ns: _Events) -> Buckets:
 
 
 def of_events(batch: Batch) -> Iterator[Requests]:
-    """Single requests, added up by role, method and route."""
-    events = _ended(batch.events)
+    """Single requests, added up by role, method, route and pod."""
+    events, pods, resources = batch.events, pod_words(batch), batch.row_resources
     if not len(events):
         return
-    keys = np.stack([events[name] for name in ("role", "method", "route")], axis=1)
+    columns = [*(events[name] for name in ("role", "method", "route")), resources]
+    ended = events["outcome"] != pb.HTTP_OUTCOME_IN_PROGRESS
+    events, keys = events[ended], np.stack(columns, axis=1)[ended]
     found, which = np.unique(keys, axis=0, return_inverse=True)
     which = which.reshape(-1)
-    for number, (role, method, route) in enumerate(found.tolist()):
-        yield _of_alike(events[which == number], role, method, str(batch.strings[route]))
+    for number, (role, method, route, resource) in enumerate(found.tolist()):
+        alike = events[which == number]
+        yield _of_alike(alike, role, method, str(batch.strings[route]), pods[resource])
 
 
-def _of_alike(events: _Events, role: int, method: int, route: str) -> Requests:
+def _of_alike(events: _Events, role: int, method: int, route: str, pod: str) -> Requests:
     statuses, times = np.unique(events["status"], return_counts=True)
     outcomes, ends = np.unique(events["outcome"], return_counts=True)
     requests = Requests(
         role,
         method,
         route,
+        pod,
         count=len(events),
         statuses=Counter(dict(zip(statuses.tolist(), times.tolist(), strict=True))),
         outcomes=Counter(dict(zip(outcomes.tolist(), ends.tolist(), strict=True))),
@@ -164,7 +172,8 @@ class Tally:
         if self.intervals.add(batch.message):
             self.latest = {}
             self.slowest_latest = []
-        for requests in (*map(of_row, batch.message.http_latency), *of_events(batch)):
+        figures = map(of_row, batch.message.http_latency, row_pods(batch))
+        for requests in (*figures, *of_events(batch)):
             for rows in (self.latest, self.all):
                 _take(rows, requests)
         if len(batch.events):
@@ -176,7 +185,7 @@ class Tally:
 def _take(rows: dict[_Key, Requests], requests: Requests) -> None:
     key = requests.key
     if key not in rows and len(rows) >= _MOST_ROUTES:
-        key = requests.role, pb.HTTP_METHOD_UNSPECIFIED, OTHER
+        key = requests.role, pb.HTTP_METHOD_UNSPECIFIED, OTHER, ""
     rows.setdefault(key, Requests(*key)).merge(requests)
 
 

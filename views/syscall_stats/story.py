@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from coral.client import Batch
+from coral.views import pods
 from coral.views.intervals import Intervals
 from coral.views.sheet import Column, Content, Sheet
 from coral.views.syscall_stats.calls import QUANTILES, call_lines, records
@@ -78,14 +79,17 @@ class SyscallStory:
 
 def _sheet(totals: SyscallTotals, seconds: float, most_rows: int | None = None) -> Sheet:
     """TOTALS, gathered in so many SECONDS; 0 where that is too short for rates."""
-    sheet = Sheet(_COLUMNS)
+    of_pods = totals.has_pods
+    sheet = Sheet((pods.COLUMN, *_COLUMNS) if of_pods else _COLUMNS)
     shown, rest = totals.choose(most_rows)
     all_ns = totals.total_ns or 1
-    for name, row in shown:
-        sheet.add(*_cells(name, row, seconds, row.total_ns / all_ns))
+    for call, row in shown:
+        cells = _cells(call.name, row, seconds, row.total_ns / all_ns)
+        sheet.add(*([call.pod] if of_pods else []), *cells)
     if rest:
         one = sum_of(row for _, row in rest)
-        sheet.add(*_cells(f"and {len(rest)} more", one, seconds, one.total_ns / all_ns))
+        cells = _cells(f"and {len(rest)} more", one, seconds, one.total_ns / all_ns)
+        sheet.add(*([""] if of_pods else []), *cells)
     return sheet
 
 

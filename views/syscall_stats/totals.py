@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coral.client import Batch, Histogram
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.errnos import MAX_ERRNO, class_words, errno_name, is_failure, is_failure_class
+from coral.views.pods import pod_words, row_pods
 
 OTHER: Final = "other"  # the agent's name for the row that adds up what `top` left out
 _SLOTS: Final = 64
@@ -51,25 +53,39 @@ class SyscallRow:
         self.causes.update(more.causes)
 
 
-_Named = tuple[str, SyscallRow]
+class Call(NamedTuple):
+    """A system call by its name, of one pod where the session watches several."""
+
+    name: str
+    pod: str = ""
+
+
+_Named = tuple[Call, SyscallRow]
 
 
 class SyscallTotals:
-    """Rows by the name of the system call."""
+    """Rows by the system call."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, SyscallRow] = {}
+        self._rows: dict[Call, SyscallRow] = {}
+
+    @property
+    def has_pods(self) -> bool:
+        """Whether they are of more than one pod."""
+        return len({call.pod for call in self._rows if call.pod}) > 1
 
     def add(self, batch: Batch) -> None:
         """Adds figures, or single calls."""
-        for stats in batch.message.syscall_stats:
-            self._add_figures(stats)
+        for stats, pod in zip(batch.message.syscall_stats, row_pods(batch), strict=False):
+            self._add_figures(stats, pod)
         if len(batch.events):
-            self._add_calls(batch)
+            of_row = batch.row_resources
+            for at, pod in enumerate(pod_words(batch)):
+                self._add_calls(batch, batch.events[of_row == at], pod)
 
-    def _add_figures(self, stats: pb.SyscallStats) -> None:
+    def _add_figures(self, stats: pb.SyscallStats, pod: str) -> None:
         name = stats.syscall_name
-        row = self._rows.setdefault(name, SyscallRow())
+        row = self._rows.setdefault(Call(name, pod), SyscallRow())
         row.calls += stats.call_count
         row.errors += stats.error_count
         row.total_ns += stats.total_duration_ns
@@ -78,14 +94,14 @@ class SyscallTotals:
             row.causes[class_words(name, error_class)] += count
             row.failures += count * is_failure_class(name, error_class)
 
-    def _add_calls(self, batch: Batch) -> None:
-        """Each call counts for as many as its sample stands for."""
-        events, weight = batch.events, batch.message.sample_every or 1
+    def _add_calls(self, batch: Batch, events: NDArray[Any], pod: str) -> None:
+        """EVENTS of a pod; each call counts for as many as its sample stands for."""
+        weight = batch.message.sample_every or 1
         for index in np.unique(events["syscall"]).tolist():
             of_call = events[events["syscall"] == index]
             values, durations = of_call["return_value"], of_call["duration_ns"]
             name = str(batch.strings[index])
-            row = self._rows.setdefault(name, SyscallRow())
+            row = self._rows.setdefault(Call(name, pod), SyscallRow())
             row.calls += weight * len(of_call)
             row.total_ns += weight * int(durations.sum())
             slots = np.log2(durations.clip(1)).astype(int)
@@ -106,7 +122,11 @@ class SyscallTotals:
 
     def busiest(self) -> list[_Named]:
         """By time spent, and last the agent's sum of what it left out."""
-        return sorted(self._rows.items(), key=lambda item: (item[0] == OTHER, -item[1].total_ns))
+
+        def busy(item: _Named) -> tuple[bool, int]:
+            return item[0].name == OTHER, -item[1].total_ns
+
+        return sorted(self._rows.items(), key=busy)
 
     def choose(self, lines: int | None = None) -> tuple[list[_Named], list[_Named]]:
         """The rows to show, busiest first, and the rest, which needs one of the LINES. Rows whose
@@ -115,11 +135,11 @@ class SyscallTotals:
         busiest = self.busiest()
         if lines is None or len(busiest) <= lines:
             return busiest, []
-        failing = [item for item in busiest if item[0] != OTHER and item[1].mostly_failed]
+        failing = [item for item in busiest if item[0].name != OTHER and item[1].mostly_failed]
         failing.sort(key=lambda item: -item[1].failures)
-        first = {name for name, _ in failing[: (lines - 1) // 2]}
+        first = {call for call, _ in failing[: (lines - 1) // 2]}
         ordered = sorted(busiest, key=lambda item: item[0] not in first)
-        shown = {name for name, _ in ordered[: lines - 1]}
+        shown = {call for call, _ in ordered[: lines - 1]}
         return (
             [item for item in busiest if item[0] in shown],
             [item for item in busiest if item[0] not in shown],

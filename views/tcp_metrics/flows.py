@@ -81,6 +81,7 @@ class Flow:
     window: int = 0
     age_ns: int = 0
     ends: Counter[str] = field(default_factory=Counter)
+    pod: str = ""  # where the session watches several
 
     @property
     def resent_share(self) -> float:
@@ -119,7 +120,7 @@ class Flow:
             self.ends[word] += count
 
 
-def of_connection(row: pb.TcpMetrics) -> Flow:
+def of_connection(row: pb.TcpMetrics, pod: str = "") -> Flow:
     """A row of one connection, or of several that the agent has added up."""
     delta = row.delta
     ended = has_ended(row)
@@ -128,6 +129,7 @@ def of_connection(row: pb.TcpMetrics) -> Flow:
         role=row.role,
         address=row.remote_address,
         port=row.remote_port if row.role == CLIENT else row.local_port,
+        pod=pod,
         other_port=row.local_port if row.role == CLIENT else row.remote_port,
         pid=row.pid,
         comm=row.comm,
@@ -179,12 +181,13 @@ def has_ended(row: pb.TcpMetrics) -> bool:
     return bool(row.end) and row.state == pb.TCP_STATE_CLOSE
 
 
-def of_peer(row: pb.TcpPeerMetrics) -> Flow:
+def of_peer(row: pb.TcpPeerMetrics, pod: str = "") -> Flow:
     """A row of all connections with one peer."""
     flow = Flow(
         role=row.role,
         address=row.remote_address,
         port=row.port,
+        pod=pod,
         connections=row.connections_open + row.connections_closed,
         opened=row.connections_opened,
         closed=row.connections_closed,
@@ -233,14 +236,14 @@ def fold(flows: Sequence[Flow]) -> list[Flow]:
         _fold(
             alike,
             _ADDRESSES_MANY,
-            lambda f: (f.pid, f.port, f.word) if f.role == SERVER else None,
+            lambda f: (f.pid, f.port, f.word, f.pod) if f.role == SERVER else None,
             addresses=True,
         )
     )
 
 
 def _likeness(flow: Flow) -> Hashable:
-    return flow.pid, flow.role, flow.address, flow.port, flow.word
+    return flow.pid, flow.role, flow.address, flow.port, flow.word, flow.pod
 
 
 def fold_peers(flows: Iterable[Flow]) -> list[Flow]:
@@ -249,7 +252,7 @@ def fold_peers(flows: Iterable[Flow]) -> list[Flow]:
         _fold(
             flows,
             _ADDRESSES_MANY,
-            lambda f: f.port if f.role == SERVER else None,
+            lambda f: (f.port, f.pod) if f.role == SERVER else None,
             addresses=True,
         )
     )
@@ -279,6 +282,7 @@ def sum_of(flows: Sequence[Flow]) -> Flow:
     """Several as one, with process, peer and word of the first."""
     first = flows[0]
     one = Flow(first.role, first.address, first.port, 0, first.pid, first.comm, first.word)
+    one.pod = first.pod
     one.connections = 0
     for flow in flows:
         one.merge(flow)

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from coral.client import Batch
+from coral.views import pods
 from coral.views.ending import end_lines, end_table
 from coral.views.headline import flowing, in_line
 from coral.views.intervals import Intervals
@@ -21,7 +22,7 @@ from coral.views.sheet import MOST_LINES, Column, Content, Sheet, bytes_cell
 from coral.views.tcp_metrics.events import event_line, records
 from coral.views.tcp_metrics.flows import Flow, Health, choose, fold, fold_peers, is_bad, sum_of
 from coral.views.tcp_metrics.peers import peer
-from coral.views.tcp_metrics.tally import Tally, event_rows
+from coral.views.tcp_metrics.tally import Tally, Trouble, event_rows
 from coral.views.text import (
     format_age,
     format_amount,
@@ -183,15 +184,16 @@ class TcpStory:
     def _interval_sheet(self, flows: Sequence[Flow], most: int) -> Sheet:
         shown, rest = choose(flows, max(most, 1))
         by_peer, seconds = self._tally.by_peer, self._tally.intervals.rate_s
-        sheet = Sheet(_PEERS if by_peer else _CONNECTIONS)
+        pod = _PodCells([*shown, *rest])
+        sheet = Sheet((*pod.columns, *(_PEERS if by_peer else _CONNECTIONS)))
         cells = self._peer_cells if by_peer else self._connection_cells
         called = _peer_alone if by_peer else peer
         for flow in shown:
-            sheet.add(*cells(flow, called(flow, self._names), seconds))
+            sheet.add(*pod.of(flow.pod), *cells(flow, called(flow, self._names), seconds))
         if rest:
             others = sum_of(rest)
             others.comm, others.pid, others.word, others.age_ns = "", 0, "", 0
-            sheet.add(*cells(others, f"and {len(rest):,} more lines", seconds))
+            sheet.add(*pod.of(""), *cells(others, f"and {len(rest):,} more lines", seconds))
         return sheet
 
     def _connection_cells(
@@ -258,12 +260,13 @@ class TcpStory:
     def _peer_totals(self) -> Sheet:
         events = self._tally.single_events
         shown, rest = choose(fold_peers(self._tally.peers()), _MOST_PEERS)
-        sheet = Sheet(_EVENT_TOTALS if events else _PEER_TOTALS)
+        pod = _PodCells([*shown, *rest])
+        sheet = Sheet((*pod.columns, *(_EVENT_TOTALS if events else _PEER_TOTALS)))
         cells = self._event_total_cells if events else self._peer_total_cells
         for flow in shown:
-            sheet.add(*cells(flow, _peer_alone(flow, self._names)))
+            sheet.add(*pod.of(flow.pod), *cells(flow, _peer_alone(flow, self._names)))
         if rest:
-            sheet.add(*cells(sum_of(rest), f"and {len(rest):,} more"))
+            sheet.add(*pod.of(""), *cells(sum_of(rest), f"and {len(rest):,} more"))
         return sheet
 
     def _peer_total_cells(
@@ -292,21 +295,34 @@ class TcpStory:
         yield f"{flow.resets:,}", _bad(flow.resets)
 
     def _trouble_sheet(self) -> Sheet:
-        sheet = Sheet(_TROUBLES)
         troubles = self._tally.troubles.most_common()
+        pod = _PodCells([trouble for trouble, _ in troubles])
+        sheet = Sheet((*pod.columns, *_TROUBLES))
         for trouble, count in troubles[:_MOST_TROUBLES]:
             flow = Flow(trouble.role, trouble.address, trouble.port)
             style = _STYLES[Health.BAD]
             content = peer(flow, self._names)
             number, who = f"{count:,}", trouble.comm
-            sheet.add((trouble.word, style), number, who, content, trouble.why)
+            of_pod = pod.of(trouble.pod)
+            sheet.add(*of_pod, (trouble.word, style), number, who, content, trouble.why)
         if rest := troubles[_MOST_TROUBLES:]:
             count = sum(count for _, count in rest)
-            sheet.add("", f"{count:,}", "", f"and {len(rest):,} more", "")
+            sheet.add(*pod.of(""), "", f"{count:,}", "", f"and {len(rest):,} more", "")
         return sheet
 
     def _rtt_sheet(self) -> Sheet:
         return histogram_sheet("ROUND TRIP", "ACKS", self._tally.all.rtt, _US)
+
+
+class _PodCells:
+    """The column of pods in a table of ROWS, if they are of more than one."""
+
+    def __init__(self, rows: Sequence[Flow | Trouble]) -> None:
+        self.columns = [pods.COLUMN] if len({row.pod for row in rows if row.pod}) > 1 else []
+
+    def of(self, pod: str) -> list[str]:
+        """The cell of a row, if there is that column."""
+        return [pod] if self.columns else []
 
 
 def _peer_alone(flow: Flow, names: Names | None) -> Content:

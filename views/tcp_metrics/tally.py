@@ -11,6 +11,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views import data
 from coral.views.errnos import errno_name
 from coral.views.intervals import Intervals
+from coral.views.pods import row_pods
 from coral.views.tcp_metrics.flows import (
     CLIENT,
     LISTENER,
@@ -41,7 +42,7 @@ _RESETS: Final = (
 
 _ATTEMPTS: Final = (pb.TCP_STATE_SYN_SENT, pb.TCP_STATE_SYN_RECV)
 
-_Peer = tuple[int, str, int]
+_Peer = tuple[int, str, int, str]
 
 
 class Trouble(NamedTuple):
@@ -53,6 +54,7 @@ class Trouble(NamedTuple):
     role: int
     address: str
     port: int
+    pod: str
 
 
 class Tally:
@@ -69,7 +71,7 @@ class Tally:
         self._before = Flow(connections=0)  # the sum of those before it
         self.troubles: Counter[Trouble] = Counter()
         self._peers: dict[_Peer, Flow] = {}
-        self._open: dict[Hashable, tuple[pb.TcpMetrics, int]] = {}
+        self._open: dict[Hashable, tuple[pb.TcpMetrics, str, int]] = {}
         self._open_at: dict[_Peer, int] = {}
         self._moved: set[Hashable] = set()
         self._end_ns = 0
@@ -85,25 +87,25 @@ class Tally:
             self._end_ns = message.interval_end_ns
         if len(batch.events):
             self.single_events = True
-            for flow, why in map(_of_event, event_rows(batch)):
+            for flow, why in map(_of_event, event_rows(batch), row_pods(batch)):
                 self._take(flow, why)
         else:
-            self._add_figures(message)
+            self._add_figures(batch.message, row_pods(batch))
 
-    def _add_figures(self, message: pb.EbpfEventBatch) -> None:
-        for row in message.tcp_metrics:
-            self._follow(row)
-            flow = of_connection(row)
+    def _add_figures(self, message: pb.EbpfEventBatch, pods: Iterable[str]) -> None:
+        for row, pod in zip(message.tcp_metrics, pods, strict=False):
+            self._follow(row, pod)
+            flow = of_connection(row, pod)
             self.latest.append(flow)
             self._take(flow, row.error or row.reset_reason)
-        for peer in message.tcp_peers:
+        for peer, pod in zip(message.tcp_peers, pods, strict=False):
             self.by_peer = True
-            flow = of_peer(peer)
+            flow = of_peer(peer, pod)
             self.latest.append(flow)
             self._open_at[_peer_of(flow)] = flow.open
             self._take(flow, failures=peer.failures)
 
-    def _follow(self, row: pb.TcpMetrics) -> None:
+    def _follow(self, row: pb.TcpMetrics, pod: str) -> None:
         """Notes whether it is open."""
         if row.connections:
             self.knows_open = False
@@ -121,15 +123,16 @@ class Tally:
         if has_ended(row):
             self._open.pop(key, None)
         else:
-            self._open[key] = row, self._end_ns
+            self._open[key] = row, pod, self._end_ns
 
     def _take(self, flow: Flow, why: str = "", failures: Mapping[str, int] | None = None) -> None:
         self.interval.merge(flow)
         key = _peer_of(flow)
         if key not in self._peers and len(self._peers) >= _MOST_PEERS:
-            key = 0, OTHER, 0
+            key = 0, OTHER, 0, ""
         if key not in self._peers:
-            self._peers[key] = Flow(*key, connections=0)
+            role, address, port, pod = key
+            self._peers[key] = Flow(role, address, port, pod=pod, connections=0)
         self._peers[key].merge(flow)
         for word, count in flow.ends.items():
             if not is_bad(word):
@@ -139,7 +142,7 @@ class Tally:
                 why = why if why in failures else ""
             trouble = Trouble(word, why, flow.comm, *_peer_of(flow))
             if trouble not in self.troubles and len(self.troubles) >= _MOST_TROUBLES:
-                trouble = Trouble(word, why, "", 0, OTHER, 0)
+                trouble = Trouble(word, why, "", 0, OTHER, 0, "")
             self.troubles[trouble] += count
 
     @property
@@ -151,13 +154,13 @@ class Tally:
         """The open connections in which nothing moved in the last interval; with EVERYTHING all
         that are open, as if nothing had."""
         flows = []
-        for key, (row, told_ns) in self._open.items():
+        for key, (row, pod, told_ns) in self._open.items():
             if everything or key not in self._moved:
                 still = pb.TcpMetrics()
                 still.CopyFrom(row)
                 still.ClearField("delta")
                 still.ClearField("rtt_us_delta")
-                flow = of_connection(still)
+                flow = of_connection(still, pod)
                 flow.opened = 0
                 if row.start_ns:
                     flow.age_ns += max(self._end_ns - told_ns, 0)
@@ -168,7 +171,9 @@ class Tally:
         """The sums of all intervals by peer, with what is open now."""
         open_at = Counter(self._open_at)
         if not self.by_peer:
-            open_at = Counter(_peer_of(of_connection(row)) for row, _ in self._open.values())
+            open_at = Counter(
+                _peer_of(of_connection(row, pod)) for row, pod, _ in self._open.values()
+            )
         for key, flow in self._peers.items():
             flow.open = open_at[key]
         return [
@@ -185,8 +190,8 @@ class Tally:
 
 def _peer_of(flow: Flow) -> _Peer:
     if flow.address == OTHER:
-        return 0, OTHER, 0
-    return flow.role, flow.address, flow.port
+        return 0, OTHER, 0, ""
+    return flow.role, flow.address, flow.port, flow.pod
 
 
 def event_rows(batch: Batch) -> Iterable[dict[str, Any]]:
@@ -194,13 +199,15 @@ def event_rows(batch: Batch) -> Iterable[dict[str, Any]]:
     return data.event_rows(batch, "comm", "reason")
 
 
-def _of_event(event: Mapping[str, Any]) -> tuple[Flow, str]:
-    """What a single event adds to its peer, and the error of a connection that ended badly."""
+def _of_event(event: Mapping[str, Any], pod: str) -> tuple[Flow, str]:
+    """What a single event of a pod adds to its peer, and the error of a connection that ended
+    badly."""
     client = event["role"] == CLIENT
     flow = Flow(
         role=event["role"],
         address=event["remote_address"],
         port=event["remote_port"] if client else event["local_port"],
+        pod=pod,
         comm=event["comm"],
         connections=0,
     )

@@ -12,7 +12,7 @@ from coral.agent.machine.pods.cgroup_names import Place, place_of
 from coral.bpf import BpfError, BpfObject, Features, LoadError
 from coral.bpf.buffers.ring import RingReader
 from coral.bpf.rung import HOOKS, Rung, climb
-from coral.collectors.cgroups import memory_hierarchy
+from coral.collectors.cgroups import group_of_cgroup, memory_hierarchy
 from coral.collectors.hierarchies import Hierarchy, Kind, hierarchies, subdirectories
 
 _OBJECT: Final = "cgroups"
@@ -21,6 +21,7 @@ _RECORD: Final = "cgroup_change"
 _RING_BYTES: Final = 1 << 18  # as in cgroups.bpf.c, as the next
 _MADE: Final = 0
 _PATH_BYTES: Final = 1023
+_GROUP: Final = (1 << 32) - 1
 
 
 class CgroupChange(NamedTuple):
@@ -30,6 +31,7 @@ class CgroupChange(NamedTuple):
     directory: Path
     place: Place
     made: bool
+    group: int = 0  # see `Inventory.made`
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,14 @@ class Tree:
         """As they are mounted now."""
         return cls({found.kind: found for found in hierarchies() if found.is_whole})
 
-    def scan(self, kind: Kind) -> dict[Path, Place]:
-        """The cgroups of pods and containers of one hierarchy."""
+    def scan(self, kind: Kind) -> dict[Path, tuple[Place, int]]:
+        """The cgroups of pods and containers of one hierarchy, with their groups."""
         top = self.of[kind].directory
-        return {path: place for path in _below(top) if (place := self._place(path, top))}
+        return {
+            path: (place, group_of_cgroup(path))
+            for path in _below(top)
+            if (place := self._place(path, top))
+        }
 
     @staticmethod
     def _place(path: Path, top: Path) -> Place | None:
@@ -121,7 +127,8 @@ class CgroupChanges:
             if kind not in self._tree.of or not (place := place_of(path)):
                 continue
             directory = self._tree.of[kind].directory / path.lstrip("/")
-            found.append(CgroupChange(kind, directory, place, int(record["change"]) == _MADE))
+            made, group = int(record["change"]) == _MADE, int(record["id"]) & _GROUP
+            found.append(CgroupChange(kind, directory, place, made, group))
         lost = int(self._object.read_variable("changes_lost"))
         missing |= lost != self._lost
         self._lost = lost

@@ -16,11 +16,11 @@ from typing import Final, NamedTuple
 
 from coral.agent.machine.pods.cgroup_names import Place
 from coral.agent.machine.pods.facts import Container, Facts, Pod, attributes_of
+from coral.agent.machine.pods.groups import Groups
+from coral.agent.machine.pods.standing import SOURCES
 from coral.collectors.hierarchies import Kind
 from coral.collectors.selectors import Selector
 
-SOURCES: Final = ("api", "kubelet", "cri")
-"""The sources of names, that which knows most first."""
 MOST_PODS: Final = 4096  # of one source; a kubelet runs 110 by default
 MOST_CGROUPS: Final = 65_536
 _NEAR: Final = 3
@@ -59,12 +59,19 @@ class Inventory:
     _containers: dict[str, dict[str, Container]] = field(
         default_factory=lambda: {s: {} for s in SOURCES}
     )
+    _groups: dict[Kind, Groups] = field(
+        default_factory=lambda: {"v2": Groups(MOST_CGROUPS), "memory": Groups(MOST_CGROUPS)}
+    )
     _watches: list[Watch] = field(default_factory=list)
 
     # What sources tell.
 
-    def made(self, kind: Kind, directory: Path, place: Place) -> None:
-        """A cgroup is there. Those inside of a container are not kept: they come with it."""
+    def made(self, kind: Kind, directory: Path, place: Place, group: int = 0) -> None:
+        """A cgroup is there; GROUP is what its id makes (`coral.collectors.cgroups.Below`), 0 where
+        that is not known. Those inside of a container are not kept: they come with it."""
+        if place.level == "inside" and place.container:
+            return
+        self._groups[kind].made(directory, place, group)
         if place.level == "inside":
             return
         self.version += 1
@@ -78,13 +85,15 @@ class Inventory:
         """A cgroup is gone."""
         self.version += 1
         self._cgroups[kind].pop(directory, None)
+        self._groups[kind].removed(directory)
 
-    def replace_cgroups(self, kind: Kind, found: Mapping[Path, Place]) -> None:
-        """These are all cgroups of a hierarchy."""
+    def replace_cgroups(self, kind: Kind, found: Mapping[Path, tuple[Place, int]]) -> None:
+        """These are all cgroups of a hierarchy, with their groups."""
         self.version += 1
         self._cgroups[kind] = {}
-        for directory, place in found.items():
-            self.made(kind, directory, place)
+        self._groups[kind].keep(found)
+        for directory, (place, group) in found.items():
+            self.made(kind, directory, place, group)
 
     def tell(self, source: str, facts: Facts) -> None:
         """These are all pods and containers that a source knows."""
@@ -193,6 +202,25 @@ class Inventory:
         """The attributes of each cgroup of a selector, in the order of their paths."""
         places = self._cgroups[kind]
         return [self.attributes_at(places[path]) for path in sorted(self.select(selector, kind))]
+
+    def attributes_in(self, cgroups: Iterable[Path], kind: Kind) -> list[dict[str, str]]:
+        """The attributes of each of these cgroups that is known."""
+        places = self._cgroups[kind]
+        return [self.attributes_at(places[path]) for path in sorted(cgroups) if path in places]
+
+    def is_pod(self, directory: Path, kind: Kind) -> bool:
+        """Whether a cgroup's DIRECTORY is that of a pod, and not of a container."""
+        place = self._cgroups[kind].get(directory)
+        return place is not None and place.level == "pod"
+
+    def by_group(self, selector: Selector, kind: Kind) -> dict[int, dict[str, str]]:
+        """The attributes of all that belongs to a selector, by groups; also of what has gone a
+        short time ago."""
+        return {
+            group: self.attributes_at(place)
+            for group, place in self._groups[kind].places.items()
+            if self._belongs(place, selector)
+        }
 
     def attributes_at(self, place: Place) -> dict[str, str]:
         """The attributes of what runs at a place."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -22,12 +23,13 @@ from coral.agent.errors import FailedPreconditionError
 from coral.agent.machine.pods.api import Api, ApiWatch
 from coral.agent.machine.pods.cgroups import CgroupChange, CgroupChanges, Tree
 from coral.agent.machine.pods.facts import Container, Facts, Pod, attributes_of
-from coral.agent.machine.pods.inventory import SOURCES, Cgroups, Inventory
+from coral.agent.machine.pods.inventory import Cgroups, Inventory
 from coral.agent.machine.pods.refusals import only_container, said, why_empty
 from coral.agent.machine.pods.source import SourceError, SourceState
 from coral.agent.machine.pods.sources import sources_of
+from coral.agent.machine.pods.standing import SOURCES, Standings
 from coral.agent.machine.pods.target import KnownPod, PodTarget
-from coral.agent.machine.pods.waiting import ASK_EVERY_S, Asking, Waiting
+from coral.agent.machine.pods.waiting import ASK_EVERY_S, Asking, Cpu, Waiting
 from coral.bpf import BpfError, Features
 from coral.collectors.selectors import Selector
 
@@ -55,7 +57,8 @@ class Pods:
         self._stopping = False
         self._poke = -1
         self._api_watch: ApiWatch | None = None
-        self._states: dict[str, SourceState] = {}
+        self._standings = Standings(config.stale_after)
+        self._cpu = Cpu()
         self._sources, self._missing = sources_of(config)
         # Both are taken before the other one, never after it.
         self._asking = threading.Lock()  # held while sources are asked
@@ -76,7 +79,7 @@ class Pods:
             kind = inventory.kind_for(selector, kinds)
             if kind is None:
                 raise FailedPreconditionError(said(selector, _no_cgroups()))
-            if selector.kind != "container" and not self._knows_names:
+            if selector.kind != "container" and not self._standings.knows_names:
                 raise FailedPreconditionError(said(selector, self._why_no_names()))
             found = inventory.select(selector, kind)
             ids = inventory.container_ids(selector.container)
@@ -108,15 +111,14 @@ class Pods:
 
     def sources(self, features: Features) -> list[SourceState]:
         """What tells of pods here, and what could; as it was a few seconds ago at most."""
-        if not self._states or time.monotonic() - self._looked_at > _FRESH_S:
+        if not self._looked_at or time.monotonic() - self._looked_at > _FRESH_S:
             self._look()
         with self._lock:
             kinds = ", ".join(
                 f"{kind} at {found.mount_point}" for kind, found in self._tree.of.items()
             )
             paths = SourceState("cgroup paths", bool(kinds), kinds or _no_cgroups())
-            names = [self._states[name] for name in SOURCES]
-            return [paths, self._changes(features), *names]
+            return [paths, self._changes(features), *self._standings.states()]
 
     def _changes(self, features: Features) -> SourceState:
         name, why = "cgroup changes", self._failure
@@ -144,17 +146,44 @@ class Pods:
                 target.known = self._inventory.version, found
             return found
 
+    def attributes_in(self, target: PodTarget, cgroups: Cgroups) -> list[dict[str, str]]:
+        """The attributes of some cgroups of a target, as far as they are there."""
+        with self._lock:
+            return self._inventory.attributes_in(cgroups, target.kind)
+
+    def is_pod(self, target: PodTarget, directory: Path) -> bool:
+        """Whether a cgroup of a target is that of a pod, and not of a container."""
+        with self._lock:
+            return self._inventory.is_pod(directory, target.kind)
+
+    def note_groups(self, target: PodTarget) -> None:
+        """Lets a target know what the groups of its cgroups are, if something has changed since it
+        was last told."""
+        with self._lock:
+            if target.noted_version != self._inventory.version:
+                target.note(self._inventory.by_group(target.selector, target.kind))
+                target.noted_version = self._inventory.version
+
     @property
-    def _knows_names(self) -> bool:
-        return any(self._states[name].used for name in SOURCES)
+    def stale_s(self) -> Mapping[str, float]:
+        """For how many seconds each source of names that has ever answered has not; 0 for one that
+        does. Does not block."""
+        return self._standings.stale_s
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time that following pods has used so far, in seconds. Does not block."""
+        return self._cpu.used_s
 
     def _why_no_names(self) -> str:
-        whys = "; ".join(f"{name}: {self._states[name].detail}" for name in SOURCES)
+        whys = "; ".join(f"{state.name}: {state.detail}" for state in self._standings.states())
         return f"nothing here knows the names of pods: {whys}; container:ID needs none of these"
 
     def _notes(self, selector: Selector) -> Iterable[str]:
+        if selector.kind != "container":
+            yield from self._standings.notes()
         if selector.kind == "workload" and not any(
-            self._states[name].used for name in ("api", "kubelet")
+            self._standings.is_used(name) for name in ("api", "kubelet")
         ):
             yield (
                 "workloads are told by the names and labels of pods: neither the API nor the "
@@ -219,6 +248,7 @@ class Pods:
         finally:
             if changes:
                 changes.close()
+            self._cpu.charge()
             with self._lock:
                 if self._api_watch:
                     self._api_watch.close()
@@ -243,11 +273,12 @@ class Pods:
             if asking.is_due(unnamed):
                 self._ask()
             self._settle()
+            self._cpu.charge()
 
     def _apply(self, found: Iterable[CgroupChange]) -> None:
         for change in found:
             if change.made:
-                self._inventory.made(change.kind, change.directory, change.place)
+                self._inventory.made(change.kind, change.directory, change.place, change.group)
             else:
                 self._inventory.removed(change.kind, change.directory)
 
@@ -257,6 +288,8 @@ class Pods:
             with self._lock:
                 changes = self._inventory.settle()
                 by_watch = {target.watch: target for target in self._targets}
+                for each in self._targets:
+                    self.note_groups(each)
             for change in changes:
                 target = by_watch.get(change.watch)
                 if not target or not target.changed:
@@ -294,43 +327,51 @@ class Pods:
                     continue
                 source = self._sources.get(name)
                 if not source:
-                    self._state(name, self._missing[name])
+                    self._failed(name, self._missing[name])
                     continue
                 try:
                     facts = source.fetch()
                 except SourceError as error:
-                    self._state(name, str(error))
+                    self._failed(name, str(error))
                     continue
                 with self._lock:
                     self._inventory.tell(name, facts)
-                    self._states[name] = SourceState(name, True, source.about)
+                    self._standings.answered(name, source.about)
                     if isinstance(source, Api) and self._thread and not self._stopping:
                         self._api_watch = ApiWatch(
                             source, self._replace, self._change, self._api_failed
                         )
 
-    def _state(self, name: str, why_not: str) -> None:
+    def _failed(self, name: str, why_not: str) -> None:
         with self._lock:
-            self._states[name] = SourceState(name, False, why_not)
+            was_stale = self._standings.stale_s.get(name, 1.0) > 0
+            self._standings.failed(name, why_not)
+        if not was_stale:
+            log.warning("a source of pods does not answer any more", source=name, reason=why_not)
 
     # Called by the API's own thread.
 
     def _replace(self, facts: Facts) -> None:
+        self._cpu.charge()
         with self._lock:
             self._inventory.tell("api", facts)
-            self._states["api"] = SourceState("api", True, self._sources["api"].about)
+            self._standings.answered("api", self._sources["api"].about)
             self._wake_if_running()
 
     def _change(self, what: str, pod: Pod, containers: list[Container]) -> None:
+        self._cpu.charge()
         with self._lock:
             if what == "DELETED":
                 self._inventory.forget_one("api", pod)
             else:
                 self._inventory.tell_one("api", pod, containers)
+            self._standings.answered("api", self._sources["api"].about)
             self._wake_if_running()
 
     def _api_failed(self, reason: str) -> None:
-        self._state("api", reason)
+        with self._lock:
+            self._standings.alive("api")  # its connection was, until now
+        self._failed("api", reason)
 
     def _wake_if_running(self) -> None:
         if self._thread and self._poke >= 0:

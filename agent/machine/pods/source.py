@@ -24,7 +24,7 @@ class SourceState:
 class Source(Protocol):
     """Knows pods and containers of this node. Used by one thread at a time."""
 
-    name: str  # one of `inventory.SOURCES`
+    name: str  # one of `standing.SOURCES`
 
     @property
     def about(self) -> str:

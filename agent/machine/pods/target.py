@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from coral.agent.machine.pods.node import Pods
 
 _MOST_LABEL: Final = 128  # an annotation may name the service
+_NAMES: Final = ("k8s.pod.name", "k8s.container.name")
+_MOST_NOTED: Final = 16_384  # containers of one target, those that have gone among them
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ class PodTarget:
     changed: CgroupsChanged | None = field(default=None, init=False)
     known: tuple[int, list[dict[str, str]]] = field(default_factory=lambda: (-1, []), init=False)
     _last: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES, init=False)
+    noted_version: int = field(default=-1, init=False)  # of the inventory
+    _noted: dict[int, Mapping[str, str]] = field(default_factory=dict, init=False)  # by group
     # Pods that come later and for whose cgroups this is false are left out.
     within: Callable[[Path], bool] | None = field(default=None, init=False)
+    # Takes the names of pods that have come later, and of those that were left out.
+    joined: Callable[[list[str], list[str]], object] | None = field(default=None, init=False)
+    _decided: frozenset[str] = field(default=frozenset(), init=False)
 
     @property
     def label(self) -> str:
@@ -56,7 +63,9 @@ class PodTarget:
     @property
     def pods(self) -> tuple[str, ...]:
         """The pods that it has now, `NAMESPACE/POD`; of containers outside of pods their ids."""
-        return tuple(sorted({_name(found) for found in self._pods.attributes(self)}))
+        found = tuple(sorted({_name(found) for found in self._pods.attributes(self)}))
+        self._decided = frozenset(found)
+        return found
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -82,18 +91,54 @@ class PodTarget:
         self._last = common(self._pods.attributes(self)) or self._last
         return self._last
 
+    def is_pod(self, directory: Path) -> bool:
+        """Whether a cgroup is that of a pod, and those directly below it its containers'."""
+        return self._pods.is_pod(self, directory)
+
+    def attributes_of(self, group: int) -> Mapping[str, str]:
+        """The attributes of the container whose cgroup makes a GROUP, as they were last known."""
+        self._pods.note_groups(self)
+        return self._noted.get(group, NO_ATTRIBUTES)
+
+    def note(self, by_group: Mapping[int, Mapping[str, str]]) -> None:
+        """These are the attributes by group. What was known of others stays so for some time, and
+        so does what was known of a container that no source knows any more."""
+        for group, attributes in by_group.items():
+            before = self._noted.pop(group, NO_ATTRIBUTES)  # the newest are the last
+            is_lost = any(name in before and name not in attributes for name in _NAMES)
+            self._noted[group] = before if is_lost else attributes
+        while len(self._noted) > _MOST_NOTED:
+            del self._noted[next(iter(self._noted))]
+
     def follow(self, changed: CgroupsChanged) -> Cgroups:
         """Returns the cgroups that it has, and calls CHANGED, from a thread, for those that it
         gains and loses from then on."""
 
         def allowed(added: Cgroups, removed: Cgroups) -> None:
-            changed(self._allowed(added), removed)
+            kept = self._allowed(added)
+            changed(kept, removed)
+            self._tell_joined(kept, added - kept, frozenset())
 
         self.changed = allowed
-        return self._allowed(self._pods.follow(self, self._features))
+        found = self._pods.follow(self, self._features)
+        kept = self._allowed(found)
+        self._tell_joined(kept, found - kept, self._decided)
+        return kept
 
     def _allowed(self, cgroups: Cgroups) -> Cgroups:
         return frozenset(filter(self.within, cgroups)) if self.within else cgroups
+
+    def _tell_joined(self, joined: Cgroups, left_out: Cgroups, known: frozenset[str]) -> None:
+        """Tells which pods these cgroups are of, but for those that are KNOWN."""
+        if not self.joined:
+            return
+        names = (
+            sorted({_name(each) for each in self._pods.attributes_in(self, some)} - known)
+            for some in (joined, left_out)
+        )
+        come, kept_out = names
+        if come or kept_out:
+            self.joined(come, kept_out)
 
     def close(self) -> None:
         """Ends that. CHANGED may still be under way."""

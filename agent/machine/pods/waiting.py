@@ -1,9 +1,11 @@
-"""When the thread that follows pods goes on, and when it asks the sources for names."""
+"""When the thread that follows pods goes on, when it asks the sources for names, and what it
+uses."""
 
 from __future__ import annotations
 
 import os
 import select
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -66,3 +68,20 @@ class Asking:
         else:
             self._next = now + ASK_EVERY_S
         return True
+
+
+class Cpu:
+    """The CPU time of threads, each of which charges its own now and then."""
+
+    def __init__(self) -> None:
+        self.used_s = 0.0
+        self._lock = threading.Lock()
+        self._of_thread = threading.local()
+
+    def charge(self) -> None:
+        """Adds what this thread has used since its last charge."""
+        now_s = time.thread_time()
+        before_s = getattr(self._of_thread, "charged_s", 0.0)
+        self._of_thread.charged_s = now_s
+        with self._lock:
+            self.used_s += now_s - before_s

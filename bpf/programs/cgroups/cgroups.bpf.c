@@ -19,6 +19,7 @@ struct cgroup_change {
 	struct record_head head;
 	__u32 change;
 	__u32 hierarchy; /* its number; 0 is the unified one */
+	__u64 id;
 	char path[PATH_BYTES];
 };
 
@@ -56,6 +57,7 @@ static __always_inline void tell(struct cgroup *cgroup, const char *path, __u32 
 	record->head.length = sizeof(*record);
 	record->change = change;
 	record->hierarchy = hierarchy;
+	record->id = id_of_cgroup(cgroup);
 	record->path[0] = 0;
 	read_kernel_string(&record->path, path);
 	bpf_ringbuf_submit(record, BPF_RB_FORCE_WAKEUP);

@@ -15,9 +15,19 @@ struct wanted_comm {
 
 MAP(ARRAY, wanted_comms, __u32, struct wanted_comm, SESSIONS, 0);
 
-/* By slot: the cgroups whose processes to watch, by key_of_cgroup. A cgroup made below one of them,
- * or again at the path of the first, is added. */
-SESSION_MAPS(HASH, cgroups, __u64, __u8, 4096, BPF_F_NO_PREALLOC);
+/*
+ * What a session says of a cgroup whose processes it watches. The group is the lower half of the id
+ * of a cgroup: that of the container that this one is, or is inside of. It is 0 where the session
+ * tells no containers apart.
+ */
+struct watched_cgroup {
+	__u32 group;
+	__u32 is_pod; /* each cgroup made below it is a group of its own */
+};
+
+/* By slot: these cgroups, by key_of_cgroup. A cgroup made below one of them, or again at the path
+ * of the first, is added. */
+SESSION_MAPS(HASH, cgroups, __u64, struct watched_cgroup, 4096, BPF_F_NO_PREALLOC);
 
 /* By slot: the hash of the path of the cgroup that the session asked for, from the root of its
  * hierarchy; 0 if there is none. */
@@ -48,11 +58,12 @@ static __always_inline __u64 sessions_of_hierarchy(const struct sessions *all, i
 	return hierarchy == all->hierarchy ? all->cgroup & all->memory : 0;
 }
 
-static __always_inline bool cgroup_is_wanted(__u32 slot, __u64 id)
+/* The cgroup ID if session SLOT watches what is in it, else NULL. */
+static __always_inline struct watched_cgroup *cgroup_watched(__u32 slot, __u64 id)
 {
 	void *map = map_of_session(cgroups, slot);
 
-	return map && bpf_map_lookup_elem(map, &id);
+	return map ? bpf_map_lookup_elem(map, &id) : NULL;
 }
 
 /*
@@ -64,6 +75,7 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memo
 {
 	struct member member = {.state = MEMBER_ACTIVE}, *parent = NULL;
 	struct sessions *all = all_sessions();
+	struct watched_cgroup *in = NULL;
 	__u64 bit = session_bit(slot);
 
 	if (!all)
@@ -71,11 +83,13 @@ SUBPROGRAM int fork_in_session(__u32 slot, __u64 child, __u64 cgroup, __u64 memo
 	bpf_get_current_comm(member.comm, sizeof(member.comm));
 	if (all->follow & bit)
 		parent = member_of(slot, current_tgid());
+	if (all->cgroup & bit)
+		in = cgroup_watched(slot, all->memory & bit ? memory_cgroup : cgroup);
 	if (parent) {
 		member.state = parent->state;
-	} else if (!(all->comm & bit && comm_is_wanted(slot, member.comm)) &&
-		   !(all->cgroup & bit &&
-		     (cgroup_is_wanted(slot, cgroup) || cgroup_is_wanted(slot, memory_cgroup)))) {
+	} else if (in) {
+		member.group = in->group;
+	} else if (!(all->comm & bit && comm_is_wanted(slot, member.comm))) {
 		member_forget(slot, child);
 		return 0;
 	}
@@ -125,7 +139,7 @@ SUBPROGRAM int rename_in_session(__u32 slot, __u64 process, __u64 low, __u64 hig
 	comm[1] = high;
 	if (member) {
 		__builtin_memcpy(member->comm, named.comm, COMM_BYTES);
-		tell_change(all, slot, process, process >> 32, CHANGE_NAMED, named.comm);
+		tell_change(all, slot, process, process >> 32, CHANGE_NAMED, member);
 	} else if (all->comm & session_bit(slot) && comm_is_wanted(slot, named.comm)) {
 		member_add(all, slot, process, process >> 32, &named);
 		count_up(COUNT_GENERATION);
@@ -194,7 +208,7 @@ SUBPROGRAM int member_remove(__u32 slot, __u64 process)
 	if (all->detailed & session_bit(slot)) {
 		if (bpf_map_delete_elem(map, &key))
 			return 0; /* the other of two last threads has removed it */
-		if (!tell_change(all, slot, process, process >> 32, CHANGE_ENDED, last.comm))
+		if (!tell_change(all, slot, process, process >> 32, CHANGE_ENDED, &last))
 			bpf_map_update_elem(map, &process, &last, BPF_ANY);
 	} else {
 		/* First, so that a reader finds the one or the other. */
@@ -238,14 +252,23 @@ SUBPROGRAM int attach_in_session(__u32 slot, __u64 process, __u64 cgroup, __u64 
 				 __u64 leader)
 {
 	struct member moved = {.state = MEMBER_ACTIVE}, *member = member_of(slot, process);
+	struct watched_cgroup *in = cgroup_watched(slot, leaders_cgroup);
 	struct sessions *all = all_sessions();
 
 	if (!all)
 		return 0;
+	if (!in)
+		in = cgroup_watched(slot, cgroup);
 	kernel_read_string(&moved.comm, (struct task_struct *)leader, comm);
-	if (!cgroup_is_wanted(slot, cgroup) && !cgroup_is_wanted(slot, leaders_cgroup))
+	if (in)
+		moved.group = in->group;
+	else
 		moved.state = MEMBER_LEFT;
-	if (!member && moved.state == MEMBER_ACTIVE)
+	if (member && in && member->group != moved.group) {
+		member->group = moved.group;
+		tell_change(all, slot, process, process >> 32, CHANGE_NAMED, member);
+	}
+	if (!member && in)
 		member_add(all, slot, process, process >> 32, &moved);
 	else if (member && member->state != MEMBER_SPARED && member->state != moved.state)
 		member->state = moved.state;
@@ -297,13 +320,15 @@ static __always_inline __u64 hash_of_path(const char *path)
 SUBPROGRAM int mkdir_in_session(__u32 slot, __u64 cgroup, __u64 parent, __u64 path)
 {
 	__u64 *wanted = bpf_map_lookup_elem(map_of(cgroup_paths), &slot);
+	struct watched_cgroup *above = cgroup_watched(slot, parent), made = {};
 	void *map = map_of_session(cgroups, slot);
-	__u8 one = 1;
 	int error;
 
-	if (!map || (!cgroup_is_wanted(slot, parent) && (!wanted || *wanted != path)))
+	if (!map || (!above && (!wanted || *wanted != path)))
 		return 0;
-	error = bpf_map_update_elem(map, &cgroup, &one, BPF_ANY);
+	if (above)
+		made.group = above->is_pod ? cgroup : above->group;
+	error = bpf_map_update_elem(map, &cgroup, &made, BPF_ANY);
 	if (error)
 		account_error(slot, error);
 	return 0;

@@ -95,6 +95,7 @@ struct tcp_connection {
 	__u32 walk;	/* the last walk in which the owner had it open */
 	__u32 scope_id; /* the interface that link-local addresses belong to */
 	__u32 shared;	/* the last walk in which a process that is not watched had it open */
+	__u32 group;	/* of the owner, see struct member */
 	__u64 found_bytes_sent;
 	__u64 found_bytes_acked;
 	__u64 found_bytes_received;
@@ -135,6 +136,7 @@ static __always_inline bool sends_events(__u32 slot)
  */
 struct found_owner {
 	__u32 pid;
+	__u32 group;
 	char comm[COMM_BYTES];
 };
 
@@ -316,9 +318,10 @@ static __always_inline struct tcp_connection *connection_begin(__u32 slot, struc
 	return c;
 }
 
-static __always_inline void own(struct tcp_connection *c, __u32 pid, const char *comm)
+static __always_inline void own(struct tcp_connection *c, __u32 pid, __u32 group, const char *comm)
 {
 	c->pid = pid;
+	c->group = group;
 	c->presumed = false;
 	__builtin_memcpy(c->comm, comm, COMM_BYTES);
 }
@@ -529,8 +532,10 @@ static __always_inline bool is_younger_than_walk(__u32 slot, struct sock *sk, bo
 	return in_walk ? !(*mark & 1) : *mark >> 1 != mark_of_walk(*now);
 }
 
-static __always_inline struct tcp_connection *
-connection_find(__u32 slot, struct sock *sk, __u32 pid, const char *comm, bool in_walk, bool typed)
+static __always_inline struct tcp_connection *connection_find(__u32 slot, struct sock *sk,
+							      __u32 pid, __u32 group,
+							      const char *comm, bool in_walk,
+							      bool typed)
 {
 	__u8 state = state_of(sk);
 	struct tcp_connection *c;
@@ -541,7 +546,7 @@ connection_find(__u32 slot, struct sock *sk, __u32 pid, const char *comm, bool i
 			    BPF_NOEXIST, typed); /* a hook may have been faster */
 	if (!c)
 		return NULL;
-	own(c, pid, comm);
+	own(c, pid, group, comm);
 	name_ends(c, sk, typed);
 	c->delivered = kernel_read((struct tcp_sock *)sk, delivered);
 	refresh(c, sk, state, false);
@@ -576,6 +581,7 @@ static __always_inline struct tcp_connection *connection_seek(__u32 slot, struct
 	if ((!member && !found_owner) || !is_tcp(sk, option(typed_sockets)))
 		return NULL;
 	c = connection_find(slot, sk, member ? current_tgid() : found_owner->pid,
+			    member ? member->group : found_owner->group,
 			    member ? member->comm : found_owner->comm, false,
 			    option(typed_sockets));
 	if (c && found_owner) {
@@ -607,6 +613,7 @@ static __always_inline bool owner_by_listener(__u32 slot, struct sock *listener,
 	if (c && c->role == ROLE_LISTENER) {
 		if (!is_shared(c)) {
 			owner->pid = c->pid;
+			owner->group = c->group;
 			__builtin_memcpy(owner->comm, c->comm, COMM_BYTES);
 		}
 		return true;
@@ -668,7 +675,7 @@ static __always_inline struct tcp_connection *connection_met(__u32 slot, struct 
 	if (!c)
 		return connection_seek(slot, sk, member);
 	if (member) {
-		own(c, current_tgid(), member->comm);
+		own(c, current_tgid(), member->group, member->comm);
 	} else if (by_process && c->presumed &&
 		   (user == USER_RECEIVES || may_be_accepted_by_other(slot, c))) {
 		/* Another process, which shares the listener with a watched one, has it. */

@@ -58,7 +58,7 @@ struct tcp_event {
 	__u32 error;
 	__u32 end;
 	__u32 scope_id;
-	__u32 reserved;
+	__u32 group; /* of the process, see struct member */
 };
 
 /* The record of a connection that has ended. */
@@ -91,6 +91,7 @@ static __always_inline void send_event_of(void *ctx, __u32 slot, struct tcp_conn
 	    .error = c->error,
 	    .end = new_state == TCP_CLOSE ? c->end : END_OPEN,
 	    .scope_id = c->scope_id,
+	    .group = c->group,
 	};
 
 	if (!sends_events(slot))
@@ -136,7 +137,7 @@ static __always_inline void begin_by_process(void *ctx, __u32 slot, struct sock 
 	c = is_tcp(sk, option(typed_sockets)) ? connection_begin(slot, sk, role) : NULL;
 	if (!c)
 		return;
-	own(c, current_tgid(), member->comm);
+	own(c, current_tgid(), member->group, member->comm);
 	c->state = state;
 	name_ends(c, sk, option(typed_sockets));
 	connection_show(c, number_of(c, sk, option(typed_sockets)));
@@ -172,7 +173,7 @@ SUBPROGRAM int on_child(__u32 slot, __u64 child)
 	c = connection_begin(slot, sk, ROLE_SERVER);
 	if (!c)
 		return 0;
-	own(c, owner.pid, owner.comm);
+	own(c, owner.pid, owner.group, owner.comm);
 	c->presumed = true;
 	c->state = TCP_SYN_RECV;
 	c->local_port = local_port_of(sk);
@@ -398,6 +399,7 @@ static __always_inline int on_synack_retransmit(void *ctx, __u32 slot, struct so
 		    .old_state = TCP_SYN_RECV,
 		    .new_state = TCP_SYN_RECV,
 		    .count = 1,
+		    .group = c->group,
 		};
 
 		addresses_of(&request->__req_common, event.local, event.remote, false);
@@ -847,11 +849,11 @@ int coral_live_run(void *ctx)
 
 /* A process has it open. It becomes the owner if the present owner did not have it open in the
  * previous walk; in the current one, the owner may still follow. */
-static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, const char *comm,
-				   __u32 now)
+static __always_inline void had_by(struct tcp_connection *c, __u32 tgid, __u32 group,
+				   const char *comm, __u32 now)
 {
 	if (c->presumed || (c->pid != tgid && now - c->walk > 1))
-		own(c, tgid, comm);
+		own(c, tgid, group, comm);
 	if (c->pid == tgid)
 		c->walk = now;
 }
@@ -869,18 +871,18 @@ static __always_inline void had_by_other(__u32 slot, struct sock *sk, __u32 now)
 
 /* A watched process has it open, which is found now if it was not known. NOW is the number of the
  * walk, from the session's first. */
-static __always_inline void had_by_target(__u32 slot, struct sock *sk, __u32 tgid, const char *comm,
-					  __u32 now)
+static __always_inline void had_by_target(__u32 slot, struct sock *sk, __u32 tgid, __u32 group,
+					  const char *comm, __u32 now)
 {
 	struct tcp_connection *c = connection_of(slot, sk);
 
 	if (!c && is_tcp(sk, false)) {
-		c = connection_find(slot, sk, tgid, comm, true, false);
+		c = connection_find(slot, sk, tgid, group, comm, true, false);
 		if (!c && now == 1 && state_of(sk) != TCP_CLOSE && !connection_of(slot, sk))
 			account_loss(slot, LOSS_MAP_FULL);
 	}
 	if (c)
-		had_by(c, tgid, comm, now);
+		had_by(c, tgid, group, comm, now);
 }
 
 static __always_inline bool is_watched_in_walk(__u32 slot, __u32 tgid)
@@ -912,6 +914,8 @@ SUBPROGRAM int had_in_session(__u32 slot, __u64 socket, __u64 leader, __u32 now,
 	struct tcp_session *session = session_at(slot);
 	struct sock *sk = (struct sock *)socket;
 	char comm[COMM_BYTES] = {};
+	struct member *member;
+	__u32 tgid;
 
 	if (!session || !session->first_walk)
 		return 0;
@@ -920,7 +924,10 @@ SUBPROGRAM int had_in_session(__u32 slot, __u64 socket, __u64 leader, __u32 now,
 		return 0;
 	}
 	kernel_read_string(&comm, task, comm);
-	had_by_target(slot, sk, kernel_read(task, tgid), comm, now - session->first_walk + 1);
+	tgid = kernel_read(task, tgid);
+	member = member_of(slot, tgid);
+	had_by_target(slot, sk, tgid, member ? member->group : 0, comm,
+		      now - session->first_walk + 1);
 	return 0;
 }
 
