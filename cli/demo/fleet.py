@@ -35,8 +35,8 @@ _QUESTIONS: Final = (
         "Anything else, in SQL:",
         (
             "sql",
-            "SELECT agent, sum(count) AS requests, sum(errors) AS errors "
-            "FROM http_latency GROUP BY agent ORDER BY agent",
+            """SELECT agent, sum(count) AS requests, sum(errors) AS errors
+            FROM http_latency GROUP BY agent ORDER BY agent""",
         ),
     ),
 )
