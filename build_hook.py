@@ -20,11 +20,13 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).resolve().parent
 TARGET_ARCH = {"x86_64": "x86", "aarch64": "arm64"}
+# The processor that the wheel is for. Python's part and clang's are the same everywhere.
+MACHINE = os.environ.get("CORAL_BUILD_MACHINE") or platform.machine()
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-sign-compare")
 
 
 def clang_command(source: Path, output: Path, arch: str | None = None) -> list[str]:
-    """The command that compiles one eBPF source for this machine's processor, or for ARCH (`x86`,
+    """The command that compiles one eBPF source for the wheel's processor, or for ARCH (`x86`,
     `arm64`). Raises SystemExit, naming the packages to install, if there is no clang."""
     clang = os.environ.get("CLANG") or shutil.which("clang")
     if not clang:
@@ -34,7 +36,7 @@ def clang_command(source: Path, output: Path, arch: str | None = None) -> list[s
     return [
         clang,
         *("-target", "bpf", "-mcpu=v3", "-O2", "-g"),
-        f"-D__TARGET_ARCH_{arch or TARGET_ARCH[platform.machine()]}",
+        f"-D__TARGET_ARCH_{arch or TARGET_ARCH[MACHINE]}",
         *WARNINGS,
         # Line information names files relative to the project, so that the same sources give the
         # same object in any directory.
@@ -112,6 +114,5 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         build_all()
         build_data["pure_python"] = False
-        build_data["tag"] = (
-            f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
-        )
+        here = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{here.replace(platform.machine(), MACHINE)}"

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 ADMIN: Final = "admin"
 VIEW: Final = "view"
 ACCEPTED: Final = "give unix:PATH or HOST:PORT"
+MAX_PORT: Final = 65535  # gRPC accepts a greater one, and listens on its lower 16 bits
 
 _MOST_PATH_BYTES: Final = 107  # of `sun_path`, without the NUL that ends it, unix(7)
 _OPTIONS: Final = ("group", "mode", "name")
@@ -78,3 +79,11 @@ def unix_address(address: str) -> UnixAddress:
             f"{address}: name={name} is not accepted; give small letters, digits and hyphens"
         )
     return UnixAddress(Path(text), int(mode, 8), options.get("group", ""), name)
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """The two parts of `HOST:PORT`; None for anything else. An IPv6 address is in brackets."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
+        return None
+    return host, int(port)

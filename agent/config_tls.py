@@ -29,6 +29,14 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "connections of an authority that is removed are closed"
         ),
     ] = ""
+    client_crl: Annotated[
+        str,
+        Meta(
+            description="a PEM file with lists of revoked certificates, one of each authority that "
+            "signs clients' certificates; the connections of clients that it revokes are closed. "
+            "Empty: nothing is revoked"
+        ),
+    ] = ""
     client_certificates: Annotated[
         Literal["require", "request", "none"],
         Meta(
@@ -59,4 +67,6 @@ def problem(tls: Tls) -> str:
         )
     if tls.client_ca and tls.client_certificates == "none":
         return "tls.client_ca: tls.client_certificates is none, so nothing would use it"
+    if tls.client_crl and not tls.client_ca:
+        return "tls.client_ca: give the authorities whose certificates tls.client_crl revokes"
     return ""

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_ori
 import msgspec
 from msgspec import Meta, Struct
 
+from coral.wire.text import safe
+
 _MOST_SHOWN: Final = 200
 _WORDS: Final[Mapping[object, str]] = {
     str: "text",
@@ -23,6 +25,14 @@ _WORDS: Final[Mapping[object, str]] = {
 }
 
 Decode = Callable[[type, object], object]
+
+
+class ConfigError(ValueError):
+    """A configuration is not accepted; the message, one line, has the source, the path and the
+    value."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("; ".join(safe(line) for line in message.splitlines()))
 
 
 class _Hint(NamedTuple):

@@ -21,9 +21,11 @@ COMMANDS: Final[Mapping[str, str]] = {
     "agent": "coral.cli.agent_command",
     "capabilities": "coral.cli.show",
     "collectors": "coral.cli.show",
+    "colony": "coral.cli.colony_command",
     "demo": "coral.cli.demo.command",
     "doctor": "coral.cli.doctor.command",
     "pods": "coral.cli.pods",
+    "query": "coral.cli.query.command",
     "stop": "coral.cli.show",
     "tap": "coral.cli.tap.command",
 }

@@ -4,10 +4,17 @@ It shares the generated messages and `coral.wire` with the agent, and nothing el
 """
 
 from coral.client.account import Account
-from coral.client.address import DEFAULT_ADDRESS, default_address
+from coral.client.address import (
+    DEFAULT_ADDRESS,
+    DEFAULT_COLONY,
+    default_address,
+    default_colony,
+)
 from coral.client.backoff import Retry
 from coral.client.batch import Batch
 from coral.client.client import AgentClient
+from coral.client.colony import Answer, ColonyClient
+from coral.client.coverage import Coverage, Gap, Lost, Piece
 from coral.client.errors import (
     AgentError,
     ConnectionLostError,
@@ -47,9 +54,11 @@ from coral.wire.histogram import Buckets, Histogram
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "DEFAULT_COLONY",
     "Account",
     "AgentClient",
     "AgentError",
+    "Answer",
     "Batch",
     "Buckets",
     "Capabilities",
@@ -59,19 +68,24 @@ __all__ = [
     "CollectorOption",
     "CollectorStep",
     "Collectors",
+    "ColonyClient",
     "ConnectionLostError",
     "ContractError",
+    "Coverage",
     "DeadlineExceededError",
     "EndReason",
     "FailedPreconditionError",
+    "Gap",
     "Histogram",
     "InvalidArgumentError",
     "KernelFeature",
     "Kind",
     "LimitExceededError",
+    "Lost",
     "NotFoundError",
     "OutOfRangeError",
     "PermissionDeniedError",
+    "Piece",
     "PodInfo",
     "PodSource",
     "Pods",
@@ -89,4 +103,5 @@ __all__ = [
     "Watch",
     "What",
     "default_address",
+    "default_colony",
 ]

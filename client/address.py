@@ -8,6 +8,8 @@ from typing import Final
 
 DEFAULT_ADDRESS: Final = "unix:/run/coral/agent.sock"
 ENV_ADDRESS: Final = "CORAL_AGENT"
+DEFAULT_COLONY: Final = "unix:/run/coral/colony.sock"
+ENV_COLONY: Final = "CORAL_COLONY"
 ENV_TOKEN: Final = "CORAL_TOKEN"  # noqa: S105  the variable's name
 
 _KEEPALIVE_MS: Final = 30_000
@@ -21,6 +23,11 @@ _SCHEMES: Final = ("ipv4:", "ipv6:", "dns:///", "dns:")
 def default_address() -> str:
     """CORAL_AGENT, else the socket of this machine's agent."""
     return os.environ.get(ENV_ADDRESS) or DEFAULT_ADDRESS
+
+
+def default_colony() -> str:
+    """CORAL_COLONY, else the socket of this machine's colony."""
+    return os.environ.get(ENV_COLONY) or DEFAULT_COLONY
 
 
 def checked_address(address: str) -> str:
@@ -60,9 +67,18 @@ def is_local(address: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def channel_options(address: str) -> tuple[tuple[str, int], ...]:
-    """gRPC's options for a connection to ADDRESS."""
+def channel_options(
+    address: str, read_ahead_bytes: int | None = None
+) -> tuple[tuple[str, int], ...]:
+    """gRPC's options for a connection to ADDRESS. Of each stream that is not read it buffers
+    READ_AHEAD_BYTES, by default as much as passes in a round trip, up to some megabytes."""
+    window = (
+        (("grpc.http2.lookahead_bytes", read_ahead_bytes), ("grpc.http2.bdp_probe", 0))
+        if read_ahead_bytes
+        else ()
+    )
     return (
+        *window,
         # A client has a connection of its own: by default all channels to one address share one.
         ("grpc.use_local_subchannel_pool", 1),
         # While a call waits, an agent that has vanished without closing its connection is found.

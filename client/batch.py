@@ -34,6 +34,8 @@ class Batch:
     rows: str = ""
     """What the rows are, by the contract's field for them as messages: `syscall_stats`,
     `syscall_calls`, `tcp_peers`; empty where there are none."""
+    wire: bytes = b""
+    """The whole batch as the agent sent it."""
 
     @classmethod
     def parse(cls, wire: bytes) -> Self:
@@ -41,7 +43,7 @@ class Batch:
         `ContractError`."""
         parts = split(wire)
         rows = (parts.field.same_as or parts.field.name) if parts.field else ""
-        return cls(parts.message, parts.events, parts.columns, rows)
+        return cls(parts.message, parts.events, parts.columns, rows, wire)
 
     def __repr__(self) -> str:
         numbers = f"first_seq={self.first_seq}, last_seq={self.last_seq}, count={self.count}"

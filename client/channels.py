@@ -17,9 +17,10 @@ from coral.client.tls import Tls
 class Channels:
     """To ADDRESS, with TLS if it is not a unix socket's. Make it on the running loop."""
 
-    def __init__(self, address: str, tls: Tls | None) -> None:
+    def __init__(self, address: str, tls: Tls | None, read_ahead_bytes: int | None = None) -> None:
         """Raises ValueError for files that cannot be used."""
         self._address = address
+        self._options = channel_options(address, read_ahead_bytes)
         self._tls = None if is_unix(address) else tls
         self._seen = self._tls.signature() if self._tls else ()
         self._calls: dict[grpc.aio.Channel, int] = {}
@@ -51,7 +52,7 @@ class Channels:
         self._calls.clear()
 
     def _made(self) -> grpc.aio.Channel:
-        options: tuple[tuple[str, int | str], ...] = channel_options(self._address)
+        options: tuple[tuple[str, int | str], ...] = self._options
         if self._tls:
             if self._tls.server_name:
                 options = (*options, ("grpc.ssl_target_name_override", self._tls.server_name))

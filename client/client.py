@@ -76,7 +76,8 @@ class AgentClient:
     socket. TOKEN is the agent's, by default the environment's CORAL_TOKEN. TLS is for `HOST:PORT`,
     by default what the environment's CORAL_TLS_* say. A call that the agent has not answered after
     TIMEOUT_S raises `DeadlineExceededError`. RETRY says how streams and watches reconnect; calls
-    with one answer are never repeated.
+    with one answer are never repeated. READ_AHEAD_BYTES is how much of each stream is buffered
+    while it is not read; by default gRPC decides, up to some megabytes.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class AgentClient:
         tls: Tls | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry: Retry = DEFAULT_RETRY,
+        read_ahead_bytes: int | None = None,
     ) -> None:
         with building_a_request():
             tls = tls.checked() if tls else Tls.from_environment()
@@ -95,11 +97,12 @@ class AgentClient:
         self._tls = None if is_unix(self.address) else tls
         self.timeout_s = timeout_s
         self.retry = retry
+        self._read_ahead_bytes = read_ahead_bytes
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def __aenter__(self) -> Self:
         with building_a_request():
-            self._channels = Channels(self.address, self._tls)
+            self._channels = Channels(self.address, self._tls, self._read_ahead_bytes)
         return self
 
     async def __aexit__(

@@ -6,11 +6,12 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from coral.client.address import ENV_ADDRESS, ENV_TOKEN, is_unix
+from coral.client.address import ENV_ADDRESS, ENV_COLONY, ENV_TOKEN, is_unix
 from coral.client.tls import Tls, failure
 
 if TYPE_CHECKING:
@@ -110,9 +111,23 @@ _TYPES: Final[Mapping[grpc.StatusCode, type[AgentError]]] = {
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
 }
 
-_START_ONE: Final = (
-    f"start one with `coral agent`, or name its address with --agent or {ENV_ADDRESS}"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who was called, in messages: its name, and what to do where none answers."""
+
+    name: str
+    start_one: str
+
+
+AGENT: Final = Peer(
+    "agent", f"start one with `coral agent`, or name its address with --agent or {ENV_ADDRESS}"
 )
+COLONY: Final = Peer(
+    "colony", f"start one with `coral colony`, or name its address with --colony or {ENV_COLONY}"
+)
+
 # gRPC reports why it could not connect as text alone, which ends in the system's own words.
 _CANNOT_CONNECT: Final = (
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ECONNREFUSED, errno.ENOTSOCK),
@@ -131,15 +146,16 @@ def error_of(
     timeout_s: float,
     *,
     tls: Tls | None = None,
+    peer: Peer = AGENT,
 ) -> AgentError:
-    """The error for a call of METHOD that failed with CODE and DETAILS."""
+    """The error for a call of METHOD of PEER that failed with CODE and DETAILS."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        message = f"the agent at {address} did not answer {method} within {timeout_s:g} s"
+        message = f"the {peer.name} at {address} did not answer {method} within {timeout_s:g} s"
         return DeadlineExceededError(code, message)
     if code is grpc.StatusCode.UNAVAILABLE:
-        if why := failure(details, address, tls):
+        if why := failure(details, address, tls, peer.name):
             return TlsError(code, why)
-        return _unreachable(code, details, address)
+        return _unreachable(code, details, address, peer)
     cut = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     if cut and any(sign in details for sign in _CUT):
         return _lost(details, address)
@@ -149,7 +165,9 @@ def error_of(
     return _TYPES.get(code, AgentError)(code, message)
 
 
-def _unreachable(code: grpc.StatusCode, details: str, address: str) -> AgentError:
+def _unreachable(
+    code: grpc.StatusCode, details: str, address: str, peer: Peer
+) -> AgentError:
     found = next((n for n in _CANNOT_CONNECT if os.strerror(n) in details), None)
     if found in (errno.EACCES, errno.EPERM) and is_unix(address):
         return PermissionDeniedError(
@@ -158,12 +176,16 @@ def _unreachable(code: grpc.StatusCode, details: str, address: str) -> AgentErro
             "socket's owner, usually root",
         )
     if any(sign in details for sign in _CANNOT_RESOLVE):
-        return UnavailableError(code, f"no agent answers at {address} (no such host): {_START_ONE}")
+        return UnavailableError(
+            code, f"no {peer.name} answers at {address} (no such host): {peer.start_one}"
+        )
     if found is None:
         return _lost(details, address)
     reason = os.strerror(found)
     reason = reason[0].lower() + reason[1:]
-    return UnavailableError(code, f"no agent answers at {address} ({reason}): {_START_ONE}")
+    return UnavailableError(
+        code, f"no {peer.name} answers at {address} ({reason}): {peer.start_one}"
+    )
 
 
 def _lost(details: str, address: str) -> ConnectionLostError:

@@ -148,13 +148,13 @@ REFUSED: Final = "Unwrap failed (TSI_DATA_CORRUPTED)"
 """How gRPC reports an agent's alert after its part of a handshake of TLS 1.3."""
 
 
-def failure(details: str, address: str, tls: Tls | None) -> str:
+def failure(details: str, address: str, tls: Tls | None, peer: str = "agent") -> str:
     """What gRPC's DETAILS on a connection to ADDRESS that failed mean, where TLS is what failed;
     else an empty text."""
     if tls is None:
         speaks_tls = "http1.x server" in details
         wants = f"it speaks TLS: give --tls-ca, or {ENV_CA}"
-        return f"the agent at {address} does not answer: {wants}" if speaks_tls else ""
+        return f"the {peer} at {address} does not answer: {wants}" if speaks_tls else ""
     reason = ""
     if "CERTIFICATE_VERIFY_FAILED" in details:
         words = details.partition("CERTIFICATE_VERIFY_FAILED:")[2].split(":")[0].strip()

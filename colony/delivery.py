@@ -14,6 +14,15 @@ AGENT_LOST: Final = "agent_lost"
 can know of it, so the contract's `Loss.Stage` does not have it."""
 
 
+class SequenceError(Exception):
+    """A delivery does not follow on what is kept of its session: events would be counted twice, or
+    never. Subscribe again after `expected_seq`."""
+
+    def __init__(self, text: str, expected_seq: int) -> None:
+        super().__init__(text)
+        self.expected_seq = expected_seq
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """One session of one agent. `attributes` are those of its pods, by OpenTelemetry's names."""
@@ -86,3 +95,28 @@ class Standing:
     lost: Mapping[str, int] = field(default_factory=dict)
     lost_in_kernel: Mapping[str, int] = field(default_factory=dict)
     ended: Ended | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSeen:
+    """How an agent fares: its place, what it is, whether it is followed, or why not."""
+
+    agent_id: str
+    address: str
+    seen_ns: int
+    connected: bool
+    version: str = ""
+    kernel: str = ""
+    detail: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Between two Unix times an agent could not be followed, and may have seen what nobody knows
+    of. A gap that goes on comes again, with the same `from_ns` and a later `to_ns`."""
+
+    agent_id: str
+    from_ns: int
+    to_ns: int
+    why: str

@@ -124,6 +124,20 @@ class Authority:
         builder = builder.add_extension(x509.ExtendedKeyUsage(uses), False)
         return Pair(builder.sign(self.key, SHA256()), key, self.between)
 
+    def revoke(self, *pairs: Pair, days: float = 1) -> bytes:
+        """The list of revoked certificates, PAIRS, in PEM; with negative DAYS it has expired."""
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.name)
+            .last_update(now - 30 * DAY)
+            .next_update(now + timedelta(days=days))
+        )
+        for pair in pairs:
+            revoked = x509.RevokedCertificateBuilder().serial_number(pair.serial)
+            builder = builder.add_revoked_certificate(revoked.revocation_date(now - DAY).build())
+        return builder.sign(self.key, SHA256()).public_bytes(Encoding.PEM)
+
     @staticmethod
     def _builder(
         subject: x509.Name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ from tests.support import ROOT
 
 PODS: Final = ("CAP_BPF", "CAP_PERFMON")
 SERVICES: Final = (*PODS, "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "CAP_IPC_LOCK")
-_CACHE: Final = ROOT / "build/image/cache"
+CACHE: Final = ROOT / "build/image/cache"
 # A cgroup v2 hierarchy alone, as on a machine that has booted with it.
 _PURE_V2: Final = (
     *("unshare", "--mount", "sh", "-ec"),
@@ -31,6 +32,8 @@ class Built:
     """What one build wrote to its directory."""
 
     directory: Path
+    is_locked: bool = True
+    """Whether Debian's packages are those of the lock; the mirrors may have newer ones by now."""
 
     @property
     def archive(self) -> Path:
@@ -65,16 +68,25 @@ def _path(digest: str) -> str:
     return f"blobs/{digest.replace(':', '/')}"
 
 
-def build(directory: Path, key: Path, umask: int = 0o022) -> Built:
-    """Builds the image and the Debian package into DIRECTORY, signed by KEY. What apt and pip
-    fetched for the last build serves the next."""
-    command = (sys.executable, "-P", "-m", "deploy.image", "image", "deb")
-    where = ("--output", directory, "--key", key, "--cache", _CACHE)
-    done = subprocess.run(
-        [*command, *where], capture_output=True, text=True, check=False, umask=umask
-    )
+def build(
+    directory: Path, key: Path, umask: int = 0o022, machine: str = platform.machine()
+) -> Built:
+    """Builds the image and the Debian package for MACHINE into DIRECTORY, signed by KEY. What apt
+    and pip fetched for the last build serves the next."""
+    command = [sys.executable, "-P", "-m", "deploy.image", "image", "deb", "--machine", machine]
+    command += ["--output", str(directory), "--key", str(key), "--cache", str(CACHE)]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options], capture_output=True, text=True, check=False, umask=umask
+        )
+
+    done = run()
+    is_locked = "make image-lock" not in done.stderr
+    if not is_locked:
+        done = run("--newest")
     assert done.returncode == 0, done.stderr
-    return Built(directory)
+    return Built(directory, is_locked)
 
 
 def run(

@@ -12,15 +12,17 @@ from typing import Final, Self
 import structlog
 
 from coral.agent.config_otlp import Otlp
-from coral.agent.otlp import metrics, spans
+from coral.agent.otlp import spans
+from coral.agent.otlp.receiver import transport
 from coral.agent.otlp.resource import Resource
-from coral.agent.otlp.transport import NotAcceptedError, transport
 from coral.agent.serving.prometheus import Registry
 from coral.agent.sessions.background import Backoff, keep_going
 from coral.agent.sessions.labels import whole_label
 from coral.agent.sessions.session import Session
 from coral.collectors.contract import Batch
 from coral.collectors.runner import in_thread
+from coral.wire.otlp import metrics
+from coral.wire.posting import NotAcceptedError
 from coral.wire.text import safe
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.otlp")

@@ -10,7 +10,7 @@ from typing import Final
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
 from opentelemetry.proto.resource.v1 import resource_pb2
 
-from coral.collectors.series import Service
+from coral.wire.series import Service
 
 _AGENT: Final = "coral-agent"
 

@@ -10,7 +10,7 @@ import re
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 _MOST_NAMES: Final = 64
 _MOST_SPIFFE_BYTES: Final = 2048
@@ -49,6 +49,24 @@ class Certificate:
     """Who the client is, the most specific first: `spiffe://td/path`, `subject:CN=…`, `dns:…`."""
     chain: frozenset[bytes]
     """SHA-256 of each certificate of the verified chain, the client's own and the authority's."""
+
+
+class Distrusted(NamedTuple):
+    """What is trusted no more."""
+
+    authorities: frozenset[bytes] = frozenset()
+    """SHA-256 of certificates that vouched for others."""
+    serials: frozenset[int] = frozenset()
+    """Of clients' certificates. Another authority may have given the same number: its client loses
+    a connection, and gets the next one."""
+
+    def reason(self, certificate: Certificate) -> str:
+        """Why CERTIFICATE is not accepted any more; empty if it is."""
+        if certificate.chain & self.authorities:
+            return "its authority is trusted no more"
+        if self.serials and int(certificate.serial or "0", 16) in self.serials:
+            return "its certificate was revoked"
+        return ""
 
 
 def certificate_of(

@@ -41,7 +41,8 @@ class TlsCounts:
     reloads: int = 0
     failures: int = 0
     expiries_s: dict[str, float] = field(default_factory=dict)
-    """When the `certificate` and the last of the `client_ca` in use expire, in Unix seconds."""
+    """When the `certificate`, the last of the `client_ca` and the first of the `client_crl` in use
+    expire, in Unix seconds."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import os
 import re
 import ssl
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from coral.agent.files import read_with_mode
-from coral.agent.serving.certificates import digests
+from coral.agent.serving import revocation
+from coral.agent.serving.certificates import Distrusted, digests
 
 Verify = Literal["require", "request", "none"]
 
@@ -90,11 +92,12 @@ class Sources:
     """Of ALPN, RFC 7301."""
     least: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2
     most: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED
+    client_crl: Source | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files."""
-        found = (self.certificate, self.key, self.client_ca)
+        found = (self.certificate, self.key, self.client_ca, self.client_crl)
         return tuple(each.path for each in found if each and each.path)
 
 
@@ -108,7 +111,16 @@ class Credentials:
     authorities: frozenset[bytes]
     """SHA-256 of each certificate that clients' certificates may be signed by."""
     expiries_s: tuple[tuple[str, float], ...]
-    """When the `certificate` expires, and the last of the `client_ca`, in Unix seconds."""
+    """When the `certificate` expires, the last of the `client_ca`, and the first of the
+    `client_crl`, in Unix seconds."""
+    revoked: frozenset[int] = frozenset()
+    """The serial numbers of clients' certificates that are refused."""
+
+    def distrusted_since(self, before: Credentials) -> Distrusted:
+        """What was accepted with those BEFORE, and is not with these."""
+        if before is self:
+            return Distrusted()
+        return Distrusted(before.authorities - self.authorities, self.revoked - before.revoked)
 
 
 def load(sources: Sources) -> Credentials:
@@ -122,8 +134,12 @@ def load(sources: Sources) -> Credentials:
     if sources.client_ca:
         authorities, last_s = _load_authorities(context, sources.client_ca)
         expiries_s.append(("client_ca", last_s))
+    revoked: frozenset[int] = frozenset()
+    if sources.client_crl:
+        revoked, first_s = _load_revoked(context, sources.client_crl)
+        expiries_s += [("client_crl", first_s)] if first_s else []
     context.verify_mode = _VERIFY[sources.client_certificates]
-    return Credentials(context, serial, authorities, tuple(expiries_s))
+    return Credentials(context, serial, authorities, tuple(expiries_s), revoked)
 
 
 def _context(sources: Sources) -> ssl.SSLContext:
@@ -223,6 +239,29 @@ def _load_authorities(context: ssl.SSLContext, source: Source) -> tuple[frozense
         source.refuse("it has no certificate of an authority (basicConstraints CA:TRUE)")
     last_s = max(ssl.cert_time_to_seconds(str(each["notAfter"])) for each in known)
     return digests(ssl.PEM_cert_to_DER_cert(each) for each in found), float(last_s)
+
+
+def _load_revoked(context: ssl.SSLContext, source: Source) -> tuple[frozenset[int], float | None]:
+    """The serial numbers that lists revoke, and when the first of the lists expires, in Unix
+    seconds: from then on OpenSSL refuses all certificates of its authority, so that one that has
+    expired is not begun with."""
+    found = revocation.lists_in(source.read())
+    if not found:
+        source.refuse("it has no list of revoked certificates in PEM (X509 CRL)")
+    try:
+        lists = [revocation.parse(each) for each in found]
+        # The lists alone: OpenSSL would trust any certificate beside them as an authority.
+        with _as_file(b"".join(found)) as path:
+            context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        source.refuse(error.reason or str(error))
+    except ValueError as error:
+        source.refuse(f"it is no list of revoked certificates: {error}")
+    first_s = min((it.next_update_s for it in lists if it.next_update_s is not None), default=None)
+    if first_s is not None and first_s < time.time():
+        source.refuse("a list in it has expired: ask its authority for a new one")
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return frozenset().union(*(it.serials for it in lists)), first_s
 
 
 def _text(content: bytes) -> str:

@@ -16,7 +16,7 @@ from typing import Final
 
 from prometheus_client import Metric
 
-from coral.collectors.series import Service, le
+from coral.wire.series import Service, le
 
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"

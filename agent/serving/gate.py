@@ -21,6 +21,7 @@ import structlog
 from coral.agent.caller import Trust
 from coral.agent.config import Limits
 from coral.agent.rate import Bucket
+from coral.agent.serving.certificates import Distrusted
 from coral.agent.serving.counts import STALLED, ConnectionCounts
 from coral.agent.serving.http2 import goaway
 from coral.agent.serving.listening import Listener, Origin
@@ -229,13 +230,13 @@ class Side:
             self._handshakes.spend(1, now_s)
         return wait_s
 
-    def distrust(self, removed: frozenset[bytes]) -> None:
-        """Closes the connections whose clients were verified by one of the certificates with the
-        digests REMOVED. Their clients come back if another authority vouches for them."""
+    def distrust(self, distrusted: Distrusted) -> None:
+        """Closes the connections whose certificates are DISTRUSTED. Their clients come back with
+        others."""
         for connection in tuple(self.connections):
             certificate = connection.origin.certificate
-            if certificate and certificate.chain & removed:
-                connection.detail = "its authority is trusted no more"
+            if certificate and (why := distrusted.reason(certificate)):
+                connection.detail = why
                 connection.close("certificate")
 
     # Time.

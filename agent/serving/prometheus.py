@@ -299,8 +299,8 @@ class _AgentMetrics:
         labels = ("listener",)
         expiry = GaugeMetricFamily(
             "coral_tls_certificate_expiry_timestamp_seconds",
-            "When the certificate that the agent shows expires, and the last of the authorities of "
-            "clients, of what is in use.",
+            "When the certificate that the agent shows expires, the last of the authorities of "
+            "clients, and the first of their lists of revoked certificates, of what is in use.",
             labels=(*labels, "file"),
         )
         reloads = CounterMetricFamily(

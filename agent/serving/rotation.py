@@ -14,6 +14,7 @@ from typing import Final, Generic, TypeVar
 import structlog
 
 from coral.agent.config import Config, ConfigError
+from coral.agent.serving.certificates import Distrusted
 from coral.agent.serving.counts import TlsCounts
 from coral.agent.serving.credentials import Credentials, CredentialsError, Source, Sources, load
 from coral.agent.sessions.background import keep_going
@@ -114,8 +115,8 @@ class Rotation(Watched[Credentials]):
         self.is_due()
         self.current = self.read()
         self.counts.expiries_s = dict(self.current.expiries_s)
-        self.changed: Callable[[frozenset[bytes]], None] = _ignore
-        """Called with the digests of authorities that are trusted no more, after each change."""
+        self.changed: Callable[[Distrusted], None] = _ignore
+        """Called with what is trusted no more, after each change."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -128,14 +129,15 @@ class Rotation(Watched[Credentials]):
 
     def use(self, read: Credentials) -> None:
         """New connections are made with what was READ."""
-        removed = self.current.authorities - read.authorities
+        distrusted = read.distrusted_since(self.current)
         self.current = read
         self.counts.expiries_s = dict(read.expiries_s)
         log.info(
             "files of TLS were read again", listener=self.listener, serial=read.serial,
-            authorities=len(read.authorities), removed=len(removed),
+            authorities=len(read.authorities), removed=len(distrusted.authorities),
+            revoked=len(read.revoked),
         )  # fmt: skip
-        self.changed(removed)
+        self.changed(distrusted)
 
 
 def signature(paths: tuple[Path, ...]) -> Signature:
@@ -151,8 +153,8 @@ def signature(paths: tuple[Path, ...]) -> Signature:
     return tuple(found)
 
 
-def _ignore(_removed: frozenset[bytes]) -> None:
-    """No connection depends on an authority."""
+def _ignore(_distrusted: Distrusted) -> None:
+    """No connection depends on what is trusted."""
 
 
 def read_tls(config: Config) -> Rotation | None:
@@ -166,6 +168,7 @@ def read_tls(config: Config) -> Rotation | None:
         Source("tls.client_ca", Path(tls.client_ca)) if tls.client_ca else None,
         tls.client_certificates,
         protocols=("h2",),
+        client_crl=Source("tls.client_crl", Path(tls.client_crl)) if tls.client_crl else None,
     )
     try:
         return Rotation("grpc", sources)

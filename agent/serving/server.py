@@ -18,6 +18,7 @@ from coral.agent.access.tokens import Tokens
 from coral.agent.config import Config, ConfigError, Limits
 from coral.agent.serving.caller import Callers
 from coral.agent.serving.calls import Quotas, handlers
+from coral.agent.serving.certificates import Distrusted
 from coral.agent.serving.counts import Counts
 from coral.agent.serving.door import Door
 from coral.agent.serving.gate import Side, use_all_descriptors
@@ -86,9 +87,9 @@ class Server:
             if listener.kind == "tcp":
                 log.warning(warning, address=listener.address)
 
-    def _distrust(self, removed: frozenset[bytes]) -> None:
+    def _distrust(self, distrusted: Distrusted) -> None:
         for server in self._servers:
-            server.side.distrust(removed)
+            server.side.distrust(distrusted)
 
     def set_ready(self, *, ready: bool) -> None:
         """Whether the service is ready, for health checks."""

@@ -56,15 +56,14 @@ class TlsSession:
         return True
 
     def certificate(self) -> Certificate | None:
-        """The client's, after the handshake, if it has sent one. Raises SSLError where it was
-        verified by an authority that is trusted no more."""
+        """The client's, after the handshake, if it has sent one. Raises SSLError where it is
+        trusted no more since the handshake began."""
         found = self._tls.getpeercert()
         if not found:
             return None
         certificate = certificate_of(found, self._tls.version() or "", _verified_chain(self._tls))
-        removed = self._credentials.authorities - self._rotation.current.authorities
-        if certificate.chain & removed:
-            raise ssl.SSLError(0, "the authority of the certificate is trusted no more")
+        if why := self._rotation.current.distrusted_since(self._credentials).reason(certificate):
+            raise ssl.SSLError(0, why)
         return certificate
 
     def open(self, data: memoryview, into: memoryview) -> memoryview:

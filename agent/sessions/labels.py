@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from coral.agent.sessions.session import Session
-from coral.collectors.series import Service
+from coral.wire.series import Service
 
 _NAMESPACE: Final = ("k8s.namespace.name", "service.namespace")
 _KIND: Final = "k8s.workload.kind"

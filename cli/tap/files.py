@@ -34,7 +34,7 @@ class Output:
         if self.path and self.format:
             with _uncollected():
                 content = self.format.content(story, session)
-            _replace(self.path, content)
+            replace_file(self.path, content)
 
 
 def output_option(views: Iterable[View]) -> Callable[[Any], Any]:
@@ -81,7 +81,7 @@ def parse_output(text: str, view: View, views: Mapping[int, View]) -> Output:
     for form in view.files:
         if name.endswith(form.suffix) and name != form.suffix:
             path = Path(os.path.realpath(text))
-            _check(text, path)
+            check_path(text, path)
             return Output(path=path, format=form)
     suffixes = one_of([it.suffix for it in view.files])
     raise click.UsageError(f"-o {text}: give {accepted}, or a file whose name ends with {suffixes}")
@@ -91,7 +91,7 @@ def _is_path(text: str) -> bool:
     return "." in text or "/" in text
 
 
-def _check(text: str, path: Path) -> None:
+def check_path(text: str, path: Path) -> None:
     """Raises a usage error where PATH, without links, cannot be written. What is no regular file, a
     pipe or a device, would be replaced by one."""
     try:
@@ -120,7 +120,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Writes CONTENT to PATH. Another process sees what was there before, or all of it."""
     beside = path.with_name(f".coral-{secrets.token_hex(8)}")
     try:

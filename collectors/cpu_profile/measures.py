@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from coral.collectors.contract import Batch, EventRows, Measures
 from coral.collectors.cpu_profile.naming import CODES
 from coral.collectors.cpu_profile.ragged import Ragged
-from coral.collectors.series import SeriesTable
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.series import SeriesTable
 
 _OTHER: Final = "other"
 _UNKNOWN: Final = "[unknown]"  # in no module

@@ -24,9 +24,9 @@ from coral.collectors.http_latency.summaries import (
     role_text,
 )
 from coral.collectors.http_latency.unread import WHAT
-from coral.collectors.series import SeriesTable, le
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.http import BOUNDS_NS
+from coral.wire.series import SeriesTable, le
 
 _UNREAD_LABELS: Final = ("service", "reason")
 _LABELS: Final = (

@@ -12,7 +12,6 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from coral.collectors.columns import group, sum_by_group
 from coral.collectors.contract import Batch, EventRows, Measures
-from coral.collectors.series import SeriesTable, le
 from coral.collectors.syscall_stats import errno_class
 from coral.collectors.syscall_stats.counters import (
     COLUMNS,
@@ -22,6 +21,7 @@ from coral.collectors.syscall_stats.counters import (
     TOTAL_NS,
 )
 from coral.collectors.syscall_stats.rows import OTHER
+from coral.wire.series import SeriesTable, le
 
 # Upper bounds of the Prometheus histogram, as exponents of two, in ns: 256 ns to 17 s, times four.
 _BUCKET_EXPONENTS: Final = tuple(range(8, 35, 2))

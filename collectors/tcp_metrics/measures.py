@@ -16,10 +16,10 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from coral.collectors.columns import group, sum_by_group
 from coral.collectors.contract import Batch, EventRows, Measures
-from coral.collectors.series import SeriesTable, le
 from coral.collectors.tcp_metrics.connections import BOUNDS_US, NAMES
 from coral.collectors.tcp_metrics.names import OTHER
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.series import SeriesTable, le
 
 Columns = Mapping[str, NDArray[Any]]
 

@@ -1,4 +1,4 @@
-"""`python -P -m deploy.image [image] [deb] [--output DIRECTORY] [--key FILE]`: makes the image and
+"""`python -P -m deploy.image [image] [deb] [--machine MACHINE] [--key FILE]`: makes the image and
 what belongs to it, the Debian package, or both."""
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ def main() -> None:
     """Parses the command line and makes what it asks for."""
     parser = argparse.ArgumentParser(prog="deploy.image", description=__doc__)
     parser.add_argument("what", nargs="+", choices=("image", "deb"), help="what to make")
-    parser.add_argument("--output", type=Path, default=_BUILD, help="where to (build/image)")
+    parser.add_argument(
+        "--machine", default=platform.machine(), choices=oci.ARCHITECTURES,
+        help="the processor that it is for (this machine's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path,
+        help="where to (build/image; for another processor build/image/MACHINE)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--newest", action="store_true",
+        help="take Debian's packages in the versions that apt has now, not those in debian.lock",
+    )  # fmt: skip
     parser.add_argument("--cache", type=Path, default=_BUILD / "cache", help="packages, wheels")
     parser.add_argument(
         "--key", type=Path, default=_BUILD / "keys/coral.pem",
@@ -32,19 +43,24 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--name", default=_REPOSITORY, help=f"the repository ({_REPOSITORY})")
     given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
+    machine: str = given.machine
+    own = _BUILD if machine == platform.machine() else _BUILD / machine
+    output: Path = given.output or own
+    output.mkdir(parents=True, exist_ok=True)
     key = signing.key_at(given.key)
     with tempfile.TemporaryDirectory() as work:
-        own = environment.wheel(Path(work))
-        version = own.name.split("-")[1]
+        wheel = environment.wheel(Path(work), machine)
+        version = wheel.name.split("-")[1]
         root = Path(work, "root")
-        environment.install(root, [own, *environment.fetch(given.cache / "wheels")], key)
+        others = environment.fetch(given.cache / "wheels" / machine, machine)
+        environment.install(root, [wheel, *others], key)
         environment.compile_modules(root, PACKAGES)
         if "deb" in given.what:
-            made = deb.build(root, Path(work, "deb"), version, given.output)
+            made = deb.build(root, Path(work, "deb"), version, machine, output)
             print(f"{made.name}: {made.stat().st_size / 1e6:.1f} MB")
         if "image" in given.what:
-            _write(_image(root, f"{given.name}:{version}", given.cache), given.output, key)
+            packages = debian.fetch(given.cache, machine, newest=given.newest)
+            _write(_image(root, f"{given.name}:{version}", machine, packages), output, key)
 
 
 class Made(NamedTuple):
@@ -55,10 +71,10 @@ class Made(NamedTuple):
     parts: Sequence[bill.Component]
 
 
-def _image(root: Path, name: str, cache: Path) -> Made:
-    """The image NAME of our environment in ROOT and Debian's packages."""
+def _image(root: Path, name: str, machine: str, packages: Sequence[Path]) -> Made:
+    """The image NAME, for MACHINE, of our environment in ROOT and Debian's PACKAGES."""
     debian.lay_out(root)
-    for package in debian.fetch(cache / "debian"):
+    for package in packages:
         debian.unpack(package, root)
     if missing := debian.unresolved(root, needed):
         raise SystemExit("libraries are missing from the image:\n" + "\n".join(missing))
@@ -71,7 +87,7 @@ def _image(root: Path, name: str, cache: Path) -> Made:
         "org.opencontainers.image.base.name": "scratch",
     }
     made = oci.image(
-        name, content, platform.machine(), labels,
+        name, content, machine, labels,
         entrypoint=["/usr/bin/coral"], command=["agent", "--log-format", "json"],
     )  # fmt: skip
     return Made(made, content, bill.components(root, root / PACKAGES))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,7 +26,7 @@ Description: eBPF collectors that run on request and stream over gRPC
  The agent loads signed eBPF programs into the kernel, for a limited time, and streams
  what they see: system calls, TCP connections, HTTP requests, CPU profiles.
 """
-_CONFIGURATION: Final = "# See coral-agent's docs/configuration.md; each key has a default.\n{}\n"
+_CONFIGURATION: Final = "# See coral-agent's docs/configuration.md; each key has a default.\n"
 # Installing does not start it: what may load programs into the kernel is started by a person.
 _POSTINST: Final = """\
 #!/bin/sh
@@ -42,6 +41,17 @@ _PRERM: Final = """\
 set -e
 if [ "$1" = remove ] && [ -d /run/systemd/system ]; then
 	systemctl --no-reload disable --now coral-agent.service >/dev/null || true
+fi
+"""
+# What the agent keeps is in /var/cache/private, as its user is made anew at each start.
+_POSTRM: Final = """\
+#!/bin/sh
+set -e
+if [ -d /run/systemd/system ]; then
+	systemctl --system daemon-reload >/dev/null || true
+fi
+if [ "$1" = purge ]; then
+	rm -rf /var/cache/private/coral /var/cache/coral
 fi
 """
 
@@ -61,9 +71,9 @@ def unit() -> str:
     )
 
 
-def build(environment: Path, root: Path, version: str, output: Path) -> Path:
-    """Makes the package of the tree ENVIRONMENT in OUTPUT, by way of a copy in ROOT: the same bytes
-    for the same files."""
+def build(environment: Path, root: Path, version: str, machine: str, output: Path) -> Path:
+    """Makes the package of the tree ENVIRONMENT, which is for MACHINE, in OUTPUT, by way of a copy
+    in ROOT: the same bytes for the same files."""
     shutil.copytree(environment, root, symlinks=True)
     for path, content in (
         (root / "lib/systemd/system/coral-agent.service", unit()),
@@ -79,7 +89,7 @@ def build(environment: Path, root: Path, version: str, output: Path) -> Path:
     control = root / "DEBIAN"
     control.mkdir()
     control.chmod(0o755)
-    architecture = ARCHITECTURES[platform.machine()]
+    architecture = ARCHITECTURES[machine]
     kib = sum(path.stat().st_size + 1023 >> 10 for path in files)
     for name, content in (
         ("control", _CONTROL.format(version=version, architecture=architecture, kib=kib)),
@@ -87,6 +97,7 @@ def build(environment: Path, root: Path, version: str, output: Path) -> Path:
         ("md5sums", "".join(f"{_md5(path)}  {path.relative_to(root)}\n" for path in files)),
         ("postinst", _POSTINST),
         ("prerm", _PRERM),
+        ("postrm", _POSTRM),
     ):
         (control / name).write_text(content)
         (control / name).chmod(0o755 if content.startswith("#!") else 0o644)

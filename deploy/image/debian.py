@@ -4,9 +4,6 @@ load. Packages are unpacked, never installed, so no script of theirs runs."""
 from __future__ import annotations
 
 import io
-import platform
-import re
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -14,7 +11,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
-MULTIARCH: Final = f"{platform.machine()}-linux-gnu"
+from deploy.image.apt import AptError, Locked, Mirror
+from deploy.image.oci import ARCHITECTURES
+
+LOCK: Final = Path(__file__).with_name("debian.lock")
 PYTHON: Final = "python3.11"
 
 # No shell, no package manager, no certificates: whoever checks certificates names a file of them.
@@ -36,6 +36,11 @@ PACKAGES: Final = (
     "zlib1g",
 )
 
+_REMEDY: Final = (
+    "run `apt-get update`; where the mirrors have newer versions by now, make the lock anew by "
+    "`make image-lock`, or build once with --newest"
+)
+
 # Of base-files, only what names the system.
 _ONLY: Final = {"base-files": ("usr/lib/os-release", "etc/os-release", "etc/debian_version")}
 _DYNLOAD: Final = f"usr/lib/{PYTHON}/lib-dynload"
@@ -50,15 +55,15 @@ _LEFT_OUT: Final = (
     "usr/share/doc/*/changelog*",
     "usr/share/doc/*/NEWS*",
     "usr/share/doc/*/README*",
-    f"usr/lib/{MULTIARCH}/gconv/*",  # conversions of iconv, which Python does not use
-    f"usr/lib/{MULTIARCH}/perl*",
+    "usr/lib/*-linux-gnu/gconv/*",  # conversions of iconv, which Python does not use
+    "usr/lib/*-linux-gnu/perl*",
     f"usr/lib/{PYTHON}/sitecustomize.py",  # a link to a file of another package
     *(
         f"usr/lib/{PYTHON}/{name}"
         for name in (
             *("EXTERNALLY-MANAGED", "__phello__/*", "ensurepip/*", "idlelib/*", "lib2to3/*"),
             *("pydoc_data/*", "sqlite3/*", "test/*", "tkinter/*", "turtle*", "venv/*", "dbm/*"),
-            *("curses/*", "distutils/*", f"config-3.11-{MULTIARCH}/*", "xmlrpc/*"),
+            *("curses/*", "distutils/*", "config-3.11-*", "xmlrpc/*"),
         )
     ),
     # Modules whose libraries are left out, and those of the interpreter's own tests.
@@ -74,37 +79,22 @@ _LEFT_OUT: Final = (
 )  # fmt: skip
 
 
-def fetch(cache: Path) -> list[Path]:
-    """The packages, as apt knows them now, in CACHE. A package that is there in the version that
-    apt would take is not fetched again."""
-    cache.mkdir(parents=True, exist_ok=True)
-    found = {name: cache / f"{name}.deb" for name in PACKAGES}
-    wanted = _candidates()
-    missing = [
-        name
-        for name, path in found.items()
-        if not path.exists() or _field(path, "Version") != wanted[name]
-    ]
-    if missing:
-        into = cache / "partial"
-        shutil.rmtree(into, ignore_errors=True)
-        into.mkdir()
-        _run("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *missing, cwd=into)
-        for path in into.glob("*.deb"):
-            path.rename(found[_field(path, "Package")])
-    return list(found.values())
+def locked(machine: str) -> list[Locked]:
+    """The packages of LOCK for MACHINE."""
+    lines = (line.split() for line in LOCK.read_text().splitlines() if not line.startswith("#"))
+    architecture = ARCHITECTURES[machine]
+    return [it for it in map(Locked._make, lines) if it.architecture == architecture]
 
 
-def _candidates() -> dict[str, str]:
-    """The version of each package that apt would install."""
-    said = _run("apt-cache", "policy", *PACKAGES).decode()
-    versions = dict(re.findall(r"^(\S+):\n(?:  .*\n)*?  Candidate: (\S+)$", said, re.MULTILINE))
-    absent = [name for name in PACKAGES if versions.get(name, "(none)") == "(none)"]
-    if absent:
-        raise SystemExit(
-            f"apt does not know {', '.join(absent)}: run `apt-get update` on Debian 12"
-        )
-    return versions
+def fetch(cache: Path, machine: str, *, newest: bool = False) -> list[Path]:
+    """The packages of the lock for MACHINE, or, if the NEWEST are wanted, those that apt has now;
+    from CACHE or this machine's mirrors. Raises SystemExit."""
+    try:
+        mirror = Mirror(machine, cache / "apt")
+        wanted = mirror.newest(PACKAGES) if newest else locked(machine)
+        return mirror.fetch(wanted, cache / "debian")
+    except AptError as error:
+        raise SystemExit(f"{error}\n{_REMEDY}") from error
 
 
 def unpack(package: Path, root: Path) -> None:

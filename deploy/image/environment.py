@@ -19,6 +19,7 @@ from deploy.image.debian import PYTHON
 ROOT: Final = Path(__file__).resolve().parents[2]
 REQUIREMENTS: Final = Path(__file__).with_name("requirements.txt")
 HOME: Final = Path("usr/lib/coral")
+_GLIBC: Final = ("2_28", "2_27", "2_17")  # minor versions of the platforms that wheels name
 PACKAGES: Final = HOME / "lib" / PYTHON / "site-packages"
 
 # What the agent never reads: types and headers for compilers, tests, sources of extension modules.
@@ -45,9 +46,9 @@ sys.exit(not done)
 """
 
 
-def wheel(work: Path) -> Path:
-    """The wheel of this checkout, built from a copy: a build in place would exchange the programs
-    that an agent of this checkout may be loading."""
+def wheel(work: Path, machine: str) -> Path:
+    """The wheel of this checkout for MACHINE, built from a copy: a build in place would exchange
+    the programs that an agent of this checkout may be loading."""
     copy = work / "checkout"
     unneeded = (
         ".*",
@@ -65,19 +66,27 @@ def wheel(work: Path) -> Path:
     command = (sys.executable, "-P", "-m", "hatchling", "build", "-t", "wheel", "-d", str(work))
     subprocess.run(
         command, cwd=copy, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=_environment(SOURCE_DATE_EPOCH="315532800"),  # the first time that a zip can say
+        # The first time that a zip can say.
+        env=_environment(SOURCE_DATE_EPOCH="315532800", CORAL_BUILD_MACHINE=machine),
     )  # fmt: skip
     shutil.rmtree(copy)
     (built,) = work.glob("*.whl")
     return built
 
 
-def fetch(cache: Path) -> list[Path]:
-    """The wheels of requirements.txt in CACHE, each checked against its hash."""
+def tags(machine: str) -> tuple[str, ...]:
+    """Options for pip to choose wheels for Debian 12 on MACHINE, whatever this machine is."""
+    platforms = (f"--platform=manylinux_{version}_{machine}" for version in _GLIBC)
+    for_it = ("--only-binary=:all:", "--python-version=3.11", "--implementation=cp")
+    return (*for_it, *platforms, f"--platform=manylinux2014_{machine}")
+
+
+def fetch(cache: Path, machine: str) -> list[Path]:
+    """The wheels of requirements.txt for MACHINE in CACHE, each checked against its hash."""
     pip = (sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check")
-    exact = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--requirement", REQUIREMENTS)
+    exact = ("--no-deps", "--require-hashes", "--requirement", str(REQUIREMENTS))
     # What the cache has needs no network.
-    found = ("--find-links", cache, "--dest", cache)
+    found = (*tags(machine), "--find-links", str(cache), "--dest", str(cache))
     cache.mkdir(parents=True, exist_ok=True)
     offline = subprocess.run(
         [*pip, *exact, *found, "--no-index"], check=False, capture_output=True, text=True

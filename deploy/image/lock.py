@@ -1,5 +1,6 @@
-"""`python -P -m deploy.image.lock`: writes requirements.txt anew, with the newest versions that the
-project allows, and the hashes of their wheels for both processors."""
+"""`python -P -m deploy.image.lock`: writes requirements.txt and debian.lock anew, with the newest
+versions that the project allows and that apt has, and the hashes of their files for both
+processors. It needs the lists of packages of Debian 12: `apt-get update`."""
 
 from __future__ import annotations
 
@@ -13,18 +14,44 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Final
 
-from deploy.image.environment import REQUIREMENTS, ROOT
+from deploy.image import debian
+from deploy.image.apt import AptError, Mirror
+from deploy.image.environment import REQUIREMENTS, ROOT, tags
 from deploy.image.oci import ARCHITECTURES
 
 _HEAD: Final = """\
-# Made by `python -P -m deploy.image.lock`: what the image and the Debian package install, for
+# Made by `make image-lock`: what the image and the Debian package install, for
 # x86_64 and aarch64, so that the same sources make the same image.
 """
-_GLIBC: Final = ("2_28", "2_27", "2_17")  # minor versions of the platforms that wheels name
+_DEBIAN_HEAD: Final = """\
+# Made by `make image-lock`: Debian's packages in the image, with the SHA-256 of
+# their files, so that the same sources make the same image.
+"""
 
 
 def main() -> None:
-    """Asks pip, once for each processor, and writes what it would install."""
+    """Writes both files."""
+    try:
+        _lock_debian()
+    except AptError as error:
+        raise SystemExit(str(error)) from error
+    _lock_python()
+
+
+def _lock_debian() -> None:
+    """Asks apt, once for each processor."""
+    with tempfile.TemporaryDirectory() as state:
+        found = [
+            it
+            for machine in ARCHITECTURES
+            for it in Mirror(machine, Path(state)).newest(debian.PACKAGES)
+        ]
+    lines = (" ".join(it) + "\n" for it in sorted(found))
+    debian.LOCK.write_text(_DEBIAN_HEAD + "".join(lines))
+
+
+def _lock_python() -> None:
+    """Asks pip, once for each processor, what it would install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [requirement.partition(";")[0].strip() for requirement in project["dependencies"]]
     hashes = defaultdict[str, set[str]](set)
@@ -40,16 +67,11 @@ def main() -> None:
 
 def _resolved(wanted: list[str], machine: str) -> list[tuple[str, str]]:
     """What pip would install on MACHINE: `name==version`, and the hash of the wheel."""
-    platforms = [f"--platform=manylinux_{version}_{machine}" for version in _GLIBC]
     with tempfile.TemporaryDirectory() as work:
         report = Path(work, "report.json")
         pip = (sys.executable, "-P", "-m", "pip", "install", "--quiet", "--dry-run")
-        for_it = ("--only-binary=:all:", "--python-version=3.11", "--implementation=cp")
         where = ("--ignore-installed", f"--target={work}/none", f"--report={report}")
-        subprocess.run(
-            [*pip, *for_it, *platforms, f"--platform=manylinux2014_{machine}", *where, *wanted],
-            check=True,
-        )
+        subprocess.run([*pip, *tags(machine), *where, *wanted], check=True)
         installed = json.loads(report.read_text())["install"]
     return [
         (

@@ -1,8 +1,8 @@
 """One node with a control plane: etcd, the API server, its controllers, the scheduler, containerd
 and the kubelet, each a process that this one starts and ends.
 
-They share a network namespace of their own. Of the machine, only that namespace, one directory, and
-the cgroups of the pods change, and all of them are removed at the end.
+They share a network and a mount namespace, which a process of its own keeps and clears away, however
+the tests end: `tests.cluster.janitor`. Of the machine, only one directory and a cgroup change.
 """
 
 from __future__ import annotations
@@ -10,42 +10,49 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import yaml
-
 from deploy.image import oci
 from deploy.image.layer import layer
+from tests.cluster.files import ADDRESS, PAUSE, SERVER, SERVICE_ADDRESS, run, write_files
 from tests.support import ROOT, wait_until
 
 NODE: Final = "node-a"
-ADDRESS: Final = "10.213.0.1"  # of the node, in its network namespace
-TOKEN: Final = "cluster-admin-of-a-test"
-_SERVER: Final = f"https://{ADDRESS}:6443"
-_PAUSE: Final = "localhost/pause:1"
 _TOOLS: Final = ROOT / "build/kubernetes"
 _START_S: Final = 300.0  # a busy machine
-_LOGS: Final = Path("/var/log/pods")  # the kubelet writes them nowhere else
 _PAUSE_SOURCE: Final = "#include <unistd.h>\nint main(void) { for (;;) pause(); }\n"
 
 
-class Output:
-    """What a process has printed so far, as lines of JSON."""
+class Running:
+    """A process, and what it has printed so far."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, process: subprocess.Popen[bytes], out: BinaryIO, error: BinaryIO) -> None:
+        self.process = process
+        self._out, self._error = out, error
 
     def lines(self) -> list[dict[str, Any]]:
-        """The whole lines."""
-        size = os.fstat(self._file.fileno()).st_size
-        whole, _, _ = os.pread(self._file.fileno(), size, 0).decode().rpartition("\n")
+        """The whole lines, each of which is JSON."""
+        whole, _, _ = _written(self._out).rpartition("\n")
         return [json.loads(line) for line in whole.splitlines()]
+
+    @property
+    def errors(self) -> str:
+        """What is on standard error."""
+        return _written(self._error)
+
+    def leave(self, timeout_s: float = 60.0) -> int:
+        """Waits until it has ended by itself; its exit status."""
+        return self.process.wait(timeout_s)
+
+
+def _written(file: BinaryIO) -> str:
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
 
 
 class Cluster:
@@ -54,24 +61,34 @@ class Cluster:
     def __init__(self, directory: Path, built: Path, unpacked: Path) -> None:
         self.directory = directory
         self.kubeconfig = directory / "kubeconfig"
+        self.cgroup = f"coral-cluster-{os.getpid()}"
         self._built, self._unpacked = built, unpacked
-        self._name = f"coral-{os.getpid()}"
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._others_logs = set(_LOGS.glob("*"))
+        self._janitor = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tests.cluster.janitor", directory, self.cgroup],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        self._holder = 0
 
     def start(self) -> None:
         """Starts everything; returns once the node is ready."""
+        assert self._janitor.stdout
+        self._holder = int(self._janitor.stdout.readline())
         self._make_network()
-        self._write_files()
+        write_files(self.directory, self.cgroup, self._unpacked / "usr/lib/cni")
         self._start("etcd", self._unpacked / "usr/bin/etcd", *self._etcd())
         self._start("apiserver", self._built / "kube-apiserver", *self._apiserver())
-        wait_until(lambda: self.try_kubectl("get", "--raw", "/readyz"), _START_S)
-        client = f"--kubeconfig={self.kubeconfig}"
-        keys = f"--service-account-private-key-file={self.directory}/accounts.key"
-        self._start("controllers", self._built / "kube-controller-manager", client, keys)
-        self._start("scheduler", self._built / "kube-scheduler", client)
         containerd = self._unpacked / "usr/bin/containerd"
         self._start("containerd", containerd, "--config", self.directory / "containerd.toml")
+        wait_until(lambda: self.try_kubectl("get", "--raw", "/readyz"), _START_S)
+        client = (f"--kubeconfig={self.kubeconfig}", "--leader-elect=false")
+        self._start(
+            *("controllers", self._built / "kube-controller-manager", *client),
+            f"--service-account-private-key-file={self.directory}/accounts.key",
+            f"--root-ca-file={self.authority}",
+        )
+        self._start("scheduler", self._built / "kube-scheduler", *client)
         wait_until((self.directory / "containerd.sock").is_socket, _START_S)
         pause = self._pause_image()
         wait_until(lambda: self._can_import(pause), _START_S)
@@ -79,25 +96,34 @@ class Cluster:
         wait_until(lambda: self.try_kubectl("get", "node", NODE), _START_S)
         self.kubectl("wait", "--for=condition=Ready", f"node/{NODE}", f"--timeout={_START_S:g}s")
 
+    @property
+    def authority(self) -> Path:
+        """The certificates that the API server's own can be checked with."""
+        return self.directory / "apiserver/apiserver.crt"
+
     def _make_network(self) -> None:
-        run("ip", "netns", "add", self._name)
         for command in (
-            ("link", "set", "lo", "up"),
             ("link", "add", "node", "type", "veth", "peer", "name", "nobody"),
             ("link", "set", "nobody", "up"),
             ("address", "add", f"{ADDRESS}/24", "dev", "node"),
+            # Nobody forwards what is sent to services: that of the API server is the node itself.
+            ("address", "add", f"{SERVICE_ADDRESS}/32", "dev", "lo"),
             ("link", "set", "node", "up"),
             ("route", "add", "default", "dev", "node"),  # the kubelet looks for one
         ):
-            run("ip", "-n", self._name, *command)
+            run(*self.inside("ip", *command))
+
+    def inside(self, *command: str | Path) -> list[str | Path]:
+        """The command line that runs COMMAND in the node's network."""
+        return ["nsenter", f"--net=/proc/{self._holder}/ns/net", *command]
 
     def _start(self, name: str, *command: str | Path) -> None:
-        """Starts one of the parts. `ip netns exec` would hide the mounts of the cgroups."""
+        """Starts one of the parts."""
         path = f"{self._unpacked}/usr/bin:{os.environ['PATH']}"  # containerd's shim
         with (self.directory / f"{name}.log").open("wb") as log:
             self._processes.append(
                 subprocess.Popen(
-                    ["nsenter", f"--net=/run/netns/{self._name}", *command],
+                    self.inside(f"--mount=/proc/{self._holder}/ns/mnt", *command),
                     stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=0,
                     env={**os.environ, "PATH": path},
                 )
@@ -116,11 +142,11 @@ class Cluster:
         at = self.directory
         return [
             *("--etcd-servers=http://127.0.0.1:2379", "--service-cluster-ip-range=10.214.0.0/24"),
-            *(f"--advertise-address={ADDRESS}", f"--bind-address={ADDRESS}", "--secure-port=6443"),
+            *(f"--advertise-address={ADDRESS}", "--bind-address=0.0.0.0", "--secure-port=443"),
             *(f"--cert-dir={at}/apiserver", f"--token-auth-file={at}/tokens.csv"),
             *("--authorization-mode=RBAC", "--allow-privileged=true", "--profiling=false"),
             "--kubelet-preferred-address-types=InternalIP",
-            f"--service-account-issuer={_SERVER}",
+            f"--service-account-issuer={SERVER}",
             f"--service-account-key-file={at}/accounts.pub",
             f"--service-account-signing-key-file={at}/accounts.key",
         ]  # fmt: skip
@@ -135,82 +161,6 @@ class Cluster:
             f"--cert-dir={at}/kubelet-certificates",
         ]  # fmt: skip
 
-    def _write_files(self) -> None:
-        at = self.directory
-        run("openssl", "genrsa", "-out", at / "accounts.key", "2048")
-        run("openssl", "rsa", "-in", at / "accounts.key", "-pubout", "-out", at / "accounts.pub")
-        (at / "tokens.csv").write_text(f'{TOKEN},admin,admin,"system:masters"\n')
-        named = {"name": "cluster"}
-        files: dict[str, object] = {
-            "kubeconfig": {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "clusters": [
-                    named | {"cluster": {"server": _SERVER, "insecure-skip-tls-verify": True}}
-                ],
-                "users": [named | {"user": {"token": TOKEN}}],
-                "contexts": [named | {"context": {"cluster": "cluster", "user": "cluster"}}],
-                "current-context": "cluster",
-            },
-            "kubelet.yaml": {
-                "apiVersion": "kubelet.config.k8s.io/v1beta1",
-                "kind": "KubeletConfiguration",
-                "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
-                "authorization": {"mode": "AlwaysAllow"},
-                "cgroupDriver": "cgroupfs",
-                "cgroupRoot": "/",
-                "cgroupsPerQOS": False,
-                "enforceNodeAllocatable": [],
-                "failSwapOn": False,
-                "makeIPTablesUtilChains": False,
-                "resolvConf": "",
-                "staticPodPath": str(at / "static"),
-                "evictionHard": {"memory.available": "1Mi", "nodefs.available": "0%"},
-                "imageGCHighThresholdPercent": 100,
-            },
-            "cni/10-bridge.conflist": {
-                "cniVersion": "0.4.0",
-                "name": "pods",
-                "plugins": [
-                    {
-                        "type": "bridge",
-                        "bridge": "pods",
-                        "isGateway": True,
-                        "ipam": {
-                            "type": "host-local",
-                            "dataDir": str(at / "addresses"),
-                            "ranges": [[{"subnet": "10.215.0.0/24"}]],
-                            "routes": [{"dst": "0.0.0.0/0"}],
-                        },
-                    }
-                ],
-            },
-        }
-        for name, content in files.items():
-            path = at / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text((json.dumps if "cni" in name else yaml.safe_dump)(content))
-        (at / "static").mkdir()
-        (at / "containerd.toml").write_text(self._containerd())
-
-    def _containerd(self) -> str:
-        at = self.directory
-        cri = 'plugins."io.containerd.grpc.v1.cri"'
-        return "\n".join(
-            [
-                "version = 2",
-                f'root = "{at}/containerd"',
-                f'state = "{at}/run"',
-                "oom_score = 0",
-                f'[grpc]\naddress = "{at}/containerd.sock"',
-                f"[{cri}]",
-                f'sandbox_image = "{_PAUSE}"',
-                "restrict_oom_score_adj = true",  # it needs CAP_SYS_RESOURCE to lower one
-                f'[{cri}.cni]\nbin_dir = "{self._unpacked}/usr/lib/cni"\nconf_dir = "{at}/cni"',
-                f'[{cri}.containerd]\nsnapshotter = "{_snapshotter(at)}"',
-            ]
-        )
-
     def _pause_image(self) -> Path:
         """An image of the one program that every pod starts with."""
         root = self.directory / "pause"
@@ -220,7 +170,7 @@ class Cluster:
         run("cc", "-static", "-Os", "-o", root / "pause", source)
         path = self.directory / "pause.tar"
         oci.write(
-            oci.image(_PAUSE, layer(root), os.uname().machine, {}, entrypoint=["/pause"]), path
+            oci.image(PAUSE, layer(root), os.uname().machine, {}, entrypoint=["/pause"]), path
         )
         return path
 
@@ -247,27 +197,36 @@ class Cluster:
     def _kubectl(
         self, *arguments: str | Path, said: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        inside = ("nsenter", f"--net=/run/netns/{self._name}", _TOOLS / "kubectl")
+        command = self.inside(_TOOLS / "kubectl", f"--kubeconfig={self.kubeconfig}", *arguments)
         return subprocess.run(
-            [*inside, f"--kubeconfig={self.kubeconfig}", *arguments],
-            input=said, capture_output=True, text=True, check=False,
+            command, input=said, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
     def helm(self, *arguments: str | Path) -> str:
         """What helm prints."""
-        inside = ("nsenter", f"--net=/run/netns/{self._name}", _TOOLS / "helm")
-        return run(*inside, f"--kubeconfig={self.kubeconfig}", *arguments)
+        return run(
+            *self.inside(_TOOLS / "helm", f"--kubeconfig={self.kubeconfig}", *arguments)
+        )
+
+    def begin_kubectl(self, *arguments: str | Path) -> AbstractContextManager[Running]:
+        """kubectl, for the duration of the block."""
+        return self.begin(_TOOLS / "kubectl", f"--kubeconfig={self.kubeconfig}", *arguments)
 
     @contextmanager
-    def begin(self, *arguments: str | Path) -> Iterator[Output]:
-        """kubectl, for the duration of the block."""
-        inside = ("nsenter", f"--net=/run/netns/{self._name}", _TOOLS / "kubectl")
-        with tempfile.TemporaryFile(dir=self.directory) as out:
+    def begin(
+        self, *command: str | Path, environment: Mapping[str, str] | None = None
+    ) -> Iterator[Running]:
+        """COMMAND in the node's network, for the duration of the block."""
+        with (
+            tempfile.TemporaryFile(dir=self.directory) as out,
+            tempfile.TemporaryFile(dir=self.directory) as error,
+        ):
             process = subprocess.Popen(
-                [*inside, f"--kubeconfig={self.kubeconfig}", *arguments], stdout=out
-            )
+                self.inside(*command), stdout=out, stderr=error,
+                env={**os.environ, **(environment or {})},
+            )  # fmt: skip
             try:
-                yield Output(out)
+                yield Running(process, out, error)
             finally:
                 process.terminate()
                 process.wait()
@@ -278,50 +237,9 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends every process of the cluster and removes what it made."""
-        with suppress(AssertionError):
-            # The pods first: their processes are not this one's children.
-            self._remove_pods()
-        for process in reversed(self._processes):
-            process.send_signal(signal.SIGTERM)
+        self._janitor.communicate()
         for process in self._processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-            if (mounted := line.split()[1]).startswith(f"{self.directory}/"):
-                subprocess.run(["umount", "--lazy", mounted], check=False)
-        subprocess.run(["ip", "netns", "delete", self._name], check=False)
-        for logs in set(_LOGS.glob("*")) - self._others_logs:
-            shutil.rmtree(logs, ignore_errors=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _remove_pods(self) -> None:
-        for path in (self.directory / "static").glob("*"):
-            path.unlink()
-        everything = ("daemonsets,deployments,pods", "--all", "--all-namespaces", "--timeout=60s")
-        self._kubectl("delete", *everything)
-        wait_until(lambda: not self._shims(), 60)
-
-    def _shims(self) -> list[str]:
-        """The containers that still run."""
-        return [
-            str(it) for it in (self.directory / "run").glob("io.containerd.runtime.v2.task/*/*")
-        ]
-
-
-def _snapshotter(directory: Path) -> str:
-    """overlayfs, or copies where it cannot be mounted (on an overlay, say)."""
-    filesystem = run("stat", "--file-system", "--format=%T", directory).strip()
-    return "native" if "overlay" in filesystem else "overlayfs"
-
-
-def run(*command: str | Path) -> str:
-    """The output of a command, which must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout
+            process.wait()
 
 
 def unpacked(cache: Path, packages: Sequence[str]) -> Path:

@@ -7,6 +7,7 @@ import asyncio
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -191,6 +192,35 @@ async def test_a_removed_authority_ends_its_streams_which_resume_by_another(
                 assert (first.reconnects, second.reconnects) == (0, 1)
                 assert not first.account.lost
                 assert not second.account.lost
+
+
+async def test_a_revoked_client_loses_its_connection_and_gets_no_other(tmp_path: Path) -> None:
+    revoked_at = tmp_path / "clients.crl"
+    put(revoked_at, Authority("agents and clients").revoke())  # of another key: it counts for none
+    with house(tmp_path, client_crl=str(revoked_at)) as at:
+        leaving, staying = (at.authority.sign(subject=distinguished(CN=n)) for n in "ab")
+        left, stays = at.client("left", leaving), at.client("stays", staying)
+        assert not await accepts(at, stays)  # its authority has no list
+        put(revoked_at, at.authority.revoke())
+        await eventually(lambda: accepts(at, stays))
+        async with (
+            AgentClient(at.address, tls=left) as first,
+            AgentClient(at.address, tls=stays) as second,
+        ):
+            await first.collectors()
+            await second.collectors()
+            put(revoked_at, at.authority.revoke(leaving))
+            await eventually(lambda: closed(at.agent, "certificate"))
+            await second.collectors()
+            told = await refused(at.address, left)
+            assert told.endswith("this client's certificate: the certificate was revoked"), told
+        expiry = sample(
+            at.agent, "coral_tls_certificate_expiry_timestamp_seconds", file="client_crl"
+        )
+        assert expiry > time.time()
+        assert closed_for(at.agent, "certificate") == 1
+        (closing,) = (it for it in at.agent.log() if it.get("code") == "certificate")
+        assert closing["reason"] == "its certificate was revoked"
 
 
 @pytest.mark.kernel

@@ -45,7 +45,7 @@ NEW_FILES: Final = {
     "views/toy/__init__.py",
 }
 CHANGED_FILES: Final = {PROTO, "collectors/registry.py", "views/registry.py"}
-GENERATED_FILES: Final = {"docs/configuration.md", "docs/metrics.md"}
+GENERATED_FILES: Final = {"docs/configuration.md", "docs/metrics.md", "docs/tables.md"}
 _MADE: Final = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.bpf.o"
 )
@@ -297,6 +297,9 @@ def test_what_was_there_gets_lines_and_loses_none(copy: Copy) -> None:
 def test_the_documentation_has_it(copy: Copy) -> None:
     options = (copy.root / "docs/configuration.md").read_text().split("\n## toy\n")[1]
     assert "| `least` | a whole number from 1 to 1000 | `1` |" in options
+    tables = (copy.root / "docs/tables.md").read_text()
+    assert "| `forks` | BIGINT | sum |" in tables.split("\n## toy_counts\n")[1]
+    assert "| `child_pid` | UINTEGER |" in tables.split("\n## toy_forks\n")[1]
     assert "`coral_toy_forks_total`" in (copy.root / "docs/metrics.md").read_text()
     copy.run(sys.executable, "-P", "docs/generate.py", "--check")
 

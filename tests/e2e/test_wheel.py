@@ -157,6 +157,11 @@ def installed(built: Built, environment: Environment) -> Environment:
     return environment
 
 
+def with_the_colony(wheel: Path) -> str:
+    """WHEEL with what a colony needs on top."""
+    return f"{wheel}[colony]"
+
+
 def use_ours(environment: Environment) -> None:
     """Imports every module and runs the command."""
     modules = len([n for n in environment.files() if n.suffix == ".py" and "coral" in n.parts])
@@ -190,6 +195,7 @@ def test_a_strictly_typed_client_is_checked_against_the_wheel(
 def test_the_wheel_and_googles_packages_come_and_go_in_either_order(
     built: Built, installed: Environment
 ) -> None:
+    installed.install(with_the_colony(built.wheel))
     use_ours(installed)
     installed.install(*GOOGLE)
     use_ours(installed)
@@ -229,9 +235,11 @@ def test_the_lowest_versions_that_the_metadata_allows_work(
     built: Built, tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
     constraints = tmp_path / "lowest.txt"
-    constraints.write_text("\n".join(map(lowest, PROJECT["project"]["dependencies"])))
+    extra = PROJECT["project"]["optional-dependencies"]["colony"]
+    required = [*PROJECT["project"]["dependencies"], *extra]
+    constraints.write_text("\n".join(map(lowest, required)))
     oldest = Environment(tmp_path / "venv")
-    oldest.install(built.wheel, constraints=constraints)
+    oldest.install(with_the_colony(built.wheel), constraints=constraints)
     use_ours(oldest)
     running = calls("getppid", 100_000)
     strict = oldest.variables() | {"PYTHONWARNINGS": "error"}

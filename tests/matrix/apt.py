@@ -1,18 +1,16 @@
-"""Debian packages for other suites and architectures than this machine's, from its own mirrors,
-without touching the state of its apt."""
+"""Debian packages for guests: other suites and architectures than this machine's."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from deploy.image import apt
 from tests.support import ROOT
 
 KERNELS_DIRECTORY: Final = ROOT / "build/kernels"
-_SOURCES: Final = "$(ORIGIN) $(REPO_URI) $(RELEASE) $(COMPONENT)"
 
 
 class KernelMissingError(Exception):
@@ -22,36 +20,10 @@ class KernelMissingError(Exception):
 def options_of(suite: str = "", architecture: str = "") -> tuple[str, ...]:
     """Options for apt to use SUITE only, or this machine's suites for ARCHITECTURE; none, for what
     it uses anyway."""
-    if not suite and not architecture:
-        return ()
-    state = KERNELS_DIRECTORY / "apt" / (suite or architecture)
-    for part in ("lists/partial", "cache/archives/partial"):
-        (state / part).mkdir(parents=True, exist_ok=True)
-    sources, status = state / "sources.list", state / "status"
-    sources.write_text("".join(f"deb {it}\n" for it in _sources(suite)))
-    status.touch()
-    return (
-        *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=-"),
-        *("-o", f"Dir::State::Lists={state / 'lists'}", "-o", f"Dir::Cache={state / 'cache'}"),
-        *(_foreign(architecture, status) if architecture else ()),
-    )
-
-
-def _foreign(architecture: str, status: Path) -> tuple[str, ...]:
-    """Options for ARCHITECTURE only, on a system with nothing installed."""
-    return (
-        *("-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures={architecture}"),
-        *("-o", f"Dir::State::Status={status}", "-o", "Debug::NoLocking=1"),
-    )
-
-
-def _sources(suite: str) -> Sequence[str]:
-    listed = run("apt-get", "indextargets", "--format", _SOURCES)
-    own = sorted(set(re.findall(r"^Debian (\S+ \S+ main)$", listed, re.MULTILINE)))
-    mirrors = [it.split()[0] for it in own if re.search(r" (?:bookworm|stable|oldstable) ", it)]
-    if not mirrors:
-        raise KernelMissingError("no mirror of Debian among apt's sources to read others from")
-    return [f"{mirrors[0]} {suite} main"] if suite else own
+    try:
+        return apt.options_of(KERNELS_DIRECTORY / "apt", suite, architecture)
+    except apt.AptError as error:
+        raise KernelMissingError(str(error)) from error
 
 
 def dependencies(options: Sequence[str], package: str) -> list[str]:
@@ -62,9 +34,7 @@ def dependencies(options: Sequence[str], package: str) -> list[str]:
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     """The output of COMMAND. Raises KernelMissingError if it fails."""
-    if command[0] == "apt-get":  # apt's own user may not write here
-        command = (command[0], "-o", "APT::Sandbox::User=root", *command[1:])
-    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise KernelMissingError(f"{' '.join(map(str, command))}: {ran.stderr.strip()}")
-    return ran.stdout
+    try:
+        return apt.run(*command, cwd=cwd)
+    except apt.AptError as error:
+        raise KernelMissingError(str(error)) from error

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from coral.collectors.contract import Batch, Measures, Summaries, Unread
 from coral.collectors.http_latency.measures import HttpMeasures
-from coral.collectors.series import le
 from coral.collectors.syscall_stats import errno_class
 from coral.collectors.syscall_stats.counters import LATENCY_SLOTS
 from coral.collectors.syscall_stats.measures import SyscallMeasures
 from coral.collectors.tcp_metrics.connections import BOUNDS_US
 from coral.collectors.tcp_metrics.measures import TcpMeasures
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.series import le
 from tests.summaries import Make, connections, peers, requests, syscalls
 
 tops = st.integers(0, 6)

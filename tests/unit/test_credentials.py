@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from coral.agent.serving.certificates import Distrusted
 from coral.agent.serving.credentials import CredentialsError, Source, Sources, Verify, load
 from coral.agent.serving.rotation import Rotation
 from tests.certificates import Authority, put
@@ -211,11 +213,70 @@ def test_those_that_depend_on_an_authority_learn_of_its_removal(
     other = Authority("other")
     authority.write(tmp_path / "ca.crt", other)
     rotation = Rotation("grpc", sources(tmp_path))
-    removed: list[frozenset[bytes]] = []
+    removed: list[Distrusted] = []
     rotation.changed = removed.append
     both = rotation.current.authorities
     authority.write(tmp_path / "ca.crt")
     assert rotation.is_due()
     rotation.take(rotation.try_to_read())
-    assert removed == [both - rotation.current.authorities]
-    assert len(removed[0]) == 1
+    assert removed == [Distrusted(authorities=both - rotation.current.authorities)]
+    assert len(removed[0].authorities) == 1
+
+
+def with_list(directory: Path, content: bytes) -> Sources:
+    put(directory / "clients.crl", content)
+    found = sources(directory)
+    return replace(found, client_crl=Source("tls.client_crl", directory / "clients.crl"))
+
+
+def test_lists_of_revoked_certificates_are_read_and_say_when_the_first_expires(
+    authority: Authority, tmp_path: Path
+) -> None:
+    other = Authority("other")
+    first, second, third = authority.sign("a"), authority.sign("b"), other.sign("c")
+    content = authority.revoke(first, second, days=3) + other.pem + other.revoke(third, days=2)
+    read = load(with_list(tmp_path, content))
+    assert len(read.context.get_ca_certs()) == 1  # a certificate among the lists is not trusted
+    assert read.revoked == {pair.serial for pair in (first, second, third)}
+    assert read.context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+    left_s = dict(read.expiries_s)["client_crl"] - datetime.now(UTC).timestamp()
+    assert 1.9 * 86_400 < left_s <= 2 * 86_400
+    assert load(with_list(tmp_path, authority.revoke())).revoked == frozenset()
+    assert not load(sources(tmp_path)).context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it has no list of revoked certificates in PEM"),
+        (Authority().pem, "it has no list of revoked certificates in PEM"),
+        (Authority().revoke(days=-1), "a list in it has expired"),
+        (b"-----BEGIN X509 CRL-----\nMIIB\n-----END X509 CRL-----\n", "it is no list of revoked"),
+        (b"-----BEGIN X509 CRL-----\nA\n-----END X509 CRL-----\n", "it is no list of revoked"),
+    ],
+    ids=["empty", "a certificate", "expired", "cut off", "not base64"],
+)
+@pytest.mark.usefixtures("authority")
+def test_a_list_that_cannot_be_used_is_refused_by_its_key(
+    content: bytes, why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CredentialsError, match=f"^tls.client_crl: .*clients.crl: {why}"):
+        load(with_list(tmp_path, content))
+
+
+def test_those_that_have_connections_learn_of_whom_a_new_list_revokes(
+    authority: Authority, tmp_path: Path
+) -> None:
+    early, late = authority.sign("early"), authority.sign("late")
+    rotation = Rotation("grpc", with_list(tmp_path, authority.revoke(early)))
+    removed: list[Distrusted] = []
+    rotation.changed = removed.append
+    put(tmp_path / "clients.crl", authority.revoke(early, late))
+    assert rotation.is_due()
+    rotation.take(rotation.try_to_read())
+    assert removed == [Distrusted(serials=frozenset({late.serial}))]
+    put(tmp_path / "clients.crl", authority.revoke(early, late, days=-1))
+    assert rotation.is_due()
+    rotation.take(rotation.try_to_read())  # what was good stays in use
+    assert rotation.current.revoked == {early.serial, late.serial}
+    assert rotation.counts.failures == 1

@@ -232,6 +232,9 @@ def test_values_may_only_be_those_that_the_schema_knows() -> None:
         ("config.metrics=0.0.0.0:1", "config"),
         ("maxUnavailable=0", "maxUnavailable"),
         ("resources.limits.memory=null", "limits"),
+        ("serviceAccount.nodes=true", "nodes"),
+        ("grpc.tlsSecret=No_Secret", "tlsSecret"),
+        ("grpc.port=1", "port"),
     ],
 )
 def test_helm_refuses_a_wrong_value_by_its_name(value: str, said: str) -> None:
@@ -262,6 +265,98 @@ def test_values_reach_the_manifests() -> None:
     assert kinds == {"ServiceAccount", "ConfigMap", "DaemonSet", "PodMonitor"}
     monitor = parsed(run(PROGRAMS / "kubectl", "kustomize", KUBERNETES / "podmonitor"))
     assert manifests["PodMonitor", "coral-agent"] == monitor["PodMonitor", "coral-agent"]
+
+
+ACCESS: Final = (
+    "serviceAccount.pods=true",
+    "serviceAccount.reviews=true",
+    "grpc.tlsSecret=coral-tls",
+    "grpc.from.matchLabels.team=shop",
+)
+
+
+def test_the_chart_with_access_for_teams_is_valid_and_has_no_unknown_field() -> None:
+    for version in versions():
+        for manifest in by_helm(*ACCESS).values():
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_names_of_pods_need_a_right_a_token_and_the_nodes_name() -> None:
+    manifests = by_helm("serviceAccount.pods=true")
+    assert manifests["ClusterRole", "coral-agent-pods"]["rules"] == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}
+    ]
+    assert ("ClusterRoleBinding", "coral-agent-reviews") not in manifests
+    assert bound(manifests, "coral-agent-pods") == "coral-agent-pods"
+    assert container(manifests)["env"][1] == {
+        "name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}},
+    }  # fmt: skip
+    assert has_a_token_and_a_way_to_use_it(manifests)
+
+
+def test_reviews_need_the_right_to_ask_for_them() -> None:
+    manifests = by_helm("serviceAccount.reviews=true")
+    assert not {name for kind, name in manifests if kind == "ClusterRole"}
+    assert bound(manifests, "coral-agent-reviews") == "system:auth-delegator"
+    assert has_a_token_and_a_way_to_use_it(manifests)
+
+
+def bound(manifests: Mapping[tuple[str, str], Manifest], binding: str) -> str:
+    """The ClusterRole that a binding gives the agent's account, and nobody else."""
+    found = manifests["ClusterRoleBinding", binding]
+    account = {"kind": "ServiceAccount", "name": "coral-agent", "namespace": "coral"}
+    assert found["subjects"] == [account]
+    return str(found["roleRef"]["name"])
+
+
+def has_a_token_and_a_way_to_use_it(manifests: Mapping[tuple[str, str], Manifest]) -> bool:
+    pod = manifests["DaemonSet", "coral-agent"]["spec"]["template"]["spec"]
+    account = manifests["ServiceAccount", "coral-agent"]
+    (rule,) = manifests["NetworkPolicy", "coral-agent"]["spec"]["egress"]
+    ports = {it["port"] for it in rule["ports"]}
+    mounted = (pod["automountServiceAccountToken"], account["automountServiceAccountToken"])
+    return (mounted, ports) == ((True, True), {443, 6443})
+
+
+def test_a_secret_for_tls_makes_the_agent_listen_beyond_its_pod(tmp_path: Path) -> None:
+    manifests = by_helm(*ACCESS, "config.auth.kubernetes.server=https://kubernetes.default.svc")
+    path = tmp_path / "agent.yaml"
+    path.write_text(manifests["ConfigMap", "coral-agent"]["data"]["agent.yaml"])
+    config = load(path, flags={})
+    assert list(config.listen) == ["unix:/run/coral/agent.sock", "0.0.0.0:9001"]
+    assert config.tls.client_certificates == "none"
+    agent = container(manifests)
+    assert {"name": "grpc", "containerPort": 9001, "protocol": "TCP"} in agent["ports"]
+    (mount,) = (it for it in agent["volumeMounts"] if it["name"] == "tls")
+    assert (mount["mountPath"], mount["readOnly"]) == ("/etc/coral-tls", True)
+    for file in (config.tls.certificate, config.tls.key):
+        assert Path(file).parent == Path(mount["mountPath"])
+    volumes = manifests["DaemonSet", "coral-agent"]["spec"]["template"]["spec"]["volumes"]
+    (secret,) = (it["secret"] for it in volumes if it["name"] == "tls")
+    assert secret == {"secretName": "coral-tls", "defaultMode": 0o400}
+    rules = manifests["NetworkPolicy", "coral-agent"]["spec"]["ingress"]
+    (rule,) = (it for it in rules if it["ports"][0]["port"] == 9001)
+    assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"team": "shop"}}}]
+
+
+def test_clients_certificates_are_verified_where_the_values_name_their_authority() -> None:
+    authority = "config.tls.client_ca=/etc/coral-tls/ca.crt"
+    manifests = by_helm("grpc.tlsSecret=coral-tls", authority)
+    config = yaml.safe_load(manifests["ConfigMap", "coral-agent"]["data"]["agent.yaml"])
+    assert config["tls"] == {
+        "certificate": "/etc/coral-tls/tls.crt",
+        "client_ca": "/etc/coral-tls/ca.crt",
+        "key": "/etc/coral-tls/tls.key",
+    }
+
+
+def test_the_podmonitor_names_the_job_of_the_rules_and_keeps_the_labels_of_pods() -> None:
+    monitors = parsed(run(PROGRAMS / "kubectl", "kustomize", KUBERNETES / "podmonitor"))
+    (endpoint,) = monitors["PodMonitor", "coral-agent"]["spec"]["podMetricsEndpoints"]
+    rules = (ROOT / "deploy/monitoring/rules/coral.rules.yml").read_text()
+    assert set(re.findall(r'job="(.*?)"', rules)) == {"coral"}
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "coral"}]
+    assert endpoint["honorLabels"] is True
 
 
 def test_helm_finds_nothing_wrong_with_the_chart() -> None:

@@ -13,10 +13,11 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
-from coral.agent.otlp import metrics, spans
+from coral.agent.otlp import spans
 from coral.agent.otlp.resource import Resource
 from coral.agent.serving.prometheus import Registry
 from coral.agent.sessions.supervisor import Supervisor
+from coral.wire.otlp import metrics
 
 RESOURCE = Resource("node-1", {"deployment.environment.name": "test"})
 BEGAN_NS = 1_000

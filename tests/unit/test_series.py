@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coral.collectors.series import IDLE_S, SeriesTable, le
+from coral.wire.series import IDLE_S, SeriesTable, le
 
 
 class Clock:

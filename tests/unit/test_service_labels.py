@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily
 
 from coral.agent.otlp.resource import Resource
 from coral.agent.serving.exposition import TEXT, encode
-from coral.collectors.series import SeriesTable, Service
+from coral.wire.series import SeriesTable, Service
 
 SHOP = Service(
     "web",

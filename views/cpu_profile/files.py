@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from coral.views.contract import FileFormat, Session, Story
@@ -20,9 +20,19 @@ from coral.views.cpu_profile.svg import picture
 _OF_ROWS: Final = frozenset({"rate_limit", "subscriber_queue", "replay_evicted"})
 
 
-def _of_story(
-    render: Callable[[Profile, Facts], str | bytes],
-) -> Callable[[Story, Session], bytes]:
+Render = Callable[[Profile, Facts], str | bytes]
+
+RENDERERS: Final[Mapping[str, Render]] = {
+    ".html": page,
+    ".svg": picture,
+    ".folded": lambda profile, _: folded(profile),
+    ".pb.gz": pprof,
+    ".speedscope.json": speedscope,
+}
+"""What makes each file, by its suffix."""
+
+
+def _of_story(render: Render) -> Callable[[Story, Session], bytes]:
     """RENDER, for the story of a session."""
 
     def content(story: Story, session: Session) -> bytes:
@@ -46,10 +56,13 @@ def _of_story(
     return content
 
 
-FILES: Final = (
-    FileFormat(".html", "a flame graph to search and zoom", _of_story(page)),
-    FileFormat(".svg", "a flame graph as a picture", _of_story(picture)),
-    FileFormat(".folded", "a line for each stack", _of_story(lambda it, _: folded(it))),
-    FileFormat(".pb.gz", "for pprof", _of_story(pprof)),
-    FileFormat(".speedscope.json", "for speedscope", _of_story(speedscope)),
+_ABOUT: Final = {
+    ".html": "a flame graph to search and zoom",
+    ".svg": "a flame graph as a picture",
+    ".folded": "a line for each stack",
+    ".pb.gz": "for pprof",
+    ".speedscope.json": "for speedscope",
+}
+FILES: Final = tuple(
+    FileFormat(suffix, _ABOUT[suffix], _of_story(render)) for suffix, render in RENDERERS.items()
 )

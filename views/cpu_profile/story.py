@@ -59,26 +59,26 @@ class ProfileStory:
             return Text(f"no sample yet, after {seconds:.0f}s", "dim")
         heads = [Text(line, "dim") for line in self._heads(self.profile, width)]
         most = max(most_lines - len(heads) - 1, 1)
-        return Group(*heads, _sheet(self.profile, most).table(width))
+        return Group(*heads, functions_sheet(self.profile, most).table(width))
 
     def interval_lines(self) -> Iterator[str]:
         """The last interval, for a pipe."""
         yield amount_words(self._latest, self._intervals.latest_s)
-        yield from _sheet(self._latest, _MOST_LINES).lines()
+        yield from functions_sheet(self._latest, _MOST_LINES).lines()
 
     def end_table(self, width: int) -> RenderableType:
         """The whole session, for a terminal."""
         heads = [Text(line) for line in self._heads(self.profile, width)]
         if not self.profile:
             return Group(*heads)
-        return Group(*heads, Text(), _sheet(self.profile, _MOST_AT_END).table(width))
+        return Group(*heads, Text(), functions_sheet(self.profile, _MOST_AT_END).table(width))
 
     def end_lines(self) -> Iterator[str]:
         """The whole session, for a pipe."""
         yield from self._sentences(self.profile)
         if self.profile:
             yield ""
-            yield from _sheet(self.profile, _MOST_LINES).lines()
+            yield from functions_sheet(self.profile, _MOST_LINES).lines()
 
     def event_lines(self, batch: Batch, width: int | None = None) -> Iterable[str]:  # noqa: ARG002  as in the protocol
         """There are no single events."""
@@ -100,7 +100,7 @@ class ProfileStory:
         yield from missing(profile)
 
 
-def _sheet(profile: Profile, most: int) -> Sheet:
+def functions_sheet(profile: Profile, most: int) -> Sheet:
     """The functions that used most; the last of the MOST lines adds up the others."""
     sheet = Sheet(_COLUMNS)
     found = profile.uses.ordered()

@@ -9,15 +9,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
 from opentelemetry.proto.metrics.v1 import metrics_pb2 as otlp
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from prometheus_client import Metric
 from prometheus_client.samples import Sample
-
-from coral.agent.otlp.resource import Resource
 
 # Prefixes, and labels, whose underscores stand for dots in OpenTelemetry's conventions.
 _NAMESPACES: Final = (
@@ -64,6 +63,17 @@ def prometheus_name(name: str, unit: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_]", "_", name) + suffix
 
 
+class Resources(Protocol):
+    """Who says it."""
+
+    @property
+    def scope(self) -> InstrumentationScope:
+        """The software that measures."""
+
+    def of(self, service: str) -> Resource:
+        """The resource of SERVICE, which is empty for what belongs to none."""
+
+
 class Starts:
     """Since when each series has been counted. A series that is new, or that vanished and began
     again at 0, has begun after the export before."""
@@ -87,9 +97,10 @@ class Starts:
 
 
 def request_of(
-    families: Iterable[Metric], resource: Resource, starts: Starts, now_ns: int
+    families: Iterable[Metric], resources: Resources, starts: Starts, now_ns: int
 ) -> ExportMetricsServiceRequest:
-    """FAMILIES as they are at NOW_NS: a resource for each service, and one for the agent."""
+    """FAMILIES as they are at NOW_NS: a resource for each service, and one for what belongs
+    to none."""
     metrics: defaultdict[str, list[otlp.Metric]] = defaultdict(list)
     for family in families:
         make = _MAKERS.get(family.type)
@@ -103,8 +114,8 @@ def request_of(
     starts.done(now_ns)
     request = ExportMetricsServiceRequest()
     for service, of_service in metrics.items():
-        made = request.resource_metrics.add(resource=resource.of(service))
-        made.scope_metrics.add(scope=resource.scope, metrics=of_service)
+        made = request.resource_metrics.add(resource=resources.of(service))
+        made.scope_metrics.add(scope=resources.scope, metrics=of_service)
     return request
 
 

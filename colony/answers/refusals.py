@@ -1,0 +1,47 @@
+"""Requests that cannot be answered, in words for people."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+_MOST_NAMED: Final = 3
+
+
+class RefusedError(Exception):
+    """The request is wrong: it names what is not there, or is out of range."""
+
+
+class NotFoundError(RefusedError):
+    """The request names a service, an agent or a query that the colony does not know."""
+
+
+class BusyError(RefusedError):
+    """Too many requests of this kind are under way, or one took more than it may."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> NotFoundError:
+    """NAME is no WHAT: names the nearest of those that are."""
+    known = sorted(set(known))
+    near = nearest(name, known)
+    if near:
+        hint = f"; did you mean {_listed(near)}?"
+    elif known and len(known) <= 2 * _MOST_NAMED:
+        hint = f"; there are {', '.join(known)}"
+    else:
+        hint = ""
+    return NotFoundError(f"no such {what}: {name!r}{hint}")
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Those of KNOWN that NAME may stand for, the nearest first."""
+    lower = {each.lower(): each for each in reversed(known)}
+    found = difflib.get_close_matches(name.lower(), lower, _MOST_NAMED, 0.6)
+    within = [each for each in lower if name and name.lower() in each and each not in found]
+    return [lower[each] for each in (*found, *within)][:_MOST_NAMED]
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,335 @@
+"""The colony's configuration: a YAML file, then flags, which override it.
+
+Every value is typed. An unknown key or a wrong type is a `ConfigError` with the path to the value.
+docs/colony.md lists the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from msgspec import Meta, Struct, field
+
+from coral.client import Kind
+from coral.client import Tls as ClientTls
+from coral.colony.config_storage import Storage
+from coral.colony.config_words import Duration, choices, converted, shown
+from coral.colony.files import read_regular
+from coral.colony.follow.discovery.addresses import agent_address, host_and_port
+from coral.colony.follow.discovery.dns import is_srv
+from coral.colony.follow.wanted import Wanted
+from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.kinds import kind_name
+from coral.wire.text import is_printable, safe
+
+KINDS: Final = tuple(kind_name(kind) for kind in pb.EbpfCollectorKind.values() if kind)
+_MOST_FILE_BYTES: Final = 256 << 10
+_INTERVAL: Final = "10s"
+_SERVICE: Final = re.compile(r"[a-z0-9.-]+/[a-z0-9.-]+")  # DNS labels
+
+
+class ConfigError(ValueError):
+    """A configuration is not accepted; the message, one line, has the source, the path and the
+    value."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("; ".join(safe(line) for line in message.splitlines()))
+
+
+class AgentsTls(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How agents are reached over TLS."""
+
+    ca: Annotated[
+        str,
+        Meta(description="a PEM file with the authorities that sign agents' certificates"),
+    ] = ""
+    certificate: Annotated[
+        str, Meta(description="a PEM file with the certificate that the colony shows")
+    ] = ""
+    key: Annotated[str, Meta(description="a PEM file with its key")] = ""
+    server_name: Annotated[
+        str,
+        Meta(
+            description="the name in every agent's certificate; empty: the host in its address, "
+            "which is an IP address where DNS or Kubernetes found it"
+        ),
+    ] = ""
+
+    def as_client(self) -> ClientTls | None:
+        """For the client; None where there is no TLS."""
+        if not (self.ca or self.certificate or self.key):
+            return None
+        return ClientTls(self.ca, self.certificate, self.key, self.server_name)
+
+
+class Endpoints(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Agents behind a Service of Kubernetes."""
+
+    service: Annotated[
+        str, Meta(description="`NAMESPACE/NAME` of the Service of the agents; empty: none")
+    ] = ""
+    port: Annotated[
+        str, Meta(description="the name or the number of the port of gRPC in its EndpointSlices")
+    ] = "grpc"
+    server: Annotated[
+        str, Meta(description="the API server; empty: the one of the cluster that this pod is in")
+    ] = ""
+    token_file: Annotated[
+        str,
+        Meta(description="a file with the token for it; empty: that of the pod's ServiceAccount"),
+    ] = ""
+    ca_file: Annotated[
+        str,
+        Meta(
+            description="the authorities of its certificate, in PEM; empty: those of the pod's "
+            "ServiceAccount"
+        ),
+    ] = ""
+
+
+class Agents(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where agents are, and how they are connected to."""
+
+    addresses: Annotated[
+        tuple[str, ...], Meta(description="agents, each `HOST:PORT` or `unix:PATH`")
+    ] = ()
+    file: Annotated[
+        str,
+        Meta(
+            description="a file with the address of an agent on each line, which is read again "
+            "when it changes; `#` begins a comment"
+        ),
+    ] = ""
+    dns: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="names whose addresses are agents: `NAME:PORT` (A and AAAA), or "
+            "`_NAME._tcp.DOMAIN` (SRV)"
+        ),
+    ] = ()
+    dns_every: Annotated[Duration, Meta(description="how often they are asked for")] = Duration(15)
+    kubernetes: Endpoints = field(default_factory=Endpoints)
+    tls: AgentsTls = field(default_factory=AgentsTls)
+    token_file: Annotated[
+        str,
+        Meta(
+            description="a file with the token for agents, which is read again at each connection"
+        ),
+    ] = ""
+    connecting: Annotated[
+        int,
+        Meta(ge=1, le=10_000, description="how many agents are connected to at a time"),
+    ] = 50
+    timeout: Annotated[
+        Duration, Meta(description="how long an agent may take to answer a request")
+    ] = Duration(10)
+    lost_after: Annotated[
+        Duration,
+        Meta(description="the sessions of an agent that has not answered for this long are ended"),
+    ] = Duration(3600)
+
+
+class Collect(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A collector that is at work on every agent."""
+
+    kind: Annotated[str, Meta(description="the kind of collector")]
+    service: Annotated[
+        str, Meta(description="the service to watch; a label only, where `config` names a target")
+    ] = ""
+    config: Annotated[
+        dict[str, str],
+        Meta(
+            description="its options, as in a request to an agent; `interval` is 10s unless it is "
+            "given or `mode` is"
+        ),
+    ] = field(default_factory=dict)
+    lease: Annotated[
+        Duration,
+        Meta(
+            description="how long it goes on without the colony, which renews it after a third "
+            "of that; at most the agents' `limits.max_duration`"
+        ),
+    ] = Duration(300)
+
+    def as_wanted(self) -> Wanted:
+        """For followers."""
+        config = dict(self.config)
+        if "mode" not in config:
+            config.setdefault("interval", _INTERVAL)
+        return Wanted(Kind.of(self.kind), self.service, config, self.lease)
+
+
+def _everywhere() -> tuple[Collect, ...]:
+    """Two of the three that agents run on demand by default: one is left for people."""
+    host = {"scope": "host"}
+    return Collect(kind="http_latency", config=host), Collect(kind="tcp_metrics", config=host)
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole configuration."""
+
+    data: Annotated[str, Meta(description="the directory of what is stored")] = (
+        "/var/lib/coral/colony"
+    )
+    agents: Agents = field(default_factory=Agents)
+    collect: Annotated[
+        tuple[Collect, ...],
+        Meta(
+            description="collectors that are at work on every agent; by default `http_latency` and "
+            "`tcp_metrics` of the whole host"
+        ),
+    ] = field(default_factory=_everywhere)
+    storage: Storage = field(default_factory=Storage)
+    listen: Annotated[
+        tuple[str, ...],
+        Meta(description="addresses for questions, each `unix:PATH` or `HOST:PORT`"),
+    ] = ("unix:/run/coral/colony.sock",)
+    metrics: Annotated[
+        str,
+        Meta(description="the address that serves /metrics, /healthz and /readyz; empty: none"),
+    ] = "127.0.0.1:9465"
+    log_format: Annotated[
+        Literal["console", "json"], Meta(description="log lines for people, or as JSON")
+    ] = "console"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="the lowest level that is logged"),
+    ] = "info"
+
+
+def load(path: Path | None = None, flags: Mapping[str, object] | None = None) -> Config:
+    """Reads the configuration. FLAGS are values by path, such as `agents.addresses`. Raises
+    `ConfigError`."""
+    values: dict[str, Any] = _read(path) if path else {}
+    config = _converted(values, str(path) if path else "defaults")
+    sources = dict.fromkeys(values, str(path))
+    for keys, value in (flags or {}).items():
+        *above, last = keys.split(".")
+        into = values
+        for key in above:
+            into = into.setdefault(key, {})
+        into[last] = value
+        sources[keys] = f"--{last.replace('_', '-')}" if not above else f"--{above[0]}"
+        config = _converted(values, sources[keys])
+    if problem := _problem(config):
+        where = problem.partition(":")[0].partition("[")[0]
+        source = sources.get(where) or sources.get(where.partition(".")[0])
+        raise ConfigError(f"{source}: {problem}" if source else problem)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415  a colony without a file does not need it
+
+    try:
+        values = yaml.safe_load(read_regular(path, _MOST_FILE_BYTES).decode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected")
+    return values
+
+
+def _converted(values: dict[str, Any], source: str) -> Config:
+    _write_options_as_text(values.get("collect"))
+    try:
+        config = converted(values, Config)
+        _check_texts(values, "")
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return config
+
+
+def _write_options_as_text(rules: object) -> None:
+    """Makes numbers and booleans, as YAML reads an option such as `top: 5`, the texts that a
+    request would have."""
+    for rule in rules if isinstance(rules, list) else ():
+        options = rule.get("config") if isinstance(rule, dict) else None
+        if isinstance(options, dict):
+            for name, value in options.items():
+                if isinstance(value, bool | int | float):
+                    options[name] = str(value).lower()
+
+
+def _check_texts(value: object, path: str) -> None:
+    """Every text can be printed: it is a name, a path or an address. Raises ValueError."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            _check_texts(below, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, below in enumerate(value):
+            _check_texts(below, f"{path}[{index}]")
+    elif isinstance(value, str) and not is_printable(value):
+        raise ValueError(f"{path}: {shown(value)} has characters that cannot be printed")
+
+
+def _problem(config: Config) -> str:
+    """`PATH: what is wrong` with values of the right type; empty if nothing is."""
+    checks = (_of_addresses, _of_kubernetes, _of_tls, _of_collect)
+    return next((problem for check in checks if (problem := check(config))), "")
+
+
+def _of_addresses(config: Config) -> str:
+    if not config.data:
+        return "data: it is empty; give a directory"
+    for index, address in enumerate(config.agents.addresses):
+        try:
+            agent_address(address)
+        except ValueError as error:
+            return f"agents.addresses[{index}]: {error}"
+    for index, name in enumerate(config.agents.dns):
+        if not is_srv(name) and not _is_host_and_port(name):
+            accepts = "give NAME:PORT, or _NAME._tcp.DOMAIN"
+            return f"agents.dns[{index}]: {shown(name)} is not accepted; {accepts}"
+    if config.metrics and not _is_host_and_port(config.metrics):
+        return f"metrics: {shown(config.metrics)} is not accepted; give HOST:PORT, or nothing"
+    return ""
+
+
+def _is_host_and_port(text: str) -> bool:
+    try:
+        host_and_port(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _of_kubernetes(config: Config) -> str:
+    told = config.agents.kubernetes
+    if told.service and not _SERVICE.fullmatch(told.service):
+        accepts = "give NAMESPACE/NAME"
+        return f"agents.kubernetes.service: {shown(told.service)} is not accepted; {accepts}"
+    if told.server and not told.server.startswith(("https://", "http://")):
+        accepts = "give https://HOST:PORT"
+        return f"agents.kubernetes.server: {shown(told.server)} is not accepted; {accepts}"
+    return ""
+
+
+def _of_tls(config: Config) -> str:
+    tls = config.agents.tls
+    if (tls.certificate or tls.key or tls.server_name) and not tls.ca:
+        return "agents.tls.ca: it is missing; give the authorities of agents' certificates"
+    if bool(tls.certificate) != bool(tls.key):
+        lacking = "key" if tls.certificate else "certificate"
+        return f"agents.tls.{lacking}: give it too: a certificate and its key belong together"
+    return ""
+
+
+def _of_collect(config: Config) -> str:
+    seen: list[Wanted] = []
+    for index, rule in enumerate(config.collect):
+        if rule.kind not in KINDS:
+            near = choices(rule.kind, KINDS, "give one of")
+            return f"collect[{index}].kind: {shown(rule.kind)} is not accepted{near}"
+        wanted = rule.as_wanted()
+        if wanted in seen:
+            return f"collect[{index}]: it is the same as collect[{seen.index(wanted)}]"
+        seen.append(wanted)
+    return ""

@@ -1,0 +1,126 @@
+"""SQL of strangers: what is refused, what ends within its limits, and that the colony lives on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import pytest_asyncio
+
+from coral.colony.answers.refusals import RefusedError
+from coral.colony.answers.sql.hot import Shipment, ship
+from coral.colony.answers.sql.pool import Finished, Limits, Pool
+from coral.colony.answers.window import Window
+from tests.colony_tables import Sealed
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SHORT_S = 0.5
+LIMITS = Limits(deadline_s=30.0, memory_bytes=64 << 20, most_rows=1000)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Sealed:
+    return Sealed(tmp_path)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def pool() -> AsyncIterator[Pool]:
+    pool = Pool(LIMITS)
+    yield pool
+    await pool.close()
+
+
+async def ask(
+    pool: Pool,
+    sources: Sealed,
+    sql: str,
+    window: Window | None = None,
+    deadline_s: float = LIMITS.deadline_s,
+) -> pa.Table:
+    async def shipped(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
+        return ship(sources.cursor(), sources, tables, words, window)
+
+    parts: list[bytes] = []
+    answer = pool.answer(sql, shipped, most_rows=LIMITS.most_rows, deadline_s=deadline_s)
+    async with aclosing(answer):
+        async for part in answer:
+            if isinstance(part, Finished):
+                break
+            parts.append(part)
+    return pa.ipc.open_stream(b"".join(parts)).read_all()
+
+
+async def test_hot_rows_and_segments_are_one_table(pool: Pool, sources: Sealed) -> None:
+    sql = "SELECT service, count(*) AS n, sum(calls) AS calls FROM calls GROUP BY 1 ORDER BY 1"
+    table = await ask(pool, sources, sql)
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("s0", 100, sum(range(0, 200, 2))),
+        ("s1", 100, sum(range(1, 200, 2))),
+    ]
+    for sql in ("SELECT * FROM calls", "FROM calls", "SELECT calls FROM calls", "TABLE calls"):
+        assert (await ask(pool, sources, sql)).num_rows == 200
+    whole_row = (await ask(pool, sources, "SELECT c FROM calls c LIMIT 1")).to_pylist()
+    assert set(whole_row[0]["c"]) == {"time_ns", "service", "calls"}
+    books = await ask(pool, sources, "SELECT count(*) FROM ledger, gaps")
+    assert books.to_pylist() == [{"count_star()": 0}]
+
+
+async def test_a_window_holds_for_hot_rows_and_segments(pool: Pool, sources: Sealed) -> None:
+    table = await ask(pool, sources, "SELECT count(*) AS n FROM calls", Window(90, 110))
+    assert table.to_pylist() == [{"n": 20}]
+
+
+ENDED = {
+    "a cross join for ever": (
+        "SELECT count(*) FROM range(100000) a, range(100000) b, range(100000) c "
+        "WHERE a.range * b.range > c.range",
+        "it took longer than 0.5 s",
+    ),
+    "an infinite recursion": (
+        "WITH RECURSIVE t AS (SELECT 1 AS a UNION ALL SELECT 1 FROM t) SELECT count(*) FROM t",
+        "it took longer than 0.5 s|more memory than",
+    ),
+    "one that keeps its rows": (
+        "WITH RECURSIVE t AS (SELECT 1 AS a UNION ALL SELECT a + 1 FROM t) "
+        "SELECT max(a) FROM (SELECT a FROM t ORDER BY a DESC)",
+        "it took longer than 0.5 s|more memory than",
+    ),
+    "a list in memory": ("SELECT list(range) FROM range(1000000000)", "longer|more memory than"),
+    "a long text": ("SELECT length(repeat('x', 4000000000))", "more memory than|longer"),
+    "depth": (f"SELECT {'(' * 20000}1{')' * 20000}", "syntax error|depth|memory"),
+}
+
+
+async def test_refusals_come_in_the_users_words(pool: Pool, sources: Sealed) -> None:
+    for sql, why in (
+        ("COPY calls TO '/tmp/x.csv'", "sql: give one SELECT statement, and nothing else"),
+        ("SELECT * FROM read_text('/etc/hostname')", "sql: Permission Error"),
+        ("SELECT * FROM call", "sql: no such table: 'call'; did you mean calls"),
+    ):
+        with pytest.raises(RefusedError, match=why):
+            await ask(pool, sources, sql)
+
+
+@pytest.mark.parametrize("name", ENDED)
+async def test_it_ends_within_its_limits(pool: Pool, sources: Sealed, name: str) -> None:
+    sql, why = ENDED[name]
+    with pytest.raises(RefusedError, match=f"(?i)^sql: .*({why})"):
+        await ask(pool, sources, sql, deadline_s=SHORT_S)
+    assert (await ask(pool, sources, "SELECT 7 AS n")).to_pylist() == [{"n": 7}]
+
+
+async def test_rows_beyond_the_limit_are_cut(pool: Pool, sources: Sealed) -> None:
+    async def nothing(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
+        return ship(sources.cursor(), sources, tables, words, None)
+
+    answer = pool.answer("SELECT * FROM range(5000)", nothing, most_rows=1000, deadline_s=30.0)
+    *parts, end = [part async for part in answer]
+    assert end == Finished(rows=1000, cut=True)
+    assert (
+        pa.ipc.open_stream(b"".join(p for p in parts if isinstance(p, bytes))).read_all().num_rows
+        == 1000
+    )

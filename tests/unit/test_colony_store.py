@@ -1,0 +1,194 @@
+"""The store on the loop: what is put is durable and read again, once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from coral.colony.delivery import AGENT_LOST, AgentSeen, Ended, Gap, SequenceError
+from coral.colony.store import (
+    Settings,
+    State,
+    Store,
+    StoreInUseError,
+    families,
+)
+from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    store = Store(tmp_path, Settings(commit_s=0.02), PlainRows())
+    await store.start()
+    yield store
+    await store.close()
+
+
+async def numbers(store: Store) -> list[int]:
+    """Of all rows."""
+    query = "SELECT number FROM ({}) ORDER BY number"
+    table = await store.read(lambda it: query.format(it.rows(TABLE)), deadline_s=30)
+    return table["number"].to_pylist()
+
+
+async def test_what_was_put_is_read_again_and_its_standing_says_so(store: Store) -> None:
+    sender = Sender()
+    assert store.standing("a", "c") is None
+    assert await numbers(store) == []
+    assert store.put(sender.next(3, lost={"map_full": 2}, lost_in_kernel={"kernel_buffer": 7}))
+    assert store.put(sender.next(4, BEGIN_NS + SECOND_NS, lost_in_kernel={"kernel_buffer": 9}))
+    assert store.expected_seq("a", "c") == 9
+    await store.stored()
+    assert await numbers(store) == [1, 2, 3, 6, 7, 8, 9]
+    standing = store.standing("a", "c")
+    assert standing
+    assert (standing.last_seq, standing.stored, standing.produced) == (9, 7, 9)
+    assert standing.lost == {"map_full": 2}
+    assert standing.lost_in_kernel == {"kernel_buffer": 9}
+    assert standing.updated_ns == BEGIN_NS + SECOND_NS
+    losses = await store.read(lambda it: it.rows("losses"), deadline_s=30)
+    assert [
+        (it["stage"], it["in_kernel"], it["count"], it["time_from_ns"], it["time_to_ns"])
+        for it in losses.sort_by([("time_ns", "ascending"), ("stage", "descending")]).to_pylist()
+    ] == [
+        ("map_full", False, 2, BEGIN_NS, BEGIN_NS),
+        ("kernel_buffer", True, 7, BEGIN_NS, BEGIN_NS),
+        ("kernel_buffer", True, 2, BEGIN_NS, BEGIN_NS + SECOND_NS),
+    ]
+
+
+async def test_what_comes_again_is_not_stored_twice_and_a_gap_is_refused(store: Store) -> None:
+    sender = Sender()
+    first, second, third = sender.next(3), sender.next(3), sender.next(3)
+    assert store.put(first)
+    assert not store.put(first)
+    with pytest.raises(SequenceError, match="goes on after event 6, and the store has 3") as error:
+        store.put(third)
+    assert error.value.expected_seq == 3
+    assert store.put(second)
+    await store.stored()
+    assert not store.put(second)
+    assert store.put(third)
+    await store.stored()
+    assert await numbers(store) == list(range(1, 10))
+    assert store.figures.repeated == 2
+
+
+async def test_figures_that_do_not_add_up_are_refused(store: Store) -> None:
+    sender = Sender()
+    sender.last_seq = 5
+    delivery = sender.next(3)
+    sender.last_seq = 0
+    with pytest.raises(ValueError, match="events 1 to 8 are not 3 rows"):
+        store.put(type(delivery)(delivery.session, delivery.batch, 0, 8, 8, BEGIN_NS, 100))
+
+
+async def test_rows_that_cannot_be_read_are_their_sessions_loss(store: Store) -> None:
+    good, bad = Sender("good"), Sender("bad")
+    broken = bad.next(3, columns={"number": [object()] * 3})
+    store.put(good.next(2))
+    store.put(broken)
+    store.put(bad.next(2))
+    await store.stored()
+    standing = store.standing("bad", "c")
+    assert standing
+    assert (standing.last_seq, standing.stored, standing.lost) == (5, 2, {"unreadable": 3})
+    assert await numbers(store) == [1, 2, 4, 5]
+
+
+async def test_everything_is_there_after_the_store_was_closed(tmp_path: Path) -> None:
+    sender = Sender()
+    store = Store(tmp_path, Settings(), PlainRows())
+    await store.start()
+    store.put(sender.next(5))
+    ended = Ended(AGENT_LOST, "the agent died", BEGIN_NS)
+    store.put(sender.next(0, lost={AGENT_LOST: 3}, ended=ended))
+    seen = AgentSeen("a", "10.0.0.1:9001", BEGIN_NS, connected=True, attributes={"zone": "x"})
+    store.agent_seen(seen)
+    store.gap(Gap("a", BEGIN_NS, BEGIN_NS + 1, "refused"))
+    assert await store.close()
+    assert store.figures.state is State.CLOSED
+
+    store = Store(tmp_path, Settings(commit_s=0.02), PlainRows())
+    await store.start()
+    standing = store.standing("a", "c")
+    assert standing
+    assert standing.session == sender.session
+    assert (standing.last_seq, standing.stored, standing.ended) == (8, 5, ended)
+    assert await numbers(store) == [1, 2, 3, 4, 5]
+    # A gap that goes on, an agent that is seen again.
+    store.gap(Gap("a", BEGIN_NS, BEGIN_NS + 9, "refused"))
+    store.agent_seen(AgentSeen("a", "10.0.0.2:9001", BEGIN_NS + 5, connected=False, detail="gone"))
+    await store.stored()
+    gaps = await store.read(lambda it: it.rows("gaps"), deadline_s=30)
+    assert [tuple(it.values()) for it in gaps.to_pylist()] == [
+        (BEGIN_NS, BEGIN_NS + 9, "a", "refused")
+    ]
+    (agent,) = (await store.read(lambda it: it.rows("agents"), deadline_s=30)).to_pylist()
+    assert agent["address"] == "10.0.0.2:9001"
+    assert (agent["first_seen_ns"], agent["last_seen_ns"]) == (BEGIN_NS, BEGIN_NS + 5)
+    assert not agent["connected"]
+    await store.close()
+
+
+async def test_a_second_store_of_a_directory_is_refused(store: Store) -> None:
+    with pytest.raises(StoreInUseError, match=r"process id \d+ has this directory open"):
+        await Store(store.directory, Settings(), PlainRows()).start()
+    store.put(Sender().next(1))
+    await store.stored()
+
+
+async def test_one_snapshot_sees_one_commit(store: Store) -> None:
+    sender = Sender()
+    store.put(sender.next(3))
+    await store.stored()
+    seen, go_on = threading.Event(), threading.Event()
+
+    def work(cursor: object, sources: object) -> tuple[int, int]:
+        query = f"SELECT count(*) FROM ({sources.rows(TABLE)})"  # type: ignore[attr-defined]
+        before = cursor.execute(query).fetchone()[0]  # type: ignore[attr-defined]
+        seen.set()
+        assert go_on.wait(30)
+        return before, cursor.execute(query).fetchone()[0]  # type: ignore[attr-defined]
+
+    snapshot = asyncio.create_task(store.snapshot(work, deadline_s=60))
+    await asyncio.to_thread(seen.wait, 30)
+    store.put(sender.next(3))
+    await store.stored()
+    go_on.set()
+    assert await snapshot == (3, 3)
+    assert len(await numbers(store)) == 6
+
+
+async def test_a_reading_ends_at_its_deadline_and_frees_its_place(tmp_path: Path) -> None:
+    store = Store(tmp_path, Settings(commit_s=0.02, readers=1), PlainRows())
+    await store.start()
+    for_ever = "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE a.range * b.range = 7"
+    with pytest.raises(TimeoutError):
+        await store.read(lambda _: for_ever, deadline_s=0.1)
+    task = asyncio.create_task(store.read(lambda _: for_ever, deadline_s=60))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await store.read(lambda _: "SELECT 7 AS n", deadline_s=30))["n"].to_pylist() == [7]
+    assert store.figures.readers == 0
+    await store.close()
+
+
+async def test_figures_become_metrics(store: Store) -> None:
+    store.put(Sender().next(3))
+    await store.stored()
+    samples = {
+        (it.name, *it.labels.values()): it.value
+        for family in families(store.figures)
+        for it in family.samples
+    }
+    assert samples["coral_colony_store_rows_total", TABLE] == 3
+    assert samples["coral_colony_store_queue_items",] == 0
+    assert samples["coral_colony_store_queue_bytes",] == 0
+    assert samples["coral_colony_store_commit_duration_seconds_count",] >= 1

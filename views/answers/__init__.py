@@ -1,0 +1,1 @@
+"""How answers of a colony look to a person."""
