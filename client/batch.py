@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from coral.client.results import Kind, SessionEnd, by_stage
 from coral.client.split import split
 from coral.mesh.v1 import ebpf_pb2 as pb
+
+_RESOURCE: Final = "resource"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,12 +109,11 @@ class Batch:
         """Which of `resources` each row is of, of shape (count,)."""
         if self.rows and not (self.columns or len(self.events)):
             rows = getattr(self.message, self.rows)
-            return np.array([row.resource for row in rows], np.uint32)
-        if self.columns:
-            return self.columns["resource"]
-        if "resource" not in (self.events.dtype.names or ()):
-            return np.zeros(len(self.events), np.uint32)
-        found: NDArray[np.uint32] = self.events["resource"]
+            return np.array([getattr(row, _RESOURCE, 0) for row in rows], np.uint32)
+        names = self.columns or self.events.dtype.names or ()
+        if _RESOURCE not in names:  # nor has the contract such a field for every kind
+            return np.zeros(self.count if self.columns else len(self.events), np.uint32)
+        found: NDArray[np.uint32] = (self.columns or self.events)[_RESOURCE]
         return found
 
     @property
