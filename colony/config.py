@@ -18,6 +18,10 @@ from coral.client import Tls as ClientTls
 from coral.colony.answers.settings import Serving
 from coral.colony.config_answers import Sql, Tls, Token
 from coral.colony.config_answers import problem as problem_of_answers
+from coral.colony.config_bus import Bus
+from coral.colony.config_bus import problem as problem_of_bus
+from coral.colony.config_export import Export
+from coral.colony.config_export import problem as problem_of_export
 from coral.colony.config_storage import Storage
 from coral.colony.config_words import Duration, choices, converted, shown
 from coral.colony.files import read_regular
@@ -174,6 +178,10 @@ def _everywhere() -> tuple[Collect, ...]:
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole configuration."""
 
+    name: Annotated[
+        str,
+        Meta(description="what exported metrics call this colony; empty: the host name"),
+    ] = ""
     data: Annotated[str, Meta(description="the directory of what is stored")] = (
         "/var/lib/coral/colony"
     )
@@ -186,6 +194,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = field(default_factory=_everywhere)
     storage: Storage = field(default_factory=Storage)
+    bus: Bus = field(default_factory=Bus)
+    export: Export = field(default_factory=Export)
     listen: Annotated[
         tuple[str, ...],
         Meta(description="addresses for questions, each `unix:PATH` or `HOST:PORT`"),
@@ -303,7 +313,12 @@ def _problem(config: Config) -> str:
     """`PATH: what is wrong` with values of the right type; empty if nothing is."""
     checks = (_of_addresses, _of_kubernetes, _of_tls, _of_collect)
     problems = (problem for check in checks if (problem := check(config)))
-    return next(problems, "") or problem_of_answers(config.tls)
+    return (
+        next(problems, "")
+        or problem_of_answers(config.tls)
+        or problem_of_bus(config.bus)
+        or problem_of_export(config.export)
+    )
 
 
 def _of_addresses(config: Config) -> str:
