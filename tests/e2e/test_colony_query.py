@@ -212,3 +212,24 @@ def test_a_shell_completes_what_the_colony_has(asked: Asked) -> None:
     assert completed("http", "--by", "service,ro") == ["service,role", "service,route"]
     assert completed("http", "--where", "me") == ["method="]
     assert "http_latency_1m" in completed("tables", "http_l")
+
+
+def test_collecting_on_every_agent(asked: Asked) -> None:
+    def coral_collect(*arguments: str) -> Result:
+        env = {"CORAL_COLONY": asked.address}
+        return CliRunner(env=env).invoke(main, ["collect", *arguments], prog_name="coral")
+
+    here = f"pid={os.getpid()}"
+    done = coral_collect("tcp_metrics", "tests", "-d", "60s", "-c", here)
+    assert done.exit_code == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    agent, collector, _ = line.split(maxsplit=2)
+
+    def followed() -> bool:
+        rows = asked.rows("sessions", "--where", f"session={collector}")
+        return [(row["agent"], row["service"]) for row in rows] == [(agent, "tests")]
+
+    wait_until(followed, timeout_s=30)
+    done = coral_collect("tcp_metrics", "-c", here, "--on", "nobody")
+    assert done.exit_code == 1
+    assert "agent 'nobody' is not known" in done.stdout
