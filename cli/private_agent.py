@@ -37,15 +37,18 @@ class PrivateAgent:
 
 
 @contextmanager
-def private_agent(directory: Path, *arguments: str) -> Iterator[PrivateAgent]:
-    """`coral agent` with its socket and its log in DIRECTORY, stopped at the end of the block.
-    Raises `AgentDidNotStartError`."""
+def private_agent(
+    directory: Path, *arguments: str, inside: Sequence[str] = ()
+) -> Iterator[PrivateAgent]:
+    """`coral agent` with its socket and its log in DIRECTORY, stopped at the end of the block;
+    started by the command INSIDE, such as `nsenter`, if there is one. Raises
+    `AgentDidNotStartError`."""
     address, log_path = f"unix:{directory}/agent.sock", directory / "agent.log"
     command = coral(
         *("agent", "--listen", address, "--metrics", "127.0.0.1:0", "--log-format", "json"),
         *arguments,
     )
-    with log_path.open("w") as log, process(command, stderr=log) as agent:
+    with log_path.open("w") as log, process([*inside, *command], stderr=log) as agent:
         yield PrivateAgent(agent, address, _metrics_address(agent, log_path))
 
 

@@ -15,6 +15,13 @@ from msgspec import Meta, Struct, field
 
 from coral.client import Kind
 from coral.client import Tls as ClientTls
+from coral.colony.answers.settings import Serving
+from coral.colony.config_answers import Sql, Tls, Token
+from coral.colony.config_answers import problem as problem_of_answers
+from coral.colony.config_bus import Bus
+from coral.colony.config_bus import problem as problem_of_bus
+from coral.colony.config_export import Export
+from coral.colony.config_export import problem as problem_of_export
 from coral.colony.config_storage import Storage
 from coral.colony.config_words import Duration, choices, converted, shown
 from coral.colony.files import read_regular
@@ -171,6 +178,10 @@ def _everywhere() -> tuple[Collect, ...]:
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The whole configuration."""
 
+    name: Annotated[
+        str,
+        Meta(description="what exported metrics call this colony; empty: the host name"),
+    ] = ""
     data: Annotated[str, Meta(description="the directory of what is stored")] = (
         "/var/lib/coral/colony"
     )
@@ -183,10 +194,28 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = field(default_factory=_everywhere)
     storage: Storage = field(default_factory=Storage)
+    bus: Bus = field(default_factory=Bus)
+    export: Export = field(default_factory=Export)
     listen: Annotated[
         tuple[str, ...],
         Meta(description="addresses for questions, each `unix:PATH` or `HOST:PORT`"),
     ] = ("unix:/run/coral/colony.sock",)
+    tls: Tls = field(default_factory=Tls)
+    tokens: Annotated[
+        tuple[Token, ...],
+        Meta(
+            description="who may ask over TCP; whoever may open the unix socket, which is its "
+            "owner's alone, needs none"
+        ),
+    ] = ()
+    insecure_loopback: Annotated[
+        bool,
+        Meta(
+            description="let every user of this machine ask and start collectors, without a token, "
+            "at addresses of `listen` on loopback"
+        ),
+    ] = False
+    sql: Sql = field(default_factory=Sql)
     metrics: Annotated[
         str,
         Meta(description="the address that serves /metrics, /healthz and /readyz; empty: none"),
@@ -198,6 +227,16 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Literal["debug", "info", "warning", "error"],
         Meta(description="the lowest level that is logged"),
     ] = "info"
+
+    def as_serving(self) -> Serving:
+        """For the server of answers."""
+        return Serving(
+            self.listen,
+            self.tls.as_serving(),
+            tuple(token.as_file() for token in self.tokens),
+            self.insecure_loopback,
+            self.sql.as_limits(),
+        )
 
 
 def load(path: Path | None = None, flags: Mapping[str, object] | None = None) -> Config:
@@ -273,7 +312,13 @@ def _check_texts(value: object, path: str) -> None:
 def _problem(config: Config) -> str:
     """`PATH: what is wrong` with values of the right type; empty if nothing is."""
     checks = (_of_addresses, _of_kubernetes, _of_tls, _of_collect)
-    return next((problem for check in checks if (problem := check(config))), "")
+    problems = (problem for check in checks if (problem := check(config)))
+    return (
+        next(problems, "")
+        or problem_of_answers(config.tls)
+        or problem_of_bus(config.bus)
+        or problem_of_export(config.export)
+    )
 
 
 def _of_addresses(config: Config) -> str:

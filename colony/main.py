@@ -6,24 +6,20 @@ import asyncio
 import os
 import resource
 import signal
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
 from coral.colony import logs
-from coral.colony.agents import connecting, sources
+from coral.colony.answers.server import Answers
+from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.follow.discovery.addresses import host_and_port, joined
-from coral.colony.follow.fleet import Fleet
-from coral.colony.monitoring import Lag, following_families, lag_families, pages
+from coral.colony.monitoring import Lag, lag_families, pages
 from coral.colony.pages import Pages, serving
-from coral.colony.store.errors import StoreError
-from coral.colony.store.figures import State, families
-from coral.colony.store.store import Store
-from coral.colony.tables import ContractRows
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -66,52 +62,69 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 async def _serve(config: Config) -> None:
     stopping = _stop_on_signal()
     async with AsyncExitStack() as stack:
-        store = await _opened(stack, config)
-        fleet = _fleet(store, config)
         lag = Lag()
-        measuring = asyncio.ensure_future(lag.run())
-        stack.callback(measuring.cancel)
-        metrics = await _serve_pages(
-            stack,
-            config,
-            pages(
-                (
-                    lambda: following_families(fleet),
-                    lambda: families(store.figures),
-                    lambda: lag_families(lag),
-                ),
-                {"agents": lambda: _why_unsettled(fleet), "store": lambda: _why_idle(store)},
-            ),
-        )
-        log.info("listening", data=config.data, metrics=metrics or None)
-        await stack.enter_async_context(fleet.following())
+        await stack.enter_async_context(_running({"lag": lag.run}, stopping))
+        if not (parts := await _unless_stopped(stopping, assembled(stack, config))):
+            return
+        addresses = await _serve_answers(stack, config, parts)
+        makers = (*parts.families, lambda: lag_families(lag))
+        metrics = await _serve_pages(stack, config, pages(makers, parts.obstacles))
+        log.info(
+            "listening", grpc=addresses, metrics=metrics or None,
+            **({"data": config.data} if parts.store else {}),
+        )  # fmt: skip
+        await stack.enter_async_context(_running(parts.running, stopping))
+        if parts.follows:
+            await stack.enter_async_context(parts.fleet.following())
         await stopping
         log.info("stopping")
     log.info("stopped")
 
 
-async def _opened(stack: AsyncExitStack, config: Config) -> Store:
-    store = Store(Path(config.data), config.storage.as_settings(), ContractRows())
+async def _unless_stopped(
+    stopping: asyncio.Future[None], starting: Coroutine[Any, Any, Parts]
+) -> Parts | None:
+    """What STARTING returns; None where a signal comes first. What it has opened by then is
+    closed."""
+    task = asyncio.ensure_future(starting)
+    await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return None
+
+
+@asynccontextmanager
+async def _running(
+    named: Mapping[str, Running], stopping: asyncio.Future[None]
+) -> AsyncIterator[None]:
+    """Runs each for the duration of the block. One that fails ends the colony."""
+
+    def over(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not stopping.done():
+            stopping.set_exception(error)
+
+    tasks = [asyncio.create_task(each(), name=name) for name, each in named.items()]
+    for task in tasks:
+        task.add_done_callback(over)
     try:
-        await store.start()
-    except (StoreError, OSError) as error:
-        raise ConfigError(f"data: {config.data}: {error}") from error
-    stack.push_async_callback(store.close)
-    return store
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _fleet(store: Store, config: Config) -> Fleet:
-    found = sources(config.agents)
-    if not found:
-        log.warning("no agents are configured: see agents.addresses, or --agents")
-    return Fleet(
-        store,
-        found,
-        connecting(config.agents),
-        wanted=[rule.as_wanted() for rule in config.collect],
-        connecting=config.agents.connecting,
-        lost_after_s=config.agents.lost_after,
-    )
+async def _serve_answers(stack: AsyncExitStack, config: Config, parts: Parts) -> list[str]:
+    """Where they are served. Raises `ConfigError`."""
+    if not parts.store:
+        return []
+    try:
+        answers = Answers(parts.store, parts.fleet, config.as_serving())
+        return await stack.enter_async_context(answers.serving())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 async def _serve_pages(stack: AsyncExitStack, config: Config, made: Pages) -> str:
@@ -124,15 +137,6 @@ async def _serve_pages(stack: AsyncExitStack, config: Config, made: Pages) -> st
     except OSError as error:
         raise ConfigError(f"metrics: {config.metrics}: {error.strerror or error}") from error
     return joined(host, port)
-
-
-def _why_unsettled(fleet: Fleet) -> str:
-    return "" if fleet.is_settled else "not all have been found and tried yet"
-
-
-def _why_idle(store: Store) -> str:
-    figures = store.figures
-    return "" if figures.state is State.STORING else f"{figures.state}: {figures.detail}"
 
 
 def _stop_on_signal() -> asyncio.Future[None]:

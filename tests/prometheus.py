@@ -56,6 +56,24 @@ def prometheus(
 
 
 @contextmanager
+def written_prometheus(directory: Path) -> Iterator[tuple[str, Query]]:
+    """A Prometheus that scrapes nothing; yields the URL at which it receives remote write, and a
+    function that queries it."""
+    address = _free_address()
+    directory.mkdir()
+    (directory / "prometheus.yml").write_text("{}")
+    command = (
+        str(program("prometheus")),
+        f"--config.file={directory}/prometheus.yml",
+        f"--storage.tsdb.path={directory}/data",
+        f"--web.listen-address={address}",
+        "--web.enable-remote-write-receiver",
+    )
+    with _queried(command, address, directory) as query:
+        yield f"http://{address}/api/v1/write", query
+
+
+@contextmanager
 def victoria_metrics(directory: Path) -> Iterator[tuple[str, Query]]:
     """A VictoriaMetrics; yields the endpoint at which it receives OTLP over HTTP, and a function
     that queries it."""

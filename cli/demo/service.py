@@ -1,14 +1,18 @@
 """A small real HTTP service and a load for it, for the demonstration: two processes on loopback.
 
-python -P -m coral.cli.demo.service serve DIRECTORY     serves a shop, prints its port
-python -P -m coral.cli.demo.service load PORT SECONDS   asks for its pages, and for one that is not
-                                                        there, looks at orders, and pays
+python -P -m coral.cli.demo.service serve DIRECTORY [PAYMENT_MS]
+    serves a shop, prints its port; a payment takes that long
+python -P -m coral.cli.demo.service load PORT SECONDS
+    asks for its pages, and for one that is not there, looks at orders, and pays
 """
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import random
+import socket
+import struct
 import sys
 import threading
 import time
@@ -21,13 +25,18 @@ _MISSING: Final = "/missing.html"
 _CLIENTS: Final = 3
 _PAUSE_S: Final = 0.002  # a load that a person's machine can bear
 _ORDER_S: Final = 0.004  # how long the shop looks for an order, and how long it takes to pay
-_PAYMENT_S: Final = 0.02
+_PAYMENT_MS: Final = 20
 _ORDER_BYTES: Final = 1500
 _FAILING: Final = 25  # one payment in this many
+
+# netdevice(7): set the flags of an interface.
+_SIOCSIFFLAGS: Final = 0x8914
+_IFF_UP: Final = 1
 
 
 class _Shop(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    payment_s = _PAYMENT_MS / 1e3
 
     def do_GET(self) -> None:
         if not self.path.startswith("/orders/"):
@@ -38,7 +47,7 @@ class _Shop(SimpleHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(_PAYMENT_S)
+        time.sleep(self.payment_s)
         _, _, order = self.path.rpartition("/")
         self._answer(503 if int(order) % _FAILING == 0 else 201, b"")
 
@@ -59,12 +68,20 @@ class _QuietServer(ThreadingHTTPServer):
             super().handle_error(*args)
 
 
-def serve(directory: str) -> None:
-    """Serves until it is ended."""
+def serve(directory: str, payment_ms: float = _PAYMENT_MS) -> None:
+    """Serves until it is ended; a payment takes PAYMENT_MS milliseconds."""
+    _set_loopback_up()
+    _Shop.payment_s = payment_ms / 1e3
     handler = partial(_Shop, directory=directory)
     with _QuietServer(("127.0.0.1", 0), handler) as server:
         print(server.server_port, flush=True)
         server.serve_forever()
+
+
+def _set_loopback_up() -> None:
+    """In a new network namespace it is down."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))
 
 
 def load(port: int, seconds: float) -> None:
@@ -95,6 +112,6 @@ def load(port: int, seconds: float) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], *map(float, sys.argv[3:]))
     else:
         load(int(sys.argv[2]), float(sys.argv[3]))

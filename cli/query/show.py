@@ -37,8 +37,8 @@ class Asked:
 
 
 async def show(answer: Answer, asked: Asked, output: Output) -> None:
-    """Reads ANSWER, and writes it. Data go to standard output, or a file, alone; then the line about
-    the coverage goes to standard error. Raises `AgentError`, OSError, ImportError."""
+    """Reads ANSWER, and writes it. Data go to standard output, or a file, alone; then the line
+    about the coverage goes to standard error. Raises `AgentError`, OSError, ImportError."""
     if output.form == ARROW:
         content = b"".join([part async for part in answer.parts()])
         output.write(content + _END_OF_STREAM)
@@ -107,6 +107,7 @@ def _shown(table: pa.Table, asked: Asked, coverage: Coverage) -> Shown:
         seconds=(coverage.to_ns - coverage.from_ns) / 1e9,
         bounds=_bounds(table),
         compared=asked.compared,
+        cut=coverage.cut,
         now_ns=coverage.as_of_ns,
     )
 

@@ -107,10 +107,7 @@ def statement(
     named = asked.named
     tables = dict.fromkeys(source.table for source in named.sources)
     raw_only = bool(asked.needs_raw)
-    plans = {
-        table: plan_of(table, window, sources, raw_only=raw_only)
-        for table in tables
-    }
+    plans = {table: plan_of(table, window, sources, raw_only=raw_only) for table in tables}
     slots = {it.histogram: _slots(it, named.sources, sources) for it in named.times}
     values = [*named.values, *_slot_sums(slots)]
     inner = list(

@@ -22,7 +22,6 @@ from coral.colony.answers.answer import answered
 from coral.colony.answers.arrow import parts_of
 from coral.colony.answers.coverage import Scope, covered
 from coral.colony.answers.listings import AskedListing, listed
-from coral.colony.answers.query import Asked
 from coral.colony.answers.refusals import BusyError, NotFoundError, RefusedError
 from coral.colony.answers.requests import asked_of, described, window_of
 from coral.colony.answers.sources import Reads, Sources
@@ -46,7 +45,7 @@ _CODES: Final[Sequence[tuple[type[Exception], grpc.StatusCode]]] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
     (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (RefusedError, grpc.StatusCode.INVALID_ARGUMENT),
-    (StoreError, grpc.StatusCode.UNAVAILABLE),
+    (StoreError, grpc.StatusCode.FAILED_PRECONDITION),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (duckdb.OutOfMemoryException, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
@@ -114,7 +113,7 @@ class Service:
     def handlers(self) -> grpc.GenericRpcHandler:
         """For a server of grpc.aio."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        made = {
+        made: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Describe": unary(
                 self._unary(Role.VIEW, self.describe), pb.DescribeRequest.FromString, _bytes
             ),
@@ -201,9 +200,7 @@ class Service:
             told.append(await self._snapshot(work))
             return told[0][0]
 
-        answer = self.pool.answer(
-            request.sql, shipped, most_rows=most_rows, deadline_s=deadline_s
-        )
+        answer = self.pool.answer(request.sql, shipped, most_rows=most_rows, deadline_s=deadline_s)
         async with aclosing(answer):
             async for part in answer:
                 if isinstance(part, Finished):

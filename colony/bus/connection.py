@@ -12,8 +12,15 @@ import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RawStreamMsg, RetentionPolicy, StorageType, StreamConfig
-from nats.js.errors import APIError, BadRequestError, NotFoundError
+from nats.js.api import (
+    DiscardPolicy,
+    RawStreamMsg,
+    RetentionPolicy,
+    StorageType,
+    StoreCompression,
+    StreamConfig,
+)
+from nats.js.errors import APIError, BadRequestError, NotFoundError, ServerError
 
 from coral.client import Retry
 from coral.client.backoff import Backoff
@@ -27,6 +34,7 @@ FAILURES: Final = (NatsError, OSError, TimeoutError, EOFError)
 
 _CONNECT_S: Final = 5
 _RECONNECT_S: Final = 0.5
+_TELL_AGAIN_S: Final = 60.0
 _DUPLICATES_S: Final = 120.0  # as long as the server remembers ids by default
 # "Wrong last sequence", with and without the number that the stream has.
 _WRONG_SEQUENCE: Final = frozenset({10071, 10164})
@@ -45,6 +53,8 @@ class Connection:
         self.client = Client()
         self._connected = asyncio.Event()
         self.breaks = 0
+        self._told = ("", "")
+        self._tell_again_s = 0.0
 
     @property
     def stream(self) -> JetStreamContext:
@@ -66,7 +76,7 @@ class Connection:
                     self._connected.set()
                 await self.ensure_stream()
             except FAILURES as error:
-                log.warning("the bus does not answer", reason=str(error) or type(error).__name__)
+                self.tell("the bus does not answer", error)
                 await asyncio.sleep(backoff.delay_s(time.monotonic()) or 0.0)
             else:
                 return
@@ -85,6 +95,14 @@ class Connection:
         retry = Retry(float("inf"), first_delay_s=0.1, max_delay_s=self.settings.most_retry_s)
         return Backoff(retry)
 
+    def tell(self, what: str, error: BaseException) -> None:
+        """Logs a failure: the same one again only after a minute, because all that is under way
+        fails with it, and is tried again and again."""
+        reason, now_s = str(error) or type(error).__name__, time.monotonic()
+        if (what, reason) != self._told or now_s > self._tell_again_s:
+            self._told, self._tell_again_s = (what, reason), now_s + _TELL_AGAIN_S
+            log.warning(what, reason=reason)
+
     async def ensure_stream(self) -> None:
         """Makes the stream if it is not there. Raises `BusError`, and what may pass."""
         settings = self.settings
@@ -102,11 +120,15 @@ class Connection:
                 num_replicas=settings.replicas,
                 duplicate_window=min(_DUPLICATES_S, settings.max_age_s),
                 allow_direct=True,
+                compression=StoreCompression.S2,
             )
             try:
                 await self.stream.add_stream(wanted)
-            except BadRequestError as error:
-                raise BusError(f"stream {settings.stream}: {error.description}") from error
+            except (BadRequestError, ServerError) as error:
+                raise BusError(
+                    f"stream {settings.stream} cannot be made: {error.description}; its limit "
+                    f"would be {settings.max_bytes:,} bytes"
+                ) from error
             log.info("stream made", stream=settings.stream, max_bytes=settings.max_bytes)
             return
         everything = subjects.everything(settings.prefix)

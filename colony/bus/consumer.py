@@ -110,7 +110,7 @@ class Consumer:
                     await self._read()
                 except (*FAILURES, OutOfOrderError) as error:
                     self._counts.failures += 1
-                    log.warning("reading begins anew", reason=str(error) or type(error).__name__)
+                    self._connection.tell("reading begins anew", error)
                     if self._counts.read > read:
                         backoff = self._connection.backoff()
                     await asyncio.sleep(backoff.delay_s(time.monotonic()) or 0.0)

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Final, Self
 
 import msgspec
-import structlog
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
@@ -22,8 +21,6 @@ from coral.colony.bus.envelope import Told
 from coral.colony.bus.outbox import Message, Numbered, Outbox
 from coral.colony.bus.settings import BusSettings
 from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
-
-log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
 _FOUND_AT_ONCE: Final = 500
 _HEADER_ROOM_BYTES: Final = 4096  # of the server's limit, for the protocol's own line
@@ -174,8 +171,7 @@ class Publisher:
                         return
                 except FAILURES as error:
                     self._counts.failures += 1
-                    reason = str(error) or type(error).__name__
-                    log.warning("the bus did not accept a message", reason=reason)
+                    self._connection.tell("the bus did not accept a message", error)
                     await asyncio.sleep(backoff.delay_s(time.monotonic()) or 0.0)
                     if isinstance(error, NoStreamResponseError):
                         await self._make_stream()
@@ -214,7 +210,7 @@ class Publisher:
         try:
             await self._connection.ensure_stream()
         except (*FAILURES, BusError) as error:
-            log.warning("the stream cannot be made", reason=str(error))
+            self._connection.tell("the stream cannot be made", error)
 
     async def _find_until_found(self) -> list[tuple[Told, int]]:
         backoff = self._connection.backoff()
@@ -222,7 +218,7 @@ class Publisher:
             try:
                 return await self._find()
             except FAILURES as error:
-                log.warning("the bus does not answer", reason=str(error) or type(error).__name__)
+                self._connection.tell("the bus does not answer", error)
                 await asyncio.sleep(backoff.delay_s(time.monotonic()) or 0.0)
 
     async def _find(self) -> list[tuple[Told, int]]:

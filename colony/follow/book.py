@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from coral.client import Account, Batch, CollectorInfo
+from coral.client import Account, Batch, CollectorInfo, ContractError
 from coral.colony.delivery import AGENT_LOST, Delivery, Ended, Session, Standing
 
+_MOST: Final = (1 << 62) - 1
+"""No session has so many events, and databases have no larger numbers."""
 _STANDS_EVERY_NS: Final = 10_000_000_000
 """How often a session in which nothing happens says that it is still followed."""
 
@@ -53,18 +55,19 @@ class Book:
     def is_told(self, produced: int) -> None:
         """The agent says that it has numbered this many events. Those that it cannot deliver any
         more, because it dies, are known to be lost."""
-        self._produced = max(self._produced, produced)
+        self._produced = max(self._produced, min(produced, _MOST))
 
     def take(self, batch: Batch, account: Account, size_bytes: int, now_ns: int) -> Delivery | None:
         """BATCH, of SIZE_BYTES on the wire, as a delivery; ACCOUNT is that of its stream, up to it.
         None for a batch that says only what is known.
 
         A delivery without rows still tells what was lost, and every ten seconds that the session is
-        followed.
+        followed. Raises `ContractError` for figures that cannot be; the book is then as it was.
         """
-        before, self._stream = self._stream, account
         lost = Counter(account.lost)
-        lost.subtract(before.lost)
+        lost.subtract(self._stream.lost)
+        _check(account, lost)
+        self._stream = account
         end = batch.end
         if end:
             self.ended = Ended(str(end.reason), end.detail, now_ns)
@@ -115,3 +118,14 @@ class Book:
             self._lost_in_kernel = dict(more)
         if batch.message.attributes and batch.message.attributes != self.session.attributes:
             self.session = replace(self.session, attributes=batch.attributes)
+
+
+def _check(account: Account, lost: Counter[str]) -> None:
+    """Beside what the stream itself has checked: LOST since the batch before."""
+    if account.filtered:
+        raise ContractError(f"{account.filtered} events were filtered, and no filter was given")
+    if min(lost.values(), default=0) < 0:
+        raise ContractError(f"fewer events are lost than before: {dict(lost)}")
+    figures = (account.last_seq, account.produced, *account.lost_in_kernel.values())
+    if max(figures) > _MOST:
+        raise ContractError(f"a session cannot have {max(figures):,} events")

@@ -42,7 +42,8 @@ class Asked:
 class Fleet:
     """The agents that SOURCES find. WANTED are the collectors that are to be at work on each one;
     at most CONNECTING agents are connected to at a time; an agent that has not answered for
-    LOST_AFTER_S is given up."""
+    LOST_AFTER_S is given up: ALONE says that nobody else hands deliveries to the sink, so that
+    agents which were followed in an earlier life count, too."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Fleet:
         wanted: Sequence[Wanted] = (),
         connecting: int = 50,
         lost_after_s: float = 3600.0,
+        alone: bool = True,
     ) -> None:
         self.counts = Counts()
         self.gate = Gate(connecting)
@@ -60,6 +62,7 @@ class Fleet:
         self._shared = Shared(sink, self.agents, self.gate, connect, wanted, self.counts)
         self._sources = sources
         self._lost_after_ns = int(lost_after_s * 1e9)
+        self._alone = alone
         self._found: dict[Source, frozenset[str]] = {}
         self._followers: dict[str, tuple[Follower, asyncio.Task[None]]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -190,5 +193,7 @@ class Fleet:
         """Ends the sessions of agents that have not answered for too long. Should one come back
         with its sessions, they go on."""
         for agent in self.agents.silent(now_ns - self._lost_after_ns):
+            if not (self._alone or agent.address):
+                continue  # somebody else follows it
             self._shared.lose(given_up(agent, frozenset(), SILENT, now_ns))
             self._shared.sink.gap(Gap(agent.agent_id, agent.heard_ns, now_ns, SILENT))

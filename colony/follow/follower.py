@@ -11,13 +11,22 @@ from typing import Final
 
 import structlog
 
-from coral.client import AgentClient, AgentError, CollectorInfo, Retry, Watch, What
+from coral.client import (
+    AgentClient,
+    AgentError,
+    CollectorInfo,
+    ContractError,
+    Retry,
+    Watch,
+    What,
+)
 from coral.client.backoff import Backoff
 from coral.colony.delivery import AgentSeen
 from coral.colony.follow.agents import Agent, FollowedTwiceError
 from coral.colony.follow.status import Shared, State, Status
 from coral.colony.follow.visit import TRANSIENT, Visit
 from coral.colony.follow.wanted import Renew, Start, Upkeep
+from coral.wire.text import is_printable
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -28,6 +37,7 @@ _RETRY: Final = Retry(patience_s=float("inf"), first_delay_s=0.2, max_delay_s=10
 _REFUSED_S: Final = 60.0
 """After an agent refused the colony, which an operator has to mend, rather than did not answer."""
 _LOOK_S: Final = 60.0
+_MOST_ID: Final = 256
 
 
 class Follower:
@@ -93,18 +103,19 @@ class Follower:
         async with AsyncExitStack() as stack, AsyncExitStack() as entering:
             await entering.enter_async_context(shared.gate.passing(failed=self._failed))
             client = await stack.enter_async_context(shared.connect(address))
-            told = await client.capabilities()
-            self.status.agent_id = told.agent_id
+            told, listed = await asyncio.gather(
+                client.capabilities(), client.collectors(include_ended=True)
+            )
+            self.status.agent_id = _checked_id(told.agent_id)
             agent = stack.enter_context(shared.agents.followed(told.agent_id, address))
             agent.version, agent.kernel = told.agent_version, told.kernel_version
             watch = await stack.enter_async_context(client.watch())
             present = await _present(watch)
-            listed = await client.collectors(include_ended=True)
             self.upkeep.begin(present, time.monotonic())
             stack.callback(self._leaves)
             async with asyncio.TaskGroup() as group:
                 visit = Visit(shared, client, agent, self.status, group)
-                await visit.begin([*present, *(it for it in listed if it.end)])
+                await visit.begin([*present, *listed])
                 await entering.aclose()
                 self._stands(client)
                 stack.callback(self._tell_seen, agent, connected=False)
@@ -198,6 +209,13 @@ async def _present(watch: Watch) -> list[CollectorInfo]:
         if change.collector:
             found.append(change.collector)
     return found
+
+
+def _checked_id(agent_id: str) -> str:
+    """AGENT_ID. Raises `ContractError` for what is no id."""
+    if not agent_id or len(agent_id) > _MOST_ID or not is_printable(agent_id):
+        raise ContractError(f"the agent says that its id is {agent_id[:_MOST_ID]!r}")
+    return agent_id
 
 
 def _how_it_ended(info: CollectorInfo) -> str:

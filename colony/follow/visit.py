@@ -33,6 +33,8 @@ TRANSIENT: Final = (UnavailableError, DeadlineExceededError)
 _NOT_THERE: Final = (StreamLostError, NotFoundError, OutOfRangeError)
 _RETRY: Final = Retry(patience_s=float("inf"), first_delay_s=0.5, max_delay_s=30.0)
 _LAST_WORDS_S: Final = 5.0
+_MOST_SESSIONS: Final = 256
+"""Of one agent; many times what its limits allow by default."""
 
 
 class Visit:
@@ -69,8 +71,14 @@ class Visit:
 
     def follow(self, info: CollectorInfo) -> asyncio.Event | None:
         """Reads the session; the event says that its subscription stands. None for one that is
-        read already, or of which everything is known."""
+        read already, of which everything is known, or for which there is no room."""
         if info.collector_id in self._reading:
+            return None
+        if len(self._reading) >= _MOST_SESSIONS:
+            log.warning(
+                "an agent has more sessions than are followed", agent=self._agent.agent_id,
+                most=_MOST_SESSIONS, collector=info.collector_id,
+            )  # fmt: skip
             return None
         book = self._agent.books.open(info)
         if book is None:

@@ -4,11 +4,26 @@ store itself knows no kind of collector."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import pyarrow as pa
 
 from coral.colony.delivery import Delivery
+from coral.colony.store.settings import LOSSES
+
+LOSSES_SCHEMA: Final = pa.schema(
+    [
+        ("time_ns", pa.int64()),
+        ("time_from_ns", pa.int64()),
+        ("time_to_ns", pa.int64()),
+        *((name, pa.string()) for name in ("agent", "session", "service", "kind", "stage")),
+        ("in_kernel", pa.bool_()),
+        ("count", pa.uint64()),
+    ]
+)
+"""The rows that the store makes itself, one for a session, a stage and a transaction. `time_ns` is
+`time_to_ns`, for those that look for rows of a window."""
 
 
 class Intake(Protocol):
@@ -52,3 +67,30 @@ class Rows(Protocol):
 
     def rolled_up(self) -> Sequence[str]:
         """The names of the raw tables that have rollups."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithLosses:
+    """The rows of OTHERS, and the store's own."""
+
+    others: Rows
+
+    def intake(self) -> Intake:
+        """Of the others."""
+        return self.others.intake()
+
+    def rollup(self, width_ns: int) -> Rollup:
+        """Of the others."""
+        return self.others.rollup(width_ns)
+
+    def order(self, table: str) -> Sequence[str]:
+        """See `Rows`."""
+        return ("service", "agent", "time_ns") if table == LOSSES else self.others.order(table)
+
+    def schema(self, table: str) -> pa.Schema | None:
+        """See `Rows`."""
+        return LOSSES_SCHEMA if table == LOSSES else self.others.schema(table)
+
+    def rolled_up(self) -> Sequence[str]:
+        """Of the others."""
+        return self.others.rolled_up()

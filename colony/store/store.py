@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -26,6 +28,8 @@ T = TypeVar("T")
 
 _CLOSING_S: Final = 10.0
 _ITEM_BYTES: Final = 500  # of what has no size of its own
+_LOOK_AGAIN_S: Final = 1.0
+_WEIGHT: Final = 0.01  # of one more size in the average
 
 
 class Store:
@@ -49,11 +53,12 @@ class Store:
         self.directory = directory
         self.figures = Figures()
         self._settings = settings
-        self._rows = rows
         self._core = Core(directory, settings, rows)
         self._on_rollup = on_rollup
         self._changed = asyncio.Event()
         self._last = 0
+        self._mean_bytes = float(_ITEM_BYTES)
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def start(self) -> None:
         """Opens or makes the directory. Raises `StoreError`, `StoreInUseError`, OSError."""
@@ -61,7 +66,8 @@ class Store:
         loop = asyncio.get_running_loop()
 
         def published() -> None:
-            loop.call_soon_threadsafe(self._wake)
+            with suppress(RuntimeError):  # nobody waits in a loop that is closed
+                loop.call_soon_threadsafe(self._wake)
 
         self._writer = Writer(
             self._core,
@@ -70,7 +76,11 @@ class Store:
             self._on_rollup,
         )
         self._readers = Readers(
-            self.directory, self._core.database, self._rows, self.figures, self._settings.readers
+            self.directory,
+            self._core.database,
+            self._core.rows,
+            self.figures,
+            self._settings.readers,
         )
         if aside := self._core.database.moved_aside:
             self.figures.moved_aside = str(aside)
@@ -107,7 +117,18 @@ class Store:
     async def room(self) -> None:
         """Returns once less than `queue_bytes` wait. Followers call it before they read on. Raises
         `StoreError` where the store has ended."""
-        await self._until(lambda: self.figures.queue_bytes < self._settings.queue_bytes)
+        while self._waiting or self._is_full:
+            self._raise_if_ended()
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            try:
+                # One that was let in may have nothing to put, and then nobody lets others in.
+                await asyncio.wait([waiting], timeout=_LOOK_AGAIN_S)
+            finally:
+                if not waiting.done():
+                    self._waiting.remove(waiting)
+            if waiting.done() or not self._is_full:
+                return
 
     async def stored(self) -> None:
         """Returns once everything put so far is durable; hurries. Raises `StoreError` where the
@@ -163,6 +184,7 @@ class Store:
 
     def _queue(self, item: Waiting, size_bytes: int) -> None:
         self._raise_if_ended()
+        self._mean_bytes += (size_bytes - self._mean_bytes) * _WEIGHT
         self._last = self._writer.put(item, size_bytes)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
@@ -175,6 +197,14 @@ class Store:
             raise StoreError(f"the store has ended: {self._writer.failure}")
 
     def _wake(self) -> None:
-        """Lets everybody look again who waits now."""
+        """Lets everybody look again who waits for something to be stored; and of those who wait to
+        put something, as many as there is room for, as deliveries are on average."""
         self._changed.set()
         self._changed = asyncio.Event()
+        room_bytes = self._settings.queue_bytes - self.figures.queue_bytes
+        for _ in range(min(len(self._waiting), int(room_bytes / self._mean_bytes))):
+            self._waiting.popleft().set_result(None)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.figures.queue_bytes >= self._settings.queue_bytes

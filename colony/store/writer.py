@@ -28,7 +28,7 @@ OnRollup = Callable[[Mapping[str, pa.Table]], None]
 
 _RETIRE_EVERY_S: Final = 5.0
 _FORGET_EVERY_S: Final = 3600.0
-_PASSES: Final = (duckdb.Error, OSError, StoreError)
+_PASSES: Final = (duckdb.Error, OSError, pa.ArrowException, StoreError)
 """What may pass: it is tried again."""
 
 

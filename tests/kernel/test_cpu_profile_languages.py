@@ -37,6 +37,8 @@ BUILDS: Final = {
     "lld_not_pie": (*OMIT, "-fno-pie", "-no-pie", "-fuse-ld=lld"),
     "frame_pointers": ("-O2", "-fno-omit-frame-pointer"),
 }
+# The others are as rare as they differ little; `make test-soak` has them.
+OFTEN: Final = ("pie", "static", "frame_pointers")
 C_NAMES: Final = ("spend_most", "spend_some", "spend_little")
 GO_NAMES: Final = ("main.spendMost", "main.spendSome", "main.spendLittle")
 LEVELS: Final = [f"level_{number}" for number in range(1, 10)]
@@ -98,7 +100,12 @@ def whole(rows: Sequence[pb.CpuProfileSample]) -> None:
     assert set(ends) == {pb.CPU_STACK_END_BOTTOM}, ends
 
 
-@pytest.mark.parametrize("build", BUILDS)
+def soaking(value: object, name: str | None = None) -> object:
+    """A parameter of which `make test-soak` takes care."""
+    return pytest.param(value, marks=pytest.mark.soak, id=name)
+
+
+@pytest.mark.parametrize("build", [build if build in OFTEN else soaking(build) for build in BUILDS])
 def test_c_however_it_is_built(build: str, record_property: Record) -> None:
     profile = profiled(of_c(build), "shares", MILLISECONDS, frequency=HZ)
     shares_of(profile, [f"^{name}$" for name in C_NAMES], record_property)
@@ -110,7 +117,7 @@ def test_c_however_it_is_built(build: str, record_property: Record) -> None:
     assert {row.unwinding for row in rows} == {pb.CPU_UNWINDING_EH_FRAME}
 
 
-@pytest.mark.parametrize("build", ["pie", "not_pie", "static"])
+@pytest.mark.parametrize("build", ["pie", soaking("not_pie"), soaking("static")])
 def test_a_stripped_program_has_its_addresses(build: str, record_property: Record) -> None:
     """They are those of the same functions in the program before it was stripped."""
     named = of_c(build)
@@ -177,7 +184,7 @@ def of_cxx() -> Path:
     return built("shares.cxx", [source], command)
 
 
-@pytest.mark.parametrize("threads", [0, 24])
+@pytest.mark.parametrize("threads", [0, soaking(24)])
 def test_templates_of_cxx(threads: int, record_property: Record) -> None:
     profile = profiled(of_cxx(), MILLISECONDS, threads, frequency=HZ)
     patterns = [rf"shares::spend<shares::{it}, \d+>" for it in ("most", "some", "little")]
@@ -209,7 +216,7 @@ def test_rust(record_property: Record) -> None:
         assert sum("Level>::descend" in name for name in row.stack) == 9
 
 
-@pytest.mark.parametrize("flags", ["", "-s -w"], ids=["plain", "stripped"])
+@pytest.mark.parametrize("flags", [soaking("", "plain"), pytest.param("-s -w", id="stripped")])
 def test_go(flags: str, record_property: Record) -> None:
     need("go")
     source = SOURCES / "shares.go"

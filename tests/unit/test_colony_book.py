@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Final
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coral.client import Batch, CollectorInfo
+from coral.client import Batch, CollectorInfo, ContractError
 from coral.client.account import Ledger
 from coral.colony.delivery import AGENT_LOST, Delivery, Standing
 from coral.colony.follow.book import Book, session_of
@@ -27,6 +28,13 @@ def info(collector_id: str = "one", produced: int = 0, *, ended: bool = False) -
         message.end.reason = pb.SessionEnd.REASON_STOPPED
         message.end.produced = produced
     return CollectorInfo.of(message)
+
+
+def lost(filtered: int = 0, /, **counts: int) -> pb.StreamAccount:
+    account = pb.StreamAccount(filtered=filtered)
+    for stage, count in counts.items():
+        account.lost.add(stage=pb.Loss.Stage.Value(f"STAGE_{stage.upper()}"), count=count)
+    return account
 
 
 def read(book: Book, messages: list[pb.EbpfEventBatch], now_ns: int = 1) -> list[Delivery]:
@@ -84,9 +92,7 @@ def test_a_batch_without_news_is_told_every_ten_seconds() -> None:
 
 def test_what_is_lost_without_a_row_is_told_at_once() -> None:
     book = Book(session_of("agent", info()))
-    account = pb.StreamAccount()
-    account.lost.add(stage=pb.Loss.STAGE_SUBSCRIBER_QUEUE, count=9)
-    (told,) = read(book, [batch(1, 9, (), account)])
+    (told,) = read(book, [batch(1, 9, (), lost(subscriber_queue=9))])
     assert (told.rows, told.lost) == (0, {"subscriber_queue": 9})
 
 
@@ -118,6 +124,32 @@ def test_nothing_is_lost_with_an_agent_that_had_delivered_all() -> None:
     read(book, [batch(1, 5, range(1, 6))])
     last = book.close_as_lost("it died", 7)
     assert (last.after_seq, last.last_seq, last.lost) == (5, 5, {})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (batch(4, 4, (), lost(1, subscriber_queue=1)), "1 events were filtered"),
+        (batch(4, 1 << 63, (), lost(subscriber_queue=(1 << 63) - 2)), "cannot have"),
+        (batch(4, 4, (), lost(rate_limit=2)), "fewer events are lost than before"),
+    ],
+)
+def test_figures_that_cannot_be_leave_the_book_as_it_was(
+    wrong: pb.EbpfEventBatch, problem: str
+) -> None:
+    book = Book(session_of("agent", info()))
+    right = batch(1, 3, (1, 2), lost(subscriber_queue=1))
+    with pytest.raises(ContractError, match=problem):
+        read(book, [right, wrong])
+    assert book.last_seq == 3
+    (delivery,) = read(book, [batch(4, 6, (4, 5, 6))])
+    assert (delivery.after_seq, delivery.last_seq, delivery.rows) == (3, 6, 3)
+
+
+def test_what_an_agent_tells_of_its_events_is_believed_within_reason() -> None:
+    book = Book(session_of("agent", info()))
+    book.is_told((1 << 64) - 1)
+    assert book.close_as_lost("it died", 1).last_seq == (1 << 62) - 1
 
 
 def test_a_session_goes_on_after_what_is_durable_of_it() -> None:

@@ -60,7 +60,7 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("agent: {}", "agent: no such key; did you mean `agents`? accepted are data, agents,"),
+        ("agent: {}", "agent: no such key; did you mean `agents`? accepted are name, data,"),
         ("- 1", "a mapping of keys to values is expected"),
         ("a: {", "not YAML: "),
         ("agents: {connecting: 0}", ("agents.connecting: 0 is not accepted; give a whole number "
@@ -87,6 +87,20 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
         ("collect: [{kind: tcp_metrics, lease: -1}]", "collect[0].lease: -1 is not accepted"),
         ("collect: [{kind: tcp_metrics}, {kind: tcp_metrics}]",
          "collect[1]: it is the same as collect[0]"),
+        ("tls: {key: /k}", "tls.certificate: give it too"),
+        ("tokens: [{name: a}]", "tokens[0].file: it is missing; give text"),
+        (
+            "tokens: [{name: a, file: /t, role: admin}]",
+            "tokens[0].role: 'admin' is not accepted; give one of view, operate",
+        ),
+        ("sql: {memory: lots}", "sql.memory: 'lots' is not accepted; give a size"),
+        ("bus: {mode: store}", "bus.servers: bus.mode is store; give at least one server"),
+        ("bus: {servers: [a]}", "bus.servers[0]: 'a' is not accepted; give nats://HOST:PORT or"),
+        ("bus: {shard: 1}", "bus.shard: 1 is not accepted; give a number below bus.shards, 1"),
+        (
+            "export: {otlp: {endpoint: a}}",
+            "export.otlp.endpoint: 'a' is not accepted; give http://HOST:PORT",
+        ),
         ("metrics: here", "metrics: 'here' is not accepted; give HOST:PORT, or nothing"),
         ("log_format: xml", "log_format: 'xml' is not accepted; give one of console, json"),
         ("data: ''", "data: it is empty; give a directory"),

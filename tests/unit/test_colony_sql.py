@@ -76,8 +76,7 @@ async def test_a_window_holds_for_hot_rows_and_segments(pool: Pool, sources: Sea
 
 ENDED = {
     "a cross join for ever": (
-        "SELECT count(*) FROM range(100000) a, range(100000) b, range(100000) c "
-        "WHERE a.range * b.range > c.range",
+        "SELECT count(*) FROM range(9999) a, range(9999) b, range(9999) c WHERE a.range > b.range",
         "it took longer than 0.5 s",
     ),
     "an infinite recursion": (
@@ -85,8 +84,7 @@ ENDED = {
         "it took longer than 0.5 s|more memory than",
     ),
     "one that keeps its rows": (
-        "WITH RECURSIVE t AS (SELECT 1 AS a UNION ALL SELECT a + 1 FROM t) "
-        "SELECT max(a) FROM (SELECT a FROM t ORDER BY a DESC)",
+        "WITH RECURSIVE t AS (SELECT 1 AS a UNION ALL SELECT a + 1 FROM t) FROM t ORDER BY a DESC",
         "it took longer than 0.5 s|more memory than",
     ),
     "a list in memory": ("SELECT list(range) FROM range(1000000000)", "longer|more memory than"),

@@ -30,7 +30,7 @@ from tests.http_parser import (
 )
 from tests.support import PATIENCE
 
-FUZZED_IN_A_TEST: Final = 20_000
+FUZZED_IN_A_TEST: Final = 10_000
 FUZZED_AT_LENGTH: Final = 1_000_000
 
 TOKENS: Final = st.text("ABCXYZabcxyz019-_.!~", min_size=1, max_size=12).map(str.encode)

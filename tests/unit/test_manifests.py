@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,9 +95,7 @@ def test_there_are_schemas_from_1_25_to_the_newest() -> None:
 
 @pytest.mark.parametrize("profile", CAPABILITIES)
 def test_every_manifest_is_valid_and_has_no_unknown_field(profile: str) -> None:
-    for version in versions():
-        for manifest in by_kustomize_once(profile):
-            kubernetes_validate.validate(manifest, version, strict=True)
+    validate(by_kustomize_once(profile))
 
 
 def test_strict_validation_would_notice_a_misspelt_field() -> None:
@@ -108,6 +107,17 @@ def test_strict_validation_would_notice_a_misspelt_field() -> None:
 
 def by_kustomize_once(profile: str) -> Sequence[Manifest]:
     return list(by_kustomize(profile).values())
+
+
+def validate(manifests: Sequence[Manifest]) -> None:
+    for version in versions():
+        for manifest in manifests:
+            validate_once(json.dumps(manifest), version)
+
+
+@cache  # profiles have most manifests in common, and to validate one takes long
+def validate_once(manifest: str, version: str) -> None:
+    kubernetes_validate.validate(json.loads(manifest), version, strict=True)
 
 
 # Privileges
@@ -276,9 +286,7 @@ ACCESS: Final = (
 
 
 def test_the_chart_with_access_for_teams_is_valid_and_has_no_unknown_field() -> None:
-    for version in versions():
-        for manifest in by_helm(*ACCESS).values():
-            kubernetes_validate.validate(manifest, version, strict=True)
+    validate([*by_helm(*ACCESS).values()])
 
 
 def test_names_of_pods_need_a_right_a_token_and_the_nodes_name() -> None:

@@ -22,14 +22,16 @@ _ARROW: Final = "\N{RIGHTWARDS ARROW}"
 @dataclass(frozen=True)
 class Shown:
     """The rows of an answer: plain data by the names of its columns. `by` are the columns that tell
-    rows apart; `seconds` is how long the window is; `bounds` has the upper ends of the slots of each
-    histogram, by its column; `compared` rows have another window's figures, too."""
+    rows apart; `seconds` is how long the window is; `bounds` has the upper ends of the slots of
+    each histogram, by its column; `compared` rows have another window's figures, too; `cut` says
+    that there are more rows."""
 
     rows: Sequence[Row]
     by: Sequence[str] = ()
     seconds: float = 0.0
     bounds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     compared: bool = False
+    cut: bool = False
     now_ns: int = 0
 
 

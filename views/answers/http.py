@@ -31,13 +31,15 @@ _OTHER_METHOD: Final = "_OTHER"
 
 
 def sheets(shown: Shown) -> Iterator[Sheet | str]:
-    """Requests; and where there are several routes of one side, a histogram of all."""
+    """Requests; of a single service whose rows are all there, a histogram for each side, too."""
     if shown.compared:
         yield _compared(shown)
         return
-    yield _headline(shown)
+    if not shown.cut:
+        yield _headline(shown)
     yield _table(shown)
-    yield from _histograms(shown)
+    if not shown.cut and "service" not in shown.by:
+        yield from _histograms(shown)
 
 
 def _table(shown: Shown) -> Sheet:

@@ -61,7 +61,8 @@ def test_totals_are_what_the_programs_sent(
         out = tap.finish()
     heading, total, ends, *_ = out[out.index("totals of ") :].splitlines()
     assert heading.endswith("s, stopped")
-    assert total.startswith("0 open, 2 opened, 0 failed; 352kB out, 352kB in; 0% of ")
+    # The machine decides how much is sent again.
+    assert total.startswith("0 open, 2 opened, 0 failed; 352kB out, 352kB in; ")
     assert ends == "ended: 1 closed, 1 peer closed"
     peers = sheet(out, "PEER", "OPENED")
     there = f"[{address}]" if ":" in address else address
