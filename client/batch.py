@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from coral.client.results import Kind, SessionEnd, by_stage
 from coral.client.split import split
 from coral.mesh.v1 import ebpf_pb2 as pb
-
-_RESOURCE: Final = "resource"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,14 +105,17 @@ class Batch:
     @cached_property
     def row_resources(self) -> NDArray[np.uint32]:
         """Which of `resources` each row is of, of shape (count,)."""
-        if self.rows and not (self.columns or len(self.events)):
-            rows = getattr(self.message, self.rows)
-            return np.array([getattr(row, _RESOURCE, 0) for row in rows], np.uint32)
-        names = self.columns or self.events.dtype.names or ()
-        if _RESOURCE not in names:  # nor has the contract such a field for every kind
-            return np.zeros(self.count if self.columns else len(self.events), np.uint32)
-        found: NDArray[np.uint32] = (self.columns or self.events)[_RESOURCE]
-        return found
+        messages: Any = getattr(self.message, self.rows) if self.rows else ()
+        if len(messages):
+            rows = [getattr(row, "resource", 0) for row in messages]
+            return np.array(rows, np.uint32)
+        if self.columns or not len(self.events):
+            found = self.columns.get("resource")
+            return np.zeros(self.count, np.uint32) if found is None else found
+        if "resource" not in (self.events.dtype.names or ()):
+            return np.zeros(len(self.events), np.uint32)
+        single: NDArray[np.uint32] = self.events["resource"]
+        return single
 
     @property
     def end(self) -> SessionEnd | None:
