@@ -12,7 +12,7 @@ RUN_PACKAGES := python3 python3-venv clang libbpf1 libbpf-dev linux-libc-dev ca-
 IMAGE_PACKAGES := openssl dpkg python3
 IMAGE_OPTIONS = $(if $(KEY),--key $(KEY)) $(if $(MACHINE),--machine $(MACHINE))
 TEST_PACKAGES := chromium gcc g++ golang-go rustc lld libc6-dev libssl-dev strace bpftool procps iproute2 nftables \
-	apache2-bin curl gdb linux-perf nodejs openssl runc util-linux wrk
+	apache2-bin curl gdb linux-perf nodejs openssl runc util-linux wrk xz-utils
 SOAK_PACKAGES = $(TEST_PACKAGES) openjdk-17-jdk-headless debootstrap systemd-container skopeo
 TEST_PROGRAMS := build/prometheus/prometheus build/nginx/nginx build/victoria-metrics/victoria-metrics \
 	build/containerd/containerd build/containerd/runc build/kubernetes/helm
@@ -159,6 +159,7 @@ build/cosign/cosign:
 
 build/qemu/qemu-aarch64-static:
 	@deploy/packages --extract qemu-user-static build/qemu
+	@find build/qemu -type f ! -name $(@F) -delete
 
 build/containerd/containerd:
 	@deploy/packages --extract containerd build/containerd ctr containerd-shim-runc-v2

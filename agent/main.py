@@ -18,6 +18,7 @@ from typing import Final
 import structlog
 
 from coral.agent import logs
+from coral.agent.access import exposure
 from coral.agent.access.access import Access
 from coral.agent.access.audit import Audit
 from coral.agent.access.kubernetes import Reviews
@@ -161,6 +162,8 @@ async def _serve(config: Config, secrets: _Secrets, audit: Audit, kept: frozense
             "listening", agent=config.name, grpc=server.addresses, metrics=metrics or None,
             **({"health": health} if health else {}),
         )  # fmt: skip
+        for warning in exposure.warnings(config, access):
+            log.warning("others may use this agent", problem=warning)
         await _report_capabilities(supervisor)
         readiness.set_probed()
         await stopping

@@ -31,6 +31,7 @@ from typing import Final
 from rich.console import Console
 
 from benchmarks import (
+    colony_intake,
     cost,
     delivery,
     drain,
@@ -78,6 +79,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "delivery": delivery.measure,
     "encoders": encoders.measure,
     "summaries": summaries.measure,
+    "colony_intake": colony_intake.measure,
     "lag": lag.measure,
     "tls": tls.measure,
     "loop_lag": loop_lag.measure,

@@ -84,6 +84,8 @@ async def _capabilities(address: str, output: str, *, with_options: bool) -> int
     )
     if answer.unsupported_reason:
         page.text(answer.unsupported_reason, "red")
+    for warning in answer.warnings:
+        page.text(warning, "yellow")
     page.text("")
     page.sheet(_support(answer.collectors))
     refused = _refusals(answer.collectors)

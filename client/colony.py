@@ -154,8 +154,8 @@ class ColonyClient:
         where: Mapping[str, str] | None = None,
         against_s: float | None = None,
     ) -> AsyncIterator[Answer]:
-        """The answer to a named query, such as `http`, for the last 15 minutes by default. AGAINST_S
-        compares with the window that began and ended so many seconds earlier."""
+        """The answer to a named query, such as `http`, for the last 15 minutes by default.
+        AGAINST_S compares with the window that began and ended so many seconds earlier."""
         with building_a_request():
             request = pb.QueryRequest(
                 query=name, by=by, top=top, services=services, where=where or {}
@@ -258,7 +258,9 @@ def _duration(seconds: float, name: str) -> Duration:
     try:
         duration.FromNanoseconds(round(seconds * 1e9))
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name}: {seconds!r} is not accepted; give a number of seconds") from error
+        raise ValueError(
+            f"{name}: {seconds!r} is not accepted; give a number of seconds"
+        ) from error
     return duration
 
 

@@ -112,7 +112,6 @@ _TYPES: Final[Mapping[grpc.StatusCode, type[AgentError]]] = {
 }
 
 
-
 @dataclass(frozen=True, slots=True)
 class Peer:
     """Who was called, in messages: its name, and what to do where none answers."""
@@ -165,9 +164,7 @@ def error_of(
     return _TYPES.get(code, AgentError)(code, message)
 
 
-def _unreachable(
-    code: grpc.StatusCode, details: str, address: str, peer: Peer
-) -> AgentError:
+def _unreachable(code: grpc.StatusCode, details: str, address: str, peer: Peer) -> AgentError:
     found = next((n for n in _CANNOT_CONNECT if os.strerror(n) in details), None)
     if found in (errno.EACCES, errno.EPERM) and is_unix(address):
         return PermissionDeniedError(

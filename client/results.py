@@ -299,7 +299,7 @@ class CollectorCapability:
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an agent can do on its machine. `unsupported_reason` says why eBPF cannot be used there
-    at all; it is empty where it can."""
+    at all; it is empty where it can. `warnings` are of its configuration."""
 
     agent_id: str
     agent_version: str
@@ -313,6 +313,7 @@ class Capabilities:
     features: tuple[KernelFeature, ...]
     collectors: tuple[CollectorCapability, ...]
     pod_sources: tuple[PodSource, ...]
+    warnings: tuple[str, ...]
     message: pb.EbpfCapabilities = field(repr=False, compare=False)
 
     @classmethod
@@ -325,6 +326,7 @@ class Capabilities:
             features=tuple(map(KernelFeature.of, message.features)),
             collectors=tuple(map(CollectorCapability.of, message.collectors)),
             pod_sources=tuple(map(PodSource.of, message.pod_sources)),
+            warnings=tuple(message.warnings),
             message=message,
         )
 

@@ -57,18 +57,20 @@ class PlainSources:
         sql = "SELECT column_name FROM duckdb_columns() WHERE table_name = ?"
         return [name for (name,) in self._con.execute(sql, [self.made(table)]).fetchall()]
 
-    def rows(self, table: str, from_ns: int, to_ns: int) -> str:
+    def rows(self, table: str, from_ns: int, to_ns: int) -> str:  # noqa: ARG002
         return f"SELECT * FROM {self.made(table)}"
 
     def hot(self, table: str) -> str:
         return self.rows(table, 0, 0)
 
-    def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:
+    def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:  # noqa: ARG002
         return []
 
     def kept_from_ns(self, table: str) -> int | None:
-        ((oldest_ns,),) = self._con.execute(f"SELECT min(time_ns) FROM {self.made(table)}").fetchall()
-        return oldest_ns
+        ((oldest_ns,),) = self._con.execute(
+            f"SELECT min(time_ns) FROM {self.made(table)}"
+        ).fetchall()
+        return int(oldest_ns) if oldest_ns is not None else None
 
     def watermark_ns(self, width_ns: int) -> int:
         return self._watermarks.get(width_ns, 0)
@@ -103,7 +105,10 @@ class PlainReads:
         return PlainSources(self.con, self.watermarks, self.now_ns)
 
     async def snapshot(
-        self, work: Callable[[duckdb.DuckDBPyConnection, Sources], T], *, deadline_s: float
+        self,
+        work: Callable[[duckdb.DuckDBPyConnection, Sources], T],
+        *,
+        deadline_s: float,  # noqa: ARG002
     ) -> T:
         return work(self.con.cursor(), self.sources())
 
@@ -122,5 +127,5 @@ class Sealed(PlainSources):
     def cursor(self) -> duckdb.DuckDBPyConnection:
         return self._con.cursor()
 
-    def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:
+    def files(self, table: str, from_ns: int, to_ns: int) -> Sequence[Path]:  # noqa: ARG002
         return [self.segment] if table == "calls" and from_ns < 100 else []

@@ -110,11 +110,31 @@ def profiling(**config: object) -> Iterator[Profile]:
 
 def profiled(*command: object, **config: object) -> Profile:
     """The profile of one run of COMMAND, which waits for a byte, and prints its truth."""
-    process = subprocess.Popen(
+    with waiting(*command) as process:
+        return profiled_further(process, **config)
+
+
+def waiting(*command: object) -> subprocess.Popen[str]:
+    """COMMAND, started."""
+    return subprocess.Popen(
         list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    with process:
-        return profiled_further(process, **config)
+
+
+def read_at_the_end(process: subprocess.Popen[str], **config: object) -> tuple[Profile, str]:
+    """The profile of the rest of a process that waits for a byte, of which nothing is read before
+    it has ended; and what it printed."""
+    config["pid"] = process.pid
+    collector = collector_of({name: str(value) for name, value in config.items()})
+    profile = Profile()
+    try:
+        collector.open()
+        out, _ = process.communicate("x")
+        collector.bpf_object.detach()
+        profile.add(collector.drain())
+    finally:
+        collector.close()
+    return profile, out
 
 
 def profiled_further(process: subprocess.Popen[str], **config: object) -> Profile:

@@ -53,10 +53,17 @@ class ColumnsLayout:
     def decode(self, message: bytes | memoryview, count: int) -> dict[str, NDArray[Any]]:
         """The columns of an encoded message of COUNT rows: views of it, read-only. Every column is
         there; one that was not sent is zeros, a matrix that was not sent has the width 0. Raises
-        `NotFixedError` where a column has another length."""
+        `NotFixedError` where a column has another length, or none has any rows."""
         chunks: dict[int, list[memoryview]] = {}
         for number, _, body in fields(message):
             chunks.setdefault(number, []).append(body)
+        # Without a column to show for it, COUNT could be any number, and take any memory.
+        if count and not any(
+            any(chunks.get(column.number, ()))
+            for column in self.columns.values()
+            if not column.per_batch
+        ):
+            raise NotFixedError(f"no column has any of {count} rows")
         return {
             name: self._decode(name, chunks.get(column.number, []), count)
             for name, column in self.columns.items()

@@ -84,7 +84,7 @@ class Exporter:
         """Lets the requests of BATCH that belong to a trace wait for their export."""
         if not self._config.spans:
             return
-        if found := spans.traced(whole_label(session), batch):
+        for found in spans.traced(whole_label(session), batch):
             self._counts["spans", "lost"] += self._queue.add(found)
             self._some.set()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from coral.agent.otlp.resource import Resource, number, text
 from coral.collectors.contract import Batch, EventRows
 from coral.collectors.http_latency.summaries import method_text, outcome_text
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.series import Service
 
 _SPAN_ID_BYTES: Final = 8
 _CLIENT_ERRORS: Final = 400
@@ -36,14 +37,21 @@ class Traced:
     strings: Sequence[str]
 
 
-def traced(service: str, batch: Batch) -> Traced | None:
-    """The requests of a batch that belong to a trace and are over, if there are any."""
+def traced(service: str, batch: Batch) -> Iterator[Traced]:
+    """The requests of a batch that belong to a trace and are over; those of each container by
+    themselves, where the session watches pods."""
     rows = batch.rows
     if not isinstance(rows, EventRows) or rows.message is not pb.HttpRequest or not len(rows):
-        return None
+        return
     over = rows.records["outcome"] != pb.HTTP_OUTCOME_IN_PROGRESS
-    wanted = np.flatnonzero((rows.records["trace_id"] != 0) & over)
-    return Traced(service, rows.records[wanted], rows.strings) if len(wanted) else None
+    records = rows.records[np.flatnonzero((rows.records["trace_id"] != 0) & over)]
+    if not rows.resources and len(records):
+        yield Traced(service, records, rows.strings)
+        return
+    for at in np.unique(records["resource"]).tolist() if len(records) else ():
+        told = {**batch.attributes, **(rows.resources[at - 1].attributes if at else {})}
+        of_pod = Service(told.get("service.name", service), {}, told)
+        yield Traced(of_pod, records[records["resource"] == at], rows.strings)
 
 
 class Queue:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from coral.agent.access import exposure
 from coral.agent.serving.pods import pod_sources
 from coral.agent.sessions.supervisor import Supervisor
 from coral.bpf import Feature
@@ -28,6 +29,7 @@ async def capabilities_of(supervisor: Supervisor) -> pb.EbpfCapabilities:
         features=_features(features.features),
     )
     answer.pod_sources.extend(await pod_sources(supervisor))
+    answer.warnings.extend(exposure.warnings(supervisor.config, supervisor.access))
     supports = await supervisor.capabilities()
     for kind, collector in COLLECTORS.items():
         support = supports[kind_name(kind)]

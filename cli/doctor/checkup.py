@@ -81,7 +81,8 @@ async def examine(
             yield Check("agent", Status.FAIL, text)
             return
         yield Check("agent", Status.OK, f"{answer.agent_version}, {about}")
-        for check in (*_kernel(answer), *_pods(answer)):
+        warnings = (Check("configuration", Status.WARN, text) for text in answer.warnings)
+        for check in (*warnings, *_kernel(answer), *_pods(answer)):
             yield check
         if process:
             for check in _process(process, answer.kernel_version):

@@ -13,7 +13,15 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from coral.cli.common import ANSWER_S, EXIT_ERROR, Duration, DurationType, echo_error, run, tls_options
+from coral.cli.common import (
+    ANSWER_S,
+    EXIT_ERROR,
+    Duration,
+    DurationType,
+    echo_error,
+    run,
+    tls_options,
+)
 from coral.cli.page import Page
 from coral.cli.query.completion import (
     complete_by,
@@ -54,12 +62,13 @@ def query() -> None:
     coral query profile checkout -o flame.svg  where its CPU time went
     coral query sql 'SELECT ...'               whatever else
 
-    Each answer ends with what it covers: up to when everything had arrived, what was lost, and which
-    agents could not be reached.
+    Each answer ends with what it covers: up to when everything had arrived, what was lost, and
+    which agents could not be reached.
     """
 
 
-def _colony_options(function: F) -> F:
+def colony_options(function: F) -> F:
+    """Adds --colony, and the options of `tls_options`."""
     return click.option(
         "--colony",
         "address",
@@ -124,8 +133,7 @@ def _grouped(name: str, about: str) -> click.Command:
         multiple=True,
         metavar="COLUMNS",
         shell_complete=complete_by,
-        help="What tells rows apart, comma-separated.  "
-        f"[default: {','.join(_DEFAULT_BY[name])}]",
+        help=f"What tells rows apart, comma-separated.  [default: {','.join(_DEFAULT_BY[name])}]",
     )
     @_rows_options
     @click.option(
@@ -135,7 +143,7 @@ def _grouped(name: str, about: str) -> click.Command:
         help="Compare with the window that was so much earlier, such as 1h or 1d.",
     )
     @_output_option
-    @_colony_options
+    @colony_options
     def command(
         *,
         services: tuple[str, ...],
@@ -172,7 +180,7 @@ def _listed(name: str, about: str, *, with_services: bool) -> click.Command:
     @_window_options
     @_rows_options
     @_output_option
-    @_colony_options
+    @colony_options
     def command(
         *,
         services: tuple[str, ...] = (),
@@ -209,7 +217,7 @@ def _listed(name: str, about: str, *, with_services: bool) -> click.Command:
     "--deadline", type=DurationType(), help="How long it may take.  [default: the colony's limit]"
 )
 @_output_option
-@_colony_options
+@colony_options
 def sql(
     *,
     statement: str,
@@ -227,40 +235,26 @@ def sql(
     """
     form = parse_output(output, pictures=False)
     text = sys.stdin.read() if statement == "-" else statement
-    typed = {"deadline": f"--deadline {deadline.text}"} if deadline is not None else {}
-    run(_ask_sql(address, text, form, since, until, rows, deadline), typed)
+    typed = {**_typed(()), "deadline": f"--deadline {deadline.text if deadline else ''}"}
+    wanted = {"since": since, "until": until, "most_rows": rows, "deadline_s": deadline}
+    run(_ask_sql(address, text, form, wanted), typed)
 
 
 @query.command("tables")
 @click.argument("table", required=False, shell_complete=complete_table)
-@_colony_options
+@colony_options
 def tables(*, table: str | None, address: str) -> None:
     """The tables that `coral query sql` reads, with their columns."""
     run(_tables(address, table))
 
 
-async def _ask(
-    address: str, asked: Asked, output: Output, wanted: Mapping[str, Any]
-) -> int:
+async def _ask(address: str, asked: Asked, output: Output, wanted: Mapping[str, Any]) -> int:
     async with ColonyClient(address) as colony, colony.query(asked.name, **wanted) as answer:
         return await _shown(partial(show, answer, asked, output))
 
 
-async def _ask_sql(
-    address: str,
-    statement: str,
-    output: Output,
-    since: float | datetime | None,
-    until: float | datetime | None,
-    rows: int,
-    deadline_s: float | None,
-) -> int:
-    async with (
-        ColonyClient(address) as colony,
-        colony.sql(
-            statement, since=since, until=until, most_rows=rows, deadline_s=deadline_s
-        ) as answer,
-    ):
+async def _ask_sql(address: str, statement: str, output: Output, wanted: Mapping[str, Any]) -> int:
+    async with ColonyClient(address) as colony, colony.sql(statement, **wanted) as answer:
         return await _shown(partial(show, answer, Asked("sql"), output))
 
 
@@ -342,7 +336,9 @@ _ABOUT: Final = {
 for _name, _text in _ABOUT.items():
     query.add_command(_grouped(_name, _text))
 query.add_command(
-    _listed("sessions", "Sessions of collectors: where, since when, how they ended.", with_services=True)
+    _listed(
+        "sessions", "Sessions of collectors: where, since when, how they ended.", with_services=True
+    )
 )
 query.add_command(
     _listed("accounts", "Where every event is: produced = stored + lost.", with_services=True)

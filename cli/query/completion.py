@@ -76,7 +76,9 @@ async def _described(address: str) -> pb.DescribeResponse:
 
 
 async def _services(address: str) -> Sequence[str]:
-    async with ColonyClient(address, timeout_s=_ANSWER_S) as colony:
-        async with colony.query("services", since=_SINCE_S, by=["service"]) as answer:
-            table = await answer.table()
+    async with (
+        ColonyClient(address, timeout_s=_ANSWER_S) as colony,
+        colony.query("services", since=_SINCE_S, by=["service"]) as answer,
+    ):
+        table = await answer.table()
     return sorted(name for name in table.column("service").to_pylist() if name)

@@ -10,11 +10,17 @@ import click
 
 _AGO: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d|w)")
 _SECONDS: Final = {
-    **{"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0},
-    **{"d": 86_400.0, "w": 604_800.0},
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0,
+    "d": 86_400.0,
+    "w": 604_800.0,
 }
 _CLOCK: Final = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
-_ACCEPTED: Final = "give how long ago, such as 15m, 6h or 7d, or a time, such as 12:03 or 2026-11-27T12:03"
+_ACCEPTED: Final = (
+    "give how long ago, such as 15m, 6h or 7d, or a time, such as 12:03 or 2026-11-27T12:03"
+)
 
 
 class MomentType(click.ParamType[float | datetime]):
@@ -60,8 +66,8 @@ def span_s(text: str) -> float:
 
 
 def moment(text: str, now: datetime) -> float | datetime:
-    """What TEXT says at NOW, which has a zone. A time of day without a date is the last one that has
-    been. Raises ValueError."""
+    """What TEXT says at NOW, which has a zone. A time of day without a date is the last one that
+    has been. Raises ValueError."""
     if text == "now":
         return 0.0
     if match := _AGO.fullmatch(text):

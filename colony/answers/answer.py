@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -74,7 +74,7 @@ def _of_window(
     scope = scope_of(asked)
     watches = watches_of(cursor, window, scope)
     made = statement(asked, window, sources, top=top, left_out=list(repeats(watches)))
-    coverage = covered(cursor, sources, window, scope, made.plans.values(), watches)
+    coverage = covered(cursor, sources, window, scope, plans=made.plans.values(), watches=watches)
     if asked.needs_raw:
         coverage.notes.extend(_raw_notes(asked, sources, made.plans))
     sums: pa.Table = cursor.sql(made.sql).to_arrow_table()
@@ -85,9 +85,7 @@ def _of_window(
     return Answer(finished(sums, made, asked.named.times), coverage)
 
 
-def _raw_notes(
-    asked: Asked, sources: Sources, tables: Iterator[str] | Sequence[str]
-) -> Iterator[str]:
+def _raw_notes(asked: Asked, sources: Sources, tables: Iterable[str]) -> Iterator[str]:
     """That a column which rollups do not have shortens the window."""
     from_ns = asked.window.from_ns
     for table in tables:
@@ -111,9 +109,7 @@ def _cut(coverage: pb.Coverage, rows: int, most: int) -> None:
 
 def scope_of(asked: Asked) -> Scope:
     """Whose losses concern the answer. A session without a service watches several."""
-    services = [
-        each for each in conditions(Asked(asked.named, asked.window, services=asked.services))
-    ]
+    services = list(conditions(Asked(asked.named, asked.window, services=asked.services)))
     agents = {"agent": asked.where["agent"]} if "agent" in asked.where else {}
     chosen = list(conditions(Asked(asked.named, asked.window, where=agents)))
     named = [f"({each} OR service = '')" for each in services]
@@ -123,8 +119,8 @@ def scope_of(asked: Asked) -> Scope:
 def _check_services(
     cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked, coverage: pb.Coverage
 ) -> None:
-    """An answer is empty: raises `NotFoundError` for a service that has no rows of any kind, and else
-    notes when it had some."""
+    """An answer is empty: raises `NotFoundError` for a service that has no rows of any kind, and
+    notes it for others."""
     wanted = [each for each in asked.services if "*" not in each]
     if not wanted:
         return

@@ -34,8 +34,8 @@ class _Sink:
 
 
 class Parts:
-    """Writes batches of SCHEMA. All parts, one after the other, are an Arrow IPC stream, and each is
-    one message: columns with dictionaries, whose values would be messages of their own, are sent
+    """Writes batches of SCHEMA. All parts, one after the other, are an Arrow IPC stream, and each
+    is one message: columns with dictionaries, whose values would be messages of their own, are sent
     without."""
 
     def __init__(self, schema: pa.Schema) -> None:

@@ -37,6 +37,7 @@ def covered(
     sources: Sources,
     window: Window,
     scope: Scope,
+    *,
     plans: Iterable[Plan] = (),
     watches: Sequence[Watch] = (),
 ) -> pb.Coverage:
@@ -46,6 +47,9 @@ def covered(
     plans = list(plans)
     from_ns = min((it.window.from_ns for it in plans), default=window.from_ns)
     to_ns = max((it.window.to_ns for it in plans), default=window.to_ns)
+    # Before the first session nobody watched: rates are of the time since then.
+    first_ns = min((it.started_ns for it in watches), default=from_ns)
+    from_ns = max(from_ns, min(first_ns, to_ns - 1))
     set_time(coverage, "from", from_ns)
     set_time(coverage, "to", to_ns)
     set_time(coverage, "as_of", sources.committed_ns)
@@ -61,6 +65,8 @@ def covered(
     complete_ns = _complete_to(cursor, scope)
     if complete_ns is not None:
         set_time(coverage, "complete_to", complete_ns)
+    elif scope.kinds:
+        coverage.notes.append(f"nothing of {', '.join(scope.kinds)} is collected now")
     return coverage
 
 
@@ -93,12 +99,22 @@ _LATE_NS: Final = 3600 * 10**9
 
 
 def _gaps(cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope) -> Iterator[pb.Gap]:
-    """Those that overlap with WINDOW."""
+    """Those that overlap with WINDOW; and of an agent that cannot be reached now and has sessions
+    that may be at work, the time since it was heard last."""
     conditions = " AND ".join(("true", *scope.agent_conditions))
     sql = f"""
-        SELECT agent, time_from_ns, nullif(time_to_ns, 0), why FROM gaps
+        WITH away AS (
+            SELECT agent, last_seen_ns AS time_from_ns, NULL AS time_to_ns, detail AS why
+            FROM agents
+            WHERE NOT connected AND agent IN (SELECT agent FROM ledger WHERE ended IS NULL)
+        ), gone AS (
+            SELECT agent, time_from_ns, nullif(time_to_ns, 0) AS time_to_ns, why FROM gaps
+            WHERE (agent, time_from_ns) NOT IN (SELECT (agent, time_from_ns) FROM away)
+            UNION ALL SELECT * FROM away
+        )
+        SELECT agent, time_from_ns, time_to_ns, why FROM gone
         WHERE time_from_ns < {window.to_ns}
-            AND coalesce(nullif(time_to_ns, 0), {window.to_ns}) > {window.from_ns}
+            AND coalesce(time_to_ns, {window.to_ns}) > {window.from_ns}
             AND {conditions}
         ORDER BY 2, 1 LIMIT {_MOST_GAPS}"""
     for agent, from_ns, to_ns, why in cursor.execute(sql).fetchall():
@@ -119,12 +135,10 @@ def _complete_to(cursor: duckdb.DuckDBPyConnection, scope: Scope) -> int | None:
         WHERE ended IS NULL AND {conditions}
             AND agent NOT IN (SELECT agent FROM agents WHERE NOT connected)"""
     ((least_ns,),) = cursor.execute(sql).fetchall()
-    return least_ns
+    return int(least_ns) if least_ns is not None else None
 
 
-def watches_of(
-    cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope
-) -> Sequence[Watch]:
+def watches_of(cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope) -> Sequence[Watch]:
     """The sessions that were at work in WINDOW."""
     conditions = " AND ".join((_of_kinds(scope), *scope.conditions, *scope.agent_conditions))
     sql = f"""

@@ -23,8 +23,8 @@ _WANTED: Final = "stacks_wanted"
 def with_frames(
     cursor: duckdb.DuckDBPyConnection, sources: Sources, table: pa.Table, window: Window
 ) -> pa.Table:
-    """TABLE, rows of WINDOW with ids of stacks, with the frames of each: lists, the outermost first.
-    They are empty for a stack whose frames are not kept."""
+    """TABLE, rows of WINDOW with ids of stacks, with the frames in place of the ids: lists, the
+    outermost first; NULL for a stack whose frames are not kept."""
     ids = table.column(STACK).to_numpy()
     unique, which = np.unique(ids, return_inverse=True)
     cursor.register(_WANTED, pa.table({STACK: pa.array(unique, pa.uint64())}))
@@ -37,11 +37,9 @@ def with_frames(
         found: pa.Table = cursor.sql(sql).to_arrow_table()
     finally:
         cursor.unregister(_WANTED)
-    known = found.column(STACK).to_numpy()
-    at = np.searchsorted(known, unique)
-    is_known = (at < len(known)) & (known[np.minimum(at, len(known) - 1)] == unique) if len(known) else np.zeros(len(unique), bool)
-    index = pa.array(np.where(is_known, at, 0)[which.reshape(-1)], mask=~is_known[which.reshape(-1)])
+    places = {stack: at for at, stack in enumerate(found.column(STACK).to_pylist())}
+    at = [places.get(stack) for stack in unique.tolist()]
+    index = pa.array(at, pa.int64()).take(pa.array(which.reshape(-1)))
     for name in _COLUMNS:
-        column = found.column(name).combine_chunks().take(index) if len(known) else pa.nulls(table.num_rows, found.schema.field(name).type)
-        table = table.append_column(name, column)
+        table = table.append_column(name, found.column(name).combine_chunks().take(index))
     return table.drop_columns([STACK])

@@ -66,9 +66,11 @@ def repeats(watches: Iterable[Watch]) -> Iterator[Repeat]:
             until_ns = max(until_ns, ended_ns)
 
 
-def overlapping(watches: Sequence[Watch], found: Sequence[Repeat]) -> Iterator[tuple[str, str, str]]:
-    """The kind, service and agent of sessions of one service that overlapped and differ in what they
-    saw, so that nobody can say which part of it is in both."""
+def overlapping(
+    watches: Sequence[Watch], found: Sequence[Repeat]
+) -> Iterator[tuple[str, str, str]]:
+    """The kind, service and agent of sessions of one service that overlapped and differ in what
+    they saw, so that nobody can say which part of it is in both."""
     left_out = {(it.agent, it.session) for it in found}
     alike: dict[tuple[str, str, str], list[Watch]] = {}
     for watch in watches:

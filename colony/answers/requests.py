@@ -1,5 +1,5 @@
-"""Requests of the contract, as queries: moments become times, and what cannot be is refused in words
-that begin with the field's name."""
+"""Requests of the contract, as queries: moments become times, and what cannot be is refused in
+words that begin with the field's name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from coral.colony.answers.listings import LISTINGS, AskedListing
-from coral.colony.answers.named import NAMED
+from coral.colony.answers.named import NAMED, TIME
 from coral.colony.answers.query import Asked
 from coral.colony.answers.refusals import NotFoundError, RefusedError, unknown
 from coral.colony.answers.window import HOUR_NS, MINUTE_NS, SECOND_NS, Window
@@ -39,9 +39,7 @@ def asked_of(request: pb.QueryRequest, now_ns: int) -> Asked | AskedListing:
     by, services, where = tuple(request.by), tuple(request.services), dict(request.where)
     if name in LISTINGS:
         listing = LISTINGS[name]
-        return AskedListing(
-            listing, window, by, request.top, services, where, against_ns
-        ).checked()
+        return AskedListing(listing, window, by, request.top, services, where, against_ns).checked()
     return Asked(NAMED[name], window, by, request.top, services, where, against_ns).checked()
 
 
@@ -80,7 +78,9 @@ def _nanoseconds(duration: Duration, field: str) -> int:
     return span_ns
 
 
-def described(columns: Mapping[str, Mapping[str, str]], version: str, now_ns: int) -> pb.DescribeResponse:
+def described(
+    columns: Mapping[str, Mapping[str, str]], version: str, now_ns: int
+) -> pb.DescribeResponse:
     """What can be asked; COLUMNS are the types of each table's, by their names."""
     response = pb.DescribeResponse(colony_version=version)
     response.now.FromNanoseconds(now_ns)
@@ -88,7 +88,7 @@ def described(columns: Mapping[str, Mapping[str, str]], version: str, now_ns: in
         response.queries.add(
             name=named.name,
             about=named.about,
-            columns=named.columns,
+            columns=(*named.columns, TIME),
             by=named.by,
             has_window=True,
             has_against=named.can_compare,

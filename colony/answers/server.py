@@ -96,12 +96,13 @@ def _bound(server: grpc.aio.Server, address: str, tls: ServingTls | None) -> int
 
 def _credentials(tls: ServingTls) -> grpc.ServerCredentials:
     """gRPC's. The files are read again for each new connection."""
-    first = _configuration(tls)
+    last = first = _configuration(tls)
 
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        with suppress(ServingError):
-            return _configuration(tls)
-        return None  # those that were there before go on
+    def fetch() -> grpc.ServerCertificateConfiguration:
+        nonlocal last
+        with suppress(ServingError):  # those that were there before go on
+            last = _configuration(tls)
+        return last
 
     return grpc.dynamic_ssl_server_credentials(
         first, fetch, require_client_authentication=tls.client_ca is not None
@@ -135,18 +136,17 @@ def _check(serving: Serving) -> None:
             raise ServingError(f"listen: {address!r} is not accepted; give HOST:PORT or unix:PATH")
         if not serving.tls and not _is_loopback(host):
             raise ServingError(
-                f"listen: {address} is beyond loopback, and without TLS whoever is on the way reads "
-                "everything, tokens too: set tls.certificate and tls.key"
+                f"listen: {address} is beyond loopback, and without TLS whoever is on the way "
+                "reads everything, tokens too: set tls.certificate and tls.key"
             )
         if serving.tokens or (_is_loopback(host) and serving.insecure_loopback):
             continue
         raise ServingError(
-            f"listen: {address}: without tokens nobody could ask here: set tokens, or, on loopback, "
-            "let every local user ask by insecure_loopback"
+            f"listen: {address}: without tokens nobody could ask here: set tokens, or, on "
+            "loopback, let every local user ask by insecure_loopback"
         )
     if serving.insecure_loopback and not all(
-        each.startswith("unix:") or _is_loopback(each.rpartition(":")[0])
-        for each in serving.listen
+        each.startswith("unix:") or _is_loopback(each.rpartition(":")[0]) for each in serving.listen
     ):
         raise ServingError("listen: insecure_loopback is for addresses on loopback alone")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 SECOND_NS: Final = 1_000_000_000
@@ -55,23 +56,37 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The pieces of `window`, in order and without gaps. `notes` say, in sentences, where the window
-    is not the one that was asked for."""
+    """The pieces of `window`, in order and without gaps. `notes` say, in sentences, where the
+    window is not the one that was asked for."""
 
     window: Window
     pieces: Sequence[Piece]
     notes: Sequence[str] = ()
 
 
+STEPS_NS: Final = (
+    *(each * SECOND_NS for each in (1, 5, 10, 30)),
+    *(each * MINUTE_NS for each in (1, 5, 10, 30)),
+    *(each * HOUR_NS for each in (1, 3, 6, 12, 24, 7 * 24)),
+)
+_MOST_STEPS: Final = 60
+
+
+def step_of(window: Window) -> int:
+    """Into how long parts WINDOW is divided, so that there are at most about sixty."""
+    span_ns = window.to_ns - window.from_ns
+    return next((it for it in STEPS_NS if it * _MOST_STEPS >= span_ns), STEPS_NS[-1])
+
+
 def planned(wanted: Window, kept: Mapping[str, Kept]) -> Plan:
     """How the rows of WANTED are read, from the tiers of a table that KEPT has.
 
-    Where the end of the window lies in a time whose raw rows are no longer kept, the window grows to
-    whole minutes, or to whole hours.
+    Where the end of the window lies in a time whose raw rows are no longer kept, the window grows
+    to whole minutes, or to whole hours.
     """
     tiers = [tier for tier in WIDTHS_NS if tier in kept]
     from_ns, to_ns, grown = wanted.from_ns, wanted.to_ns, ""
-    for finer, coarser in zip(tiers, tiers[1:], strict=False):
+    for finer, coarser in pairwise(tiers):
         width_ns, oldest_ns = WIDTHS_NS[coarser], kept[finer].from_ns
         if _floor(oldest_ns, width_ns) <= kept[coarser].from_ns:
             continue  # the coarser tier has nothing older
@@ -90,7 +105,7 @@ def planned(wanted: Window, kept: Mapping[str, Kept]) -> Plan:
 
 
 def _covered(window: Window, tiers: Sequence[str], kept: Mapping[str, Kept]) -> Iterator[Piece]:
-    """WINDOW in pieces, with as much as possible in the first of TIERS, and the ends in the others."""
+    """WINDOW in pieces: as much as possible in the first of TIERS, and its ends in the others."""
     if window.from_ns >= window.to_ns or not tiers:
         return
     tier, *finer = tiers

@@ -12,8 +12,15 @@ import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
-from nats.js.api import DiscardPolicy, RawStreamMsg, RetentionPolicy, StorageType, StreamConfig
-from nats.js.errors import APIError, BadRequestError, NotFoundError
+from nats.js.api import (
+    DiscardPolicy,
+    RawStreamMsg,
+    RetentionPolicy,
+    StorageType,
+    StoreCompression,
+    StreamConfig,
+)
+from nats.js.errors import APIError, BadRequestError, NotFoundError, ServerError
 
 from coral.client import Retry
 from coral.client.backoff import Backoff
@@ -113,11 +120,15 @@ class Connection:
                 num_replicas=settings.replicas,
                 duplicate_window=min(_DUPLICATES_S, settings.max_age_s),
                 allow_direct=True,
+                compression=StoreCompression.S2,
             )
             try:
                 await self.stream.add_stream(wanted)
-            except BadRequestError as error:
-                raise BusError(f"stream {settings.stream}: {error.description}") from error
+            except (BadRequestError, ServerError) as error:
+                raise BusError(
+                    f"stream {settings.stream} cannot be made: {error.description}; its limit "
+                    f"would be {settings.max_bytes:,} bytes"
+                ) from error
             log.info("stream made", stream=settings.stream, max_bytes=settings.max_bytes)
             return
         everything = subjects.everything(settings.prefix)

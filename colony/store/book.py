@@ -36,6 +36,8 @@ class Entry:
     lost: dict[str, int] = field(default_factory=dict)
     lost_in_kernel: dict[str, int] = field(default_factory=dict)
     ended: Ended | None = None
+    rows_of: str = ""
+    """The table that its rows are in."""
 
     @property
     def standing(self) -> Standing:
@@ -58,6 +60,7 @@ class Book:
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._entries = {it.session.key: it for it in entries}
         self._durable = {key: it.standing for key, it in self._entries.items()}
+        self._rows_of = {key: it.rows_of for key, it in self._entries.items()}
         self._admitted = {key: it.last_seq for key, it in self._entries.items()}
         self._next_id = 1 + max((it.id for it in self._entries.values()), default=0)
         self._changed: dict[Key, bool] = {}  # whether the table has no line of it yet
@@ -100,11 +103,14 @@ class Book:
         entry = self._entries.get(key)
         if not entry:
             entry = self._entries[key] = Entry(self._next_id, session)
+            self._rows_of[key] = ""
             self._next_id += 1
             self._changed[key] = True
         else:
             self._changed.setdefault(key, False)
         entry.session = session
+        if delivery.batch and delivery.batch.rows:
+            entry.rows_of = self._rows_of[key] = delivery.batch.rows
         lost = dict(delivery.lost)
         if unreadable and delivery.rows:
             lost[UNREADABLE] = lost.get(UNREADABLE, 0) + delivery.rows
@@ -146,6 +152,26 @@ class Book:
                 self._admitted.pop(key, None)
                 self._entries.pop(key, None)
                 self._durable.pop(key, None)
+                self._rows_of.pop(key, None)
+
+    def durable_in(self, table: str) -> Sequence[Entry]:
+        """How the sessions stand whose rows are in TABLE, as of the last transaction."""
+        return [
+            Entry(
+                0,
+                it.session,
+                it.last_seq,
+                it.produced,
+                it.stored,
+                it.updated_ns,
+                dict(it.lost),
+                dict(it.lost_in_kernel),
+                it.ended,
+                table,
+            )
+            for key, it in self._durable.items()
+            if self._rows_of[key] == table
+        ]
 
     # Any thread.
 
@@ -178,7 +204,7 @@ class Book:
                 row(stage, more, kernel=True)
 
 
-_LEDGER: Final = pa.schema(
+LEDGER_SCHEMA: Final = pa.schema(
     [
         ("id", pa.int64()),
         *((name, pa.string()) for name in ("agent", "session", "kind", "service")),
@@ -192,6 +218,7 @@ _LEDGER: Final = pa.schema(
         ("ended", pa.string()),
         ("ended_detail", pa.string()),
         ("ended_ns", pa.int64()),
+        ("rows_of", pa.string()),
     ]
 )
 
@@ -218,10 +245,11 @@ def ledger_lines(entries: Iterable[Entry]) -> pa.Table:
             it.ended.reason if it.ended else None,
             it.ended.detail if it.ended else None,
             it.ended.at_ns if it.ended else None,
+            it.rows_of,
         )
         for it in entries
     ]
-    return table_of(rows, _LEDGER)
+    return table_of(rows, LEDGER_SCHEMA)
 
 
 def table_of(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
@@ -255,6 +283,7 @@ def entries_of(lines: pa.Table) -> Iterator[Entry]:
             json.loads(line["lost_by_stage"]),
             json.loads(line["lost_in_kernel"]),
             Ended(ended, line["ended_detail"], line["ended_ns"]) if ended else None,
+            line["rows_of"],
         )
 
 

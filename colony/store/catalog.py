@@ -29,8 +29,9 @@ class Generation:
     columns: Columns = ()
     accepts: set[Columns] = field(default_factory=set)
     """Columns of rows that go in without a change."""
-    closed: bool = False
-    """Whether nothing is added any more: it is being sealed."""
+    closing: str = ""
+    """How everything stood when it was closed, as JSON: the last of its rows are of the transaction
+    before that. Empty while it is open. Its segment tells a hot file that has to begin anew."""
 
     @property
     def name(self) -> str:
@@ -38,10 +39,10 @@ class Generation:
         return f"hot_{self.table}_{self.number}"
 
     def is_full(self, settings: Settings, now_ns: int) -> bool:
-        """Whether it is to be sealed."""
+        """Whether nothing is added any more."""
         age_s = (now_ns - self.opened_ns) / 1e9
         return self.rows > 0 and (
-            self.closed
+            bool(self.closing)
             or self.rows >= settings.seal_rows
             or self.size_bytes >= settings.seal_bytes
             or age_s >= settings.seal_after_s[tier_of(self.table)]

@@ -7,7 +7,7 @@ the transaction: the number in the database does, once it is open again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,23 +16,26 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
-from coral.colony.store.book import Book, entries_of
+from coral.colony.store.book import Book, entries_of, ledger_lines
 from coral.colony.store.catalog import Catalog, Generation, Segment
+from coral.colony.store.closing import Found, closing_of, found_in
 from coral.colony.store.database import Database, is_fatal
 from coral.colony.store.errors import StoreError
 from coral.colony.store.making import UNTIL_NS, Commit, Making, Waiting
 from coral.colony.store.rows import Rows, WithLosses
 from coral.colony.store.sealing import SealJob, delete_orphans, found_segments
-from coral.colony.store.settings import HOUR_NS, MINUTE_NS, Settings, Tier
+from coral.colony.store.settings import HOUR_NS, MINUTE_NS, Settings, Tier, rolled_up
 from coral.colony.store.sources import Sources
 from coral.colony.store.statements import (
     accepts,
+    add_ledger_lines,
     add_segment,
     count,
     described,
     load_generations,
     load_marks,
     load_segments,
+    named,
     set_marks,
     write_small_tables,
 )
@@ -56,7 +59,7 @@ class Core:
     def __init__(self, directory: Path, settings: Settings, rows: Rows) -> None:
         self.directory = directory
         self.settings = settings
-        self.database = Database(directory, settings)
+        self.database = Database(directory, settings, self._begin)
         self.catalog = Catalog()
         self.book = Book()
         self.making = Making(rows, settings, self.book)
@@ -67,6 +70,9 @@ class Core:
         self.rows: Rows = WithLosses(rows)
         self._pending: Commit | None = None
         self._next_generation = 1
+        self._closed: list[tuple[Generation, str]] = []  # in the transaction that is under way
+        self._until_ns: Mapping[int, int] = {}
+        self._found: Found | None = None
 
     @property
     def must_recover(self) -> bool:
@@ -86,8 +92,6 @@ class Core:
     def open(self) -> None:
         """Opens the directory, as it was left. Raises `StoreError`."""
         self.database.open(may_move_aside=True)
-        if self.database.moved_aside:
-            self._adopt()
         self._load_catalog()
         delete_orphans(self.directory, self.catalog.segments)
         lines = self.database.writer.sql("SELECT * FROM ledger").to_arrow_table()
@@ -96,6 +100,7 @@ class Core:
         marks = load_marks(self.database.writer)
         self.making.number = marks["transaction"]
         self.making.watermarks = {width: marks[it] for width, it in UNTIL_NS.items()}
+        self._until_ns = dict(self.making.watermarks)
 
     def rebuild(self) -> None:
         """Reads again what the rollups had not written when the store ended: the minutes and hours
@@ -106,15 +111,19 @@ class Core:
                 (MINUTE_NS, "", self.making.minutes),
                 (HOUR_NS, f"_{Tier.MINUTE}", self.making.hours),
             ):
-                since_ns = self.making.watermarks[width_ns]
-                for table in (f"{it}{suffix}" for it in self.rows.rolled_up()):
+                for name in self.rows.rolled_up():
+                    table = f"{name}{suffix}"
                     if table not in sources.tables:
                         continue
+                    since_ns = self.making.watermarks[width_ns]
+                    if self._found:
+                        since_ns = self._found.until_ns.get(rolled_up(name, width_ns), 0)
                     query = f"SELECT * FROM ({sources.rows(table, since_ns)}) WHERE time_ns >= ?"
                     found = cursor.sql(query, params=[since_ns])
                     batches: pa.RecordBatchReader = found.to_arrow_reader(_BATCH_ROWS)
                     for batch in batches:
                         rollup.add(table, pa.Table.from_batches([batch]))
+        self._found = None
 
     def recover(self) -> None:
         """Closes the database and opens it again. Raises `StoreError` where that cannot be done
@@ -131,11 +140,14 @@ class Core:
         something is left. Returns what is durable now."""
         pending = self._pending = self._pending or self.making.make(waiting)
         changed: list[Generation] = []
+        self._closed.clear()
         with self._transaction() as database:
             for table, rows in pending.tables.items():
                 changed.append(self._insert(database, table, rows))
             write_small_tables(database, pending)
             set_marks(database, pending.marks)
+        for hot, closing in self._closed:
+            hot.closing = closing
         numbers = {it.number for it in changed}
         kept = [it for it in self.catalog.generations if it.number not in numbers]
         self.catalog.generations = sorted([*kept, *changed], key=lambda it: it.number)
@@ -147,7 +159,7 @@ class Core:
         full = self.catalog.to_seal(self.settings, now_ns)
         if not full:
             return None
-        full.closed = True
+        full.closing = full.closing or self._closing(full.table)
         return SealJob(self.directory, self.database, full, self.rows.order(full.table), now_ns)
 
     def register(self, segment: Segment) -> None:
@@ -203,6 +215,7 @@ class Core:
         self._pending = None
         self.durable_items = pending.items
         self.committed_ns = pending.committed_ns
+        self._until_ns = {width: pending.marks[it] for width, it in UNTIL_NS.items()}
         self.book.publish(pending.standings)
         pending.confirmed()
 
@@ -230,8 +243,7 @@ class Core:
     ) -> Generation:
         """Adds ROWS to the open generation of TABLE, or to a new one where that is full, or has
         other columns. Returns it as it is once the transaction is over."""
-        database.register("incoming", rows)
-        try:
+        with named(database, "incoming", rows):
             columns = described(database, "SELECT * FROM incoming")
             newest = self.catalog.open_generation(table)
             hot = newest
@@ -242,8 +254,6 @@ class Core:
             ):
                 hot = self._new_generation(database, table, newest)
             database.execute(f"INSERT INTO {hot.name} BY NAME SELECT * FROM incoming")
-        finally:
-            database.unregister("incoming")
         return replace(
             hot,
             rows=hot.rows + rows.num_rows,
@@ -261,29 +271,42 @@ class Core:
         columns = "SELECT * FROM incoming"
         if before:
             columns = f"SELECT * FROM {before.name} UNION ALL BY NAME {columns}"
+            # Nothing of this transaction is in it: what was durable before is how it stands.
+            closing = before.closing or self._closing(table)
+            self._closed.append((before, closing))
+            database.execute(
+                "UPDATE generations SET closing = ? WHERE generation = ?",
+                [closing, before.number],
+            )
         database.execute(f"CREATE TABLE {hot.name} AS SELECT * FROM ({columns}) LIMIT 0")
-        database.execute("INSERT INTO generations VALUES (?, ?, ?)", [table, hot.number, now_ns])
+        opened = [table, hot.number, now_ns, ""]
+        database.execute("INSERT INTO generations VALUES (?, ?, ?, ?)", opened)
         set_marks(database, {"generation": hot.number})
         hot.columns = described(database, f"SELECT * FROM {hot.name}")
         return hot
 
     def _load_catalog(self) -> None:
         database = self.database.writer
-        closed = {it.number for it in self.catalog.generations if it.closed}
+        closings = {it.number: it.closing for it in self.catalog.generations}
         self.catalog = Catalog(
-            list(load_generations(database, closed)), list(load_segments(database))
+            list(load_generations(database, closings)), list(load_segments(database))
         )
         used = [it.generation for it in self.catalog.segments]
         used += [it.number for it in self.catalog.generations]
         used.append(load_marks(self.database.writer)["generation"])
         self._next_generation = max(used) + 1
 
-    def _adopt(self) -> None:
-        """A new hot file learns of the segments that are there, from their own files."""
-        found = list(found_segments(self.directory))
-        with self._transaction() as database:
-            for it in found:
-                add_segment(database, it)
+    def _closing(self, table: str) -> str:
+        return closing_of(table, self.book, self._until_ns)
+
+    def _begin(self, database: duckdb.DuckDBPyConnection) -> None:
+        """A new hot file learns of the segments that are there from their own files."""
+        segments = list(found_segments(self.directory))
+        for it, _ in segments:
+            add_segment(database, it)
+        found = self._found = found_in(segments)
+        add_ledger_lines(database, ledger_lines(found.numbered))
+        set_marks(database, {it: found.watermark_ns(width) for width, it in UNTIL_NS.items()})
 
     def _delete_retired(self, now_ns: int) -> None:
         oldest = self.database.oldest_epoch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,9 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
 # Readable by DuckDB 1.5 and everything after it.
 _STORAGE_VERSION: Final = "v1.5.0"
+# How large the log grows before it is written into the file: many transactions' worth, because that
+# writes what is begun of each table anew.
+_LOG: Final = "64MB"
 _CLOSING_S: Final = 30.0
 # What DuckDB says of a file that is not, or not any more, a database that it can read. Every other
 # error may pass: a full disk, a missing right, memory.
@@ -38,12 +41,13 @@ SMALL_TABLES: Final[Mapping[str, str]] = {
     "ledger": """id BIGINT, agent VARCHAR, session VARCHAR, kind VARCHAR, service VARCHAR,
         started_ns BIGINT, config VARCHAR, attributes VARCHAR, last_seq UBIGINT, produced UBIGINT,
         stored UBIGINT, lost UBIGINT, lost_by_stage VARCHAR, lost_in_kernel VARCHAR,
-        updated_ns BIGINT, ended VARCHAR, ended_detail VARCHAR, ended_ns BIGINT""",
+        updated_ns BIGINT, ended VARCHAR, ended_detail VARCHAR, ended_ns BIGINT,
+        rows_of VARCHAR""",
     "gaps": "time_from_ns BIGINT, time_to_ns BIGINT, agent VARCHAR, why VARCHAR",
     "agents": """agent VARCHAR, address VARCHAR, version VARCHAR, kernel VARCHAR,
         connected BOOLEAN, detail VARCHAR, attributes VARCHAR, first_seen_ns BIGINT,
         last_seen_ns BIGINT""",
-    "generations": "table_name VARCHAR, generation BIGINT, opened_ns BIGINT",
+    "generations": "table_name VARCHAR, generation BIGINT, opened_ns BIGINT, closing VARCHAR",
     "segments": """table_name VARCHAR, generation BIGINT, path VARCHAR, columns VARCHAR,
         from_ns BIGINT, to_ns BIGINT, row_count BIGINT, size_bytes BIGINT, sealed_ns BIGINT""",
     "marks": """transaction BIGINT, generation BIGINT, committed_ns BIGINT,
@@ -65,16 +69,23 @@ def is_full(error: BaseException) -> bool:
 
 
 class Database:
-    """DIRECTORY/hot.duckdb. `writer` is the writing thread's own; every other thread reads by a
-    `cursor`. After `open`, `moved_aside` names the file that could not be read, if there was one.
+    """DIRECTORY/hot.duckdb; a new one begins with what FIRST puts into it. `writer` is the writing
+    thread's own; every other thread reads by a `cursor`. After `open`, `moved_aside` names the file
+    that could not be read, if there was one.
     """
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: Settings,
+        first: Callable[[duckdb.DuckDBPyConnection], None],
+    ) -> None:
         self.path = directory / "hot.duckdb"
         self.moved_aside: Path | None = None
         self.memory_bytes = settings.memory_bytes
         self.invalid = threading.Event()
         """Set by whoever meets a fatal error."""
+        self._first = first
         self._temporary = directory / "spill"
         self._root: duckdb.DuckDBPyConnection | None = None
         self._writer: duckdb.DuckDBPyConnection | None = None
@@ -181,6 +192,7 @@ class Database:
                 # Whoever calls does the work: the writer's pace does not depend on readers.
                 "threads": 1,
                 "temp_directory": str(self._temporary),
+                "checkpoint_threshold": _LOG,
                 "storage_compatibility_version": _STORAGE_VERSION,
                 "python_enable_replacements": False,
                 "autoinstall_known_extensions": False,
@@ -189,7 +201,7 @@ class Database:
         )
 
     def _make(self) -> None:
-        """A new file under its name at once with all tables, whatever interrupts this."""
+        """A new file, which has its name once everything is in it, whatever interrupts this."""
         unfinished = self.path.with_name(f"{self.path.name}.new")
         for left in (unfinished, unfinished.with_name(f"{unfinished.name}.wal")):
             left.unlink(missing_ok=True)
@@ -198,6 +210,7 @@ class Database:
                 for name, columns in SMALL_TABLES.items():
                     connection.execute(f"CREATE TABLE {name} ({columns})")
                 connection.execute("INSERT INTO marks VALUES (0, 0, 0, 0, 0)")
+                self._first(connection)
         except duckdb.Error as error:
             raise StoreError(f"{self.path}: {_first_line(error)}") from error
         unfinished.rename(self.path)

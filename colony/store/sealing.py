@@ -82,6 +82,7 @@ class SealJob:
                 "to_ns": to_ns or self.sealed_ns,
                 "rows": rows,
                 "sealed_ns": self.sealed_ns,
+                "closing": hot.closing,
             }
             order = [it for it in self.order if it in names]
             with closing(_Sorted(cursor, hot.name, order, self._parts)) as batches:
@@ -136,7 +137,8 @@ class _Sorted:
         self._reader.close()
 
     def _part(self, number: int) -> pa.RecordBatchReader:
-        conditions, parameters = ["true"], []
+        conditions = ["true"]
+        parameters: list[object] = []
         if number > 0:
             conditions.append(f"row({self._keys}) >= row({self._marks})")
             parameters += self._bounds[number - 1]
@@ -153,13 +155,15 @@ class _Sorted:
         return ", ".join("?" for _ in self._bounds[0])
 
 
-def found_segments(directory: Path) -> Iterator[Segment]:
-    """The segments below DIRECTORY by their own files, for a hot file that knows nothing."""
+def found_segments(directory: Path) -> Iterator[tuple[Segment, str]]:
+    """The segments below DIRECTORY by their own files, each with its generation's `closing`: for a
+    hot file that knows nothing."""
     for path in sorted((directory / "segments").glob("*/*.parquet")):
         try:
             metadata = pq.read_metadata(path).metadata or {}
             facts = json.loads(metadata[_FACTS.encode()])
-            yield _segment(str(path.relative_to(directory)), path.stat().st_size, facts)
+            segment = _segment(str(path.relative_to(directory)), path.stat().st_size, facts)
+            yield segment, facts["closing"]
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             path.rename(path.with_name(f"{path.name}.unreadable"))
             log.error("not a segment; renamed", file=str(path), error=str(error))

@@ -36,6 +36,11 @@ def tier_of(table: str) -> Tier:
     return Tier(suffix) if suffix in (Tier.MINUTE, Tier.HOUR) else Tier.RAW
 
 
+def rolled_up(table: str, width_ns: int) -> str:
+    """The table with the intervals of WIDTH_NS, a minute or an hour, of the raw TABLE."""
+    return f"{table}_{Tier.MINUTE if width_ns == MINUTE_NS else Tier.HOUR}"
+
+
 def _keep_s() -> Mapping[Tier, float]:
     return {Tier.RAW: _DAY_S / 4, Tier.MINUTE: 7 * _DAY_S, Tier.HOUR: 365 * _DAY_S}
 

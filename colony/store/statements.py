@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import duckdb
+import pyarrow as pa
 
 from coral.colony.store.catalog import Columns, Generation, Segment
 from coral.colony.store.making import Commit
@@ -14,7 +15,7 @@ from coral.colony.store.making import Commit
 _ADD_SEGMENT: Final = "INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _LEDGER_CHANGES: Final = (
     "attributes", "last_seq", "produced", "stored", "lost", "lost_by_stage", "lost_in_kernel",
-    "updated_ns", "ended", "ended_detail", "ended_ns",
+    "updated_ns", "ended", "ended_detail", "ended_ns", "rows_of",
 )  # fmt: skip
 _AGENT_CHANGES: Final = (
     "address", "version", "kernel", "connected", "detail", "attributes", "last_seen_ns",
@@ -68,12 +69,13 @@ def load_segments(database: duckdb.DuckDBPyConnection) -> Iterator[Segment]:
 
 
 def load_generations(
-    database: duckdb.DuckDBPyConnection, closed: AbstractSet[int]
+    database: duckdb.DuckDBPyConnection, closings: Mapping[int, str]
 ) -> Iterator[Generation]:
-    """All there are, as large as they are; the numbers of those CLOSED are known."""
+    """All there are, as large as they are. By number, CLOSINGS of some are known."""
     rows = database.execute("SELECT * FROM generations ORDER BY generation").fetchall()
-    for table, number, opened_ns in rows:
-        hot = Generation(table, number, opened_ns, closed=number in closed)
+    for table, number, opened_ns, closing in rows:
+        hot = Generation(table, number, opened_ns)
+        hot.closing = closing or closings.get(number, "")
         hot.rows = count(database, hot.name)
         hot.size_bytes = hot.rows * _ROUGHLY_A_ROW
         hot.columns = described(database, f"SELECT * FROM {hot.name}")
@@ -94,37 +96,62 @@ def set_marks(database: duckdb.DuckDBPyConnection, marks: Mapping[str, int]) -> 
     database.execute(f"UPDATE marks SET {changes}", list(marks.values()))
 
 
+@contextmanager
+def named(
+    database: duckdb.DuckDBPyConnection, name: str, rows: pa.Table
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """ROWS are a table NAME for the duration of a block."""
+    database.register(name, rows)
+    try:
+        yield database
+    finally:
+        database.unregister(name)
+
+
 def write_small_tables(database: duckdb.DuckDBPyConnection, commit: Commit) -> None:
     """The part of COMMIT that is no rows: `ledger`, `agents`, `gaps`."""
-    if commit.new_lines.num_rows:
-        database.register("lines", commit.new_lines)
-        database.execute("INSERT INTO ledger BY NAME SELECT * FROM lines")
-    if commit.changed_lines.num_rows:
-        database.register("lines", commit.changed_lines)
-        database.execute(
-            f"UPDATE ledger SET {_from_lines(_LEDGER_CHANGES)} FROM lines "
-            "WHERE ledger.id = lines.id"
-        )
-    if commit.agents.num_rows:
-        database.register("lines", commit.agents)
-        same = "agents.agent = lines.agent"
-        database.execute(f"UPDATE agents SET {_from_lines(_AGENT_CHANGES)} FROM lines WHERE {same}")
-        database.execute(
-            "INSERT INTO agents BY NAME SELECT * FROM lines "
-            f"WHERE NOT EXISTS (SELECT 1 FROM agents WHERE {same})"
-        )
-    if commit.gaps.num_rows:
-        database.register("lines", commit.gaps)
-        same = "gaps.agent = lines.agent AND gaps.time_from_ns = lines.time_from_ns"
-        database.execute(
-            f"UPDATE gaps SET {_from_lines(('time_to_ns', 'why'))} FROM lines WHERE {same}"
-        )
-        database.execute(
-            "INSERT INTO gaps BY NAME SELECT * FROM lines "
-            f"WHERE NOT EXISTS (SELECT 1 FROM gaps WHERE {same})"
-        )
-    database.unregister("lines")
+    add_ledger_lines(database, commit.new_lines)
+    _change(database, "ledger", commit.changed_lines, ("id",), _LEDGER_CHANGES)
+    for table, lines, keys, changes in (
+        ("agents", commit.agents, ("agent",), _AGENT_CHANGES),
+        ("gaps", commit.gaps, ("agent", "time_from_ns"), ("time_to_ns", "why")),
+    ):
+        _change(database, table, lines, keys, changes)
+        _add_missing(database, table, lines, keys)
 
 
-def _from_lines(columns: tuple[str, ...]) -> str:
-    return ", ".join(f"{it} = lines.{it}" for it in columns)
+def add_ledger_lines(database: duckdb.DuckDBPyConnection, lines: pa.Table) -> None:
+    """Adds LINES of sessions that are new."""
+    if lines.num_rows:
+        with named(database, "lines", lines):
+            database.execute("INSERT INTO ledger BY NAME SELECT * FROM lines")
+
+
+def _change(
+    database: duckdb.DuckDBPyConnection,
+    table: str,
+    lines: pa.Table,
+    keys: Sequence[str],
+    columns: Sequence[str],
+) -> None:
+    """Gives the rows of TABLE that are equal to one of LINES in KEYS its values of COLUMNS."""
+    if lines.num_rows:
+        changes = ", ".join(f"{it} = lines.{it}" for it in columns)
+        with named(database, "lines", lines):
+            database.execute(f"UPDATE {table} SET {changes} FROM lines WHERE {_equal(table, keys)}")
+
+
+def _add_missing(
+    database: duckdb.DuckDBPyConnection, table: str, lines: pa.Table, keys: Sequence[str]
+) -> None:
+    """Adds those of LINES that are equal to no row of TABLE in KEYS."""
+    if lines.num_rows:
+        with named(database, "lines", lines):
+            database.execute(
+                f"INSERT INTO {table} BY NAME SELECT * FROM lines "
+                f"WHERE NOT EXISTS (SELECT 1 FROM {table} WHERE {_equal(table, keys)})"
+            )
+
+
+def _equal(table: str, keys: Sequence[str]) -> str:
+    return " AND ".join(f"{table}.{it} = lines.{it}" for it in keys)

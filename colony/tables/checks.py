@@ -3,6 +3,7 @@ ContractError, which names the field."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -14,8 +15,21 @@ from coral.client import ContractError
 _NS_PER_DAY: Final = 86_400 * 10**9
 MOST_AHEAD_NS: Final = _NS_PER_DAY
 MOST_BEHIND_NS: Final = 366 * _NS_PER_DAY
+MOST_GROWTH: Final = 64
+"""How many times as large as its columns a batch can become, where most of them are zeros."""
 MOST_FRAMES: Final = 1024
 """Of one stack."""
+
+
+def check_size(values: Mapping[str, NDArray[Any]], count: int, row_bytes: int) -> None:
+    """What was sent is not far less than the COUNT rows of ROW_BYTES that become of it. Columns of
+    zeros need not be sent: those that were are views, read-only."""
+    sent_bytes = sum(it.nbytes for it in values.values() if not it.flags.writeable)
+    if sent_bytes * MOST_GROWTH < count * row_bytes:
+        raise ContractError(
+            f"count: {count} rows in {sent_bytes} bytes of columns, which would become "
+            f"{count * row_bytes}"
+        )
 
 
 def check_indices(name: str, values: NDArray[Any], size: int, things: str = "strings") -> None:

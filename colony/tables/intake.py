@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from coral.client import Batch, ContractError
 from coral.colony.delivery import Delivery
 from coral.colony.tables import checks
-from coral.colony.tables.joined import JoinedRows, Part, has_field, signed
-from coral.colony.tables.layout import RESOURCE, STACK, STACKS, TABLES, Form, TableLayout
+from coral.colony.tables.joined import JoinedRows, Part, signed
+from coral.colony.tables.layout import STACK, STACKS, TABLES, Form, TableLayout
 from coral.colony.tables.matrices import MOST_COLUMNS, OTHER, Named, Shapes
 from coral.colony.tables.places import Place
 from coral.colony.tables.stacks import Frames, Hashes, KnownStacks
@@ -58,10 +58,15 @@ class Intake:
         if table.layout.kind != delivery.session.kind:
             raise ContractError(f"rows: {batch.rows} in a session of {delivery.session.kind}")
         values = _values(batch, table.layout)
+        if not table.layout.time_source:
+            checks.check_size(values, batch.count, table.row_bytes)
         strings = list(batch.message.strings)
         names = table.check(values, strings)
+        name = table.layout.resource_source
+        checks.check_indices(name, batch.row_resources, len(batch.resources), "resources")
         time_ns, interval_ns = self._times(delivery, batch, table.layout, values)
-        places = _places(delivery, batch, values)
+        common = delivery.session.attributes
+        places = [Place.of(delivery.session, {**common, **it}) for it in batch.resources]
         known = self._places
         table.add(
             Part(
@@ -72,6 +77,7 @@ class Intake:
                 batch.sample_every,
                 self._texts.ids(strings),
                 np.array([known.setdefault(it, len(known)) for it in places], np.int32),
+                batch.row_resources,
                 names,
             )
         )
@@ -137,6 +143,7 @@ class _Table:
     def __init__(self, layout: TableLayout) -> None:
         self.layout = layout
         self.parts: list[Part] = []
+        self.row_bytes = 8 * len(layout.schema.names)
         self.has_stacks = any(it.form is Form.STACK for it in layout.columns)
         self._shapes = {name: Shapes(it) for name, it in layout.matrices.items()}
         self._columns = {
@@ -221,15 +228,3 @@ def _values(batch: Batch, layout: TableLayout) -> Any:  # noqa: ANN401  columns,
     if not len(values):
         raise ContractError(f"{batch.rows}: rows came as messages, and a colony reads columns")
     return values
-
-
-def _places(delivery: Delivery, batch: Batch, values: Any) -> list[Place]:  # noqa: ANN401
-    """The place that all rows have in common, then those of the batch's resources."""
-    common = {**delivery.session.attributes, **batch.attributes}
-    resources: Sequence[Any] = getattr(batch.message, "resources", ())
-    if has_field(values, RESOURCE):
-        checks.check_indices(RESOURCE, values[RESOURCE], len(resources) + 1, "resources")
-    return [
-        Place.of(delivery.session, common),
-        *(Place.of(delivery.session, {**common, **it.attributes}) for it in resources),
-    ]

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from coral.colony.tables.layout import (
     INTERVAL,
     PLACE,
-    RESOURCE,
     SAMPLE_EVERY,
     TIME,
     Column,
@@ -36,8 +35,9 @@ class Part:
     """The rows of one delivery, checked.
 
     `values` are its arrays by name. `strings` are the ids of the batch's strings, of shape (k,);
-    `places` those of the place that its rows have in common, then of those of its resources, by
-    the column `resource`. `names` are those of the columns of each matrix.
+    `places` those of the place that its rows have in common, then of those of its resources;
+    `resources`, of shape (count,), says which of them each row is of. `names` are those of the
+    columns of each matrix.
     """
 
     values: Mapping[str, NDArray[Any]]
@@ -47,15 +47,8 @@ class Part:
     sample_every: int
     strings: NDArray[np.int32]
     places: NDArray[np.int32]
+    resources: NDArray[np.uint32]
     names: Mapping[str, tuple[str, ...]]
-
-    @property
-    def place_of_row(self) -> NDArray[np.int32]:
-        """The id of the place of each row, of shape (count,)."""
-        if len(self.places) == 1 or not has_field(self.values, RESOURCE):
-            return np.repeat(self.places[:1], self.count)
-        of_row: NDArray[np.int32] = self.places[self.values[RESOURCE]]
-        return of_row
 
 
 class JoinedRows(Mapping[str, NDArray[Any]]):
@@ -90,7 +83,7 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
         else:
             made[TIME] = self._repeated((it.time_ns for it in parts), np.int64)
             made[INTERVAL] = self._repeated((it.interval_ns for it in parts), np.int64)
-        of_row = np.concatenate([part.place_of_row for part in parts])
+        of_row = np.concatenate([part.places[part.resources] for part in parts])
         for name, of_place in zip(PLACE, zip(*places, strict=True), strict=True):
             made[name] = texts.array(texts.ids(of_place)[of_row])
         if self._layout.time_source:
@@ -143,7 +136,7 @@ class JoinedRows(Mapping[str, NDArray[Any]]):
         """Addresses of 128 bits. Each distinct one becomes text once."""
         high = column.source
         names = [high, f"{high.removesuffix('_high')}_low"]
-        if has_field(self._parts[0].values, _SCOPE):
+        if _has(self._parts[0].values, _SCOPE):
             names.append(_SCOPE)
         parts = [self[name].astype(np.uint64, copy=False) for name in names]
         hashes = np.zeros(self._size, np.uint64)
@@ -188,8 +181,7 @@ def signed(values: NDArray[Any]) -> NDArray[np.int64]:
     return as_signed
 
 
-def has_field(values: Any, name: str) -> bool:  # noqa: ANN401
-    """Whether VALUES, columns or an array with fields, have the field NAME."""
+def _has(values: Any, name: str) -> bool:  # noqa: ANN401  columns, or an array with fields
     return name in (values.dtype.names if isinstance(values, np.ndarray) else values)
 
 

@@ -33,7 +33,14 @@ from coral.colony.tables.matrices import Matrix, Numbered
 from coral.colony.tables.words import WORDS, Derived, Word, Words, word_of
 from coral.mesh.v1 import options_pb2 as options
 from coral.wire.encoding import FORMATS
-from coral.wire.kinds import RowsField, fields_of_kind, is_string_index, rows_fields, said
+from coral.wire.kinds import (
+    RowsField,
+    fields_of_kind,
+    is_string_index,
+    resource_field_of,
+    rows_fields,
+    said,
+)
 
 TIME: Final = "time_ns"
 INTERVAL: Final = "interval_ns"
@@ -41,7 +48,6 @@ SAMPLE_EVERY: Final = "sample_every"
 ROW_COUNT: Final = "row_count"
 PLACE: Final = ("agent", "session", "service", "namespace", "workload", "pod", "container")
 STACK: Final = "stack_id"
-RESOURCE: Final = "resource"
 STACKS: Final = "cpu_stacks"
 
 _NS_PER_MINUTE: Final = 60 * 10**9
@@ -109,8 +115,8 @@ LEVELS: Final = (MINUTE, HOUR)
 @dataclass(frozen=True)
 class TableLayout:
     """A table: its kind of collector; its columns beside the common ones, matrices apart by the
-    name in the batch; `time_source` is the field of a single event with its time, "" of
-    summaries."""
+    name in the batch. `time_source` is the field of a single event with its time, "" of summaries;
+    `resource_source` the one that says which resource of the batch a row is of."""
 
     name: str
     kind: Kind
@@ -118,6 +124,7 @@ class TableLayout:
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     derived: tuple[Derived, ...] = ()
     time_source: str = ""
+    resource_source: str = ""
     key_where: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
 
     @property
@@ -203,7 +210,8 @@ def _layout(rows: RowsField, name: str, time_source: str) -> TableLayout:
     words = WORDS.get(name, Words())
     hints = _summaries_of(rows.kind)
     columns, matrices = [], {}
-    skipped = {time_source, TIME, INTERVAL, RESOURCE, *PLACE, *words.left_out}
+    resource = resource_field_of(rows.message)
+    skipped = {time_source, TIME, INTERVAL, resource, *PLACE, *words.left_out}
     for it in sorted(rows.message.fields, key=lambda it: it.number):
         if it.name in skipped:
             continue
@@ -218,6 +226,7 @@ def _layout(rows: RowsField, name: str, time_source: str) -> TableLayout:
         matrices,
         words.derived,
         time_source,
+        resource,
         words.key_where,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def written(directory: Path, name: str, token: str) -> str:
 def house(tmp_path: Path) -> Iterator[RunningAgent]:
     config = {
         "listen": ["127.0.0.1:0"],
+        "audit": {"file": str(tmp_path / "audit.jsonl")},
         "auth": {
             "tokens": [
                 {"name": name, "file": written(tmp_path, name, f"the-token-of-the-{name}")}
@@ -176,7 +178,9 @@ def test_a_live_stream_has_no_other_ends_either_while_another_has(house: Running
         team.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=session))
 
 
-def test_each_caller_has_its_own_quotas_and_gives_them_back(house: RunningAgent) -> None:
+def test_each_caller_has_its_own_quotas_and_gives_them_back(
+    house: RunningAgent, tmp_path: Path
+) -> None:
     ci, team = who(house, "ci"), who(house, "team")
     request = start_request({"comm": NO_ONE})
     session = ci.call("StartCollector", request).collector_id
@@ -201,6 +205,16 @@ def test_each_caller_has_its_own_quotas_and_gives_them_back(house: RunningAgent)
     wait_until(lambda: ci.outcome("WatchCollectors", pb.WatchCollectorsRequest())[0] is OK)
     ci.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=session))
     assert ci.outcome("StartCollector", request)[0] is OK
+    lines = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+    limited = [line for line in lines if "limit" in line]
+    assert [(line["rpc"], line["limit"], line["who"]) for line in limited[:3]] == [
+        ("StartCollector", "roles[2].quotas.sessions", "token:ci"),
+        ("StreamEvents", "roles[2].quotas.streams", "token:ci"),
+        ("WatchCollectors", "roles[2].quotas.streams", "token:ci"),
+    ]
+    assert {line["verdict"] for line in limited} == {"refused"}
+    assert limited[0]["asked"] == {"kind": "syscall_stats", "config": {"comm": NO_ONE}}
+    assert limited[0]["reason"].startswith("roles[2].quotas.sessions is 1, and token:ci has 1 ")
 
 
 def test_a_token_is_rotated_without_a_restart(house: RunningAgent, tmp_path: Path) -> None:

@@ -53,16 +53,22 @@ def errors(rows: list[pb.SyscallStats], name: str) -> int:
     return sum(row.error_count for row in rows if row.syscall_name == name)
 
 
-@pytest.mark.parametrize("way", ["fork", "vfork", "daemon"])
-def test_a_forked_child_is_counted_from_its_first_call_on(
-    way: str, agent: RunningAgent, programs: Path
-) -> None:
-    family = Family(programs / "family", way)
+def followed(agent: RunningAgent, family: Family) -> list[pb.SyscallStats]:
+    """The rows of a session that follows FAMILY, all of whose children are counted."""
     with watching(agent, pid=str(family.pid)) as watch:
         family.run()
         rows = watch.stop()
     assert totals(rows)["getppid"] == family.children * family.calls
     assert len(pids(rows, "getppid") - {family.pid}) == family.children
+    return rows
+
+
+@pytest.mark.parametrize("way", ["fork", "vfork", "daemon"])
+def test_a_forked_child_is_counted_from_its_first_call_on(
+    way: str, agent: RunningAgent, programs: Path
+) -> None:
+    family = Family(programs / "family", way)
+    rows = followed(agent, family)
     assert comms(rows, "getppid") == {"family"}
     between = family.children if way == "daemon" else 0
     assert totals(rows)["exit_group"] == family.children + between + 1
@@ -73,11 +79,7 @@ def test_a_child_that_execs_stays_watched_under_its_new_name(
     way: str, agent: RunningAgent, programs: Path
 ) -> None:
     family = Family(programs / "family", way)
-    with watching(agent, pid=str(family.pid)) as watch:
-        family.run()
-        rows = watch.stop()
-    assert totals(rows)["getppid"] == family.children * family.calls
-    assert len(pids(rows, "getppid") - {family.pid}) == family.children
+    rows = followed(agent, family)
     assert comms(rows, "getppid") == {"exe"}  # from /proc/self/exe
     assert totals(rows)["execve"] == family.children
     assert errors(rows, "execve") == 0

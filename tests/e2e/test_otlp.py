@@ -6,7 +6,8 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client.parser import text_string_to_metric_families
 
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.http_servers import free_port
 from tests.prometheus import Query, value_of, victoria_metrics
 from tests.shop import port_of, shop, visitor
 from tests.support import (
@@ -122,13 +124,43 @@ def exported(agent: Any, signal: str, result: str) -> float:
     return value
 
 
-def test_each_traced_request_is_a_span_of_either_side(tmp_path: Path) -> None:
+@contextmanager
+def directly(endpoint: str, _directory: Path) -> Iterator[str]:
+    """The agent sends to ENDPOINT itself."""
+    yield endpoint
+
+
+@contextmanager
+def by_a_collector(endpoint: str, directory: Path) -> Iterator[str]:
+    """A collector that decodes what it gets over gRPC, and sends it on to ENDPOINT; yields its
+    own."""
+    program = Path(str(files("rotel") / "rotel-agent"))
+    program.chmod(0o755)  # as its package does
+    grpc_port, http_port = free_port(), free_port()
+    options = {
+        "otlp-grpc-endpoint": f"127.0.0.1:{grpc_port}",
+        "otlp-http-endpoint": f"127.0.0.1:{http_port}",
+        "exporter": "otlp", "otlp-exporter-endpoint": endpoint,
+        "pid-file": directory / "rotel.pid", "log-file": directory / "rotel.log",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in options.items()]
+    log = (directory / "rotel.out").open("wb")
+    with log, subprocess.Popen([program, "start", *words], stdout=log, stderr=log) as process:
+        try:
+            yield f"http://127.0.0.1:{grpc_port}"
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("way", [directly, by_a_collector])
+def test_each_traced_request_is_a_span_of_either_side(
+    way: Callable[[str, Path], AbstractContextManager[str]], tmp_path: Path
+) -> None:
     receiver = Receiver()
     with (
         receiving("127.0.0.1:0", receiver) as port,
-        running_agent(
-            tmp_path / "agent", {"otlp": {"endpoint": f"http://127.0.0.1:{port}"}}
-        ) as agent,
+        way(f"http://127.0.0.1:{port}", tmp_path) as endpoint,
+        running_agent(tmp_path / "agent", {"otlp": {"endpoint": endpoint}}) as agent,
         shop() as server,
         visitor() as client,
     ):

@@ -7,17 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from coral.client import Batch
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_health import page
 from tests.e2e.test_refusals import start, start_request, stop
-from tests.pods import HASH, FakePod, Runtime, kubepods, runtime
+from tests.pods import HASH, FakePod, Runtime, kubepods, move, runtime
 from tests.support import (
     Puppet,
     RunningAgent,
@@ -60,6 +63,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             config = {
                 "kubernetes": {"cri": str(served.socket), "api": "off"},
                 "limits": {"cpu_percent": 1000, "concurrent_collectors": 10},
+                "audit": {"file": str(directory / "audit.jsonl")},
                 "services": {"front": {"workload": "shop/deploy/web"}},
             }
             with running_agent(directory / "agent", config) as agent:
@@ -105,6 +109,121 @@ def test_metrics_have_the_namespace_the_workload_and_the_container(
     assert attributes[whole]["k8s.deployment.name"] == "web"
     stop(node.agent, session)
     stop(node.agent, whole)
+
+
+@pytest.fixture
+def second(node: Node) -> Iterator[tuple[FakePod, Puppet]]:
+    """Another pod of the workload, which comes now, and a process in its container."""
+    pod = FakePod(node.pod.top, "shop", f"web-{HASH}-bbbbb", LABELS)
+    pod.add("app")
+    node.runtime.pods.append(pod)
+    with Puppet() as inside:
+        move(inside, pod.make("app"))
+        yield pod, inside
+    node.runtime.pods.remove(pod)
+    for directory in (pod.directory_of("app"), pod.directory):
+        wait_until(lambda: not (directory / "cgroup.procs").read_text())  # noqa: B023  at once
+        directory.rmdir()
+
+
+def audited(node: Node, event: str) -> list[Any]:
+    """The lines of the audit about an EVENT, but for one that is being written."""
+    path = node.agent.log_path.parent.parent / "audit.jsonl"
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [line for line in map(json.loads, whole.splitlines()) if line["event"] == event]
+
+
+def test_each_row_of_a_workload_says_which_pod_it_is_of(
+    node: Node, puppet: Puppet, second: tuple[FakePod, Puppet]
+) -> None:
+    pod, other = second
+    session = start(node.agent, {"workload": "shop/deploy/web", "interval": "100ms"})
+    everyone = {NAME: 3, pod.name: 5}
+    for terms, expected in (
+        ({"summaries": pb.EbpfEventStreamRequest.SUMMARIES_COLUMNS}, everyone),
+        ({}, everyone),
+        ({"filter": pb.EventFilter(pods=[pod.name])}, {pod.name: 5}),
+    ):
+        request: Any = pb.EbpfEventStreamRequest(
+            collector_id=session, after_seq=produced(node), **terms
+        )
+        counted: Counter[str] = Counter()
+        with streaming(node.agent, "StreamEventBatches", request) as messages:
+            puppet.getppid(3)
+            other.getppid(5)
+            for message in messages:
+                count_calls(Batch.parse(message.SerializeToString()), counted)
+                if counted.total() >= sum(expected.values()):
+                    break
+        assert counted == expected
+    stop(node.agent, session)
+
+
+def produced(node: Node) -> int:
+    (info,) = node.agent.call("ListCollectors", pb.ListCollectorsRequest()).collectors
+    return int(info.produced)
+
+
+def count_calls(batch: Batch, counted: Counter[str]) -> None:
+    """Adds the calls of getppid by pod, in whatever form they are."""
+    rows = zip(batch.message.syscall_stats, batch.row_resources.tolist(), strict=False)
+    for row, at in rows:
+        if row.syscall_name == "getppid":
+            counted[batch.resources[at]["k8s.pod.name"]] += row.call_count
+            assert row.labels["k8s.pod.name"] == batch.resources[at]["k8s.pod.name"]
+    if not batch.columns:
+        return
+    named = zip(
+        batch.strings[batch.columns["syscall"]].tolist(),
+        batch.columns["call_count"].tolist(),
+        batch.row_resources.tolist(),
+        strict=True,
+    )
+    for name, count, at in named:
+        if name == "getppid":
+            counted[batch.resources[at]["k8s.pod.name"]] += count
+
+
+def test_a_pod_that_joins_a_session_is_audited(node: Node) -> None:
+    session = start(node.agent, {"namespace": "shop"})
+    pod = FakePod(node.pod.top, "shop", f"web-{HASH}-ccccc", LABELS)
+    pod.add("app")
+    node.runtime.pods.append(pod)
+    pod.make("app")
+
+    def joined() -> list[Any]:
+        return [line for line in audited(node, "joined") if line["session"] == session]
+
+    (line,) = wait_until(joined)
+    assert (line["pods"], line["number"]) == ([f"shop/{pod.name}"], 1)
+    (decision,) = (it for it in audited(node, "decision") if it.get("session") == session)
+    assert decision["resolved"]["pods"] == [f"shop/{NAME}"]
+    assert samples(scrape(node.agent), "coral_agent_pods_cpu_seconds_total")[frozenset()] > 0
+    stale = samples(scrape(node.agent), "coral_agent_pod_source_stale_seconds", source="cri")
+    assert list(stale.values()) == [0.0]
+    stop(node.agent, session)
+    node.runtime.pods.remove(pod)
+    pod.directory_of("app").rmdir()
+    pod.directory.rmdir()
+
+
+def test_a_tap_of_several_pods_has_them_in_a_column(
+    node: Node, puppet: Puppet, second: tuple[FakePod, Puppet]
+) -> None:
+    pod, other = second
+    for inside in (puppet, other):
+        inside.begin("while os.getppid(): time.sleep(0.001)")
+    arguments = ("tap", "workload:shop/deploy/web", "--syscall-stats", "-d", "1s")
+    lines = node.coral(*arguments).stdout.splitlines()
+    found = {tuple(line.split()[:2]) for line in lines if "getppid" in line}
+    assert found == {(f"{NAME}/app", "getppid"), (f"{pod.name}/app", "getppid")}
+    assert any(line.split()[:2] == ["POD", "SYSCALL"] for line in lines)
+    rows = [json.loads(line) for line in node.coral(*arguments, "--json").stdout.splitlines()]
+    told = {row["attributes"]["container.id"] for row in rows if row.get("syscall") == "getppid"}
+    assert told == {each.containers["app"] for each in (node.pod, pod)}
+    events = node.coral(*arguments, "--events", "--include", "getppid")
+    ends = {line.split()[-1] for line in events.stdout.splitlines() if " getppid " in line}
+    assert {f"{NAME}/app", f"{pod.name}/app"} <= ends
 
 
 def test_a_configured_service_is_a_workload(node: Node) -> None:

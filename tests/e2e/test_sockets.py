@@ -13,6 +13,7 @@ from typing import Final
 
 import pytest
 
+from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import refused_start
 from tests.support import running_agent
 
@@ -61,6 +62,30 @@ def test_a_group_may_open_one_socket_and_not_the_other(user: str, directory: Pat
         agent.stop()
     assert not admin.exists()
     assert not view.exists()
+
+
+def test_a_socket_that_makes_admins_of_others_is_told(directory: Path) -> None:
+    everyone, group = directory / "run/all.sock", directory / "run/group.sock"
+    listen = [
+        f"unix:{everyone}?mode=0666&name=admin",
+        f"unix:{group}?mode=0660&group=games&name=ops",
+        f"unix:{directory}/run/view.sock?mode=0666",
+        f"unix:{directory}/run/admin.sock",
+    ]
+    config = {"listen": listen, "roles": [{"role": "admin", "to": ["socket:ops"]}]}
+    rest = "may do everything; give it mode=0600, or another name and a lesser role"
+    admin = "has the role admin"
+    expected = [
+        f"listen: unix:{everyone} has mode 0666, and socket:admin {admin}: every local user {rest}",
+        f"listen: unix:{group} has mode 0660, and socket:ops {admin}: the group games {rest}",
+    ]
+    with running_agent(directory / "agent", config) as agent:
+        agent.address = f"unix:{directory}/run/admin.sock"
+        told = agent.call("GetCapabilities", pb.GetCapabilitiesRequest()).warnings
+        assert list(told) == expected
+        lines = [line for line in agent.log() if line["event"] == "others may use this agent"]
+        assert [line["problem"] for line in lines] == expected
+        assert {line["level"] for line in lines} == {"warning"}
 
 
 def test_a_group_that_is_not_there_is_refused(directory: Path) -> None:

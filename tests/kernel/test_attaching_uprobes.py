@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -52,25 +53,34 @@ def attach_both(
     return file
 
 
-def test_every_call_is_counted_with_its_arguments_and_its_result(
+@pytest.fixture
+def attached(
     attaching_object: Path, called: Called, programs: Path, many: bool
-) -> None:
+) -> Iterator[tuple[BpfObject, Uprobes]]:
+    """Programs at both ends of the function of `called`, for the user 1."""
     with (
         watching(attaching_object, called.pid, many=many) as bpf_object,
         Uprobes(many=many) as uprobes,
     ):
         attach_both(uprobes, 1, bpf_object, called.pid, str(programs / "called"))
-        assert len(uprobes) == 2
-        total = called.finish()
-        ones = sum(range(1000))
-        assert counted(bpf_object) == {
-            "entered": 1000,
-            "left": 1000,
-            "arguments": [ones, 2 * ones, 3 * ones, 2**64 - ones, 7000, 0],
-            "returned": total,
-            "pointed_to": 5 * sum(i for i in range(1000) if i % 10),
-            "unreadable": 100,
-        }
+        yield bpf_object, uprobes
+
+
+def test_every_call_is_counted_with_its_arguments_and_its_result(
+    attached: tuple[BpfObject, Uprobes], called: Called
+) -> None:
+    bpf_object, uprobes = attached
+    assert len(uprobes) == 2
+    total = called.finish()
+    ones = sum(range(1000))
+    assert counted(bpf_object) == {
+        "entered": 1000,
+        "left": 1000,
+        "arguments": [ones, 2 * ones, 3 * ones, 2**64 - ones, 7000, 0],
+        "returned": total,
+        "pointed_to": 5 * sum(i for i in range(1000) if i % 10),
+        "unreadable": 100,
+    }
 
 
 def test_a_file_of_several_processes_is_attached_once_and_detached_with_the_last(
@@ -98,16 +108,12 @@ def test_a_file_of_several_processes_is_attached_once_and_detached_with_the_last
 
 
 def test_nothing_is_counted_once_its_last_user_is_gone(
-    attaching_object: Path, called: Called, programs: Path, many: bool
+    attached: tuple[BpfObject, Uprobes], called: Called
 ) -> None:
-    with (
-        watching(attaching_object, called.pid, many=many) as bpf_object,
-        Uprobes(many=many) as uprobes,
-    ):
-        attach_both(uprobes, 1, bpf_object, called.pid, str(programs / "called"))
-        uprobes.release(1)
-        called.finish()
-        assert counted(bpf_object)["entered"] == counted(bpf_object)["left"] == 0
+    bpf_object, uprobes = attached
+    uprobes.release(1)
+    called.finish()
+    assert counted(bpf_object)["entered"] == counted(bpf_object)["left"] == 0
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.profiling import NS_PER_S, Profile, collector_of, profiled, profiling
+from tests.profiling import (
+    NS_PER_S,
+    Profile,
+    collector_of,
+    profiled,
+    profiling,
+    read_at_the_end,
+    waiting,
+)
 from tests.support import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -141,21 +149,8 @@ def test_programs_of_one_interval_have_their_own_names(programs: Path) -> None:
 
 def test_a_process_that_ends_before_anything_is_read_of_it_has_names(programs: Path) -> None:
     """It runs since before the session: its first sample tells of it, and no mapping does."""
-    process = subprocess.Popen(
-        [programs / "profiled", "shares", "600"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        collector, profile = collector_of({"pid": str(process.pid), "frequency": "200"}), Profile()
-        try:
-            collector.open()
-            process.communicate("x")
-            collector.bpf_object.detach()
-            profile.add(collector.drain())
-        finally:
-            collector.close()
+    with waiting(programs / "profiled", "shares", 600) as process:
+        profile, _ = read_at_the_end(process, frequency=200)
     assert profile.samples > 50
     assert profile.among("spend_most") > 0.5 * profile.samples
 
@@ -217,14 +212,8 @@ def test_frame_pointers_alone_cost_no_copy(programs: Path) -> None:
 
 @pytest.mark.pace
 def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> None:
-    process = subprocess.Popen(
-        [programs / "profiled", "shares", "1500"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
     with (
-        process,
+        waiting(programs / "profiled", "shares", 1500) as process,
         profiling(pid=process.pid, frequency=100) as slow,
         profiling(pid=process.pid, frequency=800, stack_bytes=0) as fast,
     ):
@@ -242,22 +231,8 @@ def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> N
 @pytest.mark.pace
 def test_samples_without_room_are_counted(programs: Path) -> None:
     """The ring has room for some tens of stacks of 400 calls, and nothing empties it."""
-    process = subprocess.Popen(
-        [programs / "profiled", "deep", "1000"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        config = {"pid": str(process.pid), "frequency": "500", "ring": "256KiB"}
-        collector, profile = collector_of(config), Profile()
-        try:
-            collector.open()
-            out, _ = process.communicate("x")
-            collector.bpf_object.detach()
-            profile.add(collector.drain())
-        finally:
-            collector.close()
+    with waiting(programs / "profiled", "deep", 1000) as process:
+        profile, out = read_at_the_end(process, frequency=500, ring="256KiB")
     seconds = sum(int(line.split()[1]) for line in out.splitlines()) / NS_PER_S
     lost = profile.losses[pb.Loss.STAGE_KERNEL_BUFFER]
     print(f"{profile.samples} samples, {lost} lost, of {seconds} s")

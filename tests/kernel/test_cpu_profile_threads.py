@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from coral.collectors.symbols.store import SymbolStore
 from coral.collectors.unwinding import tables
 from coral.collectors.unwinding.unwinder import Unwinder
 from coral.mesh.v1 import ebpf_pb2 as pb
-from tests.profiling import Profile, collector_of
+from tests.profiling import Profile, collector_of, waiting
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -45,12 +44,7 @@ def test_nothing_that_takes_long_is_done_on_the_event_loop(
     threads = defaultdict[str, set[int]](set)
     for owner, name in WORK:
         monkeypatch.setattr(owner, name, _noting(getattr(owner, name), threads[name]))
-    process = subprocess.Popen(
-        [programs / "profiled", "shares", "1000"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = waiting(programs / "profiled", "shares", 1000)
     profile, stop = Profile(), Stop()
 
     def emit(batch: Batch) -> None:

@@ -129,7 +129,7 @@ async def test_describe_names_queries_and_tables(tmp_path: Path) -> None:
 
 async def test_refusals_say_what_would_be_accepted(tmp_path: Path) -> None:
     async with colony(tmp_path) as client:
-        for error, why, asked in (
+        cases: tuple[tuple[type[AgentError], str, dict[str, Any]], ...] = (
             (NotFoundError, "query: no such query: 'htp'; did you mean http", {"name": "htp"}),
             (InvalidArgumentError, "by: no such column: 'x'", {"name": "http", "by": ["x"]}),
             (
@@ -143,9 +143,10 @@ async def test_refusals_say_what_would_be_accepted(tmp_path: Path) -> None:
                 {"name": "http", "since": 60, "until": 120},
             ),
             (NotFoundError, "no such service: 's'", {"name": "http", "services": ["s"]}),
-        ):
+        )
+        for error, why, asked in cases:
             with pytest.raises(error, match=why):
-                async with client.query(**asked) as answer:  # type: ignore[arg-type]
+                async with client.query(**asked) as answer:
                     await answer.table()
         with pytest.raises(InvalidArgumentError, match="sql: give one SELECT statement"):
             async with client.sql("DROP TABLE x") as answer:
@@ -159,7 +160,7 @@ async def test_refusals_say_what_would_be_accepted(tmp_path: Path) -> None:
 
 async def test_no_colony_there_is_said_so(tmp_path: Path) -> None:
     async with ColonyClient(f"unix:{tmp_path}/none.sock") as client:
-        with pytest.raises(UnavailableError, match="no colony answers at .*`coral colony`"):
+        with pytest.raises(UnavailableError, match=r"no colony answers at .*`coral colony`"):
             await client.describe()
 
 

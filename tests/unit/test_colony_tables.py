@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from coral.colony.tables import (
     TABLES,
     ContractRows,
     Intake,
+    Rollup,
     schema_of,
 )
 from coral.colony.tables import layout as tables_layout
@@ -218,7 +220,7 @@ def test_the_contracts_rows_are_the_tables() -> None:
         assert set(table.sort_by) <= set(table.schema.names)
 
 
-def changed(make: Summaries, change: Callable[[pb.EbpfEventBatch], object]) -> Batch:
+def changed(make: Summaries | EventRows, change: Callable[[pb.EbpfEventBatch], object]) -> Batch:
     """A batch as an agent would send it that does one thing in another way."""
     message = message_of(wire_of(make))
     change(message)
@@ -310,6 +312,51 @@ def test_what_is_said_of_pods_is_in_the_row() -> None:
     assert [bare[name] for name in names] == [
         "node-2", "node-2-syscall_stats", "shop", "", "", "", "",
     ]  # fmt: skip
+
+
+def of_containers(message: pb.EbpfEventBatch) -> None:
+    """A batch of a session that watches two containers."""
+    message.attributes["k8s.namespace.name"] = "shop"
+    message.attributes["service.name"] = "front"
+    for name in ("web", "proxy"):
+        message.resources.add(attributes={"k8s.container.name": name, "service.name": name})
+
+
+def test_each_row_is_of_its_container() -> None:
+    def change(message: pb.EbpfEventBatch) -> None:
+        of_containers(message)
+        columns_of(message).resource[:] = [2, 0, 1]
+
+    gathered = intake()
+    gathered.add(delivered(changed(syscalls(1, 3, 0), change)))
+    gathered.add(delivery_of(syscalls(2, 2, 0), agent="node-2"))
+    records = records_of("syscall_calls", 2)
+    records["ended_ns"], records["syscall"], records["comm"] = NOW_NS, 0, 0
+    gathered.add(delivered(changed(EventRows(pb.SyscallCall, records, ("",)), of_containers)))
+    taken = gathered.take()
+    rows = taken["syscall_stats"].to_pylist()
+    assert [row["container"] for row in rows] == ["proxy", "", "web", "", ""]
+    assert [row["service"] for row in rows] == ["proxy", "front", "web", "shop", "shop"]
+    assert [row["namespace"] for row in rows] == ["shop", "shop", "shop", "", ""]
+    rolled = Rollup(MINUTE)
+    rolled.add("syscall_stats", taken["syscall_stats"])
+    found = rolled.take(2**62)["syscall_stats_1m"].to_pylist()
+    assert {row["container"] for row in found} == {"proxy", "", "web"}
+    # Rows of single events need not say it.
+    assert [row["service"] for row in taken["syscall_calls"].to_pylist()] == ["front", "front"]
+
+
+def test_single_events_are_of_their_containers() -> None:
+    layout = row_layout(pb.EbpfEventBatch.DESCRIPTOR, "syscall_calls", of_pods=True)
+    records = np.zeros(3, layout.dtype)
+    records["ended_ns"], records["resource"] = NOW_NS, [1, 2, 0]
+    batch = changed(EventRows(pb.SyscallCall, records, ("read",)), of_containers)
+    gathered = intake()
+    gathered.add(delivered(batch))
+    gathered.add(delivered(batch, agent="node-2"))
+    rows = gathered.take()["syscall_calls"].to_pylist()
+    assert [row["container"] for row in rows] == ["web", "proxy", ""] * 2
+    assert [row["agent"] for row in rows] == ["node-1"] * 3 + ["node-2"] * 3
 
 
 def test_counts_beyond_sqls_are_its_greatest() -> None:
@@ -551,6 +598,7 @@ def wrong() -> Iterator[tuple[str, Callable[[], pb.EbpfEventBatch], Any, str]]:
     yield "names", by_peer, replacing("failures", *[1] * 3 * 9), "failure_names: "
     yield "wide", by_peer, replacing("ends", *[1] * 3 * 500), "ends: 500 columns"
     yield "counters", tcp, replacing("delta", *[1] * 3 * 500), "TcpCounters: 500 counters"
+    yield "resource", calls, replacing("resource", 0, 1, 0), "resource: index 1, and there are 1 r"
     yield "odd", tcp, replacing("delta", *[1] * 46), "column delta has 46 values for 3 rows"
     far = NOW_NS + 400 * DAY_NS
     yield "future", calls, at("interval_end_ns", far), "interval_end_ns: 2024-12-18 .* clock"
@@ -587,6 +635,71 @@ def test_a_batch_that_is_wrong_is_refused_whole_and_its_field_named(
     assert table.column_names == schema_of(good.batch.rows).names  # type: ignore[union-attr]
 
 
+numbers = st.one_of(
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([0, 1, 2, 3, 15, 63, 64, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]),
+)
+mistakes = st.lists(
+    st.tuples(
+        st.integers(0, 100),  # which column
+        st.sampled_from(["set", "fill", "cut", "double", "clear"]),
+        st.integers(0, 2000),  # which of its values
+        numbers,
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def mistaken(columns: Any, column: int, what: str, place: int, number: int) -> None:
+    """One thing that is wrong with columns."""
+    fields = [it for it in columns.DESCRIPTOR.fields if len(getattr(columns, it.name))]
+    if not fields:
+        return
+    field = fields[column % len(fields)]
+    values = getattr(columns, field.name)
+    is_long = field.type == field.TYPE_FIXED64
+    value = number if is_long else number % 2 ** (63 if field.type == field.TYPE_SFIXED64 else 32)
+    if what == "set":
+        values[place % len(values)] = value
+    elif what == "fill":
+        values[:] = [value] * len(values)
+    elif what == "cut":
+        del values[place % len(values) :]
+    elif what == "double":
+        values.extend(list(values))
+    else:
+        del values[:]
+
+
+@pytest.mark.parametrize("table", [*(it[0] for it in EVERY_SUMMARY), "cpu_profile"])
+@given(seed=st.integers(0, 2**31), wrong=mistakes)
+@settings(max_examples=40)
+def test_whatever_an_agent_sends_is_refused_or_becomes_rows(
+    table: str, seed: int, wrong: list[tuple[int, str, int, int]]
+) -> None:
+    makes = {name: make for name, make, _ in EVERY_SUMMARY}
+    sent = message_of(wire_of(makes[table](seed, 5, 0))) if table in makes else stack_batch()
+    for mistake in wrong:
+        mistaken(columns_of(sent), *mistake)
+    gathered = intake(NOW_NS + SECOND_NS)
+    try:
+        gathered.add(delivered(Batch.parse(sent.SerializeToString())))
+    except ContractError:
+        assert gathered.take() == {}
+        return
+    taken = gathered.take()
+    assert taken[table].num_rows == sent.count
+    rolled = Rollup(MINUTE)
+    rolled.add(table, taken[table])
+    (found,) = rolled.take(2**62).values()
+    assert sum(found["row_count"].to_pylist()) == taken[table].num_rows
+    for column in (*taken[table].columns, *found.columns):
+        assert column.null_count == 0
+        if column.type == pa.int64():
+            assert min(column.to_pylist()) >= 0
+
+
 def test_events_from_nowhere_in_time_are_refused() -> None:
     records = records_of("syscall_calls", 2)
     records["syscall"] = records["comm"] = 0
@@ -609,6 +722,16 @@ def test_rows_as_messages_are_refused() -> None:
         syscall_stats=[pb.SyscallStats(syscall_name="read")], interval_end_ns=NOW_NS,
     )  # fmt: skip
     with pytest.raises(ContractError, match="syscall_stats: rows came as messages"):
+        intake().add(delivered(Batch.parse(message.SerializeToString())))
+
+
+def test_few_bytes_do_not_become_many_rows() -> None:
+    columns = pb.TcpMetricsColumns(pid=[1] * 100_000)
+    message = pb.EbpfEventBatch(
+        kind=pb.EBPF_COLLECTOR_KIND_TCP_METRICS, count=100_000, first_seq=1, last_seq=100_000,
+        tcp_metrics_columns=columns, interval_end_ns=NOW_NS,
+    )  # fmt: skip
+    with pytest.raises(ContractError, match="count: 100000 rows in 400000 bytes of columns"):
         intake().add(delivered(Batch.parse(message.SerializeToString())))
 
 

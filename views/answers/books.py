@@ -87,9 +87,8 @@ def accounts(shown: Shown) -> Iterator[Sheet | str]:
     way = f" + {sums['not_arrived']:,} under way" if sums["not_arrived"] else ""
     bad = f", {sums['unexplained']:,} UNEXPLAINED" if sums["unexplained"] else ""
     yield ""
-    yield (
-        f"{sums['produced']:,} produced = {sums['stored']:,} stored + {sums['lost']:,} lost{way}{bad}"
-    )
+    produced, stored, lost = (f"{sums[name]:,}" for name in ("produced", "stored", "lost"))
+    yield f"{produced} produced = {stored} stored + {lost} lost{way}{bad}"
 
 
 def agents(shown: Shown) -> Iterator[Sheet]:
@@ -130,7 +129,7 @@ def _stages(row: Row) -> str:
     lost = json.loads(row["lost_by_stage"] or "{}")
     kernel = json.loads(row["lost_in_kernel"] or "{}")
     parts = [f"{count:,} {stage}" for stage, count in lost.items()]
-    parts += [f"{count:,} {stage} (in the kernel, without a number)" for stage, count in kernel.items()]
+    parts += [f"{count:,} {stage} (in the kernel)" for stage, count in kernel.items()]
     return ", ".join(parts)
 
 

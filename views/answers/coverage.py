@@ -20,16 +20,16 @@ def coverage_line(coverage: Coverage) -> str:
         parts += [f"before: {text}" for text in _missing(coverage.against)]
     reached = _reached(coverage)
     if not parts:
-        parts = [reached or f"nothing of this is collected now; as of {clock(coverage.as_of_ns)}"]
+        parts = [reached or f"as of {clock(coverage.as_of_ns)}"]
     elif reached:
         parts.append(reached)
     if coverage.cut:
-        parts.append(f"{coverage.left_out:,} more rows" if coverage.left_out else "there are more rows")
+        parts.append(f"{coverage.left_out:,} more rows" if coverage.left_out else "more rows")
     return "; ".join(parts)
 
 
 def source_line(coverage: Coverage) -> str:
-    """`from 1,234 rows, 12:00 to 12:15: minutes to 12:14, raw`: which rows the answer is made of."""
+    """`from 1,234 rows (raw, minutes), 12:00-12:15`: which rows the answer is made of."""
     text = f"from {coverage.rows_used:,} row{'' if coverage.rows_used == 1 else 's'}"
     if coverage.pieces:
         tiers = dict.fromkeys(_TIERS.get(piece.tier, piece.tier) for piece in coverage.pieces)
@@ -96,7 +96,8 @@ def span(from_ns: int, to_ns: int, now_ns: int = 0) -> str:
 
 
 def clock(at_ns: int, now_ns: int = 0, *, seconds: bool = True) -> str:
-    """The local time of day; with the date where it is not that of NOW_NS, by default the present."""
+    """The local time of day; with the date where that is not the date of NOW_NS, by default the
+    present."""
     at = time.localtime(at_ns // _NS_PER_S)
     now = time.localtime(now_ns // _NS_PER_S if now_ns else None)
     text = time.strftime("%H:%M:%S" if seconds else "%H:%M", at)

@@ -9,6 +9,7 @@ from coral.client import Buckets
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.answers.contract import (
     BAD,
+    TIME,
     WARNING,
     AnswerView,
     Cell,
@@ -31,13 +32,15 @@ _OTHER_METHOD: Final = "_OTHER"
 
 
 def sheets(shown: Shown) -> Iterator[Sheet | str]:
-    """Requests; and where there are several routes of one side, a histogram of all."""
+    """Requests; of a single service whose rows are all there, a histogram for each side, too."""
     if shown.compared:
         yield _compared(shown)
         return
-    yield _headline(shown)
+    if not shown.cut:
+        yield _headline(shown)
     yield _table(shown)
-    yield from _histograms(shown)
+    if not shown.cut and "service" not in shown.by:
+        yield from _histograms(shown)
 
 
 def _table(shown: Shown) -> Sheet:
@@ -111,7 +114,8 @@ def _compared(shown: Shown) -> Sheet:
 def _headline(shown: Shown) -> str:
     count, errors = (sum(row[name] for row in shown.rows) for name in ("count", "errors"))
     share = format_share(errors / count) if count else "0%"
-    rate = f", {format_rate(count, shown.seconds)}/s" if shown.seconds else ""
+    whole = shown.seconds and TIME not in shown.by
+    rate = f", {format_rate(count, shown.seconds)}/s" if whole else ""
     return f"{count:,} requests{rate}, {errors:,} errors ({share})"
 
 

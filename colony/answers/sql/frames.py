@@ -1,8 +1,8 @@
 """What the colony and a worker say to each other: a letter, a length, and so many bytes.
 
-The colony: `Q` the question, `T` the tables, with descriptors of the hot rows. The worker: `R` it is
-ready, `N` the tables that the statement needs, then `A` parts of the answer and `D` its end; `E`, at
-any time, an error in words.
+The colony: `Q` the question, `T` the tables, with descriptors of the hot rows. The worker: `R` it
+is ready, `N` the tables that the statement needs, then `A` parts of the answer and `D` its end;
+`E`, at any time, an error in words.
 """
 
 from __future__ import annotations

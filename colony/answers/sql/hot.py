@@ -1,4 +1,5 @@
-"""What a worker gets of the store: the segments' paths, and the hot rows as Arrow in sealed memory."""
+"""What a worker gets of the store: the segments' paths, and the hot rows as Arrow in memory that
+nobody can change."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
+from coral.colony.answers.coverage import LOSSES
 from coral.colony.answers.query import quoted
 from coral.colony.answers.refusals import BusyError, RefusedError, unknown
 from coral.colony.answers.sources import Sources
@@ -20,7 +22,7 @@ from coral.colony.tables import LEVELS, STACKS, TABLES
 BOOKS: Final = ("agents", "gaps", "ledger", "losses")
 """Small tables that can be asked for too; they have no window."""
 _OWN: Final = {"generations", "segments", "watermarks"}
-MOST_HOT_BYTES: Final = 256 << 20
+MOST_HOT_BYTES: Final = 128 << 20
 _BATCH_ROWS: Final = 65_536
 _FOREVER_NS: Final = 1 << 62
 _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -90,6 +92,8 @@ def ship(
 
 
 def _hot_sql(sources: Sources, table: str, window: Window | None) -> str:
+    if table in BOOKS and table != LOSSES:  # never sealed
+        return sources.rows(table, 0, _FOREVER_NS)
     where = f" WHERE time_ns >= {window.from_ns} AND time_ns < {window.to_ns}" if window else ""
     return f"SELECT * FROM ({sources.hot(table)}){where}"
 
@@ -105,7 +109,7 @@ def _columns(cursor: duckdb.DuckDBPyConnection, sql: str, words: Sequence[str] |
 
 
 def _in_memory(cursor: duckdb.DuckDBPyConnection, sql: str, room_bytes: int) -> tuple[int, int]:
-    """A descriptor of the rows as an Arrow IPC file that nobody can change, and how many there are."""
+    """A descriptor of the rows as an Arrow IPC file, sealed; and how many there are."""
     fd = os.memfd_create("coral-hot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         rows = 0

@@ -1,5 +1,5 @@
-"""Workers as the colony holds them: one waits, ready, so that a statement need not wait for Python to
-start; each answers one statement and is gone after it, whatever happened.
+"""Workers as the colony holds them: one waits, ready, so that a statement need not wait for Python
+to start; each answers one statement and is gone after it, whatever happened.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -77,6 +77,7 @@ class _Worker:
                 *(str(theirs.fileno()), str(os.getpid())),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
+                stderr=DEVNULL,  # a traceback would be no line of the log
                 pass_fds=(theirs.fileno(),),
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 start_new_session=True,  # a Ctrl-C is for the colony
@@ -142,7 +143,7 @@ class Pool:
 
     async def answer(
         self, sql: str, ship: Ship, *, most_rows: int, deadline_s: float
-    ) -> AsyncIterator[bytes | Finished]:
+    ) -> AsyncGenerator[bytes | Finished, None]:
         """Parts of an Arrow IPC stream, then the end. A reader that does not read is cut off at the
         deadline, as a statement that does not end is. Raises `RefusedError` for a statement that is
         refused, that fails, or that comes to a limit."""
@@ -218,7 +219,9 @@ def _fallen(status: int) -> str:
     """Why a worker ended without a word."""
     if status == -signal.SIGXCPU:
         return "sql: it used more CPU time than the limit"
-    return "sql: the process that answered it ended: it needed more memory than the limit, or more depth"
+    return (
+        "sql: the process that answered it ended: it needed more memory, or depth, than the limit"
+    )
 
 
 def _first_lines(text: str, most: int = 6) -> str:

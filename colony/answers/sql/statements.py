@@ -24,8 +24,8 @@ class StatementError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The tables that a statement names, in lower case, and `words` among which all columns are that
-    it reads; None where these may be any."""
+    """The tables that a statement names, in lower case, and `words` among which all columns are
+    that it reads; None where these may be any."""
 
     tables: frozenset[str]
     words: frozenset[str] | None
@@ -50,7 +50,11 @@ def needs_of(connection: duckdb.DuckDBPyConnection, sql: str) -> Needs:
 
 
 def _needs(tree: Any) -> Needs:  # noqa: ANN401  JSON
-    tables, aliases, rows, words, own = set(), set(), set(), set(), set()
+    tables: set[str] = set()
+    aliases: set[str] = set()
+    rows: set[str] = set()
+    words: set[str] = set()
+    own: set[str] = set()
     whole = False
     for node in _nodes(tree):
         kind = str(node.get("type", ""))
