@@ -105,15 +105,17 @@ class Batch:
     @cached_property
     def row_resources(self) -> NDArray[np.uint32]:
         """Which of `resources` each row is of, of shape (count,)."""
-        if self.rows and not (self.columns or len(self.events)):
-            rows = getattr(self.message, self.rows)
-            return np.array([row.resource for row in rows], np.uint32)
-        if self.columns:
-            return self.columns["resource"]
+        messages: Any = getattr(self.message, self.rows) if self.rows else ()
+        if len(messages):
+            rows = [getattr(row, "resource", 0) for row in messages]
+            return np.array(rows, np.uint32)
+        if self.columns or not len(self.events):
+            found = self.columns.get("resource")
+            return np.zeros(self.count, np.uint32) if found is None else found
         if "resource" not in (self.events.dtype.names or ()):
             return np.zeros(len(self.events), np.uint32)
-        found: NDArray[np.uint32] = self.events["resource"]
-        return found
+        single: NDArray[np.uint32] = self.events["resource"]
+        return single
 
     @property
     def end(self) -> SessionEnd | None:

@@ -25,6 +25,9 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
 # Readable by DuckDB 1.5 and everything after it.
 _STORAGE_VERSION: Final = "v1.5.0"
+# How large the log grows before it is written into the file: many transactions' worth, because that
+# writes what is begun of each table anew.
+_LOG: Final = "64MB"
 _CLOSING_S: Final = 30.0
 # What DuckDB says of a file that is not, or not any more, a database that it can read. Every other
 # error may pass: a full disk, a missing right, memory.
@@ -189,6 +192,7 @@ class Database:
                 # Whoever calls does the work: the writer's pace does not depend on readers.
                 "threads": 1,
                 "temp_directory": str(self._temporary),
+                "checkpoint_threshold": _LOG,
                 "storage_compatibility_version": _STORAGE_VERSION,
                 "python_enable_replacements": False,
                 "autoinstall_known_extensions": False,

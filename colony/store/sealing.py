@@ -137,7 +137,8 @@ class _Sorted:
         self._reader.close()
 
     def _part(self, number: int) -> pa.RecordBatchReader:
-        conditions, parameters = ["true"], []
+        conditions = ["true"]
+        parameters: list[object] = []
         if number > 0:
             conditions.append(f"row({self._keys}) >= row({self._marks})")
             parameters += self._bounds[number - 1]
