@@ -320,7 +320,7 @@ def test_a_transaction_that_failed_is_stored_once(bench: Make) -> None:
     assert it.core.has_pending
     it.core.recover()
     assert not it.core.has_pending
-    assert it.core.book.standing(("a", "c")).last_seq == 6  # type: ignore[union-attr]
+    assert it.core.book.standing(("a", "c")).last_seq == 6
     assert it.numbers() == [1, 2, 3, 4, 5, 6]
 
 
