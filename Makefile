@@ -159,6 +159,7 @@ build/cosign/cosign:
 
 build/qemu/qemu-aarch64-static:
 	@deploy/packages --extract qemu-user-static build/qemu
+	@find build/qemu -type f ! -name $(@F) -delete
 
 build/containerd/containerd:
 	@deploy/packages --extract containerd build/containerd ctr containerd-shim-runc-v2

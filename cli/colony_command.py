@@ -67,7 +67,7 @@ def colony(
     try:
         from coral.colony.main import main  # noqa: PLC0415  no other command needs it
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("coral"):
+        if str(error.name).startswith("coral.") and error.name != "coral.colony":
             raise
         echo_error(f"the colony needs {error.name}: pip install 'coral-ebpf-agent[colony]'")
         sys.exit(EXIT_ERROR)

@@ -20,6 +20,7 @@ import click
 COMMANDS: Final[Mapping[str, str]] = {
     "agent": "coral.cli.agent_command",
     "capabilities": "coral.cli.show",
+    "collect": "coral.cli.query.collect",
     "collectors": "coral.cli.show",
     "colony": "coral.cli.colony_command",
     "demo": "coral.cli.demo.command",

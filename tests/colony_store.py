@@ -106,7 +106,11 @@ class PlainRows:
         return PlainRollup(width_ns)
 
     def order(self, table: str) -> Sequence[str]:
-        return ["service", "agent", "time_ns"] if table == TABLE else ["service", "time_ns"]
+        return {
+            TABLE: ["service", "agent", "time_ns"],
+            f"{TABLE}_1m": ["service", "time_ns"],
+            f"{TABLE}_1h": ["service", "time_ns"],
+        }[table]
 
     def schema(self, table: str) -> pa.Schema | None:
         return SCHEMA if table == TABLE else None
@@ -136,7 +140,7 @@ class Sender:
         after = self.last_seq
         numbers = np.arange(after + 1, after + rows + 1, dtype=np.uint64)
         batch = Batch(
-            pb.EbpfEventBatch(kind=int(self.session.kind), count=rows),
+            pb.EbpfEventBatch(kind=pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, count=rows),
             np.empty(0),
             {
                 "time_ns": np.full(rows, time_ns, np.int64),

@@ -26,7 +26,7 @@ _ENDS_S: Final = 600.0  # the load, unless the demonstration ends it before
 _STARTS_S: Final = 30.0
 _POLL_S: Final = 0.05
 _QUESTIONS: Final = (
-    ("Which requests are slow?", ("http", _SERVICE, "--top", "4")),
+    ("Which requests are slow?", ("http", _SERVICE)),
     (
         "Payments are. On which node?",
         ("http", _SERVICE, "-w", "method=POST", "--by", "agent,method,route"),
@@ -35,8 +35,7 @@ _QUESTIONS: Final = (
         "Anything else, in SQL:",
         (
             "sql",
-            """SELECT agent, sum(count) AS requests, sum(errors) AS errors
-            FROM http_latency GROUP BY agent ORDER BY agent""",
+            "SELECT agent, sum(count) AS n, sum(errors) AS failed FROM http_latency GROUP BY agent",
         ),
     ),
 )

@@ -67,7 +67,8 @@ def query() -> None:
     """
 
 
-def _colony_options(function: F) -> F:
+def colony_options(function: F) -> F:
+    """Adds --colony, and the options of `tls_options`."""
     return click.option(
         "--colony",
         "address",
@@ -142,7 +143,7 @@ def _grouped(name: str, about: str) -> click.Command:
         help="Compare with the window that was so much earlier, such as 1h or 1d.",
     )
     @_output_option
-    @_colony_options
+    @colony_options
     def command(
         *,
         services: tuple[str, ...],
@@ -179,7 +180,7 @@ def _listed(name: str, about: str, *, with_services: bool) -> click.Command:
     @_window_options
     @_rows_options
     @_output_option
-    @_colony_options
+    @colony_options
     def command(
         *,
         services: tuple[str, ...] = (),
@@ -216,7 +217,7 @@ def _listed(name: str, about: str, *, with_services: bool) -> click.Command:
     "--deadline", type=DurationType(), help="How long it may take.  [default: the colony's limit]"
 )
 @_output_option
-@_colony_options
+@colony_options
 def sql(
     *,
     statement: str,
@@ -241,7 +242,7 @@ def sql(
 
 @query.command("tables")
 @click.argument("table", required=False, shell_complete=complete_table)
-@_colony_options
+@colony_options
 def tables(*, table: str | None, address: str) -> None:
     """The tables that `coral query sql` reads, with their columns."""
     run(_tables(address, table))

@@ -12,7 +12,7 @@ import click
 from coral.cli.page import Page
 from coral.cli.query.forms import ARROW, CSV, JSON, TABLE, Output, csv_text, json_lines
 from coral.client import Answer, Coverage
-from coral.views.answers.contract import Shown
+from coral.views.answers.contract import TIME, Shown
 from coral.views.answers.coverage import coverage_line, source_line
 from coral.views.answers.registry import ANSWER_VIEWS
 from coral.wire.text import safe
@@ -104,12 +104,19 @@ def _shown(table: pa.Table, asked: Asked, coverage: Coverage) -> Shown:
     return Shown(
         rows=rows,
         by=_by(asked, rows),
-        seconds=(coverage.to_ns - coverage.from_ns) / 1e9,
+        seconds=_seconds(table, coverage),
         bounds=_bounds(table),
         compared=asked.compared,
         cut=coverage.cut,
         now_ns=coverage.as_of_ns,
     )
+
+
+def _seconds(table: pa.Table, coverage: Coverage) -> float:
+    """Over how long the figures of a row are."""
+    if TIME in table.column_names:
+        return int((table.schema.field(TIME).metadata or {}).get(b"step_ns", 0)) / 1e9
+    return (coverage.to_ns - coverage.from_ns) / 1e9
 
 
 def _by(asked: Asked, rows: Sequence[Mapping[str, Any]]) -> Sequence[str]:

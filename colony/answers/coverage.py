@@ -47,6 +47,9 @@ def covered(
     plans = list(plans)
     from_ns = min((it.window.from_ns for it in plans), default=window.from_ns)
     to_ns = max((it.window.to_ns for it in plans), default=window.to_ns)
+    # Before the first session nobody watched: rates are of the time since then.
+    first_ns = min((it.started_ns for it in watches), default=from_ns)
+    from_ns = max(from_ns, min(first_ns, to_ns - 1))
     set_time(coverage, "from", from_ns)
     set_time(coverage, "to", to_ns)
     set_time(coverage, "as_of", sources.committed_ns)

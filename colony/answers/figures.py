@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from coral.colony.answers.named import Times
+from coral.colony.answers.named import TIME, Times
 from coral.colony.answers.query import ACCOUNT, Slots, Statement
 from coral.colony.tables.quantiles import counts_of, quantiles
 
@@ -22,10 +22,13 @@ _AT: Final = "place in its window"
 def finished(sums: pa.Table, statement: Statement, times: Sequence[Times]) -> pa.Table:
     """SUMS, the rows of STATEMENT, with quantiles and a list of counts in place of the slots'
     columns. The list's field says its bounds: `bounds` are the upper ends of all slots but those
-    without one, in `unit`."""
+    without one, in `unit`. The time's field says how long its parts are: `step_ns`."""
     slots = {column for found in statement.slots.values() for column in found.columns}
     kept = [name for name in sums.column_names if name not in slots and name not in ACCOUNT]
     table = sums.select(kept)
+    if TIME in kept:
+        field = pa.field(TIME, pa.int64(), metadata={"step_ns": str(statement.step_ns)})
+        table = table.set_column(kept.index(TIME), field, table.column(TIME))
     for each in times:
         for field, column in _of_times(sums, each, statement.slots[each.histogram]):
             table = table.append_column(field, column)

@@ -61,7 +61,8 @@ AGENTS: Final = Listing(
     sql="""
         WITH work AS (
             SELECT agent, count(*) FILTER (ended IS NULL) AS sessions,
-                sum(stored)::BIGINT AS stored, sum(lost)::BIGINT AS lost
+                sum(stored)::BIGINT AS stored, sum(lost)::BIGINT AS lost,
+                max(updated_ns) AS updated_ns
             FROM ledger GROUP BY agent
         ), away AS (
             SELECT agent, count(*) AS gaps,
@@ -71,7 +72,8 @@ AGENTS: Final = Listing(
             WHERE time_from_ns < {to_ns} AND coalesce(nullif(time_to_ns, 0), {to_ns}) > {from_ns}
             GROUP BY agent
         )
-        SELECT agent, address, version, kernel, connected, detail, first_seen_ns, last_seen_ns,
+        SELECT agent, address, version, kernel, connected, detail, first_seen_ns,
+            greatest(last_seen_ns, coalesce(updated_ns, 0)) AS last_seen_ns,
             coalesce(sessions, 0)::BIGINT AS sessions, coalesce(stored, 0)::BIGINT AS stored,
             coalesce(lost, 0)::BIGINT AS lost, coalesce(gaps, 0)::BIGINT AS gaps,
             coalesce(away_ns, 0)::BIGINT AS away_ns

@@ -11,6 +11,8 @@ from typing import Final
 
 PLACE: Final = ("service", "namespace", "workload", "pod", "container", "agent", "session")
 """Where rows are from: columns that all tables have."""
+TIME: Final = "time"
+"""When, in parts of the window: what a query of groups has beside its columns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from coral.colony.answers.named import Named, Source, Times, Value
+from coral.colony.answers.named import TIME, Named, Source, Times, Value
 from coral.colony.answers.refusals import RefusedError, unknown
 from coral.colony.answers.repeats import Repeat
 from coral.colony.answers.sources import Sources
-from coral.colony.answers.window import RAW, WIDTHS_NS, Kept, Piece, Plan, Window, planned
+from coral.colony.answers.window import (
+    RAW,
+    WIDTHS_NS,
+    Kept,
+    Piece,
+    Plan,
+    Window,
+    planned,
+    step_of,
+)
 from coral.colony.tables import TABLES
 from coral.colony.tables.histograms import Histogram
 
@@ -44,8 +53,8 @@ class Asked:
         with the name of the field."""
         known = self.named.columns
         for name in self.by:
-            if name not in known:
-                raise RefusedError(f"by: {unknown('column', name, known)}")
+            if name not in (*known, TIME):
+                raise RefusedError(f"by: {unknown('column', name, (*known, TIME))}")
         for name in self.where:
             if name not in known:
                 raise RefusedError(f"where: {unknown('column', name, known)}")
@@ -53,6 +62,8 @@ class Asked:
             raise RefusedError("where: a value has a NUL byte")
         if self.against_ns and not self.named.can_compare:
             raise RefusedError(f"against: {self.named.name} compares no windows")
+        if self.against_ns and TIME in self.by:
+            raise RefusedError("against: rows by time are not compared")
         by = tuple(dict.fromkeys((*(self.by or self.named.by), *self.named.always_by)))
         return Asked(
             self.named, self.window, by, self.top, self.services, self.where, self.against_ns
@@ -74,11 +85,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class Statement:
-    """SQL for a checked request, the plan of each table, and the histograms' slots by name."""
+    """SQL for a checked request, the plan of each table, and the histograms' slots by name; rows by
+    time are of parts of `step_ns`."""
 
     sql: str
     plans: Mapping[str, Plan]
     slots: Mapping[str, Slots]
+    step_ns: int
 
 
 def table_of(table: str, tier: str) -> str:
@@ -86,15 +99,15 @@ def table_of(table: str, tier: str) -> str:
     return table if tier == RAW else f"{table}_{tier}"
 
 
-def plan_of(table: str, window: Window, sources: Sources, *, raw_only: bool = False) -> Plan:
-    """Which tiers of TABLE have the rows of WINDOW."""
+def plan_of(table: str, window: Window, sources: Sources, *, widest_ns: int = _FOREVER_NS) -> Plan:
+    """Which tiers of TABLE have the rows of WINDOW, without tiers that are wider than WIDEST_NS."""
     kept: dict[str, Kept] = {}
     for tier, width_ns in WIDTHS_NS.items():
         oldest_ns = sources.kept_from_ns(table_of(table, tier))
         if tier == RAW:
             # What a rollup has not taken in yet is in raw rows, however old.
             kept[tier] = Kept(oldest_ns if oldest_ns is not None else _FOREVER_NS, _FOREVER_NS)
-        elif oldest_ns is not None and not raw_only:
+        elif oldest_ns is not None and width_ns <= widest_ns:
             kept[tier] = Kept(oldest_ns, sources.watermark_ns(width_ns))
     return planned(window, kept)
 
@@ -106,21 +119,23 @@ def statement(
     groups, of which there are at most MOST_GROUPS."""
     named = asked.named
     tables = dict.fromkeys(source.table for source in named.sources)
-    raw_only = bool(asked.needs_raw)
-    plans = {table: plan_of(table, window, sources, raw_only=raw_only) for table in tables}
+    step_ns = step_of(window)
+    widest_ns = 1 if asked.needs_raw else step_ns if TIME in asked.by else _FOREVER_NS
+    plans = {table: plan_of(table, window, sources, widest_ns=widest_ns) for table in tables}
     slots = {it.histogram: _slots(it, named.sources, sources) for it in named.times}
     values = [*named.values, *_slot_sums(slots)]
     inner = list(
         dict.fromkeys((*asked.by, *asked.where, "service", *(c for v in values for c in v.of)))
     )
     selects = [
-        _Part(source, piece, sources, slots).select(inner, asked, left_out)
+        _Part(source, piece, sources, slots, step_ns).select(inner, asked, left_out)
         for source in named.sources
         for piece in plans[source.table].pieces
     ]
     keys = ", ".join(map(quoted, asked.by))
     figures = ", ".join(f"{it.sql} AS {quoted(it.name)}" for it in values)
     limit = min(top or MOST_GROUPS, MOST_GROUPS)
+    first = f"{TIME}, " if TIME in asked.by else ""
     sql = f"""
         WITH together AS ({" UNION ALL ".join(selects)}),
         summed AS (
@@ -128,8 +143,8 @@ def statement(
             FROM together GROUP BY {keys}
         )
         SELECT * REPLACE (sum({_ROWS}) OVER ()::BIGINT AS {_ROWS}), count(*) OVER () AS {_GROUPS}
-        FROM summed ORDER BY {_order(named, values)} DESC NULLS LAST, {keys} LIMIT {limit}"""
-    return Statement(sql, plans, slots)
+        FROM summed ORDER BY {first}{_order(named, values)} DESC NULLS LAST, {keys} LIMIT {limit}"""
+    return Statement(sql, plans, slots, step_ns)
 
 
 def _order(named: Named, values: Sequence[Value]) -> str:
@@ -164,6 +179,7 @@ class _Part:
     piece: Piece
     sources: Sources
     slots: Mapping[str, Slots]
+    step_ns: int
 
     def select(self, inner: Sequence[str], asked: Asked, left_out: Sequence[Repeat]) -> str:
         """The columns INNER."""
@@ -175,6 +191,8 @@ class _Part:
             there -= {column for found in self.slots.values() for column in found.columns}
 
         def expression(column: str) -> str:
+            if column == TIME:
+                return f"time_ns // {self.step_ns} * {self.step_ns} AS {TIME}"
             own = source.as_sql.get(column, quoted(column) if column in there else "NULL")
             return f"{own} AS {quoted(column)}"
 

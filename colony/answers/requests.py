@@ -9,7 +9,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from coral.colony.answers.listings import LISTINGS, AskedListing
-from coral.colony.answers.named import NAMED
+from coral.colony.answers.named import NAMED, TIME
 from coral.colony.answers.query import Asked
 from coral.colony.answers.refusals import NotFoundError, RefusedError, unknown
 from coral.colony.answers.window import HOUR_NS, MINUTE_NS, SECOND_NS, Window
@@ -88,7 +88,7 @@ def described(
         response.queries.add(
             name=named.name,
             about=named.about,
-            columns=named.columns,
+            columns=(*named.columns, TIME),
             by=named.by,
             has_window=True,
             has_against=named.can_compare,

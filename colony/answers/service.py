@@ -31,6 +31,7 @@ from coral.colony.answers.window import Window
 from coral.colony.store.errors import StoreError
 from coral.colony.tables import TABLES, base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
+from coral.wire.text import safe
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -40,6 +41,8 @@ DEADLINE_S: Final = 30.0
 AT_A_TIME: Final = 4
 """Named queries that read the store at a time; more wait."""
 _MOST_SHOWN: Final = 500
+_MOST_ANSWERS: Final = 16  # each may be held in memory until its caller has read it
+_SEND_S: Final = 30.0
 
 _CODES: Final[Sequence[tuple[type[Exception], grpc.StatusCode]]] = (
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -108,6 +111,7 @@ class Service:
         self._access = access
         self._clock = clock
         self._reading = asyncio.Semaphore(AT_A_TIME)
+        self._answering = asyncio.Semaphore(_MOST_ANSWERS)
         self.pool = Pool(limits)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -171,7 +175,7 @@ class Service:
 
     async def sql(self, request: pb.SqlRequest, caller: Caller) -> AsyncIterator[pb.SqlResponse]:
         """A statement of a stranger."""
-        log.info("sql", caller=caller.name, sql=request.sql[:_MOST_SHOWN])
+        log.info("sql", caller=caller.name, sql=safe(request.sql[:_MOST_SHOWN]))
         has_window = request.HasField("since") or request.HasField("until")
         window = window_of(request, self._clock()) if has_window else None
         limits = self.pool.limits
@@ -264,13 +268,16 @@ class Service:
 
     def _stream(
         self, role: Role, method: Callable[[Any, Caller], AsyncIterator[Message]]
-    ) -> Callable[[Any, Context], AsyncIterator[Message]]:
-        async def call(request: Any, context: Context) -> AsyncIterator[Message]:  # noqa: ANN401
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        async def call(request: Any, context: Context) -> None:  # noqa: ANN401
             caller = await self._allowed(role, context)
             try:
-                async with aclosing(method(request, caller)) as parts:  # type: ignore[type-var]
+                async with (
+                    self._answering,
+                    aclosing(method(request, caller)) as parts,  # type: ignore[type-var]
+                ):
                     async for part in parts:
-                        yield part
+                        await _send(context, part)
             except Exception as error:  # noqa: BLE001  it is told to the caller
                 await _abort(context, error)
 
@@ -321,6 +328,15 @@ def _collected(outcome: Outcome) -> pb.Collected:
 
 def _bytes(message: Message) -> bytes:
     return message.SerializeToString()
+
+
+async def _send(context: Context, part: Message) -> None:
+    """Returns when there is room for more. Raises TimeoutError for a caller that does not read."""
+    try:
+        async with asyncio.timeout(_SEND_S):
+            await context.write(part)
+    except TimeoutError as error:
+        raise TimeoutError(f"the caller has not read for {_SEND_S:g} s") from error
 
 
 async def _abort(context: Context, error: Exception) -> NoReturn:

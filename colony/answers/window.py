@@ -64,6 +64,20 @@ class Plan:
     notes: Sequence[str] = ()
 
 
+STEPS_NS: Final = (
+    *(each * SECOND_NS for each in (1, 5, 10, 30)),
+    *(each * MINUTE_NS for each in (1, 5, 10, 30)),
+    *(each * HOUR_NS for each in (1, 3, 6, 12, 24, 7 * 24)),
+)
+_MOST_STEPS: Final = 60
+
+
+def step_of(window: Window) -> int:
+    """Into how long parts WINDOW is divided, so that there are at most about sixty."""
+    span_ns = window.to_ns - window.from_ns
+    return next((it for it in STEPS_NS if it * _MOST_STEPS >= span_ns), STEPS_NS[-1])
+
+
 def planned(wanted: Window, kept: Mapping[str, Kept]) -> Plan:
     """How the rows of WANTED are read, from the tiers of a table that KEPT has.
 

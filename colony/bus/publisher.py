@@ -23,7 +23,7 @@ from coral.colony.bus.settings import BusSettings
 from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 
 _FOUND_AT_ONCE: Final = 500
-_HEADER_ROOM_BYTES: Final = 4096  # of the server's limit, for the protocol's own line
+_HEADER_ROOM_BYTES: Final = 512  # of the server's limit, for names and ends of headers
 _FORGET_EVERY_S: Final = 600.0
 
 

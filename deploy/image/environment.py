@@ -22,12 +22,13 @@ HOME: Final = Path("usr/lib/coral")
 _GLIBC: Final = ("2_28", "2_27", "2_17")  # minor versions of the platforms that wheels name
 PACKAGES: Final = HOME / "lib" / PYTHON / "site-packages"
 
-# What the agent never reads: types and headers for compilers, tests, sources of extension modules.
+# What agents never read: types and headers for compilers, tests, sources of extension modules.
 # numpy.libs stays as it is: its libraries do not load once they are stripped.
 _LEFT_OUT: Final = (
     *("*.pyi", "*.pyx", "*.pxd", "*.c", "*.cpp", "*.h", "*.a", "*/py.typed", "*/tests/*"),
     *("numpy/f2py/*", "numpy/_pyinstaller/*", "numpy/_core/include/*", "numpy/conftest.py"),
     *("*.dist-info/RECORD", "*.dist-info/sboms/*"),
+    "coral/colony/*",  # it runs elsewhere, and needs what no agent has
 )
 _LAUNCHER: Final = """\
 #!/usr/lib/coral/bin/python3 -P

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,13 +74,3 @@ def test_a_tap_counts_every_request_of_another_pod(running: Cluster) -> None:
 
 def collectors(running: Cluster) -> str:
     return running.try_kubectl(*EXEC, "coral", "collectors", "--json")
-
-
-def test_a_rollout_replaces_the_agent_and_never_runs_two(running: Cluster) -> None:
-    before = process_of(running, "coral", "coral-agent")
-    running.kubectl("rollout", "restart", *AGENT, "daemonset/coral-agent")
-    ready(running)
-    pods: list[Any] = running.get("pods", *AGENT)["items"]
-    (pod,) = (it for it in pods if "deletionTimestamp" not in it["metadata"])
-    assert process_of(running, "coral", pod["metadata"]["name"]) != before
-    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0

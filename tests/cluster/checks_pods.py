@@ -1,5 +1,5 @@
-"""Pods by name in a real Kubernetes: their requests, from the first to the last, while pods come and
-while agents go."""
+"""Pods by name in a real Kubernetes: their requests, from the first to the last, while pods come
+and while agents go."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OLD, NEW = 20, 30
 
 
 @pytest.fixture(scope="module")
-def shop(running: Cluster, agent: Agent) -> str:
+def shop(agent: Agent) -> str:
     """The name of a pod of shop/deploy/shop, which serves."""
-    return deploy(running, "shop", "shop")
+    return deploy(agent.running, "shop", "shop")
 
 
 def test_a_deployment_is_scaled_up_and_every_request_of_the_new_pod_is_seen(
@@ -46,7 +46,7 @@ def test_a_deployment_is_scaled_up_and_every_request_of_the_new_pod_is_seen(
         running.kubectl("scale", "--namespace=shop", "deployment/shop", "--replicas=2")
         wait_until(lambda: len(names(running, "shop", "shop")) == 2, READY_S)
         (new,) = set(names(running, "shop", "shop")) - {shop}
-        # The client is there before the server.
+        # The pod counts them: none came before.
         assert ask(running, url(running, "shop", new, "/new"), NEW) == list(range(1, NEW + 1))
         wait_until(lambda: requests(tap.lines(), "/new") >= NEW, READY_S)
         tap.process.send_signal(signal.SIGINT)
@@ -102,9 +102,10 @@ def test_a_static_pod_is_tapped_by_its_name(running: Cluster, agent: Agent) -> N
     file.unlink()
 
 
-def test_a_rollout_of_the_agent_tells_the_client_and_loses_no_request_before_it(
+def test_a_rollout_replaces_the_agent_tells_its_client_and_loses_no_request_before_it(
     running: Cluster, agent: Agent, shop: str
 ) -> None:
+    before = process_of(running, "coral", "coral-agent")
     with agent.tap("shop", f"pod:shop/{shop}", "--http-latency") as tap:
         agent.wait_for_sessions("shop")
         ask(running, url(running, "shop", shop, "/before"), OLD)
@@ -115,6 +116,9 @@ def test_a_rollout_of_the_agent_tells_the_client_and_loses_no_request_before_it(
         assert requests(tap.lines(), "/before") == OLD
         assert losses(tap.lines()) == []
     ready(running)
+    assert process_of(running, "coral", agent.pod["metadata"]["name"]) != before
+    (status,) = agent.pod["status"]["containerStatuses"]
+    assert status["restartCount"] == 0
     again(running, agent, shop)
 
 

@@ -18,9 +18,9 @@ REQUESTS = 10
 
 
 @pytest.fixture(scope="module")
-def pods(running: Cluster, agent: Agent) -> dict[str, str]:
+def pods(agent: Agent) -> dict[str, str]:
     """A pod that serves, of each team."""
-    return {team: deploy(running, team, "front") for team in TEAMS}
+    return {team: deploy(agent.running, team, "front") for team in TEAMS}
 
 
 def other(team: str) -> str:

@@ -24,8 +24,8 @@ def run(*command: str | Path) -> str:
 
 
 def write_files(at: Path, cgroup: str, plugins: Path) -> None:
-    """Writes all files into the directory AT. Pods are to be in CGROUP; PLUGINS are containerd's for
-    networks."""
+    """Writes all files into the directory AT. Pods are to be in CGROUP; PLUGINS are those of
+    containerd for networks."""
     run("openssl", "genrsa", "-out", at / "accounts.key", "2048")
     run("openssl", "rsa", "-in", at / "accounts.key", "-pubout", "-out", at / "accounts.pub")
     (at / "tokens.csv").write_text(f'{TOKEN},admin,admin,"system:masters"\n')

@@ -31,4 +31,5 @@ async def main(pod: str) -> None:
                 print(json.dumps(asdict(stream.account) | told), flush=True)
 
 
-asyncio.run(main(sys.argv[1]))
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))

@@ -90,7 +90,7 @@ def _make(cgroup: Path) -> None:
 
 def _namespaces(pid: int) -> set[Namespace]:
     """The namespaces of a process, of the kinds that the cluster has its own of."""
-    return {(kind, os.readlink(f"/proc/{pid}/ns/{kind}")) for kind in _KINDS}
+    return {(kind, str(Path(f"/proc/{pid}/ns/{kind}").readlink())) for kind in _KINDS}
 
 
 def _members(namespaces: set[Namespace], cgroups: list[Path]) -> Iterator[int]:

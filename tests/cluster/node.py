@@ -1,8 +1,9 @@
 """One node with a control plane: etcd, the API server, its controllers, the scheduler, containerd
 and the kubelet, each a process that this one starts and ends.
 
-They share a network and a mount namespace, which a process of its own keeps and clears away, however
-the tests end: `tests.cluster.janitor`. Of the machine, only one directory and a cgroup change.
+They share a network and a mount namespace, which a process of its own keeps and clears away,
+however the tests end: `tests.cluster.janitor`. Of the machine, only one directory and a cgroup
+change.
 """
 
 from __future__ import annotations
@@ -204,9 +205,7 @@ class Cluster:
 
     def helm(self, *arguments: str | Path) -> str:
         """What helm prints."""
-        return run(
-            *self.inside(_TOOLS / "helm", f"--kubeconfig={self.kubeconfig}", *arguments)
-        )
+        return run(*self.inside(_TOOLS / "helm", f"--kubeconfig={self.kubeconfig}", *arguments))
 
     def begin_kubectl(self, *arguments: str | Path) -> AbstractContextManager[Running]:
         """kubectl, for the duration of the block."""

@@ -78,9 +78,7 @@ def deploy(running: Cluster, namespace: str, name: str) -> str:
     }
     running.kubectl("apply", "--filename", "-", said=json.dumps(manifest))
     where = ("--namespace", namespace)
-    running.kubectl(
-        "rollout", "status", *where, f"deployment/{name}", f"--timeout={READY_S}s"
-    )
+    running.kubectl("rollout", "status", *where, f"deployment/{name}", f"--timeout={READY_S}s")
     (pod,) = names(running, namespace, name)
     return pod
 
@@ -101,8 +99,8 @@ def url(running: Cluster, namespace: str, pod: str, path: str = "/") -> str:
 
 
 def ask(running: Cluster, address: str, count: int) -> list[int]:
-    """Makes COUNT requests, from the node, as soon as somebody answers; which request of its pod each
-    was."""
+    """Makes COUNT requests, from the node, as soon as somebody answers; which request of its pod
+    each was."""
     done = subprocess.run(
         running.inside("python3", "-I", "-c", _ASK, address, str(count)),
         stdout=subprocess.PIPE, text=True, check=True, timeout=READY_S,

@@ -123,7 +123,7 @@ async def test_colonies_share_the_agents(tmp_path: Path) -> None:
 async def test_what_the_server_does_not_take_or_drops_is_counted(tmp_path: Path) -> None:
     one = Scripted.make("node", "s", FATES * 100)
     big = Scripted.make("node", "big", [""] * 600, batch=590)
-    with nats_server(tmp_path / "nats", most_payload=10_000) as server:
+    with nats_server(tmp_path / "nats", most_payload=6_500) as server:
         settings = settings_for(server.url)
         async with Publisher(settings) as publisher:
             await publish(publisher, one)

@@ -84,7 +84,7 @@ def _wait_for(asked: Asked) -> None:
         calls = asked.rows("syscalls", "--by", "service")
         served = asked.rows("http", "--by", "service")
         samples = asked.rows("profile", "--by", "service")
-        return (
+        return bool(
             sum(row["calls"] for row in calls) >= CALLS
             and sum(row["count"] for row in served) >= SERVED + 1
             and sum(row["count"] for row in samples) > LEAST_SAMPLES
@@ -100,6 +100,13 @@ def test_calls_and_requests_are_counted_exactly(asked: Asked) -> None:
     by_route = {row["route"]: row for row in asked.rows("http", "shop")}
     assert by_route["/users/{id}"]["count"] == SERVED
     assert (by_route["/bad"]["errors"], by_route["/bad"]["status_5xx"]) == (1, 1)
+
+
+def test_rows_by_time_have_their_own_rates(asked: Asked) -> None:
+    rows = asked.rows("http", "shop", "--by", "time")
+    assert sum(row["count"] for row in rows) == SERVED + 1
+    text = asked.query("http", "shop", "--by", "time", "--since", "2m", width=80).stdout
+    assert re.search(r"^TIME +REQ/S", text, re.MULTILINE), text
 
 
 def test_tables_say_what_they_cover(asked: Asked) -> None:
@@ -142,7 +149,7 @@ def test_a_flame_graph_of_what_is_stored(asked: Asked, tmp_path: Path) -> None:
         folded = asked.query("profile", "caller", "-o", "folded").stdout
         samples = sum(int(line.rpartition(" ")[2]) for line in folded.splitlines())
         rows = asked.rows("profile", "caller")
-        return samples == sum(row["count"] for row in rows) > LEAST_SAMPLES
+        return bool(samples == sum(row["count"] for row in rows) > LEAST_SAMPLES)
 
     wait_until(counted)
     assert re.search(r"SELF +TOTAL", asked.query("profile", "caller").stdout)
@@ -205,3 +212,24 @@ def test_a_shell_completes_what_the_colony_has(asked: Asked) -> None:
     assert completed("http", "--by", "service,ro") == ["service,role", "service,route"]
     assert completed("http", "--where", "me") == ["method="]
     assert "http_latency_1m" in completed("tables", "http_l")
+
+
+def test_collecting_on_every_agent(asked: Asked) -> None:
+    def coral_collect(*arguments: str) -> Result:
+        env = {"CORAL_COLONY": asked.address}
+        return CliRunner(env=env).invoke(main, ["collect", *arguments], prog_name="coral")
+
+    here = f"pid={os.getpid()}"
+    done = coral_collect("tcp_metrics", "tests", "-d", "60s", "-c", here)
+    assert done.exit_code == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    agent, collector, _ = line.split(maxsplit=2)
+
+    def followed() -> bool:
+        rows = asked.rows("sessions", "--where", f"session={collector}")
+        return [(row["agent"], row["service"]) for row in rows] == [(agent, "tests")]
+
+    wait_until(followed, timeout_s=30)
+    done = coral_collect("tcp_metrics", "-c", here, "--on", "nobody")
+    assert done.exit_code == 1
+    assert "agent 'nobody' is not known" in done.stdout

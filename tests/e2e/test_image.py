@@ -218,6 +218,14 @@ def test_every_module_can_be_imported_inside(images: Images, tmp_path: Path) -> 
     assert int(done.stdout) > 100
 
 
+def test_there_is_no_colony_inside_which_is_said_in_a_line(images: Images, tmp_path: Path) -> None:
+    done = run(images.root, tmp_path / "bundle", (CORAL, "colony"), ())
+    assert done.returncode == 1
+    assert done.stderr == (
+        "coral: the colony needs coral.colony: pip install 'coral-ebpf-agent[colony]'\n"
+    )
+
+
 def test_other_programs_are_refused_by_a_line_with_the_remedy(
     images: Images, tmp_path: Path
 ) -> None:

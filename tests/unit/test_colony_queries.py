@@ -151,6 +151,20 @@ def test_what_rollups_do_not_have_is_read_from_raw_rows(reads: PlainReads) -> No
     assert ask(reads, SYSCALLS).table.to_pylist()[0]["calls"] == 12
 
 
+def test_rows_by_time_are_in_parts_of_the_window(reads: PlainReads) -> None:
+    at = (0, 10, 50, 60, 119, 300)
+    reads.add("http_latency", *(requests(NOON + s * SECOND_NS, (1, 0, 0, 0)) for s in at))
+    reads.add("http_latency_1h", requests(NOON, (999, 0, 0, 0), tier="1h"))
+    reads.watermarks[HOUR_NS] = NOW + HOUR_NS
+    table = ask(reads, HTTP, by=("time",)).table
+    rows = table.to_pylist()
+    parts = [((row["time"] - NOON) // SECOND_NS, row["count"]) for row in rows]
+    assert parts == [(0, 2), (30, 1), (60, 1), (90, 1), (300, 1)]
+    assert table.schema.field("time").metadata[b"step_ns"] == b"30000000000"
+    with pytest.raises(RefusedError, match="against: rows by time are not compared"):
+        ask(reads, HTTP, by=("time",), against_ns=HOUR_NS)
+
+
 def test_services_and_values_choose_rows(reads: PlainReads) -> None:
     reads.add(
         "http_latency",

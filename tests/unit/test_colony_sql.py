@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -16,7 +18,7 @@ from coral.colony.answers.sql.pool import Finished, Limits, Pool
 from coral.colony.answers.window import Window
 from tests.colony_tables import Sealed
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+ASYNC = pytest.mark.asyncio(loop_scope="module")
 
 SHORT_S = 0.5
 LIMITS = Limits(deadline_s=30.0, memory_bytes=64 << 20, most_rows=1000)
@@ -54,6 +56,7 @@ async def ask(
     return pa.ipc.open_stream(b"".join(parts)).read_all()
 
 
+@ASYNC
 async def test_hot_rows_and_segments_are_one_table(pool: Pool, sources: Sealed) -> None:
     sql = "SELECT service, count(*) AS n, sum(calls) AS calls FROM calls GROUP BY 1 ORDER BY 1"
     table = await ask(pool, sources, sql)
@@ -69,6 +72,7 @@ async def test_hot_rows_and_segments_are_one_table(pool: Pool, sources: Sealed) 
     assert books.to_pylist() == [{"count_star()": 0}]
 
 
+@ASYNC
 async def test_a_window_holds_for_hot_rows_and_segments(pool: Pool, sources: Sealed) -> None:
     table = await ask(pool, sources, "SELECT count(*) AS n FROM calls", Window(90, 110))
     assert table.to_pylist() == [{"n": 20}]
@@ -93,6 +97,7 @@ ENDED = {
 }
 
 
+@ASYNC
 async def test_refusals_come_in_the_users_words(pool: Pool, sources: Sealed) -> None:
     for sql, why in (
         ("COPY calls TO '/tmp/x.csv'", "sql: give one SELECT statement, and nothing else"),
@@ -103,6 +108,7 @@ async def test_refusals_come_in_the_users_words(pool: Pool, sources: Sealed) -> 
             await ask(pool, sources, sql)
 
 
+@ASYNC
 @pytest.mark.parametrize("name", ENDED)
 async def test_it_ends_within_its_limits(pool: Pool, sources: Sealed, name: str) -> None:
     sql, why = ENDED[name]
@@ -111,6 +117,7 @@ async def test_it_ends_within_its_limits(pool: Pool, sources: Sealed, name: str)
     assert (await ask(pool, sources, "SELECT 7 AS n")).to_pylist() == [{"n": 7}]
 
 
+@ASYNC
 async def test_rows_beyond_the_limit_are_cut(pool: Pool, sources: Sealed) -> None:
     async def nothing(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
         return ship(sources.cursor(), sources, tables, words, None)
@@ -122,3 +129,32 @@ async def test_rows_beyond_the_limit_are_cut(pool: Pool, sources: Sealed) -> Non
         pa.ipc.open_stream(b"".join(p for p in parts if isinstance(p, bytes))).read_all().num_rows
         == 1000
     )
+
+
+def test_the_kernel_is_the_second_wall(tmp_path: Path) -> None:
+    """What a worker gives up, whatever DuckDB would let it do."""
+    allowed = tmp_path / "segment.parquet"
+    allowed.write_text("rows")
+    script = f"""
+import os, pathlib, resource, socket
+from coral.colony.answers.sql.sandbox import confine, limit
+limit(64 << 20, 30)
+allowed = pathlib.Path({str(allowed)!r})
+has_landlock = confine([str(allowed)])
+print(has_landlock, allowed.read_text())
+def refused(what):
+    try:
+        what()
+    except (OSError, MemoryError) as error:
+        return type(error).__name__
+print(refused(lambda: open("/etc/hostname").read()) if has_landlock else "PermissionError")
+print(refused(lambda: allowed.write_text("x")) if has_landlock else "PermissionError")
+print(refused(lambda: bytes(256 << 20)))
+print(resource.getrlimit(resource.RLIMIT_FSIZE))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True
+    )
+    told, *lines = done.stdout.splitlines()
+    assert told.endswith(" rows")
+    assert lines == ["PermissionError", "PermissionError", "MemoryError", "(0, 0)"]

@@ -32,7 +32,7 @@ async def numbers(store: Store) -> list[int]:
     """Of all rows."""
     query = "SELECT number FROM ({}) ORDER BY number"
     table = await store.read(lambda it: query.format(it.rows(TABLE)), deadline_s=30)
-    return table["number"].to_pylist()
+    return list(table["number"].to_pylist())
 
 
 async def test_what_was_put_is_read_again_and_its_standing_says_so(store: Store) -> None:

@@ -171,7 +171,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 async def numbers(store: Store) -> list[int]:
     query = "SELECT number FROM ({}) ORDER BY number"
     table = await store.read(lambda it: query.format(it.rows(TABLE)), deadline_s=60)
-    return table["number"].to_pylist()
+    return list(table["number"].to_pylist())
 
 
 def state(store: Store) -> str:

@@ -15,6 +15,7 @@ from coral.colony.export.adding import Buckets, groups
 from coral.colony.export.backlog import Backlog, Request
 from coral.colony.export.measures import TABLES, Totals
 from coral.colony.export.remote_write import MOST_SAMPLES, Encoder
+from coral.colony.tables.layout import TABLES as TABLES_OF_ROWS
 from tests.rollups import WEB, of_all_kinds, syscalls
 
 
@@ -110,7 +111,42 @@ def test_the_oldest_requests_give_way() -> None:
         backlog.take()
 
 
-def test_every_measure_has_its_table() -> None:
-    assert {name.removesuffix("_1m") for name in TABLES} == {
-        "syscall_stats", "http_latency", "tcp_metrics", "tcp_peers", "cpu_profile",
-    }  # fmt: skip
+def ones(table: str, **keys: str) -> pa.Table:
+    """A row of the rollup TABLE, as the colony's tables have it, all of whose figures are 1."""
+    schema = TABLES_OF_ROWS[table].rollup_schema
+    columns = {}
+    for it in schema:
+        value: object = 1 if pa.types.is_integer(it.type) else keys.get(it.name, "")
+        columns[it.name] = pa.array([True if pa.types.is_boolean(it.type) else value], it.type)
+    return pa.table(columns)
+
+
+def test_the_columns_are_those_of_the_colonys_tables() -> None:
+    totals = Totals(100)
+    for name in TABLES:
+        base = name.removesuffix("_1m")
+        assert set(TABLES[name].keys) - {"error"} <= set(TABLES_OF_ROWS[base].keys)
+        totals.add(name, ones(base, role="client", method="GET", service=base))
+    found = {
+        (sample.name, sample.labels["service"], sample.labels.get("error_type")): sample.value
+        for family in totals.collect()
+        for sample in family.samples
+        if sample.labels.get("role", "client") == "client"
+        and sample.labels.get("le", "+Inf") == "+Inf"
+    }
+    expected = {
+        ("coral_syscall_calls_total", "syscall_stats", None): 32,  # slots
+        ("http_client_request_duration_seconds_count", "http_latency", ""): 20,
+        ("http_client_response_body_size_bytes_sum", "http_latency", ""): 1,
+        ("system_network_tcp_rtt_duration_seconds_count", "tcp_metrics", None): 16,
+        ("system_network_tcp_handshake_duration_seconds_count", "tcp_peers", None): 16,
+        ("system_network_tcp_connections_total", "tcp_metrics", ""): 1,
+        ("system_network_tcp_connections_total", "tcp_peers", "timed_out"): 1,
+        ("system_network_tcp_connections_total", "tcp_peers", "_OTHER"): 1,
+        ("system_network_tcp_io_bytes_total", "tcp_peers", None): 1,
+        ("system_network_tcp_retransmits_total", "tcp_metrics", None): 1,
+        ("coral_profile_cpu_seconds_total", "cpu_profile", None): 1e-9,
+        ("coral_profile_samples_lost_total", "cpu_profile", None): 1,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert found["coral_syscall_errors_total", "syscall_stats", None] == 1

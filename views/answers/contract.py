@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from coral.views.sheet import Column, Content, Sheet
-from coral.views.text import format_amount, format_ns
+from coral.views.text import format_amount, format_clock, format_ns
 
 Row = Mapping[str, Any]
 Cell = Content | tuple[Content, str]
 
+TIME: Final = "time"
+"""The column that says of which part of the window a row is: when that began, in Unix ns."""
 BAD: Final = "bold red"
 WARNING: Final = "yellow"
 _STYLES: Final = {"failing": BAD, "slower": BAD, "new": WARNING, "gone": WARNING, "faster": "green"}
@@ -55,7 +57,7 @@ def places(shown: Shown, subject: Sequence[str]) -> tuple[list[Column], list[str
 
 def place_cells(row: Row, names: Sequence[str]) -> list[Cell]:
     """The cells of `places`."""
-    return [text_of(row[name]) for name in names]
+    return [format_clock(row[name])[:8] if name == TIME else text_of(row[name]) for name in names]
 
 
 def text_of(value: object) -> str:

@@ -9,6 +9,7 @@ from coral.client import Buckets
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.views.answers.contract import (
     BAD,
+    TIME,
     WARNING,
     AnswerView,
     Cell,
@@ -113,7 +114,8 @@ def _compared(shown: Shown) -> Sheet:
 def _headline(shown: Shown) -> str:
     count, errors = (sum(row[name] for row in shown.rows) for name in ("count", "errors"))
     share = format_share(errors / count) if count else "0%"
-    rate = f", {format_rate(count, shown.seconds)}/s" if shown.seconds else ""
+    whole = shown.seconds and TIME not in shown.by
+    rate = f", {format_rate(count, shown.seconds)}/s" if whole else ""
     return f"{count:,} requests{rate}, {errors:,} errors ({share})"
 
 

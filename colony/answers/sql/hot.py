@@ -22,7 +22,7 @@ from coral.colony.tables import LEVELS, STACKS, TABLES
 BOOKS: Final = ("agents", "gaps", "ledger", "losses")
 """Small tables that can be asked for too; they have no window."""
 _OWN: Final = {"generations", "segments", "watermarks"}
-MOST_HOT_BYTES: Final = 256 << 20
+MOST_HOT_BYTES: Final = 128 << 20
 _BATCH_ROWS: Final = 65_536
 _FOREVER_NS: Final = 1 << 62
 _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL

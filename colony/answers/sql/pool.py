@@ -77,6 +77,7 @@ class _Worker:
                 *(str(theirs.fileno()), str(os.getpid())),
                 stdin=DEVNULL,
                 stdout=DEVNULL,
+                stderr=DEVNULL,  # a traceback would be no line of the log
                 pass_fds=(theirs.fileno(),),
                 env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
                 start_new_session=True,  # a Ctrl-C is for the colony
