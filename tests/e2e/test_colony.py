@@ -4,6 +4,7 @@ connections are cut."""
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import yaml
 
+from tests.bus import nats_server
 from tests.colony_process import RunningColony, running_colony, stored_in
 from tests.events import connected, start_events
 from tests.peer import cutting_proxy
@@ -120,7 +123,7 @@ def test_a_colony_says_how_it_is_and_ends_in_order(agent: RunningAgent, tmp_path
             wait_until(lambda: colony.total("coral_colony_store_rows_total") > 0)
             assert colony.stop() == 0
             events = [line["event"] for line in colony.log()]
-            assert events[0] == "listening"
+            assert events[:2] == ["starting", "listening"]
             assert events[-2:] == ["stopping", "stopped"]
             (away,) = (line for line in colony.log() if line["event"] == "agent is away")
             assert away["address"] == "127.0.0.1:1"
@@ -156,3 +159,51 @@ def test_a_bad_configuration_ends_it_with_one_line() -> None:
         "coral colony: --agents: agents.addresses[0]: 'nowhere' is not accepted; give HOST:PORT, "
         "or unix:PATH\n"
     )
+
+
+def test_a_colony_publishes_what_another_one_stores_and_answers(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    with nats_server(tmp_path / "nats") as bus, Puppet() as puppet:
+        publishing = {
+            "agents": {"addresses": [agent.address]},
+            "bus": {"mode": "publish", "servers": [bus.url], "max_bytes": "256MiB"},
+            "collect": [{"kind": "syscall_stats", "config": {"pid": puppet.pid, "interval": "1s"}}],
+        }
+        storing = {"bus": {"mode": "store", "servers": [bus.url]}}
+        with (
+            running_colony(tmp_path / "publishing", publishing) as publisher,
+            running_colony(tmp_path / "storing", storing) as store,
+        ):
+            wait_until(lambda: publisher.total("coral_colony_started_total") == 1)
+            puppet.getppid(77)
+            wait_until(lambda: calls_answered(store, "getppid") == 77)
+            assert publisher.page("/readyz")[0] == store.page("/readyz")[0] == 200
+            assert not (tmp_path / "publishing/data").exists()
+            assert publisher.stop() == store.stop() == 0
+
+
+def calls_answered(colony: RunningColony, name: str) -> int:
+    """How often the system call of that name was made, as `coral query sql` says."""
+    answer = subprocess.run(
+        coral(
+            "query", "sql", "--colony", f"unix:{colony.directory}/colony.sock", "-o", "json",
+            f"SELECT sum(call_count)::BIGINT AS calls FROM syscall_stats WHERE syscall = '{name}'",
+        ),
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    (row, *_) = map(json.loads, answer.stdout.splitlines())
+    return int(row["calls"] or 0)
+
+
+def test_a_colony_whose_bus_does_not_answer_ends_at_a_signal(tmp_path: Path) -> None:
+    config = {"bus": {"mode": "publish", "servers": ["nats://127.0.0.1:1"]}, "collect": []}
+    path = tmp_path / "colony.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with subprocess.Popen(
+        coral("colony", "--config", path, "--log-format", "json"), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        assert json.loads(process.stderr.readline())["event"] == "starting"
+        process.terminate()
+        assert process.wait(20) == 0
