@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from coral.client.results import Kind, SessionEnd, by_stage
 from coral.client.split import split
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.resources import of_resource
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,7 +101,7 @@ class Batch:
         """Of such a session: `attributes`, for rows of which no more is known, and then those of
         each container that the rows are of."""
         common = self.attributes
-        return (common, *({**common, **each.attributes} for each in self.message.resources))
+        return (common, *(of_resource(common, it.attributes) for it in self.message.resources))
 
     @cached_property
     def row_resources(self) -> NDArray[np.uint32]:

@@ -36,14 +36,20 @@ class Members:
         running = self._at(self.comms, tgids.astype(np.uint64))
         return np.where(names != b"", names, running)
 
-    def groups_of(self, tgids: NDArray[Any], born: NDArray[Any]) -> NDArray[np.uint32]:
-        """The groups of TGIDS that were BORN then, all of shape (m,); 0 for a process that is not
-        here."""
+    def ended_groups_of(self, tgids: NDArray[Any], born: NDArray[Any]) -> NDArray[np.uint32]:
+        """The groups of TGIDS that were BORN then and have ended, all of shape (m,); 0 for a
+        process that is not here, or runs."""
+        return self._groups_at(process_keys(tgids, born))
+
+    def running_groups_of(self, tgids: NDArray[Any]) -> NDArray[np.uint32]:
+        """The groups of TGIDS that run, both of shape (m,), whenever they were born; 0 for a
+        process that is not here, or has ended."""
+        return self._groups_at(tgids.astype(np.uint64))
+
+    def _groups_at(self, keys: NDArray[np.uint64]) -> NDArray[np.uint32]:
         if not len(self.keys):
-            return np.zeros(len(tgids), np.uint32)
-        groups = self._at(self.groups, process_keys(tgids, born))
-        running = self._at(self.groups, tgids.astype(np.uint64))
-        return np.where(groups > 0, groups, running)
+            return np.zeros(len(keys), np.uint32)
+        return self._at(self.groups, keys)
 
     def __or__(self, more: Members) -> Members:
         keys, at = np.unique(np.concatenate([self.keys, more.keys]), return_index=True)

@@ -48,6 +48,9 @@ class ResourceTable:
             return known
         told, common = self._live.attributes_of(group), self._common
         more = {name: text for name, text in told.items() if common.get(name) != text}
+        # What is common to the pods that run now need not be to one that has gone, or has just
+        # come: it must not get the others' names.
+        more |= dict.fromkeys(common.keys() - told.keys(), "") if told else {}
         if more:
             self._resources.append(pb.Resource(attributes=more))
         found = self._by_group[group] = len(self._resources) if more else 0
@@ -72,14 +75,17 @@ class EndedGroups:
     def groups_of(
         self, members: Members, tgids: NDArray[Any], born: NDArray[Any]
     ) -> NDArray[np.uint32]:
-        """The groups of TGIDS that were BORN then, all of shape (n,): by MEMBERS, or else as kept;
-        0 for one that is in neither."""
-        found = members.groups_of(tgids, born)
+        """The groups of TGIDS that were BORN then, all of shape (n,): of those that have ended by
+        MEMBERS, or else as kept, and of those that run by MEMBERS; 0 for one that is in neither."""
+        found = members.ended_groups_of(tgids, born)
         missing = found == 0
-        if missing.any() and self._groups:
-            keys = process_keys(tgids[missing], born[missing]).tolist()
-            found[missing] = [self._groups.get(key, 0) for key in keys]
-        return found
+        if missing.any() and self._groups:  # before those that run: one may have the id by now
+            keys, of_row = np.unique(
+                process_keys(tgids[missing], born[missing]), return_inverse=True
+            )
+            kept = np.array([self._groups.get(key, 0) for key in keys.tolist()], np.uint32)
+            found[missing] = kept[of_row]
+        return np.where(found > 0, found, members.running_groups_of(tgids))
 
 
 class EventResources:

@@ -20,7 +20,7 @@ def pod_words(batch: Batch) -> list[str]:
     common, *resources = batch.resources
     words = [""]
     for told in resources:
-        parts = [told[name] for name in _PARTS if told.get(name, "") != common.get(name, "")]
+        parts = [told[name] for name in _PARTS if told.get(name, "") not in ("", common.get(name))]
         words.append("/".join(parts))
     return words
 

@@ -21,6 +21,7 @@ from coral.agent.otlp.resource import Resource, number, text
 from coral.collectors.contract import Batch, EventRows
 from coral.collectors.http_latency.summaries import method_text, outcome_text
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.resources import of_resource
 from coral.wire.series import Service
 
 _SPAN_ID_BYTES: Final = 8
@@ -49,7 +50,8 @@ def traced(service: str, batch: Batch) -> Iterator[Traced]:
         yield Traced(service, records, rows.strings)
         return
     for at in np.unique(records["resource"]).tolist() if len(records) else ():
-        told = {**batch.attributes, **(rows.resources[at - 1].attributes if at else {})}
+        own = rows.resources[at - 1].attributes if at else {}
+        told = of_resource(batch.attributes, own)
         of_pod = Service(told.get("service.name", service), {}, told)
         yield Traced(of_pod, records[records["resource"] == at], rows.strings)
 

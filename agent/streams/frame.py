@@ -21,6 +21,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.columns import columns_layout
 from coral.wire.encoding import WIRE_BYTES, varint
 from coral.wire.kinds import event_field_of, field_of, is_string_index, resource_field_of
+from coral.wire.resources import of_resource
 
 Counts = Mapping[int, int]  # by pb.Loss.Stage
 _NOTHING: Final[Counts] = {}
@@ -298,11 +299,12 @@ class Frame:
 
     def _name_resource(self, event: pb.EbpfEvent, row: Message) -> None:
         """Gives EVENT the attributes of its ROW, whose index of a resource is then of no use."""
-        event.attributes.update(self.attributes)
+        own: Mapping[str, str] = NO_ATTRIBUTES
         payload, name = event_field_of(row.DESCRIPTOR), resource_field_of(row.DESCRIPTOR)
         if name and self.rows is not None and (at := getattr(row, name)):
-            event.attributes.update(self.rows.resources[at - 1].attributes)
+            own = self.rows.resources[at - 1].attributes
             getattr(event, payload).ClearField(name)
+        event.attributes.update(of_resource(self.attributes, own))
 
     def _seqs(self) -> Sequence[int]:
         if self.seqs is not None:

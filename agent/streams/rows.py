@@ -118,7 +118,7 @@ def as_messages(rows: Summaries) -> Sequence[Message]:
 
 
 def _labels(resource: pb.Resource) -> dict[str, str]:
-    return {name: resource.attributes[name] for name in _LABELS if name in resource.attributes}
+    return {name: text for name in _LABELS if (text := resource.attributes.get(name, ""))}
 
 
 # What tells rows of pods apart.

@@ -4,6 +4,7 @@ single events, filtered, split, and for clients that know nothing of them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,26 @@ def test_a_table_has_each_container_once_with_what_is_beyond_the_common_attribut
     made = table({7: one, 8: two, 9: COMMON})
     assert made.indices(np.array([7, 0, 8, 7, 5, 9])).tolist() == [1, 0, 2, 1, 0, 0]
     assert [dict(each.attributes) for each in made.resources] == [{"k8s.pod.name": "a"}, two]
+
+
+@pytest.mark.parametrize("make", [figures, calls])
+def test_a_pod_that_has_gone_gets_no_names_of_the_one_that_runs(make: Any) -> None:
+    common = {**COMMON, "k8s.pod.name": "web-2", "k8s.deployment.name": "web"}
+    gone = {**COMMON, "k8s.pod.name": "bare"}
+    live: Any = Live({7: gone, 8: common})
+    table = ResourceTable(live, common)
+    batch = make(*table.indices(np.array([7, 8])).tolist())
+    rows = replace(batch.rows, resources=table.resources)
+    batch = replace(batch, rows=rows, attributes=common)
+    got = received(batch)
+    assert [got.resources[at] for at in got.row_resources.tolist()] == [gone, common]
+    channel = Channel(HEADER, 1 << 20)
+    reader = channel.subscribe()
+    channel.publish(batch)
+    frame = reader.take()
+    assert frame
+    events = [pb.EbpfEvent.FromString(wire) for wire in frame.events()]
+    assert [dict(event.attributes) for event in events] == [gone, common]
 
 
 @pytest.mark.parametrize("columns", [False, True])
@@ -222,6 +243,18 @@ def test_the_group_of_a_process_outlives_it() -> None:
     assert ended.groups_of(first, tgids, born).tolist() == [70, 90, 0]
     assert ended.groups_of(members((7, 71)), tgids, born).tolist() == [71, 90, 0]
     assert ended.groups_of(members(), tgids, born).tolist() == [0, 90, 0]
+
+
+def test_a_process_that_has_ended_is_not_of_the_container_that_has_its_id_now() -> None:
+    def member(key: int, group: int) -> Members:
+        values = np.array([b"shop"]), np.array([group], np.uint32)
+        return Members(np.array([key], np.uint64), *values)
+
+    ended, of = EndedGroups(), (np.array([9, 9]), np.array([5, 6]))
+    last, now = member(5 << 32 | 9, 90), member(9, 91)
+    ended.note(last)
+    assert ended.groups_of(now, *of).tolist() == [90, 91]
+    assert ended.groups_of(last | now, *of).tolist() == [90, 91]
 
 
 def test_single_events_are_of_the_group_that_records_tell() -> None:
