@@ -254,5 +254,10 @@ def test_pods_that_come_where_the_policy_does_not_reach_are_left_out(node: Node)
         assert second.directory not in told
         wait_until(lambda: audited)
         assert audited == [([], ["shop/web-2"])]
+        assert target.attributes["k8s.pod.name"] == "web-1"
+        (first.directory / first.directory_of("app").name).rmdir()
+        first.directory.rmdir()
+        wait_until(lambda: first.directory not in target.now)
+        assert target.attributes["k8s.pod.name"] == "web-1"
     finally:
         target.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class PodTarget:
     # Takes the names of pods that have come later, and of those that were left out.
     joined: Callable[[list[str], list[str]], object] | None = field(default=None, init=False)
     _decided: frozenset[str] = field(default=frozenset(), init=False)
+    _kept: Cgroups = field(default=frozenset(), init=False)  # while it is followed
+    _keeping: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def label(self) -> str:
@@ -87,8 +90,13 @@ class PodTarget:
 
     @property
     def attributes(self) -> Mapping[str, str]:
-        """The attributes that all of it has in common; once it has gone, those that it had."""
-        self._last = common(self._pods.attributes(self)) or self._last
+        """The attributes that all of it has in common; once it has gone, those that it had. Pods
+        that were left out are no part of it."""
+        if self.within and self.watch:
+            each = self._pods.attributes_in(self, self._kept)
+        else:
+            each = self._pods.attributes(self)
+        self._last = common(each) or self._last
         return self._last
 
     def is_pod(self, directory: Path) -> bool:
@@ -116,14 +124,21 @@ class PodTarget:
 
         def allowed(added: Cgroups, removed: Cgroups) -> None:
             kept = self._allowed(added)
+            self._keep(kept, removed)
             changed(kept, removed)
             self._tell_joined(kept, added - kept, frozenset())
 
         self.changed = allowed
         found = self._pods.follow(self, self._features)
         kept = self._allowed(found)
+        self._keep(kept, frozenset())
         self._tell_joined(kept, found - kept, self._decided)
         return kept
+
+    def _keep(self, added: Cgroups, removed: Cgroups) -> None:
+        """From the thread of pods, too."""
+        with self._keeping:
+            self._kept = (self._kept | added) - removed
 
     def _allowed(self, cgroups: Cgroups) -> Cgroups:
         return frozenset(filter(self.within, cgroups)) if self.within else cgroups
