@@ -25,9 +25,10 @@ from coral.agent.errors import LimitError, UnauthenticatedError
 from coral.agent.serving.caller import CallerOf, Context, unknown_caller
 from coral.agent.serving.quota import Quota
 from coral.agent.serving.requests import parse
-from coral.agent.serving.status import code_of, fitting
+from coral.agent.serving.status import code_of
 from coral.bpf import BpfError
 from coral.collectors.metering import Charge, metered
+from coral.wire.refusal import fitting
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.audit")
 

@@ -1,10 +1,8 @@
-"""The answer to a call that fails: a status code, and a text that fits."""
+"""The status code that answers a call that fails."""
 
 from __future__ import annotations
 
-import string
 from typing import Final
-from urllib.parse import quote
 
 import grpc
 
@@ -22,10 +20,6 @@ from coral.agent.errors import (
 from coral.agent.streams import SubscriptionEndedError
 from coral.bpf import BpfError
 from coral.bpf.libbpf import EXHAUSTED
-
-# Clients accept 8 KiB of trailing metadata, where a status's text is percent-encoded.
-_STATUS_BYTES: Final = 4096
-_SENT_AS_IT_IS: Final = string.punctuation.replace("%", "") + " "
 
 _CODES: Final[dict[type[Exception], grpc.StatusCode]] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -49,14 +43,3 @@ def code_of(error: Exception) -> grpc.StatusCode:
             grpc.StatusCode.RESOURCE_EXHAUSTED if exhausted else grpc.StatusCode.FAILED_PRECONDITION
         )
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
-
-
-def fitting(text: str) -> str:
-    """TEXT, without its middle where it is longer than a client accepts: such a client would get a
-    transport error in place of the refusal. Lone surrogates, which names from /proc can have, are
-    escaped: they cannot be sent."""
-    text = text.encode(errors="backslashreplace").decode()
-    if len(quote(text, safe=_SENT_AS_IT_IS)) <= _STATUS_BYTES:
-        return text
-    plain = text.encode("ascii", "backslashreplace").decode()
-    return f"{plain[: _STATUS_BYTES // 4]} [...] {plain[-_STATUS_BYTES // 4 :]}"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 _MOST_NAMED: Final = 3
+_MOST_TEXT: Final = 256  # characters of a name that is looked for among those that there are
+_MOST_KNOWN: Final = 5000  # names that are looked at: of services, agents decide how many there are
 
 
 class RefusedError(Exception):
@@ -24,6 +26,7 @@ class BusyError(RefusedError):
 def unknown(what: str, name: str, known: Iterable[str]) -> NotFoundError:
     """NAME is no WHAT: names the nearest of those that are."""
     known = sorted(set(known))
+    shown = name if len(name) <= _MOST_TEXT else f"{name[:_MOST_TEXT]}..."
     near = nearest(name, known)
     if near:
         hint = f"; did you mean {_listed(near)}?"
@@ -31,11 +34,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> NotFoundError:
         hint = f"; there are {', '.join(known)}"
     else:
         hint = ""
-    return NotFoundError(f"no such {what}: {name!r}{hint}")
+    return NotFoundError(f"no such {what}: {shown!r}{hint}")
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Those of KNOWN that NAME may stand for, the nearest first."""
+    """Those of KNOWN that NAME may stand for, the nearest first; none where to look for them would
+    take long."""
+    if len(name) > _MOST_TEXT or len(known) > _MOST_KNOWN:
+        return []
     lower = {each.lower(): each for each in reversed(known)}
     found = difflib.get_close_matches(name.lower(), lower, _MOST_NAMED, 0.6)
     within = [each for each in lower if name and name.lower() in each and each not in found]

@@ -31,6 +31,7 @@ from coral.colony.answers.window import Window
 from coral.colony.store.errors import StoreError
 from coral.colony.tables import TABLES, base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
+from coral.wire.refusal import fitting
 from coral.wire.text import safe
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
@@ -343,10 +344,10 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, AgentError):
-        await context.abort(error.code, str(error))
+        await context.abort(error.code, fitting(str(error)))
     for kind, code in _CODES:
         if isinstance(error, kind):
-            await context.abort(code, str(error))
+            await context.abort(code, fitting(str(error)))
     log.error("a question failed unexpectedly", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "the colony failed: its log says why")
     raise AssertionError

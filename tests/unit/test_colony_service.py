@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from coral.client import (
@@ -23,6 +24,7 @@ from coral.client import (
     UnavailableError,
 )
 from coral.colony.answers.access import Access, Role, TokenFile, WrongTokenError
+from coral.colony.answers.refusals import unknown
 from coral.colony.answers.server import Answers, ServingError
 from coral.colony.answers.settings import Serving, ServingTls
 from coral.mesh.colony.v1 import colony_pb2 as pb
@@ -56,6 +58,8 @@ class Asked:
         duration_s: float | None = None,
         agents: Collection[str] = (),
     ) -> Sequence[Outcome]:
+        if why := (config or {}).get("refused"):
+            raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, f"config: {why}")
         self.collected.append((kind, config, service, duration_s, tuple(agents)))
         return [Outcome("n1", "c1", notes=("a note",)), Outcome("n2", error="away")]
 
@@ -125,6 +129,24 @@ async def test_describe_names_queries_and_tables(tmp_path: Path) -> None:
     assert tables["http_latency_1h"]["time_ns"] == "BIGINT"
     assert tables["ledger"]["service"] == "VARCHAR"
     assert "generations" not in tables
+
+
+async def test_a_name_of_any_length_is_refused_in_a_few_words(tmp_path: Path) -> None:
+    # Neither a search for names like it, in the loop of all callers, nor more than a status holds.
+    name = "abcdefghij" * 300_000
+    async with colony(tmp_path) as client:
+        for given in ({"by": [name]}, {"where": {name: "x"}}):
+            with pytest.raises(InvalidArgumentError, match="no such column: 'abc") as refused:
+                async with client.query("http", **given) as answer:
+                    await answer.table()
+            assert len(str(refused.value)) < 500
+        with pytest.raises(InvalidArgumentError, match=r"^config: \w+ \[\.\.\.\] \w+$"):
+            await client.collect("http_latency", config={"refused": name})
+
+
+def test_of_many_names_none_is_searched_for_the_nearest() -> None:
+    assert str(unknown("service", "shop", ["shop2"])).endswith("did you mean shop2?")
+    assert str(unknown("service", "shop", map(str, range(10**5)))) == "no such service: 'shop'"
 
 
 async def test_refusals_say_what_would_be_accepted(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from coral.colony.tables import LEVELS, STACKS, TABLES
 
 BOOKS: Final = ("agents", "gaps", "ledger", "losses")
 """Small tables that can be asked for too; they have no window."""
-_OWN: Final = {"generations", "segments", "watermarks"}
+_OWN: Final = {"generations", "marks", "segments"}
 MOST_HOT_BYTES: Final = 128 << 20
 _BATCH_ROWS: Final = 65_536
 _FOREVER_NS: Final = 1 << 62
