@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from coral.agent.errors import FailedPreconditionError
 from coral.agent.machine.pods.node import Pods
 from coral.agent.machine.pods.standing import Standings
 from coral.collectors import selectors
-from tests.pods import ApiServer, FakePod, as_api
+from tests.pods import ApiServer, FakePod, as_api, runtime
+from tests.support import wait_until
 
 SELECTOR = selectors.parse("pods", "shop?app=web")
 
@@ -73,3 +75,24 @@ def test_a_selector_is_told_of_a_source_that_is_gone_and_later_refused(tmp_path:
     assert dict(patient.stale_s).keys() == {"api"}
     with pytest.raises(FailedPreconditionError, match=r"api: .* stale: .* no longer counts; http"):
         strict.target(SELECTOR, bpf.probe())
+
+
+def labels(pods: Pods) -> list[dict[str, str]]:
+    return [dict(it.pod.labels) for it in pods.listing()]
+
+
+def test_what_a_silent_source_said_does_not_stand_against_one_that_answers(tmp_path: Path) -> None:
+    before = FakePod(tmp_path, "shop", "web-1", {"app": "web"})
+    now = replace(before, labels={"app": "db"})
+    with runtime(tmp_path) as cri:
+        cri.pods = [now]
+        with ApiServer() as server:
+            server.items = [as_api(before)]
+            given = {"cri": str(cri.socket), "api": server.url, "node": "node-1"}
+            patient, strict = (
+                Pods(Kubernetes(**given, stale_after=Duration(seconds)))  # type: ignore[arg-type]
+                for seconds in (300, 0.001)
+            )
+            assert labels(patient) == labels(strict) == [{"app": "web"}]  # the API knows most
+        assert labels(patient) == [{"app": "web"}]
+        wait_until(lambda: labels(strict) == [{"app": "db"}])

@@ -8,7 +8,7 @@ another one, it counts.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ class Inventory:
 
     refused: int = 0
     version: int = 0  # grows with each change
+    order: Sequence[str] = SOURCES  # of two that know a pod, the first counts
     _cgroups: dict[Kind, dict[Path, Place]] = field(
         default_factory=lambda: {"v2": {}, "memory": {}}
     )
@@ -126,17 +127,25 @@ class Inventory:
         of_source = self._containers[source]
         self._containers[source] = {k: it for k, it in of_source.items() if it.pod != pod.uid}
 
+    def prefer(self, order: Sequence[str]) -> None:
+        """From now on the sources count in this ORDER."""
+        if list(order) != list(self.order):
+            self.version += 1
+            self.order = order
+
     # What callers ask.
 
     def pod(self, uid: str) -> Pod | None:
         """A pod by its key. One that mirrors another gives way to any whose own key it is: anybody
         who may make pods may write what makes it a mirror."""
-        found = (of[uid] for s in SOURCES if uid in (of := self._pods[s]))
+        found = (of[uid] for s in self.order if uid in (of := self._pods[s]))
         return min(found, key=lambda pod: pod.mirrors, default=None)
 
     def container(self, container_id: str) -> Container | None:
         """A container by its whole id."""
-        found = (of[container_id] for s in SOURCES if container_id in (of := self._containers[s]))
+        found = (
+            of[container_id] for s in self.order if container_id in (of := self._containers[s])
+        )
         return next(found, None)
 
     @property

@@ -266,9 +266,9 @@ class Pods:
             waiting.wait(asking.pause_s(_SCAN_EVERY_S if changes is None else ASK_EVERY_S))
             found, missing = changes.read() if changes else ([], True)
             with self._lock:
-                if missing:
-                    self._scan()
                 self._apply(found)
+                if missing:  # after it, or what is gone by now would come back
+                    self._scan()
                 unnamed = self._inventory.unnamed()
             if asking.is_due(unnamed):
                 self._ask()
@@ -341,6 +341,8 @@ class Pods:
                         self._api_watch = ApiWatch(
                             source, self._replace, self._change, self._api_failed
                         )
+        with self._lock:
+            self._inventory.prefer(self._standings.order)
 
     def _failed(self, name: str, why_not: str) -> None:
         with self._lock:

@@ -56,6 +56,12 @@ class Standings:
         return any(map(self.is_used, SOURCES))
 
     @property
+    def order(self) -> list[str]:
+        """All of them, that which counts most first: what one said before it became silent must not
+        stand for ever against what another one says now."""
+        return sorted(SOURCES, key=lambda name: not self.is_used(name))
+
+    @property
     def stale_s(self) -> Mapping[str, float]:
         """For how many seconds each that has ever answered has not; 0 for one that does."""
         return {
