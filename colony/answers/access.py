@@ -22,6 +22,7 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 _LEAST_BYTES: Final = 16
 _MOST_BYTES: Final = 4096
 _LOOK_EVERY_S: Final = 1.0
+_LOG_EVERY_S: Final = 1.0
 _BEARER: Final = "Bearer "
 
 
@@ -101,6 +102,25 @@ class Access:
                 token.refresh()
 
 
+class Refusals:
+    """Logs who was refused: one a second, since strangers decide how many there are."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._logged_at_s = -_LOG_EVERY_S
+        self._more = 0
+
+    def log(self, peer: str, reason: str) -> None:
+        """A caller at PEER, gRPC's name of it, was refused."""
+        now_s = self._clock()
+        if now_s - self._logged_at_s < _LOG_EVERY_S:
+            self._more += 1
+            return
+        self._logged_at_s = now_s
+        log.warning("a caller was refused", peer=peer, reason=reason, others_before=self._more)
+        self._more = 0
+
+
 class _Token:
     def __init__(self, file: TokenFile) -> None:
         self.file = file
@@ -116,7 +136,7 @@ class _Token:
 
 def _read(file: TokenFile) -> str:
     try:
-        text = read_regular(file.path, _MOST_BYTES).decode().strip()
+        text = read_regular(file.path, _MOST_BYTES, owners_alone=True).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ValueError(f"token {file.name}: {file.path}: {reason}") from error

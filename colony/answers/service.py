@@ -17,7 +17,7 @@ import structlog
 from google.protobuf.message import Message
 
 from coral.client import AgentError
-from coral.colony.answers.access import Access, Caller, Role, WrongTokenError
+from coral.colony.answers.access import Access, Caller, Refusals, Role, WrongTokenError
 from coral.colony.answers.answer import answered
 from coral.colony.answers.arrow import parts_of
 from coral.colony.answers.coverage import Scope, covered
@@ -113,6 +113,7 @@ class Service:
         self._clock = clock
         self._reading = asyncio.Semaphore(AT_A_TIME)
         self._answering = asyncio.Semaphore(_MOST_ANSWERS)
+        self._refusals = Refusals()
         self.pool = Pool(limits)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -290,12 +291,14 @@ class Service:
         try:
             caller = self._access.caller(context.peer(), str(given))
         except WrongTokenError as error:
+            self._refusals.log(context.peer(), str(error))
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         if caller.role < role:
-            await context.abort(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"{caller.name} may {caller.role.name.lower()}, and this needs {role.name.lower()}",
+            why = (
+                f"{caller.name} may {caller.role.name.lower()}, and this needs {role.name.lower()}"
             )
+            self._refusals.log(context.peer(), why)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, why)
         return caller
 
 

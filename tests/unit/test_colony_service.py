@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from coral.client import (
     AgentError,
@@ -23,7 +24,7 @@ from coral.client import (
     UnauthenticatedError,
     UnavailableError,
 )
-from coral.colony.answers.access import Access, Role, TokenFile, WrongTokenError
+from coral.colony.answers.access import Access, Refusals, Role, TokenFile, WrongTokenError
 from coral.colony.answers.refusals import unknown
 from coral.colony.answers.server import Answers, ServingError
 from coral.colony.answers.settings import Serving, ServingTls
@@ -229,6 +230,25 @@ def test_tokens_are_read_again_when_they_change(tmp_path: Path) -> None:
     path.unlink()
     now_s = 4.0
     assert access.caller("ipv4:1.2.3.4:5", f"Bearer {ASKED}-2").role is Role.VIEW
+
+
+def test_a_token_that_others_could_choose_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(ASKED)
+    path.chmod(0o620)
+    with pytest.raises(ValueError, match=r"token ci: .*: others than its owner may write it"):
+        Access((TokenFile("ci", path, Role.VIEW),))
+
+
+def test_refusals_are_logged_one_a_second() -> None:
+    now_s = 0.0
+    refusals = Refusals(lambda: now_s)
+    with capture_logs() as logged:
+        for _ in range(1000):
+            refusals.log("ipv4:1.2.3.4:5", "authorization: a token is missing")
+        now_s = 1.0
+        refusals.log("ipv4:1.2.3.4:6", "authorization: the token is wrong")
+    assert [(line["peer"][-1], line["others_before"]) for line in logged] == [("5", 0), ("6", 999)]
 
 
 @pytest.mark.parametrize(
