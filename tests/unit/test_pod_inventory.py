@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from coral.agent.machine.pods import inventory as module
-from coral.agent.machine.pods.cgroup_names import place_of
+from coral.agent.machine.pods.cgroup_names import Place, place_of
 from coral.agent.machine.pods.facts import Container, Facts, Pod
+from coral.agent.machine.pods.groups import Groups
 from coral.agent.machine.pods.inventory import Inventory
 from coral.collectors.hierarchies import Kind
 from coral.collectors.selectors import Selector, parse
@@ -201,3 +202,21 @@ def test_cgroups_inside_of_containers_are_not_kept() -> None:
     inventory = Inventory()
     made(inventory, f"/kubepods/pod{uid(1)}/{container_id(1)}/init.scope")
     assert inventory.unnamed() == set()
+
+
+def test_a_cgroup_that_is_there_again_is_known_however_many_go_after_it() -> None:
+    def place(number: int) -> Place:
+        found = place_of(f"/kubepods/pod{uid(number)}")
+        assert found
+        return found
+
+    groups, back = Groups(10), TOP / "back"
+    for _ in range(2):
+        groups.made(back, place(1), 1)
+        groups.removed(back)
+    groups.made(back, place(1), 1)
+    for number in range(2, 5000):
+        groups.made(TOP / "other", place(number), number)
+        groups.removed(TOP / "other")
+    assert groups.places[1] == place(1)
+    assert len(groups.places) == 1 + 4096
