@@ -57,7 +57,7 @@ async def measure(bench: Bench) -> Report:
     for name, workload in many.WORKLOADS.items():
         with workload(bench) as program:
             (drained,) = program.fill()
-        sent = _sent(drained)
+        sent = as_sent(drained)
         for _ in range(_ROUNDS):
             for step, ns in _round(sent).items():
                 samples.setdefault((step, name), []).append(ns)
@@ -82,7 +82,7 @@ async def measure(bench: Bench) -> Report:
     )
 
 
-def _sent(drained: Summaries) -> Sequence[_Sent]:
+def as_sent(drained: Summaries) -> Sequence[_Sent]:
     """Batches of ROWS rows each, as the agent sends them."""
     end_ns = time.time_ns() // MINUTE.width_ns * MINUTE.width_ns
     header = many.header_of(drained)

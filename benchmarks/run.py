@@ -31,6 +31,7 @@ from typing import Final
 from rich.console import Console
 
 from benchmarks import (
+    colony_bus,
     colony_intake,
     cost,
     delivery,
@@ -80,6 +81,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "encoders": encoders.measure,
     "summaries": summaries.measure,
     "colony_intake": colony_intake.measure,
+    "colony_bus": colony_bus.measure,
     "lag": lag.measure,
     "tls": tls.measure,
     "loop_lag": loop_lag.measure,

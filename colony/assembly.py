@@ -20,13 +20,8 @@ from coral.colony.config import Config, ConfigError
 from coral.colony.export.exporter import Exporter
 from coral.colony.follow.fleet import Fleet
 from coral.colony.follow.sink import Sink
-from coral.colony.monitoring import (
-    Families,
-    Obstacle,
-    bus_families,
-    export_families,
-    following_families,
-)
+from coral.colony.monitoring import Families, Obstacle, following_families
+from coral.colony.monitoring_bus import exported, published, read
 from coral.colony.store.errors import StoreError
 from coral.colony.store.figures import State, families
 from coral.colony.store.store import Store
@@ -73,7 +68,7 @@ async def _publishing(stack: AsyncExitStack, config: Config) -> Parts:
         follows=True,
         families=[
             lambda: following_families(fleet),
-            lambda: bus_families(publisher.counts),
+            lambda: published(publisher),
         ],
         obstacles={
             "agents": lambda: _why_unsettled(fleet),
@@ -100,7 +95,7 @@ async def _storing(stack: AsyncExitStack, config: Config) -> Parts:
     obstacles: dict[str, Obstacle] = {"store": lambda: _why_idle(store)}
     if exporter:
         running["export"] = exporter.run
-        made.append(lambda: export_families(exporter.counts))
+        made.append(lambda: exported(exporter))
     follows = config.bus.mode != STORE
     fleet = _fleet(store, config) if follows else Fleet(store, (), connecting(config.agents))
     if follows:
@@ -109,7 +104,7 @@ async def _storing(stack: AsyncExitStack, config: Config) -> Parts:
     else:
         consumer = Consumer(config.bus.as_settings(), store)
         running["bus"] = consumer.run
-        made.append(lambda: bus_families(consumer.counts))
+        made.append(lambda: read(consumer))
         obstacles["bus"] = lambda: _why_down(consumer)
     return Parts(fleet, store, follows, made, obstacles, running)
 

@@ -58,9 +58,9 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = _DEFAULTS.reader
     shard: Annotated[
-        int, Meta(ge=0, le=255, description="which part of the agents it stores, from 0")
+        int, Meta(ge=0, le=63, description="which part of the agents it stores, from 0")
     ] = _DEFAULTS.shard
-    shards: Annotated[int, Meta(ge=1, le=256, description="how many parts there are")] = (
+    shards: Annotated[int, Meta(ge=1, le=64, description="how many parts there are")] = (
         _DEFAULTS.shards
     )
     queue: Annotated[

@@ -61,6 +61,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 async def _serve(config: Config) -> None:
     stopping = _stop_on_signal()
+    log.info("starting", bus=config.bus.mode)
     async with AsyncExitStack() as stack:
         lag = Lag()
         await stack.enter_async_context(_running({"lag": lag.run}, stopping))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,9 +14,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from coral.colony.bus.consumer import ConsumerCounts
-from coral.colony.bus.publisher import PublisherCounts
-from coral.colony.export.exporter import ExportCounts
 from coral.colony.follow.fleet import Fleet
 from coral.colony.follow.status import State
 from coral.colony.pages import Page, Pages
@@ -94,32 +90,6 @@ def following_families(fleet: Fleet) -> Iterator[Metric]:
         ("failures", counts.failures, "Connections to agents that failed or broke."),
     ):
         yield CounterMetricFamily(f"coral_colony_{name}", text, value=value)
-
-
-def bus_families(counts: PublisherCounts | ConsumerCounts) -> Iterator[Metric]:
-    """What went through the bus."""
-    yield from _fields_of(counts, "coral_colony_bus", "Messages of the bus", {"waiting", "lag"})
-
-
-def export_families(counts: ExportCounts) -> Iterator[Metric]:
-    """What was exported."""
-    yield from _fields_of(counts, "coral_colony_export", "Exported metrics", {"waiting"})
-
-
-def _fields_of(counts: Any, prefix: str, text: str, gauges: Collection[str]) -> Iterator[Metric]:  # noqa: ANN401  a dataclass
-    """Each field as a metric: a number, or numbers by `signal`. Those of GAUGES go down, too."""
-    for each in fields(counts):
-        value, name = getattr(counts, each.name), f"{prefix}_{each.name}"
-        family: GaugeMetricFamily | CounterMetricFamily
-        about = f"{text}: {each.name.replace('_', ' ')}."
-        if each.name.removesuffix("_bytes") in gauges:
-            family = GaugeMetricFamily(name, about, labels=[])
-        else:
-            labels = ["signal"] if isinstance(value, Mapping) else []
-            family = CounterMetricFamily(name, about, labels=labels)
-        for signal, count in (value if isinstance(value, Mapping) else {"": value}).items():
-            family.add_metric([signal] if signal else [], count)
-        yield family
 
 
 def lag_families(lag: Lag) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""A process whose store is written to until the process is killed: `python -m
+"""A process whose store is written to until the process is killed: `python -P -m
 tests.colony_store_child DIRECTORY`. It prints what it knows to be durable: agent, number."""
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from coral.agent.streams.frame import Frame, Header
+from coral.agent.streams import Channel, Header
 from coral.client import Batch, Kind
+from coral.collectors.contract import Batch as Made
 from coral.collectors.contract import EventRows, Summaries
 from coral.colony.delivery import Delivery, Session
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -27,19 +28,12 @@ def wire_of(
     rows: Summaries | EventRows,
     end_ns: int = NOW_NS,
     attributes: Mapping[str, str] | None = None,
-    first_seq: int = 1,
 ) -> bytes:
     """The bytes of a batch of ROWS, as the agent sends them."""
     kind = field_of(rows.message.DESCRIPTOR).kind
-    frame = Frame(
-        Header("c-1", kind, "node-1", "shop"),  # type: ignore[arg-type]
-        first_seq,
-        first_seq + len(rows) - 1,
-        end_ns - INTERVAL_NS,
-        end_ns,
-        rows,
-        attributes=attributes or {},
-    )
+    channel = Channel(Header("c-1", kind, "node-1", "shop"), 1 << 30)  # type: ignore[arg-type]
+    channel.publish(Made(rows, end_ns - INTERVAL_NS, end_ns, attributes=attributes or {}))
+    (frame,) = channel.kept or [channel.control(1, 0, end_ns)]
     return frame.wire(columns=True)
 
 

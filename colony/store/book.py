@@ -122,6 +122,11 @@ class Book:
         entry.updated_ns = max(entry.updated_ns, delivery.time_ns)
         entry.ended = delivery.ended  # one given up as lost may come back
 
+    def has_unreadable(self, key: Key) -> bool:
+        """Whether rows of a session were lost because they could not be read."""
+        entry = self._entries.get(key)
+        return entry is not None and UNREADABLE in entry.lost
+
     def take_changed(self) -> tuple[Mapping[Key, Standing], pa.Table, pa.Table, pa.Table]:
         """What has changed since the last call: standings; lines for `ledger` that are new; lines
         that replace others of the same `id`; rows for `losses`."""

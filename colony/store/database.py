@@ -28,6 +28,8 @@ _STORAGE_VERSION: Final = "v1.5.0"
 # How large the log grows before it is written into the file: many transactions' worth, because that
 # writes what is begun of each table anew.
 _LOG: Final = "64MB"
+# Of the small tables; counted up when their columns change.
+_FORMAT: Final = 1
 _CLOSING_S: Final = 30.0
 # What DuckDB says of a file that is not, or not any more, a database that it can read. Every other
 # error may pass: a full disk, a missing right, memory.
@@ -50,11 +52,11 @@ SMALL_TABLES: Final[Mapping[str, str]] = {
     "generations": "table_name VARCHAR, generation BIGINT, opened_ns BIGINT, closing VARCHAR",
     "segments": """table_name VARCHAR, generation BIGINT, path VARCHAR, columns VARCHAR,
         from_ns BIGINT, to_ns BIGINT, row_count BIGINT, size_bytes BIGINT, sealed_ns BIGINT""",
-    "marks": """transaction BIGINT, generation BIGINT, committed_ns BIGINT,
+    "marks": """format BIGINT, transaction BIGINT, generation BIGINT, committed_ns BIGINT,
         minutes_until_ns BIGINT, hours_until_ns BIGINT""",
 }
-"""By name, their columns. JSON where a VARCHAR holds a mapping. `marks` has one row: the numbers of
-the last transaction and generation, and how far rows are rolled up."""
+"""By name, their columns. JSON where a VARCHAR holds a mapping. `marks` has one row: the format of
+these tables, the numbers of the last transaction and generation, how far rows are rolled up."""
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -106,13 +108,13 @@ class Database:
         if not self.path.exists():
             self._make()
         try:
-            root = self._connect(self.path)
-        except duckdb.Error as error:
-            if not may_move_aside or not any(it in str(error) for it in _UNREADABLE):
+            root = self._checked()
+        except (duckdb.Error, _OtherFormatError) as error:
+            if not may_move_aside or not _can_never_be_read(error):
                 raise StoreError(f"{self.path}: {_first_line(error)}") from error
             self._move_aside(error)
             self._make()
-            root = self._connect(self.path)
+            root = self._checked()
         with self._turn:
             self.invalid.clear()
             self._root = root
@@ -200,6 +202,20 @@ class Database:
             },
         )
 
+    def _checked(self) -> duckdb.DuckDBPyConnection:
+        root = self._connect(self.path)
+        try:
+            ((number,),) = root.execute("SELECT format FROM marks").fetchall()
+            if number != _FORMAT:
+                raise _OtherFormatError(f"its tables have format {number}, not {_FORMAT}")
+        except (duckdb.CatalogException, duckdb.BinderException) as error:
+            root.close()
+            raise _OtherFormatError("its tables are not a colony's of this version") from error
+        except BaseException:
+            root.close()
+            raise
+        return root
+
     def _make(self) -> None:
         """A new file, which has its name once everything is in it, whatever interrupts this."""
         unfinished = self.path.with_name(f"{self.path.name}.new")
@@ -209,14 +225,14 @@ class Database:
             with self._connect(unfinished) as connection:
                 for name, columns in SMALL_TABLES.items():
                     connection.execute(f"CREATE TABLE {name} ({columns})")
-                connection.execute("INSERT INTO marks VALUES (0, 0, 0, 0, 0)")
+                connection.execute("INSERT INTO marks VALUES (?, 0, 0, 0, 0, 0)", [_FORMAT])
                 self._first(connection)
         except duckdb.Error as error:
             raise StoreError(f"{self.path}: {_first_line(error)}") from error
         unfinished.rename(self.path)
         sync_directory(self.path.parent)
 
-    def _move_aside(self, error: duckdb.Error) -> None:
+    def _move_aside(self, error: Exception) -> None:
         aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
         for file in (self._log, self.path):  # the log first: it belongs to no other file
             if file.exists():
@@ -239,5 +255,13 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def _first_line(error: duckdb.Error) -> str:
+class _OtherFormatError(Exception):
+    """A DuckDB file, with other tables."""
+
+
+def _can_never_be_read(error: Exception) -> bool:
+    return isinstance(error, _OtherFormatError) or any(it in str(error) for it in _UNREADABLE)
+
+
+def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -108,9 +108,15 @@ class Making:
     def _add(self, delivery: Delivery) -> None:
         try:
             self.intake.add(delivery)
-        except Exception:
-            # An agent may send anything: that is its session's loss, and nobody else's.
-            log.exception("rows that cannot be read", session=delivery.session.key)
+        except Exception as error:  # noqa: BLE001  an agent may send anything
+            # It is its session's loss, and nobody else's; a session may go on like that.
+            if not self._book.has_unreadable(delivery.session.key):
+                log.warning(
+                    "rows that cannot be read",
+                    agent=delivery.session.agent_id,
+                    session=delivery.session.collector_id,
+                    error=f"{type(error).__name__}: {error}",
+                )
             self._book.enter(delivery, unreadable=True)
         else:
             self._book.enter(delivery)

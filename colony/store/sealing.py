@@ -163,7 +163,7 @@ def found_segments(directory: Path) -> Iterator[tuple[Segment, str]]:
             metadata = pq.read_metadata(path).metadata or {}
             facts = json.loads(metadata[_FACTS.encode()])
             segment = _segment(str(path.relative_to(directory)), path.stat().st_size, facts)
-            yield segment, facts["closing"]
+            yield segment, facts.get("closing", "")
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             path.rename(path.with_name(f"{path.name}.unreadable"))
             log.error("not a segment; renamed", file=str(path), error=str(error))

@@ -4,6 +4,7 @@ connections are cut."""
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import yaml
 
+from tests.bus import nats_server
 from tests.colony_process import RunningColony, running_colony, stored_in
 from tests.events import connected, start_events
 from tests.peer import cutting_proxy
@@ -60,7 +63,7 @@ async def exact_over(
                         made += 2_000
                         puppet.getppid(2_000)
                         puppet.do("time.sleep(0.1)")
-                    wait_until(lambda: colony.total("coral_colony_received_rows_total") > 0)
+                    wait_until(lambda: colony.total("coral_colony_received_rows_total") > 0, 60)
                     cut += int(colony.total("coral_colony_failures_total"))
                     if not last:
                         colony.kill()
@@ -108,19 +111,19 @@ def test_a_colony_says_how_it_is_and_ends_in_order(agent: RunningAgent, tmp_path
             "collect": [{"kind": "syscall_stats", "config": {"pid": puppet.pid, "interval": "1s"}}],
         }
         with running_colony(tmp_path, config) as colony:
-            wait_until(lambda: colony.page("/readyz") == (200, "ready\n"))
+            wait_until(lambda: colony.page("/readyz") == (200, "ready\n"), 60)
             assert colony.page("/healthz") == (200, "ok\n")
             assert colony.page("/nothing") == (404, "there are /metrics, /healthz, /readyz\n")
-            wait_until(lambda: colony.total("coral_colony_started_total") == 1)
-            wait_until(lambda: colony.total("coral_colony_sessions") == 1)
+            wait_until(lambda: colony.total("coral_colony_started_total") == 1, 60)
+            wait_until(lambda: colony.total("coral_colony_sessions") == 1, 60)
             assert colony.total("coral_colony_agents", state="followed") == 1
             assert colony.total("coral_colony_agents", state="away") == 1
             assert colony.total("coral_colony_missing_collectors") == 0
             puppet.getppid(10)
-            wait_until(lambda: colony.total("coral_colony_store_rows_total") > 0)
+            wait_until(lambda: colony.total("coral_colony_store_rows_total") > 0, 60)
             assert colony.stop() == 0
             events = [line["event"] for line in colony.log()]
-            assert events[0] == "listening"
+            assert events[:2] == ["starting", "listening"]
             assert events[-2:] == ["stopping", "stopped"]
             (away,) = (line for line in colony.log() if line["event"] == "agent is away")
             assert away["address"] == "127.0.0.1:1"
@@ -143,7 +146,7 @@ def test_a_directory_has_one_colony(tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
     assert second.returncode == 2
-    assert second.stderr.startswith(f"coral colony: data: {tmp_path / 'data'}: ")
+    assert f"\ncoral colony: data: {tmp_path / 'data'}: the colony with process" in second.stderr
 
 
 def test_a_bad_configuration_ends_it_with_one_line() -> None:
@@ -156,3 +159,51 @@ def test_a_bad_configuration_ends_it_with_one_line() -> None:
         "coral colony: --agents: agents.addresses[0]: 'nowhere' is not accepted; give HOST:PORT, "
         "or unix:PATH\n"
     )
+
+
+def test_a_colony_publishes_what_another_one_stores_and_answers(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    with nats_server(tmp_path / "nats") as bus, Puppet() as puppet:
+        publishing = {
+            "agents": {"addresses": [agent.address]},
+            "bus": {"mode": "publish", "servers": [bus.url], "max_bytes": "256MiB"},
+            "collect": [{"kind": "syscall_stats", "config": {"pid": puppet.pid, "interval": "1s"}}],
+        }
+        storing = {"bus": {"mode": "store", "servers": [bus.url]}}
+        with (
+            running_colony(tmp_path / "publishing", publishing) as publisher,
+            running_colony(tmp_path / "storing", storing) as store,
+        ):
+            wait_until(lambda: publisher.total("coral_colony_started_total") == 1, 60)
+            puppet.getppid(77)
+            wait_until(lambda: calls_answered(store, "getppid") == 77, 60)
+            assert publisher.page("/readyz")[0] == store.page("/readyz")[0] == 200
+            assert not (tmp_path / "publishing/data").exists()
+            assert publisher.stop() == store.stop() == 0
+
+
+def calls_answered(colony: RunningColony, name: str) -> int:
+    """How often the system call of that name was made, as `coral query sql` says."""
+    answer = subprocess.run(
+        coral(
+            "query", "sql", "--colony", f"unix:{colony.directory}/colony.sock", "-o", "json",
+            f"SELECT sum(call_count)::BIGINT AS calls FROM syscall_stats WHERE syscall = '{name}'",
+        ),
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    (row, *_) = map(json.loads, answer.stdout.splitlines())
+    return int(row["calls"] or 0)
+
+
+def test_a_colony_whose_bus_does_not_answer_ends_at_a_signal(tmp_path: Path) -> None:
+    config = {"bus": {"mode": "publish", "servers": ["nats://127.0.0.1:1"]}, "collect": []}
+    path = tmp_path / "colony.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with subprocess.Popen(
+        coral("colony", "--config", path, "--log-format", "json"), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        assert json.loads(process.stderr.readline())["event"] == "starting"
+        process.terminate()
+        assert process.wait(60) == 0

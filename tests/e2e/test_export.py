@@ -14,9 +14,10 @@ import pytest
 
 from coral.colony.export.exporter import OTLP, REMOTE_WRITE, Exporter
 from coral.colony.export.settings import ExportSettings, Receiver
+from tests.colony_process import running_colony
 from tests.prometheus import Query, value_of, victoria_metrics, written_prometheus
 from tests.rollups import of_all_kinds
-from tests.support import PATIENCE
+from tests.support import INSECURE, PATIENCE, Puppet, running_agent
 
 OF_WEB = 'service="web",namespace="shop",workload="deployment/web",container="app"'
 # What was made by hand, and what a receiver must answer.
@@ -153,3 +154,28 @@ async def test_samples_wait_for_their_receiver_within_a_bound() -> None:
         waiting = counts.waiting
         assert waiting > 0
     assert exporter.counts.lost[REMOTE_WRITE] >= waiting
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+async def test_a_colony_sends_its_minutes_to_prometheus(tmp_path: Path) -> None:
+    limits = {"auth": INSECURE}
+    with (
+        running_agent(tmp_path / "agent", limits, "--listen", "127.0.0.1:0") as agent,
+        written_prometheus(tmp_path / "prometheus") as (url, query),
+        Puppet() as puppet,
+    ):
+        watched = {"pid": puppet.pid, "interval": "1s"}
+        config = {
+            "name": "east",
+            "agents": {"addresses": [agent.address]},
+            "collect": [{"kind": "syscall_stats", "service": "shop", "config": watched}],
+            "export": {"interval": "1s", "remote_write": {"endpoint": url}},
+        }
+        with running_colony(tmp_path / "colony", config) as colony:
+            await until(lambda: colony.total("coral_colony_sessions") == 1)
+            puppet.getppid(12_345)
+            calls = 'coral_syscall_calls_total{syscall="getppid",service="shop",instance="east"}'
+            await until(lambda: value_of(query(calls)) == 12_345, timeout_s=200)
+            assert colony.total("coral_colony_export_sent_total", signal="remote_write") > 0
+            assert colony.total("coral_colony_export_lost_total") == 0

@@ -242,6 +242,9 @@ def test_pods_that_come_where_the_policy_does_not_reach_are_left_out(node: Node)
     scope = rules.Scope.of_policy(Policy(cgroups=(str(first.directory),)))
     target.within = rules.within((scope,), None, ())
     told: set[Path] = set()
+    audited: list[tuple[list[str], list[str]]] = []
+    target.joined = lambda joined, left_out: audited.append((joined, left_out))
+    assert target.pods == ("shop/web-1",)  # as of the decision
     known = target.follow(lambda added, _: told.update(added or {Path("/told")}))
     try:
         assert known == {first.directory}
@@ -249,5 +252,7 @@ def test_pods_that_come_where_the_policy_does_not_reach_are_left_out(node: Node)
         wait_until(lambda: told)
         assert second.directory in target.now
         assert second.directory not in told
+        wait_until(lambda: audited)
+        assert audited == [([], ["shop/web-2"])]
     finally:
         target.close()

@@ -102,6 +102,20 @@ def test_decisions_are_counted_without_any_sink() -> None:
     assert (audit.decisions["refused"], audit.lines, audit.dropped) == (1, 0, 0)
 
 
+def test_a_limit_has_its_name_and_pods_that_join_theirs() -> None:
+    kept = Kept()
+    audit = Audit("a", [kept])
+    audit.decided(CALLER, START, REFUSED, limit="limits.memory")
+    audit.joined("s", [f"shop/web-{number}" for number in range(100)], ["shop/db"])
+    audit.joined("s", [], [])
+    limited, joined, left_out = kept.lines
+    assert limited["limit"] == "limits.memory"
+    assert (joined["event"], len(joined["pods"]), joined["number"]) == ("joined", 64, 100)
+    assert (left_out["event"], left_out["pods"], left_out["session"]) == (
+        "left out", ["shop/db"], "s",
+    )  # fmt: skip
+
+
 # The file
 
 

@@ -206,8 +206,8 @@ def test_columns_are_arrays_by_name(foreign_first: bool) -> None:
 def test_a_kind_without_resources_has_rows_of_none() -> None:
     message = pb.EbpfEventBatch(count=2)
     columns = {"pid": np.array([1, 2], np.uint32)}
-    of_columns = Batch(message, np.empty(0, np.dtype([])), columns, "toy_counts")
-    of_events = Batch(message, np.zeros(2, [("pid", "<u4")]), {}, "toy_forks")
+    of_columns = Batch(message, np.empty(0, np.dtype([])), columns, "syscall_stats")
+    of_events = Batch(message, np.zeros(2, [("pid", "<u4")]), {}, "syscall_calls")
     assert of_columns.row_resources.tolist() == of_events.row_resources.tolist() == [0, 0]
 
 

@@ -180,6 +180,21 @@ async def test_a_reading_ends_at_its_deadline_and_frees_its_place(tmp_path: Path
     await store.close()
 
 
+async def test_followers_wait_for_room_until_something_is_stored(tmp_path: Path) -> None:
+    store = Store(tmp_path, Settings(commit_s=600, queue_bytes=5000), PlainRows())
+    await store.start()
+    sender = Sender()
+    store.put(sender.next(100))
+    await store.room()
+    store.put(sender.next(100))
+    waiting = [asyncio.create_task(store.room()) for _ in range(3)]
+    done, _ = await asyncio.wait(waiting, timeout=0.05)
+    assert not done
+    await store.stored()
+    await asyncio.wait_for(asyncio.gather(*waiting), 30)
+    assert await store.close()
+
+
 async def test_figures_become_metrics(store: Store) -> None:
     store.put(Sender().next(3))
     await store.stored()

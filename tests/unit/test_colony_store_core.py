@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import duckdb
 import pyarrow.parquet as pq
@@ -319,7 +320,7 @@ def test_a_transaction_that_failed_is_stored_once(bench: Make) -> None:
     assert it.core.has_pending
     it.core.recover()
     assert not it.core.has_pending
-    assert it.core.book.standing(("a", "c")).last_seq == 6  # type: ignore[union-attr]
+    assert it.core.book.standing(("a", "c")).last_seq == 6
     assert it.numbers() == [1, 2, 3, 4, 5, 6]
 
 
@@ -335,10 +336,25 @@ def newer(content: bytes) -> bytes:
     return bytes(block) + content[4096:]
 
 
+def of_other_tables(_: bytes) -> bytes:
+    """A DuckDB file that no colony has made."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "other.duckdb"
+        with duckdb.connect(str(path)) as connection:
+            connection.execute("CREATE TABLE marks (name VARCHAR)")
+        return path.read_bytes()
+
+
 @pytest.mark.parametrize(
     "damage",
-    [newer, lambda _: b"", lambda _: b"text" * 5000, lambda it: it[:4096] + bytes(8192)],
-    ids=["newer version", "empty", "another format", "damaged"],
+    [
+        newer,
+        of_other_tables,
+        lambda _: b"",
+        lambda _: b"text" * 5000,
+        lambda it: it[:4096] + bytes(8192),
+    ],
+    ids=["newer version", "other tables", "empty", "no database", "damaged"],
 )
 def test_a_hot_file_that_cannot_be_read_is_moved_aside_and_segments_stay(
     bench: Make, damage: Callable[[bytes], bytes]

@@ -3,6 +3,7 @@ allows, and every Debian package, for both processors."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -65,7 +66,9 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def offer(pool: Path, *versions: str) -> None:
-    """Puts VERSIONS of the package into the mirror in POOL, and nothing else."""
+    """Puts VERSIONS of the package, each always the same file, into the mirror in POOL, and nothing
+    else."""
+    at_a_time = os.environ | {"SOURCE_DATE_EPOCH": "0"}
     for file in pool.iterdir():
         file.unlink()
     for version in versions:
@@ -75,7 +78,8 @@ def offer(pool: Path, *versions: str) -> None:
             f"Package: {PACKAGE}\nVersion: {version}\nArchitecture: {own()}\n"
             "Maintainer: nobody <nobody@localhost>\nDescription: for a test\n"
         )
-        subprocess.run(["dpkg-deb", "--build", tree, pool], check=True, capture_output=True)
+        build = ("dpkg-deb", "--root-owner-group", "--build", tree, pool)
+        subprocess.run(build, check=True, capture_output=True, env=at_a_time)
         shutil.rmtree(tree)
     paragraphs = [f"{control(file)}\n" for file in sorted(pool.glob("*.deb"))]
     (pool / "Packages").write_text("\n".join(paragraphs))
