@@ -26,6 +26,7 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_FAILED: Final = 1
 _EXIT_CONFIG: Final = 2
+_CANCEL_AGAIN_S: Final = 0.2
 
 
 def main(config_path: Path | None, flags: dict[str, object]) -> int:
@@ -91,8 +92,11 @@ async def _unless_stopped(
     await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         return task.result()
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    while not task.done():  # a library may take a cancellation for one of its own
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
+    if not task.cancelled():
+        task.exception()  # which does not matter any more
     return None
 
 

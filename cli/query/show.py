@@ -47,7 +47,7 @@ async def show(answer: Answer, asked: Asked, output: Output) -> None:
     table = await answer.table()
     coverage = answer.coverage
     if output.form in (JSON, CSV):
-        rows = table.to_pylist()
+        rows = _plain(table).to_pylist()
         data = json_lines(rows) if output.form == JSON else csv_text(table.column_names, rows)
         output.write(data)
         _echo_coverage(coverage, output)
@@ -97,7 +97,7 @@ def _shown(table: pa.Table, asked: Asked, coverage: Coverage) -> Shown:
     was = gc.isenabled()
     gc.disable()
     try:
-        rows = table.to_pylist()
+        rows = _plain(table).to_pylist()
     finally:
         if was:
             gc.enable()
@@ -110,6 +110,16 @@ def _shown(table: pa.Table, asked: Asked, coverage: Coverage) -> Shown:
         cut=coverage.cut,
         now_ns=coverage.as_of_ns,
     )
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """TABLE, in which times in nanoseconds, which Python has not, are texts."""
+    import pyarrow as pa  # noqa: PLC0415  what a table is of
+
+    for at, field in enumerate(table.schema):
+        if pa.types.is_temporal(field.type) and getattr(field.type, "unit", "") == "ns":
+            table = table.set_column(at, field.name, table.column(at).cast(pa.string()))
+    return table
 
 
 def _seconds(table: pa.Table, coverage: Coverage) -> float:

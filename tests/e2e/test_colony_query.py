@@ -165,6 +165,8 @@ def test_windows_are_compared(asked: Asked) -> None:
 def test_sql_sees_the_hot_rows(asked: Asked) -> None:
     sql = "SELECT sum(call_count)::INT AS calls FROM syscall_stats WHERE syscall = 'getppid'"
     assert asked.rows("sql", sql) == [{"calls": CALLS}]
+    (row,) = asked.rows("sql", "SELECT make_timestamp_ns(max(time_ns)) AS at FROM syscall_stats")
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", row["at"])
     sql = "SELECT kind, stored FROM ledger ORDER BY kind"
     assert [row["kind"] for row in asked.rows("sql", sql)] == [
         "cpu_profile",

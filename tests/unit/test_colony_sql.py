@@ -68,6 +68,8 @@ async def test_hot_rows_and_segments_are_one_table(pool: Pool, sources: Sealed) 
         assert (await ask(pool, sources, sql)).num_rows == 200
     whole_row = (await ask(pool, sources, "SELECT c FROM calls c LIMIT 1")).to_pylist()
     assert set(whole_row[0]["c"]) == {"time_ns", "service", "calls"}
+    word = await ask(pool, sources, "SELECT 'a'::ENUM('a', 'b') AS e")  # a dictionary in Arrow
+    assert word.to_pylist() == [{"e": "a"}]
     books = await ask(pool, sources, "SELECT count(*) FROM ledger, gaps")
     assert books.to_pylist() == [{"count_star()": 0}]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import duckdb
-import pyarrow as pa
+import pyarrow.compute  # noqa: F401  later it could not be read: see `confine`
 
 from coral.colony.answers.arrow import Parts
 from coral.colony.answers.sql.database import connected, take_tables
@@ -33,7 +33,7 @@ from coral.colony.answers.sql.frames import (
     unpacked,
 )
 from coral.colony.answers.sql.sandbox import confine, die_with_parent, limit, step_back
-from coral.colony.answers.sql.statements import StatementError, needs_of
+from coral.colony.answers.sql.statements import needs_of
 
 _MOST_FDS: Final = 64
 _BATCH_ROWS: Final = 16_384
@@ -116,7 +116,7 @@ def main(fd: int, parent: int) -> None:
         tables, fds = line.receive(TABLES)
         confine(take_tables(connection, tables, fds))
         _answer(line, connection, question["sql"], question["most_rows"])
-    except (duckdb.Error, StatementError, MemoryError, RecursionError, pa.ArrowException) as error:
+    except Exception as error:  # noqa: BLE001  it is told to the caller
         line.send(ERROR, packed(_words(error, deadline_s)))
 
 
