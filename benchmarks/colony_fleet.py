@@ -178,7 +178,7 @@ def _followed(
         while colony.total("coral_colony_sessions") < count:
             if time.monotonic() - began_s > _LIMIT_S:
                 raise BenchError(f"not all agents are followed after {_LIMIT_S:g} s")
-            time.sleep(0.05)
+            time.sleep(0.1)
         yield colony, time.monotonic() - began_s
 
 
@@ -283,7 +283,8 @@ def _report(wanted: Wanted, phases: list[Phase]) -> Report:
         spread("restart to all followed, s", 1, lambda it: it.back_s),
         spread("its CPU, s", 1, lambda it: it.back_cpu_s),
     ]
-    aims, sampled = [], {}
+    aims: list[Aim] = []
+    sampled: dict[str, list[float]] = {}
     for it in phases:
         name = f"interval {it.interval_s:g} s"
         aims += [

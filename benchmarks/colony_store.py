@@ -202,7 +202,7 @@ class _Colony(_Contestant):
             lambda sources: question.sql(f"({sources.rows(TABLE, from_ns, until_ns)})"),
             deadline_s=_DEADLINE_S,
         )
-        return table.to_pylist()
+        return _lines(table)
 
     async def ask_named(self, question: Question) -> list[dict[str, Any]]:
         """The same by a named query: of rollups where they do, with the account."""
@@ -210,7 +210,7 @@ class _Colony(_Contestant):
             lambda cursor, sources: answered(cursor, sources, question.asked()),
             deadline_s=_DEADLINE_S,
         )
-        return answer.table.to_pylist()
+        return _lines(answer.table)
 
     async def size_bytes(self) -> tuple[int, int]:
         sql = f"""SELECT coalesce(sum(size_bytes), 0)::BIGINT AS size_bytes,
@@ -297,13 +297,18 @@ class _Parquet(_OfTables):
 
     async def ask(self, question: Question) -> list[dict[str, Any]]:
         files = f"read_parquet('{self.directory}/*.parquet')"
-        return self._duckdb.sql(question.sql(files)).to_arrow_table().to_pylist()
+        return _lines(self._duckdb.sql(question.sql(files)).to_arrow_table())
 
     async def size_bytes(self) -> tuple[int, int]:
         return sum(it.stat().st_size for it in self.directory.iterdir()), self._rows
 
     async def close(self) -> None:
         self._duckdb.close()
+
+
+def _lines(table: pa.Table) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = table.to_pylist()
+    return lines
 
 
 _CONTESTANTS: Final[Mapping[str, type[_Contestant]]] = {

@@ -68,7 +68,7 @@ class Template:
         rows, kind = message.count, message.kind
         own = ("collector_id", "agent_id", "first_seq", "last_seq", "produced", "account")
         for name in (*own, "interval_start_ns", "interval_end_ns"):
-            message.ClearField(name)  # type: ignore[arg-type]
+            message.ClearField(name)
         return cls(kind, rows, message.SerializeToString())
 
 
