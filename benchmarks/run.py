@@ -32,7 +32,9 @@ from rich.console import Console
 
 from benchmarks import (
     colony_bus,
+    colony_fleet,
     colony_intake,
+    colony_store,
     cost,
     delivery,
     drain,
@@ -81,6 +83,8 @@ SECTIONS: Final[dict[str, Callable[[Bench], Coroutine[None, None, Report]]]] = {
     "encoders": encoders.measure,
     "summaries": summaries.measure,
     "colony_intake": colony_intake.measure,
+    "colony_store": colony_store.measure,
+    "colony_fleet": colony_fleet.measure,
     "colony_bus": colony_bus.measure,
     "lag": lag.measure,
     "tls": tls.measure,

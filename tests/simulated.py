@@ -3,9 +3,10 @@ real one and are told again and again, with numbers and times of their own.
 
     python -P -m tests.simulated RECORDING DIRECTORY AGENTS INTERVAL_S
 
-serves AGENTS agents until it is ended, each with one session for each file in RECORDING, which
-`record` has written. DIRECTORY gets `agents`, for `agents.file` of a colony. A session that began
-is as old as the file `began` says, so that agents outlive their process.
+serves AGENTS agents until it is ended, each with one session for each entry of RECORDING: a batch
+that `record` has written, or a directory of batches with equally many rows, which take turns.
+DIRECTORY gets `agents`, for `agents.file` of a colony. A session that began is as old as the file
+`began` says, so that agents outlive their process.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,8 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
 _REPLAYED: Final = 40
 """How many batches a session keeps for those that resume."""
+SERVICES: Final = 50
+"""Each agent watches one of so many services, in turn."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,6 +53,25 @@ async def record(client: AgentClient, collector_id: str, rows: int, path: Path) 
     raise AssertionError("the session ended before it had so many rows")
 
 
+@dataclass(frozen=True)
+class Template:
+    """A batch that was recorded; `body` is all of it that is the same whoever tells it."""
+
+    kind: pb.EbpfCollectorKind
+    rows: int
+    body: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> Template:
+        """That of one file."""
+        message = pb.EbpfEventBatch.FromString(path.read_bytes())
+        rows, kind = message.count, message.kind
+        own = ("collector_id", "agent_id", "first_seq", "last_seq", "produced", "account")
+        for name in (*own, "interval_start_ns", "interval_end_ns"):
+            message.ClearField(name)
+        return cls(kind, rows, message.SerializeToString())
+
+
 @dataclass
 class Session:
     """Batch number k tells of the events k * rows + 1 to (k + 1) * rows, and is there from
@@ -57,17 +79,23 @@ class Session:
 
     collector_id: str
     agent_id: str
-    template: pb.EbpfEventBatch
+    service: str
+    templates: Sequence[Template]
+    first: int  # of the templates, for batch 0
     interval_s: float
     began_s: float
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        (self.rows,) = {template.rows for template in self.templates}
 
     @property
     def info(self) -> pb.CollectorInfo:
-        rows = self.template.count
         info = pb.CollectorInfo(
             collector_id=self.collector_id,
-            kind=self.template.kind,
-            produced=self.last(time.time()) * rows,
+            service_name=self.service,
+            kind=self.templates[0].kind,
+            produced=self.last(time.time()) * self.rows,
             config={"scope": "host", "interval": f"{self.interval_s:g}s"},
             continuous=True,
         )
@@ -80,21 +108,26 @@ class Session:
 
     def batch(self, number: int, evicted: int) -> bytes:
         """Batch NUMBER, of a stream that lost EVICTED events before its first one."""
-        message, rows = self.template, self.template.count
         end_ns = int((self.began_s + (number + 1) * self.interval_s) * 1e9)
-        message.collector_id, message.agent_id = self.collector_id, self.agent_id
-        message.first_seq, message.last_seq = number * rows + 1, (number + 1) * rows
-        message.produced = message.last_seq
-        message.interval_start_ns = end_ns - int(self.interval_s * 1e9)
-        message.interval_end_ns = end_ns
-        message.ClearField("account")
+        last_seq = (number + 1) * self.rows
+        own = pb.EbpfEventBatch(
+            collector_id=self.collector_id,
+            agent_id=self.agent_id,
+            first_seq=number * self.rows + 1,
+            last_seq=last_seq,
+            produced=last_seq,
+            interval_start_ns=end_ns - int(self.interval_s * 1e9),
+            interval_end_ns=end_ns,
+        )
         if evicted:
-            message.account.lost.add(stage=pb.Loss.STAGE_REPLAY_EVICTED, count=evicted)
-        return message.SerializeToString()
+            own.account.lost.add(stage=pb.Loss.STAGE_REPLAY_EVICTED, count=evicted)
+        template = self.templates[(self.first + number) % len(self.templates)]
+        # One message after the other is the wire form of both in one.
+        return own.SerializeToString() + template.body
 
     async def stream(self, after_seq: int) -> AsyncIterator[bytes]:
         """What a stream that resumes there is sent."""
-        rows, number = self.template.count, after_seq // self.template.count
+        rows, number = self.rows, after_seq // self.rows
         assert after_seq % rows == 0
         oldest = max(number, self.last(time.time()) - _REPLAYED)
         evicted, number = (oldest - number) * rows, oldest
@@ -174,16 +207,14 @@ async def serve(recording: Path, directory: Path, count: int, interval_s: float)
         began.write_text(str(time.time()))
     began_s = float(began.read_text())
     known = [int(line.rpartition(":")[2]) for line in _lines(ports)] or [0] * count
-    templates = [
-        pb.EbpfEventBatch.FromString(path.read_bytes())
-        for path in sorted(recording.iterdir())  # noqa: ASYNC240
-    ]
+    entries = [_templates(path) for path in sorted(recording.iterdir())]  # noqa: ASYNC240
     agents, servers = [], []
     for number, port in enumerate(known):
-        name, phase_s = f"node-{number:04}", interval_s * number / count
+        name, service = f"node-{number:04}", f"service-{number % SERVICES:02}"
+        from_s = began_s + interval_s * number / count
         sessions = [
-            Session(f"{name}-{which}", name, template, interval_s, began_s + phase_s)
-            for which, template in enumerate(templates)
+            Session(f"{name}-{which}", name, service, templates, number, interval_s, from_s)
+            for which, templates in enumerate(entries)
         ]
         agents.append(Simulated(name, sessions))
         servers.append(await agents[-1].start(port))
@@ -193,6 +224,10 @@ async def serve(recording: Path, directory: Path, count: int, interval_s: float)
         unfinished.rename(ports)
     print("ready", flush=True)
     await asyncio.Event().wait()
+
+
+def _templates(path: Path) -> Sequence[Template]:
+    return [Template.read(it) for it in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
 
 def _lines(path: Path) -> list[str]:
