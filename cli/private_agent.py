@@ -38,12 +38,12 @@ class PrivateAgent:
 
 @contextmanager
 def private_agent(
-    directory: Path, *arguments: str, inside: Sequence[str] = ()
+    directory: Path, *arguments: str, name: str = "agent", inside: Sequence[str] = ()
 ) -> Iterator[PrivateAgent]:
-    """`coral agent` with its socket and its log in DIRECTORY, stopped at the end of the block;
-    started by the command INSIDE, such as `nsenter`, if there is one. Raises
+    """`coral agent` with its socket and its log in DIRECTORY, NAME.sock and NAME.log, stopped at
+    the end of the block; started by the command INSIDE, such as `nsenter`, if there is one. Raises
     `AgentDidNotStartError`."""
-    address, log_path = f"unix:{directory}/agent.sock", directory / "agent.log"
+    address, log_path = f"unix:{directory}/{name}.sock", directory / f"{name}.log"
     command = coral(
         *("agent", "--listen", address, "--metrics", "127.0.0.1:0", "--log-format", "json"),
         *arguments,

@@ -56,8 +56,8 @@ def ask_a_colony(directory: Path, pages: Path, seconds: float) -> int:
     with ExitStack() as stack:
         for name, payment_ms in PAYMENT_MS.items():
             say(f"a node: {name}, with a shop of its own, where a payment takes {payment_ms} ms")
-            stack.enter_context(_node(directory / name, name, payment_ms, pages))
-        agents = [f"unix:{directory}/{name}/agent.sock" for name in PAYMENT_MS]
+            stack.enter_context(_node(directory, name, payment_ms, pages))
+        agents = [f"unix:{directory}/{name}.sock" for name in PAYMENT_MS]
         say("starting a colony that follows both: coral colony --config colony.yaml")
         address = stack.enter_context(_colony(directory, agents))
         time.sleep(seconds)
@@ -73,7 +73,6 @@ def ask_a_colony(directory: Path, pages: Path, seconds: float) -> int:
 
 @contextmanager
 def _node(directory: Path, name: str, payment_ms: int, pages: Path) -> Iterator[None]:
-    directory.mkdir()
     with ExitStack() as stack:
         serving = module("coral.cli.demo.service", "serve", str(pages), str(payment_ms))
         shop = stack.enter_context(process(["unshare", "--net", *serving], stdout=subprocess.PIPE))
@@ -82,17 +81,19 @@ def _node(directory: Path, name: str, payment_ms: int, pages: Path) -> Iterator[
         inside = ("nsenter", f"--net=/proc/{shop.pid}/ns/net")
         asking = module("coral.cli.demo.service", "load", str(port), str(_ENDS_S))
         stack.enter_context(process([*inside, *asking]))
-        pid_file, config = directory / "shop.pid", directory / "agent.yaml"
+        pid_file, config = directory / f"{name}.pid", directory / f"{name}.yaml"
         pid_file.write_text(str(shop.pid))
         config.write_text(f"agent_id: {name}\nservices:\n  {_SERVICE}:\n    pid_file: {pid_file}\n")
-        stack.enter_context(private_agent(directory, "--config", str(config), inside=inside))
+        stack.enter_context(
+            private_agent(directory, "--config", str(config), name=name, inside=inside)
+        )
         yield
 
 
 @contextmanager
 def _colony(directory: Path, agents: Sequence[str]) -> Iterator[str]:
     """Gives its address once it listens there."""
-    path, config, log_path = (directory / f"colony.{it}" for it in ("sock", "yaml", "log"))
+    path, config, log_path = (directory / f"asked.{it}" for it in ("sock", "yaml", "log"))
     config.write_text(
         f"agents:\n  addresses: [{', '.join(agents)}]\n"
         f"collect:\n- kind: http_latency\n  service: {_SERVICE}\n  config: {{interval: 1s}}\n"

@@ -73,7 +73,7 @@ def test_a_healthy_machine_has_a_line_for_each_check_and_status_0() -> None:
     } <= checks.keys()
     for name, mode in product(COLLECTORS, MODES):
         assert checks[f"{name}, {mode}"].startswith(f"{COLLECTORS[name]}, the first after ")
-    assert re.match(r"2\d\d of at least 200 samples, the first ", checks["cpu_profile, summaries"])
+    assert re.match(r"\d{3,} of at least 200 samples, the first ", checks["cpu_profile, summaries"])
     assert checks["left behind"] == "no collector, no program, no map"
     assert summary.startswith("all works")
 
@@ -110,7 +110,7 @@ def test_a_lower_rung_works_too_and_says_why_it_is_not_the_best(
     for name, mode in product(able, MODES):
         how, found = checks[f"{name}, {mode}"]
         assert how == "ok"
-        assert found.startswith(f"{COLLECTORS[name]}, the first after 0.")
+        assert found.startswith(f"{COLLECTORS[name]}, the first after ")
 
 
 def test_an_option_that_cannot_be_had_is_told_and_its_mode_is_not_tried() -> None:

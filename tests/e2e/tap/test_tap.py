@@ -723,6 +723,7 @@ def test_capabilities_are_within_the_terminal_and_wrapped_between_words(
             assert option["name"] in words
 
 
+@pytest.mark.timeout(150)
 def test_the_demo_shows_requests_and_system_calls_and_leaves_nothing_behind(tmp_path: Path) -> None:
     demo = subprocess.Popen(
         coral("demo", "-d", "2s"),
@@ -732,8 +733,9 @@ def test_the_demo_shows_requests_and_system_calls_and_leaves_nothing_behind(tmp_
         text=True,
         start_new_session=True,
     )
-    out, err = demo.communicate(timeout=60)
+    out, err = demo.communicate(timeout=100)
     assert (demo.returncode, err) == (0, "")
+    out, asked = out.split("# a node: north")
     _, http, calls = out.split("# coral tap shop ")
     assert re.search(r"^← POST /orders/\{id\} +\d+ ", http, re.MULTILINE)
     assert re.search(rf"^← GET /missing.html +(\d+) .* 0  404 {times(1)[0]}\d", http, re.MULTILINE)
@@ -742,6 +744,10 @@ def test_the_demo_shows_requests_and_system_calls_and_leaves_nothing_behind(tmp_
     assert number(table_rows(lines)["sendto"][0]) > 50
     for name in ("coral_syscall_calls_total", "http_server_request_duration_seconds_count"):
         assert re.search(rf'^{name}\{{.*service="shop".*\}} \d', out, re.MULTILINE)
+    nodes = re.findall(r"^(north|south) +POST /orders/\{id\} +\d+ ", asked, re.MULTILINE)
+    assert sorted(nodes) == ["north", "south"]
+    (rows,) = re.findall(r"^agent .*\n((?:(?:north|south) +\d+ +\d+\n)+)", asked, re.MULTILINE)
+    assert len(rows.splitlines()) == 2
     assert [p.pid for p in psutil.process_iter() if session_of(p.pid) == demo.pid] == []
     assert list(tmp_path.iterdir()) == []
 
