@@ -23,6 +23,7 @@ from coral.colony.tables.matrices import MOST_COLUMNS, OTHER, Named, Shapes
 from coral.colony.tables.places import Place
 from coral.colony.tables.stacks import Frames, Hashes, KnownStacks
 from coral.colony.tables.texts import Texts
+from coral.wire.resources import of_resource
 
 _MOST_ADMITTED: Final = 1024  # names of columns of matrices that are remembered to be good
 
@@ -65,8 +66,9 @@ class Intake:
         name = table.layout.resource_source
         checks.check_indices(name, batch.row_resources, len(batch.resources), "resources")
         time_ns, interval_ns = self._times(delivery, batch, table.layout, values)
-        common = delivery.session.attributes
-        places = [Place.of(delivery.session, {**common, **it}) for it in batch.resources]
+        common = {**delivery.session.attributes, **batch.attributes}
+        of_each = (of_resource(common, it.attributes) for it in batch.message.resources)
+        places = [Place.of(delivery.session, it) for it in (common, *of_each)]
         known = self._places
         table.add(
             Part(

@@ -346,6 +346,21 @@ def test_each_row_is_of_its_container() -> None:
     assert [row["service"] for row in taken["syscall_calls"].to_pylist()] == ["front", "front"]
 
 
+def test_a_container_without_a_name_that_others_share_has_none() -> None:
+    shared = {"k8s.namespace.name": "shop", "k8s.workload.name": "web"}
+
+    def change(message: pb.EbpfEventBatch) -> None:
+        message.attributes.update(shared)
+        message.resources.add(attributes={"k8s.pod.name": "bare", "k8s.workload.name": ""})
+        columns_of(message).resource[:] = [1, 0]
+
+    gathered = intake()
+    session = session_of(pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS, attributes=shared)
+    gathered.add(delivered(changed(syscalls(1, 2, 0), change), session))
+    rows = gathered.take()["syscall_stats"].to_pylist()
+    assert [(row["pod"], row["workload"]) for row in rows] == [("bare", ""), ("", "web")]
+
+
 def test_single_events_are_of_their_containers() -> None:
     layout = row_layout(pb.EbpfEventBatch.DESCRIPTOR, "syscall_calls", of_pods=True)
     records = np.zeros(3, layout.dtype)
