@@ -9,40 +9,23 @@ async with AgentClient() as agent:
 
 from __future__ import annotations
 
-import asyncio
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import Final, Unpack
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 
-from coral.client.address import (
-    ENV_TOKEN,
-    checked_address,
-    checked_token,
-    default_address,
-    is_unix,
-)
+from coral.client.address import default_address
 from coral.client.backoff import Retry
 from coral.client.calls import Call, RepeatedCall
-from coral.client.channels import Channels
-from coral.client.errors import (
-    AgentError,
-    NotFoundError,
-    UnavailableError,
-    building_a_request,
-    error_of,
-)
+from coral.client.connection import Connection, duration_of
+from coral.client.errors import AgentError, NotFoundError, UnavailableError, building_a_request
 from coral.client.pods import Pods
 from coral.client.results import Capabilities, Collectors, Kind, Started
 from coral.client.stream import Stream
 from coral.client.terms import Terms, stream_request
-from coral.client.tls import REFUSED, Tls
+from coral.client.tls import Tls
 from coral.client.watch import Watch
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -51,25 +34,13 @@ DEFAULT_RETRY: Final = Retry()
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"].full_name
 
-Answer = TypeVar("Answer", bound=Message)
-
 
 def _option_text(value: str | int) -> str:
     """An option's value as the contract has it: `true` or `false` for a bool."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _set_duration(message: Duration, duration_s: float) -> None:
-    """Raises ValueError for what a Duration cannot hold."""
-    try:
-        message.FromNanoseconds(round(duration_s * 1e9))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(
-            f"duration_s: {duration_s!r} is not accepted; give a number of seconds"
-        ) from error
-
-
-class AgentClient:
+class AgentClient(Connection):
     """One agent. Use it as a context manager; every method raises `AgentError`.
 
     ADDRESS is `unix:PATH` or `HOST:PORT`; by default the environment's CORAL_AGENT, else the local
@@ -90,28 +61,15 @@ class AgentClient:
         retry: Retry = DEFAULT_RETRY,
         read_ahead_bytes: int | None = None,
     ) -> None:
-        with building_a_request():
-            tls = tls.checked() if tls else Tls.from_environment()
-            self.address = checked_address(address or default_address())
-            token = checked_token(token or os.environ.get(ENV_TOKEN, ""))
-        self._tls = None if is_unix(self.address) else tls
-        self.timeout_s = timeout_s
+        super().__init__(
+            _SERVICE,
+            address or default_address(),
+            token=token,
+            tls=tls,
+            timeout_s=timeout_s,
+            read_ahead_bytes=read_ahead_bytes,
+        )
         self.retry = retry
-        self._read_ahead_bytes = read_ahead_bytes
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-
-    async def __aenter__(self) -> Self:
-        with building_a_request():
-            self._channels = Channels(self.address, self._tls, self._read_ahead_bytes)
-        return self
-
-    async def __aexit__(
-        self,
-        _type: type[BaseException] | None,
-        _value: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        await self._channels.close()
 
     async def capabilities(self) -> Capabilities:
         """What the agent can do on its machine."""
@@ -159,7 +117,7 @@ class AgentClient:
                 cgroup_namespace=cgroup_namespace,
             )
             if duration_s is not None:
-                _set_duration(request.duration, duration_s)
+                request.duration.CopyFrom(duration_of(duration_s, "duration_s"))
         answer = await self._call("StartCollector", request, pb.StartEbpfCollectorResponse)
         return Started.of(answer)
 
@@ -191,7 +149,7 @@ class AgentClient:
         with building_a_request():
             request = pb.RenewCollectorRequest(collector_id=collector_id)
             if duration_s is not None:
-                _set_duration(request.duration, duration_s)
+                request.duration.CopyFrom(duration_of(duration_s, "duration_s"))
         answer = await self._call("RenewCollector", request, pb.RenewCollectorResponse)
         return answer.expires_at.ToNanoseconds()
 
@@ -253,40 +211,3 @@ class AgentClient:
     def stream_call(self, wanted: pb.EbpfEventStreamRequest) -> Call:
         """A single call of StreamEventBatches, whose messages are bytes."""
         return self._stream("StreamEventBatches", wanted)
-
-    def _stream(self, method: str, request: Message) -> Call:
-        channel = self._channels.current()
-        stream: Any = channel.unary_stream(
-            f"/{_SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=None,
-        )
-        call: Call = stream(request, metadata=self._metadata)
-        self._channels.hold(channel, call)
-        return call
-
-    async def _call(self, method: str, request: Message, answer: type[Answer]) -> Answer:
-        channel = self._channels.current()
-        method_call: Any = channel.unary_unary(
-            f"/{_SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=answer.FromString,
-        )
-        call = method_call(request, metadata=self._metadata, timeout=self.timeout_s)
-        self._channels.hold(channel, call)
-        try:
-            response: Answer = await call
-        except grpc.aio.AioRpcError as error:
-            details = await self._with_alert(error.details() or "")
-            raise self._error(method, error.code(), details) from error
-        return response
-
-    async def _with_alert(self, details: str) -> str:
-        """DETAILS of a failed call, and why the agent refused this client, where it did."""
-        if not (self._tls and REFUSED in details):
-            return details
-        alert = await asyncio.to_thread(self._tls.refusal, self.address)
-        return f"{details} {alert}" if alert else details
-
-    def _error(self, method: str, code: grpc.StatusCode, details: str) -> AgentError:
-        return error_of(code, details, self.address, method, self.timeout_s, tls=self._tls)

@@ -10,25 +10,16 @@ Only reading rows needs pyarrow; it is imported then.
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 
-from coral.client.address import (
-    ENV_TOKEN,
-    checked_address,
-    checked_token,
-    default_colony,
-    is_unix,
-)
-from coral.client.channels import Channels
+from coral.client.address import default_colony
+from coral.client.connection import Connection, duration_of
 from coral.client.coverage import Coverage
 from coral.client.errors import COLONY, AgentError, ContractError, building_a_request, error_of
 from coral.client.tls import Tls
@@ -42,8 +33,6 @@ _SERVICE: Final = pb.DESCRIPTOR.services_by_name["ColonyService"].full_name
 
 Moment = float | datetime
 """Seconds before the colony's present, or a time; one without a zone is local."""
-
-Answered = TypeVar("Answered", bound=Message)
 
 
 class Answer:
@@ -99,7 +88,7 @@ class Answer:
         return pa.ipc.open_stream(pa.py_buffer(stream)).read_all()
 
 
-class ColonyClient:
+class ColonyClient(Connection):
     """One colony. Use it as a context manager; every method raises `AgentError`.
 
     ADDRESS is `unix:PATH` or `HOST:PORT`; by default the environment's CORAL_COLONY, else the local
@@ -116,26 +105,9 @@ class ColonyClient:
         tls: Tls | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        with building_a_request():
-            tls = tls.checked() if tls else Tls.from_environment()
-            self.address = checked_address(address or default_colony())
-            token = checked_token(token or os.environ.get(ENV_TOKEN, ""))
-        self._tls = None if is_unix(self.address) else tls
-        self.timeout_s = timeout_s
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-
-    async def __aenter__(self) -> Self:
-        with building_a_request():
-            self._channels = Channels(self.address, self._tls)
-        return self
-
-    async def __aexit__(
-        self,
-        _type: type[BaseException] | None,
-        _value: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        await self._channels.close()
+        super().__init__(
+            _SERVICE, address or default_colony(), token=token, tls=tls, timeout_s=timeout_s
+        )
 
     async def describe(self) -> pb.DescribeResponse:
         """What can be asked: queries, tables and their columns."""
@@ -163,8 +135,8 @@ class ColonyClient:
             _set_moment(request, "since", since)
             _set_moment(request, "until", until)
             if against_s is not None:
-                request.against.CopyFrom(_duration(against_s, "against_s"))
-        async with self._stream("Query", request, pb.QueryResponse) as answer:
+                request.against.CopyFrom(duration_of(against_s, "against_s"))
+        async with self._answer("Query", request, pb.QueryResponse) as answer:
             yield answer
 
     @asynccontextmanager
@@ -184,8 +156,8 @@ class ColonyClient:
             _set_moment(request, "since", since)
             _set_moment(request, "until", until)
             if deadline_s is not None:
-                request.deadline.CopyFrom(_duration(deadline_s, "deadline_s"))
-        async with self._stream("Sql", request, pb.SqlResponse) as answer:
+                request.deadline.CopyFrom(duration_of(deadline_s, "deadline_s"))
+        async with self._answer("Sql", request, pb.SqlResponse) as answer:
             yield answer
 
     async def collect(
@@ -204,7 +176,7 @@ class ColonyClient:
                 kind=kind, service_name=service_name, config=config or {}, agents=agents
             )
             if duration_s is not None:
-                request.duration.CopyFrom(_duration(duration_s, "duration_s"))
+                request.duration.CopyFrom(duration_of(duration_s, "duration_s"))
         return (await self._call("Collect", request, pb.CollectResponse)).results
 
     async def stop_collect(self, collectors: Sequence[pb.Collected]) -> Sequence[pb.Collected]:
@@ -212,33 +184,11 @@ class ColonyClient:
         request = pb.StopCollectRequest(collectors=collectors)
         return (await self._call("StopCollect", request, pb.StopCollectResponse)).results
 
-    async def _call(self, method: str, request: Message, answer: type[Answered]) -> Answered:
-        channel = self._channels.current()
-        method_call: Any = channel.unary_unary(
-            f"/{_SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=answer.FromString,
-        )
-        call = method_call(request, metadata=self._metadata, timeout=self.timeout_s)
-        self._channels.hold(channel, call)
-        try:
-            response: Answered = await call
-        except grpc.aio.AioRpcError as failed:
-            raise self._error(method, failed.code(), failed.details() or "") from failed
-        return response
-
     @asynccontextmanager
-    async def _stream(
+    async def _answer(
         self, method: str, request: Message, response: type[Message]
     ) -> AsyncIterator[Answer]:
-        channel = self._channels.current()
-        made: Any = channel.unary_stream(
-            f"/{_SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=None,
-        )
-        call = made(request, metadata=self._metadata, timeout=self.timeout_s)
-        self._channels.hold(channel, call)
+        call = self._stream(method, request, self.timeout_s)
         try:
             yield Answer(call, response, lambda code, details: self._error(method, code, details))
         finally:
@@ -253,17 +203,6 @@ class ColonyClient:
         )
 
 
-def _duration(seconds: float, name: str) -> Duration:
-    duration = Duration()
-    try:
-        duration.FromNanoseconds(round(seconds * 1e9))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{name}: {seconds!r} is not accepted; give a number of seconds"
-        ) from error
-    return duration
-
-
 def _set_moment(
     request: pb.QueryRequest | pb.SqlRequest, field: str, moment: Moment | None
 ) -> None:
@@ -273,4 +212,4 @@ def _set_moment(
     if isinstance(moment, datetime):
         into.time.FromNanoseconds(round(moment.timestamp() * 1e6) * 1000)
     else:
-        into.ago.CopyFrom(_duration(moment, field))
+        into.ago.CopyFrom(duration_of(moment, field))

@@ -93,7 +93,8 @@ def _node(directory: Path, name: str, payment_ms: int, pages: Path) -> Iterator[
 @contextmanager
 def _colony(directory: Path, agents: Sequence[str]) -> Iterator[str]:
     """Gives its address once it listens there."""
-    path, config, log_path = (directory / f"asked.{it}" for it in ("sock", "yaml", "log"))
+    config, log_path = directory / "colony.yaml", directory / "colony.log"
+    path = directory / "asked.sock"  # as short as `agent.sock`: paths of sockets have a limit
     config.write_text(
         f"agents:\n  addresses: [{', '.join(agents)}]\n"
         f"collect:\n- kind: http_latency\n  service: {_SERVICE}\n  config: {{interval: 1s}}\n"
