@@ -92,10 +92,10 @@ async def test_what_is_wanted_is_started_once_and_adopted_by_the_next_colony(
 async def test_every_call_is_in_one_place_over_connections_that_are_cut(
     agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:
-    shelf, running = Shelf(), calls("getppid", 200_000, threads=2)
+    shelf, running = Shelf(), calls("getppid", 1_000_000, threads=2)
     async with (
         connected(agent) as client,
-        cutting_proxy(agent.address, 7, (0.05, 0.3)) as proxy,
+        cutting_proxy(agent.address, 7, (0.02, 0.1)) as proxy,
         following(shelf, proxy) as fleet,
     ):
         session = await start_events(
@@ -107,7 +107,7 @@ async def test_every_call_is_in_one_place_over_connections_that_are_cut(
     standing = shelf.of(session)
     assert standing
     assert standing.produced == standing.stored + sum(standing.lost.values())
-    assert standing.produced + sum(standing.lost_in_kernel.values()) == 400_000
+    assert standing.produced + sum(standing.lost_in_kernel.values()) == 2_000_000
     assert standing.ended
     assert standing.ended.reason == "target_exited"
 
