@@ -120,7 +120,7 @@ async def test_over_the_processor_limit_the_expensive_session_goes_and_the_cheap
 async def test_scrapes_refused_callers_and_starts_are_charged_to_no_session(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    limit_percent, at_least_s = 20, 11.0  # more than what the limit is a mean of
+    limit_percent, at_least_s = 10, 11.0  # more than what the limit is a mean of
     idle = calls("getppid", 1)
     nobody = {"kind": "tcp_metrics", "service": "cheap", "config": {"comm": "coral-nobody"}}
     config = {
@@ -145,7 +145,7 @@ async def test_scrapes_refused_callers_and_starts_are_charged_to_no_session(
                 short += 1
             await asyncio.gather(*scrapes)
             used_percent = 100 * (cpu_s(agent) - cpu_before_s) / (time.monotonic() - began)
-            assert used_percent > 1.2 * limit_percent
+            assert used_percent > limit_percent  # so whoever were charged would have to end
             listed = {one.collector_id for one in (await client.collectors()).collectors}
             assert listed == staying
             assert metric(agent, PREEMPTED) == 0
