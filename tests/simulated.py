@@ -179,8 +179,10 @@ class Simulated:
         await asyncio.Event().wait()
 
     async def stream(
-        self, request: pb.EbpfEventStreamRequest, _context: Context
+        self, request: pb.EbpfEventStreamRequest, context: Context
     ) -> AsyncIterator[bytes]:
+        # As a real agent: whoever has the headers knows that the stream stands.
+        await context.send_initial_metadata(())
         async for wire in self._sessions[request.collector_id].stream(request.after_seq):
             yield wire
 
