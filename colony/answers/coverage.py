@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import duckdb
 
+from coral.colony.answers.named import summed
 from coral.colony.answers.query import literal
 from coral.colony.answers.repeats import Watch, overlapping, repeats
 from coral.colony.answers.sources import Sources
@@ -84,7 +85,8 @@ def _lost(
     # A loss is known when the next batch comes: that may be after the window.
     rows = sources.rows(LOSSES, window.from_ns, window.to_ns + _LATE_NS)
     sql = f"""
-        SELECT stage, kind, service, agent, sum("count")::BIGINT, min(time_from_ns), max(time_to_ns)
+        SELECT stage, kind, service, agent, {summed('sum("count")')}, min(time_from_ns),
+            max(time_to_ns)
         FROM ({rows})
         WHERE time_to_ns >= {window.from_ns} AND time_from_ns < {window.to_ns} AND {where}
         GROUP BY ALL ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {_MOST_LOST}"""

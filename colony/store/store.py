@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.store.core import Core
-from coral.colony.store.errors import StoreError
+from coral.colony.store.errors import StoreEndedError
 from coral.colony.store.figures import Figures
 from coral.colony.store.lock import DirectoryLock
 from coral.colony.store.making import Waiting
@@ -99,7 +99,7 @@ class Store:
     def put(self, delivery: Delivery) -> bool:
         """Queues DELIVERY. False where the store has it already, so that nothing is stored twice.
         Raises `SequenceError` where it does not follow on `expected_seq`, ValueError where its
-        figures do not add up, `StoreError` where the store has ended."""
+        figures do not add up, `StoreEndedError`."""
         if not self._core.book.admit(delivery):
             self.figures.repeated += 1
             return False
@@ -116,7 +116,7 @@ class Store:
 
     async def room(self) -> None:
         """Returns once less than `queue_bytes` wait. Followers call it before they read on. Raises
-        `StoreError` where the store has ended."""
+        `StoreEndedError`."""
         while self._waiting or self._is_full:
             self._raise_if_ended()
             waiting = asyncio.get_running_loop().create_future()
@@ -131,8 +131,8 @@ class Store:
                 return
 
     async def stored(self) -> None:
-        """Returns once everything put so far is durable; hurries. Raises `StoreError` where the
-        store has ended."""
+        """Returns once everything put so far is durable; hurries. Raises
+        `StoreEndedError`."""
         last = self._last
         self._writer.hurry()
         await self._until(lambda: self._writer.durable >= last)
@@ -194,7 +194,7 @@ class Store:
 
     def _raise_if_ended(self) -> None:
         if self._writer.failure:
-            raise StoreError(f"the store has ended: {self._writer.failure}")
+            raise StoreEndedError(f"the store has ended: {self._writer.failure}")
 
     def _wake(self) -> None:
         """Lets everybody look again who waits for something to be stored; and of those who wait to

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from coral.colony.delivery import AGENT_LOST, AgentSeen, Ended, Gap, SequenceError
@@ -17,6 +18,7 @@ from coral.colony.store import (
     StoreInUseError,
     families,
 )
+from coral.colony.store.book import LEDGER_SCHEMA, Entry, entries_of, ledger_lines
 from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender
 
 
@@ -133,6 +135,14 @@ async def test_everything_is_there_after_the_store_was_closed(tmp_path: Path) ->
     assert (agent["first_seen_ns"], agent["last_seen_ns"]) == (BEGIN_NS, BEGIN_NS + 5)
     assert not agent["connected"]
     await store.close()
+
+
+@pytest.mark.parametrize(("named", "number"), [("1", 1), ("-5", -5), ("900", 900), ("newer", 0)])
+def test_a_ledger_with_kinds_that_the_contract_has_not_is_read(named: str, number: int) -> None:
+    session = Sender().session
+    lines = ledger_lines([Entry(1, session)]).to_pylist()
+    (entry,) = entries_of(pa.Table.from_pylist([{**lines[0], "kind": named}], LEDGER_SCHEMA))
+    assert (entry.session.kind, entry.session.key) == (number, session.key)
 
 
 async def test_a_second_store_of_a_directory_is_refused(store: Store) -> None:
