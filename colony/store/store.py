@@ -86,6 +86,10 @@ class Store:
             self.figures.moved_aside = str(aside)
         self._writer.start()
 
+    async def run(self) -> None:
+        """Returns never. Raises `StoreEndedError` once nothing can be stored any more."""
+        await self._until(lambda: False)
+
     async def close(self) -> bool:
         """Stores what waits and ends. False where that was not possible within 10 s, as on a full
         disk; agents keep it for a while, and are asked again after what is stored."""

@@ -19,7 +19,8 @@ from coral.colony.store import (
     families,
 )
 from coral.colony.store.book import LEDGER_SCHEMA, Entry, entries_of, ledger_lines
-from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender
+from coral.colony.store.errors import StoreEndedError, StoreError
+from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender, noise
 
 
 @pytest.fixture
@@ -135,6 +136,43 @@ async def test_everything_is_there_after_the_store_was_closed(tmp_path: Path) ->
     assert (agent["first_seen_ns"], agent["last_seen_ns"]) == (BEGIN_NS, BEGIN_NS + 5)
     assert not agent["connected"]
     await store.close()
+
+
+async def test_a_hot_file_that_is_damaged_anywhere_is_moved_aside_by_the_next_start_at_the_latest(
+    tmp_path: Path,
+) -> None:
+    whole = Store(tmp_path / "whole", Settings(), PlainRows())
+    await whole.start()
+    whole.put(Sender().next(10_000, columns=noise(10_000, 1)))
+    await whole.close()
+    content = (tmp_path / "whole/hot.duckdb").read_bytes()
+    places = [4096, *range(3 * 4096 + 100, len(content), 1 << 18)]  # DuckDB's blocks
+    assert len(places) > 5
+    ended, moved = 0, 0
+    for place in places:
+        directory = tmp_path / str(place)
+        directory.mkdir()
+        damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        (directory / "hot.duckdb").write_bytes(damaged)
+        for _ in range(2):
+            store = Store(directory, Settings(commit_s=0.02), PlainRows())
+            await store.start()
+            moved += store.figures.moved_aside != ""
+            try:
+                store.put(Sender("new").next(3))
+                await store.stored()
+                await numbers(store)
+            except StoreError:
+                with pytest.raises(StoreEndedError, match="the hot file is damaged"):
+                    await store.run()
+                ended += 1
+            else:
+                break
+            finally:
+                await store.close()
+        else:
+            pytest.fail(f"damaged at {place}, it cannot be opened")
+    assert moved >= ended > 0
 
 
 @pytest.mark.parametrize(("named", "number"), [("1", 1), ("-5", -5), ("900", 900), ("newer", 0)])
