@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 _CLOSING_S: Final = 10.0
 _ITEM_BYTES: Final = 500  # of what has no size of its own
+_LEAST_ROW_BYTES: Final = 64
+"""Columns of zeros are not sent, and take as much as others in a transaction."""
 _LOOK_AGAIN_S: Final = 1.0
 _WEIGHT: Final = 0.01  # of one more size in the average
 
@@ -107,7 +109,8 @@ class Store:
         if not self._core.book.admit(delivery):
             self.figures.repeated += 1
             return False
-        self._queue(delivery, delivery.size_bytes + _ITEM_BYTES)
+        size_bytes = max(delivery.size_bytes, delivery.rows * _LEAST_ROW_BYTES)
+        self._queue(delivery, size_bytes + _ITEM_BYTES)
         return True
 
     def agent_seen(self, agent: AgentSeen) -> None:
