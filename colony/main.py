@@ -19,6 +19,7 @@ from coral.colony import logs
 from coral.colony.answers.server import Answers
 from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
+from coral.colony.delivery import EndedError
 from coral.colony.follow.discovery.addresses import host_and_port, joined
 from coral.colony.monitoring import Lag, lag_families, pages
 from coral.colony.pages import Pages, serving
@@ -48,8 +49,13 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     except ConfigError as error:
         logs.say(f"coral colony: {error}")
         return _EXIT_CONFIG
-    except Exception:
-        log.exception("the colony failed unexpectedly")
+    except Exception as error:
+        if isinstance(error, EndedError):
+            log.error("the colony ends", reason=str(error))
+        elif isinstance(error, ExceptionGroup) and not error.split(EndedError)[1]:
+            log.error("the colony ends", reason="its store takes no more")  # which has said why
+        else:
+            log.exception("the colony failed unexpectedly")
         return _EXIT_FAILED
     return 0
 

@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+import ssl
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -18,9 +19,11 @@ from coral.colony.answers.access import Access, Role
 from coral.colony.answers.service import Fleet, Service
 from coral.colony.answers.settings import Serving, ServingTls
 from coral.colony.answers.sources import Reads
+from coral.colony.files import read_regular
 
 _GRACE_S: Final = 1.0
 _MOST_MESSAGE: Final = 4 << 20
+_MOST_PEM_BYTES: Final = 1 << 20
 _MOST_PATH_BYTES: Final = 107  # sun_path of unix(7), without its NUL
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _OPTIONS: Final = (
@@ -112,12 +115,18 @@ def _credentials(tls: ServingTls) -> grpc.ServerCredentials:
 def _configuration(tls: ServingTls) -> grpc.ServerCertificateConfiguration:
     def read(name: str, path: Path) -> bytes:
         try:
-            return path.read_bytes()
+            return read_regular(path, _MOST_PEM_BYTES)
         except OSError as error:
             raise ServingError(f"tls.{name}: {path}: {error.strerror}") from error
 
     pair = read("key", tls.key), read("certificate", tls.certificate)
     authorities = read("client_ca", tls.client_ca) if tls.client_ca else None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, "")
+    except (ssl.SSLError, OSError) as error:
+        raise ServingError(
+            f"tls.certificate: {tls.certificate}: with {tls.key} it is no pair in PEM: {error}"
+        ) from error
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
 
 

@@ -44,6 +44,8 @@ _UNREADABLE: Final = (
     "INTERNAL Error",
 )  # fmt: skip
 
+_DAMAGED: Final = "Corrupt database file"
+
 SMALL_TABLES: Final[Mapping[str, str]] = {
     "ledger": """id BIGINT, agent VARCHAR, session VARCHAR, kind VARCHAR, service VARCHAR,
         started_ns BIGINT, config VARCHAR, attributes VARCHAR, last_seq UBIGINT, produced UBIGINT,
@@ -73,6 +75,11 @@ def is_fatal(error: BaseException) -> bool:
     )
 
 
+def is_damaged(error: BaseException) -> bool:
+    """Whether ERROR says that a part of the file is not what was written."""
+    return _DAMAGED in str(error)
+
+
 def is_full(error: BaseException) -> bool:
     """Whether ERROR says that there is no room on the disk, or in its quota."""
     text = str(error)
@@ -96,6 +103,8 @@ class Database:
         self.memory_bytes = settings.memory_bytes
         self.invalid = threading.Event()
         """Set by whoever meets a fatal error."""
+        self.damage = ""
+        """What was found where a part of the file cannot be read any more."""
         self._first = first
         self._temporary = directory / "spill"
         self._root: duckdb.DuckDBPyConnection | None = None
@@ -114,6 +123,8 @@ class Database:
     def open(self, *, may_move_aside: bool = False) -> None:
         """Raises `StoreError` where the file cannot be opened. One that can never be is put out
         of the way and replaced if it MAY_MOVE_ASIDE."""
+        if may_move_aside and self._verdict.exists():
+            self._move_aside(self._verdict.read_text(errors="replace"))
         if not self.path.exists():
             self._make()
         try:
@@ -121,7 +132,7 @@ class Database:
         except (duckdb.Error, _OtherFormatError) as error:
             if not may_move_aside or not _can_never_be_read(error):
                 raise StoreError(f"{self.path}: {_first_line(error)}") from error
-            self._move_aside(error)
+            self._move_aside(_first_line(error))
             self._make()
             root = self._checked()
         with self._turn:
@@ -129,6 +140,13 @@ class Database:
             self._root = root
             self._writer = _cursor(root)
             self._turn.notify_all()
+
+    def condemn(self, error: BaseException) -> None:
+        """A part of the file is damaged: the next process that opens it moves it aside. This one
+        has deliveries in its books that go on after what is in there."""
+        self.damage = self.damage or _first_line(error)
+        with suppress(OSError):
+            self._verdict.write_text(self.damage)
 
     def close(self) -> None:
         """Interrupts all readers and waits for them. Raises `StoreError` where one does not end."""
@@ -159,7 +177,9 @@ class Database:
         try:
             yield cursor
         except duckdb.Error as error:
-            if is_fatal(error):
+            if is_damaged(error):
+                self.condemn(error)
+            elif is_fatal(error):
                 self.invalid.set()
             raise
         finally:
@@ -194,6 +214,10 @@ class Database:
     @property
     def _log(self) -> Path:
         return self.path.with_name(f"{self.path.name}.wal")
+
+    @property
+    def _verdict(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.damaged")
 
     def _connect(self, path: Path) -> duckdb.DuckDBPyConnection:
         """A database of its own that has the file, because only `ATTACH` takes _ROW_GROUP."""
@@ -251,18 +275,20 @@ class Database:
         unfinished.rename(self.path)
         sync_directory(self.path.parent)
 
-    def _move_aside(self, error: Exception) -> None:
+    def _move_aside(self, why: str) -> None:
         aside = self.path.with_name(f"{self.path.name}.unreadable-{time.time_ns()}")
         for file in (self._log, self.path):  # the log first: it belongs to no other file
             if file.exists():
                 file.rename(aside if file == self.path else f"{aside}.wal")
+        self._verdict.unlink(missing_ok=True)
+        self.damage = ""
         sync_directory(self.path.parent)
         self.moved_aside = aside
         log.error(
             "the hot file cannot be read and was moved aside; sealed segments are all there",
             file=str(self.path),
             moved_to=str(aside),
-            error=_first_line(error),
+            error=why,
         )
 
 
@@ -289,5 +315,5 @@ def _can_never_be_read(error: Exception) -> bool:
     return isinstance(error, _OtherFormatError) or any(it in str(error) for it in _UNREADABLE)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
