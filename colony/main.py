@@ -67,9 +67,9 @@ def _allow_connections() -> None:
 
 
 def _collect_seldom() -> None:
-    """Python looks at all objects when those that are new and alive have become a quarter more: with
-    a thousand agents several times while they are connected to, and every few seconds after that,
-    for 0.2 s each time, in which the loop stands still."""
+    """Python looks at all objects when those that are new and alive have become a quarter more:
+    with a thousand agents several times while they are connected to, and every few seconds after
+    that, for 0.2 s each time, in which the loop stands still."""
     gc.freeze()
     gc.set_threshold(_GC_OBJECTS, *gc.get_threshold()[1:])
 
