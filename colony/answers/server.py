@@ -16,6 +16,7 @@ import grpc
 import structlog
 
 from coral.colony.answers.access import Access, Role
+from coral.colony.answers.elsewhere import StoresNothing
 from coral.colony.answers.service import Fleet, Service
 from coral.colony.answers.settings import Serving, ServingTls
 from coral.colony.answers.sources import Reads
@@ -49,6 +50,7 @@ class Answers:
         _check(serving)
         anyone = Role.OPERATE if serving.insecure_loopback else Role.NONE
         self._serving = serving
+        self._has_rows = not isinstance(store, StoresNothing)
         self._service = Service(store, fleet, Access(serving.tokens, anyone), serving.limits)
 
     @asynccontextmanager
@@ -61,7 +63,8 @@ class Answers:
         try:
             addresses = [self._add(server, each, made) for each in self._serving.listen]
             await server.start()
-            self._service.pool.warm_up()
+            if self._has_rows:
+                self._service.pool.warm_up()
             yield addresses
         finally:
             await server.stop(_GRACE_S)
