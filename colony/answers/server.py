@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+import ssl
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -131,6 +132,12 @@ def _configuration(tls: ServingTls) -> grpc.ServerCertificateConfiguration:
 
     pair = read("key", tls.key, secret=True), read("certificate", tls.certificate)
     authorities = read("client_ca", tls.client_ca) if tls.client_ca else None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, "")
+    except (ssl.SSLError, OSError) as error:
+        raise ServingError(
+            f"tls.certificate: {tls.certificate}: with {tls.key} it is no pair in PEM: {error}"
+        ) from error
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
 
 

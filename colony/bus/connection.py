@@ -25,6 +25,7 @@ from coral.client.backoff import Backoff
 from coral.colony.bus import subjects
 from coral.colony.bus.secured import SecretsError, SecuredClient, check, words_of
 from coral.colony.bus.settings import BusSettings
+from coral.colony.delivery import EndedError
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -39,7 +40,7 @@ _DUPLICATES_S: Final = 120.0  # as long as the server remembers ids by default
 _WRONG_SEQUENCE: Final = frozenset({10071, 10164})
 
 
-class BusError(Exception):
+class BusError(EndedError):
     """The bus cannot be used as it is configured."""
 
 

@@ -180,7 +180,7 @@ class Consumer:
             told = envelope.told_of(message.headers)
             gap, seen = envelope.gap_of(message.headers), envelope.seen_of(message.headers)
         except msgspec.MsgspecError as error:
-            log.error("a message is not of this kind", subject=message.subject, reason=str(error))
+            self._connection.tell("a message that is no delivery is left out", error)
             return
         if gap:
             self._store.gap(gap)

@@ -29,6 +29,7 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
 _LOOK_EVERY_S: Final = 10.0
 _RENEW_EVERY_S: Final = 1.0
+_SOURCE_AGAIN_S: Final = 30.0
 SILENT: Final = "the agent has not answered for too long"
 
 
@@ -219,7 +220,12 @@ class Fleet:
             self._found[source] = addresses
             self._adjust()
 
-        await source.follow(found)
+        while True:
+            try:
+                await source.follow(found)
+            except Exception:  # what is found elsewhere goes on
+                log.exception("a source of agents failed, and is asked again")
+            await asyncio.sleep(_SOURCE_AGAIN_S)
 
     def _adjust(self) -> None:
         """One follower for each address that any source has found."""

@@ -205,6 +205,6 @@ async def test_a_colony_sends_its_minutes_to_prometheus(tmp_path: Path) -> None:
             calls = 'coral_syscall_calls_total{syscall="getppid",service="shop",instance="east"}'
             await until(lambda: value_of(query(calls)) == 12_345, timeout_s=200)
             # Prometheus answers questions before the colony has read that it took the samples.
-            sent = "coral_colony_export_sent_total"
+            sent = "coral_colony_export_sent_samples_total"
             await until(lambda: colony.total(sent, signal="remote_write") > 0)
-            assert colony.total("coral_colony_export_lost_total") == 0
+            assert colony.total("coral_colony_export_lost_samples_total") == 0
