@@ -22,7 +22,7 @@ from coral.client.calls import Call, RepeatedCall
 from coral.client.connection import Connection, duration_of
 from coral.client.errors import AgentError, NotFoundError, UnavailableError, building_a_request
 from coral.client.pods import Pods
-from coral.client.results import Capabilities, Collectors, Kind, Started
+from coral.client.results import Capabilities, Collectors, Kind, Started, unix_ns
 from coral.client.stream import Stream
 from coral.client.terms import Terms, stream_request
 from coral.client.tls import Tls
@@ -151,7 +151,7 @@ class AgentClient(Connection):
             if duration_s is not None:
                 request.duration.CopyFrom(duration_of(duration_s, "duration_s"))
         answer = await self._call("RenewCollector", request, pb.RenewCollectorResponse)
-        return answer.expires_at.ToNanoseconds()
+        return unix_ns(answer, "expires_at") or 0
 
     async def stop(self, collector_id: str) -> None:
         """Ends a collector; returns when it is detached. Raises `NotFoundError`, which says how it

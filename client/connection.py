@@ -9,12 +9,12 @@ from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from coral.client.address import ENV_TOKEN, checked_address, checked_token, is_unix
 from coral.client.calls import Call
 from coral.client.channels import Channels
-from coral.client.errors import AgentError, building_a_request, error_of
+from coral.client.errors import AgentError, ContractError, building_a_request, error_of
 from coral.client.tls import REFUSED, Tls
 
 Answer = TypeVar("Answer", bound=Message)
@@ -74,16 +74,16 @@ class Connection:
         method_call: Any = channel.unary_unary(
             f"/{self._service}/{method}",
             request_serializer=type(request).SerializeToString,
-            response_deserializer=answer.FromString,
+            response_deserializer=None,
         )
         call = method_call(request, metadata=self._metadata, timeout=self.timeout_s)
         self._channels.hold(channel, call)
         try:
-            response: Answer = await call
+            wire: bytes = await call
         except grpc.aio.AioRpcError as error:
             details = await self._with_alert(error.details() or "")
             raise self._error(method, error.code(), details) from error
-        return response
+        return parsed(answer, wire)
 
     async def _with_alert(self, details: str) -> str:
         """DETAILS of a failed call, and why the server refused this client, where it did."""
@@ -94,6 +94,14 @@ class Connection:
 
     def _error(self, method: str, code: grpc.StatusCode, details: str) -> AgentError:
         return error_of(code, details, self.address, method, self.timeout_s, tls=self._tls)
+
+
+def parsed(message: type[Answer], wire: bytes) -> Answer:
+    """The MESSAGE that WIRE encodes. Raises `ContractError`."""
+    try:
+        return message.FromString(wire)
+    except DecodeError as error:
+        raise ContractError(f"what was sent is no {message.DESCRIPTOR.name}: {error}") from error
 
 
 def duration_of(seconds: float, name: str) -> Duration:

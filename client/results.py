@@ -15,6 +15,7 @@ from typing import Any, Final, Self, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from coral.client.errors import ContractError
 from coral.client.pods import PodSource
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name, kind_of
@@ -125,7 +126,7 @@ class Started:
             message.supported,
             message.error,
             tuple(message.notes),
-            _unix_ns(message, "expires_at"),
+            unix_ns(message, "expires_at"),
             message,
         )
 
@@ -185,12 +186,12 @@ class CollectorInfo:
             cls,
             message,
             kind=Kind(message.kind),
-            started_at_ns=_unix_ns(message, "started_at"),
-            expires_at_ns=_unix_ns(message, "expires_at"),
+            started_at_ns=unix_ns(message, "started_at"),
+            expires_at_ns=unix_ns(message, "expires_at"),
             config=dict(message.config),
             subscribers=tuple(map(SubscriberInfo.of, message.subscribers)),
             end=SessionEnd.of(message.end) if message.HasField("end") else None,
-            ended_at_ns=_unix_ns(message, "ended_at"),
+            ended_at_ns=unix_ns(message, "ended_at"),
             lost=by_stage(message.lost),
             message=message,
         )
@@ -338,6 +339,11 @@ def _alike(data: type[Data], message: Message, /, **converted: object) -> Data:
     return data(**values, **converted)
 
 
-def _unix_ns(message: Message, name: str) -> int | None:
+def unix_ns(message: Message, name: str) -> int | None:
+    """The Timestamp NAME of a message in Unix time; None where it has none. Raises `ContractError`
+    for one that is not between the years 1 and 9999."""
     timestamp: Timestamp = getattr(message, name)
-    return timestamp.ToNanoseconds() if message.HasField(name) else None
+    try:
+        return timestamp.ToNanoseconds() if message.HasField(name) else None
+    except ValueError as error:
+        raise ContractError(f"{name}: {error}") from error

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Self
 
 from coral.client.calls import RepeatedCall
+from coral.client.connection import parsed
 from coral.client.results import CollectorInfo
 from coral.mesh.v1 import ebpf_pb2 as pb
 
@@ -37,7 +38,8 @@ class Change:
 
 class Watch:
     """Iterate over it to get changes. It does not end by itself; it raises `UnavailableError` when
-    the agent stays away for too long. A read may be cancelled."""
+    the agent stays away for too long, `ContractError` for what is no change. A read may be
+    cancelled."""
 
     def __init__(self, calls: RepeatedCall) -> None:
         self._calls = calls
@@ -65,7 +67,7 @@ class Watch:
             if wire is None:  # the agent shuts down; another one may follow
                 self._calls.close()
                 continue
-            coming = _change(pb.CollectorChange.FromString(wire))
+            coming = _change(parsed(pb.CollectorChange, wire))
             if self._reported != self._calls.stood:
                 self._reported, self._held = self._calls.stood, coming
                 return Change(What.RECONNECTED)

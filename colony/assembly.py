@@ -91,6 +91,7 @@ async def _storing(stack: AsyncExitStack, config: Config) -> Parts:
     except (StoreError, OSError) as error:
         raise ConfigError(f"data: {config.data}: {error}") from error
     stack.push_async_callback(store.close)
+    running["store"] = store.run
     made: list[Families] = [lambda: families(store.figures)]
     obstacles: dict[str, Obstacle] = {"store": lambda: _why_idle(store)}
     if exporter:

@@ -34,6 +34,7 @@ from coral.wire.text import is_printable, safe
 
 KINDS: Final = tuple(kind_name(kind) for kind in pb.EbpfCollectorKind.values() if kind)
 _MOST_FILE_BYTES: Final = 256 << 10
+_LEAST_MEMORY_BYTES: Final = 32 << 20
 _INTERVAL: Final = "10s"
 _SERVICE: Final = re.compile(r"[a-z0-9.-]+/[a-z0-9.-]+")  # DNS labels
 
@@ -267,7 +268,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(read_regular(path, _MOST_FILE_BYTES).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if values is None:
         return {}
@@ -311,7 +312,7 @@ def _check_texts(value: object, path: str) -> None:
 
 def _problem(config: Config) -> str:
     """`PATH: what is wrong` with values of the right type; empty if nothing is."""
-    checks = (_of_addresses, _of_kubernetes, _of_tls, _of_collect)
+    checks = (_of_addresses, _of_kubernetes, _of_tls, _of_collect, _of_memory)
     problems = (problem for check in checks if (problem := check(config)))
     return (
         next(problems, "")
@@ -364,6 +365,15 @@ def _of_tls(config: Config) -> str:
     if bool(tls.certificate) != bool(tls.key):
         lacking = "key" if tls.certificate else "certificate"
         return f"agents.tls.{lacking}: give it too: a certificate and its key belong together"
+    return ""
+
+
+def _of_memory(config: Config) -> str:
+    sizes = {"storage.memory": config.storage.memory, "sql.memory": config.sql.memory}
+    for path, size_bytes in sizes.items():
+        if size_bytes < _LEAST_MEMORY_BYTES:
+            accepts = f"give at least {_LEAST_MEMORY_BYTES >> 20}MiB"
+            return f"{path}: {int(size_bytes)} is not accepted; {accepts}"
     return ""
 
 

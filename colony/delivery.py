@@ -14,6 +14,10 @@ AGENT_LOST: Final = "agent_lost"
 can know of it, so the contract's `Loss.Stage` does not have it."""
 
 
+class EndedError(Exception):
+    """Whoever keeps deliveries has ended, and takes no more."""
+
+
 class SequenceError(Exception):
     """A delivery does not follow on what is kept of its session: events would be counted twice, or
     never. Subscribe again after `expected_seq`."""

@@ -17,7 +17,7 @@ def published(publisher: Publisher) -> Iterator[Metric]:
     counts = publisher.counts
     for name, value, text in (
         ("messages", counts.published, "Messages that the bus has acknowledged."),
-        ("bytes", counts.bytes, "Their bytes, with headers."),
+        ("bytes", counts.bytes, "Bytes of messages that the bus has acknowledged, with headers."),
         ("repeated", counts.repeated, "Messages that the bus had already."),
         ("failures", counts.failures, "Tries that the bus did not acknowledge."),
         ("diverged", counts.diverged, "Sessions of which somebody else had published events."),
@@ -30,7 +30,9 @@ def published(publisher: Publisher) -> Iterator[Metric]:
         value=counts.waiting,
     )
     yield GaugeMetricFamily(
-        "coral_colony_bus_waiting_bytes", "Their bytes.", value=counts.waiting_bytes
+        "coral_colony_bus_waiting_bytes",
+        "Bytes of messages that the bus has not acknowledged yet.",
+        value=counts.waiting_bytes,
     )
 
 
@@ -39,7 +41,7 @@ def read(consumer: Consumer) -> Iterator[Metric]:
     counts = consumer.counts
     for name, value, text in (
         ("messages", counts.read, "Messages read from the bus."),
-        ("bytes", counts.bytes, "Bytes of batches in them."),
+        ("bytes", counts.bytes, "Bytes of batches in messages read from the bus."),
         ("repeated", counts.repeated, "Messages whose events were stored already."),
         ("failures", counts.failures, "How often reading began anew."),
     ):

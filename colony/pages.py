@@ -1,5 +1,6 @@
 """A small HTTP/1.1 server for pages that monitoring reads: GET and HEAD alone, one request a
-connection, few connections at a time, each with a deadline. It knows nothing of what it serves."""
+connection, few connections at a time, each with a deadline; the oldest gives way to a new one, so
+that clients which dawdle keep nobody out. It knows nothing of what it serves."""
 
 from __future__ import annotations
 
@@ -33,19 +34,23 @@ Pages = Mapping[str, Callable[[], Page]]
 @asynccontextmanager
 async def serving(host: str, port: int, pages: Pages) -> AsyncIterator[int]:
     """Serves PAGES for the duration of the block; the port. Raises OSError."""
-    open_: set[asyncio.Task[None]] = set()
+    open_: dict[asyncio.Task[None], None] = {}  # in the order in which they came
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        if task and len(open_) < _MOST_CONNECTIONS:
-            open_.add(task)
-            try:
-                with suppress(OSError, TimeoutError, h11.ProtocolError):
-                    async with asyncio.timeout(_DEADLINE_S):
-                        await _answer(reader, writer, pages)
-            finally:
-                open_.discard(task)
-        writer.close()
+        assert task  # noqa: S101  asyncio makes one for each connection
+        open_[task] = None
+        if len(open_) > _MOST_CONNECTIONS:
+            next(iter(open_)).cancel()
+        try:
+            with suppress(OSError, TimeoutError, h11.ProtocolError):
+                async with asyncio.timeout(_DEADLINE_S):
+                    await _answer(reader, writer, pages)
+                    writer.close()
+                    await writer.wait_closed()
+        finally:
+            open_.pop(task, None)
+            writer.transport.abort()
 
     server = await asyncio.start_server(connected, host, port, limit=_MOST_REQUEST_BYTES)
     try:

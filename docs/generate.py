@@ -11,16 +11,38 @@ Kinds come from the registry; this program names none.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
+
+from prometheus_client import Metric
 
 from coral.agent.config import Config
 from coral.agent.config_table import describe
 from coral.agent.serving import prometheus as metrics
 from coral.agent.sessions.supervisor import Supervisor
 from coral.collectors.registry import COLLECTORS
-from coral.colony.tables import LEVELS, STACKS, TABLES, Role, TableLayout, schema_of
+from coral.colony.agents import connecting
+from coral.colony.bus.consumer import Consumer
+from coral.colony.bus.publisher import Publisher
+from coral.colony.bus.settings import BusSettings
+from coral.colony.config import Agents
+from coral.colony.export.exporter import Exporter
+from coral.colony.export.settings import ExportSettings, Receiver
+from coral.colony.follow.fleet import Fleet
+from coral.colony.monitoring import Lag, following_families, lag_families
+from coral.colony.monitoring_bus import exported, published, read
+from coral.colony.store import Settings, Store
+from coral.colony.store.figures import families
+from coral.colony.tables import (
+    LEVELS,
+    STACKS,
+    TABLES,
+    ContractRows,
+    Role,
+    TableLayout,
+    schema_of,
+)
 from coral.colony.tables.layout import PLACE, ROW_COUNT
 from coral.wire.kinds import kind_name
 from coral.wire.series import IDLE_S
@@ -32,19 +54,12 @@ _CLIENT_PREFIXES: Final = ("process_", "python_")  # prometheus-client's own met
 
 def metrics_page() -> str:
     """Every metric of the live registry."""
-    rows = []
-    for family in metrics.Registry(Supervisor()).collect():
-        if family.name.startswith(_CLIENT_PREFIXES):
-            continue
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
-        rows.append((f"`{name}`", family.type, labels, family.documentation))
     return (
         _NOTE
         + "# Metrics\n\n"
         + "The agent serves them at `http://127.0.0.1:9464/metrics`; `--metrics ADDRESS` moves "
         + "them. Beside them\nare `/healthz` and `/readyz` ([health](health.md)).\n\n"
-        + _table(("metric", "type", "labels", "meaning"), sorted(rows))
+        + _families(metrics.Registry(Supervisor()).collect())
         + "\n`service` is the name in the request that started the collector, or else what it "
         + "watches: a command's or\ncgroup's name, or `host`. No label is ever a process id.\n"
         + "Metrics of pods also have `namespace`, `workload` and `container`, where all that the "
@@ -76,7 +91,37 @@ def metrics_page() -> str:
         + "and only while a collector works;\n`coral_agent_program_run_seconds_total` and "
         + "`coral_agent_program_runs_total` are scaled up\nfrom these samples.\n\n"
         + "There are also prometheus-client's own `process_*` and `python_*`.\n"
+        + "\n## Metrics of a colony\n\n"
+        + "`coral colony` serves them at its own `--metrics ADDRESS` ([the colony](colony.md)); "
+        + "`coral_colony_bus_*` only with\n`bus.mode`, `coral_colony_export_*` only with "
+        + "`export`.\n\n"
+        + _families(_of_a_colony())
     )
+
+
+def _of_a_colony() -> Iterator[Metric]:
+    """What each part of a colony has to say; none of the parts is at work."""
+    store = Store(Path(), Settings(), ContractRows())
+    bus = BusSettings((), "", "")
+    receiver = Receiver("http://127.0.0.1")
+    yield from following_families(Fleet(store, (), connecting(Agents())))
+    yield from families(store.figures)
+    yield from lag_families(Lag())
+    yield from published(Publisher(bus))
+    yield from read(Consumer(bus, store))
+    yield from exported(Exporter(ExportSettings("", otlp=receiver, remote_write=receiver)))
+
+
+def _families(of: Iterable[Metric]) -> str:
+    """A table of them, but for those of prometheus-client."""
+    rows = []
+    for family in of:
+        if family.name.startswith(_CLIENT_PREFIXES):
+            continue
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
+        rows.append((f"`{name}`", family.type, labels, family.documentation))
+    return _table(("metric", "type", "labels", "meaning"), sorted(rows))
 
 
 def configuration_page() -> str:
@@ -141,7 +186,11 @@ def tables_page() -> str:
         + f"hour in {suffixes}.\n\n"
         + "All tables begin with `time_ns` and the columns of the place: "
         + ", ".join(f"`{name}`" for name in PLACE)
-        + ".\nA place that is not known is `''`; a workload is written `deployment/web`.\n\n"
+        + ".\nA place that is not known is `''`; a workload is written `deployment/web`.\n"
+        + "A row that adds up what is beyond `top` of several pods has "
+        + "the places that\nall pods have in common which its session watches and which run at the "
+        + "end of the interval: where only\none is left by then, such a row is named after that "
+        + "one, and also counts what pods did that have ended since.\n\n"
         + "* `time_ns` is Unix time: of a summary the end of its interval, of a single event its "
         + "own time, of a rollup\n  the start of its minute or hour. `interval_ns` is how long "
         + "that was.\n"

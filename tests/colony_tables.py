@@ -40,6 +40,8 @@ class PlainSources:
         self._watermarks = watermarks
         self.committed_ns = now
 
+    missing = ()
+
     @property
     def tables(self) -> Sequence[str]:
         found = self._con.execute("SELECT table_name FROM duckdb_tables()").fetchall()

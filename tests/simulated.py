@@ -23,6 +23,7 @@ import grpc
 
 from coral.client import AgentClient
 from coral.mesh.v1 import ebpf_pb2 as pb
+from coral.wire.encoding import fields
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["EbpfService"]
 _REPLAYED: Final = 40
@@ -55,21 +56,27 @@ async def record(client: AgentClient, collector_id: str, rows: int, path: Path) 
 
 @dataclass(frozen=True)
 class Template:
-    """A batch that was recorded; `body` is all of it that is the same whoever tells it."""
+    """A batch that was recorded. `columns` are its rows, with which an agent begins a batch; `rest`
+    is what else is the same whoever tells it."""
 
     kind: pb.EbpfCollectorKind
     rows: int
-    body: bytes
+    columns: bytes
+    rest: bytes
 
     @classmethod
     def read(cls, path: Path) -> Template:
         """That of one file."""
-        message = pb.EbpfEventBatch.FromString(path.read_bytes())
+        wire = path.read_bytes()
+        there_are = fields(wire)
+        next(there_are)
+        _, end, _ = next(there_are)
+        message = pb.EbpfEventBatch.FromString(wire[end:])
         rows, kind = message.count, message.kind
         own = ("collector_id", "agent_id", "first_seq", "last_seq", "produced", "account")
         for name in (*own, "interval_start_ns", "interval_end_ns"):
             message.ClearField(name)
-        return cls(kind, rows, message.SerializeToString())
+        return cls(kind, rows, wire[:end], message.SerializeToString())
 
 
 @dataclass
@@ -123,7 +130,7 @@ class Session:
             own.account.lost.add(stage=pb.Loss.STAGE_REPLAY_EVICTED, count=evicted)
         template = self.templates[(self.first + number) % len(self.templates)]
         # One message after the other is the wire form of both in one.
-        return own.SerializeToString() + template.body
+        return template.columns + own.SerializeToString() + template.rest
 
     async def stream(self, after_seq: int) -> AsyncIterator[bytes]:
         """What a stream that resumes there is sent."""
@@ -179,8 +186,10 @@ class Simulated:
         await asyncio.Event().wait()
 
     async def stream(
-        self, request: pb.EbpfEventStreamRequest, _context: Context
+        self, request: pb.EbpfEventStreamRequest, context: Context
     ) -> AsyncIterator[bytes]:
+        # As a real agent: whoever has the headers knows that the stream stands.
+        await context.send_initial_metadata(())
         async for wire in self._sessions[request.collector_id].stream(request.after_seq):
             yield wire
 

@@ -10,13 +10,17 @@ from typing import Any, Final
 
 import duckdb
 
+from coral.colony.answers.named import summed
 from coral.colony.answers.query import literal
 from coral.colony.answers.repeats import Watch, overlapping, repeats
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import Plan, Window
+from coral.colony.tables import base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
 
 LOSSES: Final = "losses"
+SEGMENT_LOST: Final = "segment_lost"
+"""The stage of rows whose file was deleted or overwritten by somebody else."""
 _MOST_LOST: Final = 1000
 _MOST_GAPS: Final = 1000
 _MOST_NOTES: Final = 10
@@ -59,6 +63,7 @@ def covered(
         set_time(added, "to", piece.window.to_ns)
     window = Window(from_ns, to_ns)
     coverage.lost.extend(_lost(cursor, sources, window, scope))
+    coverage.lost.extend(_missing(sources))
     coverage.gaps.extend(_gaps(cursor, window, scope))
     notes = [*(note for plan in plans for note in plan.notes), *_twice(watches)]
     coverage.notes.extend(list(dict.fromkeys(notes))[:_MOST_NOTES])
@@ -84,7 +89,8 @@ def _lost(
     # A loss is known when the next batch comes: that may be after the window.
     rows = sources.rows(LOSSES, window.from_ns, window.to_ns + _LATE_NS)
     sql = f"""
-        SELECT stage, kind, service, agent, sum("count")::BIGINT, min(time_from_ns), max(time_to_ns)
+        SELECT stage, kind, service, agent, {summed('sum("count")')}, min(time_from_ns),
+            max(time_to_ns)
         FROM ({rows})
         WHERE time_to_ns >= {window.from_ns} AND time_from_ns < {window.to_ns} AND {where}
         GROUP BY ALL ORDER BY 5 DESC, 1, 2, 3, 4 LIMIT {_MOST_LOST}"""
@@ -92,6 +98,15 @@ def _lost(
         lost = pb.Lost(stage=stage, kind=kind, service=service, agent=agent, count=count)
         set_time(lost, "from", from_ns)
         set_time(lost, "to", to_ns)
+        yield lost
+
+
+def _missing(sources: Sources) -> Iterator[pb.Lost]:
+    """The rows that the answer should have been made of, and that are not there any more."""
+    for it in sources.missing:
+        lost = pb.Lost(stage=SEGMENT_LOST, kind=base_of(it.table)[0], count=it.rows)
+        set_time(lost, "from", it.from_ns)
+        set_time(lost, "to", it.to_ns)
         yield lost
 
 

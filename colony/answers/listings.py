@@ -10,6 +10,7 @@ import duckdb
 import pyarrow as pa
 
 from coral.colony.answers.coverage import Scope, covered
+from coral.colony.answers.named import summed
 from coral.colony.answers.query import like
 from coral.colony.answers.refusals import RefusedError, unknown
 from coral.colony.answers.sources import Sources
@@ -58,18 +59,19 @@ AGENTS: Final = Listing(
     name="agents",
     about="Agents: which can be reached, since when, and what runs on them.",
     columns=("agent", "address", "version", "connected"),
-    sql="""
+    sql=f"""
         WITH work AS (
             SELECT agent, count(*) FILTER (ended IS NULL) AS sessions,
-                sum(stored)::BIGINT AS stored, sum(lost)::BIGINT AS lost,
+                {summed("sum(stored)")} AS stored, {summed("sum(lost)")} AS lost,
                 max(updated_ns) AS updated_ns
             FROM ledger GROUP BY agent
         ), away AS (
             SELECT agent, count(*) AS gaps,
-                sum(least(coalesce(nullif(time_to_ns, 0), {to_ns}), {to_ns})
-                    - greatest(time_from_ns, {from_ns}))::BIGINT AS away_ns
+                sum(least(coalesce(nullif(time_to_ns, 0), {{to_ns}}), {{to_ns}})
+                    - greatest(time_from_ns, {{from_ns}}))::BIGINT AS away_ns
             FROM gaps
-            WHERE time_from_ns < {to_ns} AND coalesce(nullif(time_to_ns, 0), {to_ns}) > {from_ns}
+            WHERE time_from_ns < {{to_ns}}
+                AND coalesce(nullif(time_to_ns, 0), {{to_ns}}) > {{from_ns}}
             GROUP BY agent
         )
         SELECT agent, address, version, kernel, connected, detail, first_seen_ns,

@@ -11,6 +11,7 @@ from typing import Final
 
 PLACE: Final = ("service", "namespace", "workload", "pod", "container", "agent", "session")
 """Where rows are from: columns that all tables have."""
+_MOST_SUM: Final = 1 << 60  # several of them still fit into BIGINT
 TIME: Final = "time"
 """When, in parts of the window: what a query of groups has beside its columns."""
 
@@ -41,10 +42,16 @@ class Value:
     of: Sequence[str]
 
 
+def summed(sums: str) -> str:
+    """SUMS, sums in SQL, as BIGINT, with 0 for none. No sum is greater than `_MOST_SUM`: agents
+    decide what is added up, and no row of theirs may make every answer fail."""
+    return f"least(coalesce({sums}, 0), {_MOST_SUM})::BIGINT"
+
+
 def total(name: str, of: str = "") -> Value:
     """The sum of a column, of the same name by default."""
     of = of or name
-    return Value(name, f"coalesce(sum({of}), 0)::BIGINT", (of,))
+    return Value(name, summed(f"sum({of})"), (of,))
 
 
 def greatest(name: str, of: str = "") -> Value:
@@ -109,17 +116,17 @@ HTTP: Final = Named(
         total("errors"),
         Value(
             "status_4xx",
-            'coalesce(sum("count") FILTER (status BETWEEN 400 AND 499), 0)::BIGINT',
+            summed('sum("count") FILTER (status BETWEEN 400 AND 499)'),
             ("count", "status"),
         ),
         Value(
             "status_5xx",
-            'coalesce(sum("count") FILTER (status >= 500), 0)::BIGINT',
+            summed('sum("count") FILTER (status >= 500)'),
             ("count", "status"),
         ),
         Value(
             "no_response",
-            'coalesce(sum("count") FILTER (status = 0), 0)::BIGINT',
+            summed('sum("count") FILTER (status = 0)'),
             ("count", "status"),
         ),
         total("request_body_bytes"),
@@ -178,7 +185,10 @@ TCP: Final = Named(
                 "established": "connections_established",
                 "closed": "connections_closed",
                 "failed": "connections_failed",
-                "resets": "coalesce(ends_reset_local, 0) + coalesce(ends_reset_remote, 0)",
+                "resets": " + ".join(
+                    f"least(coalesce({end}, 0), {_MOST_SUM})"
+                    for end in ("ends_reset_local", "ends_reset_remote")
+                ),
                 "refused": "ends_refused",
                 "timeouts": "ends_timeout",
             },
@@ -213,7 +223,9 @@ PROFILE: Final = Named(
     columns=(*PLACE, "process", "comm", "tgid"),
     by=("service",),
     always_by=("process", "end", "unwinding", "in_kernel", "stack_id"),
-    values=(total("count"), total("cpu_ns"), total("cycles")),
+    values=tuple(
+        map(total, ("count", "cpu_ns", "cycles", "samples_lost", "samples_truncated")),
+    ),
     order="count",
     raw_only=("comm", "tgid"),
     counted=("count", ""),

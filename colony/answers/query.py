@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from coral.colony.answers.named import TIME, Named, Source, Times, Value
+from coral.colony.answers.named import TIME, Named, Source, Times, Value, summed
 from coral.colony.answers.refusals import RefusedError, unknown
 from coral.colony.answers.repeats import Repeat
 from coral.colony.answers.sources import Sources
@@ -168,7 +168,7 @@ def _slots(times: Times, tables: Iterable[Source], sources: Sources) -> Slots:
 def _slot_sums(slots: Mapping[str, Slots]) -> Iterator[Value]:
     for found in slots.values():
         for column in found.columns:
-            yield Value(column, f"coalesce(sum({quoted(column)}), 0)::BIGINT", (column,))
+            yield Value(column, summed(f"sum({quoted(column)})"), (column,))
 
 
 @dataclass(frozen=True)

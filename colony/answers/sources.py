@@ -11,6 +11,26 @@ import duckdb
 T = TypeVar("T")
 
 
+class Missing(Protocol):
+    """Rows that were stored, and that somebody else has deleted or overwritten."""
+
+    @property
+    def table(self) -> str:
+        """Whose."""
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+
+    @property
+    def from_ns(self) -> int:
+        """The time of the first."""
+
+    @property
+    def to_ns(self) -> int:
+        """The time of the last."""
+
+
 class Sources(Protocol):
     """The tables as one snapshot has them: hot rows and sealed segments as one."""
 
@@ -36,6 +56,10 @@ class Sources(Protocol):
     @property
     def tables(self) -> Sequence[str]:
         """The names of all tables that have rows, and of the store's own."""
+
+    @property
+    def missing(self) -> Sequence[Missing]:
+        """What was asked for so far and is not there any more."""
 
     committed_ns: int
     """When the snapshot was committed."""

@@ -140,6 +140,12 @@ class Consumer:
     ) -> None:
         try:
             messages = await reading.fetch(self.settings.fetch, timeout=_FETCH_S)
+        except asyncio.CancelledError as error:
+            # nats-py cancels readers when it gives up a connection.
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            raise OutOfOrderError("the connection was given up") from error
         except NatsTimeoutError:
             await self._connection.up()
             await reading.consumer_info()  # raises where the server does not have it any more
@@ -174,7 +180,7 @@ class Consumer:
             told = envelope.told_of(message.headers)
             gap, seen = envelope.gap_of(message.headers), envelope.seen_of(message.headers)
         except msgspec.MsgspecError as error:
-            log.error("a message is not of this kind", subject=message.subject, reason=str(error))
+            self._connection.tell("a message that is no delivery is left out", error)
             return
         if gap:
             self._store.gap(gap)

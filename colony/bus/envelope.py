@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -33,35 +33,53 @@ GAP: Final = "Coral-Gap"
 SEEN: Final = "Coral-Agent"
 
 
+# Anybody may publish: what is read keeps within what databases hold, and memory.
+_MOST: Final = 1 << 62
+Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+TimeNs = Annotated[int, msgspec.Meta(ge=-_MOST, le=_MOST)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Texts = Annotated[Mapping[Text, Text], msgspec.Meta(max_length=256)]
+Counts = Annotated[Mapping[Name, Count], msgspec.Meta(max_length=256)]
+
+
 class ToldEnd(msgspec.Struct, frozen=True):
     """See `Ended`."""
 
-    reason: str
-    detail: str
-    at_ns: int
+    reason: Text
+    detail: Text
+    at_ns: TimeNs
 
 
 class Told(msgspec.Struct, frozen=True, omit_defaults=True):
     """A delivery without its batch, and the session's account up to it: `all_stored` and
     `all_lost` count from the session's first event, this delivery included."""
 
-    agent: str
-    session: str
-    kind: int
-    after_seq: int
-    last_seq: int
-    produced: int
-    time_ns: int
-    service: str = ""
-    started_ns: int = 0
-    rows: int = 0
-    config: Mapping[str, str] = {}
-    attributes: Mapping[str, str] = {}
-    lost: Mapping[str, int] = {}
-    lost_in_kernel: Mapping[str, int] = {}
+    agent: Name
+    session: Name
+    kind: TimeNs
+    after_seq: Count
+    last_seq: Count
+    produced: Count
+    time_ns: TimeNs
+    service: Text = ""
+    started_ns: TimeNs = 0
+    rows: Count = 0
+    config: Texts = {}
+    attributes: Texts = {}
+    lost: Counts = {}
+    lost_in_kernel: Counts = {}
     ended: ToldEnd | None = None
-    all_stored: int = 0
-    all_lost: Mapping[str, int] = {}
+    all_stored: Count = 0
+    all_lost: Counts = {}
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where events are missing, which decoders report as their own error."""
+        if self.last_seq - self.after_seq != self.rows + sum(self.lost.values()):
+            raise ValueError(
+                f"events {self.after_seq + 1} to {self.last_seq} are not {self.rows} rows and "
+                f"{dict(self.lost)} lost"
+            )
 
     @property
     def key(self) -> tuple[str, str]:
@@ -193,13 +211,25 @@ def told_of(headers: Mapping[str, str] | None) -> Told | None:
 def gap_of(headers: Mapping[str, str] | None) -> Gap | None:
     """The same of a gap."""
     value = (headers or {}).get(GAP)
-    return _gap.decode(value) if value else None
+    gap = _gap.decode(value) if value else None
+    if gap:
+        _check(gap.agent_id, gap.from_ns, gap.to_ns)
+    return gap
 
 
 def seen_of(headers: Mapping[str, str] | None) -> AgentSeen | None:
     """The same of an agent."""
     value = (headers or {}).get(SEEN)
-    return _seen.decode(value) if value else None
+    seen = _seen.decode(value) if value else None
+    if seen:
+        _check(seen.agent_id, seen.seen_ns)
+    return seen
+
+
+def _check(agent_id: str, *times_ns: int) -> None:
+    msgspec.convert(agent_id, Name)
+    for time_ns in times_ns:
+        msgspec.convert(time_ns, TimeNs)
 
 
 _encoder: Final = msgspec.json.Encoder()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import msgspec
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RawStreamMsg
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from coral.colony.bus import envelope, subjects
@@ -195,7 +195,7 @@ class Publisher:
             if not isinstance(message, Numbered) or not is_wrong_sequence(error):
                 raise
             last = await self._connection.last_of(message.subject)
-            found = envelope.told_of(last.headers) if last else None
+            found = _told_of(last)
             return not self._outbox.refused(message, found, (last.seq or 0) if last else 0)
         if ack.duplicate:
             self._repeated += 1
@@ -250,3 +250,10 @@ class Publisher:
                 with suppress(NotFoundError):
                     await stream.delete_consumer(self.settings.stream, name)
         return found
+
+
+def _told_of(message: RawStreamMsg | None) -> Told | None:
+    """What the last message of a session says; None where there is none, or somebody else's."""
+    with suppress(msgspec.MsgspecError):
+        return envelope.told_of(message.headers) if message else None
+    return None

@@ -74,6 +74,8 @@ class Agents:
             yield agent
         finally:
             agent.followed = False
+            if not len(agent.books):  # an address can say that it is another agent each time
+                del self._known[agent_id]
 
     def silent(self, since_ns: int) -> list[Agent]:
         """Those with open books that nobody follows, and that have said nothing since then."""

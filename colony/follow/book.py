@@ -10,6 +10,7 @@ from typing import Final
 
 from coral.client import Account, Batch, CollectorInfo, ContractError
 from coral.colony.delivery import AGENT_LOST, Delivery, Ended, Session, Standing
+from coral.colony.follow.claims import by_named_stage, few, heard, short, started
 
 _MOST: Final = (1 << 62) - 1
 """No session has so many events, and databases have no larger numbers."""
@@ -23,10 +24,10 @@ def session_of(agent_id: str, info: CollectorInfo) -> Session:
         agent_id=agent_id,
         collector_id=info.collector_id,
         kind=info.kind,
-        service=info.service_name,
-        started_ns=info.started_at_ns or 0,
-        config=info.config,
-        attributes=dict(info.message.attributes),
+        service=short(info.service_name),
+        started_ns=started(info.started_at_ns),
+        config=few(info.config),
+        attributes=few(info.message.attributes),
     )
 
 
@@ -70,7 +71,7 @@ class Book:
         self._stream = account
         end = batch.end
         if end:
-            self.ended = Ended(str(end.reason), end.detail, now_ns)
+            self.ended = Ended(str(end.reason), short(end.detail), now_ns)
         self._learn(batch, account)
         after_seq, self.last_seq = self.last_seq, account.last_seq
         self.heard_ns = now_ns
@@ -84,9 +85,9 @@ class Book:
             after_seq=after_seq,
             last_seq=self.last_seq,
             produced=self._produced,
-            time_ns=batch.message.interval_end_ns or now_ns,
+            time_ns=heard(batch.message.interval_end_ns, now_ns),
             size_bytes=size_bytes,
-            lost={stage: count for stage, count in lost.items() if count},
+            lost=by_named_stage(+lost),
             lost_in_kernel=self._lost_in_kernel,
             ended=self.ended,
         )
@@ -96,7 +97,7 @@ class Book:
         agent had numbered, as far as is known, are lost with it."""
         after_seq, self.last_seq = self.last_seq, max(self._produced, self.last_seq)
         self._produced = self.last_seq
-        self.ended = Ended(AGENT_LOST, why, now_ns)
+        self.ended = Ended(AGENT_LOST, short(why), now_ns)
         lost = self.last_seq - after_seq
         return Delivery(
             session=self.session,
@@ -113,11 +114,11 @@ class Book:
 
     def _learn(self, batch: Batch, account: Account) -> None:
         self._produced = max(self._produced, account.produced)
-        if account.lost_in_kernel != self._lost_in_kernel:
-            more = Counter(self._lost_in_kernel) | Counter(account.lost_in_kernel)
-            self._lost_in_kernel = dict(more)
+        lost_in_kernel = by_named_stage(account.lost_in_kernel)
+        if lost_in_kernel != self._lost_in_kernel:
+            self._lost_in_kernel = dict(Counter(self._lost_in_kernel) | Counter(lost_in_kernel))
         if batch.message.attributes and batch.message.attributes != self.session.attributes:
-            self.session = replace(self.session, attributes=batch.attributes)
+            self.session = replace(self.session, attributes=few(batch.message.attributes))
 
 
 def _check(account: Account, lost: Counter[str]) -> None:

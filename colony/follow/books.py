@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from coral.client import CollectorInfo
 from coral.colony.delivery import Standing
 from coral.colony.follow.book import Book, session_of
+
+_MOST_ENDED: Final = 1024
 
 Recall = Callable[[str, str], Standing | None]
 
@@ -53,3 +56,5 @@ class Books:
         """BOOK has ended."""
         self._open.pop(book.session.collector_id, None)
         self._ended[book.session.collector_id] = book
+        if len(self._ended) > _MOST_ENDED:  # what is forgotten here the store knows
+            del self._ended[next(iter(self._ended))]

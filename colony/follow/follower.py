@@ -9,6 +9,7 @@ import time
 from contextlib import AsyncExitStack, suppress
 from typing import Final
 
+import grpc
 import structlog
 
 from coral.client import (
@@ -16,17 +17,18 @@ from coral.client import (
     AgentError,
     CollectorInfo,
     ContractError,
+    DeadlineExceededError,
     Retry,
     Watch,
     What,
 )
 from coral.client.backoff import Backoff
-from coral.colony.delivery import AgentSeen
+from coral.colony.delivery import AgentSeen, EndedError
 from coral.colony.follow.agents import Agent, FollowedTwiceError
+from coral.colony.follow.claims import checked_id, short
 from coral.colony.follow.status import Shared, State, Status
 from coral.colony.follow.visit import TRANSIENT, Visit
 from coral.colony.follow.wanted import Renew, Start, Upkeep
-from coral.wire.text import is_printable
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -37,7 +39,8 @@ _RETRY: Final = Retry(patience_s=float("inf"), first_delay_s=0.2, max_delay_s=10
 _REFUSED_S: Final = 60.0
 """After an agent refused the colony, which an operator has to mend, rather than did not answer."""
 _LOOK_S: Final = 60.0
-_MOST_ID: Final = 256
+_MOST_PRESENT: Final = 10_000
+"""Collectors at work on an agent; many times what its limits allow."""
 
 
 class Follower:
@@ -71,10 +74,21 @@ class Follower:
             return self._fails(error)
         except ExceptionGroup as group:
             failed, others = group.split(AgentError)
-            if others or not failed:
+            if failed and not others:
+                return self._fails(_first(failed))
+            if group.subgroup(EndedError):
                 raise
-            return self._fails(_first(failed))
+            return self._breaks(others)
+        except EndedError:
+            raise
+        except Exception as error:  # noqa: BLE001  an agent may send anything
+            return self._breaks(error)
         return 0.0
+
+    def _breaks(self, error: BaseException | None) -> float:
+        """What nobody thought of: it costs this agent, and no other."""
+        log.error("following an agent failed", address=self.status.address, exc_info=error)
+        return self._is_refused(f"the colony failed at it: {type(error).__name__}; see its log")
 
     def _fails(self, error: AgentError) -> float:
         cause = error.__cause__ if isinstance(error.__cause__, AgentError) else error
@@ -106,11 +120,11 @@ class Follower:
             told, listed = await asyncio.gather(
                 client.capabilities(), client.collectors(include_ended=True)
             )
-            self.status.agent_id = _checked_id(told.agent_id)
+            self.status.agent_id = checked_id(told.agent_id, "its id")
             agent = stack.enter_context(shared.agents.followed(told.agent_id, address))
-            agent.version, agent.kernel = told.agent_version, told.kernel_version
+            agent.version, agent.kernel = short(told.agent_version), short(told.kernel_version)
             watch = await stack.enter_async_context(client.watch())
-            present = await _present(watch)
+            present = await _present(watch, client.timeout_s)
             self.upkeep.begin(present, time.monotonic())
             stack.callback(self._leaves)
             async with asyncio.TaskGroup() as group:
@@ -200,22 +214,25 @@ class Follower:
             )  # fmt: skip
 
 
-async def _present(watch: Watch) -> list[CollectorInfo]:
-    """The collectors at work when the watch began."""
-    found = []
-    async for change in watch:
-        if change.what is What.SYNCED:
-            break
-        if change.collector:
-            found.append(change.collector)
+async def _present(watch: Watch, timeout_s: float) -> list[CollectorInfo]:
+    """The collectors at work when the watch began. Raises `DeadlineExceededError` for an agent that
+    has not told them all after TIMEOUT_S, because others wait for its place in the gate."""
+    found: list[CollectorInfo] = []
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for change in watch:
+                if change.what is What.SYNCED:
+                    break
+                if change.collector:
+                    found.append(change.collector)
+                if len(found) > _MOST_PRESENT:
+                    raise ContractError(f"more than {_MOST_PRESENT:,} collectors at work")
+    except TimeoutError as error:
+        raise DeadlineExceededError(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            f"the agent did not tell its collectors within {timeout_s:g} s",
+        ) from error
     return found
-
-
-def _checked_id(agent_id: str) -> str:
-    """AGENT_ID. Raises `ContractError` for what is no id."""
-    if not agent_id or len(agent_id) > _MOST_ID or not is_printable(agent_id):
-        raise ContractError(f"the agent says that its id is {agent_id[:_MOST_ID]!r}")
-    return agent_id
 
 
 def _how_it_ended(info: CollectorInfo) -> str:

@@ -13,6 +13,7 @@ import structlog
 from coral.client import AgentClient
 from coral.colony.delivery import AGENT_LOST, Delivery
 from coral.colony.follow.agents import Agents
+from coral.colony.follow.claims import OTHER
 from coral.colony.follow.counts import Counts
 from coral.colony.follow.gate import Gate
 from coral.colony.follow.sink import Sink
@@ -61,6 +62,8 @@ class Shared:
     def put(self, delivery: Delivery) -> None:
         """Hands DELIVERY on, and counts it."""
         counts, kind = self.counts, delivery.session.kind.name
+        if not kind.isidentifier():  # a number, of which there can be any
+            kind = OTHER
         counts.deliveries[kind] += 1
         counts.rows[kind] += delivery.rows
         counts.bytes[kind] += delivery.size_bytes

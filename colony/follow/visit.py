@@ -13,6 +13,7 @@ from coral.client import (
     AgentClient,
     AgentError,
     CollectorInfo,
+    ContractError,
     DeadlineExceededError,
     NotFoundError,
     OutOfRangeError,
@@ -24,6 +25,7 @@ from coral.client.backoff import Backoff
 from coral.colony.delivery import Gap, SequenceError
 from coral.colony.follow.agents import RESTARTED, Agent, given_up
 from coral.colony.follow.book import Book
+from coral.colony.follow.claims import checked_id
 from coral.colony.follow.status import Shared, Status
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
@@ -35,6 +37,7 @@ _RETRY: Final = Retry(patience_s=float("inf"), first_delay_s=0.5, max_delay_s=30
 _LAST_WORDS_S: Final = 5.0
 _MOST_SESSIONS: Final = 256
 """Of one agent; many times what its limits allow by default."""
+_MOST_TOLD: Final = 10
 
 
 class Visit:
@@ -55,6 +58,7 @@ class Visit:
         self._group = group
         self._reading: dict[str, asyncio.Task[None]] = {}
         self._over = asyncio.Event()
+        self._told: set[str] = set()
 
     async def begin(self, infos: Sequence[CollectorInfo]) -> None:
         """Follows all sessions that the agent reports, and gives up those that it has lost. Returns
@@ -75,10 +79,12 @@ class Visit:
         if info.collector_id in self._reading:
             return None
         if len(self._reading) >= _MOST_SESSIONS:
-            log.warning(
-                "an agent has more sessions than are followed", agent=self._agent.agent_id,
-                most=_MOST_SESSIONS, collector=info.collector_id,
-            )  # fmt: skip
+            self._tell_once("it has more sessions than the colony follows of one agent")
+            return None
+        try:
+            checked_id(info.collector_id, "a session's id")
+        except ContractError as error:
+            self._tell_once(str(error))
             return None
         book = self._agent.books.open(info)
         if book is None:
@@ -87,6 +93,12 @@ class Visit:
         self._reading[info.collector_id] = self._group.create_task(self._read(book, opened))
         self._status.sessions = len(self._reading)
         return opened
+
+    def _tell_once(self, why: str) -> None:
+        """An agent decides how many sessions it reports, and how often."""
+        if why not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(why)
+            log.warning("a session is not followed", agent=self._agent.agent_id, reason=why)
 
     async def end(self) -> None:
         """The connection is over. Sessions that the agent has ended in order still have their last

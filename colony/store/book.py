@@ -267,11 +267,10 @@ def table_of(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
 def entries_of(lines: pa.Table) -> Iterator[Entry]:
     """What lines of the table `ledger` say."""
     for line in lines.to_pylist():
-        kind = line["kind"]
         session = Session(
             line["agent"],
             line["session"],
-            Kind(int(kind)) if kind.isdigit() else Kind.of(kind),
+            _kind(line["kind"]),
             line["service"],
             line["started_ns"],
             json.loads(line["config"]),
@@ -290,6 +289,15 @@ def entries_of(lines: pa.Table) -> Iterator[Entry]:
             Ended(ended, line["ended_detail"], line["ended_ns"]) if ended else None,
             line["rows_of"],
         )
+
+
+def _kind(text: str) -> Kind:
+    """The kind of that name or number. A database may have been another version's, with kinds that
+    this one does not have."""
+    try:
+        return Kind(int(text)) if text.lstrip("-").isdecimal() else Kind.of(text)
+    except ValueError:
+        return Kind(0)
 
 
 def _json(mapping: Mapping[str, object]) -> str:

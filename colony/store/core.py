@@ -19,7 +19,7 @@ import pyarrow as pa
 from coral.colony.store.book import Book, entries_of, ledger_lines
 from coral.colony.store.catalog import Catalog, Generation, Segment
 from coral.colony.store.closing import Found, closing_of, found_in
-from coral.colony.store.database import Database, is_fatal
+from coral.colony.store.database import Database, is_damaged, is_fatal
 from coral.colony.store.errors import StoreError
 from coral.colony.store.making import UNTIL_NS, Commit, Making, Waiting
 from coral.colony.store.rows import Rows, WithLosses
@@ -92,6 +92,17 @@ class Core:
     def open(self) -> None:
         """Opens the directory, as it was left. Raises `StoreError`."""
         self.database.open(may_move_aside=True)
+        try:
+            self._load()
+        except duckdb.Error as error:
+            self.database.close()
+            if not is_damaged(error):
+                raise StoreError(f"{self.database.path}: {error}") from error
+            self.database.condemn(error)
+            self.database.open(may_move_aside=True)
+            self._load()
+
+    def _load(self) -> None:
         self._load_catalog()
         delete_orphans(self.directory, self.catalog.segments)
         lines = self.database.writer.sql("SELECT * FROM ledger").to_arrow_table()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from coral.colony.delivery import EndedError
+
 
 class StoreError(Exception):
     """The store cannot do it; the text is for the user."""
@@ -9,6 +11,10 @@ class StoreError(Exception):
 
 class StoreInUseError(StoreError):
     """Another process has the directory open."""
+
+
+class StoreEndedError(StoreError, EndedError):
+    """The writing thread has ended: nothing is stored any more."""
 
 
 class StoreUnavailableError(StoreError):

@@ -80,6 +80,8 @@ class Figures:
     readers: int = 0
     committed_ns: int = 0
     moved_aside: str = ""
+    missing: set[str] = field(default_factory=set)
+    """Segments that questions asked for, and whose files are not there any more."""
 
 
 def families(figures: Figures) -> Iterator[Metric]:
@@ -113,6 +115,7 @@ def families(figures: Figures) -> Iterator[Metric]:
         ("hot_rows", figures.hot_rows, "Rows that are not sealed yet."),
         ("readers", figures.readers, "Questions being answered."),
         ("moved_aside", bool(figures.moved_aside), "Whether a hot file could not be read."),
+        ("missing_segments", len(figures.missing), "Segments whose files are gone or damaged."),
     ):
         yield GaugeMetricFamily(f"{name}_{what}", text, value=float(value))
     yield GaugeMetricFamily(

@@ -4,19 +4,23 @@ except to open the database again: then they are interrupted."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 import duckdb
+import structlog
 
+from coral.colony.store.catalog import Segment
 from coral.colony.store.database import Database
 from coral.colony.store.errors import StoreUnavailableError
 from coral.colony.store.figures import Figures
 from coral.colony.store.rows import Rows
 from coral.colony.store.sources import Sources
+
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
 T = TypeVar("T")
 Work = Callable[[duckdb.DuckDBPyConnection, Sources], T]
@@ -44,7 +48,7 @@ class Readers:
             await self._places.acquire()
             future = asyncio.get_running_loop().run_in_executor(self._threads, reading.run)
             self._figures.readers += 1
-            future.add_done_callback(self._ended)
+            future.add_done_callback(lambda it: self._ended(it, reading.missing))
             try:
                 return await asyncio.shield(future)
             except asyncio.CancelledError:
@@ -58,8 +62,14 @@ class Readers:
         """Takes no more; the database interrupts those at work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ended(self, future: asyncio.Future[T]) -> None:
+    def _ended(self, future: asyncio.Future[T], missing: Sequence[Segment]) -> None:
         self._figures.readers -= 1
+        for it in missing:
+            if it.path not in self._figures.missing:
+                self._figures.missing.add(it.path)
+                log.error(
+                    "a segment is gone, or is not what was written", file=it.path, rows=it.rows
+                )
         self._places.release()
         if not future.cancelled():
             future.exception()  # told to the caller, if there still is one
@@ -71,6 +81,7 @@ class _Reading(Generic[T]):
         self._directory = directory
         self._database = database
         self._rows = rows
+        self.missing: Sequence[Segment] = ()
         self._cursor: duckdb.DuckDBPyConnection | None = None
         self._interrupted = False
 
@@ -88,7 +99,11 @@ class _Reading(Generic[T]):
                 if self._interrupted:
                     raise StoreUnavailableError("interrupted")
                 cursor.execute("BEGIN TRANSACTION READ ONLY")
-                return self._work(cursor, Sources.of(cursor, self._directory, self._rows))
+                sources = Sources.of(cursor, self._directory, self._rows)
+                try:
+                    return self._work(cursor, sources)
+                finally:
+                    self.missing = sources.missing
             except duckdb.InterruptException:
                 raise StoreUnavailableError("the database is being opened again") from None
             finally:

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from coral.colony.store.catalog import Columns, Segment
-from coral.colony.store.database import SMALL_TABLES
+from coral.colony.store.database import SMALL_TABLES, size_of
 from coral.colony.store.errors import StoreError
 from coral.colony.store.making import UNTIL_NS
 from coral.colony.store.rows import Rows
@@ -32,6 +32,7 @@ class Sources:
     _segments: Mapping[str, Sequence[Segment]]
     _marks: Mapping[str, int]
     _known: dict[str, Columns] = field(default_factory=dict)
+    _missing: dict[str, Segment] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cursor: duckdb.DuckDBPyConnection, directory: Path, rows: Rows) -> Self:
@@ -51,6 +52,12 @@ class Sources:
         """Those with rows, and the small tables of the hot file itself."""
         return sorted({*self._hot, *self._segments, *SMALL_TABLES})
 
+    @property
+    def missing(self) -> Sequence[Segment]:
+        """The segments that were asked for so far, and whose files are gone, or have another size
+        than when they were written. Their rows are left out."""
+        return tuple(self._missing.values())
+
     def rows(self, table: str, from_ns: int | None = None, until_ns: int | None = None) -> str:
         """A SELECT of all rows of TABLE in the window, and possibly some outside of it. Raises
         `StoreError` for a table that there never is."""
@@ -67,11 +74,7 @@ class Sources:
         self, table: str, from_ns: int | None = None, until_ns: int | None = None
     ) -> Sequence[Path]:
         """The segments that overlap the window. They stay for `linger_s` after the snapshot."""
-        return [
-            self._directory / it.path
-            for it in self._segments.get(table, ())
-            if it.overlaps(from_ns, until_ns)
-        ]
+        return [self._directory / it.path for it in self._readable(table, from_ns, until_ns)]
 
     def columns(self, table: str) -> Sequence[str]:
         """The names of its columns, of all generations and segments."""
@@ -100,12 +103,19 @@ class Sources:
     ) -> Iterator[str]:
         """One for all files with equal columns: then DuckDB need not open each beforehand."""
         alike: dict[str, list[str]] = {}
-        for it in self._segments.get(table, ()):
-            if it.overlaps(from_ns, until_ns):
-                path = str(self._directory / it.path).replace("'", "''")
-                alike.setdefault(it.columns, []).append(f"'{path}'")
+        for it in self._readable(table, from_ns, until_ns):
+            path = str(self._directory / it.path).replace("'", "''")
+            alike.setdefault(it.columns, []).append(f"'{path}'")
         for paths in alike.values():
             yield f"SELECT * FROM read_parquet([{', '.join(paths)}])"
+
+    def _readable(self, table: str, from_ns: int | None, until_ns: int | None) -> Iterator[Segment]:
+        for it in self._segments.get(table, ()):
+            if it.overlaps(from_ns, until_ns):
+                if size_of(self._directory / it.path) == it.size_bytes:
+                    yield it
+                else:
+                    self._missing[it.path] = it
 
     def _empty(self, table: str) -> str:
         schema = self._rows.schema(table)

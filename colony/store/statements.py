@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import duckdb
@@ -105,7 +105,8 @@ def named(
     try:
         yield database
     finally:
-        database.unregister(name)
+        with suppress(duckdb.Error):  # as every statement of a transaction that failed
+            database.unregister(name)
 
 
 def write_small_tables(database: duckdb.DuckDBPyConnection, commit: Commit) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from coral.colony.delivery import AgentSeen, Delivery, Gap, Standing
 from coral.colony.store.core import Core
-from coral.colony.store.errors import StoreError
+from coral.colony.store.errors import StoreEndedError
 from coral.colony.store.figures import Figures
 from coral.colony.store.lock import DirectoryLock
 from coral.colony.store.making import Waiting
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 _CLOSING_S: Final = 10.0
 _ITEM_BYTES: Final = 500  # of what has no size of its own
+_LEAST_ROW_BYTES: Final = 64
+"""Columns of zeros are not sent, and take as much as others in a transaction."""
 _LOOK_AGAIN_S: Final = 1.0
 _WEIGHT: Final = 0.01  # of one more size in the average
 
@@ -86,6 +88,10 @@ class Store:
             self.figures.moved_aside = str(aside)
         self._writer.start()
 
+    async def run(self) -> None:
+        """Returns never. Raises `StoreEndedError` once nothing can be stored any more."""
+        await self._until(lambda: False)
+
     async def close(self) -> bool:
         """Stores what waits and ends. False where that was not possible within 10 s, as on a full
         disk; agents keep it for a while, and are asked again after what is stored."""
@@ -99,11 +105,12 @@ class Store:
     def put(self, delivery: Delivery) -> bool:
         """Queues DELIVERY. False where the store has it already, so that nothing is stored twice.
         Raises `SequenceError` where it does not follow on `expected_seq`, ValueError where its
-        figures do not add up, `StoreError` where the store has ended."""
+        figures do not add up, `StoreEndedError`."""
         if not self._core.book.admit(delivery):
             self.figures.repeated += 1
             return False
-        self._queue(delivery, delivery.size_bytes + _ITEM_BYTES)
+        size_bytes = max(delivery.size_bytes, delivery.rows * _LEAST_ROW_BYTES)
+        self._queue(delivery, size_bytes + _ITEM_BYTES)
         return True
 
     def agent_seen(self, agent: AgentSeen) -> None:
@@ -116,7 +123,7 @@ class Store:
 
     async def room(self) -> None:
         """Returns once less than `queue_bytes` wait. Followers call it before they read on. Raises
-        `StoreError` where the store has ended."""
+        `StoreEndedError`."""
         while self._waiting or self._is_full:
             self._raise_if_ended()
             waiting = asyncio.get_running_loop().create_future()
@@ -131,8 +138,8 @@ class Store:
                 return
 
     async def stored(self) -> None:
-        """Returns once everything put so far is durable; hurries. Raises `StoreError` where the
-        store has ended."""
+        """Returns once everything put so far is durable; hurries. Raises
+        `StoreEndedError`."""
         last = self._last
         self._writer.hurry()
         await self._until(lambda: self._writer.durable >= last)
@@ -194,7 +201,7 @@ class Store:
 
     def _raise_if_ended(self) -> None:
         if self._writer.failure:
-            raise StoreError(f"the store has ended: {self._writer.failure}")
+            raise StoreEndedError(f"the store has ended: {self._writer.failure}")
 
     def _wake(self) -> None:
         """Lets everybody look again who waits for something to be stored; and of those who wait to

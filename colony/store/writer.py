@@ -16,8 +16,8 @@ import structlog
 
 from coral.colony.store.catalog import Segment
 from coral.colony.store.core import Core
-from coral.colony.store.database import is_full
-from coral.colony.store.errors import StoreError
+from coral.colony.store.database import is_damaged, is_full
+from coral.colony.store.errors import StoreEndedError, StoreError
 from coral.colony.store.figures import Figures, State
 from coral.colony.store.making import Waiting
 from coral.colony.store.settings import Tier, tier_of
@@ -150,6 +150,10 @@ class Writer:
 
     def _ready(self) -> None:
         core = self._core
+        if damage := core.database.damage:
+            raise StoreEndedError(f"the hot file is damaged: {damage}")
+        if not core.database.is_in_place:
+            raise StoreEndedError(f"{core.database.path} was removed or replaced")
         if core.must_recover:
             self._figures.reopened += 1
             core.recover()
@@ -224,7 +228,11 @@ class Writer:
     def _try(self, what: str, action: Callable[[], None]) -> bool:
         try:
             action()
+        except StoreEndedError:
+            raise
         except _PASSES as error:
+            if is_damaged(error):
+                self._core.database.condemn(error)
             self._figures.failures[what] += 1
             state = State.DISK_FULL if is_full(error) else State.FAILING
             if self._troubles.get(what, (None,))[0] is not state:

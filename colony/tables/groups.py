@@ -65,6 +65,25 @@ class Groups:
                 figure = self._figures[name] = _Figure(role)
             figure.add(slots, figure.joined(values[order], starts), self.size)
 
+    def crowded(
+        self, hashes: NDArray[np.uint64], key: str, values: NDArray[Any], most: int
+    ) -> NDArray[np.bool_] | None:
+        """Of n rows to come, with HASHES and VALUES of KEY, ids from 0: those of new groups, where
+        there would be more than MOST groups of their value. None where there are none."""
+        if self.size + len(hashes) <= most:
+            return None
+        size = int(max(values.max(), self.keys[key][: self.size].max(initial=0))) + 1
+        there = np.bincount(self.keys[key][: self.size], minlength=size)
+        over = there + np.bincount(values, minlength=size) > most
+        if not over.any():
+            return None
+        is_new = over[values]
+        is_new[is_new] = ~find(self._hashes, hashes[is_new])[1]
+        _, first = np.unique(hashes[is_new], return_index=True)
+        coming = np.bincount(values[is_new][first], minlength=size)
+        found: NDArray[np.bool_] = is_new & (there + coming > most)[values]
+        return found if found.any() else None
+
     def without(self, mask: NDArray[np.bool_]) -> Groups:
         """The groups that are not in MASK, of shape (size,)."""
         kept = np.flatnonzero(~mask)

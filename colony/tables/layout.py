@@ -46,7 +46,8 @@ TIME: Final = "time_ns"
 INTERVAL: Final = "interval_ns"
 SAMPLE_EVERY: Final = "sample_every"
 ROW_COUNT: Final = "row_count"
-PLACE: Final = ("agent", "session", "service", "namespace", "workload", "pod", "container")
+AGENT, SESSION = "agent", "session"
+PLACE: Final = (AGENT, SESSION, "service", "namespace", "workload", "pod", "container")
 STACK: Final = "stack_id"
 STACKS: Final = "cpu_stacks"
 

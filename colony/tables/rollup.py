@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from coral.colony.tables.groups import Groups
 from coral.colony.tables.layout import (
+    AGENT,
     INTERVAL,
     PLACE,
     ROW_COUNT,
+    SESSION,
     TABLES,
     TIME,
+    Form,
     Level,
     Role,
     TableLayout,
@@ -29,6 +32,11 @@ from coral.colony.tables.layout import (
 from coral.colony.tables.lookup import hashed
 from coral.colony.tables.texts import Texts
 
+MOST_GROUPS: Final = 100_000
+"""Rows of one agent and one table that are not handed over yet. What comes beyond is added up
+without its texts, addresses and stacks, and beyond twice as many without anything but its session:
+the sums stay exact, and a service that makes up routes does not fill the memory."""
+_OPEN_ENDED: Final = frozenset({Form.TEXT, Form.ADDRESS, Form.STACK})
 _MOST_IDLE_TEXTS: Final = 100_000
 
 
@@ -49,6 +57,7 @@ class Rollup:
         self.level = level
         self._tables: dict[str, _Rolled] = {}
         self._texts = Texts()
+        self._trim_at = _MOST_IDLE_TEXTS
 
     @property
     def size_bytes(self) -> int:
@@ -70,6 +79,9 @@ class Rollup:
         if rolled is None:
             rolled = self._tables[layout.name] = _Rolled(layout, self.level.width_ns)
         rolled.add(_Read(rows, self._texts))
+        if len(self._texts) > self._trim_at:
+            self._trim()
+            self._trim_at = len(self._texts) + max(_MOST_IDLE_TEXTS, len(self._texts) // 2)
 
     def take(self, until_ns: int) -> Mapping[str, pa.Table]:
         """What was added up of the windows that end at or before UNTIL_NS, for each table that has
@@ -149,6 +161,14 @@ class _Read:
         return values.astype(np.int64, copy=False)
 
 
+def _hashes(parts: Mapping[str, NDArray[Any]]) -> NDArray[np.uint64]:
+    """Of rows by their PARTS, all of shape (n,) and 64 bits."""
+    hashes = np.zeros(len(parts[TIME]), np.uint64)
+    for values in parts.values():
+        hashes = hashed(hashes, values)
+    return hashes
+
+
 class _Rolled:
     """One table's groups, of all windows that are not handed over."""
 
@@ -158,6 +178,11 @@ class _Rolled:
         self._texts = (*PLACE, *own)
         self._numbers = tuple(it.name for it in layout.key_columns if not it.is_text)
         self._others = {*layout.schema.names, *layout.rollup_schema.names}
+        every = {*self._texts, *self._numbers} - {AGENT, SESSION}
+        open_ended = {it.name for it in layout.key_columns if it.form in _OPEN_ENDED}
+        # What is given up of an agent's rows where there are too many groups of them, and where
+        # there are too many still.
+        self._given_up = (MOST_GROUPS, tuple(open_ended)), (2 * MOST_GROUPS, tuple(every))
         types: dict[str, type[np.integer[Any]]] = {TIME: np.int64}
         types |= dict.fromkeys(self._texts, np.int32) | dict.fromkeys(self._numbers, np.int64)
         self.groups = Groups(types)
@@ -165,17 +190,24 @@ class _Rolled:
     def add(self, rows: _Read) -> None:
         """Adds up ROWS."""
         times = rows.numbers(TIME)
-        keys = {TIME: times - times % self._width_ns}
-        hashes = hashed(np.zeros(len(rows), np.uint64), keys[TIME])
+        keys: dict[str, NDArray[Any]] = {TIME: times - times % self._width_ns}
+        parts = dict(keys)  # of the hashes
         for name in self._texts:
-            keys[name], of_text = rows.texts(name)
-            hashes = hashed(hashes, of_text)
+            keys[name], parts[name] = rows.texts(name)
         for name in self._numbers:
             values = rows.numbers(name)
             if where := self._layout.key_where.get(name):
                 values = values * rows.is_one_of(*where)
-            keys[name] = values
-            hashes = hashed(hashes, values)
+            keys[name] = parts[name] = values
+        hashes = _hashes(parts)
+        for most, names in self._given_up:
+            crowded = self.groups.crowded(hashes, AGENT, keys[AGENT], most)
+            if crowded is None:
+                break
+            for name in names:  # the empty text has the id and the hash 0
+                keys[name] = np.where(crowded, 0, keys[name])
+                parts[name] = np.where(crowded, 0, parts[name])
+            hashes = _hashes(parts)
         self.groups.add(hashes, keys, self._figures(rows))
 
     def _figures(self, rows: _Read) -> Mapping[str, tuple[Role, NDArray[np.int64]]]:

@@ -3,10 +3,12 @@ stream that is a list."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +138,36 @@ def test_a_message_says_what_the_delivery_says() -> None:
         assert again.standing.stored == 10 + delivery.rows
         assert again.standing.lost["rate_limit"] == 2 + delivery.lost.get("rate_limit", 0)
     assert envelope.message_id(envelope.told(delivery, 0, {})) == "node%20%C3%A9/s/3@1003"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": 2},
+        {"lost": {"rate_limit": -1}, "rows": 2},
+        {"after_seq": 1 << 63, "last_seq": (1 << 63) + 1},
+        {"time_ns": 1 << 63},
+        {"agent": ""},
+        {"session": "a\x1bb"},
+        {"kind": 1 << 70},
+        {"produced": 1.5},
+    ],
+)
+def test_what_others_publish_is_no_delivery_unless_it_adds_up(wrong: dict[str, object]) -> None:
+    right = {"agent": "a", "session": "s", "kind": 1, "after_seq": 0, "last_seq": 1, "produced": 1,
+             "time_ns": 1, "rows": 1}  # fmt: skip
+    assert envelope.told_of({envelope.DELIVERY: json.dumps(right)})
+    with pytest.raises(msgspec.MsgspecError):
+        envelope.told_of({envelope.DELIVERY: json.dumps({**right, **wrong})})
+
+
+def test_gaps_and_agents_that_no_store_can_hold_are_none() -> None:
+    gap = {"agent_id": "a", "from_ns": 1, "to_ns": 1 << 63, "why": ""}
+    seen = {"agent_id": "a\x00", "address": "", "seen_ns": 1, "connected": True}
+    with pytest.raises(msgspec.MsgspecError):
+        envelope.gap_of({envelope.GAP: json.dumps(gap)})
+    with pytest.raises(msgspec.MsgspecError):
+        envelope.seen_of({envelope.SEEN: json.dumps(seen)})
 
 
 @given(

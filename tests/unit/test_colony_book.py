@@ -20,6 +20,8 @@ from tests.peer import Session, batch
 
 STATS: Final = pb.EBPF_COLLECTOR_KIND_SYSCALL_STATS
 SECOND_NS: Final = 1_000_000_000
+DAY_NS: Final = 86_400 * SECOND_NS
+YEAR_NS: Final = 365 * DAY_NS
 
 
 def info(collector_id: str = "one", produced: int = 0, *, ended: bool = False) -> CollectorInfo:
@@ -150,6 +152,40 @@ def test_what_an_agent_tells_of_its_events_is_believed_within_reason() -> None:
     book = Book(session_of("agent", info()))
     book.is_told((1 << 64) - 1)
     assert book.close_as_lost("it died", 1).last_seq == (1 << 62) - 1
+
+
+def test_what_an_agent_says_of_a_session_is_kept_within_bounds() -> None:
+    message = pb.CollectorInfo(collector_id="one", kind=STATS, service_name="s" * 5000)
+    message.started_at.seconds = 250_000_000_000  # no int64 has so many nanoseconds
+    message.config["o"] = "v" * 5000
+    attributes = {f"k{number}": "v" * 5000 for number in range(1000)}
+    message.attributes.update(attributes)
+    book = Book(session_of("agent", CollectorInfo.of(message)))
+    session = book.session
+    assert (len(session.service), session.started_ns, len(session.config["o"])) == (1024, 0, 1024)
+    assert (len(session.attributes), len(max(session.attributes.values()))) == (64, 1024)
+    last = batch(1, 3, (1,))
+    last.attributes.update({**attributes, "new": ""})
+    last.account.lost.add(stage=pb.Loss.STAGE_RATE_LIMIT, count=1)
+    last.account.lost.add(stage=-7, count=1)
+    last.lost_in_kernel.extend(pb.Loss(stage=n, count=2) for n in (700, 701))  # type: ignore[arg-type]
+    last.end.produced, last.end.detail = 3, "d" * 5000
+    (delivery,) = read(book, [last])
+    assert len(delivery.session.attributes) == 64
+    assert delivery.lost == {"rate_limit": 1, "other": 1}
+    assert delivery.lost_in_kernel == {"other": 4}
+    assert delivery.ended
+    assert len(delivery.ended.detail) == 1024
+
+
+@pytest.mark.parametrize("off_ns", [-(1 << 63), -2 * YEAR_NS, 2 * DAY_NS, YEAR_NS])
+def test_a_clock_that_cannot_be_right_does_not_say_when_a_delivery_is_from(off_ns: int) -> None:
+    book, now_ns = Book(session_of("agent", info())), 60 * YEAR_NS
+    wrong, right = batch(1, 1, (1,)), batch(2, 2, (2,))
+    wrong.interval_end_ns = max(now_ns + off_ns, -(1 << 63))
+    right.interval_end_ns = now_ns - DAY_NS
+    deliveries = read(book, [wrong, right], now_ns)
+    assert [it.time_ns for it in deliveries] == [now_ns, now_ns - DAY_NS]
 
 
 def test_a_session_goes_on_after_what_is_durable_of_it() -> None:

@@ -63,12 +63,14 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
         ("agent: {}", "agent: no such key; did you mean `agents`? accepted are name, data,"),
         ("- 1", "a mapping of keys to values is expected"),
         ("a: {", "not YAML: "),
+        ("[" * 2000, "not YAML: "),
         ("agents: {connecting: 0}", ("agents.connecting: 0 is not accepted; give a whole number "
          "from 1 to 10,000")),
         ("agents: {addresses: [here]}", ("agents.addresses[0]: 'here' is not accepted; give "
          "HOST:PORT, or unix:PATH")),
         ("agents: {addresses: ['a:99999']}", "agents.addresses[0]: 'a:99999' is not accepted"),
         ("agents: {addresses: ['::1:90']}", "agents.addresses[0]: '::1:90' is not accepted"),
+        ("agents: {addresses: ['[::1:90']}", "agents.addresses[0]: '[::1:90' is not accepted"),
         ("agents: {addresses: ['unix:']}", "agents.addresses[0]: 'unix:' is not accepted"),
         ("agents: {addresses: a:1}", "agents.addresses: 'a:1' is not accepted; give a list"),
         ("agents: {dns: [agents]}", ("agents.dns[0]: 'agents' is not accepted; give NAME:PORT, or "
@@ -94,6 +96,8 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
             "tokens[0].role: 'admin' is not accepted; give one of view, operate",
         ),
         ("sql: {memory: lots}", "sql.memory: 'lots' is not accepted; give a size"),
+        ("sql: {memory: 1MiB}", "sql.memory: 1048576 is not accepted; give at least 32MiB"),
+        ("storage: {memory: 1}", "storage.memory: 1 is not accepted; give at least 32MiB"),
         ("bus: {mode: store}", "bus.servers: bus.mode is store; give at least one server"),
         ("bus: {servers: [a]}", "bus.servers[0]: 'a' is not accepted; give nats://HOST:PORT or"),
         ("bus: {shard: 1}", "bus.shard: 1 is not accepted; give a number below bus.shards, 1"),

@@ -89,6 +89,12 @@ async def test_an_address_that_a_name_has_no_more_goes_after_a_while(
         await until(lambda: told[1:] == [{"127.0.0.1:1"}])
 
 
+@pytest.mark.parametrize("name", ["a..b:1", f"{'x' * 64}:1", ".:1"])
+async def test_a_name_that_can_be_none_is_nothing_found(name: str) -> None:
+    async with found_by(Named(name, 60)) as told:
+        await until(lambda: told == [set()])
+
+
 async def test_a_name_without_an_answer_is_nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
     async def getaddrinfo(*_: object, **__: object) -> list[tuple[Any, ...]]:
         raise socket.gaierror(socket.EAI_NONAME, "no such name")

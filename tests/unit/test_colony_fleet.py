@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from coral.colony.delivery import AGENT_LOST, Delivery, SequenceError
+from coral.client import AgentClient
+from coral.colony.delivery import AGENT_LOST, AgentSeen, Delivery, EndedError, SequenceError
 from coral.colony.follow.agents import RESTARTED
 from coral.colony.follow.discovery.listed import Watched
 from coral.colony.follow.fleet import SILENT, Fleet
+from coral.colony.follow.follower import ONCE
 from coral.colony.follow.gate import Gate
 from coral.colony.follow.status import State
 from coral.mesh.v1 import ebpf_pb2 as pb
@@ -36,16 +40,17 @@ class Scripted:
     refusals: list[grpc.StatusCode] = field(default_factory=list)  # of subscriptions to come
     asked: list[int] = field(default_factory=list)  # after which number
     sessions: tuple[str, ...] = ("one",)
+    others: dict[str, Callable[..., Any]] = field(default_factory=dict)  # in place of its own
 
     @asynccontextmanager
     async def serving(self, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
-        async with peer(
-            address,
-            GetCapabilities=self.capabilities,
-            ListCollectors=self.listed,
-            WatchCollectors=self.watch,
-            StreamEventBatches=self.stream,
-        ) as served:
+        own: dict[str, Callable[..., Any]] = {
+            "GetCapabilities": self.capabilities,
+            "ListCollectors": self.listed,
+            "WatchCollectors": self.watch,
+            "StreamEventBatches": self.stream,
+        }
+        async with peer(address, **(own | self.others)) as served:
             yield served
 
     def infos(self) -> Iterable[pb.CollectorInfo]:
@@ -133,6 +138,94 @@ async def test_an_agent_without_an_id_that_can_be_used_is_refused(agent_id: str)
         (status,) = fleet.statuses
         assert status.state is State.REFUSED
         assert status.why.startswith("the agent says that its id is ")
+
+
+async def no_message(_request: object, _context: Context) -> bytes:
+    return b"\xff"
+
+
+async def no_change(
+    _request: object, _context: Context
+) -> AsyncIterator[pb.CollectorChange | bytes]:
+    yield What(what=What.WHAT_SYNCED)
+    yield b"\xff"
+
+
+async def not_all(_request: object, _context: Context) -> AsyncIterator[pb.CollectorChange]:
+    yield What(what=What.WHAT_PRESENT)
+    await asyncio.Event().wait()
+
+
+async def no_time(_request: object, _context: Context) -> pb.ListCollectorsResponse:
+    info = pb.CollectorInfo(collector_id="one")
+    info.started_at.seconds = 1 << 62
+    return pb.ListCollectorsResponse(collectors=[info])
+
+
+async def test_whatever_an_agent_sends_costs_no_other_agent_anything() -> None:
+    hostile = [
+        Scripted("capabilities", others={"GetCapabilities": no_message}),
+        Scripted("list", others={"ListCollectors": no_message}),
+        Scripted("time", others={"ListCollectors": no_time}),
+        Scripted("watch", others={"WatchCollectors": no_change}),
+        Scripted("present", others={"WatchCollectors": not_all}),
+    ]
+    shelf, connect = Shelf(), partial(AgentClient, timeout_s=1, retry=ONCE)
+    async with AsyncExitStack() as stack:
+        addresses = [await stack.enter_async_context(it.serving()) for it in hostile]
+        good = await stack.enter_async_context(Scripted("good").serving())
+        fleet = await stack.enter_async_context(following(shelf, *addresses, good, connect=connect))
+        await until(lambda: (found := shelf.standing("good", "one")) and found.last_seq == 3)
+        by_address = {it.address: it for it in fleet.statuses}
+        await until(lambda: by_address[addresses[3]].state is State.REFUSED)
+        assert by_address[good].state is State.FOLLOWED
+        assert by_address[addresses[4]].state is State.AWAY
+        assert "did not tell its collectors" in by_address[addresses[4]].why
+        reasons = [by_address[it].why for it in addresses[:4]]
+        assert [it.partition(":")[0] for it in reasons] == [
+            "what was sent is no EbpfCapabilities",
+            "what was sent is no ListCollectorsResponse",
+            "started_at",
+            "what was sent is no CollectorChange",
+        ]
+
+
+class Breaking(Shelf):
+    """Fails at one agent as nobody thought of."""
+
+    def agent_seen(self, agent: AgentSeen) -> None:
+        if agent.agent_id == "odd":
+            raise ZeroDivisionError
+        super().agent_seen(agent)
+
+
+async def test_what_nobody_thought_of_costs_one_agent_and_the_end_of_a_sink_the_fleet() -> None:
+    shelf = Breaking()
+    async with (
+        Scripted("odd").serving() as odd,
+        Scripted().serving() as address,
+        following(shelf, odd, address) as fleet,
+    ):
+        await until(lambda: (found := shelf.standing("scripted", "one")) and found.last_seq == 3)
+        states = {it.address: it.state for it in fleet.statuses}
+        assert states == {odd: State.REFUSED, address: State.FOLLOWED}
+
+    class Over(Shelf):
+        def put(self, delivery: Delivery) -> None:
+            raise EndedError(delivery.session.agent_id)
+
+    async with Scripted().serving() as address:
+        with pytest.raises(ExceptionGroup) as raised:
+            async with following(Over(), address):
+                await asyncio.Event().wait()
+        assert raised.group_contains(EndedError)
+
+
+async def test_a_session_without_an_id_that_can_be_used_is_not_followed() -> None:
+    agent, shelf = Scripted(sessions=("", "a\0b", "x" * 300, "good")), Shelf()
+    async with agent.serving() as address, following(shelf, address):
+        await until(lambda: shelf.of("good"))
+    assert [it.session.collector_id for it in shelf.standings()] == ["good"]
 
 
 async def test_more_sessions_than_there_is_room_for_are_not_read() -> None:

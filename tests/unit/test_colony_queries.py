@@ -317,6 +317,29 @@ def test_services_are_seen_by_all_kinds(reads: PlainReads) -> None:
     assert (db["agents"], db["calls"], db["requests"]) == (1, 9, 0)
 
 
+def test_counts_that_no_sum_can_hold_make_no_answer_fail(reads: PlainReads) -> None:
+    most = (1 << 63) - 1
+    counts = {"count": most, "sum_ns": most, "duration_le_1000000": most, "status": 500}
+    calls = {"call_count": most, "total_duration_ns": most, "latency_e10": most}
+    peers = {"remote_address": "10.0.0.1", "ends_reset_local": most, "ends_reset_remote": most}
+    traffic = {"bytes_sent": most, "bytes_received": most, "rtt_us_le_100": most}
+    figures = {"opened": 1, "established": 1, "closed": 1, "failed": 1}
+    lost = {"time_ns": NOON, "time_from_ns": NOON, "time_to_ns": NOON, "kind": "http_latency"}
+    for table, row in {
+        "http_latency": {**requests(NOON, (1, 0, 0, 0)), **counts},
+        "syscall_stats": syscalls(NOON, **calls),
+        "tcp_peers": {"time_ns": NOON, **place(), "role": "client", **peers, **traffic},
+        "tcp_metrics": {"time_ns": NOON, **place(), "role": "client", **traffic, **figures},
+        "losses": {**lost, "agent": "n1", "service": "checkout", "stage": "x", "count": most},
+    }.items():
+        reads.add(table, *[row] * 3)
+    for named in (HTTP, SYSCALLS, TCP, SERVICES):
+        assert ask(reads, named).table.num_rows
+    answer = ask(reads, HTTP)
+    assert answer.table["count"].to_pylist() == [1 << 60]
+    assert answer.coverage.lost[0].count == 1 << 60
+
+
 def test_coverage_says_what_was_lost_and_who_was_away(reads: PlainReads) -> None:
     reads.add("http_latency", requests(NOON, (1, 0, 0, 0)))
     loss = {"agent": "n1", "session": "s1", "kind": "http_latency", "in_kernel": True}
@@ -399,6 +422,7 @@ def test_profiles_are_stacks_with_their_frames(reads: PlainReads) -> None:
     def samples(stack: int, count: int, process: str = "shop") -> dict[str, Any]:
         row = {"time_ns": NOON, "interval_ns": 10**10, **place(), "stack_id": stack}
         own = {"process": process, "tid": count, "end": "bottom", "unwinding": "eh_frame"}
+        own |= {"samples_lost": int(count == 5), "samples_truncated": 2}
         return {**row, **own, "in_kernel": False, "count": count, "cpu_ns": count * 10**7}
 
     reads.add("cpu_profile", samples(1, 5), samples(1, 6), samples(2**63 + 1, 2), samples(3, 1))
@@ -415,6 +439,7 @@ def test_profiles_are_stacks_with_their_frames(reads: PlainReads) -> None:
         *("checkout", "shop", 11, 11 * 10**7),
     )
     assert (one["functions"], one["flags"]) == (["main", "work"], [0, 4])
+    assert (one["samples_lost"], one["samples_truncated"]) == (1, 4)
     assert two["functions"] == ["main", "b"]
     assert (three["count"], three["functions"]) == (1, None)
     assert "stack_id" not in one

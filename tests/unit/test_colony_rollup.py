@@ -427,3 +427,27 @@ def test_slots_that_came_later_stand_where_they_belong() -> None:
     assert rtt.of(["rtt_us_le_inf", "connect_us_le_20", "rtt_us_le_5", "rtt_us_delta_sum"]) == (
         "rtt_us_le_5", "rtt_us_le_inf",
     )  # fmt: skip
+
+
+def test_groups_beyond_the_most_of_an_agent_are_added_up_without_what_tells_them_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollup_room, "MOST_GROUPS", 50)
+    rollup, requests_made = Rollup(MINUTE), 0
+    for seed in range(40):  # of each a route of its own, of the second half a service too
+        rows = rows_of("http_latency", (0, seed, 20, 0))
+        routes = pa.array([f"/{seed}/{row}" for row in range(rows.num_rows)])
+        services = pa.array([f"service-{seed // 20 * row}" for row in range(rows.num_rows)])
+        rows = rows.set_column(rows.column_names.index("route"), "route", routes)
+        rows = rows.set_column(rows.column_names.index("service"), "service", services)
+        rollup.add("http_latency", rows)
+        requests_made += sum(rows["count"].to_pylist())
+    before = rollup.groups
+    assert 50 < before <= 2 * 50 + 2
+    few = rows_of("http_latency", (1, 1, 3, 0))
+    rollup.add("http_latency", few)
+    assert rollup.groups == before + few.num_rows
+    made = rollup.take(ALWAYS)["http_latency_1m"].to_pylist()
+    mine = [it for it in made if it["agent"] == "node-0"]
+    assert sum(it["count"] for it in mine) == requests_made
+    assert {it["route"] for it in made} > {"", *few["route"].to_pylist()}

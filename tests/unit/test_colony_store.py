@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from coral.colony.delivery import AGENT_LOST, AgentSeen, Ended, Gap, SequenceError
@@ -17,7 +19,9 @@ from coral.colony.store import (
     StoreInUseError,
     families,
 )
-from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender
+from coral.colony.store.book import LEDGER_SCHEMA, Entry, entries_of, ledger_lines
+from coral.colony.store.errors import StoreEndedError, StoreError
+from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender, noise
 
 
 @pytest.fixture
@@ -133,6 +137,73 @@ async def test_everything_is_there_after_the_store_was_closed(tmp_path: Path) ->
     assert (agent["first_seen_ns"], agent["last_seen_ns"]) == (BEGIN_NS, BEGIN_NS + 5)
     assert not agent["connected"]
     await store.close()
+
+
+async def test_a_hot_file_that_is_damaged_anywhere_is_moved_aside_by_the_next_start_at_the_latest(
+    tmp_path: Path,
+) -> None:
+    whole = Store(tmp_path / "whole", Settings(), PlainRows())
+    await whole.start()
+    whole.put(Sender().next(10_000, columns=noise(10_000, 1)))
+    await whole.close()
+    content = (tmp_path / "whole/hot.duckdb").read_bytes()
+    places = [4096, *range(3 * 4096 + 100, len(content), 1 << 18)]  # DuckDB's blocks
+    assert len(places) > 5
+    ended, moved = 0, 0
+    for place in places:
+        directory = tmp_path / str(place)
+        directory.mkdir()
+        damaged = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        (directory / "hot.duckdb").write_bytes(damaged)
+        for _ in range(2):
+            store = Store(directory, Settings(commit_s=0.02), PlainRows())
+            await store.start()
+            moved += store.figures.moved_aside != ""
+            try:
+                store.put(Sender("new").next(3))
+                await store.stored()
+                await numbers(store)
+            except StoreError:
+                with pytest.raises(StoreEndedError, match="the hot file is damaged"):
+                    await store.run()
+                ended += 1
+            else:
+                break
+            finally:
+                await store.close()
+        else:
+            pytest.fail(f"damaged at {place}, it cannot be opened")
+    assert moved >= ended > 0
+
+
+async def test_a_store_ends_when_its_file_is_taken_away(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "hot.duckdb").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreEndedError, match=r"hot\.duckdb was removed or replaced"):
+        async with asyncio.timeout(30):
+            await store.run()
+
+
+@pytest.mark.parametrize("name", ["lock", "hot.duckdb"])
+async def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    data = tmp_path / "data"
+    data.mkdir()
+    if name == "lock":
+        (data / name).symlink_to(victim)
+    else:
+        os.mkfifo(data / name)
+    with pytest.raises((OSError, StoreError), match=name):
+        await Store(data, Settings(), PlainRows()).start()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(("named", "number"), [("1", 1), ("-5", -5), ("900", 900), ("newer", 0)])
+def test_a_ledger_with_kinds_that_the_contract_has_not_is_read(named: str, number: int) -> None:
+    session = Sender().session
+    lines = ledger_lines([Entry(1, session)]).to_pylist()
+    (entry,) = entries_of(pa.Table.from_pylist([{**lines[0], "kind": named}], LEDGER_SCHEMA))
+    assert (entry.session.kind, entry.session.key) == (number, session.key)
 
 
 async def test_a_second_store_of_a_directory_is_refused(store: Store) -> None:

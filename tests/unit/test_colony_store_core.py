@@ -422,3 +422,24 @@ def test_a_file_that_is_open_elsewhere_is_not_moved(tmp_path: Path, bench: Make)
     (tmp_path / "x").rename(tmp_path / "hot.duckdb")
     it.core = it._opened()
     assert it.core.database.moved_aside is None
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut", "other"])
+def test_rows_of_a_segment_that_somebody_harmed_are_missing_and_the_others_there(
+    bench: Make, harm: str
+) -> None:
+    it = bench(seal_rows=5)
+    sender = Sender()
+    for _ in range(2):
+        it.core.commit([sender.next(5)])
+        it.seal()
+    path = it.directory / it.core.catalog.segments[0].path
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if harm == "cut" else b"PAR1" * 1000)
+    it.restart()
+    assert it.numbers() == [6, 7, 8, 9, 10]
+    with it.sources() as sources:
+        assert len(sources.files(TABLE)) == 1
+        assert [(found.table, found.rows) for found in sources.missing] == [(TABLE, 5)]

@@ -54,7 +54,9 @@ def _lost(lost: Sequence[Lost], now_ns: int) -> str:
     """By stage and service: over agents."""
     sums: dict[tuple[str, str], list[int]] = {}
     for it in lost:
-        found = sums.setdefault((it.stage, it.service or it.agent), [0, it.from_ns, it.to_ns])
+        found = sums.setdefault(
+            (it.stage, it.service or it.agent or it.kind), [0, it.from_ns, it.to_ns]
+        )
         found[0] += it.count
         found[1], found[2] = min(found[1], it.from_ns), max(found[2], it.to_ns)
     ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))

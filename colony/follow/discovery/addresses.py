@@ -27,7 +27,8 @@ def host_and_port(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     is_number = port.isascii() and port.isdigit() and int(port) <= _MOST_PORT
     bare = host.removeprefix("[").removesuffix("]")
-    if not bare or not is_number or (":" in bare and bare == host):
+    is_in_brackets = host == f"[{bare}]"
+    if not bare or not is_number or (":" in bare or bare != host) != is_in_brackets:
         raise ValueError(f"{text!r} is not accepted; {ACCEPTED}")
     return bare, int(port)
 

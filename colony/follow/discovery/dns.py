@@ -15,6 +15,7 @@ from coral.colony.follow.discovery.source import Found
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
+_MOST_HOST: Final = 255
 _GONE_AFTER_S: Final = 60.0
 """Servers of large names answer with some of the addresses only, in turns, so one that is missing
 may come back with the next answer."""
@@ -70,8 +71,12 @@ def is_srv(name: str) -> bool:
 
 
 async def _addresses(host: str, port: int) -> frozenset[str]:
+    """Raises OSError."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise OSError(f"{host[:_MOST_HOST]!r} is no name of a host") from error
     return frozenset(joined(str(address[0]), port) for *_, address in found)
 
 
