@@ -266,6 +266,9 @@ async def _shown(shows: Callable[[], Any]) -> int:
             raise
         echo_error(NO_PYARROW)
         return EXIT_ERROR
+    except OverflowError as error:
+        echo_error(f"{error}: a time beyond the years 1 to 9999; give it as text, or use -o arrow")
+        return EXIT_ERROR
     return 0
 
 

@@ -5,7 +5,6 @@ parts. It knows nothing of sockets.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +28,7 @@ from coral.colony.answers.sources import Reads, Sources
 from coral.colony.answers.sql.hot import BOOKS, Shipment, ship, tables_of
 from coral.colony.answers.sql.pool import Finished, Limits, Pool
 from coral.colony.answers.window import Window
+from coral.colony.clock import now_ns
 from coral.colony.store.errors import StoreError
 from coral.colony.tables import TABLES, base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
@@ -109,7 +109,7 @@ class Service:
         fleet: Fleet,
         access: Access,
         limits: Limits | None = None,
-        clock: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int] = now_ns,
     ) -> None:
         self._store = store
         self._fleet = fleet

@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 
 from coral.client import AgentClient, AgentError
+from coral.colony import clock
 from coral.colony.delivery import Gap
 from coral.colony.follow.agents import Agents, given_up
 from coral.colony.follow.counts import Counts
@@ -243,7 +244,7 @@ class Fleet:
     async def _give_up_the_silent(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            self.give_up(time.time_ns())
+            self.give_up(clock.now_ns())
 
     def give_up(self, now_ns: int) -> None:
         """Ends the sessions of agents that have not answered for too long. Should one come back
