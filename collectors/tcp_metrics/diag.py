@@ -277,8 +277,8 @@ def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     records["bytes_acked"] = acked = acked.clip(min=0)
     under_way -= fin_under_way & (under_way > 0)
     under_way[listens | (state == _SYN_SENT)] = 0
-    # The kernel reads `unacked` before it locks the socket, and the rest after: what is acknowledged
-    # between them is in both. What the socket has sent, where it is known, is the most there can be.
+    # The kernel reads `unacked` before it locks the socket, and the rest after: what is
+    # acknowledged between them is in both. There cannot be more than what the socket has sent.
     most = np.where(info["bytes_sent"] > 0, _payload(info), acked + under_way)
     records["bytes_sent"] = np.minimum(acked + under_way, most).clip(min=acked)
 
