@@ -16,6 +16,7 @@ from typing import Any, Final
 import structlog
 
 from coral.colony import logs
+from coral.colony.answers.elsewhere import FollowsNobody, StoresNothing
 from coral.colony.answers.server import Answers
 from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
@@ -152,10 +153,10 @@ async def _running(
 
 async def _serve_answers(stack: AsyncExitStack, config: Config, parts: Parts) -> list[str]:
     """Where they are served. Raises `ConfigError`."""
-    if not parts.store:
-        return []
+    store = parts.store or StoresNothing()
+    fleet = parts.fleet if parts.follows else FollowsNobody()
     try:
-        answers = Answers(parts.store, parts.fleet, config.as_serving())
+        answers = Answers(store, fleet, config.as_serving())
         return await stack.enter_async_context(answers.serving())
     except ValueError as error:
         raise ConfigError(str(error)) from error

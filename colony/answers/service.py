@@ -42,6 +42,8 @@ DEADLINE_S: Final = 30.0
 """Of a named query, at most; a caller's own deadline may be shorter."""
 AT_A_TIME: Final = 4
 """Named queries that read the store at a time, half of them for one caller; more wait."""
+MOST_COLLECT_S: Final = 86_400.0
+"""How long a collector that callers ask for may be kept at work."""
 _MOST_SHOWN: Final = 500
 _MOST_ANSWERS: Final = 16  # each may be held in memory until its caller has read it
 _MOST_WAITING: Final = 16  # questions of one caller, with those that are being answered
@@ -232,6 +234,12 @@ class Service:
         duration_s = None
         if request.HasField("duration"):
             duration_s = request.duration.ToNanoseconds() / 1e9
+            if duration_s > MOST_COLLECT_S:
+                raise RefusedError(
+                    f"duration: {duration_s:g} s is not accepted; give at most "
+                    f"{MOST_COLLECT_S:g} s: what is always to be at work belongs into `collect` "
+                    "of the colony's configuration"
+                )
         outcomes = await self._fleet.collect(
             request.kind,
             config=dict(request.config),

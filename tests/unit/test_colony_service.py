@@ -296,6 +296,50 @@ def test_a_token_that_others_could_choose_is_none(tmp_path: Path) -> None:
         Access((TokenFile("ci", path, Role.VIEW),))
 
 
+def test_a_token_that_every_user_may_read_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(ASKED)
+    path.chmod(0o644)
+    now_s = 0.0
+    with capture_logs() as logged:
+        access = Access((TokenFile("ci", path, Role.VIEW),), clock=lambda: now_s)
+        now_s = 2.0
+        access.caller("ipv4:1.2.3.4:5", f"Bearer {ASKED}")
+    assert [(line["event"], line["mode"]) for line in logged] == [
+        ("every user may read the token", "0644")
+    ]
+
+
+async def test_a_key_that_others_may_read_is_refused_by_the_server_and_by_clients(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "token").write_text(ASKED)
+    (tmp_path / "token").chmod(0o600)
+    tokens = (TokenFile("ci", tmp_path / "token", Role.VIEW),)
+    authority = Authority()
+    certificate, key = authority.sign("colony").write(tmp_path, "colony")
+    serving = Serving(("127.0.0.1:0",), ServingTls(certificate, key), tokens)
+    ca = str(authority.write(tmp_path / "ca.crt"))
+    key.chmod(0o640)
+    Tls(ca, str(certificate), str(key)).credentials()
+    async with served(serving):
+        pass
+    why = r"colony.key: others than its owner may read or write it \(mode 0644\): give"
+    key.chmod(0o644)
+    with pytest.raises(ServingError, match=f"tls.key: .*{why}"):
+        async with served(serving):
+            pass
+    with pytest.raises(ValueError, match=f"--tls-key: .*{why}"):
+        Tls(ca, str(certificate), str(key)).credentials()
+    key.write_bytes(b"x" * ((1 << 20) + 1))
+    key.chmod(0o600)
+    with pytest.raises(ServingError, match=r"tls.key: .*: it has more than 1,048,576 bytes"):
+        async with served(serving):
+            pass
+    with pytest.raises(ValueError, match=r"--tls-key: .*: it has more than 1,048,576 bytes"):
+        Tls(ca, str(certificate), str(key)).credentials()
+
+
 def test_refusals_are_logged_one_a_second() -> None:
     now_s = 0.0
     refusals = Refusals(lambda: now_s)
