@@ -39,7 +39,7 @@ RECORD = np.dtype(
 def test_no_byte_that_is_acknowledged_meanwhile_counts_twice(
     role: int, kernel: tuple[int, int, int, int, int], counted: int
 ) -> None:
-    """KERNEL: bytes sent, retransmitted, acknowledged; those in the queue, and not sent of these."""
+    """KERNEL: bytes sent, retransmitted, acknowledged, queued, and those of them not yet sent."""
     sent, retransmitted, acked, unacked, unsent = kernel
     records, sockets = np.zeros(1, RECORD), np.zeros(1, SOCKET)
     records["role"] = role
