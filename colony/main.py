@@ -16,8 +16,8 @@ from typing import Any, Final
 import structlog
 
 from coral.colony import logs
-from coral.colony.answers.server import Answers
-from coral.colony.assembly import Parts, Running, assembled
+from coral.colony.answers.server import Answers, ServingError, check
+from coral.colony.assembly import PUBLISH, Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.delivery import EndedError
 from coral.colony.follow.discovery.addresses import host_and_port, joined
@@ -41,6 +41,7 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags)
         logs.configure(config.log_format, config.log_level)
+        _check_addresses(config, flags)
         _allow_connections()
         _collect_seldom()
         _share_one_arena()
@@ -58,6 +59,17 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
             log.exception("the colony failed unexpectedly")
         return _EXIT_FAILED
     return 0
+
+
+def _check_addresses(config: Config, flags: Mapping[str, object]) -> None:
+    """Before anything is opened. Raises `ConfigError`."""
+    if config.bus.mode == PUBLISH:
+        return  # it answers no questions
+    try:
+        check(config.as_serving())
+    except ServingError as error:
+        source = "--listen: " if "listen" in flags and str(error).startswith("listen") else ""
+        raise ConfigError(f"{source}{error}") from error
 
 
 def _allow_connections() -> None:
