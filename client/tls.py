@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,7 +93,11 @@ class Tls:
         for name, path in self._files:
             try:
                 with Path(path).open("rb") as file:
-                    contents[name] = file.read(_MOST_BYTES)
+                    if name == "--tls-key":
+                        _check_mode(os.fstat(file.fileno()).st_mode)
+                    contents[name] = file.read(_MOST_BYTES + 1)
+                if len(contents[name]) > _MOST_BYTES:
+                    raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise ValueError(f"{name}: {path}: {reason}") from error
@@ -138,6 +143,15 @@ class Tls:
         except (OSError, ValueError):
             return ""
         return ""
+
+
+def _check_mode(mode: int) -> None:
+    """Raises ValueError for the mode of a key that others could read, or choose."""
+    if mode & (stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            "others than its owner may read or write it "
+            f"(mode {stat.S_IMODE(mode):04o}): give a file of mode 0600, or 0640"
+        )
 
 
 def _no_password() -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from coral.colony.bus.settings import BusSettings
+from coral.colony.bus.settings import SECRETS, BusSettings
 from coral.colony.config_words import ByteCount, Duration, shown
 
 _DEFAULTS: Final = BusSettings(())
@@ -39,8 +39,12 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     replicas: Annotated[
         int, Meta(ge=1, le=5, description="how many servers keep a stream that is made")
     ] = _DEFAULTS.replicas
+    user: Annotated[str, Meta(description="the name of a user of the servers")] = ""
+    password_file: Annotated[str, Meta(description="a file with its password")] = ""
+    token_file: Annotated[str, Meta(description="a file with a token for the servers")] = ""
+    nkey_file: Annotated[str, Meta(description="a file with the seed of a user's nkey")] = ""
     credentials_file: Annotated[
-        str, Meta(description="a file with credentials for the servers, as `nsc` makes it")
+        str, Meta(description="a file with a user's JWT and seed, as `nsc` makes it")
     ] = ""
     ca_file: Annotated[
         str,
@@ -77,6 +81,10 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             max_age_s=self.max_age,
             max_bytes=self.max_bytes,
             replicas=self.replicas,
+            user=self.user,
+            password_file=self.password_file,
+            token_file=self.token_file,
+            nkey_file=self.nkey_file,
             credentials_file=self.credentials_file,
             ca_file=self.ca_file,
             certificate_file=self.certificate_file,
@@ -99,6 +107,12 @@ def problem(bus: Bus) -> str:
     if bool(bus.certificate_file) != bool(bus.key_file):
         lacking = "key_file" if bus.certificate_file else "certificate_file"
         return f"bus.{lacking}: give it too: a certificate and its key belong together"
+    if bool(bus.user) != bool(bus.password_file):
+        lacking = "password_file" if bus.user else "user"
+        return f"bus.{lacking}: give it too: a user and its password belong together"
+    given = [f"bus.{key}" for key in SECRETS if getattr(bus, key)]
+    if len(given) > 1:
+        return f"{given[1]}: give one of {' and '.join(given)}: a connection has one user"
     if bus.shard >= bus.shards:
         return (
             f"bus.shard: {bus.shard} is not accepted; give a number below bus.shards, {bus.shards}"

@@ -16,8 +16,9 @@ from typing import Any, Final
 import structlog
 
 from coral.colony import logs
+from coral.colony.answers.elsewhere import FollowsNobody, StoresNothing
 from coral.colony.answers.server import Answers, ServingError, check
-from coral.colony.assembly import PUBLISH, Parts, Running, assembled
+from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.delivery import EndedError
 from coral.colony.follow.discovery.addresses import host_and_port, joined
@@ -63,8 +64,6 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
 
 def _check_addresses(config: Config, flags: Mapping[str, object]) -> None:
     """Before anything is opened. Raises `ConfigError`."""
-    if config.bus.mode == PUBLISH:
-        return  # it answers no questions
     try:
         check(config.as_serving())
     except ServingError as error:
@@ -79,9 +78,9 @@ def _allow_connections() -> None:
 
 
 def _collect_seldom() -> None:
-    """Python looks at all objects when those that are new and alive have become a quarter more: with
-    a thousand agents several times while they are connected to, and every few seconds after that,
-    for 0.2 s each time, in which the loop stands still."""
+    """Python looks at all objects when those that are new and alive have become a quarter more:
+    with a thousand agents several times while they are connected to, and every few seconds after
+    that, for 0.2 s each time, in which the loop stands still."""
     gc.freeze()
     gc.set_threshold(_GC_OBJECTS, *gc.get_threshold()[1:])
 
@@ -164,10 +163,10 @@ async def _running(
 
 async def _serve_answers(stack: AsyncExitStack, config: Config, parts: Parts) -> list[str]:
     """Where they are served. Raises `ConfigError`."""
-    if not parts.store:
-        return []
+    store = parts.store or StoresNothing()
+    fleet = parts.fleet if parts.follows else FollowsNobody()
     try:
-        answers = Answers(parts.store, parts.fleet, config.as_serving())
+        answers = Answers(store, fleet, config.as_serving())
         return await stack.enter_async_context(answers.serving())
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -186,7 +186,11 @@ def tables_page() -> str:
         + f"hour in {suffixes}.\n\n"
         + "All tables begin with `time_ns` and the columns of the place: "
         + ", ".join(f"`{name}`" for name in PLACE)
-        + ".\nA place that is not known is `''`; a workload is written `deployment/web`.\n\n"
+        + ".\nA place that is not known is `''`; a workload is written `deployment/web`.\n"
+        + "A row that adds up what is beyond `top` of several pods has "
+        + "the places that\nall pods have in common which its session watches and which run at the "
+        + "end of the interval: where only\none is left by then, such a row is named after that "
+        + "one, and also counts what pods did that have ended since.\n\n"
         + "* `time_ns` is Unix time: of a summary the end of its interval, of a single event its "
         + "own time, of a rollup\n  the start of its minute or hour. `interval_ns` is how long "
         + "that was.\n"

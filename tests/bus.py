@@ -30,7 +30,7 @@ SYSCALL_STATS = Kind.of("syscall_stats")
 class NatsServer:
     """nats-server with its stream in DIRECTORY, at an address of its own."""
 
-    def __init__(self, directory: Path, most_payload: int = 1 << 20) -> None:
+    def __init__(self, directory: Path, most_payload: int = 1 << 20, more: str = "") -> None:
         directory.mkdir(exist_ok=True)
         self._directory = directory
         pid = os.getpid()
@@ -38,12 +38,22 @@ class NatsServer:
         with socket.create_server((host, 0)) as free:
             self._address = (host, free.getsockname()[1])
         self.url = f"nats://{host}:{self._address[1]}"
-        (directory / "nats.conf").write_text(
+        self._config = (
             f'listen: "{host}:{self._address[1]}"\n'
             f"max_payload: {most_payload}\n"
             f'jetstream {{ store_dir: "{directory}/stream", max_file: 1G, max_mem: 64M }}\n'
         )
+        self.configure(more)
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def host(self) -> str:
+        """The address that it listens on."""
+        return self._address[0]
+
+    def configure(self, more: str) -> None:
+        """MORE lines of its configuration, from its next start."""
+        (self._directory / "nats.conf").write_text(self._config + more)
 
     @property
     def pid(self) -> int:
@@ -77,9 +87,11 @@ class NatsServer:
 
 
 @contextmanager
-def nats_server(directory: Path, most_payload: int = 1 << 20) -> Iterator[NatsServer]:
-    """A server that runs for the duration of the block."""
-    server = NatsServer(directory, most_payload)
+def nats_server(
+    directory: Path, most_payload: int = 1 << 20, more: str = ""
+) -> Iterator[NatsServer]:
+    """A server that runs for the duration of the block, with MORE lines of configuration."""
+    server = NatsServer(directory, most_payload, more)
     server.start()
     try:
         yield server

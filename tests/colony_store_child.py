@@ -38,7 +38,7 @@ async def main(directory: Path) -> None:
             late_ns = random.choice([0, 0, 0, 30, 300]) * SECOND_NS
             lost = random.choice([{}, {}, {"map_full": random.randrange(1, 5)}])
             # A transaction with a whole row group does not go through DuckDB's log.
-            count = 20_000 if random.random() < 0.03 else random.randrange(60)  # noqa: PLR2004
+            count = 20_000 if random.random() < 0.03 else random.randrange(60)
             store.put(sender.next(count, clock_ns() - late_ns, lost=lost))
         await (store.stored() if random.random() < 0.3 else asyncio.sleep(0.005))
         for standing in store.standings():

@@ -169,6 +169,7 @@ struct tcp_sock {
 	__u32 snd_nxt;
 	__u32 snd_una;
 	__u32 write_seq;
+	__u32 lsndtime;
 	__u32 srtt_us;
 	__u32 mdev_us;
 	__u32 snd_cwnd;

@@ -19,6 +19,7 @@ import click
 
 from coral.cli.common import one_of
 from coral.cli.tap.files import check_path, replace_file
+from coral.wire.text import safe_lines
 
 TABLE, JSON, CSV, ARROW = FORMS = ("table", "json", "csv", "arrow")
 PICTURES: Final = (".svg", ".html", ".folded", ".pb.gz", ".speedscope.json")
@@ -37,6 +38,8 @@ class Output:
         if self.path:
             replace_file(self.path, content)
         else:
+            if sys.stdout.isatty():  # names and routes are strangers'
+                content = safe_lines(content.decode().replace("\r\n", "\n")).encode()
             sys.stdout.flush()
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()

@@ -162,12 +162,13 @@ def _picture(shown: Shown, asked: Asked, coverage: Coverage, suffix: str) -> byt
     from coral.views.cpu_profile.files import RENDERERS  # noqa: PLC0415
     from coral.views.cpu_profile.session import Facts  # noqa: PLC0415
 
+    profile = profile_of(shown)
     facts = Facts(
         target=", ".join(asked.services) or "all services",
         began_ns=coverage.from_ns,
         seconds=shown.seconds,
         end=coverage_line(coverage),
-        lost_samples=coverage.lost_events,
+        lost_samples=profile.lost,
     )
-    rendered = RENDERERS[suffix](profile_of(shown), facts)
+    rendered = RENDERERS[suffix](profile, facts)
     return rendered.encode() if isinstance(rendered, str) else rendered

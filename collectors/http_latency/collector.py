@@ -7,6 +7,7 @@ an interval, by array.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import Features, Rung, Step, kernel_names
+from coral.bpf import BpfObject, Features, Rung, Step, kernel_names
 from coral.bpf.closing import close_all
 from coral.collectors.contract import (
     Coverage,
@@ -57,6 +58,7 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 
 _OBJECT: Final = "http_latency"
 _END_PROGRAMS: Final = ("coral_state", "coral_destroy")
+_JOINING_PROGRAM: Final = "coral_join_iter"
 _COARSE_CLOCK: Final = 6  # CLOCK_MONOTONIC_COARSE, which advances once a jiffy
 _TYPED: Final = "bpf_rdonly_cast"  # Linux 6.2
 
@@ -148,11 +150,13 @@ class HttpLatencyCollector(EventCollector[HttpLatencyOptions]):
     def _plan(self, features: Features) -> Plan:
         self._tls: TlsHooks | None = None
         self._in_progress = Unread(0, 0)
+        self._walks = (_JOINING_PROGRAM,) if features["iterator"].available else ()
         return Plan(
             _OBJECT,
             features,
             self._rung,
             programs=(*PROGRAMS.get(sockets(features).taken, ()), *_END_PROGRAMS),
+            walks=self._walks,
             late=TLS_PROGRAMS if self._options.tls else (),
             many_places=uprobes(features).taken == "uprobe_multi",
             options={
@@ -207,6 +211,8 @@ class HttpLatencyCollector(EventCollector[HttpLatencyOptions]):
         self._write_session()
 
     def _on_filled(self) -> None:
+        if self._walks and not self._options.from_exec:
+            self._slot.common(_JoiningWalk).run()
         if self._options.tls:
             executing = self._options.pid if self._options.from_exec else ()
             self._tls = self._slot.common(TlsHooks)
@@ -280,6 +286,19 @@ class HttpLatencyCollector(EventCollector[HttpLatencyOptions]):
     def close(self) -> None:
         tls, self._tls = self._tls, None
         close_all([*([partial(tls.leave, self._slot)] if tls is not None else []), super().close])
+
+
+class _JoiningWalk:
+    """Tells the programs of a hub who has spoken last on the connections that are there already."""
+
+    def __init__(self, bpf_object: BpfObject) -> None:
+        self._walk = bpf_object.walk(_JOINING_PROGRAM, RECORDS[0])
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Walks once. Safe to call from several threads. Raises `BpfError`."""
+        with self._lock:
+            self._walk.read()
 
 
 COLLECTOR: Final = HttpLatencyCollector

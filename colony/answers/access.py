@@ -5,8 +5,10 @@ the holder of a token may do what its role says.
 from __future__ import annotations
 
 import hmac
+import stat
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
@@ -125,6 +127,13 @@ class _Token:
     def __init__(self, file: TokenFile) -> None:
         self.file = file
         self.digest = _digest(_read(file))
+        # Kubernetes mounts secrets like that, where only the container's users see them.
+        with suppress(OSError):
+            if (mode := file.path.stat().st_mode) & stat.S_IROTH:
+                log.warning(
+                    "every user may read the token", file=str(file.path),
+                    mode=f"{stat.S_IMODE(mode):04o}", better="0600",
+                )  # fmt: skip
 
     def refresh(self) -> None:
         """A file that holds no token any more leaves the last one in force."""

@@ -223,7 +223,9 @@ PROFILE: Final = Named(
     columns=(*PLACE, "process", "comm", "tgid"),
     by=("service",),
     always_by=("process", "end", "unwinding", "in_kernel", "stack_id"),
-    values=(total("count"), total("cpu_ns"), total("cycles")),
+    values=tuple(
+        map(total, ("count", "cpu_ns", "cycles", "samples_lost", "samples_truncated")),
+    ),
     order="count",
     raw_only=("comm", "tgid"),
     counted=("count", ""),

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+import structlog
 
 from coral.colony.answers.access import Access, Role
+from coral.colony.answers.elsewhere import StoresNothing
 from coral.colony.answers.service import Fleet, Service
 from coral.colony.answers.settings import Serving, ServingTls
 from coral.colony.answers.sources import Reads
 from coral.colony.files import read_regular
 
+log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
+
 _GRACE_S: Final = 1.0
 _MOST_MESSAGE: Final = 4 << 20
-_MOST_PEM_BYTES: Final = 1 << 20
+_MOST_PEM_BYTES: Final = 1 << 20  # a bundle of every public authority has 220 KB
 _MOST_PATH_BYTES: Final = 107  # sun_path of unix(7), without its NUL
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _OPTIONS: Final = (
@@ -47,6 +51,7 @@ class Answers:
         check(serving)
         anyone = Role.OPERATE if serving.insecure_loopback else Role.NONE
         self._serving = serving
+        self._has_rows = not isinstance(store, StoresNothing)
         self._service = Service(store, fleet, Access(serving.tokens, anyone), serving.limits)
 
     @asynccontextmanager
@@ -59,7 +64,8 @@ class Answers:
         try:
             addresses = [self._add(server, each, made) for each in self._serving.listen]
             await server.start()
-            self._service.pool.warm_up()
+            if self._has_rows:
+                self._service.pool.warm_up()
             yield addresses
         finally:
             await server.stop(_GRACE_S)
@@ -100,11 +106,16 @@ def _bound(server: grpc.aio.Server, address: str, tls: ServingTls | None) -> int
 def _credentials(tls: ServingTls) -> grpc.ServerCredentials:
     """gRPC's. The files are read again for each new connection."""
     last = first = _configuration(tls)
+    told = ""
 
     def fetch() -> grpc.ServerCertificateConfiguration:
-        nonlocal last
-        with suppress(ServingError):  # those that were there before go on
-            last = _configuration(tls)
+        nonlocal last, told
+        try:
+            last, told = _configuration(tls), ""
+        except ServingError as error:
+            if str(error) != told:  # strangers decide how often
+                told = str(error)
+                log.warning("the last certificate stays in force", reason=told)
         return last
 
     return grpc.dynamic_ssl_server_credentials(
@@ -113,13 +124,13 @@ def _credentials(tls: ServingTls) -> grpc.ServerCredentials:
 
 
 def _configuration(tls: ServingTls) -> grpc.ServerCertificateConfiguration:
-    def read(name: str, path: Path) -> bytes:
+    def read(name: str, path: Path, *, secret: bool = False) -> bytes:
         try:
-            return read_regular(path, _MOST_PEM_BYTES)
+            return read_regular(path, _MOST_PEM_BYTES, secret=secret)
         except OSError as error:
             raise ServingError(f"tls.{name}: {path}: {error.strerror}") from error
 
-    pair = read("key", tls.key), read("certificate", tls.certificate)
+    pair = read("key", tls.key, secret=True), read("certificate", tls.certificate)
     authorities = read("client_ca", tls.client_ca) if tls.client_ca else None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, "")

@@ -25,6 +25,7 @@ from coral.colony.answers.coverage import Scope, covered
 from coral.colony.answers.listings import AskedListing, listed
 from coral.colony.answers.refusals import BusyError, NotFoundError, RefusedError
 from coral.colony.answers.requests import asked_of, described, window_of
+from coral.colony.answers.shares import Shares
 from coral.colony.answers.sources import Reads, Sources
 from coral.colony.answers.sql.hot import BOOKS, Shipment, ship, tables_of
 from coral.colony.answers.sql.pool import Finished, Limits, Pool
@@ -42,9 +43,12 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["ColonyService"].full_name
 DEADLINE_S: Final = 30.0
 """Of a named query, at most; a caller's own deadline may be shorter."""
 AT_A_TIME: Final = 4
-"""Named queries that read the store at a time; more wait."""
+"""Named queries that read the store at a time, half of them for one caller; more wait."""
+MOST_COLLECT_S: Final = 86_400.0
+"""How long a collector that callers ask for may be kept at work."""
 _MOST_SHOWN: Final = 500
 _MOST_ANSWERS: Final = 16  # each may be held in memory until its caller has read it
+_MOST_WAITING: Final = 16  # questions of one caller, with those that are being answered
 _SEND_S: Final = 30.0
 
 _CODES: Final[Sequence[tuple[type[Exception], grpc.StatusCode]]] = (
@@ -116,8 +120,8 @@ class Service:
         self._fleet = fleet
         self._access = access
         self._clock = clock
-        self._reading = asyncio.Semaphore(AT_A_TIME)
-        self._answering = asyncio.Semaphore(_MOST_ANSWERS)
+        self._reading = Shares(AT_A_TIME, AT_A_TIME // 2)
+        self._answering = Shares(_MOST_ANSWERS, _MOST_ANSWERS // 2)
         self._refusals = Refusals()
         self.pool = Pool(limits)
 
@@ -143,7 +147,7 @@ class Service:
         }
         return grpc.method_handlers_generic_handler(SERVICE, made)
 
-    async def describe(self, _request: pb.DescribeRequest, _caller: Caller) -> pb.DescribeResponse:
+    async def describe(self, _request: pb.DescribeRequest, caller: Caller) -> pb.DescribeResponse:
         """What can be asked."""
 
         def work(
@@ -156,11 +160,11 @@ class Service:
                 found[table] = dict(zip(relation.columns, types, strict=True))
             return found
 
-        columns = await self._snapshot(work)
+        columns = await self._snapshot(caller, work)
         return described(columns, _version(), self._clock())
 
     async def query(
-        self, request: pb.QueryRequest, _caller: Caller
+        self, request: pb.QueryRequest, caller: Caller
     ) -> AsyncIterator[pb.QueryResponse]:
         """A named query."""
         asked, addresses = asked_of(request, self._clock()), self._fleet.away()
@@ -177,7 +181,7 @@ class Service:
             add_gaps(coverage, away, asked.where.get("agent", "*"))
             return list(parts_of(table)), coverage
 
-        parts, coverage = await self._snapshot(work)
+        parts, coverage = await self._snapshot(caller, work)
         for part in parts:
             yield pb.QueryResponse(arrow=part)
         yield pb.QueryResponse(coverage=coverage)
@@ -215,10 +219,12 @@ class Service:
                     shipment.close()
                     raise
 
-            told.append(await self._snapshot(work))
+            told.append(await self._snapshot(caller, work))
             return told[0][0]
 
-        answer = self.pool.answer(request.sql, shipped, most_rows=most_rows, deadline_s=deadline_s)
+        answer = self.pool.answer(
+            request.sql, shipped, most_rows=most_rows, deadline_s=deadline_s, caller=caller.name
+        )
         async with aclosing(answer):
             async for part in answer:
                 if isinstance(part, Finished):
@@ -240,6 +246,12 @@ class Service:
         duration_s = None
         if request.HasField("duration"):
             duration_s = request.duration.ToNanoseconds() / 1e9
+            if duration_s > MOST_COLLECT_S:
+                raise RefusedError(
+                    f"duration: {duration_s:g} s is not accepted; give at most "
+                    f"{MOST_COLLECT_S:g} s: what is always to be at work belongs into `collect` "
+                    "of the colony's configuration"
+                )
         outcomes = await self._fleet.collect(
             request.kind,
             config=dict(request.config),
@@ -258,9 +270,11 @@ class Service:
         outcomes = await asyncio.gather(*stopping)
         return pb.StopCollectResponse(results=map(_collected, outcomes))
 
-    async def _snapshot(self, work: Callable[[duckdb.DuckDBPyConnection, Sources], Any]) -> Any:  # noqa: ANN401
+    async def _snapshot(
+        self, caller: Caller, work: Callable[[duckdb.DuckDBPyConnection, Sources], Any]
+    ) -> Any:  # noqa: ANN401
         try:
-            async with asyncio.timeout(DEADLINE_S), self._reading:
+            async with asyncio.timeout(DEADLINE_S), self._reading.place(caller.name):
                 return await self._store.snapshot(work, deadline_s=DEADLINE_S)
         except TimeoutError as error:
             raise TimeoutError(
@@ -287,7 +301,7 @@ class Service:
             caller = await self._allowed(role, context)
             try:
                 async with (
-                    self._answering,
+                    self._answering.place(caller.name, _MOST_WAITING),
                     aclosing(method(request, caller)) as parts,  # type: ignore[type-var]
                 ):
                     async for part in parts:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from typing import Final
 
-import nats
 import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -25,6 +23,7 @@ from nats.js.errors import APIError, BadRequestError, NotFoundError, ServerError
 from coral.client import Retry
 from coral.client.backoff import Backoff
 from coral.colony.bus import subjects
+from coral.colony.bus.secured import SecretsError, SecuredClient, check, words_of
 from coral.colony.bus.settings import BusSettings
 from coral.colony.delivery import EndedError
 
@@ -56,6 +55,8 @@ class Connection:
         self.breaks = 0
         self._told = ("", "")
         self._tell_again_s = 0.0
+        self._is_over = False
+        self._opening: asyncio.Task[None] | None = None
 
     @property
     def stream(self) -> JetStreamContext:
@@ -69,11 +70,18 @@ class Connection:
 
     async def open(self) -> None:
         """Returns when the stream is there, however long that takes. Raises `BusError`."""
+        try:
+            check(self.settings)
+        except SecretsError as error:
+            raise BusError(str(error)) from error
+        await self._open()
+
+    async def _open(self) -> None:
         backoff = self.backoff()
         while True:
             try:
                 if not self.is_up:
-                    self.client = await self._connect()
+                    await self._connect()
                     self._connected.set()
                 await self.ensure_stream()
             except FAILURES as error:
@@ -85,7 +93,12 @@ class Connection:
     async def close(self) -> None:
         """Ends the connection. What waits to be sent is not sent."""
         self._connected.clear()
-        await self.client.close()
+        self._is_over = True
+        if self._opening:
+            self._opening.cancel()
+            await asyncio.gather(self._opening, return_exceptions=True)
+        if isinstance(self.client, SecuredClient):  # one that has begun to connect
+            await self.client.close()
 
     async def up(self) -> None:
         """Returns when there is a connection."""
@@ -99,7 +112,7 @@ class Connection:
     def tell(self, what: str, error: BaseException) -> None:
         """Logs a failure: the same one again only after a minute, because all that is under way
         fails with it, and is tried again and again."""
-        reason, now_s = str(error) or type(error).__name__, time.monotonic()
+        reason, now_s = words_of(error, self.settings), time.monotonic()
         if (what, reason) != self._told or now_s > self._tell_again_s:
             self._told, self._tell_again_s = (what, reason), now_s + _TELL_AGAIN_S
             log.warning(what, reason=reason)
@@ -145,9 +158,10 @@ class Connection:
         except NotFoundError:
             return None
 
-    async def _connect(self) -> Client:
+    async def _connect(self) -> None:
         settings = self.settings
-        return await nats.connect(
+        self.client = SecuredClient(settings)
+        await self.client.connect(
             list(settings.servers),
             name=self._name,
             connect_timeout=_CONNECT_S,
@@ -155,11 +169,10 @@ class Connection:
             max_reconnect_attempts=-1,
             ping_interval=10,
             max_outstanding_pings=2,
-            tls=_tls(settings),
-            user_credentials=settings.credentials_file or None,
             disconnected_cb=self._lost,
             reconnected_cb=self._back,
-            error_cb=_ignored,
+            closed_cb=self._closed,
+            error_cb=self._fails,
         )
 
     async def _lost(self) -> None:
@@ -167,6 +180,17 @@ class Connection:
             self._connected.clear()
             self.breaks += 1
             log.warning("the connection to the bus is lost")
+
+    async def _closed(self) -> None:
+        """nats-py gives up a connection that the server ended because its user is not accepted any
+        more, such as one that has expired. The files may have a newer one."""
+        if not self._is_over:
+            self._opening = asyncio.create_task(self._open())
+
+    async def _fails(self, error: Exception) -> None:
+        """nats-py tells of every try to connect."""
+        if not self.is_up:
+            self.tell("the bus does not answer", error)
 
     async def _back(self) -> None:
         self._connected.set()
@@ -176,19 +200,3 @@ class Connection:
 def is_wrong_sequence(error: APIError) -> bool:
     """Whether a message was refused because it does not follow on the last of its subject."""
     return error.err_code in _WRONG_SEQUENCE
-
-
-async def _ignored(_error: Exception) -> None:
-    """nats-py tells of every try to connect; `_lost` and `_back` are what matters."""
-
-
-def _tls(settings: BusSettings) -> ssl.SSLContext | None:
-    if not any(url.startswith(("tls:", "wss:")) for url in settings.servers):
-        return None
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file or None)
-        if settings.certificate_file:
-            context.load_cert_chain(settings.certificate_file, settings.key_file or None)
-    except (OSError, ValueError) as error:
-        raise BusError(f"bus: its certificates cannot be used: {error}") from error
-    return context

@@ -140,6 +140,12 @@ class Consumer:
     ) -> None:
         try:
             messages = await reading.fetch(self.settings.fetch, timeout=_FETCH_S)
+        except asyncio.CancelledError as error:
+            # nats-py cancels readers when it gives up a connection.
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            raise OutOfOrderError("the connection was given up") from error
         except NatsTimeoutError:
             await self._connection.up()
             await reading.consumer_info()  # raises where the server does not have it any more

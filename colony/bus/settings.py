@@ -9,6 +9,9 @@ _DAY_S: Final = 86400.0
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
 
+SECRETS: Final = ("user", "token_file", "nkey_file", "credentials_file")
+"""Those of the settings that say who a client of the servers is; one of them at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class BusSettings:
@@ -25,6 +28,10 @@ class BusSettings:
     max_age_s: float = _DAY_S
     max_bytes: int = 64 * _GIB
     replicas: int = 1
+    user: str = ""
+    password_file: str = ""
+    token_file: str = ""
+    nkey_file: str = ""
     credentials_file: str = ""
     ca_file: str = ""
     certificate_file: str = ""

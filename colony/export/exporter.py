@@ -21,6 +21,7 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from coral.client import Retry
 from coral.client.backoff import Backoff
 from coral.colony.export import remote_write
+from coral.colony.export.abandoned import in_thread
 from coral.colony.export.backlog import Backlog, Request
 from coral.colony.export.measures import Totals
 from coral.colony.export.settings import ExportSettings
@@ -118,7 +119,8 @@ class Exporter:
                 self._waiting_rows += rows.num_rows
 
     async def run(self) -> None:
-        """Exports every interval until it is cancelled. What waits then is lost."""
+        """Exports every interval until it is cancelled. What waits then is lost, and told; no
+        receiver is waited for."""
         transport = self._transport()
         try:
             async with asyncio.TaskGroup() as group:
@@ -128,7 +130,13 @@ class Exporter:
                     await asyncio.sleep(self.settings.interval_s)
                     await self._export(transport)
         finally:
-            self._counts.lost[REMOTE_WRITE] += self._backlog.samples + self._posting.samples
+            samples = self._backlog.samples + self._posting.samples
+            self._counts.lost[REMOTE_WRITE] += samples
+            if samples or self._waiting_rows:
+                log.warning(
+                    "metrics were not sent before the end", remote_write_samples=samples,
+                    rows_not_added_up=self._waiting_rows,
+                )  # fmt: skip
             if transport:
                 await transport.close()
 
@@ -138,7 +146,7 @@ class Exporter:
             return None
         if self.settings.otlp_protocol == "grpc":
             return Grpc(target.endpoint, target.headers, target.ca)
-        return Http(target.endpoint, target.headers, target.ca, asyncio.to_thread)
+        return Http(target.endpoint, target.headers, target.ca, in_thread)
 
     async def _export(self, transport: Transport | None) -> None:
         """What there is now, to each receiver."""
@@ -199,10 +207,11 @@ class Exporter:
     async def _post(self, poster: Poster, request: Request) -> bool:
         """Whether it need not be sent again."""
         try:
-            await asyncio.to_thread(
-                poster.post, "", request.body, self.settings.timeout_s, remote_write.HEADERS,
-                _PASSING,
-            )  # fmt: skip
+            await in_thread(
+                lambda: poster.post(
+                    "", request.body, self.settings.timeout_s, remote_write.HEADERS, _PASSING
+                )
+            )
         except NotAcceptedError as error:
             self._tell(REMOTE_WRITE, error)
             if error.passing:

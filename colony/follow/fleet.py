@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -19,13 +19,16 @@ from coral.colony.follow.counts import Counts
 from coral.colony.follow.discovery.source import Source
 from coral.colony.follow.follower import Follower
 from coral.colony.follow.gate import Gate
+from coral.colony.follow.kept import LEASE_S, Kept, Renewal
 from coral.colony.follow.sink import Sink
 from coral.colony.follow.status import Connect, Shared, State, Status
+from coral.colony.follow.visit import TRANSIENT
 from coral.colony.follow.wanted import Wanted
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
 _LOOK_EVERY_S: Final = 10.0
+_RENEW_EVERY_S: Final = 1.0
 _SOURCE_AGAIN_S: Final = 30.0
 SILENT: Final = "the agent has not answered for too long"
 
@@ -60,6 +63,7 @@ class Fleet:
         self.counts = Counts()
         self.gate = Gate(connecting)
         self.agents = Agents(sink)
+        self.kept = Kept()
         self._shared = Shared(sink, self.agents, self.gate, connect, wanted, self.counts)
         self._sources = sources
         self._lost_after_ns = int(lost_after_s * 1e9)
@@ -76,6 +80,7 @@ class Fleet:
             tasks = [
                 *(group.create_task(self._discover(source)) for source in self._sources),
                 group.create_task(self._give_up_the_silent()),
+                group.create_task(self._renew_kept()),
             ]
             try:
                 yield
@@ -126,12 +131,17 @@ class Fleet:
         agents: Collection[str] = (),
     ) -> Sequence[Asked]:
         """Starts a collector on each of AGENTS, by default on all: of those that are not followed
-        now the answer says why. It is followed as all others, and ends with its lease."""
+        now the answer says why. It is followed as all others, and ends after DURATION_S, by default
+        with the lease that the agent gives it. A longer one than agents' leases is renewed by this
+        fleet, and by no other: when the fleet or the agent ends, so does the collector."""
+        lease_s = None if duration_s is None else min(duration_s, LEASE_S)
 
         async def start(agent_id: str, client: AgentClient) -> Asked:
             started = await client.start(
-                kind, service_name=service, config=config, duration_s=duration_s
+                kind, service_name=service, config=config, duration_s=lease_s
             )
+            if started.supported and duration_s is not None:
+                self.kept.started(agent_id, started.collector_id, duration_s, time.monotonic())
             error = "" if started.supported else started.error
             return Asked(agent_id, started.collector_id, error, started.notes)
 
@@ -140,25 +150,65 @@ class Fleet:
         return [*asked, *(Asked(it.agent or it.address, error=it.why) for it in away)]
 
     async def stop(self, agent_id: str, collector_id: str) -> Asked:
-        """Ends a collector."""
+        """Ends a collector. One whose agent cannot be reached is not renewed any more."""
+        was_kept = self.kept.forget(agent_id, collector_id)
 
         async def stop(agent_id: str, client: AgentClient) -> Asked:
             await client.stop(collector_id)
             return Asked(agent_id, collector_id)
 
         (asked,) = await self._ask([agent_id], stop)
+        # A renewal may have been under way.
+        self.kept.forget(agent_id, collector_id)
+        if asked.error and was_kept:
+            more = f"; it is not renewed any more, and ends within {LEASE_S:.0f} s"
+            return replace(asked, error=asked.error + more)
         return asked
+
+    async def _renew_kept(self) -> None:
+        while True:
+            await asyncio.sleep(_RENEW_EVERY_S)
+            await self.renew(time.monotonic())
+
+    async def renew(self, now_s: float) -> None:
+        """Renews the leases of what was asked for that are due."""
+        there = self._clients()
+
+        async def one(renewal: Renewal) -> None:
+            client = there.get(renewal.agent_id)
+            if client is None:
+                self.kept.failed(renewal, now_s)
+                return
+            try:
+                async with self.gate.passing(failed=False):
+                    await client.renew(renewal.collector_id, renewal.lease_s)
+            except TRANSIENT:
+                self.kept.failed(renewal, now_s)
+            except AgentError as error:
+                if self.kept.forget(renewal.agent_id, renewal.collector_id):
+                    log.warning(
+                        "what was asked for has ended early", agent=renewal.agent_id,
+                        collector=renewal.collector_id, reason=str(error),
+                    )  # fmt: skip
+            else:
+                self.kept.renewed(renewal, now_s)
+
+        await asyncio.gather(*map(one, self.kept.due(now_s)))
+
+    def _clients(self) -> Mapping[str, AgentClient]:
+        """Of the agents that are followed now, by id."""
+        return {
+            follower.status.agent_id: follower.client
+            for follower, _ in self._followers.values()
+            if follower.client
+        }
 
     async def _ask(
         self,
         agents: Collection[str],
         ask: Callable[[str, AgentClient], Awaitable[Asked]],
     ) -> Sequence[Asked]:
-        there = {
-            follower.status.agent_id: follower.client
-            for follower, _ in self._followers.values()
-            if follower.client
-        }
+        there = self._clients()
 
         async def one(agent_id: str) -> Asked:
             client = there.get(agent_id)

@@ -107,6 +107,7 @@ class Database:
         """What was found where a part of the file cannot be read any more."""
         self._first = first
         self._temporary = directory / "spill"
+        self._identity: tuple[int, int] | None = None
         self._root: duckdb.DuckDBPyConnection | None = None
         self._writer: duckdb.DuckDBPyConnection | None = None
         self._live: dict[duckdb.DuckDBPyConnection, int] = {}
@@ -127,6 +128,8 @@ class Database:
             self._move_aside(self._verdict.read_text(errors="replace"))
         if not self.path.exists():
             self._make()
+        if not self.path.is_file():  # opening a FIFO would wait for ever
+            raise StoreError(f"{self.path}: it is not a regular file")
         try:
             root = self._checked()
         except (duckdb.Error, _OtherFormatError) as error:
@@ -135,6 +138,7 @@ class Database:
             self._move_aside(_first_line(error))
             self._make()
             root = self._checked()
+        self._identity = self._found_identity()
         with self._turn:
             self.invalid.clear()
             self._root = root
@@ -201,6 +205,12 @@ class Database:
             return min(self._live.values(), default=self._epoch)
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether the file still has its name: what is written to it otherwise goes with this
+        process."""
+        return self._identity is None or self._found_identity() == self._identity
+
+    @property
     def closing(self) -> bool:
         """Whether cursors have to end."""
         return self._root is None
@@ -214,6 +224,13 @@ class Database:
     @property
     def _log(self) -> Path:
         return self.path.with_name(f"{self.path.name}.wal")
+
+    def _found_identity(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     @property
     def _verdict(self) -> Path:

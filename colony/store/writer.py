@@ -152,6 +152,8 @@ class Writer:
         core = self._core
         if damage := core.database.damage:
             raise StoreEndedError(f"the hot file is damaged: {damage}")
+        if not core.database.is_in_place:
+            raise StoreEndedError(f"{core.database.path} was removed or replaced")
         if core.must_recover:
             self._figures.reopened += 1
             core.recover()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.bus import nats_server, settings_for
 from tests.colony import until
 from tests.colony_process import running_colony, stored_in
 from tests.events import connected, start_events
-from tests.support import INSECURE, Puppet, RunningAgent, running_agent, wait_until
+from tests.support import INSECURE, Puppet, RunningAgent, coral, running_agent, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ async def test_every_event_is_stored_once_whichever_is_killed(
                 running_colony(tmp_path / "follow", follow) as following,
                 running_colony(tmp_path / "store", store) as storing,
             ):
+                says_where_to_ask(tmp_path)
                 count = calls(chance.uniform(0.2, 1.0))
                 wait_until(lambda: following.total("coral_colony_received_rows_total") > 0)
                 wait_until(lambda: storing.total("coral_colony_store_rows_total") > 0)
@@ -93,6 +95,21 @@ async def test_every_event_is_stored_once_whichever_is_killed(
     assert standing.produced + sum(standing.lost_in_kernel.values()) == made
     assert standing.produced == standing.last_seq == standing.stored + sum(standing.lost.values())
     assert stored.rows[standing.session.key] == (standing.stored, standing.stored)
+
+
+def says_where_to_ask(directory: Path) -> None:
+    """The colony that publishes says who answers, and the one that stores says who collects."""
+    for name, command, words in (
+        ("follow", ("query", "agents"), "stores nothing: ask one with bus.mode store"),
+        ("follow", ("query", "sql", "SELECT 1 FROM http_latency"), "stores nothing: ask one"),
+        ("store", ("collect", "http_latency"), "follows no agents: collect by one with bus.mode"),
+    ):
+        told = subprocess.run(
+            coral(*command, "--colony", f"unix:{directory}/{name}/colony.sock"),
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert told.returncode, told.stdout
+        assert words in " ".join(told.stderr.split())
 
 
 async def read_to_the_end(url: str, directory: Path, session: str) -> None:

@@ -3,6 +3,7 @@ connections break, agents die and colonies start again."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -201,6 +202,74 @@ async def test_what_an_agent_refuses_is_told_in_its_words(agent: RunningAgent) -
         assert "config" in asked.error
         (unknown,) = await fleet.collect("syscall_stats", agents=["elsewhere"])
         assert unknown.error == "agent 'elsewhere' is not known"
+
+
+async def test_what_is_asked_for_outlives_the_agents_lease_and_ends_when_it_is_stopped(
+    agent: RunningAgent, puppet: Puppet
+) -> None:
+    shelf, config = Shelf(), {"pid": str(puppet.pid), "interval": "100ms"}
+
+    async with connected(agent) as client:
+
+        async def expires_ns(session: str) -> int:
+            infos = {it.collector_id: it for it in await client.collectors()}
+            return infos[session].expires_at_ns or 0
+
+        async with following(shelf, agent.address) as fleet:
+            (asked,) = await fleet.collect("syscall_stats", config=config, duration_s=650.0)
+            began_s, began_ns = time.monotonic(), await expires_ns(asked.collector_id)
+            await fleet.renew(began_s + 90.0)
+            assert await expires_ns(asked.collector_id) == began_ns
+            await fleet.renew(began_s + 110.0)
+            renewed_ns = await expires_ns(asked.collector_id)
+            assert renewed_ns > began_ns
+            assert fleet.kept
+            await fleet.renew(began_s + 400.0)  # of which 250 s are left
+            assert renewed_ns - 60 * 10**9 < await expires_ns(asked.collector_id) < renewed_ns
+            assert not fleet.kept
+            (other,) = await fleet.collect("syscall_stats", config=config, duration_s=650.0)
+            (short,) = await fleet.collect("syscall_stats", config=config, duration_s=30.0)
+            assert len(fleet.kept) == 1
+            assert not (await fleet.stop(other.agent_id, other.collector_id)).error
+            assert not fleet.kept
+            await until(lambda: ended(shelf.of(other.collector_id)))
+            (again,) = await fleet.collect("syscall_stats", config=config, duration_s=650.0)
+            last_ns = await expires_ns(again.collector_id)
+        # Another life of the colony follows it, and lets its lease run out.
+        async with following(shelf, agent.address) as fleet:
+            await until(lambda: shelf.of(again.collector_id))
+            await fleet.renew(time.monotonic() + 250.0)
+            assert await expires_ns(again.collector_id) == last_ns
+            for each in (asked, short, again):
+                await fleet.stop(each.agent_id, each.collector_id)
+
+
+async def test_what_is_asked_for_is_not_renewed_after_its_agent_has_lost_it(
+    tmp_path: Path, puppet: Puppet
+) -> None:
+    address, config, now_s = f"unix:{tmp_path}/a.sock", {"pid": str(puppet.pid)}, time.monotonic()
+    async with following(Shelf(), address) as fleet:
+
+        def is_(state: State) -> bool:
+            return fleet.statuses[0].state is state
+
+        with running_agent(tmp_path, CONFIG, "--listen", address) as agent:
+            await until(lambda: is_(State.FOLLOWED))
+            one, two = [
+                (await fleet.collect("syscall_stats", config=config, duration_s=650.0))[0]
+                for _ in range(2)
+            ]
+            agent.process.kill()
+            await until(lambda: is_(State.AWAY))
+        stopped = await fleet.stop(one.agent_id, one.collector_id)
+        assert stopped.error.endswith("it is not renewed any more, and ends within 300 s")
+        await fleet.renew(now_s + 200.0)
+        assert len(fleet.kept) == 1
+        with running_agent(tmp_path, CONFIG, "--listen", address):
+            await until(lambda: is_(State.FOLLOWED))
+            await fleet.renew(now_s + 210.0)
+            assert not fleet.kept
+            assert (await fleet.stop(two.agent_id, two.collector_id)).error
 
 
 async def test_an_agent_is_followed_over_tls_with_a_certificate_and_a_token_that_changes(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from coral.colony.export.exporter import OTLP, REMOTE_WRITE, Exporter
 from coral.colony.export.settings import ExportSettings, Receiver
 from tests.colony_process import running_colony
 from tests.prometheus import Query, value_of, victoria_metrics, written_prometheus
 from tests.rollups import of_all_kinds
-from tests.support import INSECURE, PATIENCE, Puppet, running_agent
+from tests.support import INSECURE, PATIENCE, Puppet, running_agent, wait_until
 
 OF_WEB = 'service="web",namespace="shop",workload="deployment/web",container="app"'
 # What was made by hand, and what a receiver must answer.
@@ -154,6 +157,30 @@ async def test_samples_wait_for_their_receiver_within_a_bound() -> None:
         waiting = counts.waiting
         assert waiting > 0
     assert exporter.counts.lost[REMOTE_WRITE] >= waiting
+
+
+def test_the_end_does_not_wait_for_receivers_that_do_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stalled, capture_logs() as logged:
+        url = f"http://127.0.0.1:{stalled.getsockname()[1]}"
+        settings = ExportSettings(
+            "east", otlp=Receiver(url), otlp_protocol="http", remote_write=Receiver(f"{url}/write"),
+            interval_s=0.05, timeout_s=3600.0,
+        )  # fmt: skip
+        exporter = Exporter(settings)
+        exporter.observe(of_all_kinds())
+
+        async def life() -> None:
+            async with exporting(exporter):
+                for _ in range(2):  # both are under way
+                    taken.append(await asyncio.to_thread(stalled.accept))
+
+        taken: list[tuple[socket.socket, Any]] = []
+        asyncio.run(life())  # which waits for the threads of asyncio
+        for connection, _ in taken:
+            connection.close()
+        wait_until(lambda: not any(it.name == "coral-export" for it in threading.enumerate()))
+    (line,) = (it for it in logged if it["event"] == "metrics were not sent before the end")
+    assert line["remote_write_samples"] == exporter.counts.lost[REMOTE_WRITE] > 0
 
 
 @pytest.mark.soak

@@ -415,3 +415,106 @@ def test_the_rest_of_a_body_that_looks_like_a_request_hides_no_request_after_it(
         _answered(client, server, r"b'HTTP/1.1 204 None\r\n\r\n'")
         for (found,) in _both(seen):
             assert (found.path, found.status, found.outcome) == ("/it", 204, COMPLETE)
+
+
+_EXPECTS = r"b'POST /it HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n'"
+_REFUSED = r"b'HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n'"
+_OK = r"b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12345'"
+
+
+def test_a_client_that_expected_to_be_refused_goes_on_without_the_body(
+    pair: tuple[Puppet, Puppet],
+) -> None:
+    client, server = pair
+    with seeing_plain(client.pid, server.pid) as seen:
+        for asked, answer in (
+            (_EXPECTS, _REFUSED),
+            (r"b'POST /again HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello'", _OK),
+            (_EXPECTS.replace("Content-Length: 5", "Transfer-Encoding: chunked"), _REFUSED),
+            (_GET, _OK),
+            (_EXPECTS, _REFUSED),
+        ):
+            _asked(client, server, asked)
+            _answered(client, server, answer)
+        _asked(client, server, r"b'hello'")  # a client may send it all the same
+        _asked(client, server)
+        _answered(client, server, _OK)
+        for found in _both(seen, 6):
+            assert [each.exchange for each in found] == [
+                ("POST", "/it", 417, 0, 0),
+                ("POST", "/again", 200, 5, 5),
+                ("POST", "/it", 417, 0, 0),
+                ("GET", "/it", 200, 0, 5),
+                ("POST", "/it", 417, 0, 0),
+                ("GET", "/it", 200, 0, 5),
+            ]
+            assert {each.outcome for each in found} == {COMPLETE}
+        assert not seen.unread
+
+
+def test_a_response_that_nobody_has_asked_for_answers_no_later_request(
+    pair: tuple[Puppet, Puppet],
+) -> None:
+    client, server = pair
+    late = r"b'HTTP/1.1 408 Late\r\nContent-Length: 0\r\n\r\n'"
+    with seeing_plain(client.pid, server.pid) as seen:
+        for answers in ((_OK, late), (_OK,), (f"{_OK} + {late}",), (_OK,)):
+            _asked(client, server)
+            for answer in answers:
+                _answered(client, server, answer)
+        _answered(client, server, late)
+        _asked(client, server)
+        client.do("c.close()")
+        server.do("assert s.recv(1) == b''; s.close()")
+        for found in _both(seen, 5):
+            assert [(each.status, each.outcome) for each in found] == [
+                *[(200, COMPLETE)] * 4,
+                (0, BY_CLIENT),
+            ]
+
+
+@pytest.mark.parametrize("rest", [1, 3])
+def test_the_rest_of_an_upload_that_looks_like_requests_is_none(
+    rest: int, pair: tuple[Puppet, Puppet]
+) -> None:
+    client, server = pair
+    looks = r"b'GET /never HTTP/1.1\r\n\r\n'"
+    _asked(client, server, rf"b'POST /before HTTP/1.1\r\nContent-Length: {1 + rest * 24}\r\n\r\n-'")
+    with seeing_plain(client.pid, server.pid) as seen:
+        for _ in range(rest):
+            _asked(client, server, looks)
+        _answered(client, server, r"b'HTTP/1.1 201 Made\r\nContent-Length: 0\r\n\r\n'")
+        _asked(client, server)
+        _answered(client, server, r"b'HTTP/1.1 204 None\r\n\r\n'")
+        for (found,) in _both(seen):
+            assert (found.path, found.status, found.outcome) == ("/it", 204, COMPLETE)
+        seen.until(lambda: seen.unread == {"joined": 2})
+
+
+def test_a_request_behind_one_that_waits_since_before_the_session_gets_none_of_its_response(
+    pair: tuple[Puppet, Puppet],
+) -> None:
+    client, server = pair
+    _asked(client, server, r"b'GET /before HTTP/1.1\r\n\r\n'")
+    with seeing_plain(client.pid, server.pid) as seen:
+        _asked(client, server, r"b'GET /behind HTTP/1.1\r\n\r\n'")
+        for status in (201, 202):
+            answer = rf"b'HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n'"
+            _answered(client, server, answer)
+        _asked(client, server)
+        _answered(client, server, r"b'HTTP/1.1 204 None\r\n\r\n'")
+        for (found,) in _both(seen):
+            assert (found.path, found.status, found.outcome) == ("/it", 204, COMPLETE)
+
+
+def test_a_request_that_waits_to_be_read_when_the_session_begins_is_seen(
+    pair: tuple[Puppet, Puppet],
+) -> None:
+    client, server = pair
+    client.do(f"c.sendall({_GET})")
+    with seeing_plain(client.pid, server.pid) as seen:
+        server.do(f"take(s, len({_GET}))")
+        _answered(client, server, _OK)
+        (found,) = seen.wait_for(1, SERVER)
+        assert (found.path, found.status, found.outcome) == ("/it", 200, COMPLETE)
+        assert not seen.of(CLIENT)

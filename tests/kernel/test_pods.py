@@ -114,6 +114,21 @@ def test_every_call_of_a_pod_that_comes_later_is_seen_from_its_exec_on(
     assert not counted.losses
 
 
+def test_a_pod_is_found_whose_cgroup_the_kernel_had_no_room_to_tell_of(node: Node) -> None:
+    """While the thread of pods is held up, the ring fills with what others do (it has room for 248
+    changes; some may be read before it is held up)."""
+    node.pod("shop", "web-1", "app")
+    with Puppet() as app, watching(node, "namespace:shop") as counted:
+        with node.pods._lock:
+            for number in range(400):
+                other = FakePod(node.top, "other", f"o-{number}", {})
+                other.make()
+                other.directory.rmdir()
+            late = node.pod("shop", "web-2", "app")
+        move(app, late.directory_of("app"))
+        wait_until(watched(counted, app))
+
+
 def test_a_pod_is_found_that_its_runtime_names_late(node: Node) -> None:
     node.pod("shop", "web-1", "app")
     late = FakePod(node.top, "shop", "web-2")

@@ -22,6 +22,8 @@ from coral.views.answers.coverage import coverage_line, source_line
 from coral.views.answers.profile import profile_of
 from coral.views.answers.registry import ANSWER_VIEWS
 from coral.views.cpu_profile.folded import folded
+from coral.views.cpu_profile.session import Facts
+from coral.views.cpu_profile.svg import picture
 from coral.views.sheet import Sheet
 from tests.drawing import drawn_lines
 
@@ -108,6 +110,8 @@ def profile(service: str) -> dict[str, Any]:
         "count": 10,
         "cpu_ns": 10**8,
         "cycles": 0,
+        "samples_lost": 2,
+        "samples_truncated": 1,
         "functions": ["main", service],
         "modules": ["shop", "[kernel]"],
         "flags": [0, 1],
@@ -222,6 +226,20 @@ def test_a_profile_of_several_services_has_them_as_processes() -> None:
         "shop␣shop;[cut];[frames␣not␣kept] 10",
     ]
     assert profile_of(answer).cpu_ns == 2 * 10**8
+
+
+def test_a_profile_says_how_many_samples_could_not_be_seen_or_not_whole() -> None:
+    rows = [profile("shop"), {**profile("cart"), "end": "bottom", "unwinding": "eh_frame"}]
+    answer = Shown(rows, ("service",), 10.0)
+    assert text_of("profile", answer).splitlines()[1:5] == [
+        "4 samples lost in the kernel",
+        "10 samples (50%) without the outermost callers, shown under [cut]: 10 copy too short",
+        "2 samples had more stack than was copied",
+        "user stacks found by .eh_frame 100%",
+    ]
+    drawn = picture(profile_of(answer), Facts("shop", lost_samples=4))
+    assert "4 samples lost in the kernel" in drawn
+    assert "2 samples had more stack than was copied" in drawn
 
 
 def coverage(**figures: Any) -> Coverage:

@@ -440,6 +440,7 @@ def test_profiles_are_stacks_with_their_frames(reads: PlainReads) -> None:
     def samples(stack: int, count: int, process: str = "shop") -> dict[str, Any]:
         row = {"time_ns": NOON, "interval_ns": 10**10, **place(), "stack_id": stack}
         own = {"process": process, "tid": count, "end": "bottom", "unwinding": "eh_frame"}
+        own |= {"samples_lost": int(count == 5), "samples_truncated": 2}
         return {**row, **own, "in_kernel": False, "count": count, "cpu_ns": count * 10**7}
 
     reads.add("cpu_profile", samples(1, 5), samples(1, 6), samples(2**63 + 1, 2), samples(3, 1))
@@ -456,6 +457,7 @@ def test_profiles_are_stacks_with_their_frames(reads: PlainReads) -> None:
         *("checkout", "shop", 11, 11 * 10**7),
     )
     assert (one["functions"], one["flags"]) == (["main", "work"], [0, 4])
+    assert (one["samples_lost"], one["samples_truncated"]) == (1, 4)
     assert two["functions"] == ["main", "b"]
     assert (three["count"], three["functions"]) == (1, None)
     assert "stack_id" not in one

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import duckdb
 import grpc
 import pytest
 from structlog.testing import capture_logs
@@ -18,6 +20,7 @@ from coral.client import (
     AgentError,
     ColonyClient,
     InvalidArgumentError,
+    LimitExceededError,
     NotFoundError,
     PermissionDeniedError,
     Tls,
@@ -28,9 +31,11 @@ from coral.colony.answers.access import Access, Refusals, Role, TokenFile, Wrong
 from coral.colony.answers.refusals import unknown
 from coral.colony.answers.server import Answers, ServingError
 from coral.colony.answers.settings import Serving, ServingTls
+from coral.colony.answers.sources import Sources
 from coral.colony.delivery import Away
 from coral.mesh.colony.v1 import colony_pb2 as pb
 from tests.certificates import Authority
+from tests.colony import until
 from tests.colony_tables import PlainReads
 
 NOW = 1_700_000_000_000_000_000
@@ -224,6 +229,57 @@ async def test_over_tcp_a_token_has_its_role(tmp_path: Path) -> None:
                 await client.describe()
 
 
+T = TypeVar("T")
+
+
+class Held:
+    """A store whose snapshots wait until they may begin."""
+
+    def __init__(self, reads: PlainReads) -> None:
+        self.may_read = asyncio.Event()
+        self.reading = 0
+        self._reads = reads
+
+    async def snapshot(
+        self, work: Callable[[duckdb.DuckDBPyConnection, Sources], T], *, deadline_s: float
+    ) -> T:
+        self.reading += 1
+        await self.may_read.wait()
+        return await self._reads.snapshot(work, deadline_s=deadline_s)
+
+
+async def test_one_caller_leaves_places_to_others(tmp_path: Path) -> None:
+    for name in ("viewer", "operator"):
+        (tmp_path / name).write_text(f"{ASKED}-{name}")
+    tokens = [TokenFile(name, tmp_path / name, Role.VIEW) for name in ("viewer", "operator")]
+    held = Held(reads())
+
+    async def ask(client: ColonyClient) -> int:
+        async with client.query("syscalls", since=datetime.fromtimestamp(0, UTC)) as answer:
+            rows: int = (await answer.table()).num_rows
+            return rows
+
+    answers = Answers(held, Asked(), Serving(("127.0.0.1:0",), tokens=tokens))
+    async with (
+        answers.serving() as (address,),
+        ColonyClient(address, f"{ASKED}-viewer") as viewer,
+        ColonyClient(address, f"{ASKED}-operator") as operator,
+    ):
+        asked = [asyncio.create_task(ask(viewer)) for _ in range(20)]
+        done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
+        while len(done) < 4:
+            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+            done |= more
+        for one in done:
+            with pytest.raises(LimitExceededError, match="token:viewer has 16 questions"):
+                one.result()
+        assert held.reading == 2
+        other = asyncio.create_task(ask(operator))
+        await until(lambda: held.reading == 3)
+        held.may_read.set()
+        assert await asyncio.gather(other, *waiting) == [3] * 17
+
+
 def test_tokens_are_read_again_when_they_change(tmp_path: Path) -> None:
     now_s = 0.0
     path = tmp_path / "token"
@@ -245,6 +301,50 @@ def test_a_token_that_others_could_choose_is_none(tmp_path: Path) -> None:
     path.chmod(0o620)
     with pytest.raises(ValueError, match=r"token ci: .*: others than its owner may write it"):
         Access((TokenFile("ci", path, Role.VIEW),))
+
+
+def test_a_token_that_every_user_may_read_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(ASKED)
+    path.chmod(0o644)
+    now_s = 0.0
+    with capture_logs() as logged:
+        access = Access((TokenFile("ci", path, Role.VIEW),), clock=lambda: now_s)
+        now_s = 2.0
+        access.caller("ipv4:1.2.3.4:5", f"Bearer {ASKED}")
+    assert [(line["event"], line["mode"]) for line in logged] == [
+        ("every user may read the token", "0644")
+    ]
+
+
+async def test_a_key_that_others_may_read_is_refused_by_the_server_and_by_clients(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "token").write_text(ASKED)
+    (tmp_path / "token").chmod(0o600)
+    tokens = (TokenFile("ci", tmp_path / "token", Role.VIEW),)
+    authority = Authority()
+    certificate, key = authority.sign("colony").write(tmp_path, "colony")
+    serving = Serving(("127.0.0.1:0",), ServingTls(certificate, key), tokens)
+    ca = str(authority.write(tmp_path / "ca.crt"))
+    key.chmod(0o640)
+    Tls(ca, str(certificate), str(key)).credentials()
+    async with served(serving):
+        pass
+    why = r"colony.key: others than its owner may read or write it \(mode 0644\): give"
+    key.chmod(0o644)
+    with pytest.raises(ServingError, match=f"tls.key: .*{why}"):
+        async with served(serving):
+            pass
+    with pytest.raises(ValueError, match=f"--tls-key: .*{why}"):
+        Tls(ca, str(certificate), str(key)).credentials()
+    key.write_bytes(b"x" * ((1 << 20) + 1))
+    key.chmod(0o600)
+    with pytest.raises(ServingError, match=r"tls.key: .*: it has more than 1,048,576 bytes"):
+        async with served(serving):
+            pass
+    with pytest.raises(ValueError, match=r"--tls-key: .*: it has more than 1,048,576 bytes"):
+        Tls(ca, str(certificate), str(key)).credentials()
 
 
 def test_refusals_are_logged_one_a_second() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 import pytest_asyncio
 
-from coral.colony.answers.refusals import RefusedError
+from coral.colony.answers.refusals import BusyError, RefusedError
 from coral.colony.answers.sql.hot import Shipment, ship
-from coral.colony.answers.sql.pool import Finished, Limits, Pool
+from coral.colony.answers.sql.pool import Finished, Limits, Pool, Ship
 from coral.colony.answers.window import Window
 from tests.colony_tables import Sealed
 
@@ -36,6 +36,13 @@ async def pool() -> AsyncIterator[Pool]:
     await pool.close()
 
 
+def shipping(sources: Sealed, window: Window | None = None) -> Ship:
+    async def shipped(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
+        return ship(sources.cursor(), sources, tables, words, window)
+
+    return shipped
+
+
 async def ask(
     pool: Pool,
     sources: Sealed,
@@ -43,10 +50,8 @@ async def ask(
     window: Window | None = None,
     deadline_s: float = LIMITS.deadline_s,
 ) -> pa.Table:
-    async def shipped(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
-        return ship(sources.cursor(), sources, tables, words, window)
-
     parts: list[bytes] = []
+    shipped = shipping(sources, window)
     answer = pool.answer(sql, shipped, most_rows=LIMITS.most_rows, deadline_s=deadline_s)
     async with aclosing(answer):
         async for part in answer:
@@ -121,10 +126,8 @@ async def test_it_ends_within_its_limits(pool: Pool, sources: Sealed, name: str)
 
 @ASYNC
 async def test_rows_beyond_the_limit_are_cut(pool: Pool, sources: Sealed) -> None:
-    async def nothing(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
-        return ship(sources.cursor(), sources, tables, words, None)
-
-    answer = pool.answer("SELECT * FROM range(5000)", nothing, most_rows=1000, deadline_s=30.0)
+    shipped = shipping(sources)
+    answer = pool.answer("SELECT * FROM range(5000)", shipped, most_rows=1000, deadline_s=30.0)
     *parts, end = [part async for part in answer]
     assert end == Finished(rows=1000, cut=True)
     assert (
@@ -160,3 +163,18 @@ print(resource.getrlimit(resource.RLIMIT_FSIZE))
     told, *lines = done.stdout.splitlines()
     assert told.endswith(" rows")
     assert lines == ["PermissionError", "PermissionError", "MemoryError", "(0, 0)"]
+
+
+@ASYNC
+async def test_one_caller_leaves_a_place_to_others(pool: Pool, sources: Sealed) -> None:
+    def asked(caller: str) -> AsyncGenerator[bytes | Finished, None]:
+        shipped = shipping(sources)
+        return pool.answer("SELECT 1", shipped, most_rows=1, deadline_s=30.0, caller=caller)
+
+    async with aclosing(asked("a")) as first, aclosing(asked("b")) as other:
+        await anext(first)
+        with pytest.raises(BusyError, match="1 of the 2 places have statements of a, and the rest"):
+            await anext(asked("a"))
+        await anext(other)
+    async with aclosing(asked("a")) as again:
+        await anext(again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -173,6 +174,28 @@ async def test_a_hot_file_that_is_damaged_anywhere_is_moved_aside_by_the_next_st
         else:
             pytest.fail(f"damaged at {place}, it cannot be opened")
     assert moved >= ended > 0
+
+
+async def test_a_store_ends_when_its_file_is_taken_away(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "hot.duckdb").rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreEndedError, match=r"hot\.duckdb was removed or replaced"):
+        async with asyncio.timeout(30):
+            await store.run()
+
+
+@pytest.mark.parametrize("name", ["lock", "hot.duckdb"])
+async def test_no_link_is_followed_and_no_fifo_waited_for(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    data = tmp_path / "data"
+    data.mkdir()
+    if name == "lock":
+        (data / name).symlink_to(victim)
+    else:
+        os.mkfifo(data / name)
+    with pytest.raises((OSError, StoreError), match=name):
+        await Store(data, Settings(), PlainRows()).start()
+    assert victim.read_text() == "precious"
 
 
 @pytest.mark.parametrize(("named", "number"), [("1", 1), ("-5", -5), ("900", 900), ("newer", 0)])

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from coral.colony.store import (
+    HOUR_NS,
     MINUTE_NS,
     Settings,
     Sources,
@@ -29,6 +30,8 @@ from coral.colony.store import (
 from coral.colony.store.core import Core
 from coral.colony.store.database import is_fatal, is_full
 from coral.colony.store.lock import DirectoryLock
+from coral.colony.tables import ContractRows
+from tests.colony_columns_child import failing
 from tests.colony_store import BEGIN_NS, TABLE, PlainRows, Sender, minutes, noise
 from tests.colony_store_child import settings as child_settings
 from tests.scripted import until
@@ -125,6 +128,59 @@ def test_a_store_that_is_killed_has_every_number_once(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_store_that_is_killed_20_times_has_every_number_once(tmp_path: Path) -> None:
     killed_again_and_again(tmp_path / "data", 20)
+
+
+async def test_columns_of_a_later_agent_are_in_every_tier_and_old_rows_have_none(
+    tmp_path: Path,
+) -> None:
+    """Each life is killed once its rows are durable; each agent has names that were new then."""
+    end_ns = (time.time_ns() // MINUTE_NS - 1) * MINUTE_NS
+    for session, names in (("old", ("ETIMEDOUT",)), ("new", ("ETIMEDOUT", "ENETDOWN"))):
+        with subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "tests.colony_columns_child"),
+                *(tmp_path, session, str(end_ns), *names),
+            ],
+            stdout=subprocess.PIPE, cwd=ROOT, text=True,
+        ) as process:  # fmt: skip
+            assert process.stdout
+            assert process.stdout.readline() == "stored\n"
+            process.kill()
+    now_ns = end_ns + 3 * HOUR_NS
+    settings = Settings(commit_s=0.02, clock_ns=lambda: now_ns)
+    store = Store(tmp_path, settings, ContractRows())
+    await store.start()
+    names = ("failures_etimedout", "failures_enetdown", "failures_enonet")
+
+    async def rows(table: str, *names: str) -> list[tuple[int | None, ...]]:
+        figures = ", ".join(f"sum({name})::BIGINT AS {name}" for name in names)
+        query = f"SELECT {figures} FROM ({{}}) GROUP BY session ORDER BY session DESC"
+        if table != "tcp_peers":
+            query = f"SELECT {figures} FROM ({{}})"
+        found = await store.read(lambda it: query.format(it.rows(table)), deadline_s=30)
+        return [tuple(row.values()) for row in found.to_pylist()]
+
+    async def are_sealed(*tables: str) -> None:
+        def sealed() -> bool:
+            return all(list((tmp_path / "segments" / it).glob("*.parquet")) for it in tables)
+
+        await until(sealed)
+
+    await are_sealed("tcp_peers")
+    assert await rows("tcp_peers", *names[:2]) == [(1, None), (1, 1)]
+    assert await rows("tcp_peers_1m", *names[:2]) == [(2, 1)]
+    assert await rows("tcp_peers_1h", *names[:2]) == [(2, 1)]
+    # Beside segments that have not the column, in a generation that has it.
+    store.put(failing("newest", end_ns, "ENETDOWN", "ENONET"))
+    await store.stored()
+    assert await rows("tcp_peers", *names) == [(1, None, None), (0, 1, 1), (1, 1, None)]
+    now_ns += 24 * HOUR_NS
+    store.put(failing("last", end_ns))
+    await store.stored()
+    await are_sealed("tcp_peers_1m", "tcp_peers_1h")
+    for table in ("tcp_peers_1m", "tcp_peers_1h"):
+        assert await rows(table, *names) == [(2, 2, 1)]
+    await store.close()
 
 
 def test_a_second_process_is_refused_the_directory(tmp_path: Path) -> None:

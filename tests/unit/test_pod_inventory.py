@@ -4,14 +4,18 @@ counts."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coral.agent.config_kubernetes import Kubernetes
 from coral.agent.machine.pods import inventory as module
 from coral.agent.machine.pods.cgroup_names import Place, place_of
 from coral.agent.machine.pods.facts import Container, Facts, Pod
 from coral.agent.machine.pods.groups import Groups
 from coral.agent.machine.pods.inventory import Inventory
+from coral.agent.machine.pods.node import Pods
+from coral.agent.machine.pods.target import PodTarget
 from coral.collectors.hierarchies import Kind
 from coral.collectors.selectors import Selector, parse
 
@@ -220,3 +224,21 @@ def test_a_cgroup_that_is_there_again_is_known_however_many_go_after_it() -> Non
         groups.removed(TOP / "other")
     assert groups.places[1] == place(1)
     assert len(groups.places) == 1 + 4096
+
+
+def test_what_is_kept_of_pods_that_have_gone_is_bounded_in_bytes() -> None:
+    """Each has as many annotations as are kept of one, of as many characters."""
+    features: Any = None
+    target = PodTarget(selector("namespace:shop"), "v2", (), Pods(Kubernetes()), features)
+    long = {f"annotation.{n}": "x" * 256 for n in range(32)}
+    most = 0
+    for first in range(1, 4001, 100):
+        target.note({group: long for group in range(first, first + 100)})
+        most = max(most, target.noted_bytes)
+    assert 15 << 20 < most <= 16 << 20
+    assert target.attributes_of(4000) == long
+    assert target.attributes_of(1) == {}
+    target.note({group: {"k8s.pod.name": "web"} for group in range(10_000, 30_000)})
+    assert target.attributes_of(30_000 - 16_384) == {"k8s.pod.name": "web"}
+    assert target.attributes_of(30_000 - 16_385) == {}
+    assert target.noted_bytes == 16_384 * (512 + 100 + len("k8s.pod.nameweb"))

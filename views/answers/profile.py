@@ -12,7 +12,7 @@ from coral.views.answers.contract import WARNING, AnswerView, Row, Shown
 from coral.views.cpu_profile.functions import Function, Use
 from coral.views.cpu_profile.names import file_name, fitted, visible
 from coral.views.cpu_profile.profile import NO_STACK, UNKNOWN, Frame, Origin, Profile
-from coral.views.cpu_profile.session import amount_words, missing
+from coral.views.cpu_profile.session import amount_words, lost_words, method_words, missing
 from coral.views.cpu_profile.story import functions_sheet
 from coral.views.sheet import Column, Sheet
 from coral.views.text import format_share
@@ -36,19 +36,32 @@ def profile_of(shown: Shown, suffix: str = "") -> Profile:
             period_ns = (row[f"cpu_ns{suffix}"] or 0) // count
             cycles = (row[f"cycles{suffix}"] or 0) // count
             profile.add(_origin(row, several), _frames(row), count, period_ns, cycles)
+        profile.account(
+            lost=row[f"samples_lost{suffix}"] or 0, truncated=row[f"samples_truncated{suffix}"] or 0
+        )
     return profile
 
 
 def sheets(shown: Shown) -> Iterator[Sheet | str]:
     """Functions, those that used most first."""
-    if shown.compared:
-        yield _compared(profile_of(shown), profile_of(shown, "_before"))
-        return
     profile = profile_of(shown)
+    if shown.compared:
+        before = profile_of(shown, "_before")
+        yield from unseen(profile)
+        yield from (f"before: {sentence}" for sentence in unseen(before))
+        yield _compared(profile, before)
+        return
     yield amount_words(profile, shown.seconds)
-    yield from missing(profile)
+    yield from unseen(profile)
     yield ""
     yield functions_sheet(profile, _MOST_LINES)
+
+
+def unseen(profile: Profile) -> Iterator[str]:
+    """What could not be seen, and how stacks were found."""
+    yield from lost_words(profile.lost)
+    yield from missing(profile)
+    yield from method_words(profile)
 
 
 def _compared(now: Profile, before: Profile) -> Sheet:

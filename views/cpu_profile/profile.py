@@ -132,6 +132,7 @@ class Profile:
         self.cpu_ns = 0  # what the samples stand for
         self.cycles = 0
         self.ends: Counter[int] = Counter()  # samples by pb.CpuStackEnd
+        self.methods: Counter[int] = Counter()  # those with a user stack, by pb.CpuUnwinding
         self.guessed = 0  # samples with at least one frame by guess
         self.in_kernel = 0
         self.not_kept = 0  # samples whose stacks came after all that there is room for
@@ -187,6 +188,8 @@ class Profile:
         self.period_ns = period_ns or self.period_ns
         self.period_cycles = period_cycles or self.period_cycles
         self.ends[origin.end] += count
+        if origin.unwinding:
+            self.methods[origin.unwinding] += count
         self.in_kernel += count * origin.in_kernel
         numbers = self._known(frames or (Frame(NO_STACK, flags=_FLAG_UNNAMED),))
         groups = [self._groups[number] for number in numbers]

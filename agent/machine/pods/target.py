@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _MOST_LABEL: Final = 128  # an annotation may name the service
 _NAMES: Final = ("k8s.pod.name", "k8s.container.name")
 _MOST_NOTED: Final = 16_384  # containers of one target, those that have gone among them
+# And in all, about, as each may have 32 annotations of 256 characters.
+_MOST_NOTED_BYTES: Final = 16 << 20
+_ENTRY_BYTES: Final = 512  # of a container without its texts, as the next
+_TEXT_BYTES: Final = 100  # of a name and its text without their characters
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class PodTarget:
     _last: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES, init=False)
     noted_version: int = field(default=-1, init=False)  # of the inventory
     _noted: dict[int, Mapping[str, str]] = field(default_factory=dict, init=False)  # by group
+    _noted_bytes: int = field(default=0, init=False)
     # Pods that come later and for whose cgroups this is false are left out.
     within: Callable[[Path], bool] | None = field(default=None, init=False)
     # Takes the names of pods that have come later, and of those that were left out.
@@ -112,11 +117,25 @@ class PodTarget:
         """These are the attributes by group. What was known of others stays so for some time, and
         so does what was known of a container that no source knows any more."""
         for group, attributes in by_group.items():
-            before = self._noted.pop(group, NO_ATTRIBUTES)  # the newest are the last
+            before = self._forget(group)  # the newest are the last
             is_lost = any(name in before and name not in attributes for name in _NAMES)
-            self._noted[group] = before if is_lost else attributes
-        while len(self._noted) > _MOST_NOTED:
-            del self._noted[next(iter(self._noted))]
+            kept = before if is_lost else attributes
+            self._noted[group] = kept
+            self._noted_bytes += _size_bytes(kept)
+        while len(self._noted) > _MOST_NOTED or self._noted_bytes > _MOST_NOTED_BYTES:
+            self._forget(next(iter(self._noted)))
+
+    @property
+    def noted_bytes(self) -> int:
+        """About how much memory the attributes by group take."""
+        return self._noted_bytes
+
+    def _forget(self, group: int) -> Mapping[str, str]:
+        before = self._noted.pop(group, None)
+        if before is None:
+            return NO_ATTRIBUTES
+        self._noted_bytes -= _size_bytes(before)
+        return before
 
     def follow(self, changed: CgroupsChanged) -> Cgroups:
         """Returns the cgroups that it has, and calls CHANGED, from a thread, for those that it
@@ -158,6 +177,12 @@ class PodTarget:
     def close(self) -> None:
         """Ends that. CHANGED may still be under way."""
         self._pods.unfollow(self)
+
+
+def _size_bytes(attributes: Mapping[str, str]) -> int:
+    """About the memory that ATTRIBUTES take."""
+    texts = sum(len(name) + len(text) + _TEXT_BYTES for name, text in attributes.items())
+    return _ENTRY_BYTES + texts
 
 
 def _name(attributes: Mapping[str, str]) -> str:

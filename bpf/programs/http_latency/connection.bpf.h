@@ -82,7 +82,8 @@ enum place {
 	AT_TRAILER,
 	AT_TRAILER_REST,
 	AT_TRAILER_END,
-	AT_NOTHING, /* not read; see enum unread */
+	AT_NOTHING,  /* not read; see enum unread */
+	AT_SETTINGS, /* of HTTP/2, perhaps */
 };
 
 /* Of a message. */
@@ -108,7 +109,7 @@ struct lane {
 	__u8 flags;
 	__u8 version; /* minor */
 	__u8 wants;   /* of a request: what is copied besides its path, see details.bpf.h */
-	__u8 reserved[4];
+	__u32 asked;  /* of a response: the `offset` of requests, when its first bytes passed */
 };
 
 /* Of a request. */

@@ -115,6 +115,25 @@ static __always_inline bool method_step(struct connection *c, struct lane *lane,
 	return is_token(b) && ++lane->column <= 24;
 }
 
+/* The first eight bytes of a frame of HTTP/2 that has settings (RFC 9113, 4.1 and 6.5): type 4, no
+ * flags, stream 0. The length is at most 255 bytes. */
+#define SETTINGS_FRAME (4ULL << 32)
+#define FRAME_LENGTH   (0xFFULL << 40)
+
+/* A connection begins with a zero. A server of HTTP/2 may send its settings before it has read the
+ * client's preface. */
+static __always_inline bool settings_step(struct connection *c, struct lane *lane, __u8 b,
+					  __u64 now_ns)
+{
+	lane->word = lane->word << 8 | b;
+	if (++lane->column < WORD_BYTES)
+		return true;
+	if ((lane->word & ~FRAME_LENGTH) != SETTINGS_FRAME)
+		return false;
+	give_up(c, UNREAD_HTTP2, now_ns);
+	return true;
+}
+
 static __always_inline bool status_step(struct lane *lane, __u8 b)
 {
 	if (lane->column < 3) {

@@ -64,7 +64,13 @@ static __always_inline bool byte_step(struct connection *c, struct lane *lane, _
 	case AT_START:
 		return start_step(c, lane, direction, b, now_ns);
 	case AT_METHOD:
+		if (!b && !lane->column && !c->made) {
+			lane->place = AT_SETTINGS;
+			return settings_step(c, lane, b, now_ns);
+		}
 		return method_step(c, lane, b);
+	case AT_SETTINGS:
+		return settings_step(c, lane, b, now_ns);
 	case AT_TARGET:
 		return target_step(c, lane, b);
 	case AT_AUTHORITY:

@@ -680,6 +680,21 @@ static __always_inline void reconsider(struct connection *c, const struct operat
 	c->unread_last = !direction + 1;
 }
 
+/* A request that was answered before any of its body has passed may never be followed by that: a
+ * client that expects 100 (RFC 9110, 10.1.1) goes on with the next request. */
+static __always_inline void skip_refused_body(struct connection *c, const struct operation *op,
+					      __u32 direction)
+{
+	struct lane *lane = lane_of(c, direction);
+
+	if ((lane->place != AT_BODY && lane->place != AT_CHUNK_SIZE) || lane->body_bytes ||
+	    lane->column || c->made != c->answered || direction != request_direction(c) ||
+	    !request_lies_at(op->base, op->length))
+		return;
+	token_begin(lane, AT_START);
+	c->on_trial = 1; /* it may be that body all the same */
+}
+
 /* A connection counts as unread once bytes of it are. */
 static __always_inline void leave_unread(struct connection *c, __u32 direction, __u32 length)
 {
@@ -705,8 +720,10 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	if (!feed.window || !feed.op)
 		return;
 	seen = copied && operation_find(feed.op, length);
-	if (seen)
+	if (seen) {
 		reconsider(c, feed.op, direction);
+		skip_refused_body(c, feed.op, direction);
+	}
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, by_io_uring() ? UNREAD_IO_URING : UNREAD_NONE, 1, length);
 	/* Where the same side has just sent something that was not read, this may be more of that.
@@ -792,6 +809,25 @@ static __always_inline bool is_behind_fin(struct sock *sk, struct tcp_sock *tp, 
 	       socket_read_if(typed, tp, rcv_nxt) == offset;
 }
 
+/*
+ * A response that was there before any request, such as a 408, is the answer to none. One whose
+ * request no program has seen yet is told from it by what had been sent when its first bytes
+ * passed. These, of LENGTH up to OFFSET, are about to be read.
+ */
+static __always_inline void match_early(struct connection *c, struct tcp_sock *tp, __u32 direction,
+					__u32 offset, __u32 length, bool typed)
+{
+	struct lane *answer = lane_of(c, !request_direction(c));
+
+	if (direction != request_direction(c)) {
+		if (answer->place == AT_START || c->made != c->answered)
+			answer->asked = offset_of(tp, !direction, typed);
+	} else if (answer->flags & IS_EARLY && (__s32)(offset - length - answer->asked) >= 0) {
+		answer->flags = 0;
+		answer->status = 0;
+	}
+}
+
 /* What is needed of tls.bpf.h: see there. */
 static __always_inline bool encrypted_passed(struct connection *c, __u32 direction, __u32 length);
 static __always_inline struct connection *read_of(struct connection *c);
@@ -835,8 +871,10 @@ static __always_inline int used(struct sock *sk, int length, int flags, __u32 di
 		gap--;
 	if (gap)
 		bytes_unseen(c, direction, gap, unseen_ns(lane, tp, direction, typed));
-	if (length)
+	if (length) {
+		match_early(c, tp, direction, offset, length, typed);
 		catch_up(c, tp, direction, typed);
+	}
 	if (length && c->unread == UNREAD_JOINED && encrypted_passed(c, direction, length))
 		c->unread_bytes += length;
 	else if (length)
@@ -1021,6 +1059,7 @@ int RAW_PROGRAM(coral_destroy, struct sock *sk)
 	return 0;
 }
 
+#include "joined.bpf.h"
 #include "tls.bpf.h"
 
 LICENSED_AS("GPL");

@@ -625,6 +625,33 @@ static __always_inline __s64 ssl_result(struct user_registers *ctx, const struct
 	return user_read(&length, call->length_at) || (__s64)length < 0 ? -1 : length;
 }
 
+/* Threads use an SSL object one after the other, so that a response without a request is the answer
+ * to none. */
+SUBPROGRAM int ssl_forget_early(struct connection *c)
+{
+	struct lane *answer;
+
+	if (!c)
+		return 0;
+	answer = lane_of(c, !request_direction(c));
+	if (answer->flags & IS_EARLY)
+		answer->flags = answer->status = 0;
+	return 0;
+}
+
+/* Whether a request may lie in LENGTH bytes at BASE is asked before they are read. A function of its
+ * own, for its stack. */
+SUBPROGRAM int ssl_look_ahead(struct connection *c, __u32 direction, __u64 base, __u64 length)
+{
+	struct operation op = {.base = base, .length = length};
+
+	if (!c)
+		return 0;
+	reconsider(c, &op, direction & 1);
+	skip_refused_body(c, &op, direction & 1);
+	return 0;
+}
+
 /* Decrypted bytes of connection NUMBER have passed at that time, and lie at BASE. A function of its
  * own, so that the verifier goes through the parser once. */
 SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 length, __u64 now_ns)
@@ -640,7 +667,7 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 	thread->op.base = base;
 	thread->op.length = length;
 	thread->op.iov = thread->op.iov_count = 0;
-	reconsider(c, feed.op, direction & 1);
+	ssl_look_ahead(c, direction, base, length);
 	if (c->unread && !(c->unread == UNREAD_JOINED && c->unread_last != direction + 1 &&
 			   try_request(c, feed.op, direction & 1))) {
 		leave_unread(c, direction, length);
@@ -650,6 +677,7 @@ SUBPROGRAM int ssl_passed(__u64 number, __u32 direction, __u64 base, __u64 lengt
 	thread->window.direction = direction & 1;
 	lane_of(c, direction)->last_ns = now_ns;
 	bpf_loop(MOST_WINDOWS, feed_window, &feed, 0);
+	ssl_forget_early(c);
 	return 0;
 }
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ class Pool:
         self.limits = limits or Limits()
         self._spare: _Worker | None = None
         self._working = 0
+        self._working_for: Counter[str] = Counter()
 
     async def close(self) -> None:
         """Ends the worker that waits."""
@@ -143,7 +145,7 @@ class Pool:
             self._spare = _Worker.start()
 
     async def answer(
-        self, sql: str, ship: Ship, *, most_rows: int, deadline_s: float
+        self, sql: str, ship: Ship, *, most_rows: int, deadline_s: float, caller: str = ""
     ) -> AsyncGenerator[bytes | Finished, None]:
         """Parts of an Arrow IPC stream, then the end. A reader that does not read is cut off at the
         deadline, as a statement that does not end is. Raises `RefusedError` for a statement that is
@@ -152,7 +154,14 @@ class Pool:
             raise BusyError(
                 f"sql: {self._working} statements are at work, which is the limit; try again later"
             )
+        # Where there are several places, one is for others.
+        if self._working_for[caller] >= max(self.limits.at_a_time - 1, 1):
+            raise BusyError(
+                f"sql: {self._working_for[caller]} of the {self.limits.at_a_time} places have "
+                f"statements of {caller}, and the rest is for others; try again later"
+            )
         self._working += 1
+        self._working_for[caller] += 1
         try:
             async with self._worker() as worker:
                 question = {
@@ -167,6 +176,8 @@ class Pool:
                     yield part
         finally:
             self._working -= 1
+            self._working_for[caller] -= 1
+            self._working_for += Counter()  # leaves out who has none
 
     @asynccontextmanager
     async def _worker(self) -> AsyncIterator[_Worker]:
