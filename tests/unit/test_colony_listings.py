@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from coral.colony.answers.away import add_gaps, named
 from coral.colony.answers.listings import ACCOUNTS, AGENTS, SESSIONS, AskedListing, listed
 from coral.colony.answers.refusals import RefusedError
 from coral.colony.answers.window import MINUTE_NS, SECOND_NS, Window
 from coral.colony.delivery import Away
+from coral.mesh.colony.v1 import colony_pb2 as pb
 from tests.colony_tables import PlainReads
 
 NOW = 1_700_000_000 * SECOND_NS
@@ -103,6 +105,16 @@ def test_agents_that_were_never_reached_are_listed(reads: PlainReads) -> None:
         ("n2", "10.0.0.2:9001", False, "no such host"),
         ("n1", "10.0.0.1:9001", True, ""),
     ]
+
+
+def test_an_address_has_the_name_that_the_books_know(reads: PlainReads) -> None:
+    away = (Away("", "10.0.0.2:9001", NOW + 9, "why"), Away("", "10.0.0.9:9001", NOW, "why"))
+    known, unknown = named(reads.con.cursor(), away)
+    assert (known.agent, known.since_ns, unknown) == ("n2", NOW, away[1])
+    coverage = pb.Coverage()
+    coverage.to.FromNanoseconds(NOW + 1)
+    add_gaps(coverage, [known, unknown], "n*")
+    assert [gap.agent for gap in coverage.gaps] == ["n2"]
 
 
 def test_listings_refuse_what_they_have_not() -> None:
