@@ -44,10 +44,10 @@ _NO_ANSWER: Final = re.compile(r"the agent at (.*) did not answer \w+ within (.*
 _ACCEPTS: Final = r"the agent at \1 accepts the connection and does not answer (waited \2)"
 
 _TLS_OPTIONS: Final = (
-    ("--tls-ca", ENV_CA, "FILE", "Over TLS: the authorities of the agent's certificate, in PEM."),
-    ("--tls-cert", ENV_CERTIFICATE, "FILE", "The certificate to show to the agent, in PEM."),
+    ("--tls-ca", ENV_CA, "FILE", "Over TLS: the authorities of the server's certificate, in PEM."),
+    ("--tls-cert", ENV_CERTIFICATE, "FILE", "The certificate to show to the server, in PEM."),
     ("--tls-key", ENV_KEY, "FILE", "Its key, in PEM."),
-    ("--tls-server-name", ENV_SERVER_NAME, "NAME", "The name in the agent's certificate."),
+    ("--tls-server-name", ENV_SERVER_NAME, "NAME", "The name in the server's certificate."),
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -173,7 +173,7 @@ def in_users_words(message: str, typed: Mapping[str, str]) -> str:
     refused = _NOT_ACCEPTED.fullmatch(problem)
     if field == "authorization":
         wrong = "is wrong" in problem
-        missing = "this agent asks for a token: set CORAL_TOKEN"
+        missing = "a token is needed: set CORAL_TOKEN"
         return "the token in CORAL_TOKEN is wrong" if wrong else missing
     if option is None and field in ("service_name", "collector_id"):
         is_number = field == "service_name" and words and words.isdecimal()

@@ -17,6 +17,8 @@ from typing import Final
 
 import click
 
+from coral.cli.listing import Commands
+
 COMMANDS: Final[Mapping[str, str]] = {
     "agent": "coral.cli.agent_command",
     "capabilities": "coral.cli.show",
@@ -32,7 +34,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 
 
-class _Commands(click.Group):
+class _Commands(Commands):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         return list(COMMANDS)
 

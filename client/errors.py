@@ -67,7 +67,12 @@ class FailedPreconditionError(AgentError):
 
 
 class UnavailableError(AgentError):
-    """No agent could be reached at the address."""
+    """No agent could be reached at the address. `reason` is the message without the advice for a
+    person at a command line."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, advice: str = "") -> None:
+        self.reason = message
+        super().__init__(code, f"{message}: {advice}" if advice else message)
 
 
 class TlsError(UnavailableError):
@@ -133,6 +138,7 @@ _CANNOT_CONNECT: Final = (
     *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT),
 )
 _CANNOT_RESOLVE: Final = ("errors resolving", "DNS resolution failed")
+_NO_METHOD: Final = ("Method not found!", "unknown service", "")
 # How gRPC reports a call that its connection took along, beside UNAVAILABLE.
 _CUT: Final = ("Stream removed", "RST_STREAM", "GOAWAY", "Socket closed")
 
@@ -159,6 +165,8 @@ def error_of(
     if cut and any(sign in details for sign in _CUT):
         return _lost(details, address)
     message = details or code.name
+    if code is grpc.StatusCode.UNIMPLEMENTED and details in _NO_METHOD:
+        message = f"what answers at {address} is no {peer.name}, or one of another version"
     if code is grpc.StatusCode.UNAUTHENTICATED:
         message = f"{message} (set {ENV_TOKEN}, or pass `token`)"
     return _TYPES.get(code, AgentError)(code, message)
@@ -174,15 +182,13 @@ def _unreachable(code: grpc.StatusCode, details: str, address: str, peer: Peer) 
         )
     if any(sign in details for sign in _CANNOT_RESOLVE):
         return UnavailableError(
-            code, f"no {peer.name} answers at {address} (no such host): {peer.start_one}"
+            code, f"no {peer.name} answers at {address} (no such host)", peer.start_one
         )
     if found is None:
         return _lost(details, address)
     reason = os.strerror(found)
     reason = reason[0].lower() + reason[1:]
-    return UnavailableError(
-        code, f"no {peer.name} answers at {address} ({reason}): {peer.start_one}"
-    )
+    return UnavailableError(code, f"no {peer.name} answers at {address} ({reason})", peer.start_one)
 
 
 def _lost(details: str, address: str) -> ConnectionLostError:

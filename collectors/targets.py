@@ -264,19 +264,20 @@ class Targets:
     def _add_children(self) -> None:
         """Adds the children that were forked between the look-up of their parent and `follow`. Each
         is added before its own children are listed, so that programs follow those that come
-        later."""
-        seen = set(self._tgids)
+        later. A note tells of those that were there before."""
+        seen, older = set(self._tgids), 0
         parents = list(seen)
         while parents:
             children = set(children_of(parents.pop())) - seen
-            young = {
-                child
-                for child in children
-                if (found := process_of(child)) and found.started >= self._resolved_at_ticks
-            }
+            found = {child: it for child in children if (it := process_of(child))}
+            young = {child for child, it in found.items() if it.started >= self._resolved_at_ticks}
+            older += sum(found[child].can_be_watched for child in found.keys() - young)
             self._add(_without_groups(young), _ACTIVE)
             seen |= young
             parents += young
+        if older:
+            told = f"children that run already are not watched ({older}): name them in `pid`, too"
+            self.notes = (*self.notes, told)
 
     def _add_cgroups(self, directory: Path) -> None:
         """Programs add what is made below a cgroup that is in the map. What was made before it was

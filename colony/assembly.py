@@ -90,7 +90,8 @@ async def _storing(stack: AsyncExitStack, config: Config) -> Parts:
     try:
         await store.start()
     except (StoreError, OSError) as error:
-        raise ConfigError(f"data: {config.data}: {error}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(f"data: {config.data}: {reason}") from error
     stack.push_async_callback(store.close)
     running["store"] = store.run
     made: list[Families] = [lambda: families(store.figures)]

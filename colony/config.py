@@ -268,6 +268,11 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(read_regular(path, _MOST_FILE_BYTES).decode())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        why = error.problem or error.context
+        raise ConfigError(f"{path}: not YAML: {why}{where}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if values is None:

@@ -124,3 +124,16 @@ class Gap:
     from_ns: int
     to_ns: int
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """An address that is to be followed and is not, since when and why; `agent` is the id of the
+    agent that answered there last, if one did since the colony began. `elsewhere` says that this
+    agent is followed at another address, so that nothing of it is missing."""
+
+    agent: str
+    address: str
+    since_ns: int
+    why: str
+    elsewhere: bool = False

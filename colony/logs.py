@@ -68,6 +68,8 @@ def _clean_for_people(
     for key, value in _clean(logger, method, record).items():
         if key == "exception":
             record[key] = "\n".join(f"    | {line}" for line in str(value).splitlines())
+        elif isinstance(value, list):
+            record[key] = ",".join(str(item) for item in value).replace("\n", "\\n")
         elif isinstance(value, str):
             record[key] = value.replace("\n", "\\n")
     return record

@@ -17,7 +17,7 @@ import structlog
 
 from coral.colony import logs
 from coral.colony.answers.elsewhere import FollowsNobody, StoresNothing
-from coral.colony.answers.server import Answers
+from coral.colony.answers.server import Answers, ServingError, check
 from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.delivery import EndedError
@@ -42,6 +42,7 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
     try:
         config = load(config_path, flags)
         logs.configure(config.log_format, config.log_level)
+        _check_addresses(config, flags)
         _allow_connections()
         _collect_seldom()
         _share_one_arena()
@@ -59,6 +60,15 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
             log.exception("the colony failed unexpectedly")
         return _EXIT_FAILED
     return 0
+
+
+def _check_addresses(config: Config, flags: Mapping[str, object]) -> None:
+    """Before anything is opened. Raises `ConfigError`."""
+    try:
+        check(config.as_serving())
+    except ServingError as error:
+        source = "--listen: " if "listen" in flags and str(error).startswith("listen") else ""
+        raise ConfigError(f"{source}{error}") from error
 
 
 def _allow_connections() -> None:

@@ -15,6 +15,7 @@ from coral.colony.tables import ContractRows
 from tests.deliveries import delivered, message_of, wire_of
 from tests.summaries import peers
 
+
 def failing(session: str, end_ns: int, *names: str) -> Delivery:
     """A delivery of one peer in the interval until END_NS, with one failure by each name."""
     message = message_of(wire_of(peers(1, 1, 0), end_ns))

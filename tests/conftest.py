@@ -33,7 +33,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 pytest.register_assert_rewrite("tests.network")  # its assertions say what differs, too
 
 _LONGEST_FILES = {
-    "test_faults.py", "test_lifecycle.py", "test_vanishing.py", "test_attacker.py", "test_wheel.py",
+    "test_cpu_profile_languages.py", "test_http_oracle.py", "test_http_tls.py", "test_manifests.py",
+    "test_streams.py", "test_tls.py", "test_faults.py", "test_lifecycle.py", "test_vanishing.py",
+    "test_attacker.py", "test_wheel.py", "test_tap_http.py", "test_doctor.py", "test_otlp.py",
     "test_hostile_names.py", "test_supervisor.py", "test_targets.py", "test_syscall_hosts.py",
     "test_tcp_hosts.py", "test_tcp_metrics.py", "test_tap.py", "test_limits.py",
     "test_http_servers.py", "test_http_wire.py", "test_cpu_profile.py", "test_image.py",

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -88,7 +88,14 @@ def victoria_metrics(directory: Path) -> Iterator[tuple[str, Query]]:
         "-memory.allowedBytes=64MB",
     )
     with _queried(command, address, directory) as query:
-        yield f"http://{address}/opentelemetry", query
+
+        def query_all(expression: str) -> list[Any]:
+            # By itself it shows new series only after some seconds.
+            with suppress(URLError), urlopen(f"http://{address}/internal/force_flush", timeout=10):
+                pass
+            return query(expression)
+
+        yield f"http://{address}/opentelemetry", query_all
 
 
 def _free_address() -> str:

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import click
 
-from coral.cli.common import EXIT_ERROR, Duration, DurationType, run
+from coral.cli.common import EXIT_ERROR, Duration, DurationType, in_users_words, run
 from coral.cli.page import Page
 from coral.cli.query.command import colony_options
 from coral.cli.query.completion import complete_service
@@ -17,8 +17,15 @@ from coral.views.sheet import Column, Sheet
 from coral.wire.kinds import kind_name
 
 _KINDS: Final = tuple(kind_name(kind) for kind in ebpf.EbpfCollectorKind.values() if kind)
+_QUESTIONS: Final = {
+    "syscall_stats": "syscalls",
+    "http_latency": "http",
+    "cpu_profile": "profile",
+    "tcp_metrics": "tcp",
+}
+_MOST_AGENTS: Final = 3
 _RESULTS: Final = (
-    Column("AGENT", right=False),
+    Column("AGENT", right=False, wraps=True, room=12),
     Column("COLLECTOR", right=False, spare=1),
     Column("WHY NOT", right=False, wraps=True, room=30, optional=True),
 )
@@ -56,6 +63,9 @@ def collect(
 ) -> None:
     """Start a collector on every agent of a colony, which keeps what it sees.
 
+    SERVICE is what to watch, by its name; or an option names a target, such as -c pid=1234 or
+    -c scope=host.
+
     \b
     coral collect http_latency checkout -d 60s
     coral query http checkout --since 1m
@@ -66,10 +76,19 @@ def collect(
         "duration_s": duration,
         "agents": agents,
     }
-    run(_collect(address, kind, wanted), {"kind": kind, "duration_s": "--duration"})
+    typed = {
+        "kind": kind,
+        "duration": f"--duration {duration.text if duration else ''}".strip(),
+        **{text.partition("=")[0]: f"-c {text}" for text in options},
+    }
+    if not service and not options:
+        typed["scope"] = "nothing to watch"
+    run(_collect(address, kind, wanted, typed), typed)
 
 
-async def _collect(address: str, kind: str, wanted: Mapping[str, Any]) -> int:
+async def _collect(
+    address: str, kind: str, wanted: Mapping[str, Any], typed: Mapping[str, str]
+) -> int:
     """Fails where no agent has started it."""
     async with ColonyClient(address) as colony:
         results = await colony.collect(kind, **wanted)
@@ -78,11 +97,29 @@ async def _collect(address: str, kind: str, wanted: Mapping[str, Any]) -> int:
         page.text("no agent can be reached")
         return EXIT_ERROR
     sheet = Sheet(_RESULTS)
+    refused: dict[str, list[str]] = {}
     for result in results:
-        why = (result.error, "red") if result.error else "; ".join(result.notes)
-        sheet.add(result.agent, result.collector_id or "-", why)
+        if result.error:
+            why = in_users_words(result.error, typed).replace("a service_name", "a SERVICE")
+            refused.setdefault(why, []).append(result.agent)
+        else:
+            sheet.add(result.agent, result.collector_id or "-", "; ".join(result.notes))
+    for why, agents in refused.items():
+        sheet.add(_some(agents), "-", (why, "red"))
     page.sheet(sheet)
-    return 0 if any(result.collector_id for result in results) else EXIT_ERROR
+    if all(result.error for result in results):
+        return EXIT_ERROR
+    page.text("")
+    question = " ".join(["coral query", _QUESTIONS[kind], *filter(None, [wanted["service_name"]])])
+    page.text(f"`{question}` shows what they see")
+    return 0
+
+
+def _some(agents: Sequence[str]) -> str:
+    """What several agents answer alike is said once."""
+    rest = len(agents) - _MOST_AGENTS
+    named = ", ".join(agents[:_MOST_AGENTS])
+    return f"{named} and {rest:,} more" if rest > 0 else named
 
 
 def _config(options: Sequence[str]) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ Every answer says what it covers: on a terminal below its table, else on standar
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -22,6 +23,7 @@ from coral.cli.common import (
     run,
     tls_options,
 )
+from coral.cli.listing import Commands
 from coral.cli.page import Page
 from coral.cli.query.completion import (
     complete_by,
@@ -45,13 +47,16 @@ _DEFAULT_BY: Final[Mapping[str, Sequence[str]]] = {
     "profile": ("service",),
     "services": ("service", "namespace", "workload"),
 }
+_SERVICE_HELP: Final = (
+    "SERVICE is a name, or a pattern such as 'shop-*'; without one, the answer is about all."
+)
 _TABLES: Final = (
     Column("TABLE", right=False),
     Column("COLUMNS", right=False, wraps=True, room=40),
 )
 
 
-@click.group()
+@click.group(cls=Commands)
 def query() -> None:
     """Ask a colony what its agents have seen.
 
@@ -65,6 +70,23 @@ def query() -> None:
     Each answer ends with what it covers: up to when everything had arrived, what was lost, and
     which agents could not be reached.
     """
+
+
+class CountType(click.ParamType[int]):
+    """A number of rows."""
+
+    name = "number"
+
+    def convert(
+        self,
+        value: object,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> int:
+        """The number, or a usage error."""
+        if not re.fullmatch(r"[0-9]{1,9}", str(value)):
+            self.fail(f"{value!r} is not accepted; give a whole number, 0 for all", param, ctx)
+        return int(str(value))
 
 
 def colony_options(function: F) -> F:
@@ -108,7 +130,7 @@ def _output_option(function: F) -> F:
 def _rows_options(function: F) -> F:
     top = click.option(
         "--top",
-        type=click.IntRange(0),
+        type=CountType(),
         help=f"How many rows at most; 0: all.  [default: {_TOP} in a table, else all]",
     )
     where = click.option(
@@ -125,7 +147,7 @@ def _rows_options(function: F) -> F:
 def _grouped(name: str, about: str) -> click.Command:
     """A named query whose rows come by columns."""
 
-    @click.command(name, help=about)
+    @click.command(name, help=f"{about}\n\n{_SERVICE_HELP}")
     @click.argument("services", nargs=-1, metavar="[SERVICE]...", shell_complete=complete_service)
     @_window_options
     @click.option(
@@ -206,13 +228,19 @@ def _listed(name: str, about: str, *, with_services: bool) -> click.Command:
             "services", nargs=-1, metavar="[SERVICE]...", shell_complete=complete_service
         )
         command = argument(command)
+        about = f"{about}\n\n{_SERVICE_HELP}"
     return click.command(name, help=about)(command)
 
 
 @query.command("sql")
 @click.argument("statement")
 @_window_options
-@click.option("--rows", type=click.IntRange(0), default=0, help="How many rows at most.")
+@click.option(
+    "--rows",
+    type=CountType(),
+    default=0,
+    help="How many rows at most.  [default: the colony's limit, sql.most_rows]",
+)
 @click.option(
     "--deadline", type=DurationType(), help="How long it may take.  [default: the colony's limit]"
 )
@@ -265,6 +293,9 @@ async def _shown(shows: Callable[[], Any]) -> int:
         if error.name != "pyarrow":
             raise
         echo_error(NO_PYARROW)
+        return EXIT_ERROR
+    except OverflowError as error:
+        echo_error(f"{error}: a time beyond the years 1 to 9999; give it as text, or use -o arrow")
         return EXIT_ERROR
     return 0
 

@@ -13,7 +13,7 @@ from coral.cli.page import Page
 from coral.cli.query.forms import ARROW, CSV, JSON, TABLE, Output, csv_text, json_lines
 from coral.client import Answer, Coverage
 from coral.views.answers.contract import TIME, Shown
-from coral.views.answers.coverage import coverage_line, source_line
+from coral.views.answers.coverage import coverage_line, source_line, span
 from coral.views.answers.registry import ANSWER_VIEWS
 from coral.wire.text import safe
 
@@ -66,7 +66,9 @@ def _print(shown: Shown, asked: Asked, coverage: Coverage) -> None:
     page = Page()
     view = ANSWER_VIEWS[asked.name]
     if not shown.rows:
-        page.text(f"{view.nothing} from {source_line(coverage).partition(', ')[2]}")
+        # Where nothing was collected, that there was nothing is more than anybody knows.
+        nothing = view.nothing if coverage.complete_to_ns is not None else "no rows"
+        page.text(f"{nothing}, {span(coverage.from_ns, coverage.to_ns)}")
     first = True
     for part in view.sheets(shown) if shown.rows else ():
         if isinstance(part, str):

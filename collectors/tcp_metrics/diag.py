@@ -226,6 +226,13 @@ def _under_way(sockets: NDArray[Any]) -> NDArray[np.int64]:
     return unacked - unsent
 
 
+def _payload(info: NDArray[Any]) -> NDArray[np.int64]:
+    """Bytes that were sent first, from Linux 4.19 on; what was dropped before it left the machine
+    counts each time."""
+    payload: NDArray[np.int64] = info["bytes_sent"].astype(np.int64)
+    return payload - info["bytes_retransmitted"].astype(np.int64)
+
+
 def _name_roles(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     """Servers by the port of a listener among RECORDS, others by sequence numbers: see
     role_by_numbering in connections.bpf.h. The payload counts what was dropped before it left the
@@ -234,7 +241,7 @@ def _name_roles(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     listens = state == _LISTEN
     ports = records[["network", "local_port"]]
     served = np.isin(ports, ports[listens])
-    payload = info["bytes_sent"].astype(np.int64) - info["bytes_retransmitted"].astype(np.int64)
+    payload = _payload(info)
     payload += ~np.isin(state, (_ESTABLISHED, _CLOSE_WAIT)) & (info["unsent"] == 0)
     numbered = info["bytes_acked"].astype(np.int64) + _under_way(sockets)
     began = (numbered != payload) | (state == _SYN_SENT)
@@ -270,7 +277,10 @@ def _count(records: NDArray[Any], sockets: NDArray[Any]) -> None:
     records["bytes_acked"] = acked = acked.clip(min=0)
     under_way -= fin_under_way & (under_way > 0)
     under_way[listens | (state == _SYN_SENT)] = 0
-    records["bytes_sent"] = acked + under_way
+    # The kernel reads `unacked` before it locks the socket, and the rest after: what is
+    # acknowledged between them is in both. There cannot be more than what the socket has sent.
+    most = np.where(info["bytes_sent"] > 0, _payload(info), acked + under_way)
+    records["bytes_sent"] = np.minimum(acked + under_way, most).clip(min=acked)
 
 
 def _ends_of(records: NDArray[Any]) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from coral.colony.answers.query import (
     statement,
     table_of,
 )
-from coral.colony.answers.refusals import unknown
+from coral.colony.answers.refusals import NotFoundError, unknown
 from coral.colony.answers.repeats import repeats
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import WIDTHS_NS, Window
@@ -52,13 +52,15 @@ def _answered(cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked)
     if not asked.against_ns:
         answer = _of_window(cursor, sources, asked, asked.window, asked.top)
         if not answer.table.num_rows:
-            _check_services(cursor, sources, asked, answer.coverage)
+            _check_agent(cursor, asked)
+            _check_services(cursor, sources, asked)
         return answer
     before_window = asked.window.earlier(asked.against_ns)
     now = _of_window(cursor, sources, asked, asked.window, 0)
     before = _of_window(cursor, sources, asked, before_window, 0)
     if not now.table.num_rows and not before.table.num_rows:
-        _check_services(cursor, sources, asked, now.coverage)
+        _check_agent(cursor, asked)
+        _check_services(cursor, sources, asked)
     table = compared(asked.named, now.table, before.table, asked.by)
     coverage = now.coverage
     coverage.against.CopyFrom(before.coverage)
@@ -116,11 +118,17 @@ def scope_of(asked: Asked) -> Scope:
     return Scope(asked.named.kinds, named, chosen)
 
 
-def _check_services(
-    cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked, coverage: pb.Coverage
-) -> None:
-    """An answer is empty: raises `NotFoundError` for a service that has no rows of any kind, and
-    notes it for others."""
+def _check_agent(cursor: duckdb.DuckDBPyConnection, asked: Asked) -> None:
+    """An answer is empty: raises `NotFoundError` for an agent that nobody knows."""
+    wanted = asked.where.get("agent", "*")
+    sql = "SELECT agent FROM agents UNION SELECT agent FROM ledger"
+    known = [] if "*" in wanted else [str(agent) for (agent,) in cursor.execute(sql).fetchall()]
+    if known and wanted not in known:
+        raise NotFoundError(f"where: {unknown('agent', wanted, known)}")
+
+
+def _check_services(cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked) -> None:
+    """An answer is empty: raises `NotFoundError` for a service that has no rows of any kind."""
     wanted = [each for each in asked.services if "*" not in each]
     if not wanted:
         return
@@ -128,8 +136,6 @@ def _check_services(
     for service in wanted:
         if service not in known:
             raise unknown("service", service, known)
-    for kind in asked.named.kinds:
-        coverage.notes.append(f"no rows of {kind} in this window")
 
 
 def known_services(cursor: duckdb.DuckDBPyConnection, sources: Sources) -> Sequence[str]:

@@ -45,15 +45,16 @@ def covered(
     plans: Iterable[Plan] = (),
     watches: Sequence[Watch] = (),
 ) -> pb.Coverage:
-    """What is missing in an answer about WINDOW, which the sessions WATCHES were at work in. Its
+    """What is missing in an answer about WINDOW, whose rows are of the sessions WATCHES. Its
     numbers of rows are left to the caller."""
     coverage = pb.Coverage()
     plans = list(plans)
     from_ns = min((it.window.from_ns for it in plans), default=window.from_ns)
     to_ns = max((it.window.to_ns for it in plans), default=window.to_ns)
     # Before the first session nobody watched: rates are of the time since then.
-    first_ns = min((it.started_ns for it in watches), default=from_ns)
-    from_ns = max(from_ns, min(first_ns, to_ns - 1))
+    first_ns = _first_ns(cursor, Window(from_ns, to_ns), scope) if plans else from_ns
+    if first_ns is not None:
+        from_ns = max(from_ns, min(first_ns, to_ns - 1))
     set_time(coverage, "from", from_ns)
     set_time(coverage, "to", to_ns)
     set_time(coverage, "as_of", sources.committed_ns)
@@ -71,7 +72,8 @@ def covered(
     if complete_ns is not None:
         set_time(coverage, "complete_to", complete_ns)
     elif scope.kinds:
-        coverage.notes.append(f"nothing of {', '.join(scope.kinds)} is collected now")
+        when = "is collected now" if first_ns is not None else "was collected in this time"
+        coverage.notes.append(f"nothing of {_any_of(scope.kinds)} {when}")
     return coverage
 
 
@@ -138,6 +140,23 @@ def _gaps(cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope) -> It
         if to_ns is not None:
             set_time(gap, "to", to_ns)
         yield gap
+
+
+def _first_ns(cursor: duckdb.DuckDBPyConnection, window: Window, scope: Scope) -> int | None:
+    """When the first session began that was at work in WINDOW, whether or not it saw anything; None
+    where there was none."""
+    conditions = " AND ".join((_of_kinds(scope), *scope.conditions, *scope.agent_conditions))
+    sql = f"""
+        SELECT min(started_ns) FROM ledger
+        WHERE {conditions} AND started_ns < {window.to_ns}
+            AND coalesce(ended_ns, {window.to_ns}) >= {window.from_ns}"""
+    ((first_ns,),) = cursor.execute(sql).fetchall()
+    return int(first_ns) if first_ns is not None else None
+
+
+def _any_of(kinds: Sequence[str]) -> str:
+    *most, last = kinds
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _complete_to(cursor: duckdb.DuckDBPyConnection, scope: Scope) -> int | None:

@@ -10,6 +10,7 @@ import duckdb
 
 from coral.colony.answers.service import Outcome
 from coral.colony.answers.sources import Sources
+from coral.colony.delivery import Away
 from coral.colony.store.errors import StoreError
 
 T = TypeVar("T")
@@ -48,6 +49,10 @@ class FollowsNobody:
     ) -> Sequence[Outcome]:
         """Raises `StoreError`."""
         _refuse()
+
+    def away(self) -> Sequence[Away]:
+        """None."""
+        return ()
 
     async def stop(self, agent_id: str, collector_id: str) -> Outcome:
         """Raises `StoreError`."""

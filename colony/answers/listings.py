@@ -9,12 +9,14 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
+from coral.colony.answers.away import as_sql
 from coral.colony.answers.coverage import Scope, covered
 from coral.colony.answers.named import summed
 from coral.colony.answers.query import like
 from coral.colony.answers.refusals import RefusedError, unknown
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import Window
+from coral.colony.delivery import Away
 from coral.mesh.colony.v1 import colony_pb2 as pb
 
 
@@ -73,14 +75,26 @@ AGENTS: Final = Listing(
             WHERE time_from_ns < {{to_ns}}
                 AND coalesce(nullif(time_to_ns, 0), {{to_ns}}) > {{from_ns}}
             GROUP BY agent
+        ), standing AS ({{standing}}
+        ), known AS (
+            SELECT agent, address, version, kernel, connected, first_seen_ns, last_seen_ns,
+                coalesce((SELECT max(why) FROM standing
+                    WHERE standing.agent = agents.agent OR standing.address = agents.address),
+                    detail) AS detail
+            FROM agents
+            UNION ALL BY NAME
+            SELECT agent, address, false AS connected, '' AS version, '' AS kernel,
+                why AS detail, NULL AS first_seen_ns, NULL AS last_seen_ns
+            FROM standing
+            WHERE address NOT IN (SELECT address FROM agents WHERE address IS NOT NULL)
         )
         SELECT agent, address, version, kernel, connected, detail, first_seen_ns,
-            greatest(last_seen_ns, coalesce(updated_ns, 0)) AS last_seen_ns,
+            greatest(coalesce(last_seen_ns, 0), coalesce(updated_ns, 0)) AS last_seen_ns,
             coalesce(sessions, 0)::BIGINT AS sessions, coalesce(stored, 0)::BIGINT AS stored,
             coalesce(lost, 0)::BIGINT AS lost, coalesce(gaps, 0)::BIGINT AS gaps,
             coalesce(away_ns, 0)::BIGINT AS away_ns
-        FROM agents LEFT JOIN work USING (agent) LEFT JOIN away USING (agent)
-        ORDER BY connected, agent""",
+        FROM known LEFT JOIN work USING (agent) LEFT JOIN away USING (agent)
+        ORDER BY connected, agent, address""",
     has_services=False,
 )
 
@@ -117,12 +131,18 @@ class AskedListing:
 
 
 def listed(
-    cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: AskedListing
+    cursor: duckdb.DuckDBPyConnection,
+    sources: Sources,
+    asked: AskedListing,
+    away: Sequence[Away] = (),
 ) -> tuple[pa.Table, pb.Coverage]:
-    """The rows of a checked request, and what they cover."""
+    """The rows of a checked request, and what they cover. AWAY are addresses that are not followed,
+    which the list of agents has, too."""
     window = asked.window
     chosen = list(_conditions(asked))
-    sql = asked.listing.sql.format(from_ns=window.from_ns, to_ns=window.to_ns)
+    sql = asked.listing.sql.format(
+        from_ns=window.from_ns, to_ns=window.to_ns, standing=as_sql(away)
+    )
     if chosen:
         sql = f"SELECT * FROM ({sql}) WHERE {' AND '.join(chosen)}"
     table: pa.Table = cursor.sql(sql).to_arrow_table()

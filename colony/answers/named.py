@@ -235,7 +235,11 @@ SERVICES: Final = Named(
     name="services",
     about="Every service that was seen, with its requests, system calls, connections and CPU time.",
     sources=(
-        Source("http_latency", {"requests": '"count"'}, where="role = 'server'"),
+        Source(
+            "http_latency",
+            {"requests": '"count"', "served_max_ns": "max_ns"},
+            where="role = 'server'",
+        ),
         Source(
             "http_latency",
             {"requests_made": '"count"'},
@@ -262,9 +266,10 @@ SERVICES: Final = Named(
         total("cpu_ns"),
         *map(total, ("opened", "failed", "bytes_sent", "bytes_received", "retransmits")),
         total("segments_sent"),
+        Value("max_ns", "max(served_max_ns)", ("served_max_ns",)),
     ),
     order="requests + requests_made + calls",
-    times=(Times("duration", "ns"),),
+    times=(Times("duration", "ns", most="max_ns"),),
     counted=("requests", "errors"),
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 _MOST_NAMED: Final = 3
+_MOST_LISTED: Final = 400  # characters of a list of all names that there are
 _MOST_TEXT: Final = 256  # characters of a name that is looked for among those that there are
 _MOST_KNOWN: Final = 5000  # names that are looked at: of services, agents decide how many there are
 
@@ -24,14 +25,14 @@ class BusyError(RefusedError):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> NotFoundError:
-    """NAME is no WHAT: names the nearest of those that are."""
+    """NAME is no WHAT: names the nearest of those that are, or all of them if these are few."""
     known = sorted(set(known))
     shown = name if len(name) <= _MOST_TEXT else f"{name[:_MOST_TEXT]}..."
     near = nearest(name, known)
     if near:
         hint = f"; did you mean {_listed(near)}?"
-    elif known and len(known) <= 2 * _MOST_NAMED:
-        hint = f"; there are {', '.join(known)}"
+    elif known and sum(map(len, known)) + 2 * len(known) <= _MOST_LISTED:
+        hint = f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
     else:
         hint = ""
     return NotFoundError(f"no such {what}: {shown!r}{hint}")

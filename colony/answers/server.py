@@ -48,7 +48,7 @@ class Answers:
 
     def __init__(self, store: Reads, fleet: Fleet, serving: Serving) -> None:
         """Raises ValueError for a token that cannot be read, `ServingError`."""
-        _check(serving)
+        check(serving)
         anyone = Role.OPERATE if serving.insecure_loopback else Role.NONE
         self._serving = serving
         self._has_rows = not isinstance(store, StoresNothing)
@@ -141,8 +141,9 @@ def _configuration(tls: ServingTls) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
 
 
-def _check(serving: Serving) -> None:
-    """Refuses a port at which anybody could ask, or listen to others that do."""
+def check(serving: Serving) -> None:
+    """Refuses a port at which anybody could ask, or listen to others that do. Raises
+    `ServingError`."""
     for address in serving.listen:
         if address.startswith("unix:"):
             path = address.removeprefix("unix:")

@@ -5,7 +5,6 @@ parts. It knows nothing of sockets.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from coral.client import AgentError
 from coral.colony.answers.access import Access, Caller, Refusals, Role, WrongTokenError
 from coral.colony.answers.answer import answered
 from coral.colony.answers.arrow import parts_of
+from coral.colony.answers.away import add_gaps, named
 from coral.colony.answers.coverage import Scope, covered
 from coral.colony.answers.listings import AskedListing, listed
 from coral.colony.answers.refusals import BusyError, NotFoundError, RefusedError
@@ -29,6 +29,8 @@ from coral.colony.answers.sources import Reads, Sources
 from coral.colony.answers.sql.hot import BOOKS, Shipment, ship, tables_of
 from coral.colony.answers.sql.pool import Finished, Limits, Pool
 from coral.colony.answers.window import Window
+from coral.colony.clock import now_ns
+from coral.colony.delivery import Away
 from coral.colony.store.errors import StoreError
 from coral.colony.tables import TABLES, base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
@@ -96,6 +98,9 @@ class Fleet(Protocol):
     async def stop(self, agent_id: str, collector_id: str) -> Outcome:
         """Ends a collector."""
 
+    def away(self) -> Sequence[Away]:
+        """The addresses that are not followed now."""
+
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -109,7 +114,7 @@ class Service:
         fleet: Fleet,
         access: Access,
         limits: Limits | None = None,
-        clock: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int] = now_ns,
     ) -> None:
         self._store = store
         self._fleet = fleet
@@ -162,16 +167,18 @@ class Service:
         self, request: pb.QueryRequest, caller: Caller
     ) -> AsyncIterator[pb.QueryResponse]:
         """A named query."""
-        asked = asked_of(request, self._clock())
+        asked, addresses = asked_of(request, self._clock()), self._fleet.away()
 
         def work(
             cursor: duckdb.DuckDBPyConnection, sources: Sources
         ) -> tuple[list[bytes], pb.Coverage]:
+            away = named(cursor, addresses)
             if isinstance(asked, AskedListing):
-                table, coverage = listed(cursor, sources, asked)
+                table, coverage = listed(cursor, sources, asked, away)
             else:
                 answer = answered(cursor, sources, asked)
                 table, coverage = answer.table, answer.coverage
+            add_gaps(coverage, away, asked.where.get("agent", "*"))
             return list(parts_of(table)), coverage
 
         parts, coverage = await self._snapshot(caller, work)
@@ -197,12 +204,17 @@ class Service:
         told: list[tuple[Shipment, pb.Coverage]] = []
 
         async def shipped(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
+            addresses = self._fleet.away()
+
             def work(
                 cursor: duckdb.DuckDBPyConnection, sources: Sources
             ) -> tuple[Shipment, pb.Coverage]:
                 shipment = ship(cursor, sources, tables, words, window)
                 try:
-                    return shipment, _covered(cursor, sources, shipment, window, self._clock())
+                    coverage = _covered(cursor, sources, shipment, window, self._clock())
+                    if coverage.HasField("complete_to"):
+                        add_gaps(coverage, named(cursor, addresses))
+                    return shipment, coverage
                 except BaseException:
                     shipment.close()
                     raise

@@ -65,7 +65,9 @@ class SecuredClient(Client):
             text = _text("credentials_file", settings.credentials_file)
             jwt, seed = (_part(settings.credentials_file, text, name) for name in (_JWT, _SEED))
             self._user_jwt_cb = jwt.encode
-            self._signature_cb = _signing(_pair("credentials_file", settings.credentials_file, seed))
+            self._signature_cb = _signing(
+                _pair("credentials_file", settings.credentials_file, seed)
+            )
         self._auth_configured = True
         return super()._connect_command()
 

@@ -13,7 +13,8 @@ from typing import Final
 import structlog
 
 from coral.client import AgentClient, AgentError
-from coral.colony.delivery import Gap
+from coral.colony import clock
+from coral.colony.delivery import Away, Gap
 from coral.colony.follow.agents import Agents, given_up
 from coral.colony.follow.counts import Counts
 from coral.colony.follow.discovery.source import Source
@@ -110,6 +111,17 @@ class Fleet:
             if follower.client and (missing := follower.upkeep.missing)
         }
 
+    def away(self) -> Sequence[Away]:
+        """The addresses that do not answer, or may not be followed."""
+        there = {
+            follower.status.agent_id for follower, _ in self._followers.values() if follower.client
+        }
+        return [
+            Away(it.agent_id, it.address, it.since_ns, it.why, it.agent_id in there)
+            for it in self.statuses
+            if it.state in (State.AWAY, State.REFUSED)
+        ]
+
     async def collect(
         self,
         kind: int | str,
@@ -119,10 +131,10 @@ class Fleet:
         duration_s: float | None = None,
         agents: Collection[str] = (),
     ) -> Sequence[Asked]:
-        """Starts a collector on each of AGENTS, by default on all that are followed now. It is
-        followed as all others, and ends after DURATION_S, by default with the lease that the agent
-        gives it. A longer one than agents' leases is renewed by this fleet, and by no other: when
-        the fleet or the agent ends, so does the collector."""
+        """Starts a collector on each of AGENTS, by default on all: of those that are not followed
+        now the answer says why. It is followed as all others, and ends after DURATION_S, by default
+        with the lease that the agent gives it. A longer one than agents' leases is renewed by this
+        fleet, and by no other: when the fleet or the agent ends, so does the collector."""
         lease_s = None if duration_s is None else min(duration_s, LEASE_S)
 
         async def start(agent_id: str, client: AgentClient) -> Asked:
@@ -134,7 +146,9 @@ class Fleet:
             error = "" if started.supported else started.error
             return Asked(agent_id, started.collector_id, error, started.notes)
 
-        return await self._ask(agents, start)
+        asked = await self._ask(agents, start)
+        away = () if agents else (it for it in self.away() if not it.elsewhere)
+        return [*asked, *(Asked(it.agent or it.address, error=it.why) for it in away)]
 
     async def stop(self, agent_id: str, collector_id: str) -> Asked:
         """Ends a collector. One whose agent cannot be reached is not renewed any more."""
@@ -243,7 +257,7 @@ class Fleet:
     async def _give_up_the_silent(self) -> None:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            self.give_up(time.time_ns())
+            self.give_up(clock.now_ns())
 
     def give_up(self, now_ns: int) -> None:
         """Ends the sessions of agents that have not answered for too long. Should one come back

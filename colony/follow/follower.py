@@ -19,6 +19,7 @@ from coral.client import (
     ContractError,
     DeadlineExceededError,
     Retry,
+    UnavailableError,
     Watch,
     What,
 )
@@ -94,7 +95,7 @@ class Follower:
         cause = error.__cause__ if isinstance(error.__cause__, AgentError) else error
         if not isinstance(error, TRANSIENT):
             return self._is_refused(str(cause))
-        self._is(State.AWAY, str(cause))
+        self._is(State.AWAY, cause.reason if isinstance(cause, UnavailableError) else str(cause))
         return self._backoff.delay_s(time.monotonic()) or 0.0
 
     def _is_refused(self, why: str) -> float:
@@ -109,7 +110,9 @@ class Follower:
         status.state, status.since_ns = state, time.time_ns()
         tell = log.info if state is State.FOLLOWED else log.warning
         more = {"reason": why} if why else {}
-        tell(f"agent is {state.value}", agent=status.agent_id, address=status.address, **more)
+        if status.agent_id:
+            more["agent"] = status.agent_id
+        tell(f"agent is {state.value}", address=status.address, **more)
 
     async def _follow(self) -> None:
         """Raises `AgentError`, alone or in groups, and `FollowedTwiceError`."""

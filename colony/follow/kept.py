@@ -42,9 +42,7 @@ class Kept:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def started(
-        self, agent_id: str, collector_id: str, duration_s: float, now_s: float
-    ) -> None:
+    def started(self, agent_id: str, collector_id: str, duration_s: float, now_s: float) -> None:
         """A collector was started with a lease of LEASE_S, and is to live for DURATION_S."""
         if duration_s > LEASE_S and len(self._kept) < MOST:
             self._kept[agent_id, collector_id] = _Kept(

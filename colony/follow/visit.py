@@ -22,6 +22,7 @@ from coral.client import (
     UnavailableError,
 )
 from coral.client.backoff import Backoff
+from coral.colony import clock
 from coral.colony.delivery import Gap, SequenceError
 from coral.colony.follow.agents import RESTARTED, Agent, given_up
 from coral.colony.follow.book import Book
@@ -64,7 +65,7 @@ class Visit:
         """Follows all sessions that the agent reports, and gives up those that it has lost. Returns
         when each subscription stands, or was refused."""
         opened = [event for info in infos if (event := self.follow(info))]
-        now_ns, agent = time.time_ns(), self._agent
+        now_ns, agent = clock.now_ns(), self._agent
         reported = frozenset(info.collector_id for info in infos)
         if lost := given_up(agent, reported, RESTARTED, now_ns):
             self._shared.lose(lost)
@@ -121,7 +122,7 @@ class Visit:
                     )  # fmt: skip
                     book.last_seq, book.ended = error.expected_seq, None
                 except _NOT_THERE as error:
-                    self._shared.lose([book.close_as_lost(str(error), time.time_ns())])
+                    self._shared.lose([book.close_as_lost(str(error), clock.now_ns())])
                 except AgentError as error:
                     opened.set()
                     if not isinstance(error, TRANSIENT):
@@ -145,7 +146,7 @@ class Visit:
             opened.set()
             received_bytes = 0
             async for batch in stream:
-                self._agent.heard_ns = now_ns = time.time_ns()
+                self._agent.heard_ns = now_ns = clock.now_ns()
                 size_bytes = stream.received_bytes - received_bytes
                 received_bytes = stream.received_bytes
                 # Nothing may come between these two: the book says what the sink has.

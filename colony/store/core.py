@@ -187,6 +187,7 @@ class Core:
             database.execute(f"DROP TABLE {hot.name}")
         self.catalog.generations.remove(hot)
         self.catalog.segments.append(segment)
+        self._reuse()
 
     def retire(self, now_ns: int) -> Sequence[Segment]:
         """Drops the segments that are too old or too much; returns them. Their files are deleted
@@ -221,6 +222,16 @@ class Core:
     def close(self) -> None:
         """Closes the database; DuckDB writes its log into the file."""
         self.database.close()
+
+    def _reuse(self) -> None:
+        """Makes room in the file of what was dropped. DuckDB does so when its log is full, and rows
+        that do not go through the log leave it nearly empty for an hour."""
+        try:
+            self.database.writer.execute("CHECKPOINT")
+        except duckdb.Error as error:
+            # It fails beside readers, too: there is a next time.
+            if is_fatal(error):
+                self.database.invalid.set()
 
     def _done(self, pending: Commit) -> None:
         self._pending = None

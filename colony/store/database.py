@@ -27,7 +27,7 @@ log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 _STORAGE_VERSION: Final = "v1.5.0"
 # How large the log grows before it is written into the file: many transactions' worth, because that
 # writes what is begun of each table anew.
-_LOG: Final = "64MB"
+_LOG: Final = "16MB"
 # Rows of so many of one table in one transaction go into the file at once, compressed, and not
 # through the log, from which each checkpoint would write what is begun of the table anew. DuckDB's
 # own 122,880 is more than a second of most fleets. A multiple of 2,048.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
+
+from coral.colony.clock import now_ns
 
 MINUTE_NS: Final = 60 * 10**9
 HOUR_NS: Final = 60 * MINUTE_NS
@@ -82,4 +83,4 @@ class Settings:
     """How long the standing of an ended session is at hand. It is in the table `ledger` longer."""
     known_lost_s: float = 14 * _DAY_S
     """The same, of a session that went with its agent: an agent that was only cut off has it."""
-    clock_ns: Callable[[], int] = time.time_ns
+    clock_ns: Callable[[], int] = now_ns

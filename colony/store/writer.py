@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -165,14 +165,14 @@ class Writer:
     def _commit(self) -> None:
         core = self._core
         if core.has_pending:
-            self._store([])
+            self._store(())
         with self._turn:
-            taken = [self._queue.popleft() for _ in range(len(self._queue))]
+            taken, self._queue = self._queue, deque()
         if taken or core.is_behind:
             self._taken_bytes = sum(size for _, size in taken)
-            self._store([item for item, _ in taken])
+            self._store(_let_go(taken))
 
-    def _store(self, items: list[Waiting]) -> None:
+    def _store(self, items: Iterable[Waiting]) -> None:
         begin = time.perf_counter()
         commit = self._core.commit(items)
         self._figures.commits.add(time.perf_counter() - begin)
@@ -261,3 +261,10 @@ class Writer:
         self._sealer.shutdown(wait=True)
         self._figures.state = State.CLOSED
         self._published()
+
+
+def _let_go(queue: deque[tuple[Waiting, int]]) -> Iterator[Waiting]:
+    """What is in QUEUE. Each thing leaves it, so that batches need not be in memory while what was
+    made of them is written."""
+    while queue:
+        yield queue.popleft()[0]

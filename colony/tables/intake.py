@@ -6,7 +6,6 @@ one pyarrow.Table for each table.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from coral.client import Batch, ContractError
+from coral.colony import clock
 from coral.colony.delivery import Delivery
 from coral.colony.tables import checks
 from coral.colony.tables.joined import JoinedRows, Part, signed
@@ -34,7 +34,7 @@ class Intake:
     NOW_NS gives the time, by which that of agents is judged.
     """
 
-    def __init__(self, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, now_ns: Callable[[], int] = clock.now_ns) -> None:
         self._now_ns = now_ns
         self._tables = {name: _Table(layout) for name, layout in TABLES.items()}
         self._texts = Texts()

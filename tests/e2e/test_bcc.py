@@ -20,6 +20,7 @@ from tests.support import collectors_at_work, running_agent, start_collector
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.needs_bcc]
 
 
+@pytest.mark.soak
 @pytest.mark.timed
 def test_the_agent_answers_others_while_bcc_compiles(tmp_path: Path) -> None:
     source, _ = headers_for_bcc(tmp_path)

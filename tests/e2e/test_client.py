@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from coral.client import AgentClient, EndReason, NotFoundError, OutOfRangeError
-from tests.events import connected, receive, start_events
+from tests.events import connected, eventually, info_of, receive, start_events
 from tests.network import connected as connect
 from tests.network import puppets, send, socket_of
 from tests.shop import WAIT_S, shop, visit, visitor
@@ -187,6 +187,15 @@ async def test_names_are_looked_up_before_batches_are_joined(
     assert Counter(functions["call_names"](got.batches)) == made
 
 
+async def has_a_reader(client: AgentClient, collector_id: str) -> None:
+    """Waits until somebody reads the collector: what it sends before is lost to who comes later."""
+
+    async def subscribed() -> bool:
+        return bool((await info_of(client, collector_id)).subscribers)
+
+    await eventually(subscribed)
+
+
 async def test_tcp_columns_say_what_was_carried_and_refused(
     agent: RunningAgent, functions: dict[str, Any]
 ) -> None:
@@ -199,12 +208,14 @@ async def test_tcp_columns_say_what_was_carried_and_refused(
                     "tcp_metrics", config={"pid": puppet.pid, "until_exit": True}
                 )
                 assert started.supported, started.error
+                reading = asyncio.create_task(functions["traffic"](client, started.collector_id))
+                await has_a_reader(client, started.collector_id)
                 connect(puppet, server, "127.0.0.1")
                 send(puppet, "c", server, "s", 70_000)
                 send(server, "s", puppet, "c", 3_000)
                 puppet.do(socket_of("127.0.0.1", "r"))
                 puppet.do(f"r.connect_ex(('127.0.0.1', {refused_port}))")
-            carried, refused = await functions["traffic"](client, started.collector_id)
+            carried, refused = await reading
             assert (carried, refused) == ({"127.0.0.1": 73_000}, 1)
             busiest = asyncio.create_task(functions["busiest_peers"](client, server.pid))
             while not len(await client.collectors()):
@@ -221,9 +232,11 @@ async def test_http_columns_have_quantiles_by_route(
                 "http_latency", config={"pid": server.pid, "until_exit": True}
             )
             assert started.supported, started.error
+            reading = asyncio.create_task(functions["slowest"](client, started.collector_id))
+            await has_a_reader(client, started.collector_id)
             visit(puppet, server, *(("GET", f"/slow/{number}", 0) for number in range(3)))
             visit(puppet, server, ("GET", "/", 0))
-        slowest = await functions["slowest"](client, started.collector_id)
+        slowest = await reading
     assert set(slowest) == {"/slow/{id}", "/"}
     assert slowest["/slow/{id}"] >= WAIT_S * 1000 > slowest["/"]
 

@@ -103,7 +103,7 @@ async def test_every_call_is_in_one_place_over_connections_that_are_cut(
             client, running.pid, include="getppid", until_exit="true", ring="256KiB"
         )
         running.go()
-        await until(lambda: ended(shelf.of(session)))
+        await until(lambda: ended(shelf.of(session)), 90)
         assert fleet.counts.failures > 2
     standing = shelf.of(session)
     assert standing

@@ -224,7 +224,8 @@ def test_collecting_on_every_agent(asked: Asked) -> None:
     here = f"pid={os.getpid()}"
     done = coral_collect("tcp_metrics", "tests", "-d", "60s", "-c", here)
     assert done.exit_code == 0, done.stderr
-    _, line = done.stdout.splitlines()
+    _, line, _, hint = done.stdout.splitlines()
+    assert hint == "`coral query tcp tests` shows what they see"
     agent, collector, _ = line.split(maxsplit=2)
 
     def followed() -> bool:
@@ -235,3 +236,6 @@ def test_collecting_on_every_agent(asked: Asked) -> None:
     done = coral_collect("tcp_metrics", "-c", here, "--on", "nobody")
     assert done.exit_code == 1
     assert "agent 'nobody' is not known" in done.stdout
+    done = coral_collect("tcp_metrics", "-c", "pid=999999999")
+    assert done.exit_code == 1
+    assert "-c pid=999999999: give process ids" in done.stdout

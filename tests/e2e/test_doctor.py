@@ -223,7 +223,7 @@ def test_a_wrong_token_is_said_to_be_wrong(tmp_path: Path) -> None:
         wrong = examined("--agent", agent.address, CORAL_TOKEN="left")
         none = examined("--agent", agent.address, CORAL_TOKEN="")
     assert wrong == (1, {"agent": ("fail", "the token in CORAL_TOKEN is wrong")})
-    assert none == (1, {"agent": ("fail", "this agent asks for a token: set CORAL_TOKEN")})
+    assert none == (1, {"agent": ("fail", "a token is needed: set CORAL_TOKEN")})
 
 
 def test_a_doctor_that_is_ended_takes_its_agent_with_it(tmp_path: Path) -> None:

@@ -174,8 +174,12 @@ def test_an_agent_and_its_clients_import_nothing_from_the_current_directory(
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
     ("command", "text"),
-    [(("demo", "-d", "1s"), "coral_syscall_calls_total"), (("doctor",), "agent stops")],
-    ids=["demo", "doctor"],
+    [
+        pytest.param(
+            ("demo", "-d", "1s"), "coral_syscall_calls_total", marks=pytest.mark.soak, id="demo"
+        ),
+        pytest.param(("doctor",), "agent stops", id="doctor"),
+    ],
 )
 def test_started_processes_import_nothing_from_the_current_directory(
     command: tuple[str, ...], text: str, hostile: Hostile

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -68,7 +69,7 @@ def named(name: bytes) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
-    config = {"limits": {"cpu_percent": 1000}}
+    config = {"limits": {"cpu_percent": 1000, "concurrent_collectors": 20}}
     with running_agent(tmp_path_factory.mktemp("names") / "agent", config) as running:
         yield running
 
@@ -140,29 +141,36 @@ def test_no_command_passes_a_name_of_a_process_on(
 ) -> None:
     at = ("--agent", agent.address)
     pids = [stack.enter_context(named(name)) for name in NAMES.values()]
-    tap = ["tap", "--" + kind, "-d", "1s", "-i", "200ms", f"pid:{','.join(map(str, pids))}", *at]
+    tap = ["tap", "--" + kind, "-d", "500ms", "-i", "100ms", f"pid:{','.join(map(str, pids))}", *at]
     listed = ["collectors", *at]
     with ExitStack() as started:
         for pid in pids[:2]:  # a session without a service has the name of its process
             collector_id = start(agent, {"pid": pid})
             started.callback(stop, agent, collector_id)
         piped = [listed, [*listed, "--json"], [*listed, "-o", "yaml"], tap, [*tap, "--events"]]
-        for command in [*piped, [*tap, "--json"], [*tap, "-o", "yaml"]]:
-            shown = in_pipe(coral(*command))
-            assert is_clean(shown), (command, shown)
-        for command in (listed, tap, [*tap, "--events"]):
-            shown = on_terminal(coral(*command))
-            assert is_clean(shown), (command, shown)
-            assert "Traceback" not in shown
+        piped += [[*tap, "--json"], [*tap, "-o", "yaml"]]
+        drawn = [listed, tap, [*tap, "--events"]]
+        with ThreadPoolExecutor(4) as pool:  # most of them wait
+            in_pipes = pool.map(in_pipe, (coral(*command) for command in piped))
+            on_terminals = pool.map(on_terminal, (coral(*command) for command in drawn))
+            shown = [*zip(piped, in_pipes, strict=True), *zip(drawn, on_terminals, strict=True)]
+        for command, text in shown:
+            assert is_clean(text), (command, text)
+            assert "Traceback" not in text
+            assert "limits." not in text
     assert is_clean(agent.log_path.read_text())
 
 
 def test_no_metric_passes_a_name_of_a_process_on(agent: RunningAgent, stack: ExitStack) -> None:
-    for name in NAMES.values():
-        collector_id = start(agent, {"pid": stack.enter_context(named(name)), "interval": "100ms"})
-        label = f'service="{label_of(name)}"'
-        wait_until(lambda label=label: label in scrape(agent))  # type: ignore[misc]
-        stop(agent, collector_id)
+    labels = {f'service="{label_of(name)}"' for name in NAMES.values()}
+    pids = [stack.enter_context(named(name)) for name in NAMES.values()]
+    with ThreadPoolExecutor(len(pids)) as pool:  # most of a start is the kernel's waiting
+        started = pool.map(lambda pid: start(agent, {"pid": pid, "interval": "100ms"}), pids)
+        collectors = list(started)
+        wait_until(
+            lambda: labels <= set(re.findall(r'service="(?:[^"\\]|\\.)*"', scrape(agent))), 30
+        )
+        list(pool.map(lambda collector_id: stop(agent, collector_id), collectors))
     text = scrape(agent)
     assert is_clean(text)
     assert len(list(text_string_to_metric_families(text))) > 10

@@ -117,6 +117,7 @@ async def test_over_the_processor_limit_the_expensive_session_goes_and_the_cheap
     assert len(started) == len(set(started)) == 3
 
 
+@pytest.mark.soak
 async def test_scrapes_refused_callers_and_starts_are_charged_to_no_session(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:

@@ -221,9 +221,12 @@ def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> N
     seconds = sum(int(line.split()[1]) for line in out.splitlines()) / NS_PER_S
     print(f"{slow.samples} and {fast.samples} samples of {seconds} s")
     for profile, frequency in ((slow, 100), (fast, 800)):
+        # A timer is late where a busy host keeps the CPU for itself, and never early. The accuracy
+        # is for another test: here, neither session may have the frequency of the other.
         expected = frequency * seconds
-        assert abs(profile.samples - expected) <= 0.03 * PATIENCE * expected + 4 * 0.5 * 12
+        assert 0.5 * expected < profile.samples <= 1.03 * PATIENCE * expected + 4 * 0.5 * 12
         assert {row.period_ns for row in profile.rows} == {int(NS_PER_S) // frequency}
+    assert fast.samples > 2 * slow.samples
     assert set(slow.by("unwinding")) == {pb.CPU_UNWINDING_EH_FRAME}
     assert pb.CPU_UNWINDING_EH_FRAME not in fast.by("unwinding")
 

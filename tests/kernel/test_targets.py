@@ -18,6 +18,7 @@ from coral.collectors import targets
 from coral.collectors.cgroups import cgroup_tgids
 from coral.collectors.hierarchies import hierarchies
 from coral.collectors.hubs import HINTS
+from coral.collectors.procfs import clock_ticks, start_time_of
 from coral.collectors.syscall_stats.collector import SyscallStatsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.collecting import Collected, both_modes, collecting, every_rung, session, waiting
@@ -68,6 +69,23 @@ def test_a_zombie_is_no_target() -> None:
         with at_work(collector):
             assert members(collector) == {puppet.pid}
             puppet.do("os.wait()")
+
+
+def test_a_session_tells_of_children_that_it_does_not_watch() -> None:
+    with Puppet() as puppet:
+        puppet.do("import signal")
+        child = int(puppet.ask("os.fork() or signal.pause()"))
+        started = start_time_of(child)
+        assert started is not None
+        wait_until(lambda: clock_ticks() > started)
+        with at_work(session(pid=str(puppet.pid))) as collector:
+            assert members(collector) == {puppet.pid}
+            (note,) = collector.notes
+            assert "not watched (1): name them in `pid`" in note
+        with at_work(session(pid=f"{puppet.pid},{child}")) as collector:
+            assert members(collector) == {puppet.pid, child}
+            assert not collector.notes
+        puppet.do(f"os.kill({child}, signal.SIGKILL); os.wait()")
 
 
 @pytest.mark.long

@@ -258,8 +258,13 @@ def test_a_line_says_what_is_missing() -> None:
     gap = Gap("n3", NOW - 14 * MINUTE, NOW - 12 * MINUTE, "")
     line = coverage_line(coverage(lost=(lost,), gaps=(gap,), cut=True, left_out=17))
     assert line == (
-        "missing: 312 events (kernel_buffer, checkout, 11:58-12:01); "
+        "missing: 312 events of checkout 11:58-12:01 "
+        "(kernel_buffer: the kernel's buffer was full); "
         "agent n3 unreachable 11:50-11:52; complete to 12:03:10; 17 more rows"
+    )
+    skipped = replace(lost, stage="program_missed", count=1)
+    assert coverage_line(coverage(lost=(skipped,))).startswith(
+        "perhaps missing: up to 1 event of checkout 11:58-12:01 (program_missed: the kernel skipped"
     )
     still = replace(gap, to_ns=None)
     assert "agent n3 unreachable since 11:50:00" in coverage_line(coverage(gaps=(still,)))

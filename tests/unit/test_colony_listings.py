@@ -7,6 +7,7 @@ import pytest
 from coral.colony.answers.listings import ACCOUNTS, AGENTS, SESSIONS, AskedListing, listed
 from coral.colony.answers.refusals import RefusedError
 from coral.colony.answers.window import MINUTE_NS, SECOND_NS, Window
+from coral.colony.delivery import Away
 from tests.colony_tables import PlainReads
 
 NOW = 1_700_000_000 * SECOND_NS
@@ -87,6 +88,21 @@ def test_agents_with_their_gaps_in_the_window(reads: PlainReads) -> None:
     asked = AskedListing(AGENTS, WINDOW, where={"agent": "n1"})
     table, coverage = listed(reads.con.cursor(), reads.sources(), asked)
     assert (table.num_rows, len(coverage.gaps)) == (1, 0)
+
+
+def test_agents_that_were_never_reached_are_listed(reads: PlainReads) -> None:
+    away = (
+        Away("", "10.0.0.9:9001", NOW, "it's {refused}"),
+        Away("n2", "10.0.0.2:9001", NOW, "no such host"),
+    )
+    asked = AskedListing(AGENTS, WINDOW)
+    table, _ = listed(reads.con.cursor(), reads.sources(), asked, away)
+    columns = ("agent", "address", "connected", "detail")
+    assert [tuple(row[name] for name in columns) for row in table.to_pylist()] == [
+        ("", "10.0.0.9:9001", False, "it's {refused}"),
+        ("n2", "10.0.0.2:9001", False, "no such host"),
+        ("n1", "10.0.0.1:9001", True, ""),
+    ]
 
 
 def test_listings_refuse_what_they_have_not() -> None:

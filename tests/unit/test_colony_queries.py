@@ -197,7 +197,25 @@ def test_a_service_that_is_known_has_an_empty_answer(reads: PlainReads) -> None:
     reads.add("http_latency", requests(NOON - HOUR_NS, (1, 0, 0, 0)))
     answer = ask(reads, HTTP, services=("checkout",))
     assert answer.table.num_rows == 0
-    assert "no rows of http_latency in this window" in answer.coverage.notes
+    assert list(answer.coverage.notes) == ["nothing of http_latency was collected in this time"]
+
+
+def test_an_empty_answer_begins_when_somebody_began_to_look(reads: PlainReads) -> None:
+    session = {"kind": "http_latency", "service": "checkout", "stored": 0, "agent": "n1"}
+    began_ns = NOON + MINUTE_NS
+    reads.add("ledger", {**session, "session": "s1", "started_ns": began_ns, "updated_ns": NOW})
+    coverage = ask(reads, HTTP).coverage
+    assert getattr(coverage, "from").ToNanoseconds() == began_ns
+    with pytest.raises(NotFoundError, match="where: no such agent: 'n9'; there is n1"):
+        ask(reads, HTTP, where={"agent": "n9"})
+
+
+def test_no_quantile_of_a_service_is_above_its_slowest_request(reads: PlainReads) -> None:
+    slow = (0, 0, 0, 9)
+    made = requests(NOON, slow, role="client", most_ns=240 * MS)
+    reads.add("http_latency", requests(NOON, slow), made)
+    (row,) = ask(reads, SERVICES).table.to_pylist()
+    assert 199 * MS <= row["p99_ns"] <= row["max_ns"] == 200 * MS
 
 
 def test_an_empty_colony_answers(reads: PlainReads) -> None:

@@ -32,6 +32,7 @@ from coral.colony.answers.refusals import unknown
 from coral.colony.answers.server import Answers, ServingError
 from coral.colony.answers.settings import Serving, ServingTls
 from coral.colony.answers.sources import Sources
+from coral.colony.delivery import Away
 from coral.mesh.colony.v1 import colony_pb2 as pb
 from tests.certificates import Authority
 from tests.colony import until
@@ -68,6 +69,9 @@ class Asked:
             raise InvalidArgumentError(grpc.StatusCode.INVALID_ARGUMENT, f"config: {why}")
         self.collected.append((kind, config, service, duration_s, tuple(agents)))
         return [Outcome("n1", "c1", notes=("a note",)), Outcome("n2", error="away")]
+
+    def away(self) -> Sequence[Away]:
+        return [Away("", "n3:9001", 1, "no such host"), Away("n1", "n1b:9001", 1, "twice", True)]
 
     async def stop(self, agent_id: str, collector_id: str) -> Outcome:
         return Outcome(agent_id, collector_id, "it has ended" if agent_id == "n2" else "")
@@ -107,6 +111,9 @@ async def test_the_owner_of_the_socket_asks_and_collects(tmp_path: Path) -> None
         assert table.column("service").to_pylist() == ["s0", "s1"]
         assert table.column("calls").to_pylist() == [7, 7]
         assert (answer.coverage.cut, answer.coverage.left_out) == (True, 1)
+        assert [(gap.agent, gap.to_ns, gap.why) for gap in answer.coverage.gaps] == [
+            ("n3:9001", None, "no such host")
+        ]
         async with client.query("syscalls", since=since) as answer:
             batches = [batch async for batch in answer.batches()]
         assert sum(batch.num_rows for batch in batches) == 3

@@ -95,8 +95,11 @@ def check(directory: Path, at_least: Mapping[str, int]) -> Mapping[str, int]:
             ((rows, distinct, highest),) = cursor.execute(query, [agent]).fetchall()
             assert rows == distinct == standing.stored
             assert highest <= standing.last_seq
-            losses = f"SELECT coalesce(sum(count), 0) FROM ({sources.rows('losses')}) "
-            ((lost,),) = cursor.execute(f"{losses} WHERE agent = ?", [agent]).fetchall()
+            if "losses" in sources.tables:
+                losses = f"SELECT coalesce(sum(count), 0) FROM ({sources.rows('losses')}) "
+                ((lost,),) = cursor.execute(f"{losses} WHERE agent = ?", [agent]).fetchall()
+            else:
+                lost = 0
             assert lost == sum(standing.lost.values())
         raw, by_minute = minutes(all_of(TABLE)), minutes(all_of(f"{TABLE}_1m"))
         until_ns = sources.watermark_ns(MINUTE_NS)
@@ -286,7 +289,8 @@ async def test_a_disk_that_fills_up_while_sealing_loses_nothing(disk: Disk) -> N
     store.put(sender.next(4000))  # it is full now
     await store.stored()
     store.put(sender.next(1))
-    await until(lambda: store.figures.failures["seal"] > 0)
+    # A transaction that comes while the segment is written fails too, and is tried again first.
+    await until(lambda: store.figures.failures["seal"] or store.figures.failures["commit"])
     await until(lambda: state(store) == "disk_full")
     disk.filler.unlink()
     await until(lambda: sum(store.figures.segments.values()) == 1)

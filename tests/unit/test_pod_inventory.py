@@ -233,7 +233,7 @@ def test_what_is_kept_of_pods_that_have_gone_is_bounded_in_bytes() -> None:
     long = {f"annotation.{n}": "x" * 256 for n in range(32)}
     most = 0
     for first in range(1, 4001, 100):
-        target.note({group: long for group in range(first, first + 100)})
+        target.note(dict.fromkeys(range(first, first + 100), long))
         most = max(most, target.noted_bytes)
     assert 15 << 20 < most <= 16 << 20
     assert target.attributes_of(4000) == long

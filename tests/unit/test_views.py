@@ -271,7 +271,7 @@ NOT_RUNNING = (
         ("collector_id: this agent knows no collector 'x'", "this agent knows no collector 'x'"),
         (
             "authorization: no token; send `authorization: Bearer TOKEN` with this agent's token",
-            "this agent asks for a token: set CORAL_TOKEN",
+            "a token is needed: set CORAL_TOKEN",
         ),
         (
             "authorization: the token is wrong; send `authorization: Bearer TOKEN`",

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from coral.views.answers.contract import AnswerView, Shown
 from coral.views.sheet import Column, Sheet
+from coral.wire.text import safe
 
 _ROOM: Final = 16
 
@@ -20,7 +21,7 @@ def sheets(shown: Shown) -> Iterator[Sheet]:
     sheet = Sheet(
         [
             Column(
-                name,
+                safe(name),
                 right=numeric[name],
                 fits=not numeric[name],
                 room=_ROOM,

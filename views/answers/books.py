@@ -97,7 +97,7 @@ def agents(shown: Shown) -> Iterator[Sheet]:
     for row in shown.rows:
         there = bool(row["connected"])
         sheet.add(
-            row["agent"],
+            row["agent"] or "-",
             row["address"] or "",
             ("yes", "green") if there else ("no", "red"),
             _ago(shown, row["last_seen_ns"]),

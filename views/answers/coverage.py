@@ -10,6 +10,23 @@ from coral.client import Coverage, Gap, Lost
 
 _MOST_NAMED: Final = 3
 _NS_PER_S: Final = 1_000_000_000
+_SKIPPED: Final = "program_missed"
+"""A run that the kernel skipped may have concerned no event that was to be seen."""
+_WHY: Final = {
+    "kernel_buffer": ": the kernel's buffer was full",
+    "map_full": ": a table in the kernel was full",
+    "program_missed": ": the kernel skipped a program that ran already",
+    "kernel_busy": ": a table in the kernel was locked",
+    "truncated": ": too large for a record",
+    "rate_limit": ": beyond the agent's limit for a reader",
+    "subscriber_queue": ": the colony read too slowly",
+    "replay_evicted": ": the colony came too late",
+    "agent_lost": ": the agent ended before it had sent them",
+    "unreadable": ": the colony could not read them",
+    "bus_evicted": ": the bus dropped them before they were read",
+    "bus_too_large": ": larger than the bus takes",
+}
+"""What became of the events of a stage; for others its name says what there is to say."""
 _TIERS: Final = {"raw": "raw", "1m": "minutes", "1h": "hours"}
 
 
@@ -44,8 +61,11 @@ def _reached(coverage: Coverage) -> str:
 
 
 def _missing(coverage: Coverage) -> Iterator[str]:
-    if coverage.lost:
-        yield f"missing: {_lost(coverage.lost, coverage.as_of_ns)}"
+    known = [it for it in coverage.lost if it.stage != _SKIPPED]
+    if known:
+        yield f"missing: {_lost(known, coverage.as_of_ns)}"
+    if skipped := [it for it in coverage.lost if it.stage == _SKIPPED]:
+        yield f"perhaps missing: up to {_lost(skipped, coverage.as_of_ns)}"
     if coverage.gaps:
         yield _gaps(coverage.gaps, coverage.as_of_ns)
 
@@ -61,8 +81,8 @@ def _lost(lost: Sequence[Lost], now_ns: int) -> str:
         found[1], found[2] = min(found[1], it.from_ns), max(found[2], it.to_ns)
     ordered = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
     texts = [
-        f"{count:,} event{'' if count == 1 else 's'} ({stage}, {whose}, "
-        f"{span(from_ns, to_ns, now_ns)})"
+        f"{count:,} event{'' if count == 1 else 's'} of {whose} {span(from_ns, to_ns, now_ns)} "
+        f"({stage}{_WHY.get(stage, '')})"
         for (stage, whose), (count, from_ns, to_ns) in ordered[:_MOST_NAMED]
     ]
     if rest := ordered[_MOST_NAMED:]:

@@ -11,8 +11,8 @@
 
 #ifndef CORAL_BCC /* iterators need BTF */
 
-/* enum direction + 1 of the last bytes, 0 if that cannot be told: both have passed in one tick of the
- * clock. */
+/* enum direction + 1 of the last bytes, 0 if that cannot be told: both have passed in one tick of
+ * the clock. */
 static __always_inline __u64 last_spoken(struct tcp_sock *tp)
 {
 	bool received = passed_so_far(tp, RECEIVED, false) > 1; /* more than a SYN, or a FIN */

@@ -639,7 +639,7 @@ SUBPROGRAM int ssl_forget_early(struct connection *c)
 	return 0;
 }
 
-/* Whether a request may lie in LENGTH bytes at BASE is asked before they are read. A function of its
+/* Asks whether a request may lie in LENGTH bytes at BASE, before they are read. A function of its
  * own, for its stack. */
 SUBPROGRAM int ssl_look_ahead(struct connection *c, __u32 direction, __u64 base, __u64 length)
 {
