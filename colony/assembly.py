@@ -74,6 +74,7 @@ async def _publishing(stack: AsyncExitStack, config: Config) -> Parts:
             "agents": lambda: _why_unsettled(fleet),
             "bus": lambda: _why_down(publisher),
         },
+        running={"bus": publisher.run},
     )
 
 

@@ -57,6 +57,7 @@ class Publisher:
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._pump: asyncio.Task[None] | None = None
         self._sending: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None]
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -81,7 +82,14 @@ class Publisher:
             raise
         most_bytes = self._connection.client.max_payload - _HEADER_ROOM_BYTES
         self._outbox = Outbox(self.settings.prefix, most_bytes, found)
+        self._failure = asyncio.get_running_loop().create_future()
         self._pump = asyncio.create_task(self._run())
+        self._pump.add_done_callback(self._ended)
+
+    async def run(self) -> None:
+        """Returns never. Raises whatever ended the sending of a message: neither it nor what
+        follows it in its session would be sent again."""
+        await asyncio.shield(self._failure)
 
     async def close(self, wait_s: float = 5.0) -> None:
         """Waits until all is acknowledged, so long at most, and disconnects."""
@@ -156,9 +164,14 @@ class Publisher:
                 task = asyncio.create_task(self._send(message))
                 self._sending.add(task)
                 task.add_done_callback(self._sending.discard)
+                task.add_done_callback(self._ended)
             if time.monotonic() > forget_at:
                 forget_at = time.monotonic() + _FORGET_EVERY_S
                 self._outbox.forget(time.time_ns() - int(self.settings.max_age_s * 1e9))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not self._failure.done():
+            self._failure.set_exception(error)
 
     async def _send(self, message: Message) -> None:
         """Sends MESSAGE until the stream has it, or has no place for it."""

@@ -102,6 +102,23 @@ async def test_what_is_published_is_stored_once_and_anybody_can_read_it(tmp_path
         await client.close()
 
 
+async def test_a_message_that_cannot_be_made_ends_the_publisher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would learn otherwise that its session goes on no more."""
+    one = Scripted.make("node", "s", FATES)
+    with nats_server(tmp_path / "nats") as server:
+        publisher = Publisher(settings_for(server.url))
+        await publisher.start()
+        nothing: dict[str, str] = {}
+        monkeypatch.setattr(publisher._outbox, "headers", lambda _: nothing["headers"])
+        publisher.put(next(one.deliveries(0)))
+        with pytest.raises(KeyError):
+            async with asyncio.timeout(PATIENCE):
+                await publisher.run()
+        await publisher.close(0.0)
+
+
 async def test_colonies_share_the_agents(tmp_path: Path) -> None:
     made = [Scripted.make(f"node-{n}", "s", FATES * 5) for n in range(12)]
     with nats_server(tmp_path / "nats") as server:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
 import pytest_asyncio
 
 from coral.colony.answers.refusals import BusyError, RefusedError
+from coral.colony.answers.sql.frames import NEEDS, frame, packed
 from coral.colony.answers.sql.hot import Shipment, ship
-from coral.colony.answers.sql.pool import Finished, Limits, Pool, Ship
+from coral.colony.answers.sql.pool import Finished, Limits, Pool, Ship, _conversation, _Worker
 from coral.colony.answers.window import Window
 from tests.colony_tables import Sealed
 
@@ -83,6 +87,39 @@ async def test_hot_rows_and_segments_are_one_table(pool: Pool, sources: Sealed) 
 async def test_a_window_holds_for_hot_rows_and_segments(pool: Pool, sources: Sealed) -> None:
     table = await ask(pool, sources, "SELECT count(*) AS n FROM calls", Window(90, 110))
     assert table.to_pylist() == [{"n": 20}]
+
+
+def test_rows_that_nobody_gets_are_no_open_file(sources: Sealed) -> None:
+    """Such as those for a caller that left while they were made."""
+    left = ship(sources.cursor(), sources, ["calls"], None, None)
+    (fd,) = left.fds
+    assert os.fstat(fd).st_size
+    del left
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    shipment = ship(sources.cursor(), sources, ["calls"], None, None)
+    shipment.close()
+    with Path(os.devnull).open("rb") as other:  # most likely by the same number
+        shipment.close()
+        assert os.fstat(other.fileno())
+
+
+async def test_a_worker_gets_tables_once(sources: Sealed) -> None:
+    """One that asks again would be sent the numbers of files that are others' by now."""
+    made: list[Shipment] = []
+    there, line = socket.socketpair()
+    line.setblocking(False)
+
+    async def shipped(tables: Sequence[str], words: Sequence[str] | None) -> Shipment:
+        made.append(ship(sources.cursor(), sources, tables, words, None))
+        return made[0]
+
+    with there, line:
+        there.sendall(2 * frame(NEEDS, packed({"tables": ["calls"], "words": None})))
+        with pytest.raises(EOFError):
+            async for _ in _conversation(_Worker(cast("Any", None), line), shipped, 1e12, 1.0):
+                pass
+    assert len(made) == 1
 
 
 ENDED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,17 +32,26 @@ _SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | f
 @dataclass(frozen=True)
 class Shipment:
     """The tables of a statement as `worker.py` takes them, and the descriptors that go with them.
-    `window` is None where all rows were asked for."""
+    `window` is None where all rows were asked for. One that nobody gets, because its caller went
+    away while it was made, closes itself: it holds up to MOST_HOT_BYTES."""
 
     tables: Mapping[str, Any]
-    fds: Sequence[int]
+    fds: list[int]
     window: Window | None
     rows: int
 
+    def __post_init__(self) -> None:
+        """Arranges for the end."""
+        weakref.finalize(self, _close_all, self.fds)
+
     def close(self) -> None:
-        """Closes the descriptors: the worker has its own."""
-        for fd in self.fds:
-            os.close(fd)
+        """Closes the descriptors, once: the worker has its own."""
+        _close_all(self.fds)
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def tables_of(sources: Sources) -> Sequence[str]:

@@ -202,6 +202,7 @@ class Pool:
 async def _conversation(
     worker: _Worker, ship: Ship, end_s: float, deadline_s: float
 ) -> AsyncIterator[bytes | Finished]:
+    has_tables = False
     while True:
         try:
             async with asyncio.timeout_at(end_s):
@@ -210,7 +211,8 @@ async def _conversation(
             raise RefusedError(f"sql: it took longer than {deadline_s:g} s") from error
         if letter == PART:
             yield content
-        elif letter == NEEDS:
+        elif letter == NEEDS and not has_tables:  # a worker that asks again is not itself any more
+            has_tables = True
             needs: dict[str, Any] = unpacked(content)
             shipment = await ship(needs["tables"], needs["words"])
             try:
