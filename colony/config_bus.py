@@ -104,6 +104,16 @@ def problem(bus: Bus) -> str:
         if not server.startswith(_SCHEMES):
             accepts = "give nats://HOST:PORT or tls://HOST:PORT"
             return f"bus.servers[{index}]: {shown(server)} is not accepted; {accepts}"
+    if words := _problem_of_secrets(bus):
+        return words
+    if bus.shard >= bus.shards:
+        return (
+            f"bus.shard: {bus.shard} is not accepted; give a number below bus.shards, {bus.shards}"
+        )
+    return ""
+
+
+def _problem_of_secrets(bus: Bus) -> str:
     if bool(bus.certificate_file) != bool(bus.key_file):
         lacking = "key_file" if bus.certificate_file else "certificate_file"
         return f"bus.{lacking}: give it too: a certificate and its key belong together"
@@ -113,8 +123,4 @@ def problem(bus: Bus) -> str:
     given = [f"bus.{key}" for key in SECRETS if getattr(bus, key)]
     if len(given) > 1:
         return f"{given[1]}: give one of {' and '.join(given)}: a connection has one user"
-    if bus.shard >= bus.shards:
-        return (
-            f"bus.shard: {bus.shard} is not accepted; give a number below bus.shards, {bus.shards}"
-        )
     return ""

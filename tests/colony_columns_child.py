@@ -1,6 +1,6 @@
 """A process whose store has the failures of a peer by the given names, one each: `python -P -m
-tests.colony_columns_child DIRECTORY SESSION END_NS NAME...`. It says when they are durable, and waits to be
-killed."""
+tests.colony_columns_child DIRECTORY SESSION END_NS NAME...`. It says when they are durable, and
+waits to be killed."""
 
 from __future__ import annotations
 

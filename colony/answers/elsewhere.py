@@ -3,17 +3,10 @@ with where to ask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn
 
-import duckdb
-
-from coral.colony.answers.service import Outcome
-from coral.colony.answers.sources import Sources
 from coral.colony.delivery import Away
 from coral.colony.store.errors import StoreError
-
-T = TypeVar("T")
 
 STORES_NOTHING: Final = (
     "this colony publishes what it follows (bus.mode is publish) and stores nothing: ask one with "
@@ -28,9 +21,7 @@ FOLLOWS_NOBODY: Final = (
 class StoresNothing:
     """In place of a store."""
 
-    async def snapshot(
-        self, work: Callable[[duckdb.DuckDBPyConnection, Sources], T], *, deadline_s: float
-    ) -> T:
+    async def snapshot(self, *_: object, **_more: object) -> NoReturn:
         """Raises `StoreError`."""
         raise StoreError(STORES_NOTHING)
 
@@ -38,26 +29,14 @@ class StoresNothing:
 class FollowsNobody:
     """In place of a fleet."""
 
-    async def collect(
-        self,
-        kind: int | str,
-        *,
-        config: Mapping[str, str] | None = None,
-        service: str = "",
-        duration_s: float | None = None,
-        agents: Collection[str] = (),
-    ) -> Sequence[Outcome]:
+    async def collect(self, *_: object, **_more: object) -> NoReturn:
         """Raises `StoreError`."""
-        _refuse()
+        raise StoreError(FOLLOWS_NOBODY)
 
-    def away(self) -> Sequence[Away]:
+    def away(self) -> tuple[Away, ...]:
         """None."""
         return ()
 
-    async def stop(self, agent_id: str, collector_id: str) -> Outcome:
+    async def stop(self, *_: object) -> NoReturn:
         """Raises `StoreError`."""
-        _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise StoreError(FOLLOWS_NOBODY)
+        raise StoreError(FOLLOWS_NOBODY)

@@ -165,7 +165,7 @@ class Connection:
             list(settings.servers),
             name=self._name,
             connect_timeout=_CONNECT_S,
-            reconnect_time_wait=_RECONNECT_S,
+            reconnect_time_wait=_RECONNECT_S,  # type: ignore[arg-type]  # it is slept
             max_reconnect_attempts=-1,
             ping_interval=10,
             max_outstanding_pings=2,

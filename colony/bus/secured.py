@@ -1,5 +1,5 @@
-"""A client of NATS that reads its certificates and secrets again at each connection, and never sends
-secrets over a connection that was to be encrypted and is not."""
+"""A client of NATS that reads its certificates and secrets again at each connection, and never
+sends secrets over a connection that was to be encrypted and is not."""
 
 from __future__ import annotations
 
@@ -61,13 +61,10 @@ class SecuredClient(Client):
             pair = _pair("nkey_file", settings.nkey_file, _text("nkey_file", settings.nkey_file))
             self._public_nkey = pair.public_key.decode()
             self._signature_cb = _signing(pair)
-        if settings.credentials_file:
-            text = _text("credentials_file", settings.credentials_file)
-            jwt, seed = (_part(settings.credentials_file, text, name) for name in (_JWT, _SEED))
-            self._user_jwt_cb = jwt.encode
-            self._signature_cb = _signing(
-                _pair("credentials_file", settings.credentials_file, seed)
-            )
+        if path := settings.credentials_file:
+            text = _text("credentials_file", path)
+            self._user_jwt_cb = _part(path, text, _JWT).encode
+            self._signature_cb = _signing(_pair("credentials_file", path, _part(path, text, _SEED)))
         self._auth_configured = True
         return super()._connect_command()
 
@@ -111,14 +108,8 @@ def context_of(settings: BusSettings) -> ssl.SSLContext:
 def words_of(error: BaseException, settings: BusSettings) -> str:
     """What ERROR of a connection means to those who configured it."""
     text = str(error) or type(error).__name__
-    reason = getattr(error, "reason", None) or ""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({error.verify_message}); see bus.ca_file"
-    if "CERTIFICATE_REQUIRED" in reason or "client certificate" in text:
-        return "it wants a certificate: give bus.certificate_file and bus.key_file"
-    if "ALERT" in reason:
-        alert = reason.rpartition("ALERT_")[2].lower().replace("_", " ")
-        return f"it does not accept the certificate of bus.certificate_file: {alert}"
+    if words := _tls_words(error, text):
+        return words
     if "Authorization Violation" in text:
         given = [f"bus.{key}" for key in SECRETS if getattr(settings, key)]
         if not given:
@@ -127,6 +118,18 @@ def words_of(error: BaseException, settings: BusSettings) -> str:
     if "Expired" in text or "Revoked" in text:
         return f"the user of bus.credentials_file is not accepted any more: {text}"
     return text
+
+
+def _tls_words(error: BaseException, text: str) -> str:
+    reason = getattr(error, "reason", None) or ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}); see bus.ca_file"
+    if "CERTIFICATE_REQUIRED" in reason or "client certificate" in text:
+        return "it wants a certificate: give bus.certificate_file and bus.key_file"
+    if "ALERT" in reason:
+        alert = reason.rpartition("ALERT_")[2].lower().replace("_", " ")
+        return f"it does not accept the certificate of bus.certificate_file: {alert}"
+    return ""
 
 
 def _text(key: str, path: str, *, secret: bool = True) -> str:

@@ -1,5 +1,5 @@
-"""Collectors that callers asked for, for longer than agents' leases: which lease to renew, and until
-when. Loop-free; callers pass the time, in seconds of a monotonic clock."""
+"""Collectors that callers asked for, for longer than agents' leases: which lease to renew, and
+until when. Loop-free; callers pass the time, in seconds of a monotonic clock."""
 
 from __future__ import annotations
 

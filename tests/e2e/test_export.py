@@ -171,8 +171,8 @@ def test_the_end_does_not_wait_for_receivers_that_do_not_answer() -> None:
 
         async def life() -> None:
             async with exporting(exporter):
-                for _ in range(2):  # both are under way
-                    taken.append(await asyncio.to_thread(stalled.accept))
+                taken.append(await asyncio.to_thread(stalled.accept))
+                taken.append(await asyncio.to_thread(stalled.accept))  # both are under way
 
         taken: list[tuple[socket.socket, Any]] = []
         asyncio.run(life())  # which waits for the threads of asyncio

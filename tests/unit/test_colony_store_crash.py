@@ -3,6 +3,7 @@ acknowledged is lost, and nothing is stored twice."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
@@ -133,27 +134,29 @@ def test_a_store_that_is_killed_20_times_has_every_number_once(tmp_path: Path) -
     killed_again_and_again(tmp_path / "data", 20)
 
 
+def stored_and_killed(directory: Path, *arguments: str) -> None:
+    """A life of tests.colony_columns_child."""
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "tests.colony_columns_child", directory, *arguments],
+        stdout=subprocess.PIPE, cwd=ROOT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdout.readline() == "stored\n"
+        process.kill()
+
+
 async def test_columns_of_a_later_agent_are_in_every_tier_and_old_rows_have_none(
     tmp_path: Path,
 ) -> None:
     """Each life is killed once its rows are durable; each agent has names that were new then."""
     end_ns = (time.time_ns() // MINUTE_NS - 1) * MINUTE_NS
-    for session, names in (("old", ("ETIMEDOUT",)), ("new", ("ETIMEDOUT", "ENETDOWN"))):
-        with subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "tests.colony_columns_child"),
-                *(tmp_path, session, str(end_ns), *names),
-            ],
-            stdout=subprocess.PIPE, cwd=ROOT, text=True,
-        ) as process:  # fmt: skip
-            assert process.stdout
-            assert process.stdout.readline() == "stored\n"
-            process.kill()
+    for session, *names in (("old", "ETIMEDOUT"), ("new", "ETIMEDOUT", "ENETDOWN")):
+        await asyncio.to_thread(stored_and_killed, tmp_path, session, str(end_ns), *names)
     now_ns = end_ns + 3 * HOUR_NS
     settings = Settings(commit_s=0.02, clock_ns=lambda: now_ns)
     store = Store(tmp_path, settings, ContractRows())
     await store.start()
-    names = ("failures_etimedout", "failures_enetdown", "failures_enonet")
+    columns = ("failures_etimedout", "failures_enetdown", "failures_enonet")
 
     async def rows(table: str, *names: str) -> list[tuple[int | None, ...]]:
         figures = ", ".join(f"sum({name})::BIGINT AS {name}" for name in names)
@@ -170,19 +173,19 @@ async def test_columns_of_a_later_agent_are_in_every_tier_and_old_rows_have_none
         await until(sealed)
 
     await are_sealed("tcp_peers")
-    assert await rows("tcp_peers", *names[:2]) == [(1, None), (1, 1)]
-    assert await rows("tcp_peers_1m", *names[:2]) == [(2, 1)]
-    assert await rows("tcp_peers_1h", *names[:2]) == [(2, 1)]
+    assert await rows("tcp_peers", *columns[:2]) == [(1, None), (1, 1)]
+    assert await rows("tcp_peers_1m", *columns[:2]) == [(2, 1)]
+    assert await rows("tcp_peers_1h", *columns[:2]) == [(2, 1)]
     # Beside segments that have not the column, in a generation that has it.
     store.put(failing("newest", end_ns, "ENETDOWN", "ENONET"))
     await store.stored()
-    assert await rows("tcp_peers", *names) == [(1, None, None), (0, 1, 1), (1, 1, None)]
+    assert await rows("tcp_peers", *columns) == [(1, None, None), (0, 1, 1), (1, 1, None)]
     now_ns += 24 * HOUR_NS
     store.put(failing("last", end_ns))
     await store.stored()
     await are_sealed("tcp_peers_1m", "tcp_peers_1h")
     for table in ("tcp_peers_1m", "tcp_peers_1h"):
-        assert await rows(table, *names) == [(2, 2, 1)]
+        assert await rows(table, *columns) == [(2, 2, 1)]
     await store.close()
 
 
