@@ -26,10 +26,11 @@ C_SOURCES := $(wildcard bpf/programs/*/*.bpf.[ch] bpf/include/*.h tests/programs
 # In one checkout only one make builds at a time: the next waits, and finds everything there.
 BUILD = mkdir -p build && flock build/make.lock $(MAKE) --no-print-directory
 
-# Tests by marker, two at a time. What failed (status 1) beside others is tried once more, alone: on a
-# machine that others keep busy, a fault that matters fails there too. Both results are printed.
+# Tests by marker, so many at a time: on two CPUs the shorter ones wait for a quarter of their time.
+# What failed (status 1) beside others is tried once more, alone: on a machine that others keep busy,
+# a fault that matters fails there too. Both results are printed.
 PYTEST = $(BIN)/python -P -m pytest
-TESTED = set -x; $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "$(1)" || { [ $$? = 1 ] && \
+TESTED = set -x; $(PYTEST) -n $(2) --dist loadfile --no-loadscope-reorder -m "$(1)" || { [ $$? = 1 ] && \
 	$(PYTEST) -n 0 --last-failed --last-failed-no-failures none --maxfail 5 -m "$(1)"; }
 
 .PHONY: help setup demo run test test-soak coverage test-kernels lint format docs dashboards bench image deb image-lock test-cluster clean
@@ -48,12 +49,12 @@ run: setup ## run the agent in the foreground
 test: ## run the tests; those on the kernel need root
 	@$(BUILD) $(VENV)/.dev $(TEST_PROGRAMS)
 	@deploy/packages $(TEST_PACKAGES)
-	@$(call TESTED,not soak)
+	@$(call TESTED,not soak,3)
 
 test-soak: ## run the tests that `make test` leaves out: the longest, and the same again and again
 	@$(BUILD) $(VENV)/.dev $(SOAK_PROGRAMS)
 	@deploy/packages $(SOAK_PACKAGES)
-	@$(call TESTED,soak)
+	@$(call TESTED,soak,2)
 
 # Tests that bound a time may fail here, because every line is counted: the report comes all the same.
 coverage: ## run TESTS, by default all, and list what none of them reaches, in subprocesses too
