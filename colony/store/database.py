@@ -45,6 +45,11 @@ _UNREADABLE: Final = (
 )  # fmt: skip
 
 _DAMAGED: Final = "Corrupt database file"
+# Errors that quote what callers have written: their words say nothing of the file.
+_OF_STATEMENTS: Final = (
+    duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException,
+    duckdb.InvalidInputException, duckdb.OutOfRangeException, duckdb.ParserException,
+)  # fmt: skip
 
 SMALL_TABLES: Final[Mapping[str, str]] = {
     "ledger": """id BIGINT, agent VARCHAR, session VARCHAR, kind VARCHAR, service VARCHAR,
@@ -71,13 +76,17 @@ def is_fatal(error: BaseException) -> bool:
     return (
         isinstance(error, duckdb.FatalException | duckdb.InternalException)
         # What an attached file says of itself alone.
-        or "has been invalidated" in str(error)
+        or _says(error, "has been invalidated")
     )
 
 
 def is_damaged(error: BaseException) -> bool:
     """Whether ERROR says that a part of the file is not what was written."""
-    return _DAMAGED in str(error)
+    return _says(error, _DAMAGED)
+
+
+def _says(error: BaseException, words: str) -> bool:
+    return not isinstance(error, _OF_STATEMENTS) and words in str(error)
 
 
 def is_full(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from coral.colony.store import (
     families,
 )
 from coral.colony.store.core import Core
-from coral.colony.store.database import is_fatal, is_full
+from coral.colony.store.database import is_damaged, is_fatal, is_full
 from coral.colony.store.lock import DirectoryLock
 from coral.colony.tables import ContractRows
 from tests.colony_columns_child import failing
@@ -352,3 +352,11 @@ def test_a_database_that_cannot_be_opened_again_yet_is_tried_again(disk: Disk) -
     core.commit()
     assert core.book.standing(("a", "c")).stored == 10  # type: ignore[union-attr]
     core.close()
+
+
+def test_words_of_a_caller_say_nothing_of_the_file() -> None:
+    words = "Corrupt database file, which has been invalidated"
+    with pytest.raises(duckdb.ConversionException, match=words) as error:
+        duckdb.execute("SELECT CAST(? AS INTEGER)", [words]).fetchall()
+    assert not is_damaged(error.value)
+    assert not is_fatal(error.value)
