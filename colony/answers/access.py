@@ -127,6 +127,7 @@ class _Token:
     def __init__(self, file: TokenFile) -> None:
         self.file = file
         self.digest = _digest(_read(file))
+        self._told = ""
         # Kubernetes mounts secrets like that, where only the container's users see them.
         with suppress(OSError):
             if (mode := file.path.stat().st_mode) & stat.S_IROTH:
@@ -140,7 +141,11 @@ class _Token:
         try:
             self.digest = _digest(_read(self.file))
         except ValueError as error:
-            log.warning("the last token stays in force", reason=str(error))
+            if (why := str(error)) != self._told:
+                self._told = why
+                log.warning("the last token stays in force", reason=why)
+        else:
+            self._told = ""
 
 
 def _read(file: TokenFile) -> str:
