@@ -61,8 +61,11 @@ def _answered(cursor: duckdb.DuckDBPyConnection, sources: Sources, asked: Asked)
     if not now.table.num_rows and not before.table.num_rows:
         _check_agent(cursor, asked)
         _check_services(cursor, sources, asked)
-    table = compared(asked.named, now.table, before.table, asked.by)
     coverage = now.coverage
+    table = compared(
+        asked.named, now.table, before.table, asked.by,
+        now_is_cut=coverage.cut, before_is_cut=before.coverage.cut,
+    )  # fmt: skip
     coverage.against.CopyFrom(before.coverage)
     _cut(coverage, table.num_rows, asked.top)
     table = table.slice(0, asked.top) if asked.top else table
@@ -106,7 +109,7 @@ def _cut(coverage: pb.Coverage, rows: int, most: int) -> None:
     """Notes that of ROWS at most MOST are answered, unless that is 0."""
     if most and rows > most:
         coverage.cut = True
-        coverage.left_out = rows - most
+        coverage.left_out += rows - most
 
 
 def scope_of(asked: Asked) -> Scope:

@@ -31,9 +31,18 @@ _SIGMA: Final = 3.3
 _KOLMOGOROV: Final = 1.95
 
 
-def compared(named: Named, now: pa.Table, before: pa.Table, by: Sequence[str]) -> pa.Table:
+def compared(
+    named: Named,
+    now: pa.Table,
+    before: pa.Table,
+    by: Sequence[str],
+    *,
+    now_is_cut: bool = False,
+    before_is_cut: bool = False,
+) -> pa.Table:
     """The rows of both windows, with a column `verdict` behind BY. Those that became worse come
-    first, and of these the ones with most."""
+    first, and of these the ones with most. What is missing in a window that is cut may be what was
+    left out, so nothing is new or gone then."""
     count, errors = named.counted
     sides = side_by_side(now, before, by)
     joined = sides.table
@@ -49,8 +58,10 @@ def compared(named: Named, now: pa.Table, before: pa.Table, by: Sequence[str]) -
         failed, failed_before = numbers(joined, errors), numbers(joined, f"{errors}_before")
         worse = _fails_more(failed, amount, failed_before, amount_before)
         verdicts[enough & worse] = FAILING
-    verdicts[(amount > 0) & (amount_before == 0)] = NEW
-    verdicts[(amount == 0) & (amount_before > 0)] = GONE
+    if not before_is_cut:
+        verdicts[(amount > 0) & (amount_before == 0)] = NEW
+    if not now_is_cut:
+        verdicts[(amount == 0) & (amount_before > 0)] = GONE
     weight = np.array([_WEIGHT.get(each, 0) for each in verdicts.tolist()], np.int64)
     order = np.lexsort((-np.maximum(amount, amount_before), -weight))
     joined = joined.add_column(len(by), "verdict", pa.array(verdicts.tolist(), pa.string()))

@@ -8,21 +8,21 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 import duckdb
 import grpc
 import structlog
 from google.protobuf.message import Message
 
-from coral.client import AgentError
 from coral.colony.answers.access import Access, Caller, Refusals, Role, WrongTokenError
 from coral.colony.answers.answer import answered
 from coral.colony.answers.arrow import parts_of
 from coral.colony.answers.away import add_gaps, named
+from coral.colony.answers.calls import Context, abort, send, whole
 from coral.colony.answers.coverage import Scope, covered
 from coral.colony.answers.listings import AskedListing, listed
-from coral.colony.answers.refusals import BusyError, NotFoundError, RefusedError
+from coral.colony.answers.refusals import RefusedError
 from coral.colony.answers.requests import asked_of, described, window_of
 from coral.colony.answers.shares import Shares
 from coral.colony.answers.sources import Reads, Sources
@@ -31,10 +31,8 @@ from coral.colony.answers.sql.pool import Finished, Limits, Pool
 from coral.colony.answers.window import Window
 from coral.colony.clock import now_ns
 from coral.colony.delivery import Away
-from coral.colony.store.errors import StoreError
 from coral.colony.tables import TABLES, base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
-from coral.wire.refusal import fitting
 from coral.wire.text import safe
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
@@ -49,16 +47,7 @@ MOST_COLLECT_S: Final = 86_400.0
 _MOST_SHOWN: Final = 500
 _MOST_ANSWERS: Final = 16  # each may be held in memory until its caller has read it
 _MOST_WAITING: Final = 16  # questions of one caller, with those that are being answered
-_SEND_S: Final = 30.0
-
-_CODES: Final[Sequence[tuple[type[Exception], grpc.StatusCode]]] = (
-    (NotFoundError, grpc.StatusCode.NOT_FOUND),
-    (BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (RefusedError, grpc.StatusCode.INVALID_ARGUMENT),
-    (StoreError, grpc.StatusCode.FAILED_PRECONDITION),
-    (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (duckdb.OutOfMemoryException, grpc.StatusCode.RESOURCE_EXHAUSTED),
-)
+_READ_S: Final = 90.0  # for a whole answer to get a place and to be read, beside making it
 
 
 class Outcome(Protocol):
@@ -102,9 +91,6 @@ class Fleet(Protocol):
         """The addresses that are not followed now."""
 
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
 class Service:
     """Answers from STORE; `collect` goes to FLEET. CLOCK is the colony's, in Unix nanoseconds."""
 
@@ -123,6 +109,7 @@ class Service:
         self._reading = Shares(AT_A_TIME, AT_A_TIME // 2)
         self._answering = Shares(_MOST_ANSWERS, _MOST_ANSWERS // 2)
         self._refusals = Refusals()
+        self._answer_s = max(DEADLINE_S, (limits or Limits()).deadline_s) + _READ_S
         self.pool = Pool(limits)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -288,9 +275,10 @@ class Service:
         async def call(request: Any, context: Context) -> Message:  # noqa: ANN401
             caller = await self._allowed(role, context)
             try:
-                return await method(request, caller)
+                async with self._answering.place(caller.name, _MOST_WAITING):
+                    return await method(request, caller)
             except Exception as error:  # noqa: BLE001  it is told to the caller
-                await _abort(context, error)
+                await abort(context, error)
 
         return call
 
@@ -301,13 +289,14 @@ class Service:
             caller = await self._allowed(role, context)
             try:
                 async with (
+                    whole(self._answer_s),
                     self._answering.place(caller.name, _MOST_WAITING),
                     aclosing(method(request, caller)) as parts,  # type: ignore[type-var]
                 ):
                     async for part in parts:
-                        await _send(context, part)
+                        await send(context, part)
             except Exception as error:  # noqa: BLE001  it is told to the caller
-                await _abort(context, error)
+                await abort(context, error)
 
         return call
 
@@ -358,28 +347,6 @@ def _collected(outcome: Outcome) -> pb.Collected:
 
 def _bytes(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-async def _send(context: Context, part: Message) -> None:
-    """Returns when there is room for more. Raises TimeoutError for a caller that does not read."""
-    try:
-        async with asyncio.timeout(_SEND_S):
-            await context.write(part)
-    except TimeoutError as error:
-        raise TimeoutError(f"the caller has not read for {_SEND_S:g} s") from error
-
-
-async def _abort(context: Context, error: Exception) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, AgentError):
-        await context.abort(error.code, fitting(str(error)))
-    for kind, code in _CODES:
-        if isinstance(error, kind):
-            await context.abort(code, fitting(str(error)))
-    log.error("a question failed unexpectedly", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "the colony failed: its log says why")
-    raise AssertionError
 
 
 def _version() -> str:

@@ -33,6 +33,7 @@ _LOG: Final = "16MB"
 # own 122,880 is more than a second of most fleets. A multiple of 2,048.
 _ROW_GROUP: Final = 16_384
 _NAME: Final = "hot"
+_MOST_SPILLED: Final = 8  # times the memory
 # Of the small tables; counted up when their columns change.
 _FORMAT: Final = 1
 _CLOSING_S: Final = 30.0
@@ -226,9 +227,13 @@ class Database:
 
     @property
     def size_bytes(self) -> int:
-        """The file, its log, and what sorting spills."""
-        files = [self.path, self._log, *self._temporary.glob("*")]
-        return sum(size_of(it) for it in files)
+        """The file and its log."""
+        return size_of(self.path) + size_of(self._log)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What sorting and questions have beyond the memory, for as long as they last."""
+        return sum(size_of(it) for it in self._temporary.glob("*"))
 
     @property
     def _log(self) -> Path:
@@ -253,6 +258,8 @@ class Database:
                 # Whoever calls does the work: the writer's pace does not depend on readers.
                 "threads": 1,
                 "temp_directory": str(self._temporary),
+                # By default a question may take nearly all that is free on the disk.
+                "max_temp_directory_size": f"{_MOST_SPILLED * self.memory_bytes}B",
                 "checkpoint_threshold": _LOG,
                 "python_enable_replacements": False,
                 "autoinstall_known_extensions": False,

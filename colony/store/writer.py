@@ -248,7 +248,8 @@ class Writer:
         figures, catalog = self._figures, self._core.catalog
         states = list(self._troubles.values())
         figures.state, figures.detail = states[0] if states else (State.STORING, "")
-        figures.hot_bytes = self._core.database.size_bytes
+        database = self._core.database
+        figures.hot_bytes = database.size_bytes + database.spilled_bytes
         figures.hot_rows = sum(it.rows for it in catalog.generations)
         figures.segments = catalog.count_by_tier()
         figures.segment_bytes = catalog.bytes_by_tier()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from coral.colony.answers import query
 from coral.colony.answers.answer import Answer, answered
 from coral.colony.answers.named import HTTP, NAMED, PROFILE, SERVICES, SYSCALLS, TCP, Named
 from coral.colony.answers.query import Asked
@@ -259,6 +260,20 @@ def test_two_windows_side_by_side_tell_slower_failing_new_and_gone(reads: PlainR
     against = answer.coverage.against
     assert getattr(against, "from").ToNanoseconds() == before
     assert (answer.coverage.rows_used, against.rows_used) == (6, 6)
+
+
+def test_what_was_left_out_of_a_window_is_neither_new_nor_gone(
+    reads: PlainReads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query, "MOST_GROUPS", 2)
+    for at_ns, counts in ((NOON - HOUR_NS, (1, 50, 100)), (NOON, (100, 50, 1))):
+        by_route = zip(("/a", "/b", "/c"), counts, strict=True)
+        reads.add("http_latency", *(requests(at_ns, (n, 0, 0, 0), route=it) for it, n in by_route))
+    answer = ask(reads, HTTP, by=("route",), against_ns=HOUR_NS)
+    verdicts = {row["route"]: row["verdict"] for row in answer.table.to_pylist()}
+    assert verdicts == {"/a": "", "/b": "", "/c": ""}
+    coverage = answer.coverage
+    assert [(it.cut, it.left_out) for it in (coverage, coverage.against)] == [(True, 1)] * 2
 
 
 def test_syscalls_have_log2_quantiles(reads: PlainReads) -> None:

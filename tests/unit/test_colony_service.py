@@ -274,6 +274,8 @@ async def test_one_caller_leaves_places_to_others(tmp_path: Path) -> None:
             with pytest.raises(LimitExceededError, match="token:viewer has 16 questions"):
                 one.result()
         assert held.reading == 2
+        with pytest.raises(LimitExceededError, match="token:viewer has 16 questions"):
+            await viewer.describe()
         other = asyncio.create_task(ask(operator))
         await until(lambda: held.reading == 3)
         held.may_read.set()

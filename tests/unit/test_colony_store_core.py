@@ -250,6 +250,18 @@ def test_a_retired_segment_is_read_to_the_end_and_its_file_deleted_after(bench: 
     assert it.files() == []
 
 
+def test_what_a_question_spills_is_no_reason_to_retire_rows(bench: Make) -> None:
+    it = bench(seal_rows=1, most_bytes=10**6)
+    it.core.commit([Sender().next(1000)])
+    it.seal()
+    spilled = it.core.directory / "spill/of_a_question"
+    spilled.parent.mkdir(exist_ok=True)
+    spilled.write_bytes(bytes(10**7))
+    assert it.core.database.spilled_bytes == 10**7
+    assert it.core.retire(it.clock.now_ns) == []
+    spilled.unlink()
+
+
 def test_a_reader_keeps_a_generation_that_is_sealed_and_dropped(bench: Make) -> None:
     it = bench(seal_rows=50_000)
     sender = Sender()
