@@ -252,9 +252,11 @@ async def test_a_reading_ends_at_its_deadline_and_frees_its_place(tmp_path: Path
 
 
 async def test_followers_wait_for_room_until_something_is_stored(tmp_path: Path) -> None:
-    store = Store(tmp_path, Settings(commit_s=600, queue_bytes=5000), PlainRows())
+    store = Store(tmp_path, Settings(commit_s=600, queue_bytes=10_000), PlainRows())
     await store.start()
     sender = Sender()
+    store.put(sender.next(1))
+    await store.stored()  # the first transaction comes at once, the next one after commit_s
     store.put(sender.next(100))
     await store.room()
     store.put(sender.next(100))
