@@ -109,9 +109,10 @@ async def _collect(
     page.sheet(sheet)
     if all(result.error for result in results):
         return EXIT_ERROR
-    page.text("")
-    question = " ".join(["coral query", _QUESTIONS[kind], *filter(None, [wanted["service_name"]])])
-    page.text(f"`{question}` shows what they see")
+    if question := _QUESTIONS.get(kind):
+        words = " ".join(["coral query", question, *filter(None, [wanted["service_name"]])])
+        page.text("")
+        page.text(f"`{words}` shows what they see")
     return 0
 
 

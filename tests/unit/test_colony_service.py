@@ -335,20 +335,19 @@ async def test_a_key_that_others_may_read_is_refused_by_the_server_and_by_client
     Tls(ca, str(certificate), str(key)).credentials()
     async with served(serving):
         pass
-    why = r"colony.key: others than its owner may read or write it \(mode 0644\): give"
+
+    async def is_refused(why: str) -> None:
+        with pytest.raises(ServingError, match=f"tls.key: .*{why}"):
+            async with served(serving):
+                pass
+        with pytest.raises(ValueError, match=f"--tls-key: .*{why}"):
+            Tls(ca, str(certificate), str(key)).credentials()
+
     key.chmod(0o644)
-    with pytest.raises(ServingError, match=f"tls.key: .*{why}"):
-        async with served(serving):
-            pass
-    with pytest.raises(ValueError, match=f"--tls-key: .*{why}"):
-        Tls(ca, str(certificate), str(key)).credentials()
+    await is_refused(r"colony.key: others than its owner may read or write it \(mode 0644\): give")
     key.write_bytes(b"x" * ((1 << 20) + 1))
     key.chmod(0o600)
-    with pytest.raises(ServingError, match=r"tls.key: .*: it has more than 1,048,576 bytes"):
-        async with served(serving):
-            pass
-    with pytest.raises(ValueError, match=r"--tls-key: .*: it has more than 1,048,576 bytes"):
-        Tls(ca, str(certificate), str(key)).credentials()
+    await is_refused(": it has more than 1,048,576 bytes")
 
 
 def test_refusals_are_logged_one_a_second() -> None:
