@@ -648,7 +648,7 @@ SUBPROGRAM int ssl_look_ahead(struct connection *c, __u32 direction, __u64 base,
 	if (!c)
 		return 0;
 	reconsider(c, &op, direction & 1);
-	skip_refused_body(c, &op, direction & 1);
+	skip_refused_body(c, &op, direction & 1, length);
 	return 0;
 }
 
