@@ -98,7 +98,9 @@ def test_every_request_is_in_its_row_on_both_sides(
         assert (bad["ERRORS"], bad["NOT 2xx"]) == ("3", f"503 {times(3)}")
         slow, late = (row(out, f"{arrow} GET /{name}/{{id}}") for name in ("slow", "late"))
         assert ms(slow["TTFB P50"]) >= WAIT_S * 1000 * 0.99
-        assert ms(late["P50"]) >= WAIT_S * 1000 * 0.99 > ms(late["TTFB P50"])
+        assert ms(late["P50"]) >= WAIT_S * 1000 * 0.99
+        if arrow == "←":
+            assert ms(late["TTFB P50"]) < ms(late["P50"])
         assert row(out, f"{arrow} POST /basket")["IN" if arrow == "←" else "OUT"] == "900B"
     assert "secret" not in out
     served, made = re.findall(r"^ +(SERVED|ANSWERED) IN  REQUESTS  p50 ", out, re.MULTILINE)
@@ -190,7 +192,9 @@ def test_single_requests_are_data(agent: RunningAgent, client: Puppet, server: P
         assert len({row["connection_id"] for row in mine}) == 1
         assert mine[0]["route"] == "/users/{id}/orders/{id}"
         assert mine[3]["first_byte_ns"] >= WAIT_S * 1e9 * 0.99
-        assert mine[4]["duration_ns"] - mine[4]["first_byte_ns"] >= WAIT_S * 1e9 * 0.9
+        assert mine[4]["duration_ns"] >= WAIT_S * 1e9 * 0.99
+        if role == "server":  # the client may come late to the first byte
+            assert mine[4]["duration_ns"] - mine[4]["first_byte_ns"] >= WAIT_S * 1e9 * 0.99
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
