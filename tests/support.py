@@ -174,7 +174,7 @@ class RunningAgent:
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=answer.FromString,
             )
-            return call(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
+            return call(request, metadata=tuple(metadata), timeout=100 * PATIENCE)
 
 
 @contextmanager
@@ -305,7 +305,7 @@ def streaming(
             f"/{SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
-        )(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
+        )(request, metadata=tuple(metadata), timeout=100 * PATIENCE)
         try:
             call.initial_metadata()
             yield call

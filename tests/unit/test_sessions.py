@@ -16,6 +16,7 @@ from coral.agent.errors import (
     NotFoundError,
     UnavailableError,
 )
+from coral.agent.serving.prometheus import Registry
 from coral.agent.sessions.admission import Admission
 from coral.agent.sessions.budget import Room
 from coral.agent.sessions.session import EXPIRED, StartRequest
@@ -90,6 +91,8 @@ async def test_a_session_that_is_stopped_before_its_first_step_ends(desk: Desk) 
         await asyncio.sleep(0)
     (session,) = desk.supervisor.sessions.values()
     assert not session.started_at
+    metrics = {family.name: family.samples for family in Registry(desk.supervisor).collect()}
+    assert sum(it.value for it in metrics["coral_agent_sessions_starting"]) == 1
     async with asyncio.timeout(10):
         await session.stop(STOPPED)
     with pytest.raises(NotFoundError, match="ended before it was attached: STOPPED"):
