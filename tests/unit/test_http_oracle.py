@@ -169,7 +169,7 @@ def seen_by_h11(asked: bytes, answered: bytes) -> Iterator[Seen]:
 def path_of(target: bytes) -> bytes:
     """The path of a target that begins with it or with an authority, as much as is kept of it."""
     path = target.partition(b"?")[0]
-    if b"://" in target.partition(b"?")[0][:8]:
+    if not path.startswith(b"/"):
         path = b"/" + path.split(b"/", 3)[3]
     return path[:PATH_BYTES]
 

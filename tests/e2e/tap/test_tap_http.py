@@ -99,7 +99,7 @@ def test_every_request_is_in_its_row_on_both_sides(
         slow, late = (row(out, f"{arrow} GET /{name}/{{id}}") for name in ("slow", "late"))
         assert ms(slow["TTFB P50"]) >= WAIT_S * 1000 * 0.99
         assert ms(late["P50"]) >= WAIT_S * 1000 * 0.99
-        if arrow == "←":
+        if arrow == "←":  # a client may come late to the first byte
             assert ms(late["TTFB P50"]) < ms(late["P50"])
         assert row(out, f"{arrow} POST /basket")["IN" if arrow == "←" else "OUT"] == "900B"
     assert "secret" not in out
@@ -128,10 +128,12 @@ def test_every_request_is_a_line(agent: RunningAgent, client: Puppet, server: Pu
         assert mine[2][5] == "300B/2B"
         if arrow == "→":
             assert {cells[-1] for cells in mine} == {f"127.0.0.1:{port_of(server)}"}
-    slowest = sheet(out, "SLOWEST", "BEGAN")
-    assert set(list(slowest)[:4]) == {
-        f"{a} GET /{name}/3" for a in "←→" for name in ("slow", "late")
-    }
+    # Which are slowest, a busy machine decides.
+    took_ms = {cells[1]: ms(cells[4]) for cells in lines}
+    slowest = list(sheet(out, "SLOWEST", "BEGAN"))[:4]
+    others = took_ms.keys() - set(slowest)
+    assert len(others) == len(lines) - 4
+    assert min(took_ms[one] for one in slowest) >= max(took_ms[one] for one in others)
 
 
 def test_a_client_that_goes_away_is_told_and_no_status_is_invented(
@@ -193,8 +195,8 @@ def test_single_requests_are_data(agent: RunningAgent, client: Puppet, server: P
         assert mine[0]["route"] == "/users/{id}/orders/{id}"
         assert mine[3]["first_byte_ns"] >= WAIT_S * 1e9 * 0.99
         assert mine[4]["duration_ns"] >= WAIT_S * 1e9 * 0.99
-        if role == "server":  # the client may come late to the first byte
-            assert mine[4]["duration_ns"] - mine[4]["first_byte_ns"] >= WAIT_S * 1e9 * 0.99
+        if role == "server":  # a client may come late to the first byte
+            assert mine[4]["duration_ns"] - mine[4]["first_byte_ns"] >= WAIT_S * 1e9 * 0.9
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -208,7 +210,7 @@ def test_a_terminal_shows_routes_in_colour_and_within_its_width(
         for _ in range(20):
             visit(client, server, ("GET", "/users/1", 0), ("GET", "/bad", 0))
         wait_until(lambda: terminal.has_drawn("← GET /users/{id}", "→ GET /users/{id}", " ERROR"))
-        wait_until(lambda: terminal.has_drawn("no requests for "), 20)
+        wait_until(lambda: terminal.has_drawn("no requests for "))
         terminal.press("\x03")
         assert terminal.finish() == 130
     assert re.search(r"\x1b\[1;31m← GET /bad *\x1b", terminal.output)
