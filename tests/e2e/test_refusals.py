@@ -777,8 +777,8 @@ def test_health_needs_no_token(guarded: RunningAgent) -> None:
         for service in ("", "coral.mesh.v1.EbpfService"):
             request = health_pb2.HealthCheckRequest(service=service)
             serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
-            assert health.Check(request, timeout=10) == serving
-            watch = health.Watch(request, timeout=10)
+            assert health.Check(request, timeout=30) == serving
+            watch = health.Watch(request, timeout=30)
             assert next(watch) == serving
             watch.cancel()
 
@@ -788,7 +788,7 @@ def test_reflection_needs_the_token(guarded: RunningAgent) -> None:
     with grpc.insecure_channel(guarded.address) as channel:
         reflect: Any = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         with pytest.raises(grpc.RpcError) as refused:
-            next(reflect(iter([request]), timeout=10))
+            next(reflect(iter([request]), timeout=30))
         refusal: Any = refused.value
         assert refusal.code() is grpc.StatusCode.UNAUTHENTICATED
         answer = next(reflect(iter([request]), timeout=10, metadata=AUTHORIZED))
