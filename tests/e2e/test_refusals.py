@@ -791,7 +791,7 @@ def test_reflection_needs_the_token(guarded: RunningAgent) -> None:
             next(reflect(iter([request]), timeout=30))
         refusal: Any = refused.value
         assert refusal.code() is grpc.StatusCode.UNAUTHENTICATED
-        answer = next(reflect(iter([request]), timeout=10, metadata=AUTHORIZED))
+        answer = next(reflect(iter([request]), timeout=30, metadata=AUTHORIZED))
     names = {service.name for service in answer.list_services_response.service}
     assert "coral.mesh.v1.EbpfService" in names
 
@@ -817,7 +817,7 @@ def refused_start(
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (result.returncode, result.stdout) == (2, "")
