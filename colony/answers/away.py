@@ -10,8 +10,8 @@ from typing import Final
 
 import duckdb
 
-from coral.colony.answers.query import literal
 from coral.colony.delivery import Away
+from coral.colony.quoting import literal
 from coral.mesh.colony.v1 import colony_pb2 as pb
 
 NONE: Final = "SELECT '' AS agent, '' AS address, 0::BIGINT AS since_ns, '' AS why LIMIT 0"
