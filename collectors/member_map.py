@@ -31,7 +31,8 @@ _PAUSE_S: Final = 0.002
 
 
 class State(IntEnum):
-    """Of a member, as in targets.bpf.h: it is watched, will be from its next exec on, or never."""
+    """Of a member, as in targets.bpf.h: it is watched, will be from its next exec on, or is spared
+    whatever the target is."""
 
     ACTIVE = 0
     ARMED = 1

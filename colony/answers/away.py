@@ -49,7 +49,7 @@ def add_gaps(coverage: pb.Coverage, away: Sequence[Away], pattern: str = "*") ->
 
 
 def as_sql(away: Iterable[Away]) -> str:
-    """They as a statement that selects `agent`, `address`, `since_ns`, `why`."""
+    """AWAY as a statement that selects `agent`, `address`, `since_ns`, `why`."""
     return " UNION ALL ".join(_selects(away)) or NONE
 
 
