@@ -19,7 +19,6 @@ from msgspec import Meta, Struct, field
 from coral.agent import config_otlp, config_tls
 from coral.agent.addresses import ACCEPTED, MAX_PORT, host_and_port, is_unix, unix_address
 from coral.agent.config_access import Audit, Auth, RoleRule, problem
-from coral.agent.config_file import read_yaml
 from coral.agent.config_kubernetes import Kubernetes
 from coral.agent.config_limits import Limits
 from coral.agent.config_otlp import Otlp
@@ -34,11 +33,12 @@ from coral.agent.config_rules import (
 )
 from coral.agent.config_tls import Tls
 from coral.agent.config_units import ByteCount, Duration, decode
-from coral.agent.config_words import ConfigError, first_problem, shown
 from coral.collectors.options import format_duration
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
-from coral.wire.text import is_printable
+from coral.wire.settings.texts import problem_of_texts, write_options_as_text
+from coral.wire.settings.words import ConfigError, first_problem, shown
+from coral.wire.settings.yaml_file import read_yaml
 
 __all__ = [
     "DEFAULT_SOCKET",
@@ -63,7 +63,6 @@ DEFAULT_SOCKET: Final = "unix:/run/coral/agent.sock"
 # gRPC keeps these in milliseconds, in a signed number of 32 bits.
 _MOST_GRPC_S: Final = 24 * 86_400.0
 _GRPC_DURATIONS: Final = ("connection_age", "connection_idle", "keepalive")
-_MOST_TEXT_BYTES: Final = 4096
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -208,46 +207,15 @@ def _from_text(struct: type, keys: list[str], text: str) -> object:
 
 
 def _convert(values: dict[str, Any], source: str) -> Config:
-    _write_options_as_text(values.get("continuous"))
+    write_options_as_text(values.get("continuous"))
     try:
         config = msgspec.convert(values, Config, strict=False, dec_hook=decode)
     except msgspec.ValidationError as error:
         problem = first_problem(values, Config, decode) or str(error)
         raise ConfigError(f"{source}: {problem}") from None
-    _check_texts(values, "", source)
+    if problem := problem_of_texts(values):
+        raise ConfigError(f"{source}: {problem}")
     return config
-
-
-def _write_options_as_text(rules: object) -> None:
-    """Makes numbers and booleans, as YAML reads an option such as `top: 5`, the texts that a
-    request would have."""
-    for rule in rules if isinstance(rules, list) else ():
-        options = rule.get("config") if isinstance(rule, dict) else None
-        if isinstance(options, dict):
-            for name, value in options.items():
-                if isinstance(value, bool | int | float):
-                    options[name] = str(value).lower()
-
-
-def _check_texts(value: object, path: str, source: str) -> None:
-    """Every text can be printed: it is a name, a path or an address."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            _check_texts(str(key), f"{path}.{key}" if path else str(key), source)
-            _check_texts(below, f"{path}.{key}" if path else str(key), source)
-    elif isinstance(value, list | tuple):
-        for index, below in enumerate(value):
-            _check_texts(below, f"{path}[{index}]", source)
-    elif isinstance(value, str):
-        if not is_printable(value):
-            raise ConfigError(
-                f"{source}: {path}: {shown(value)} has characters that cannot be printed; give "
-                "printable text"
-            )
-        if len(value.encode()) > _MOST_TEXT_BYTES:
-            raise ConfigError(
-                f"{source}: {path}: {shown(value)} has more than {_MOST_TEXT_BYTES:,} bytes"
-            )
 
 
 def _check(config: Config) -> None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, Struct, field
 
 from coral.agent.config_units import Duration
-from coral.agent.config_words import shown
+from coral.wire.settings.words import shown
 
 
 class Otlp(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

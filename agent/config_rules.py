@@ -9,11 +9,11 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct, field
 
-from coral.agent.config_words import ConfigError, choices, shown
 from coral.collectors.options import OptionError, UnknownOptionError
 from coral.collectors.selectors import SELECTORS
 from coral.collectors.selectors import parse as parse_selector
 from coral.wire.kinds import kind_name, kind_of
+from coral.wire.settings.words import ConfigError, choices, shown
 
 _MOST_NAME_BYTES: Final = 128
 _MOST_COMM_BYTES: Final = 15  # as in collectors/targets.py, which only a running agent needs

@@ -9,7 +9,6 @@ import grpc
 
 from coral.client import AgentClient, UnauthenticatedError
 from coral.colony.config import Agents, ConfigError, Endpoints
-from coral.colony.files import read_regular
 from coral.colony.follow.discovery.dns import Named
 from coral.colony.follow.discovery.http_json import Server
 from coral.colony.follow.discovery.kubernetes import ACCOUNT, server_in_cluster
@@ -18,6 +17,7 @@ from coral.colony.follow.discovery.listed import Listed, Watched
 from coral.colony.follow.discovery.source import Source
 from coral.colony.follow.follower import ONCE
 from coral.colony.follow.status import Connect
+from coral.wire.settings.files import read_regular
 
 _MOST_TOKEN_BYTES: Final = 64 << 10
 _READ_AHEAD_BYTES: Final = 64 << 10

@@ -23,28 +23,22 @@ from coral.colony.config_bus import problem as problem_of_bus
 from coral.colony.config_export import Export
 from coral.colony.config_export import problem as problem_of_export
 from coral.colony.config_storage import Storage
-from coral.colony.config_words import Duration, choices, converted, shown
-from coral.colony.files import read_regular
+from coral.colony.config_units import Duration, converted
 from coral.colony.follow.discovery.addresses import agent_address, host_and_port
 from coral.colony.follow.discovery.dns import is_srv
 from coral.colony.follow.wanted import Wanted
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
-from coral.wire.text import is_printable, safe
+from coral.wire.settings.texts import problem_of_texts, write_options_as_text
+from coral.wire.settings.words import ConfigError, choices, shown
+from coral.wire.settings.yaml_file import read_yaml
+
+__all__ = ["KINDS", "Agents", "AgentsTls", "Collect", "Config", "ConfigError", "Endpoints", "load"]
 
 KINDS: Final = tuple(kind_name(kind) for kind in pb.EbpfCollectorKind.values() if kind)
-_MOST_FILE_BYTES: Final = 256 << 10
 _LEAST_MEMORY_BYTES: Final = 32 << 20
 _INTERVAL: Final = "10s"
 _SERVICE: Final = re.compile(r"[a-z0-9.-]+/[a-z0-9.-]+")  # DNS labels
-
-
-class ConfigError(ValueError):
-    """A configuration is not accepted; the message, one line, has the source, the path and the
-    value."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("; ".join(safe(line) for line in message.splitlines()))
 
 
 class AgentsTls(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -262,57 +256,21 @@ def load(path: Path | None = None, flags: Mapping[str, object] | None = None) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml  # noqa: PLC0415  a colony without a file does not need it
-
     try:
-        values = yaml.safe_load(read_regular(path, _MOST_FILE_BYTES).decode())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        why = error.problem or error.context
-        raise ConfigError(f"{path}: not YAML: {why}{where}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a mapping of keys to values is expected")
-    return values
+        return read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _converted(values: dict[str, Any], source: str) -> Config:
-    _write_options_as_text(values.get("collect"))
+    write_options_as_text(values.get("collect"))
     try:
         config = converted(values, Config)
-        _check_texts(values, "")
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
+    if problem := problem_of_texts(values):
+        raise ConfigError(f"{source}: {problem}")
     return config
-
-
-def _write_options_as_text(rules: object) -> None:
-    """Makes numbers and booleans, as YAML reads an option such as `top: 5`, the texts that a
-    request would have."""
-    for rule in rules if isinstance(rules, list) else ():
-        options = rule.get("config") if isinstance(rule, dict) else None
-        if isinstance(options, dict):
-            for name, value in options.items():
-                if isinstance(value, bool | int | float):
-                    options[name] = str(value).lower()
-
-
-def _check_texts(value: object, path: str) -> None:
-    """Every text can be printed: it is a name, a path or an address. Raises ValueError."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            _check_texts(below, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        for index, below in enumerate(value):
-            _check_texts(below, f"{path}[{index}]")
-    elif isinstance(value, str) and not is_printable(value):
-        raise ValueError(f"{path}: {shown(value)} has characters that cannot be printed")
 
 
 def _problem(config: Config) -> str:

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from coral.colony.answers.access import Role, TokenFile
 from coral.colony.answers.settings import ServingTls
 from coral.colony.answers.sql.pool import Limits
-from coral.colony.config_words import ByteCount, Duration
+from coral.colony.config_units import ByteCount, Duration
 
 _LIMITS: Final = Limits()
 

@@ -7,7 +7,8 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta, Struct
 
 from coral.colony.bus.settings import SECRETS, BusSettings
-from coral.colony.config_words import ByteCount, Duration, shown
+from coral.colony.config_units import ByteCount, Duration
+from coral.wire.settings.words import shown
 
 _DEFAULTS: Final = BusSettings(())
 _SCHEMES: Final = ("nats://", "tls://")

@@ -8,10 +8,11 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct, field
 
-from coral.colony.config_words import Duration, shown
+from coral.colony.config_units import Duration
 from coral.colony.export.settings import ExportSettings, Receiver
-from coral.colony.files import read_regular
 from coral.wire.posting import headers_of
+from coral.wire.settings.files import read_regular
+from coral.wire.settings.words import shown
 
 _DEFAULTS: Final = ExportSettings("")
 _MOST_FILE_BYTES: Final = 1 << 20

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from coral.colony.config_words import ByteCount, Duration
+from coral.colony.config_units import ByteCount, Duration
 from coral.colony.store.settings import Settings, Tier
 
 _DEFAULTS: Final = Settings()

@@ -33,7 +33,7 @@ class RunningColony:
     def page(self, path: str) -> tuple[int, str]:
         """The status and the text of a page."""
         try:
-            with urlopen(f"http://{self.metrics}{path}", timeout=10) as answer:
+            with urlopen(f"http://{self.metrics}{path}", timeout=30) as answer:
                 return answer.status, answer.read().decode()
         except HTTPError as error:
             return error.code, error.read().decode()

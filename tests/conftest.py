@@ -61,8 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         obstacle = "not root"
     for item in items:
         if item.get_closest_marker("timed"):
-            # What is slow is late every time; what is late once was kept waiting by the machine.
-            item.add_marker(pytest.mark.flaky(reruns=2))
+            # What is slow is late every time; what is late once was kept waiting by the machine,
+            # whose other work may take a while.
+            item.add_marker(pytest.mark.flaky(reruns=4, reruns_delay=2))
         if {"kernel", "e2e"} & set(Path(item.path).parts):
             item.add_marker("kernel")
             if obstacle:

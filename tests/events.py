@@ -103,7 +103,7 @@ async def info_of(client: AgentClient, collector_id: str) -> CollectorInfo:
     return info
 
 
-async def eventually(condition: Callable[[], Awaitable[T]], timeout_s: float = 10.0) -> T:
+async def eventually(condition: Callable[[], Awaitable[T]], timeout_s: float = 30.0) -> T:
     """What CONDITION comes to once it is true; AssertionError where it never is."""
     end = time.monotonic() + timeout_s
     while not (value := await condition()):

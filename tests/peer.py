@@ -120,28 +120,29 @@ def batch(
 
 @asynccontextmanager
 async def cutting_proxy(
-    target: str, seed: int, cut_after_s: tuple[float, float]
+    target: str, seed: int, cut_after_s: tuple[float, float], longer_by: float = 1.0
 ) -> AsyncIterator[str]:
     """A proxy on loopback for TARGET (`unix:PATH` or `HOST:PORT`) that cuts each connection, in the
-    middle of whatever passes, a random time after it was accepted. Its address."""
-    chance = random.Random(seed)
+    middle of whatever passes, a random time after it was accepted. Its address. With LONGER_BY over
+    1, each lives longer than the one before by that factor: however slow the machine, one of them
+    lives long enough for some progress."""
+    chance, scale = random.Random(seed), 1.0
     tasks: set[asyncio.Task[None]] = set()
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal scale
         task = asyncio.current_task()
         assert task
         tasks.add(task)
+        lives_s = chance.uniform(*cut_after_s) * scale
+        scale *= longer_by
         upward = await _connect(target)
         ways = [
             asyncio.create_task(_pump(reader, upward[1])),
             asyncio.create_task(_pump(upward[0], writer)),
         ]
         try:
-            await asyncio.wait(
-                ways,
-                timeout=chance.uniform(*cut_after_s),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait(ways, timeout=lives_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for way in ways:
                 way.cancel()

@@ -34,11 +34,11 @@ def program(name: str, package: str = "prometheus") -> Path:
 def prometheus(
     directory: Path, agent: RunningAgent, job: Mapping[str, object] | None = None
 ) -> Iterator[Query]:
-    """A Prometheus that scrapes AGENT five times a second, by what else JOB says; yields a function
+    """A Prometheus that scrapes AGENT twice a second, by what else JOB says; yields a function
     that queries it."""
     address = _free_address()
     config = {
-        "global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"},
+        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
         "scrape_configs": [
             {"job_name": "coral", "static_configs": [{"targets": [agent.metrics]}], **(job or {})},
         ],
@@ -118,7 +118,7 @@ def _queried(command: Sequence[str], address: str, directory: Path) -> Iterator[
             url = f"http://{address}/api/v1/query?query={quote(expression)}"
             with urlopen(url, timeout=10) as response:
                 answer = json.load(response)
-        except URLError:  # it is still starting
+        except OSError:  # it is still starting, or kept waiting
             return []
         assert answer["status"] == "success"
         found: list[Any] = answer["data"]["result"]

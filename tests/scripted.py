@@ -177,6 +177,6 @@ def frames(session: Session, after_seq: int = 0) -> list[pb.EbpfEventBatch]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Waits until CONDITION is true."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110  it says nothing when it changes
             await asyncio.sleep(0.0005)

@@ -58,7 +58,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=Collector)
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 10.0) -> T:
+def wait_until(condition: Callable[[], T], timeout_s: float = 30.0) -> T:
     """What CONDITION returns once it is true; AssertionError where it never is."""
     timeout_s *= PATIENCE
     end = time.monotonic() + timeout_s
@@ -162,7 +162,7 @@ class RunningAgent:
     def stop(self) -> int:
         """SIGTERM; its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(10)
+        return self.process.wait(30 * PATIENCE)
 
     def call(self, method: str, request: Message, metadata: Sequence[tuple[str, str]] = ()) -> Any:
         """A unary call with the types of the contract; raises grpc.RpcError."""
@@ -174,7 +174,7 @@ class RunningAgent:
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=answer.FromString,
             )
-            return call(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
+            return call(request, metadata=tuple(metadata), timeout=100 * PATIENCE)
 
 
 @contextmanager
@@ -305,7 +305,7 @@ def streaming(
             f"/{SERVICE}/{method}",
             request_serializer=type(request).SerializeToString,
             response_deserializer=answer.FromString,
-        )(request, metadata=tuple(metadata), timeout=20 * PATIENCE)
+        )(request, metadata=tuple(metadata), timeout=100 * PATIENCE)
         try:
             call.initial_metadata()
             yield call
@@ -335,7 +335,7 @@ def scrape(agent: RunningAgent) -> str:
     agent reads them at most once a second, and says in Date in which second it did."""
     began_s = int(time.time())
     while True:
-        with urlopen(f"http://{agent.metrics}/metrics", timeout=10) as response:
+        with urlopen(f"http://{agent.metrics}/metrics", timeout=30 * PATIENCE) as response:
             text: str = response.read().decode()
         if parsedate_to_datetime(response.headers["Date"]).timestamp() > began_s:
             return text
@@ -536,7 +536,7 @@ class Puppet:
 
     def leave(self) -> int:
         """Waits until it has ended by itself, when it has done all; its exit status."""
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=30 * PATIENCE)
         return self._process.returncode
 
 
@@ -589,4 +589,4 @@ class Family:
     def run(self) -> None:
         """Lets it go, and waits for its end."""
         self.go()
-        assert self._process.wait(20) == 0
+        assert self._process.wait(60 * PATIENCE) == 0

@@ -39,7 +39,7 @@ class Tap:
     def finish(self) -> str:
         """Ctrl-C; what it has printed since."""
         self._process.send_signal(signal.SIGINT)
-        out, err = self._process.communicate(timeout=20)
+        out, err = self._process.communicate(timeout=60)
         assert (self._process.returncode, err) == (128 + signal.SIGINT, "")
         assert "\x1b" not in out
         return out

@@ -1,1 +1,2 @@
-"""What both sides know of the contract beyond the generated stubs: its bytes as numpy arrays."""
+"""What both sides know: the contract's bytes as numpy arrays, the formats of metrics that both
+send, and how both read configuration files."""

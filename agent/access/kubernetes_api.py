@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from coral.agent.config_access import Kubernetes
 from coral.agent.errors import UnavailableError
-from coral.agent.files import read_regular
+from coral.wire.settings.files import read_regular
 
 _TIMEOUT_S: Final = 3.0
 _MOST_ANSWER_BYTES: Final = 1 << 20

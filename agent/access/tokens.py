@@ -18,7 +18,7 @@ import structlog
 
 from coral.agent.config import Auth, ConfigError
 from coral.agent.config_access import DEFAULT_TOKEN
-from coral.agent.files import read_with_mode
+from coral.wire.settings.files import read_with_mode
 
 _MOST_TOKEN_BYTES: Final = 4096
 _LEAST_TOKEN_BYTES: Final = 16

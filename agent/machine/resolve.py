@@ -21,13 +21,13 @@ from typing import Final
 
 from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
-from coral.agent.files import read_regular
 from coral.agent.machine.listeners import listening
 from coral.bpf.probing import capabilities
 from coral.collectors.cgroups import cgroup_directory, cgroup_tgids
 from coral.collectors.contract import ServiceProcesses
 from coral.collectors.options import OptionError
 from coral.collectors.procfs import Process, read, watchable, with_descendants
+from coral.wire.settings.files import read_regular
 
 _UNIT: Final = re.compile(r"(.+)\.(?:service|scope)")
 # Container runtimes put a prefix before the id in a cgroup's name, and systemd a suffix after it.

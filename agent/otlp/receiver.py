@@ -7,10 +7,10 @@ from typing import Final
 
 from coral.agent.config import ConfigError
 from coral.agent.config_otlp import Otlp
-from coral.agent.files import read_regular
 from coral.collectors.runner import in_thread
 from coral.wire.otlp.transport import Grpc, Http, Transport
 from coral.wire.posting import Headers, headers_of
+from coral.wire.settings.files import read_regular
 
 _MOST_FILE_BYTES: Final = 1 << 20
 

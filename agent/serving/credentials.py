@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
-from coral.agent.files import read_with_mode
 from coral.agent.serving import revocation
 from coral.agent.serving.certificates import Distrusted, digests
+from coral.wire.settings.files import read_with_mode
 
 Verify = Literal["require", "request", "none"]
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, field
 
-from coral.agent.config_file import read_yaml
 from coral.agent.serving.credentials import CredentialsError, Source, Sources, Verify
+from coral.wire.settings.yaml_file import read_yaml
 
 _VERIFY: Final[Mapping[str, Verify]] = {
     "": "none",

@@ -5,14 +5,14 @@ The kernel's figures only grow; each drain reads them all at once and subtracts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import Features, HashMap
+from coral.bpf import Features
 from coral.collectors.contract import Coverage, EventRows, Summaries
 from coral.collectors.hubs import Plan
 from coral.collectors.kernel_collector import (
@@ -102,14 +102,26 @@ class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
             features,
             rung,
             programs=_PROGRAMS,
-            options={"error_class": errno_class.table(), "typed_registers": typed},
+            options={
+                "error_class": errno_class.table(),
+                "typed_registers": typed,
+                "has_spare_stats": self._has_spare,
+            },
             sizes=self._sizes,
             preallocated=("stats",),
+            without_maps=() if self._has_spare else ("spare_stats",),
         )
 
     @property
+    def _has_spare(self) -> bool:
+        """Whether calls whose elements the kernel has no per-CPU memory for count in `spare_stats`;
+        elements that are allocated beforehand need none."""
+        return self._rung.on_demand.available
+
+    @property
     def _own_maps(self) -> Mapping[str, int]:
-        return {} if self._options.single_events else {"stats": self._options.entries}
+        names = ("stats", "spare_stats") if self._has_spare else ("stats",)
+        return {} if self._options.single_events else dict.fromkeys(names, self._options.entries)
 
     @classmethod
     def measures(cls, max_series: int) -> SyscallMeasures:
@@ -122,7 +134,6 @@ class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
         return min(super().coverage, Coverage.PART if part else Coverage.WHOLE)
 
     def _open_maps(self) -> None:
-        self._counters = Counters()
         self._session = self._options_of_session()
         self._session["since"] = self._slot.never
         self._write_session()
@@ -130,7 +141,7 @@ class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
             self._open_records({"syscall_call": "ended_ns", "process_change": "time_ns"})
             self._calls = CallRows(self._targets, self._options.sample)
         else:
-            self._stats: HashMap = self._slot.map("stats")
+            self._stats = [(self._slot.map(name), Counters()) for name in self._own_maps]
 
     def _on_followed(self) -> None:
         self._session["since"] = self._slot.since
@@ -163,9 +174,16 @@ class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
         # Read who has ended before the counters, which are then their last, and names after the
         # counters, so that every process in them has a name.
         ended = self._targets.read().ended
-        keys, values = self._stats.read()
-        members = self._targets.read_with(keys["tgid"], keys["born"])
-        increase = self._counters.advance(keys, values, interval)
+        keys, increases = [], []
+        for stats, counters in self._stats:
+            read, values = stats.read()
+            if values.ndim == 1:  # one for all CPUs
+                values = values[:, np.newaxis]
+            keys.append(read)
+            increases.append(counters.advance(read, values, interval))
+        every = np.concatenate(keys)
+        members = self._targets.read_with(every["tgid"], every["born"])
+        increase = increases[0].with_others(increases[1:])
         if len(ended):
             self._forget(ended, keys)
         table = self._targets.resource_table()
@@ -177,10 +195,11 @@ class SyscallStatsCollector(EventCollector[SyscallStatsOptions]):
     def _events_in(self, rows: Summaries) -> int:
         return int(rows.columns["call_count"].sum())
 
-    def _forget(self, ended: NDArray[np.uint64], keys: NDArray[Any]) -> None:
-        gone = np.isin(process_keys(keys["tgid"], keys["born"]), ended)
-        self._stats.delete(keys[gone])
-        self._counters.forget(ended)
+    def _forget(self, ended: NDArray[np.uint64], keys: Sequence[NDArray[Any]]) -> None:
+        """KEYS are those that were read, of each of the maps."""
+        for (stats, counters), read in zip(self._stats, keys, strict=True):
+            stats.delete(read[np.isin(process_keys(read["tgid"], read["born"]), ended)])
+            counters.forget(ended)
         self._targets.forget(ended)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,6 +45,22 @@ class Increase:
             self.max_ns[index],
             self.counters[index],
         )
+
+    def with_others(self, others: Sequence[Increase]) -> Increase:
+        """These rows, and those of OTHERS."""
+        if not any(map(len, others)):
+            return self
+        every = [self, *others]
+        return Increase(
+            np.concatenate([each.tgids for each in every]),
+            np.concatenate([each.born for each in every]),
+            np.concatenate([each.numbers for each in every]),
+            np.concatenate([each.max_ns for each in every]),
+            np.concatenate([each.counters for each in every]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tgids)
 
     def with_sum_of(self, rest: Increase) -> Increase:
         """These rows, and one more that adds up REST, of process 0 and number 0."""

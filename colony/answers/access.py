@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from coral.colony.files import read_regular
+from coral.wire.settings.files import read_regular
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 

@@ -21,7 +21,7 @@ from coral.colony.answers.elsewhere import StoresNothing
 from coral.colony.answers.service import Fleet, Service
 from coral.colony.answers.settings import Serving, ServingTls
 from coral.colony.answers.sources import Reads
-from coral.colony.files import read_regular
+from coral.wire.settings.files import read_regular
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 

@@ -14,6 +14,7 @@ class Shares:
     """PLACES, of which one caller may have EACH at a time."""
 
     def __init__(self, places: int, each: int) -> None:
+        self._count = places
         self._places = asyncio.Semaphore(places)
         self._each = each
         self._own: dict[str, asyncio.Semaphore] = {}
@@ -38,3 +39,19 @@ class Shares:
             self._callers[caller] -= 1
             if not self._callers[caller]:
                 del self._callers[caller], self._own[caller]
+
+    @asynccontextmanager
+    async def place_at_once(self, caller: str, what: str) -> AsyncIterator[None]:
+        """A place for the duration of the block. Raises `BusyError`, with WHAT has the places,
+        where CALLER would have to wait for one."""
+        if self._places.locked():
+            raise BusyError(
+                f"{self._count} {what} are at work, which is the limit; try again later"
+            )
+        if self._callers[caller] >= self._each:
+            raise BusyError(
+                f"{self._callers[caller]} of the {self._count} places have {what} of {caller}, and "
+                "the rest is for others; try again later"
+            )
+        async with self.place(caller):  # a semaphore that is not locked does not suspend
+            yield

@@ -14,7 +14,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from coral.colony.bus.settings import SECRETS, BusSettings
-from coral.colony.files import read_regular
+from coral.wire.settings.files import read_regular
 
 _MOST_BYTES: Final = 1 << 20
 _TLS: Final = "tls"

@@ -114,7 +114,7 @@ async def test_a_message_that_cannot_be_made_ends_the_publisher(
         monkeypatch.setattr(publisher._outbox, "headers", lambda _: nothing["headers"])
         publisher.put(next(one.deliveries(0)))
         with pytest.raises(KeyError):
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(30 * PATIENCE):
                 await publisher.run()
         await publisher.close(0.0)
 

@@ -96,7 +96,7 @@ async def test_every_call_is_in_one_place_over_connections_that_are_cut(
     shelf, running = Shelf(), calls("getppid", 1_000_000, threads=2)
     async with (
         connected(agent) as client,
-        cutting_proxy(agent.address, 7, (0.02, 0.1)) as proxy,
+        cutting_proxy(agent.address, 7, (0.02, 0.1), longer_by=1.03) as proxy,
         following(shelf, proxy) as fleet,
     ):
         session = await start_events(

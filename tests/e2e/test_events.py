@@ -87,6 +87,7 @@ async def test_every_call_is_a_row_with_its_name_outcome_thread_and_time(
         assert (np.diff(own["ended_ns"]) > -MILLISECOND_NS).all()
 
 
+@pytest.mark.timed
 async def test_a_duration_is_what_the_program_measured(
     agent: RunningAgent, calls: Callable[..., Calls]
 ) -> None:

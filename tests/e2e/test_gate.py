@@ -147,6 +147,7 @@ def test_a_thousand_idle_connections_are_held_to_the_limit_and_then_closed(
     wait_until(lambda: held(agent, address) == 0)
 
 
+@pytest.mark.timed
 def test_another_users_connections_leave_room_for_ours(agent: RunningAgent) -> None:
     address = tcp(agent)
     with as_nobody(address, 100):
@@ -240,6 +241,7 @@ def test_a_peer_sends_no_faster_than_its_rate(tmp_path: Path) -> None:
             assert 0 < sent < (256 << 10) * 3 + (1 << 20)
 
 
+@pytest.mark.timed
 def test_a_request_over_the_limit_is_refused(agent: RunningAgent) -> None:
     pids = ",".join(map(str, range(1, 300_001)))
     request = pb.StartEbpfCollectorRequest(
@@ -303,6 +305,7 @@ def test_streams_that_no_quota_sees_are_limited_for_each_peer(unread: bool, tmp_
         calls_succeed(address, 120)  # one after the other
 
 
+@pytest.mark.timed
 def test_answers_that_are_not_read_keep_their_callers_places(tmp_path: Path) -> None:
     config = {"auth": INSECURE, "limits": {"calls_per_peer": 5}}
     with running_agent(tmp_path / "agent", config, "--listen", "127.0.0.1:0") as agent:

@@ -78,11 +78,13 @@ def test_it_is_ready_when_every_continuous_collector_is_at_work_and_says_which_i
     pid_file = tmp_path / "late.pid"
     config = {"continuous": [rule, host], "services": {"late": {"pid_file": str(pid_file)}}}
     with running_agent(tmp_path / "agent", config) as agent:
-        # One line: the other collector is at work.
-        wait_until(lambda: page(agent, "/readyz")[1].count("\n") == 1)
-        status, text = page(agent, "/readyz")
-        assert status == 503
-        assert text.startswith("syscall_stats late: services.late.pid_file: ")
+
+        def only_the_late_one_is_missing() -> bool:
+            status, text = page(agent, "/readyz")
+            is_late = text.startswith("syscall_stats late: services.late.pid_file: ")
+            return status == 503 and is_late and text.count("\n") == 1
+
+        wait_until(only_the_late_one_is_missing)
         assert [health_of(agent, name) for name in ("", SERVICE)] == [SERVING, NOT_SERVING]
         assert page(agent, "/healthz") == (200, "ok\n")
         metrics = scrape(agent)

@@ -275,7 +275,7 @@ def test_a_subscriber_that_is_killed_leaves_no_subscription(
     wait_until(lambda: subscribers() == [1])
     tap.kill()
     tap.wait()
-    wait_until(lambda: subscribers() == [0], timeout_s=2)
+    wait_until(lambda: subscribers() == [0])
     (collector_id,) = collectors_at_work(agent)
     agent.call("StopCollector", pb.StopEbpfCollectorRequest(collector_id=collector_id))
 

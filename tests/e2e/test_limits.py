@@ -7,7 +7,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from coral.agent.sessions.costs import CPU_WINDOW_S
-from coral.client import AgentClient, AgentError, EndReason
+from coral.client import AgentClient, AgentError, EndReason, SubscriberInfo
 from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.e2e.test_refusals import has_tried_the_kernel
 from tests.events import (
@@ -190,7 +190,7 @@ def assert_preempted_for_processor_time(got: Received, limit: float) -> None:
     assert told, got.end.detail
     every, own, programs, reading, subscribers = map(float, told.groups())
     assert limit <= every < 200  # it is rounded
-    assert every - 2 < own <= every
+    assert every / 2 < own <= every  # the cheap one's programs see all connections of the machine
     assert own == pytest.approx(programs + reading + subscribers, abs=0.2)
     assert programs > own / 2
 
@@ -211,12 +211,13 @@ async def test_what_is_over_a_subscribers_rate_is_a_loss_and_its_account_is_exac
             began = time.monotonic()
             running.go()
 
-            async def all_made() -> bool:
-                return (await info_of(client, session)).produced == 8_080
+            async def explained() -> Sequence[SubscriberInfo]:
+                readers = (await info_of(client, session)).subscribers
+                rows = {it.delivered + it.filtered + sum(it.losses.values()) for it in readers}
+                return readers if rows == {8_080} else ()
 
-            await eventually(all_made)
+            accounts = await eventually(explained)
             elapsed_s = time.monotonic() - began
-            accounts = (await info_of(client, session)).subscribers
             await client.stop(session)
             got, of_few = await every, await few
         assert set(got.lost) == {"rate_limit"}

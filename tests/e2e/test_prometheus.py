@@ -61,7 +61,7 @@ def test_prometheus_has_the_exact_count_of_calls(
         running.finish()
         of = '{service="calls",syscall="getppid"}'
         wait_until(
-            lambda: value_of(query(f"sum(coral_syscall_calls_total{of})")) == 123_456, timeout_s=20
+            lambda: value_of(query(f"sum(coral_syscall_calls_total{of})")) == 123_456, timeout_s=60
         )
         seconds = "coral_syscall_duration_seconds"
         assert value_of(query(f"sum({seconds}_count{of})")) == 123_456
@@ -145,7 +145,7 @@ def test_runs_are_counted_by_program(agent: RunningAgent, calls: Callable[..., C
     with watching(agent, pid=str(running.pid)):
         running.go()
         text = wait_until(
-            lambda: text if samples(text := scrape(agent), runs_total) else "", timeout_s=15
+            lambda: text if samples(text := scrape(agent), runs_total) else "", timeout_s=60
         )
         running.kill()
     runs = _by_program(samples(text, runs_total))

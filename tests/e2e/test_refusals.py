@@ -39,6 +39,7 @@ from tests.support import (
     Calls,
     RunningAgent,
     code_and_text,
+    held_by,
     running_agent,
     sample,
     scrape,
@@ -640,8 +641,9 @@ def test_a_collector_that_is_just_starting_counts_once(tmp_path: Path) -> None:
         ) as agent,
         ThreadPoolExecutor() as pool,
     ):
+        has_tried_the_kernel(agent)
         first = pool.submit(code_and_text, agent, "StartCollector", request)
-        wait_until(lambda: sample(agent, "coral_agent_sessions_starting") == 1)
+        wait_until(lambda: held_by(agent.process.pid)["map"])  # which it makes before
         second = start(agent, {"pid": os.getpid()}, kind=TCP_METRICS)
         assert not first.done(), "the second did not come while the first was starting"
         stop(agent, second)

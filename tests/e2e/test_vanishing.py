@@ -206,7 +206,7 @@ async def test_a_reader_that_stalls_is_let_go_and_one_beside_it_loses_nothing(
 ) -> None:
     made = 400_000
     running = calls("getppid", made)
-    limits = {**LIMITS, "stalled_subscriber": "1s", "subscriber_queue_bytes": "64MiB"}
+    limits = {**LIMITS, "stalled_subscriber": "2s", "subscriber_queue_bytes": "64MiB"}
     with running_agent(tmp_path / "agent", {"limits": limits}) as agent:
         async with connected(agent) as client, connected(agent) as idle:
             session = await start_events(client, running.pid, include="getppid", ring="16MiB")
@@ -216,19 +216,15 @@ async def test_a_reader_that_stalls_is_let_go_and_one_beside_it_loses_nothing(
                 await have_subscribed(client, session, 3)
                 running.go()
 
-                async def both_are_stalled() -> bool:
-                    info = await info_of(client, session)
-                    waiting = [one.queued_events for one in info.subscribers]
-                    return info.produced == made and sorted(map(bool, waiting)) == [0, 1, 1]
-
                 async def both_are_logged() -> bool:
                     return [ln["event"] for ln in agent.log()].count("subscriber let go") == 2
 
-                await eventually(both_are_stalled)
-                await have_subscribed(client, session, 1)
+                async def one_is_left_and_has_all() -> bool:
+                    readers = (await info_of(client, session)).subscribers
+                    return [each.delivered for each in readers] == [made]
+
+                await eventually(one_is_left_and_has_all)
                 await eventually(both_are_logged)
-                (left,) = (await info_of(client, session)).subscribers
-                assert left.delivered == made
                 # Its connection is closed: it connects again, and goes on where it was.
                 frozen.process.send_signal(signal.SIGCONT)
                 await have_subscribed(client, session, 2)
@@ -269,10 +265,10 @@ class CountingClient(AgentClient):
 async def test_a_stream_outlives_its_connections_and_has_every_event_once(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    made = 5_000
+    made = 6_000
     running = calls("nanosleep", made)
     # A slow machine makes many small batches, and each takes room of its own.
-    limits = {**LIMITS, "connection_age": "1s", "replay_bytes": "8MiB", "ended_bytes": "16MiB"}
+    limits = {**LIMITS, "connection_age": "2s", "replay_bytes": "8MiB", "ended_bytes": "16MiB"}
     with running_agent(tmp_path / "agent", {"limits": limits}) as agent:
         async with CountingClient(agent.address) as client:
             session = await start_events(

@@ -8,8 +8,10 @@ import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from coral import bpf
 from coral.collectors.syscall_stats import table as syscall_table
 from tests.collecting import both_modes, collecting, every_rung, number_of, waiting
 from tests.support import Family, Puppet, wait_until
@@ -117,10 +119,34 @@ def test_an_exec_by_another_thread_is_one_exec(
         states = counted.collector.bpf_object.object
         if states.map_fd("thread_hash") >= 0:
             assert len(states.map("thread_hash").read_keys()) == 0
+    told = counted.losses.total()  # a busy machine may have no memory for a moment
     assert set(counted.by_pid("execve").values()) == {1}
-    assert counted.of("execve") == 20
-    assert counted.of("getppid") == 20 * 40
+    assert 20 - told <= counted.of("execve") <= 20
+    assert 20 * 40 - told <= counted.of("getppid") <= 20 * 40
     assert set(counted.by_comm("getppid")) == {"exe"}
+
+
+def test_calls_that_find_no_per_cpu_memory_are_counted_in_ordinary_memory() -> None:
+    """Elements in `spare_stats` are made in advance here, and by programs where the kernel has no
+    memory for those in `stats`."""
+    if not bpf.probe()["elements_on_demand"].available:
+        pytest.skip("all elements of `stats` have their memory in advance")
+    with Puppet() as puppet, collecting(pid=str(puppet.pid)) as counted:
+        stats, spare = map(counted.collector.bpf_object.map, ("stats", "spare_stats"))
+        puppet.do("pass")
+        pairs = np.repeat(stats.read_keys()[:1], 2)
+        pairs["nr"] = numbers = [number_of("getppid"), number_of("close")]
+        spare.write_many(pairs, np.zeros(2, spare.value_dtype))
+        puppet.getppid(7)
+        counted.drain()
+        puppet.do("exec('for _ in range(3):\\n try: os.close(-1)\\n except OSError: pass')")
+        counted.drain()
+        assert not np.isin(numbers, stats.read_keys()["nr"]).any()
+        assert (counted.of("getppid"), counted.of("close"), counted.errors["close"]) == (7, 3, 3)
+        assert puppet.leave() == 0
+        wait_until(lambda: counted.drain() and not len(spare.read_keys()))
+    assert counted.of("getppid") == 7
+    assert not counted.losses
 
 
 @every_rung

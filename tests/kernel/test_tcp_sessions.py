@@ -92,8 +92,8 @@ class Session:
     def add(self, batch: Batch) -> None:
         self.lost.update(batch.losses)
         if isinstance(batch.rows, EventRows):
-            for pid, state in batch.rows.records[["pid", "new_state"]].tolist():
-                self.ended[pid] += state == CLOSED
+            for pid, *step in batch.rows.records[["pid", "what", "new_state"]].tolist():
+                self.ended[pid] += step == [pb.TcpStateChange.WHAT_STATE, CLOSED]
             return
         assert isinstance(batch.rows, Summaries)
         for row in batch.rows.as_messages():

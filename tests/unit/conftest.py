@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from coral.agent import logs
 from tests.scripted import Desk
@@ -14,7 +14,9 @@ from tests.scripted import Desk
 logs.configure("console", "info")
 
 # A busy machine takes its time.
-settings.register_profile("coral", deadline=None)
+settings.register_profile(
+    "coral", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 settings.load_profile("coral")
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import fields
 from coral.client import Kind
 from coral.client import Tls as ClientTls
 from coral.colony.config import Config, ConfigError, load
-from coral.colony.config_words import Duration
+from coral.colony.config_units import Duration
 from coral.colony.follow.wanted import Wanted
 from tests.support import ROOT
 

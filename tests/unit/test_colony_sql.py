@@ -210,7 +210,9 @@ async def test_one_caller_leaves_a_place_to_others(pool: Pool, sources: Sealed) 
 
     async with aclosing(asked("a")) as first, aclosing(asked("b")) as other:
         await anext(first)
-        with pytest.raises(BusyError, match="1 of the 2 places have statements of a, and the rest"):
+        with pytest.raises(
+            BusyError, match="1 of the 2 places have SQL statements of a, and the rest"
+        ):
             await anext(asked("a"))
         await anext(other)
     async with aclosing(asked("a")) as again:

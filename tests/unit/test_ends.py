@@ -80,9 +80,9 @@ async def test_a_failure_of_the_last_drain_is_told_though_the_session_was_stoppe
 
 async def test_a_lease_that_was_renewed_does_not_end_at_its_old_deadline(desk: Desk) -> None:
     loop, old_lease_is_over = asyncio.get_running_loop(), asyncio.Event()
-    session = await desk.start(0.05)
+    session = await desk.start(0.5)
     # Set after the lease's own timer, and for later, so it is due after that.
-    loop.call_later(0.05, old_lease_is_over.set)
+    loop.call_later(0.5, old_lease_is_over.set)
     desk.supervisor.renew(session.id, 60)
     await old_lease_is_over.wait()
     assert session.decided_end is None

@@ -9,8 +9,8 @@ import pytest
 
 from coral.agent.config import ServiceRule
 from coral.agent.errors import NotFoundError
-from coral.agent.files import read_regular
 from coral.agent.machine.resolve import resolve
+from coral.wire.settings.files import read_regular
 
 
 def test_a_file_is_read_up_to_the_limit(tmp_path: Path) -> None:

@@ -107,6 +107,20 @@ def test_a_folder_is_no_package_of_its_own(name: str) -> None:
     assert importlib.util.find_spec(name) is None
 
 
+def test_the_page_of_the_architecture_names_every_folder_of_the_package_and_no_other() -> None:
+    tree = (ROOT / "docs/architecture.md").read_text().split("```\n")[1]
+    named = set(re.findall(r"([a-z0-9_]+)/", tree))
+    packages = {
+        path.parent.name
+        for path in sources(".py")
+        if path.name == "__init__.py" and path.relative_to(ROOT).parts[0] in FOLDERS
+    }
+    assert packages - named == set()
+    above = (ROOT, *(ROOT / name for name in (*FOLDERS, "deploy", "src", "tests")))
+    there = {path.name for folder in above for path in folder.iterdir() if path.is_dir()}
+    assert named - packages - there == set()
+
+
 def test_proto_holds_contracts_alone() -> None:
     files = [path for path in (ROOT / "proto").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".proto"}

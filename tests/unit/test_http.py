@@ -164,6 +164,7 @@ async def test_silent_connections_give_way_those_idle_longest_first() -> None:
         await until(lambda: server.connections == 0)
 
 
+@pytest.mark.timed
 async def test_a_slow_request_and_a_slow_reader_have_a_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -192,6 +193,7 @@ async def test_new_connections_and_answers_have_a_rate() -> None:
         assert loop.time() - began > (100 - 64 - 1) / 50
 
 
+@pytest.mark.timed
 async def test_requests_that_are_aborted_cost_others_nothing() -> None:
     loop = asyncio.get_running_loop()
     with serving() as server:

@@ -187,7 +187,7 @@ Finalized()
 async def main():
     task = asyncio.create_task(asyncio.sleep(0))
     lost = asyncio.get_running_loop().create_task(asyncio.to_thread(fail, "in a task"))
-    await asyncio.sleep(0.2)
+    await asyncio.wait([lost])
     del lost
     gc.collect()
 asyncio.run(main())

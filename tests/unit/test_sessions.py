@@ -16,6 +16,7 @@ from coral.agent.errors import (
     NotFoundError,
     UnavailableError,
 )
+from coral.agent.serving.prometheus import Registry
 from coral.agent.sessions.admission import Admission
 from coral.agent.sessions.budget import Room
 from coral.agent.sessions.session import EXPIRED, StartRequest
@@ -90,7 +91,9 @@ async def test_a_session_that_is_stopped_before_its_first_step_ends(desk: Desk) 
         await asyncio.sleep(0)
     (session,) = desk.supervisor.sessions.values()
     assert not session.started_at
-    async with asyncio.timeout(1):
+    metrics = {family.name: family.samples for family in Registry(desk.supervisor).collect()}
+    assert sum(it.value for it in metrics["coral_agent_sessions_starting"]) == 1
+    async with asyncio.timeout(10):
         await session.stop(STOPPED)
     with pytest.raises(NotFoundError, match="ended before it was attached: STOPPED"):
         await start
@@ -159,7 +162,7 @@ async def test_a_duration_that_is_none_is_refused(duration_s: float, desk: Desk)
 
 async def test_the_shortest_lease_starts_and_expires(desk: Desk) -> None:
     session = await desk.start(duration_s=1e-9, last=calls(3))
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         await session.ended.wait()
     assert session.end == EXPIRED
     assert [batch.count for batch in frames(session)] == [3, 0]

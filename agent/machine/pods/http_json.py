@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from coral.agent.files import read_regular
 from coral.agent.machine.pods.source import SourceError
+from coral.wire.settings.files import read_regular
 
 ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT_S: Final = 3.0

@@ -54,6 +54,12 @@ enum unread {
 	UNREAD_IO_URING, /* no connection: operations of io_uring, whose bytes cannot be seen */
 };
 
+enum trial {
+	TRIAL_NONE,
+	TRIAL_JOINED,  /* joined in the middle */
+	TRIAL_NO_BODY, /* in the place of a body that was refused */
+};
+
 /* Where in a message the next byte lies. */
 enum place {
 	AT_START,
@@ -93,6 +99,7 @@ enum place {
 #define IS_UNCLEAR  8  /* recipients disagree where such a message ends */
 #define IS_ANSWERED 16 /* a request, before its head was whole */
 #define IS_EARLY    32 /* a response that is over, and whose request has not been seen yet */
+#define EXPECTS	    64 /* a request whose body may not follow, if it is refused */
 
 /* One direction of a connection: the message that passes. */
 struct lane {
@@ -157,7 +164,7 @@ struct connection {
 	__u16 remote_port;
 	__u8 role;
 	__u8 unread;
-	__u8 on_trial; /* joined in the middle: a request is one if a response to it follows */
+	__u8 on_trial; /* enum trial: a request is one if a response to it follows */
 	__u8 closed;   /* which side ended first: enum direction + 1 */
 	__u8 local[ADDRESS_BYTES];
 	__u8 remote[ADDRESS_BYTES];

@@ -13,8 +13,8 @@
 #define WANTS_TRACE 2
 #define WANTS_HOST  4
 
-#define NAME_HOST  2 /* beside those of headers.bpf.h */
-#define NAME_TRACE 3
+#define NAME_HOST  4 /* beside those of headers.bpf.h; the lowest bit is its place in: */
+#define NAME_TRACE 5
 
 /* Not of 32 bytes: clang would put it into a section that libbpf does not know. */
 static const __u8 detail_names[2][NAME_ROOM] = {"host", "traceparent"};

@@ -1,19 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * One idiom: the two headers that tell where a body ends, Content-Length and Transfer-Encoding. All
- * others are skipped.
+ * One idiom: the two headers that tell where a body ends, Content-Length and Transfer-Encoding, and
+ * the name of the one by which a client may leave a body out, Expect. All others are skipped.
  */
 #pragma once
 
 #define NAME_LENGTH 0 /* content-length */
 #define NAME_CODING 1 /* transfer-encoding */
+#define NAME_EXPECT 2
 #define NAME_ROOM   32
 
-static const __u8 header_names[2][NAME_ROOM] = {"content-length", "transfer-encoding"};
+static const __u8 header_names[4][NAME_ROOM] = {"content-length", "transfer-encoding", "expect"};
 
 #define LOWER_CONTENT  LITTLE_8('c', 'o', 'n', 't', 'e', 'n', 't', '-')
 #define LOWER_TRANSFER LITTLE_8('t', 'r', 'a', 'n', 's', 'f', 'e', 'r')
 #define LOWER_LENGTH   LITTLE_8('l', 'e', 'n', 'g', 't', 'h', ':', 0)
+#define LOWER_EXPECT   LITTLE_8('e', 'x', 'p', 'e', 'c', 't', ':', 0)
 #define FIRST_7	       (~0ULL >> 8)
 #define CASE_BIT       0x20
 #define CASE_BITS      (ONES * CASE_BIT)
@@ -23,12 +25,17 @@ static __always_inline bool ends_line(__u64 word)
 	return (__u8)word == '\r' || (__u8)word == '\n';
 }
 
+static __always_inline bool is_expect(__u64 word)
+{
+	return ((word | CASE_BITS >> 16) & FIRST_7) == LOWER_EXPECT;
+}
+
 /* Whether a line that begins with WORD has to be looked at: the end of the head, or a header that
  * may matter. */
 static __always_inline bool line_matters(__u64 word)
 {
 	return ends_line(word) || (word | CASE_BITS >> 8) == LOWER_CONTENT ||
-	       (word | CASE_BITS) == LOWER_TRANSFER;
+	       (word | CASE_BITS) == LOWER_TRANSFER || is_expect(word);
 }
 
 /* Most names are none that matter. */
@@ -47,6 +54,8 @@ static __always_inline __u32 name_started(struct lane *lane, __u64 word)
 	} else if ((word | CASE_BITS) == LOWER_TRANSFER) {
 		lane->name = NAME_CODING;
 	} else {
+		if (is_expect(word))
+			lane->flags |= EXPECTS;
 		if (!ends_line(word))
 			lane->place = AT_VALUE;
 		return 0;
@@ -65,14 +74,18 @@ static __always_inline void name_step(struct lane *lane, __u8 b)
 	__u8 lower = b & 0x40 ? b | CASE_BIT : b, wanted;
 
 	if (!lane->column)
-		lane->name = lower == 't' ? NAME_CODING : NAME_LENGTH;
-	wanted = header_names[lane->name & 1][lane->column % NAME_ROOM];
+		lane->name = lower == 't' ? NAME_CODING : lower == 'e' ? NAME_EXPECT : NAME_LENGTH;
+	wanted = header_names[lane->name & 3][lane->column % NAME_ROOM];
 	if (b && lower == wanted) {
 		lane->column++;
+	} else if (b == ':' && !wanted && lane->name == NAME_EXPECT) {
+		lane->flags |= EXPECTS;
+		token_begin(lane, AT_VALUE);
 	} else if (b == ':' && !wanted) {
 		token_begin(lane, lane->name == NAME_CODING ? AT_CODING : AT_LENGTH);
 	} else {
-		if (!wanted && is_blank(b)) /* some take it for the name all the same */
+		/* Some take it for the name all the same. */
+		if (!wanted && is_blank(b) && lane->name != NAME_EXPECT)
 			lane->flags |= IS_UNCLEAR;
 		lane->place = b == '\n' ? AT_NAME : AT_VALUE;
 		lane->column = 0;

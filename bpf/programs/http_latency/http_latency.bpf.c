@@ -661,7 +661,7 @@ static __always_inline bool try_request(struct connection *c, const struct opera
 	if (!request_lies_at(op->base, op->length))
 		return false;
 	c->unread = UNREAD_NONE;
-	c->on_trial = 1;
+	c->on_trial = TRIAL_JOINED;
 	c->role = direction == RECEIVED ? HTTP_SERVER : HTTP_CLIENT;
 	token_begin(&c->lanes[RECEIVED], AT_START);
 	token_begin(&c->lanes[SENT], AT_START);
@@ -680,19 +680,30 @@ static __always_inline void reconsider(struct connection *c, const struct operat
 	c->unread_last = !direction + 1;
 }
 
-/* A request that was answered before any of its body has passed may never be followed by that: a
- * client that expects 100 (RFC 9110, 10.1.1) goes on with the next request. */
+/*
+ * A request that expects 100 (RFC 9110, 10.1.1), and was answered before any of its body has
+ * passed, may never be followed by that: the client goes on with the next request. LENGTH bytes are
+ * sent. All that was refused, in one piece, is taken for that; what else begins like a request for
+ * one, which is on trial: where more follows before a response, it is the body all the same.
+ */
 static __always_inline void skip_refused_body(struct connection *c, const struct operation *op,
-					      __u32 direction)
+					      __u32 direction, __u64 length)
 {
 	struct lane *lane = lane_of(c, direction);
 
-	if ((lane->place != AT_BODY && lane->place != AT_CHUNK_SIZE) || lane->body_bytes ||
-	    lane->column || c->made != c->answered || direction != request_direction(c) ||
+	if (direction != request_direction(c))
+		return;
+	if (c->on_trial == TRIAL_NO_BODY && lane->place == AT_START && c->made != c->answered) {
+		lose_track(c, 0);
+		c->unread_last = direction + 1;
+		return;
+	}
+	if (!(lane->flags & EXPECTS) || (lane->place != AT_BODY && lane->place != AT_CHUNK_SIZE) ||
+	    lane->body_bytes || lane->column || c->made != c->answered || lane->left == length ||
 	    !request_lies_at(op->base, op->length))
 		return;
 	token_begin(lane, AT_START);
-	c->on_trial = 1; /* it may be that body all the same */
+	c->on_trial = TRIAL_NO_BODY;
 }
 
 /* A connection counts as unread once bytes of it are. */
@@ -722,7 +733,7 @@ static __always_inline void passed(struct connection *c, __u32 direction, __u32 
 	seen = copied && operation_find(feed.op, length);
 	if (seen) {
 		reconsider(c, feed.op, direction);
-		skip_refused_body(c, feed.op, direction);
+		skip_refused_body(c, feed.op, direction, length);
 	}
 	if (!seen && body_ahead(lane_of(c, direction)) < length)
 		count_unread(c->watching, by_io_uring() ? UNREAD_IO_URING : UNREAD_NONE, 1, length);

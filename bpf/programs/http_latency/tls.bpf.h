@@ -368,10 +368,11 @@ static __always_inline void socket_heard(struct ssl_thread *thread, struct conne
 }
 
 /* A connection that carries TLS is told as not read once it is clear that no function of OpenSSL is
- * called for it. One that was joined may have been told before, when other bytes of it passed. */
-static __always_inline void count_encrypted(struct connection *c)
+ * called for it: INSIDE of one, which may send a lot before it returns, only when the connection
+ * ends. One that was joined may have been told before, when other bytes of it passed. */
+static __always_inline void count_encrypted(struct connection *c, bool inside)
 {
-	if (c->tied || c->encrypted >= TLS_PATIENCE ||
+	if (c->tied || c->encrypted >= TLS_PATIENCE - inside ||
 	    (c->unread == UNREAD_JOINED && c->unread_bytes && !c->encrypted))
 		return;
 	if (++c->encrypted == TLS_PATIENCE)
@@ -393,7 +394,7 @@ static __always_inline bool bytes_heard(struct connection *c, __u32 direction, _
 		       !bpf_probe_read_user(header, sizeof(header), (void *)op.base);
 	if (c->unread == UNREAD_JOINED && !(seen && is_record(header)))
 		return thread && thread->depth; /* maybe plain text that the kernel encrypts */
-	count_encrypted(c);
+	count_encrypted(c, thread && thread->depth);
 	thread = ssl_thread_make();
 	if (!thread)
 		return true;
@@ -648,7 +649,7 @@ SUBPROGRAM int ssl_look_ahead(struct connection *c, __u32 direction, __u64 base,
 	if (!c)
 		return 0;
 	reconsider(c, &op, direction & 1);
-	skip_refused_body(c, &op, direction & 1);
+	skip_refused_body(c, &op, direction & 1, length);
 	return 0;
 }
 

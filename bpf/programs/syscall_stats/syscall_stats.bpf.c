@@ -129,6 +129,15 @@ IN_BTF(enum record_kind, record_kind);
 SESSION_MAPS(PERCPU_HASH, stats, struct syscall_key, struct syscall_stats, 10240,
 	     BPF_F_NO_PREALLOC);
 
+/*
+ * Programs may only have per-CPU memory that the kernel has at hand, which it gets four pages at a
+ * time: many processes that begin at once can find none. Their elements are then here, in ordinary
+ * memory, shared by all CPUs. A pair of process and call is in the one map or in the other, but for
+ * pairs that several threads begin at the same time, whose calls are in both.
+ */
+OPTION(bool, has_spare_stats, false); /* elements of `stats` are allocated on demand */
+SESSION_MAPS(HASH, spare_stats, struct syscall_key, struct syscall_stats, 10240, BPF_F_NO_PREALLOC);
+
 static __always_inline bool is_wanted(const struct syscall_session *session, __u32 nr)
 {
 	__u32 word = nr % NR_COMPAT;
@@ -146,15 +155,12 @@ static __always_inline bool is_error(long ret)
 	return ret < 0 && ret >= -MAX_ERRNO;
 }
 
-static __always_inline void count_error(struct syscall_stats *s, long ret)
+static __always_inline const volatile __u8 *class_of_error(long ret)
 {
 	__u32 number = -ret;
-	const volatile __u8 *class;
 
 	barrier_var(number); /* or the compiler leaves out the mask, which the verifier needs */
-	class = element(error_class, number & MAX_ERRNO);
-	if (class)
-		s->errors[*class % ERROR_CLASSES]++;
+	return element(error_class, number & MAX_ERRNO);
 }
 
 static __always_inline void count_max(struct syscall_stats *s, __u32 now, __u64 latency_ns)
@@ -169,16 +175,76 @@ static __always_inline void count_max(struct syscall_stats *s, __u32 now, __u64 
 	}
 }
 
+/*
+ * Counts a call in `spare_stats`, if its pair has an element there; one is only made if MAKE. 0 if
+ * it has none.
+ */
+SUBPROGRAM int count_in_spare(__u32 slot, __u64 nr_and_born, __u64 duration_ns, __s64 ret,
+			      bool make)
+{
+	struct syscall_key key = {
+	    .tgid = current_tgid(),
+	    .nr = nr_and_born >> 32,
+	    .born = nr_and_born,
+	};
+	const volatile __u8 *class = class_of_error(ret);
+	struct syscall_session *session;
+	struct syscall_stats *s;
+	void *zeros, *map;
+
+	/* Kernels before 6.8 go through it, called or not. */
+	if (!option(has_spare_stats))
+		return 0;
+	zeros = (void *)element(no_stats, 0);
+	map = map_of_session(spare_stats, slot);
+	session = bpf_map_lookup_elem(map_of(syscall_sessions), &slot);
+	if (!zeros || !map || !session || !class)
+		return 0;
+	s = make ? map_lookup_or_init(map, &key, zeros) : bpf_map_lookup_elem(map, &key);
+	if (!s)
+		return 0;
+	count_max(s, session->interval, duration_ns);
+	__sync_fetch_and_add(&s->total_ns, duration_ns);
+	__sync_fetch_and_add(&s->latency[log2_slot(duration_ns, LATENCY_FIRST, LATENCY_SLOTS)], 1);
+	if (is_error(ret))
+		__sync_fetch_and_add(&s->errors[*class % ERROR_CLASSES], 1);
+	return 1;
+}
+
+/* The element of a pair that has none in `stats`; NULL if the call is counted elsewhere, or lost.
+ */
+static __always_inline struct syscall_stats *
+begin_pair(__u32 slot, void *map, struct syscall_key *key, void *zeros, __u64 duration_ns, long ret)
+{
+	__u64 nr_and_born = (__u64)key->nr << 32 | key->born;
+	struct syscall_stats *s;
+	int error;
+
+	if (option(has_spare_stats) && count_in_spare(slot, nr_and_born, duration_ns, ret, false))
+		return NULL;
+	error = bpf_map_update_elem(map, key, zeros, BPF_NOEXIST);
+	s = bpf_map_lookup_elem(map, key);
+	if (s)
+		return s;
+	if (!option(has_spare_stats) || error == -E2BIG ||
+	    !count_in_spare(slot, nr_and_born, duration_ns, ret, true))
+		account_error(slot, error);
+	return NULL;
+}
+
 static __always_inline void count(const struct syscall_session *session, __u32 slot, __u32 nr,
 				  __u32 born, __u64 duration_ns, long ret)
 {
 	struct syscall_key key = {.tgid = current_thread().tgid, .nr = nr, .born = born};
 	void *zeros = (void *)element(no_stats, 0), *map = map_of_session(stats, slot);
+	const volatile __u8 *class;
 	struct syscall_stats *s;
 
 	if (!map || !zeros)
 		return;
-	s = map_lookup_or_account(slot, map, &key, zeros);
+	s = bpf_map_lookup_elem(map, &key);
+	if (!s)
+		s = begin_pair(slot, map, &key, zeros, duration_ns, ret);
 	if (!s)
 		return;
 	count_max(s, session->interval, duration_ns);
@@ -186,8 +252,9 @@ static __always_inline void count(const struct syscall_session *session, __u32 s
 	barrier();
 	s->latency[log2_slot(duration_ns, LATENCY_FIRST, LATENCY_SLOTS)]++;
 	barrier();
-	if (is_error(ret))
-		count_error(s, ret);
+	class = is_error(ret) ? class_of_error(ret) : NULL;
+	if (class)
+		s->errors[*class % ERROR_CLASSES]++;
 }
 
 static __always_inline void send(void *ctx, const struct syscall_session *session, __u32 slot,

@@ -257,6 +257,18 @@ static __always_inline void note_fin(struct tcp_connection *c, int old, int stat
 		c->end = END_FIN_REMOTE;
 }
 
+/*
+ * Whether SK, a listener's child, is closed because the kernel has another one for its connection:
+ * of two segments that complete one handshake on two CPUs at once, each makes a child, and the
+ * first in the table of connections stays (inet_ehash_nolisten). Whatever else closes a child gives
+ * the listener's port back first (tcp_set_state).
+ */
+static __always_inline bool is_spare_child(const struct tcp_connection *c, struct sock *sk, int old)
+{
+	return c->role == ROLE_SERVER && old == TCP_SYN_RECV &&
+	       kernel_read((struct inet_connection_sock *)sk, icsk_bind_hash);
+}
+
 static __always_inline bool changed_by_process(struct sock *sk, int old)
 {
 	return held_by_process(sk) && old != TCP_LISTEN && !is_destroyed_by_other(sk);
@@ -269,6 +281,10 @@ static __always_inline int on_change(void *ctx, __u32 slot, struct sock *sk, int
 
 	if (!c || c->ended_ns)
 		return 0;
+	if (state == TCP_CLOSE && is_spare_child(c, sk, old)) {
+		connection_drop(slot, sk);
+		return 0;
+	}
 	c->state = state;
 	if (c->role == ROLE_LISTENER) {
 		if (state != TCP_CLOSE)

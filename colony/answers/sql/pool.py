@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any, Final
 
 import structlog
 
-from coral.colony.answers.refusals import BusyError, RefusedError
+from coral.colony.answers.refusals import RefusedError
+from coral.colony.answers.shares import Shares
 from coral.colony.answers.sql.frames import (
     DONE,
     ERROR,
@@ -130,8 +130,9 @@ class Pool:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._spare: _Worker | None = None
-        self._working = 0
-        self._working_for: Counter[str] = Counter()
+        # Where there are several places, one is for others.
+        most = self.limits.at_a_time
+        self._shares = Shares(most, max(most - 1, 1))
 
     async def close(self) -> None:
         """Ends the worker that waits."""
@@ -148,36 +149,20 @@ class Pool:
         self, sql: str, ship: Ship, *, most_rows: int, deadline_s: float, caller: str = ""
     ) -> AsyncGenerator[bytes | Finished, None]:
         """Parts of an Arrow IPC stream, then the end. A reader that does not read is cut off at the
-        deadline, as a statement that does not end is. Raises `RefusedError` for a statement that is
-        refused, that fails, or that comes to a limit."""
-        if self._working >= self.limits.at_a_time:
-            raise BusyError(
-                f"sql: {self._working} statements are at work, which is the limit; try again later"
-            )
-        # Where there are several places, one is for others.
-        if self._working_for[caller] >= max(self.limits.at_a_time - 1, 1):
-            raise BusyError(
-                f"sql: {self._working_for[caller]} of the {self.limits.at_a_time} places have "
-                f"statements of {caller}, and the rest is for others; try again later"
-            )
-        self._working += 1
-        self._working_for[caller] += 1
-        try:
-            async with self._worker() as worker:
-                question = {
-                    "sql": sql,
-                    "most_rows": most_rows,
-                    "deadline_s": deadline_s,
-                    "memory_bytes": self.limits.memory_bytes,
-                }
-                end_s = asyncio.get_running_loop().time() + deadline_s + _GRACE_S
-                await worker.send(QUESTION, question)
-                async for part in _conversation(worker, ship, end_s, deadline_s):
-                    yield part
-        finally:
-            self._working -= 1
-            self._working_for[caller] -= 1
-            self._working_for += Counter()  # leaves out who has none
+        deadline, as a statement that does not end is. Raises `BusyError` where all places that
+        CALLER may have are taken, `RefusedError` for a statement that is refused, that fails, or
+        that comes to a limit."""
+        async with self._shares.place_at_once(caller, "SQL statements"), self._worker() as worker:
+            question = {
+                "sql": sql,
+                "most_rows": most_rows,
+                "deadline_s": deadline_s,
+                "memory_bytes": self.limits.memory_bytes,
+            }
+            end_s = asyncio.get_running_loop().time() + deadline_s + _GRACE_S
+            await worker.send(QUESTION, question)
+            async for part in _conversation(worker, ship, end_s, deadline_s):
+                yield part
 
     @asynccontextmanager
     async def _worker(self) -> AsyncIterator[_Worker]:

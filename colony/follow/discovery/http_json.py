@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import h11
 
-from coral.colony.files import read_regular
+from coral.wire.settings.files import read_regular
 
 _TIMEOUT_S: Final = 10.0
 _MOST_BYTES: Final = 64 << 20

@@ -10,9 +10,9 @@ from typing import Final
 
 import structlog
 
-from coral.colony.files import read_regular
 from coral.colony.follow.discovery.addresses import agent_address
 from coral.colony.follow.discovery.source import Found
+from coral.wire.settings.files import read_regular
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 

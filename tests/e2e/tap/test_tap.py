@@ -53,7 +53,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
 
 
@@ -83,7 +83,7 @@ def tap_of_calls(agent: RunningAgent, calls: Calls, output: str) -> str:
     running = tap(agent, f"pid:{calls.pid}", "-o", output)
     calls.go()
     calls.finish()
-    out, err = running.communicate(timeout=10)
+    out, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (0, "")
     return out
 
@@ -196,7 +196,7 @@ def test_a_command_that_outlasts_the_tap_is_waited_for_and_that_is_said(
     assert running.stderr
     waits = running.stderr.readline()  # the command cannot end before this line has come
     fifo.write_text("go\n")
-    out, err = running.communicate(timeout=10)
+    out, err = running.communicate(timeout=60)
     assert waits == ("coral: the time is over; waiting for the command to end (Ctrl-C ends it)\n")
     assert (running.returncode, err) == (7, "")
     assert ", expired" in out
@@ -261,7 +261,7 @@ def test_a_signal_stops_the_collector_prints_the_totals_and_is_the_exit_status(
         running = tap(agent, f"pid:{puppet.pid}", "-o", output)
         puppet.getppid(1234)
         running.send_signal(number)
-        out, err = running.communicate(timeout=10)
+        out, err = running.communicate(timeout=60)
         assert collectors_at_work(agent) == {}
     assert (running.returncode, err) == (128 + number, "")
     if output == "json":
@@ -296,7 +296,7 @@ def test_a_rate_is_over_all_the_time_that_was_watched(
         puppet.getppid(40)
         running.send_signal(signal.SIGINT)
         least_s = time.monotonic() - subscribed
-        out, err = running.communicate(timeout=10)
+        out, err = running.communicate(timeout=60)
         most_s = time.monotonic() - began
     assert err == ""
     seconds, rows = totals_of(out)
@@ -307,14 +307,16 @@ def test_a_rate_is_over_all_the_time_that_was_watched(
 
 def test_a_quiet_tap_says_how_long_it_watched(agent: RunningAgent) -> None:
     with Puppet() as puppet:
+        began = time.monotonic()
         done = run(
             *("tap", "--agent", agent.address, "--syscall-stats", "--include", "getppid"),
             *(f"pid:{puppet.pid}", "-d", "1500ms"),
         )
+        took_s = time.monotonic() - began
     assert (done.returncode, done.stderr) == (0, "")
     pattern = r"^totals of ([\d.]+)s, expired\nno system calls$"
     (seconds,) = re.findall(pattern, done.stdout, re.MULTILINE)
-    assert 1.5 <= float(seconds) < 3
+    assert 1.5 <= float(seconds) <= took_s
 
 
 def test_a_tap_of_a_name_that_nobody_has_says_so(agent: RunningAgent) -> None:
@@ -326,6 +328,7 @@ def test_a_tap_of_a_name_that_nobody_has_says_so(agent: RunningAgent) -> None:
     )
 
 
+@pytest.mark.timed
 def test_a_first_glimpse_has_no_rate(agent: RunningAgent) -> None:
     """The first rows come after some 10 ms, which is too short for calls a second."""
     with Puppet() as puppet:
@@ -353,7 +356,7 @@ def test_single_calls_and_their_totals_name_their_errors(agent: RunningAgent) ->
         running = tap(agent, f"pid:{puppet.pid}", "--events", "--include", "openat,read")
         puppet.do(f"exec({code!r})")
         running.send_signal(signal.SIGINT)
-        out, _ = running.communicate(timeout=10)
+        out, _ = running.communicate(timeout=60)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     for outcome in ("openat = ENOENT", "openat = ENOTDIR", "read = EAGAIN"):
         assert sum(f" {outcome} " in line for line in lines) == 1
@@ -368,7 +371,7 @@ def test_what_top_leaves_out_is_the_last_row(agent: RunningAgent) -> None:
         running = tap(agent, f"pid:{puppet.pid}", "-c", "top=2")
         puppet.do("for _ in range(100): os.getppid(); os.getpid(); os.stat('/'); os.getcwd()")
         running.send_signal(signal.SIGINT)
-        out, _ = running.communicate(timeout=10)
+        out, _ = running.communicate(timeout=60)
     *intervals, totals = [block.splitlines()[1:] for block in out.strip().split("\n\n")]
     left_out = 0
     for lines in intervals:
@@ -404,7 +407,7 @@ def test_an_agent_that_dies_leaves_the_totals_and_is_an_error(tmp_path: Path) ->
         while "getppid" not in shown:
             shown = running.stdout.readline()
         mortal.process.kill()
-        out, err = running.communicate(timeout=20)
+        out, err = running.communicate(timeout=60)
     assert running.returncode == 1
     assert re.search(rf"^totals of [\d.]+s, {INCOMPLETE}$", out, re.MULTILINE)
     why = f"gave up after trying to reconnect for 5 s: no agent answers at {mortal.address} "
@@ -415,6 +418,7 @@ def test_an_agent_that_dies_leaves_the_totals_and_is_an_error(tmp_path: Path) ->
 
 def test_totals_after_a_lost_connection_are_over_the_time_that_is_known(tmp_path: Path) -> None:
     with running_agent(tmp_path / "agent") as mortal, Puppet() as puppet:
+        began = time.monotonic()
         running = tap(mortal, f"pid:{puppet.pid}", "--include", "getppid")
         puppet.getppid(1_000)
         assert running.stdout
@@ -422,17 +426,16 @@ def test_totals_after_a_lost_connection_are_over_the_time_that_is_known(tmp_path
         while "getppid" not in shown:
             shown = running.stdout.readline()
         running.send_signal(signal.SIGSTOP)
-        frozen_at = time.monotonic()
         mortal.process.kill()
         mortal.process.wait()
+        known_s = time.monotonic() - began
         time.sleep(3)  # the time that must not count
-        frozen_s = time.monotonic() - frozen_at
         running.send_signal(signal.SIGCONT)
-        out, _ = running.communicate(timeout=30)
+        out, _ = running.communicate(timeout=60)
     assert running.returncode == 1
     heading = re.search(rf"^totals of ([\d.]+)s, {INCOMPLETE}$", out, re.MULTILINE)
     assert heading
-    assert float(heading[1]) < frozen_s
+    assert float(heading[1]) <= known_s + 0.05  # it is rounded
 
 
 @pytest.mark.timeout(60)
@@ -441,7 +444,7 @@ def test_a_tap_that_the_agents_end_cuts_short_is_an_error(tmp_path: Path, output
     with running_agent(tmp_path / "agent") as mortal, Puppet() as puppet:
         running = tap(mortal, f"pid:{puppet.pid}", "-d", "60s", "-o", output)
         assert mortal.stop() == 0
-        out, err = running.communicate(timeout=20)
+        out, err = running.communicate(timeout=60)
     assert (running.returncode, err) == (1, "")
     if output == "table":
         assert re.search(r"^totals of [\d.]+s, agent shutdown$", out, re.MULTILINE)

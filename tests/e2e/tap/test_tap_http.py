@@ -126,10 +126,12 @@ def test_every_request_is_a_line(agent: RunningAgent, client: Puppet, server: Pu
         assert mine[2][5] == "300B/2B"
         if arrow == "→":
             assert {cells[-1] for cells in mine} == {f"127.0.0.1:{port_of(server)}"}
-    slowest = sheet(out, "SLOWEST", "BEGAN")
-    assert set(list(slowest)[:4]) == {
-        f"{a} GET /{name}/3" for a in "←→" for name in ("slow", "late")
-    }
+    # Which are slowest, a busy machine decides.
+    took_ms = {cells[1]: ms(cells[4]) for cells in lines}
+    slowest = list(sheet(out, "SLOWEST", "BEGAN"))[:4]
+    others = took_ms.keys() - set(slowest)
+    assert len(others) == len(lines) - 4
+    assert min(took_ms[one] for one in slowest) >= max(took_ms[one] for one in others)
 
 
 def test_a_client_that_goes_away_is_told_and_no_status_is_invented(
@@ -190,7 +192,9 @@ def test_single_requests_are_data(agent: RunningAgent, client: Puppet, server: P
         assert len({row["connection_id"] for row in mine}) == 1
         assert mine[0]["route"] == "/users/{id}/orders/{id}"
         assert mine[3]["first_byte_ns"] >= WAIT_S * 1e9 * 0.99
-        assert mine[4]["duration_ns"] - mine[4]["first_byte_ns"] >= WAIT_S * 1e9 * 0.9
+        assert mine[4]["duration_ns"] >= WAIT_S * 1e9 * 0.99
+        if role == "server":  # a client may come late to the first byte
+            assert mine[4]["duration_ns"] - mine[4]["first_byte_ns"] >= WAIT_S * 1e9 * 0.9
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -204,7 +208,7 @@ def test_a_terminal_shows_routes_in_colour_and_within_its_width(
         for _ in range(20):
             visit(client, server, ("GET", "/users/1", 0), ("GET", "/bad", 0))
         wait_until(lambda: terminal.has_drawn("← GET /users/{id}", "→ GET /users/{id}", " ERROR"))
-        wait_until(lambda: terminal.has_drawn("no requests for "), 20)
+        wait_until(lambda: terminal.has_drawn("no requests for "))
         terminal.press("\x03")
         assert terminal.finish() == 130
     assert re.search(r"\x1b\[1;31m← GET /bad *\x1b", terminal.output)
@@ -262,9 +266,11 @@ def test_what_is_not_read_is_told(agent: RunningAgent) -> None:
 
 
 def test_what_is_not_read_is_data(agent: RunningAgent) -> None:
+    # Bytes count when a connection ends: a reset ends it before the call returns that closes it.
+    resets = "c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, *bytes(7)])); c.close()"
     with puppets(2) as (client, server), tapped(agent, client, arguments=("--json",)) as tap:
         connected(client, server, "127.0.0.1")
-        client.do("c.sendall(b'PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n'); c.close()")
+        client.do(f"c.sendall(b'PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n'); {resets}")
         out = [json.loads(line) for line in tap.finish().splitlines()]
-    assert out[:-1] == [{"unread": "http2", "count": 1, "bytes": 0}]
+    assert out[:-1] == [{"unread": "http2", "count": 1, "bytes": 24}]
     assert out[-1]["end"] == "stopped"

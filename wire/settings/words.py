@@ -132,6 +132,7 @@ def _bounds(meta: Meta) -> str:
 def choices(name: str, known: Iterable[str], introduction: str) -> str:
     """`; accepted are a, b` for that INTRODUCTION, after `; did you mean ...?` if one of KNOWN is
     like NAME."""
+    known = tuple(known)
     near = difflib.get_close_matches(name.lower(), known, 1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return f"; {hint}{introduction} {', '.join(known)}"

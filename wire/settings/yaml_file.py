@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from coral.agent.files import read_regular
+from coral.wire.settings.files import read_regular
 
 _MOST_BYTES: Final = 256 << 10
 _MOST_DEPTH: Final = 16
