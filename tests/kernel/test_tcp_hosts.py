@@ -18,6 +18,7 @@ from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.collectors.tcp_metrics.file_walk import FileWalk
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.hidden import AGAIN_IF_HIDDEN
 from tests.network import (
     Seen,
     Side,
@@ -32,7 +33,7 @@ from tests.network import (
 )
 from tests.support import Puppet, at_work, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), *AGAIN_IF_HIDDEN]
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
 LISTENER = pb.TCP_ROLE_LISTENER
