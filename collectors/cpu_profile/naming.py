@@ -16,7 +16,8 @@ from coral.bpf.libbpf import release_memory
 from coral.collectors.cpu_profile.frames import FRAME, Places
 from coral.collectors.cpu_profile.processes import Process, Processes
 from coral.collectors.cpu_profile.user_stacks import machine
-from coral.collectors.symbols.names import Named, Symbolizer
+from coral.collectors.symbols.named import Named
+from coral.collectors.symbols.names import Symbolizer
 from coral.collectors.symbols.strings import Strings
 from coral.collectors.unwinding.tables import Tables
 from coral.collectors.unwinding.unwinder import Unwinder
@@ -25,7 +26,6 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 _CACHE: Final = "CACHE_DIRECTORY"  # as systemd names it
 _LOOK_EVERY_S: Final = 0.05
 _MUCH_BYTES: Final = 1 << 20
-_NO_FILE: Final = "[anonymous]"
 CODES: Final = set["Code"]()
 """Those at work, for the metrics."""
 
@@ -105,8 +105,7 @@ class Code:
             process.tgid, places.addresses, places.is_return, places.times_ns, process.born
         )
         frames = _frames(named)
-        of_runtime = ~named.is_unnamed & (named.modules == self.strings.number(_NO_FILE))
-        frames["flags"][of_runtime] |= pb.CPU_FRAME_FLAG_JIT
+        frames["flags"][named.is_told] |= pb.CPU_FRAME_FLAG_JIT
         return frames
 
     def of_kernel(self, places: Places) -> NDArray[Any]:

@@ -101,6 +101,9 @@ class Processes:
                 del self._met[tgid]
         if not (own or process.maps.generations) and execs == int(sample["parent_execs"]):
             process = self._parent(int(sample["parent"]), execs)
+        elif process.tgid == tgid and execs == int(sample["parent_execs"]):
+            parent = self._copied_of(int(sample["parent"]), execs)
+            self._symbolizer.copied(tgid, process.born, parent)
         self._keep((tgid, born, execs), process, newest=newest or process.tgid == tgid)
         return process
 
@@ -142,6 +145,14 @@ class Processes:
             if (known, theirs) == (tgid, execs):
                 return process
         return self._process(tgid, 0)
+
+    def _copied_of(self, tgid: int, execs: int) -> tuple[int, int]:
+        """Id and birth, as the `Symbolizer` knows it, of the process TGID that was copied."""
+        for (known, _, theirs), process in reversed(self._known.items()):
+            if (known, theirs) == (tgid, execs):
+                return process.tgid, process.born
+        met = self._met.get(tgid)
+        return (tgid, met.born) if met else (tgid, 0)
 
     def _keep(self, key: _Key, process: Process, *, newest: bool) -> None:
         self._known[key] = process

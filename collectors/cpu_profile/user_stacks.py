@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from coral.collectors.cpu_profile.frames import Memory, UserStacks
 from coral.collectors.cpu_profile.ragged import Ragged
-from coral.collectors.cpu_profile.samples import BY_FRAMES, NO_USER, STACK_CUT, Samples
+from coral.collectors.cpu_profile.samples import (
+    BY_FRAMES,
+    NO_USER,
+    STACK_CUT,
+    STACK_HIDDEN,
+    Samples,
+)
 from coral.collectors.unwinding.rules import ARM64, X86_64, Machine
 from coral.collectors.unwinding.stacks import Frame
 from coral.collectors.unwinding.stacks import Samples as Copies
@@ -49,6 +55,7 @@ def unwound(samples: Samples, memory: Memory, unwinder: Unwinder | None) -> User
             samples.first_words[copied],
             samples.word_counts[copied],
             samples.structs["stack_start"][copied],
+            ~(samples.has(STACK_CUT) | samples.has(STACK_HIDDEN))[copied],
         ),
     )
     ends, unwinding = by_frames.ends, by_frames.unwinding

@@ -79,6 +79,8 @@ class MappedFile:
     @property
     def module(self) -> str:
         """The last part of the name, for people."""
+        if self.name.startswith("["):  # memory that its process has named, perhaps with a slash
+            return self.name
         return PurePosixPath(self.name).name or self.name
 
     @property

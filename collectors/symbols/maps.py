@@ -168,11 +168,17 @@ class ProcessMaps:
         """Whether the process began after TIME_NS: whatever had its number then was another one.
         False if that is not known. /proc tells the beginning in ticks since boot, rounded down;
         this clock stands still while the machine sleeps, so the result is never too late."""
+        started_ns = self.started_ns
+        return started_ns is not None and started_ns > time_ns
+
+    @property
+    def started_ns(self) -> int | None:
+        """When the process began, rounded down to 10 ms; None if it had ended."""
         if self.started is None:
-            return False
+            return None
         monotonic_ns = time.monotonic_ns()
         slept_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - monotonic_ns
-        return self.started * _TICK_NS - slept_ns > time_ns
+        return max(0, self.started * _TICK_NS - slept_ns)
 
     def catch_up(self) -> float | None:
         """Reads the maps again if more was told than is known, and it is time. Returns the number

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from coral.collectors.symbols.elf import NOWHERE, ElfFile
 from coral.collectors.symbols.files import FileKind, MappedFile, MappedFiles
 from coral.collectors.symbols.kernel import KernelSymbols
 from coral.collectors.symbols.maps import ProcessMaps
+from coral.collectors.symbols.named import Named
 from coral.collectors.symbols.perf_map import PerfMap
 from coral.collectors.symbols.process import KnownProcess
 from coral.collectors.symbols.store import CacheStats, StoredTable, SymbolStore
@@ -30,41 +31,11 @@ _KERNEL_HALF: Final = np.uint64(1 << 63)
 _VSYSCALL: Final = np.uint64(0xFFFF_FFFF_FF60_0000)
 _NEW_S: Final = 10.0
 _MOST_PROCESSES: Final = 4096
+_MOST_COPIES: Final = 8  # of copies, one of the other
+_TICK_NS: Final = 10**9 // os.sysconf("SC_CLK_TCK")
 _MOST_REASONS: Final = 64
 _LARGEST_STRINGS_BYTES: Final = 32 << 20
 _LARGEST_PERF_MAPS_BYTES: Final = 192 << 20  # of all processes
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """The names of n addresses, as numbers of `Symbolizer.strings` (u32[n]): of the function, of
-    its module (the last part of the file's path, `[vdso]`, `[anonymous]`, `[kernel]`, `[ext4]`),
-    and of the module's build id in hexadecimal digits, empty without.
-
-    `addresses` (u64[n]) are what was looked up, a return address less 1: the virtual address in
-    the file, so that a debugger or another machine finds it there; in memory without a file, the
-    offset in the mapping or, with a name from a perf map, in the function; in the kernel, the
-    offset from the first byte of its code or of the module. `is_unnamed` (bool[n]) tells addresses
-    that no symbol contains; their function is `module+0xaddress`, or UNKNOWN.
-    """
-
-    functions: NDArray[np.uint32]
-    modules: NDArray[np.uint32]
-    addresses: NDArray[np.uint64]
-    build_ids: NDArray[np.uint32]
-    is_unnamed: NDArray[np.bool_]
-
-    @classmethod
-    def nothing(cls, count: int) -> Named:
-        """COUNT addresses without names."""
-        zeros = np.zeros(count, np.uint32)
-        return cls(
-            zeros,
-            zeros.copy(),
-            np.zeros(count, np.uint64),
-            zeros.copy(),
-            np.ones(count, np.bool_),
-        )
 
 
 class SymbolStats(NamedTuple):
@@ -199,6 +170,11 @@ class Symbolizer:
         perf_map = PerfMap(0 if is_over else tgid, self._perf_map_room)
         self._process(tgid, born).begin_program(time_ns, perf_map)
 
+    def copied(self, tgid: int, born: int, parent: tuple[int, int]) -> None:
+        """A process is a copy of its PARENT (id and birth): what the parent's runtime had compiled
+        by then is in its memory too, and told in the parent's perf map alone."""
+        self._process(tgid, born).copy_of = parent
+
     def read_told(self, tgid: int, born: int = 0) -> None:
         """Reads what the runtime of a process has told in its perf map, if it has code of its own:
         soon after samples were taken, because the runtime may tell of other functions at their
@@ -316,13 +292,47 @@ class Symbolizer:
         looked_up: NDArray[np.uint64],
         times_ns: NDArray[np.uint64] | None,
     ) -> None:
-        """Names the addresses WHICH, by the perf maps of PROCESS: they are in memory that no ELF
-        file is mapped to, or none that could be opened."""
+        """Names the addresses WHICH, by the perf maps of PROCESS and of those that it is a copy of:
+        they are in memory that no ELF file is mapped to, or none that could be opened."""
+        self._name_as_told(named, which, process, looked_up, times_ns)
+        for _ in range(_MOST_COPIES):
+            which = which[named.is_unnamed[which]]
+            original = self._original_of(process) if len(which) else None
+            if original is None:
+                break
+            copied_ns = process.maps.started_ns or 0
+            self._name_as_told(named, which, original, looked_up, copied_ns=copied_ns + _TICK_NS)
+            process = original
+
+    def _name_as_told(  # noqa: PLR0917
+        self,
+        named: Named,
+        which: NDArray[np.int64],
+        process: KnownProcess,
+        looked_up: NDArray[np.uint64],
+        times_ns: NDArray[np.uint64] | None = None,
+        copied_ns: int | None = None,
+    ) -> None:
+        """By the perf maps of PROCESS alone: as they were at TIMES_NS, or when it was COPIED."""
+        if copied_ns is not None:
+            times_ns = np.full(len(looked_up), copied_ns, np.uint64)
         for perf_map, mine in process.in_time(which, times_ns):
             found = perf_map.find(looked_up[mine], None if times_ns is None else times_ns[mine])
+            if copied_ns is not None and len(perf_map):
+                found[~perf_map.was_told(found, copied_ns)] = -1
             hit = np.flatnonzero(found >= 0)
             self._give(named, mine, found, perf_map.marks, perf_map.name)
+            named.is_told[mine[hit]] = ~named.is_unnamed[mine[hit]]
             named.addresses[mine[hit]] = looked_up[mine[hit]] - perf_map.starts[found[hit]]
+
+    def _original_of(self, process: KnownProcess) -> KnownProcess | None:
+        """The process that PROCESS is a copy of; None if it is no copy, or of an unknown one."""
+        if process.copy_of is None:
+            return None
+        original = self._process(*process.copy_of)
+        began, copied = original.maps.started, process.maps.started
+        # Another process may have its id by now.
+        return None if began is None or copied is None or began > copied else original
 
     def _name_kernel(
         self, named: Named, which: NDArray[np.int64], looked_up: NDArray[np.uint64]

@@ -129,6 +129,12 @@ class PerfMap:
             if len(before):
                 found[at] = before[-1]
 
+    def was_told(self, numbers: NDArray[np.int64], time_ns: int) -> NDArray[np.bool_]:
+        """Whether functions with NUMBERS that `find` has given, -1 for none, may have been told by
+        TIME_NS, of shape (n,)."""
+        told: NDArray[np.bool_] = self._told_after[numbers] <= time_ns
+        return told
+
     def name(self, number: int) -> bytes:
         """The name of a function with a NUMBER that `find` has given."""
         return bytes(self._names[self._at[number] : self._at[number + 1]])

@@ -23,6 +23,8 @@ class KnownProcess:
     maps: ProcessMaps
     # With the times from which they hold: one for each program that the process has executed.
     perf_maps: list[tuple[int, PerfMap]] = field(default_factory=list)
+    # The process, by its id and birth, that this one is a copy of: it executes no other program.
+    copy_of: tuple[int, int] | None = None
 
     @property
     def has_code_of_its_own(self) -> bool:

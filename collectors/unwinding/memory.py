@@ -22,6 +22,7 @@ class Memory:
     first: NDArray[np.int64]  # (n,)
     base: NDArray[np.int64]  # (n,)
     room: NDArray[np.uint64]  # (n,): bytes from the base at which a whole word may begin
+    is_whole: NDArray[np.bool_]  # (n,)
 
     @classmethod
     def of(cls, samples: Samples) -> Memory:
@@ -32,11 +33,20 @@ class Memory:
         words = samples.words if size else np.zeros(1, np.uint64)
         first = np.minimum(first, max(size - 1, 0))  # of a stack without words, one is read in vain
         room = np.where(count > 0, count * _WORD - _WORD + 1, 0).astype(np.uint64)
-        return cls(words, first, samples.base.astype(np.int64), room)
+        is_whole = samples.is_whole
+        if is_whole is None:
+            is_whole = np.zeros(len(samples), np.bool_)
+        return cls(words, first, samples.base.astype(np.int64), room, is_whole)
 
     def take(self, index: NDArray[Any]) -> Memory:
         """The stacks at INDEX, a mask or indexes."""
-        return Memory(self.words, self.first[index], self.base[index], self.room[index])
+        return Memory(
+            self.words,
+            self.first[index],
+            self.base[index],
+            self.room[index],
+            self.is_whole[index],
+        )
 
     def read(self, address: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """The word at an ADDRESS of each stack, (n,), or 0, and whether it was copied."""
@@ -60,7 +70,9 @@ class Memory:
 
     def is_beyond(self, address: NDArray[np.int64], most: int) -> NDArray[np.bool_]:
         """Whether an ADDRESS of each stack, (n,), was not copied, and is above the copy by at most
-        MOST bytes, or just below it, where x86-64's leaf functions have their red zone."""
+        MOST bytes, unless that is whole, or just below it, where x86-64's leaf functions have their
+        red zone."""
         into = address - self.base
         outside = into.view(np.uint64) >= self.room
+        outside &= ~self.is_whole | (into < 0)
         return outside & (into >= -_RED_ZONE_BYTES) & (into < most + self.room.astype(np.int64))

@@ -45,6 +45,9 @@ class Samples:
     first: NDArray[np.int64]  # (n,): index in `words` of a stack's first word
     count: NDArray[np.int64]  # (n,): words copied
     base: NDArray[np.uint64]  # (n,): the address of a stack's first word, a multiple of 8
+    # (n,): whether the copy has all of the stack: nothing above it is a part of that. By default,
+    # none has.
+    is_whole: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -58,6 +61,7 @@ class Samples:
             self.first[index],
             self.count[index],
             self.base[index],
+            None if self.is_whole is None else self.is_whole[index],
         )
 
 

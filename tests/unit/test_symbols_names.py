@@ -419,6 +419,61 @@ def test_a_library_that_is_loaded_later_has_names(tmp_path: Path, symbolizer: Sy
         process.communicate()
 
 
+COPIED: Final = """
+import ctypes, mmap, os, sys
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+code = mmap.mmap(-1, 4096, flags, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+def tell(name, at):
+    with open(f"/tmp/perf-{os.getpid()}.map", "a") as file:
+        file.write(f"{address + at:x} 10 {name}\\n")
+tell("of both", 0); tell("of the first", 0x20)
+ends, start = os.pipe()
+copy = os.fork()
+if not copy:
+    os.close(start)
+    tell("of the copy", 0x20)
+    print(os.getpid(), address, flush=True)
+    os.read(ends, 1)
+    os._exit(0)
+sys.stdin.readline()
+tell("of the first, later", 0x40)
+print(flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_was_compiled_before_a_fork_has_its_name_in_the_copy(symbolizer: Symbolizer) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", COPIED], stdin=pipe, stdout=pipe, text=True
+    ) as first:
+        assert first.stdin
+        assert first.stdout
+        copy, address = map(int, first.stdout.readline().split())
+        maps = [Path(f"/tmp/perf-{pid}.map") for pid in (first.pid, copy)]
+        places = [address, address + 0x20, address + 0x40]
+        try:
+            unnamed = [f"[anonymous]+0x{at:x}" for at in (0, 0x40)]
+            wanted = [unnamed[0], "of the copy", unnamed[1]]
+            wait_until(lambda: named(symbolizer, copy, places) == wanted)
+            symbolizer.copied(copy, 0, (first.pid, 0))
+            wanted[0] = "of both"
+            wait_until(lambda: named(symbolizer, copy, places) == wanted)
+            in_first = ["of both", "of the first", unnamed[1]]
+            wait_until(lambda: named(symbolizer, first.pid, places) == in_first)
+            first.stdin.write("\n")
+            first.stdin.flush()
+            first.stdout.readline()
+            in_first[2] = "of the first, later"
+            wait_until(lambda: named(symbolizer, first.pid, places) == in_first)
+            assert named(symbolizer, copy, places) == wanted
+        finally:
+            for path in maps:
+                path.unlink(missing_ok=True)
+            first.communicate("\n")
+
+
 def test_functions_of_the_vdso_have_names(
     start: Callable[..., Places], symbolizer: Symbolizer
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -226,6 +226,21 @@ def test_a_stack_that_goes_on_above_the_copy_is_cut() -> None:
     stacks = PLAIN.unwind(thread(function(0), function(1)), thread(function(0)))
     assert stacks.lengths.tolist() == [2, 1]
     assert stacks.ends.tolist() == [End.COPY_TOO_SHORT] * 2
+
+
+def test_nothing_is_above_the_copy_of_a_whole_stack() -> None:
+    """Code without a table and without frame pointers, which has other things in that register."""
+    above = thread(JIT + 0x10, *[0] * 8, r6=STACK + 0x200)
+    cut = thread(function(0), function(1))
+    samples = samples_of((above, above, cut, cut), X86_64)
+    samples = replace(samples, is_whole=np.array([False, True, False, True]))
+    stacks = unwind(samples, PLAIN.space())
+    assert stacks.ends.tolist() == [
+        End.COPY_TOO_SHORT,
+        End.NO_UNWIND_INFO,
+        End.COPY_TOO_SHORT,
+        End.ERROR,
+    ]
 
 
 def test_a_return_address_that_is_no_code_is_an_error_and_not_shown() -> None:
