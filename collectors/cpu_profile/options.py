@@ -51,7 +51,7 @@ class CpuProfileOptions(KernelOptions):
     )
     stack_bytes: int = option(
         _stack_size(),
-        "16KiB",
+        "28KiB",
         "how much of the user stack to copy at most, to find the callers by the unwind information "
         "of binaries; 0: by frame pointers alone, in the kernel",
     )

@@ -235,7 +235,7 @@ def test_sessions_of_one_process_have_their_own_frequencies(programs: Path) -> N
 def test_samples_without_room_are_counted(programs: Path) -> None:
     """The ring has room for some tens of stacks of 400 calls, and nothing empties it."""
     with waiting(programs / "profiled", "deep", 1000) as process:
-        profile, out = read_at_the_end(process, frequency=500, ring="256KiB")
+        profile, out = read_at_the_end(process, frequency=500, ring="256KiB", stack_bytes="16KiB")
     seconds = sum(int(line.split()[1]) for line in out.splitlines()) / NS_PER_S
     lost = profile.losses[pb.Loss.STAGE_KERNEL_BUFFER]
     print(f"{profile.samples} samples, {lost} lost, of {seconds} s")

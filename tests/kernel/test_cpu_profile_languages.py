@@ -301,6 +301,18 @@ def test_node_without_perf_maps(record_property: Record) -> None:
     assert ends[pb.CPU_STACK_END_BOTTOM] > 0.99 * count
 
 
+def test_what_the_event_loop_of_node_calls_is_whole() -> None:
+    """It lies above 12 KB that libuv has on the stack for what epoll tells it."""
+    node = need("node")
+    profile = profiled(node, SOURCES / "shares.js", 800, "called", frequency=HZ)
+    rows = [row for row in profile.rows if "uv__io_poll" in row.stack]
+    count = sum(row.count for row in rows)
+    assert count > 0.5 * HZ * sum(profile.truth.values())
+    whole = sum(row.count for row in rows if row.end == pb.CPU_STACK_END_BOTTOM)
+    print(f"{whole} of {count} are whole")
+    assert whole > 0.9 * count
+
+
 def test_node_with_perf_maps(record_property: Record, tmp_path: Path) -> None:
     node = need("node")
     with perf_map():

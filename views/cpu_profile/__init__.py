@@ -25,7 +25,7 @@ VIEW: Final = View(
         ),
         Flag(
             "--stack-bytes",
-            "How much of a user stack is copied at most, 0 for none.  [default: 16KiB]",
+            "How much of a user stack is copied at most, 0 for none.  [default: 28KiB]",
             key="stack_bytes",
             metavar="BYTES",
         ),
