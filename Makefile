@@ -69,10 +69,12 @@ test-kernels: $(VENV)/.dev build/nginx/nginx ## run the kernel tests on other ke
 	@deploy/packages $(TEST_PACKAGES) $(GUEST_PACKAGES)
 	$(BIN)/python -P -m tests.matrix $(KERNELS)
 
+test-cluster: CHECKS = $(wildcard tests/cluster/checks_*.py)
 test-cluster: ## run the agent in a real Kubernetes, which the first run builds; as root
 	@$(BUILD) $(VENV)/.dev build/kubernetes/helm build/prometheus-kubernetes/prometheus
 	@deploy/packages $(TEST_PACKAGES) dpkg-dev
-	$(BIN)/python -P -m pytest -rP tests/cluster/checks_*.py
+	@set -x; $(PYTEST) -rP $(CHECKS) || { [ $$? = 1 ] && \
+		$(PYTEST) --last-failed --last-failed-no-failures none -rP $(CHECKS); }
 
 lint: $(VENV)/.dev ## check style, types, imports, C format and the contract
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from typing import Annotated
 from msgspec import Meta, Struct, field
 
 from coral.agent.config_units import ByteCount, Duration
+from coral.wire.leases import MAX_LEASE_S
 
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 
@@ -22,11 +23,11 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     concurrent_collectors: Annotated[
         Positive, Meta(description="how many collectors on demand may run at a time")
     ] = 3
-    max_duration: Annotated[Duration, Meta(description="the longest lease")] = Duration(300)
+    max_duration: Annotated[Duration, Meta(description="the longest lease")] = Duration(MAX_LEASE_S)
     default_duration: Annotated[
         Duration,
         Meta(description="the lease of a request without a duration, at most `max_duration`"),
-    ] = Duration(300)
+    ] = Duration(MAX_LEASE_S)
     memory: Annotated[
         ByteCount,
         Meta(

@@ -16,7 +16,7 @@ from coral.wire.kinds import kind_name, kind_of
 from coral.wire.settings.words import ConfigError, choices, shown
 
 _MOST_NAME_BYTES: Final = 128
-_MOST_COMM_BYTES: Final = 15  # as in collectors/targets.py, which only a running agent needs
+_MOST_COMM_BYTES: Final = 15  # as COMM_BYTES of collectors, which only a running agent needs
 
 
 class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

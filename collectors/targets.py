@@ -1,15 +1,13 @@
-"""The processes that a collector watches: the options that select them, and the kernel's map.
+"""The processes that a collector watches, as its options select them.
 
 The C side is bpf/include/targets.bpf.h; the programs of bpf/programs/processes follow forks, execs
-and exits.
+and exits. member_map.py writes and reads the kernel's map of them.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coral.bpf import Features, HashMap
+from coral.bpf import Features
 from coral.bpf.libbpf import BpfError
 from coral.collectors.cgroups import (
     cgroup2_mount,
@@ -27,15 +25,14 @@ from coral.collectors.cgroups import (
     cgroups_below,
     hierarchy,
     memory_hierarchy,
-    path_in_hierarchy,
     tgids_by_group,
 )
 from coral.collectors.contract import NO_ATTRIBUTES, ServiceProcesses, Watched
 from coral.collectors.hubs import FIRST_ENDED, Slot
+from coral.collectors.member_map import MemberMap, State
 from coral.collectors.members import Members, comm_text
 from coral.collectors.options import OptionError
 from coral.collectors.procfs import (
-    Process,
     children_of,
     clock_ticks,
     comm_of,
@@ -43,20 +40,13 @@ from coral.collectors.procfs import (
     running_tgids,
     start_time_of,
 )
-from coral.collectors.resources import EndedGroups, EventResources, ResourceTable
+from coral.collectors.resources import EventResources, ResourceTable
+from coral.collectors.target_keys import path_hash, place, words
 from coral.collectors.target_options import COMM_BYTES, TargetOptions
 
 _MOST_MEMBERS: Final = 10240
-# The kernel keeps some free elements for each CPU and makes more a moment later.
-_MOMENTARY: Final = (errno.ENOMEM, errno.EBUSY)
-_TRIES: Final = 5
-_PAUSE_S: Final = 0.002
 _MOST_CGROUPS: Final = 4096
 _MOST_LOOKS: Final = 8  # at cgroups that somebody may go on to make
-_ACTIVE, _ARMED, _SPARED = 0, 1, 2  # as in targets.bpf.h
-_PATH_BYTES: Final = 256  # as in processes.bpf.c, as the next two
-_HASH_OFFSET: Final = 0xCBF29CE484222325
-_HASH_PRIME: Final = 0x100000001B3
 
 
 class Targets:
@@ -81,10 +71,7 @@ class Targets:
         self._started = {tgid: start_time_of(tgid) for tgid in self._tgids}
         self._resolved_at_ticks = clock_ticks()
         self._pidfds: list[int] = []
-        self._unfollowed = 0
-        # Names and groups by id: no record tells of these.
-        self._at_start: dict[int, tuple[bytes, int]] = {}
-        self._ended = EndedGroups()
+        self._members = MemberMap(with_groups=bool(self._live))
         self.common: Mapping[str, str] = NO_ATTRIBUTES  # as of `note_common`
         self.notes: tuple[str, ...] = ()  # see `Collector.notes`
         self.spared: frozenset[int] = frozenset()  # processes to leave out, whatever the target
@@ -169,14 +156,15 @@ class Targets:
     def follow(self, slot: Slot, *, detailed: bool) -> None:
         """The programs begin to follow processes for the session in SLOT, which has its maps. With
         DETAILED, each change becomes a record of the session. Raises `BpfError`."""
-        self._slot, self._map = slot, slot.map("members")
+        self._slot = slot
+        self._members.follow(slot)
         options, cgroup, live = self._options, self._cgroup, self._live
         if options.scope or cgroup or live or options.comm:
-            self._add(_without_groups(self.spared), _SPARED)
+            self._members.add(_without_groups(self.spared), State.SPARED)
         if options.comm:
-            slot.own("wanted_comms", (_words(options.comm, COMM_BYTES + 1),))
+            slot.own("wanted_comms", (words(options.comm, COMM_BYTES + 1),))
         if cgroup:
-            slot.own("cgroup_paths", _path_hash(cgroup))
+            slot.own("cgroup_paths", path_hash(cgroup))
             self._add_cgroups(cgroup)
         if live:
             slot.own("cgroup_paths", 0)
@@ -210,14 +198,14 @@ class Targets:
                 for tgid in running_tgids()
                 if tgid not in self.spared and comm_of(tgid) == options.comm
             )
-            self._add(_without_groups(self._tgids), _ACTIVE)
+            self._members.add(_without_groups(self._tgids), State.ACTIVE)
             if not self._tgids:
                 name = f"has the command name {options.comm!r}"
                 self._note(f"{name} now; those that get it later are watched")
         else:
             self._tgids = tuple(tgid for tgid in self._tgids if not self._was_replaced(tgid))
-            armed = _ARMED if options.from_exec else _ACTIVE
-            self._add(_without_groups(self._tgids), armed)
+            armed = State.ARMED if options.from_exec else State.ACTIVE
+            self._members.add(_without_groups(self._tgids), armed)
             if options.follow_children and not options.from_exec:
                 self._add_children()
         self._slot.members_changed()
@@ -227,13 +215,13 @@ class Targets:
     def _add_members(self, cgroup: Path) -> set[int]:
         """Adds the processes in a cgroup whose id is in the map already; returns them."""
         members = self._in_cgroup(cgroup)
-        self._add(members, _ACTIVE)
+        self._members.add(members, State.ACTIVE)
         # The write undoes that a program saw one leave, or move inside of the cgroup. Programs see
         # those that do so later.
         now = self._in_cgroup(cgroup)
-        self._map.delete(sorted(members.keys() - now))
+        self._members.delete(members.keys() - now)
         moved = {tgid: group for tgid, group in now.items() if members.get(tgid, group) != group}
-        self._add(moved, _ACTIVE)
+        self._members.add(moved, State.ACTIVE)
         return set(members)
 
     def _in_cgroup(self, directory: Path) -> dict[int, int]:
@@ -254,8 +242,8 @@ class Targets:
                 self._add_members(directory)
             for directory in removed:  # they may still be there, if their labels have changed
                 ids = cgroup_ids_below(directory)
-                self._slot.map("cgroups").delete([each | _place(directory) for each in ids])
-                self._map.delete(sorted(cgroup_tgids(directory) - self.spared))
+                self._slot.map("cgroups").delete([each | place(directory) for each in ids])
+                self._members.delete(cgroup_tgids(directory) - self.spared)
             self._slot.members_changed()
 
     def _note(self, that: str) -> None:
@@ -272,7 +260,7 @@ class Targets:
             found = {child: it for child in children if (it := process_of(child))}
             young = {child for child, it in found.items() if it.started >= self._resolved_at_ticks}
             older += sum(found[child].can_be_watched for child in found.keys() - young)
-            self._add(_without_groups(young), _ACTIVE)
+            self._members.add(_without_groups(young), State.ACTIVE)
             seen |= young
             parents += young
         if older:
@@ -289,50 +277,10 @@ class Targets:
             for each in fresh:
                 value = (each.group if self._live else 0, is_pod and each.directory == directory)
                 # Without room for it, what starts in it is not seen.
-                self._put(wanted, each.id | _place(directory), value)
+                self._members.put(wanted, each.id | place(directory), value)
             if not fresh:
                 break
             added.update(each.id for each in fresh)
-
-    def _add(self, tgids: Mapping[int, int], state: int) -> None:
-        """Adds running processes, with their groups, in this state. Those for which there is no
-        room are counted."""
-        added: dict[int, Process] = {}
-        for tgid, group in tgids.items():
-            found = process_of(tgid)
-            if found is None or not found.can_be_watched:
-                continue  # a program has removed it, or it was never there
-            if self._put(self._map, tgid, _member(found, state, group)):
-                added[tgid] = found
-        self._slot.hint(list(added))
-        # What programs did between the look and the write, the write has undone: one that ended
-        # meanwhile would stay, and its id would become another's.
-        for tgid, before in added.items():
-            now = process_of(tgid)
-            if now is None or now.is_zombie or now.started != before.started:
-                self._map.delete([tgid])
-            elif now.comm != before.comm:
-                # An exec has activated it; no program changes the name of a member later than that.
-                state_now = _ACTIVE if state == _ARMED else state
-                self._map.write(tgid, _member(now, state_now, tgids[tgid]))
-                added[tgid] = now
-        self._at_start |= {tgid: (_name(found), tgids[tgid]) for tgid, found in added.items()}
-
-    def _put(self, table: HashMap, key: int, value: object) -> bool:
-        """Sets an element, or counts that there is no room for it. Raises `BpfError`."""
-        for _ in range(_TRIES):
-            try:
-                table.write(key, value)
-            except BpfError as error:
-                if error.errno == errno.E2BIG:
-                    break
-                if error.errno not in _MOMENTARY:
-                    raise
-                time.sleep(_PAUSE_S)
-            else:
-                return True
-        self._unfollowed += 1
-        return False
 
     def present(self) -> dict[int, str]:
         """Command names by tgid of the processes that are watched now, for callers that look up
@@ -373,62 +321,38 @@ class Targets:
     def unfollowed(self) -> int:
         """How many processes that ran at the start did not fit into the map. What programs find
         later is in the session's account."""
-        return self._unfollowed
+        return self._members.unfollowed
 
     def read(self) -> Members:
-        """The processes that are watched now, and those that have ended since they were last
-        forgotten."""
-        keys, members = self._map.read()
-        keys, at = np.unique(keys, return_index=True)
-        found = Members(keys, members["comm"][at], members["group"][at])
-        if self._live:
-            self._ended.note(found)
-        return found
+        """See `MemberMap.read`."""
+        return self._members.read()
 
     def read_with(self, tgids: NDArray[Any], born: NDArray[Any]) -> Members:
-        """The same, surely with the processes TGIDS that were BORN then, all of shape (n,).
-
-        The element of a process that ends goes to another place of the map, so one reading may miss
-        it at both; then there is a second one.
-        """
-        members = self.read()
-        if (members.comms_of(tgids, born) == b"").any():
-            members |= self.read()
-        return members
+        """See `MemberMap.read_with`."""
+        return self._members.read_with(tgids, born)
 
     def name_of(self, process: int) -> bytes:
-        """The command name of one process, by `process_keys`: the one that it had at the start if
-        it has ended and no record has told of it; empty if it was never watched."""
-        tgid = process % (1 << 32)
-        member = self._map.read_one(process)
-        if member is None:  # it runs, or it is not known when it was born
-            member = self._map.read_one(tgid)
-        return self._at_start.get(tgid, (b"", 0))[0] if member is None else bytes(member["comm"])
+        """See `MemberMap.name_of`."""
+        return self._members.name_of(process)
 
     def group_of(self, process: int) -> int:
-        """The group of one process, likewise; 0 if it was never watched."""
-        tgid = process % (1 << 32)
-        member = self._map.read_one(process)
-        if member is None:
-            member = self._map.read_one(tgid)
-        return self._at_start.get(tgid, (b"", 0))[1] if member is None else int(member["group"])
+        """See `MemberMap.group_of`."""
+        return self._members.group_of(process)
 
     def groups_of(
         self, members: Members, tgids: NDArray[Any], born: NDArray[Any]
     ) -> NDArray[np.uint32]:
-        """The groups of TGIDS that were BORN then, all of shape (n,): by MEMBERS, or as they were
-        when the processes ended. 0 for one that is not known."""
-        return self._ended.groups_of(members, tgids, born)
+        """See `MemberMap.groups_of`."""
+        return self._members.groups_of(members, tgids, born)
+
+    def forget(self, ended: NDArray[np.uint64]) -> None:
+        """See `MemberMap.forget`."""
+        self._members.forget(ended)
 
     @property
     def untold_changes(self) -> int:
         """How many changes of these processes could not be sent as records so far."""
         return self._slot.untold_changes
-
-    def forget(self, ended: NDArray[np.uint64]) -> None:
-        """Removes the names of processes that have ended: ENDED of `Members`."""
-        if len(ended):
-            self._map.delete(ended)
 
     def close(self) -> None:
         """Closes the process descriptors, and follows no pods any more."""
@@ -455,33 +379,3 @@ def refused_options(features: Features) -> dict[str, str]:
 
 def _without_groups(tgids: Iterable[int]) -> dict[int, int]:
     return dict.fromkeys(tgids, 0)
-
-
-def _member(process: Process, state: int, group: int) -> tuple[bytes, int, int, int, int]:
-    return _name(process), state, 0, 0, group
-
-
-def _name(process: Process) -> bytes:
-    return process.comm.encode(errors="replace")[:COMM_BYTES]
-
-
-def _words(text: str, length: int) -> NDArray[np.uint64]:
-    """TEXT as programs compare it: padded with zeros to LENGTH bytes, in words."""
-    return np.frombuffer(text.encode()[:length].ljust(length, b"\0"), np.uint64)
-
-
-def _path_hash(directory: Path) -> int:
-    """The path of a cgroup from the root of its hierarchy, as programs compare it; 0 if it is too
-    long for them."""
-    path = path_in_hierarchy(directory)
-    if not path or len(path.encode()) >= _PATH_BYTES:
-        return 0
-    found = _HASH_OFFSET
-    for word in _words(path, _PATH_BYTES).tolist():
-        found = (found ^ word) * _HASH_PRIME & (1 << 64) - 1
-    return found ^ _place(directory)
-
-
-def _place(directory: Path) -> int:
-    """What tells the memory controller's hierarchy from the unified one, in keys of cgroups."""
-    return 1 << 63 if hierarchy(directory) == "memory" else 0

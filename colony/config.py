@@ -29,6 +29,7 @@ from coral.colony.follow.discovery.dns import is_srv
 from coral.colony.follow.wanted import Wanted
 from coral.mesh.v1 import ebpf_pb2 as pb
 from coral.wire.kinds import kind_name
+from coral.wire.leases import MAX_LEASE_S
 from coral.wire.settings.texts import problem_of_texts, write_options_as_text
 from coral.wire.settings.words import ConfigError, choices, shown
 from coral.wire.settings.yaml_file import read_yaml
@@ -154,7 +155,7 @@ class Collect(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             description="how long it goes on without the colony, which renews it after a third "
             "of that; at most the agents' `limits.max_duration`"
         ),
-    ] = Duration(300)
+    ] = Duration(MAX_LEASE_S)
 
     def as_wanted(self) -> Wanted:
         """For followers."""

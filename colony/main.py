@@ -22,7 +22,7 @@ from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.delivery import EndedError
 from coral.colony.follow.discovery.addresses import host_and_port, joined
-from coral.colony.monitoring import Lag, lag_families, pages
+from coral.colony.monitoring import Lag, build_info, lag_families, pages
 from coral.colony.pages import Pages, serving
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
@@ -109,7 +109,8 @@ async def _serve(config: Config) -> None:
         if not (parts := await _unless_stopped(stopping, assembled(stack, config))):
             return
         addresses = await _serve_answers(stack, config, parts)
-        makers = (*parts.families, lambda: lag_families(lag))
+        build = build_info()
+        makers = (*parts.families, lambda: lag_families(lag), lambda: (build,))
         metrics = await _serve_pages(stack, config, pages(makers, parts.obstacles))
         log.info(
             "listening", grpc=addresses, metrics=metrics or None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -99,6 +101,28 @@ def lag_families(lag: Lag) -> Iterator[Metric]:
         "The longest that the event loop was late since the last scrape.",
         value=lag.take_worst_s(),
     )
+
+
+def build_info() -> Metric:
+    """What this process is made of. Make it once: it reads the files of installed packages."""
+    values = {
+        "version": _version("coral-ebpf-agent"),
+        "python": platform.python_version(),
+        "duckdb": _version("duckdb"),
+        "architecture": platform.machine(),
+    }
+    family = GaugeMetricFamily(
+        "coral_colony_build_info", "What the colony is made of; always 1.", labels=tuple(values)
+    )
+    family.add_metric(tuple(values.values()), 1)
+    return family
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a copy of the sources
+        return ""
 
 
 class _AtScrape(Collector):

@@ -88,11 +88,11 @@ def agent_of(
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, cwd=cwd, env=environment, stderr=log)
     try:
-        wait_until(lambda: socket.is_socket() or process.poll() is not None, timeout_s=30)
+        wait_until(lambda: socket.is_socket() or process.poll() is not None, timeout_s=60)
         assert process.poll() is None, log_path.read_text()
         yield f"unix:{socket}"
         process.terminate()
-        assert process.wait(10) == 0, log_path.read_text()
+        assert process.wait(60) == 0, log_path.read_text()
     finally:
         process.kill()
         process.wait()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tests.support import ROOT
 
 _SOURCE: Final = ROOT / "tests/programs/preload/faults.c"
-_KEPT: Final = 256
+_KEPT: Final = 1024
 _CONTROL: Final = np.dtype(
     [
         *((name, np.uint32) for name in ("failing", "from", "error", "call", "seen", "failed")),

@@ -143,7 +143,7 @@ class Seen:
         """Walks through the open files, where a program does. The collector's own next walk may be
         minutes away, if a test beside this one has opened many."""
         slot = self.collector.bpf_object
-        if FileWalk.PROGRAM in slot.object.programs:
+        if FileWalk.PROGRAM in slot.object.loaded_programs:
             slot.common(FileWalk).run()
 
     def last(self, **wanted: object) -> pb.TcpMetrics | None:

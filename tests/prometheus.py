@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -91,7 +90,7 @@ def victoria_metrics(directory: Path) -> Iterator[tuple[str, Query]]:
 
         def query_all(expression: str) -> list[Any]:
             # By itself it shows new series only after some seconds.
-            with suppress(URLError), urlopen(f"http://{address}/internal/force_flush", timeout=10):
+            with suppress(OSError), urlopen(f"http://{address}/internal/force_flush", timeout=30):
                 pass
             return query(expression)
 

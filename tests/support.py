@@ -208,7 +208,7 @@ def running_agent(
         return next((line for line in agent.log() if line["event"] == "listening"), None)
 
     try:
-        told = wait_until(listening, timeout_s=30)
+        told = wait_until(listening, timeout_s=60)
         assert told is not None
         agent.metrics = str(told["metrics"])
         if not listen:

@@ -342,7 +342,7 @@ class BpfObject:
         self, name: str, kinds: Sequence[RecordKind], *, ring_bytes: int, slot: int = 0
     ) -> RingReader:
         """The reader of a new ring buffer with records of KINDS, in a slot of the map of maps NAME;
-        closed with the object, or by `close_reader`. Raises `BpfError`."""
+        closed with the object. Raises `BpfError`."""
         with self.make_inner(name, ring_bytes) as ring:
             try:
                 reader = RingReader(ring.fd, ring_bytes, kinds)
@@ -371,15 +371,6 @@ class BpfObject:
             reader.close()
             raise
         self._readers[name, slot] = reader
-
-    def close_reader(self, name: str, slot: int = 0) -> None:
-        """Empties a slot of the map of maps NAME, and closes its reader. Waits until no program
-        uses its buffer (some milliseconds). Safe to call twice. Raises `BpfError`."""
-        if reader := self._readers.pop((name, slot), None):
-            try:
-                self.uninstall(name, slot)
-            finally:
-                reader.close()
 
     def walk(self, name: str, record: str, *, map_name: str | None = None) -> Walk:
         """The iterator of the program NAME, which writes `struct RECORD`s. It is closed with the

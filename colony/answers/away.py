@@ -10,8 +10,8 @@ from typing import Final
 
 import duckdb
 
-from coral.colony.answers.query import literal
 from coral.colony.delivery import Away
+from coral.colony.quoting import literal
 from coral.mesh.colony.v1 import colony_pb2 as pb
 
 NONE: Final = "SELECT '' AS agent, '' AS address, 0::BIGINT AS since_ns, '' AS why LIMIT 0"
@@ -49,7 +49,7 @@ def add_gaps(coverage: pb.Coverage, away: Sequence[Away], pattern: str = "*") ->
 
 
 def as_sql(away: Iterable[Away]) -> str:
-    """They as a statement that selects `agent`, `address`, `since_ns`, `why`."""
+    """AWAY as a statement that selects `agent`, `address`, `since_ns`, `why`."""
     return " UNION ALL ".join(_selects(away)) or NONE
 
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 import duckdb
 
 from coral.colony.answers.named import summed
-from coral.colony.answers.query import literal
 from coral.colony.answers.repeats import Watch, overlapping, repeats
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import Plan, Window
+from coral.colony.quoting import literal
 from coral.colony.tables import base_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
 

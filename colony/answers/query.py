@@ -24,6 +24,7 @@ from coral.colony.answers.window import (
     planned,
     step_of,
 )
+from coral.colony.quoting import literal, quoted
 from coral.colony.tables import TABLES
 from coral.colony.tables.histograms import Histogram
 
@@ -239,13 +240,3 @@ def like(column: str, pattern: str) -> str:
     for char in "\\%_":
         pattern = pattern.replace(char, f"\\{char}")
     return f"{text} LIKE {literal(pattern.replace('*', '%'))} ESCAPE '\\'"
-
-
-def quoted(name: str) -> str:
-    """A name of SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text of SQL."""
-    return "'" + text.replace("'", "''") + "'"

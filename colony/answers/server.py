@@ -47,7 +47,7 @@ class Answers:
     """Answers questions about what STORE has; FLEET collects more."""
 
     def __init__(self, store: Reads, fleet: Fleet, serving: Serving) -> None:
-        """Raises ValueError for a token that cannot be read, `ServingError`."""
+        """Raises `ServingError`; ValueError for a token that cannot be read."""
         check(serving)
         anyone = Role.OPERATE if serving.insecure_loopback else Role.NONE
         self._serving = serving

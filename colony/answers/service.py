@@ -229,7 +229,9 @@ class Service:
         )  # fmt: skip
         kinds = sorted({table.kind.name for table in TABLES.values()})
         if request.kind not in kinds:
-            raise RefusedError(f"kind: {request.kind!r} is not known; give one of {kinds}")
+            raise RefusedError(
+                f"kind: {request.kind!r} is not accepted; give one of {', '.join(kinds)}"
+            )
         duration_s = None
         if request.HasField("duration"):
             duration_s = request.duration.ToNanoseconds() / 1e9

@@ -54,13 +54,12 @@ class Keeper(Protocol):
 
 @dataclass(slots=True)
 class ConsumerCounts:
-    """Since the consumer was made. `lost_events` were published and could not be stored. `lag`
-    counts the messages that the stream has and the consumer has not read, as of the last one."""
+    """Since the consumer was made. `lag` counts the messages that the stream has and the consumer
+    has not read, as of the last one."""
 
     read: int = 0
     bytes: int = 0
     repeated: int = 0
-    lost_events: int = 0
     begun: int = 0
     failures: int = 0
     lag: int = 0
@@ -92,7 +91,6 @@ class Consumer:
     def counts(self) -> ConsumerCounts:
         """As of now."""
         self._counts.repeated = self.inbox.repeated
-        self._counts.lost_events = self.inbox.lost.total()
         return self._counts
 
     @property

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-LEASE_S: Final = 300.0
-"""Agents' `limits.max_duration`, by default. Without the colony a collector ends that soon."""
+from coral.wire.leases import MAX_LEASE_S
+
+LEASE_S: Final = MAX_LEASE_S
+"""Without the colony a collector ends that soon."""
 _AGAIN_S: Final = 5.0
 MOST: Final = 100_000
 """Beyond this, what is asked for ends with its first lease."""

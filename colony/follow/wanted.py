@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from coral.client import CollectorInfo, Kind
+from coral.wire.leases import MAX_LEASE_S
 
 _FIRST_PAUSE_S: Final = 1.0
 _MOST_PAUSE_S: Final = 300.0
@@ -25,7 +26,7 @@ class Wanted:
     kind: Kind
     service: str = ""
     config: Mapping[str, str] = field(default_factory=dict)
-    lease_s: float = 300.0
+    lease_s: float = MAX_LEASE_S
 
     def is_met_by(self, info: CollectorInfo) -> bool:
         """Whether the collector that INFO describes is this one, whoever started it: this colony in

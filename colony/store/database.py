@@ -17,6 +17,7 @@ from typing import Final
 import duckdb
 import structlog
 
+from coral.colony.quoting import literal
 from coral.colony.store.errors import StoreError, StoreUnavailableError
 from coral.colony.store.files import sync_directory
 from coral.colony.store.settings import Settings
@@ -266,12 +267,11 @@ class Database:
                 "preserve_insertion_order": False,
             },
         )
-        quoted = str(path).replace("'", "''")
         options = [f"ROW_GROUP_SIZE {_ROW_GROUP}"]
         if not path.exists():  # one that is there has its version
             options.append(f"STORAGE_VERSION '{_STORAGE_VERSION}'")
         try:
-            root.execute(f"ATTACH '{quoted}' AS {_NAME} ({', '.join(options)})")
+            root.execute(f"ATTACH {literal(str(path))} AS {_NAME} ({', '.join(options)})")
             root.execute(f"USE {_NAME}")
         except BaseException:
             root.close()

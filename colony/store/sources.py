@@ -10,6 +10,7 @@ from typing import Self
 import duckdb
 import pyarrow as pa
 
+from coral.colony.quoting import literal
 from coral.colony.store.catalog import Columns, Segment
 from coral.colony.store.database import SMALL_TABLES, size_of
 from coral.colony.store.errors import StoreError
@@ -104,8 +105,7 @@ class Sources:
         """One for all files with equal columns: then DuckDB need not open each beforehand."""
         alike: dict[str, list[str]] = {}
         for it in self._readable(table, from_ns, until_ns):
-            path = str(self._directory / it.path).replace("'", "''")
-            alike.setdefault(it.columns, []).append(f"'{path}'")
+            alike.setdefault(it.columns, []).append(literal(str(self._directory / it.path)))
         for paths in alike.values():
             yield f"SELECT * FROM read_parquet([{', '.join(paths)}])"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import platform
 import random
 import signal
 import subprocess
@@ -119,6 +120,8 @@ def test_a_colony_says_how_it_is_and_ends_in_order(agent: RunningAgent, tmp_path
             assert colony.total("coral_colony_agents", state="followed") == 1
             assert colony.total("coral_colony_agents", state="away") == 1
             assert colony.total("coral_colony_missing_collectors") == 0
+            python = platform.python_version()
+            assert colony.total("coral_colony_build_info", python=python) == 1
             puppet.getppid(10)
             wait_until(lambda: colony.total("coral_colony_store_rows_total") > 0, 60)
             assert colony.stop() == 0

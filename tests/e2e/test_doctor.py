@@ -238,7 +238,7 @@ def test_a_doctor_that_is_ended_takes_its_agent_with_it(tmp_path: Path) -> None:
     started = psutil.Process(doctor.pid).children(recursive=True)
     assert started
     doctor.terminate()
-    doctor.communicate(timeout=20)
+    doctor.communicate(timeout=60)
     assert doctor.returncode == 143
     wait_until(lambda: not any(process.is_running() for process in started))
     assert list(tmp_path.iterdir()) == []

@@ -442,7 +442,7 @@ class Line:
         """Starts a collector; returns the status code, and its id or the text of the refusal."""
         request = start_request({"pid": running.pid, "until_exit": "true", **config})
         try:
-            return grpc.StatusCode.OK, self._start(request, timeout=20).collector_id
+            return grpc.StatusCode.OK, self._start(request, timeout=100).collector_id
         except grpc.RpcError as error:
             refusal: Any = error
             return refusal.code(), refusal.details()

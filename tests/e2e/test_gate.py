@@ -71,7 +71,7 @@ def calls_succeed(address: str, count: int = CALLS) -> float:
         call: Any = channel.unary_unary(LIST)
         for _ in range(count):
             began_s = time.monotonic()
-            call(b"", timeout=10 * PATIENCE)
+            call(b"", timeout=60 * PATIENCE)
             longest_s = max(longest_s, time.monotonic() - began_s)
     return longest_s
 
@@ -417,7 +417,7 @@ def test_tcp_without_a_token_is_refused_unless_it_is_wanted_and_then_warned_of(
     command = [sys.executable, "-W", "error", "-P", "-m", "coral.cli.main", "agent"]
     refused = subprocess.run(
         [*command, "--listen", "127.0.0.1:0", "--metrics", ""],
-        cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     (line,) = refused.stderr.splitlines()
     assert refused.returncode == 2

@@ -104,7 +104,7 @@ class BufCurl:
     def run(self, *arguments: str) -> list[str]:
         """What it prints, line by line."""
         result = subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=20, check=False
+            self.command(*arguments), capture_output=True, text=True, timeout=60, check=False
         )
         assert (result.returncode, result.stderr) == (0, "")
         return result.stdout.split()
@@ -128,7 +128,7 @@ class Stream:
 
     def messages(self) -> list[Any]:
         """Waits for the end of the call, which must be good; its messages."""
-        out, err = self._process.communicate(timeout=20)
+        out, err = self._process.communicate(timeout=60)
         assert (self._process.returncode, err) == (0, "")
         decoder, found, rest = json.JSONDecoder(), [], out.strip()
         while rest:
@@ -241,7 +241,7 @@ def test_a_refusal_is_told_with_its_code_and_text(curl: BufCurl) -> None:
         curl.command(method=f"{SERVICE}/StartCollector", data={"config": {"scope": "host"}}),
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert result.returncode == INVALID_ARGUMENT

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 def page(agent: RunningAgent, path: str) -> tuple[int, str]:
     """The status and the text of a page."""
     try:
-        with urlopen(f"http://{agent.metrics}{path}", timeout=10) as response:
+        with urlopen(f"http://{agent.metrics}{path}", timeout=30) as response:
             return response.status, response.read().decode()
     except HTTPError as error:
         return error.code, error.read().decode()
@@ -58,7 +58,7 @@ def health_of(agent: RunningAgent, service: str) -> int:
     with grpc.insecure_channel(agent.address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         stub: Any = health_pb2_grpc.HealthStub(channel)
-        return int(stub.Check(request, timeout=10).status)
+        return int(stub.Check(request, timeout=30).status)
 
 
 def test_an_agent_without_continuous_collectors_is_ready_once_it_has_probed_the_kernel(

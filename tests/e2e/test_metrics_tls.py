@@ -118,7 +118,7 @@ def test_prometheus_scrapes_by_mtls_and_password_and_others_do_not(
 def serial(host: str, port: int, directory: Path) -> int:
     """Of the certificate that a new connection is shown."""
     ca = directory / "ca.crt"
-    pem = ssl.get_server_certificate((host, port), ca_certs=str(ca), timeout=20)
+    pem = ssl.get_server_certificate((host, port), ca_certs=str(ca), timeout=60)
     from cryptography import x509  # noqa: PLC0415
 
     return x509.load_pem_x509_certificate(pem.encode()).serial_number
@@ -132,7 +132,7 @@ def test_health_has_a_port_of_its_own_without_metrics(authority: Authority, tmp_
 
         def page(path: str) -> tuple[int, str]:
             try:
-                with urlopen(f"{health}{path}", timeout=20) as response:
+                with urlopen(f"{health}{path}", timeout=60) as response:
                     return response.status, response.read().decode()
             except HTTPError as error:
                 return error.code, error.read().decode()

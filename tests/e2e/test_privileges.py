@@ -574,7 +574,7 @@ def test_an_ordinary_user_cannot_become_another(directory: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (process.returncode, process.stderr) == (

@@ -777,8 +777,8 @@ def test_health_needs_no_token(guarded: RunningAgent) -> None:
         for service in ("", "coral.mesh.v1.EbpfService"):
             request = health_pb2.HealthCheckRequest(service=service)
             serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
-            assert health.Check(request, timeout=10) == serving
-            watch = health.Watch(request, timeout=10)
+            assert health.Check(request, timeout=30) == serving
+            watch = health.Watch(request, timeout=30)
             assert next(watch) == serving
             watch.cancel()
 
@@ -788,10 +788,10 @@ def test_reflection_needs_the_token(guarded: RunningAgent) -> None:
     with grpc.insecure_channel(guarded.address) as channel:
         reflect: Any = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         with pytest.raises(grpc.RpcError) as refused:
-            next(reflect(iter([request]), timeout=10))
+            next(reflect(iter([request]), timeout=30))
         refusal: Any = refused.value
         assert refusal.code() is grpc.StatusCode.UNAUTHENTICATED
-        answer = next(reflect(iter([request]), timeout=10, metadata=AUTHORIZED))
+        answer = next(reflect(iter([request]), timeout=30, metadata=AUTHORIZED))
     names = {service.name for service in answer.list_services_response.service}
     assert "coral.mesh.v1.EbpfService" in names
 
@@ -817,7 +817,7 @@ def refused_start(
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         check=False,
     )
     assert (result.returncode, result.stdout) == (2, "")

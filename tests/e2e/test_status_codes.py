@@ -59,7 +59,7 @@ def send(
     answers: list[bytes] = []
     try:
         answer = call(f"/{SERVICE}/{method}")(
-            wire, timeout=(stream_s if streams else 20) * PATIENCE
+            wire, timeout=(stream_s if streams else 60) * PATIENCE
         )
         answers.extend(answer if streams else [answer])
     except grpc.RpcError as error:
@@ -481,7 +481,7 @@ def probe(agent: RunningAgent, until_s: float) -> list[float]:
         while time.monotonic() < until_s:
             began_s = time.monotonic()
             with pytest.raises(grpc.RpcError) as caught:
-                call(wire, timeout=20 * PATIENCE)
+                call(wire, timeout=60 * PATIENCE)
             latencies_s.append(time.monotonic() - began_s)
             refusal: Any = caught.value
             assert refusal.code() is grpc.StatusCode.NOT_FOUND

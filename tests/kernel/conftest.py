@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from coral.collectors.hierarchies import hierarchies
 from coral.collectors.http_latency.collector import HttpLatencyCollector
 from coral.collectors.hubs.keeper import KEEPER
 from tests.attaching import Called
+from tests.hidden import OF_TCP, failing_if_hidden, hidden_events
 from tests.http_seen import seeing_plain
 from tests.network import Side, puppets, two_sides
 from tests.pods import Node, made_in, runtime
@@ -57,6 +58,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [] if OWN_MACHINE else [it for it in items if it.get_closest_marker("own_machine")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [it for it in items if it not in left_out]
+
+
+_HIDDEN: Final = pytest.StashKey[Callable[[], int]]()
+
+
+@pytest.fixture(scope="module")
+def hidden_of_tcp(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See `AGAIN_IF_HIDDEN`."""
+    with hidden_events(OF_TCP) as hidden:
+        request.node.stash[_HIDDEN] = hidden
+        yield
+        del request.node.stash[_HIDDEN]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    module = item.getparent(pytest.Module)
+    hidden = module.stash.get(_HIDDEN, None) if module else None
+    if hidden is None:
+        return (yield)
+    with failing_if_hidden(hidden):
+        return (yield)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from coral.mesh.v1 import ebpf_pb2 as pb
 from tests.http_seen import CLIENT, COMPLETE, SERVER, Request, Seen, seeing
 from tests.network import number, puppets
 from tests.support import (
-    PATIENCE,
     Puppet,
     RunningAgent,
     at_work,
@@ -230,22 +229,26 @@ def test_both_times_are_what_the_handler_waits_and_within_what_the_client_measur
     with seeing(*pair.pids) as seen:
         assert pair.ask("GET", "/waits") == 200
         took_ns = number(pair.client, "took_ns")
-        for found in both(seen, 1):
-            (each,) = found
+        (made,), (served,) = both(seen, 1)
+        for each in (made, served):
             assert each.first_byte_ns >= WAIT_MS * 1e6
-            assert each.duration_ns - each.first_byte_ns >= WAIT_MS * 1e6
-            assert each.duration_ns <= took_ns
-            assert took_ns - each.duration_ns < 20e6 * PATIENCE
+            assert each.duration_ns >= 2 * WAIT_MS * 1e6
+        assert made.duration_ns <= took_ns
+        # The client may come late to the first byte.
+        assert served.duration_ns - served.first_byte_ns >= WAIT_MS * 1e6
 
 
 def test_idle_time_of_a_kept_connection_belongs_to_no_request(pair: Pair) -> None:
     with seeing(*pair.pids) as seen:
+        took_ns = []
         for path in ("/items/1", "/items/2"):
             pair.ask("GET", path)
+            took_ns.append(number(pair.client, "took_ns"))
             pair.client.do("time.sleep(0.3)")
         pair.client.do("c.close()")
         for found in both(seen, 2):
-            assert all(each.duration_ns < 0.25e9 for each in found)
+            for each, busy_ns in zip(found, took_ns, strict=True):
+                assert each.duration_ns < busy_ns + 0.25e9
 
 
 def test_a_client_that_leaves_is_told_from_a_server_that_does(pair: Pair) -> None:

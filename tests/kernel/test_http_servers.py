@@ -219,9 +219,10 @@ def test_both_sides_of_a_proxy(site: Path, tmp_path: Path) -> None:
         assert {each.outcome for each in found} == {COMPLETE}
     for outer, inner in pairwise(places):
         for around, within in zip(outer, inner, strict=True):
-            # A client's request begins when its call that sends returns: the server may be quicker.
-            assert around.time_ns <= within.time_ns + 1e6 * PATIENCE
-            assert around.first_byte_ns >= within.first_byte_ns - 1e6 * PATIENCE
+            # A client's request begins when its call that sends returns: the server may be quicker,
+            # and much quicker where all have to wait for a CPU.
+            assert around.time_ns <= within.time_ns + 1e9 * PATIENCE
+            assert around.first_byte_ns >= within.first_byte_ns - 1e9 * PATIENCE
     assert [line.pid for line in lines] == [each.pid for each in places[1]]
 
 

@@ -198,7 +198,7 @@ def test_both_sides_of_every_request_are_seen_once_with_its_peer(
             assert it.tls == other.tls == 1
             assert it.outcome == other.outcome == COMPLETE
             assert it.version == other.version == 1
-            assert it.duration_ns <= other.duration_ns + 5_000_000
+            assert 0 < it.first_byte_ns <= it.duration_ns
         assert all(it.first_byte_ns >= 20_000_000 for it in of_server if "after" in it.path)
         assert seen.lost == 0
         wait_until(lambda: left_over(seen, "connections") == 0)
@@ -304,14 +304,16 @@ def test_what_waits_on_an_object_of_no_known_socket_is_told_when_its_process_is_
         server.do("s = context.wrap_bio(there, back, server_side=True)")
         server.do("c = insecure.wrap_bio(back, there)")
         server.do("[step(it) for _ in range(4) for it in (c, s)]")
+        server.do("began_ns = time.monotonic_ns()")
         server.do("c.write(b'GET /waits HTTP/1.1\\r\\n\\r\\n'); s.read(999)")
+        took_ns = int(server.ask("time.monotonic_ns() - began_ns"))
         assert left_over(seen, "ssl_objects") == 2
         server.kill()
         for role in (CLIENT, SERVER):
             (it,) = seen.wait_for(1, role)
             assert (it.method, it.path, it.status) == ("GET", "/waits", 0)
             assert (it.outcome, it.remote_port) == (pb.HTTP_OUTCOME_UNKNOWN, 0)
-            assert it.duration_ns < 1_000_000_000
+            assert it.duration_ns < took_ns
         assert left_over(seen, "ssl_objects") == left_over(seen, "connections") == 0
 
 
@@ -482,6 +484,13 @@ def test_sessions_share_what_is_attached_and_come_and_go_while_requests_pass(
         assert len(hooks(seen)) == HOOKS
 
 
+def has_unread(port: int) -> bool:
+    """Whether bytes wait to be read at this local port of IPv4."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    queues = {queue for _, local, _, _, queue, *_ in lines if local.endswith(f":{port:04X}")}
+    return any(not queue.endswith(":00000000") for queue in queues)
+
+
 def test_what_passed_while_no_session_watched_is_no_part_of_a_later_one(certificate: Path) -> None:
     """Another session keeps the uprobes where they are, and the server has half of a request."""
     with (
@@ -495,7 +504,7 @@ def test_what_passed_while_no_session_watched_is_no_part_of_a_later_one(certific
         assert [it.path for it in first.wait_for(1, SERVER)] == ["/first"]
         first.collector.close()
         client.do("c[0].sock.sendall(b'GET /unseen HTTP/1.1\\r\\nX: ')")
-        client.do("time.sleep(0.1)")  # the server has read that
+        wait_until(lambda: not has_unread(server.port))
         with seeing(server.pid, client.pid) as second:
             client.do("c[0].sock.sendall(b'y\\r\\n\\r\\n'); c[0].sock.recv(999)")
             client.do("for i in range(3): get(c[0], f'/second/{i}')")
@@ -508,13 +517,14 @@ def test_what_passed_while_no_session_watched_is_no_part_of_a_later_one(certific
 
 def ends_with_its_connection(client: Puppet, _: Server) -> None:
     """A body up to the end of the session, which the server says long before it closes."""
-    client.do("get(c[0], '/to-close/x')")
+    client.do("began_ns = time.monotonic_ns()")
+    client.do("get(c[0], '/to-close/x'); took_ns = time.monotonic_ns() - began_ns")
     client.do("c[0].close()")
 
 
 def client_gives_up(client: Puppet, _: Server) -> None:
     """The client closes while the server works on its request."""
-    client.do("c[0].request('GET', '/after/0.3/x'); time.sleep(0.05); c[0].close()")
+    client.do("c[0].request('GET', '/after/1/x'); time.sleep(0.05); c[0].close()")
 
 
 def server_dies(client: Puppet, server: Server) -> None:
@@ -550,7 +560,8 @@ def test_how_it_ended(
             assert it.status == (200 if outcome == COMPLETE else 0)
             assert it.remote_port
             assert it.response_body_bytes == (12 if outcome == COMPLETE else 0)
-            assert it.duration_ns < 150_000_000 or outcome != COMPLETE
+            if outcome == COMPLETE:  # the server closes a second later
+                assert it.duration_ns < int(client.ask("took_ns")) + 900_000_000
 
 
 def test_objects_of_a_process_that_was_killed_are_freed(certificate: Path) -> None:

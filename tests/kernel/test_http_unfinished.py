@@ -108,11 +108,11 @@ def test_only_the_session_that_watched_a_request_tells_it(both_ends: Puppet) -> 
 
 def test_filters_know_how_long_it_took_so_far(both_ends: Puppet) -> None:
     with (
-        at_work(create(both_ends, min_duration="300ms")) as slow,
+        at_work(create(both_ends, min_duration="1s")) as slow,
         at_work(create(both_ends, errors_only="true")) as failed,
     ):
         both_ends.do(r"ask(b'GET /old HTTP/1.1\r\n\r\n')")
-        both_ends.do("import time; time.sleep(0.3); connect()")
+        both_ends.do("import time; time.sleep(1); connect()")
         both_ends.do(r"ask(b'GET /new HTTP/1.1\r\n\r\n')")
         requests, batch = ended(slow)
         assert {each.path for each in requests} == {"/old"}

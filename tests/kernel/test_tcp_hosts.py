@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.collectors.tcp_metrics.file_walk import FileWalk
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.hidden import AGAIN_IF_HIDDEN
 from tests.network import (
     Seen,
     Side,
@@ -31,7 +33,7 @@ from tests.network import (
 )
 from tests.support import Puppet, at_work, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), *AGAIN_IF_HIDDEN]
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
 LISTENER = pb.TCP_ROLE_LISTENER
@@ -437,6 +439,22 @@ def test_segments_that_never_left_do_not_hide_the_role(
             told = sum(r.delta.bytes_sent for r in seen.rows)
             # Where sock_diag is asked, its answer may count a FIN that comes meanwhile.
             assert told in ((1000,) if looks_up_owners() else (1000, 1001))
+
+
+def test_a_walk_that_waits_for_a_cpu_does_not_rest_for_it() -> None:
+    if not looks_up_owners():
+        pytest.skip("no program walks through open files")
+    with puppets(1) as (puppet,), following(puppet) as seen:
+        slot = seen.collector.bpf_object
+        files = slot.common(FileWalk)
+        files.run(lambda _: time.sleep(0.5))
+        before = slot.object.read_variable("walk")
+
+        def walked_again() -> bool:
+            files.run_if_rested()
+            return bool(slot.object.read_variable("walk") > before)
+
+        wait_until(walked_again)
 
 
 @pytest.mark.long

@@ -23,6 +23,7 @@ from coral.collectors.contract import EventRows, Measures, Summaries
 from coral.collectors.procfs import comm_of
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.hidden import AGAIN_IF_HIDDEN
 from tests.network import (
     Seen,
     Side,
@@ -40,7 +41,7 @@ from tests.network import (
 )
 from tests.support import PATIENCE, Puppet, at_work, samples, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), *AGAIN_IF_HIDDEN]
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
 

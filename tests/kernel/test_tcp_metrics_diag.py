@@ -13,6 +13,7 @@ from coral.bpf.probing import sock_diag
 from coral.collectors.contract import Summaries
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.hidden import AGAIN_IF_HIDDEN
 from tests.network import (
     Seen,
     Side,
@@ -27,7 +28,7 @@ from tests.network import (
 )
 from tests.support import Puppet, at_work, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), *AGAIN_IF_HIDDEN]
 
 CLIENT, SERVER = pb.TCP_ROLE_CLIENT, pb.TCP_ROLE_SERVER
 RUNGS = {

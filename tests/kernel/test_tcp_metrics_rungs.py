@@ -14,10 +14,11 @@ from coral.collectors.contract import EventRows
 from coral.collectors.hubs import SlotReader
 from coral.collectors.tcp_metrics.collector import TcpMetricsCollector
 from coral.mesh.v1 import ebpf_pb2 as pb
+from tests.hidden import AGAIN_IF_HIDDEN
 from tests.network import Seen, Side, connected, number, puppets, send
 from tests.support import RUNGS, Puppet, at_work, wait_until
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), *AGAIN_IF_HIDDEN]
 
 # `tcp_metrics` has no thread state, and several ways to read open connections.
 TCP_RUNGS = {

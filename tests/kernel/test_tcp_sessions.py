@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import le
 from pathlib import Path
 
 import numpy as np
@@ -133,15 +134,20 @@ class Session:
             wait_until(is_true, 5)
         self.collector.bpf_object.detach()
         self.drain()
+        # Programs are skipped for any socket of the machine, which tests beside this one use, too.
+        missed = self.lost[pb.Loss.STAGE_PROGRAM_MISSED]
         for pid in self.pairs:
-            assert figures(pid) == self.truth(pid), self.collector.label
+            got, truth = figures(pid), self.truth(pid)
+            if missed:
+                assert all(map(le, got, truth)), (self.collector.label, missed)
+            else:
+                assert got == truth, self.collector.label
         if "host" not in self.collector.label:
             others = [
                 {pid: count for pid, count in figures.items() if pid not in self.pairs and count}
                 for figures in (self.ended, self.sent, self.received)
             ]
             assert others == [{}, {}, {}], self.collector.label
-        # Programs are skipped for any socket of the machine, which tests beside this one use, too.
         assert self.lost.keys() <= {pb.Loss.STAGE_PROGRAM_MISSED}
 
 
@@ -184,7 +190,8 @@ def specs_of(a: Pair, b: Pair, c: Pair, group: Path | None) -> list[Spec]:
         pids(b.client, b.server, mode="events"),
         pids(a.client, b.server, c.client, entries="64"),
         ({"comm": "coral-named"}, (b.server.pid,)),
-        ({"scope": "host"}, tuple(each.pid for each in everyone)),
+        # Its ring is also for the connections of tests beside this one.
+        ({"scope": "host", "ring": "64MiB"}, tuple(each.pid for each in everyone)),
         (of_group, (c.client.pid,)),
     ]
 

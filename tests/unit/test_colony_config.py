@@ -108,6 +108,10 @@ def test_values_come_from_the_file_and_flags_override_them(path: Path) -> None:
         ("metrics: here", "metrics: 'here' is not accepted; give HOST:PORT, or nothing"),
         ("log_format: xml", "log_format: 'xml' is not accepted; give one of console, json"),
         ("data: ''", "data: it is empty; give a directory"),
+        ("data: /a\ndata: /b", "not YAML: the key 'data' is given twice in line 2, column 1"),
+        (f"data: /{'x' * 4096}", "[...] has more than 4,096 bytes"),
+        ('data: "/\\e[2J"', "has characters that cannot be printed; give printable text"),
+        ("collect: [{kind: cpu_profile, config: {1: a}}]", "config: the key 1 is not text"),
     ],
 )  # fmt: skip
 def test_what_is_not_accepted_is_named_with_its_path_and_what_is(

@@ -189,7 +189,9 @@ async def test_refusals_say_what_would_be_accepted(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgumentError, match="deadline: 3600 s is not accepted"):
             async with client.sql("SELECT 1", deadline_s=3600) as answer:
                 await answer.table()
-        with pytest.raises(InvalidArgumentError, match="kind: 'x' is not known"):
+        with pytest.raises(
+            InvalidArgumentError, match="kind: 'x' is not accepted; give one of cpu"
+        ):
             await client.collect("x")
 
 

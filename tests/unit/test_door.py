@@ -51,7 +51,7 @@ class Team:
             response_deserializer=getattr(pb, types.output_type.name).FromString,
         )
         metadata = (("authorization", f"Bearer {self.token}"),)
-        return await call(request, metadata=metadata, timeout=20)
+        return await call(request, metadata=metadata, timeout=60)
 
     async def start(self, *namespaces: str) -> str:
         request = pb.StartEbpfCollectorRequest(kind=STATS, service_name=",".join(namespaces))

@@ -347,6 +347,31 @@ def test_a_secret_for_tls_makes_the_agent_listen_beyond_its_pod(tmp_path: Path) 
     assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"team": "shop"}}}]
 
 
+def test_agents_with_tls_have_a_service_that_names_each_of_their_addresses() -> None:
+    assert ("Service", "coral-agent") not in by_helm()
+    manifests = by_helm("grpc.tlsSecret=coral-tls")
+    spec = manifests["Service", "coral-agent"]["spec"]
+    assert (spec["clusterIP"], spec["publishNotReadyAddresses"]) == ("None", True)
+    pod = manifests["DaemonSet", "coral-agent"]["spec"]["template"]
+    assert spec["selector"].items() <= pod["metadata"]["labels"].items()
+    (port,) = spec["ports"]
+    assert port == {"name": "grpc", "port": 9001, "targetPort": "grpc", "protocol": "TCP"}
+
+
+def test_a_colony_may_look_up_the_agents_addresses_and_nothing_else() -> None:
+    manifests = parsed(run(PROGRAMS / "kubectl", "kustomize", KUBERNETES / "colony"))
+    validate([*manifests.values()])
+    assert {kind for kind, _ in manifests} == {"ServiceAccount", "Role", "RoleBinding"}
+    assert manifests["Role", "coral-colony"]["rules"] == [
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"],
+         "verbs": ["list", "watch"]}
+    ]  # fmt: skip
+    binding = manifests["RoleBinding", "coral-colony"]
+    assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == ("Role", "coral-colony")
+    (subject,) = binding["subjects"]
+    assert subject == {"kind": "ServiceAccount", "name": "coral-colony", "namespace": "coral"}
+
+
 def test_clients_certificates_are_verified_where_the_values_name_their_authority() -> None:
     authority = "config.tls.client_ca=/etc/coral-tls/ca.crt"
     manifests = by_helm("grpc.tlsSecret=coral-tls", authority)

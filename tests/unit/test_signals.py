@@ -34,6 +34,6 @@ def test_a_signal_within_a_callback_still_ends_the_command() -> None:
         capture_output=True,
         check=False,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (143, "cleaned up\n", "")

@@ -60,6 +60,27 @@ def place_cells(row: Row, names: Sequence[str]) -> list[Cell]:
     return [format_clock(row[name])[:8] if name == TIME else text_of(row[name]) for name in names]
 
 
+@dataclass(frozen=True)
+class Leading:
+    """The columns before the figures: what tells rows apart. `subject` says whether the answer has
+    any part of what its rows are about, such as a request; `names` are the others of `by`."""
+
+    columns: Sequence[Column]
+    names: Sequence[str]
+    subject: bool
+
+    def cells(self, row: Row, subject: Cell) -> list[Cell]:
+        """The cells of ROW, with its SUBJECT where there is a column for it."""
+        return [*place_cells(row, self.names), *([subject] if self.subject else [])]
+
+
+def leading(shown: Shown, parts: Sequence[str], column: Column) -> Leading:
+    """COLUMN has the subject, which is made from those of PARTS that are in `by`."""
+    columns, names = places(shown, parts)
+    has_subject = any(name in shown.by for name in parts)
+    return Leading([*columns, column] if has_subject else columns, names, has_subject)
+
+
 def text_of(value: object) -> str:
     """A value that tells rows apart; `-` for none."""
     if isinstance(value, bool):

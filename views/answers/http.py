@@ -12,13 +12,11 @@ from coral.views.answers.contract import (
     TIME,
     WARNING,
     AnswerView,
-    Cell,
     Row,
     Shown,
     change,
     count_text,
-    place_cells,
-    places,
+    leading,
     time_cell,
     verdict_cell,
 )
@@ -27,7 +25,8 @@ from coral.views.pictures import filled, histogram_sheet, slot_edges, strip
 from coral.views.sheet import Column, Content, Sheet, bytes_cell
 from coral.views.text import fitting, format_ns, format_rate, format_share, times
 
-_SUBJECT: Final = ("role", "method", "route")
+_PARTS: Final = ("role", "method", "route")
+_SUBJECT: Final = Column("REQUEST", right=False, fits=True, room=20, comfort=32)
 _OTHER_METHOD: Final = "_OTHER"
 
 
@@ -44,12 +43,11 @@ def sheets(shown: Shown) -> Iterator[Sheet | str]:
 
 
 def _table(shown: Shown) -> Sheet:
-    columns, names = places(shown, _SUBJECT)
+    lead = leading(shown, _PARTS, _SUBJECT)
     slots = filled(_buckets(row, shown) for row in shown.rows)
     sheet = Sheet(
         (
-            *columns,
-            *_subject_columns(shown),
+            *lead.columns,
             Column("REQUESTS", spare=8),
             Column("REQ/S", spare=1),
             Column("ERRORS"),
@@ -67,8 +65,7 @@ def _table(shown: Shown) -> Sheet:
     for row in shown.rows:
         style = BAD if row["errors"] else ""
         sheet.add(
-            *place_cells(row, names),
-            *_subject_cells(row, shown, style),
+            *lead.cells(row, (_request(row), style)),
             count_text(row["count"]),
             format_rate(row["count"], shown.seconds) if shown.seconds else "",
             (_errors(row), style or "dim"),
@@ -86,11 +83,10 @@ def _table(shown: Shown) -> Sheet:
 
 
 def _compared(shown: Shown) -> Sheet:
-    columns, names = places(shown, _SUBJECT)
+    lead = leading(shown, _PARTS, _SUBJECT)
     sheet = Sheet(
         (
-            *columns,
-            *_subject_columns(shown),
+            *lead.columns,
             Column("NOW", right=False),
             Column("REQUESTS", spare=2),
             Column("ERRORS", spare=1),
@@ -100,8 +96,7 @@ def _compared(shown: Shown) -> Sheet:
     )
     for row in shown.rows:
         sheet.add(
-            *place_cells(row, names),
-            *_subject_cells(row, shown, ""),
+            *lead.cells(row, (_request(row), "")),
             verdict_cell(row),
             change(row, "count", count_text),
             change(row, "errors", count_text),
@@ -117,18 +112,6 @@ def _headline(shown: Shown) -> str:
     whole = shown.seconds and TIME not in shown.by
     rate = f", {format_rate(count, shown.seconds)}/s" if whole else ""
     return f"{count:,} requests{rate}, {errors:,} errors ({share})"
-
-
-def _subject_columns(shown: Shown) -> list[Column]:
-    if not any(name in shown.by for name in _SUBJECT):
-        return []
-    return [Column("REQUEST", right=False, fits=True, room=20, comfort=32)]
-
-
-def _subject_cells(row: Row, shown: Shown, style: str) -> list[Cell]:
-    if not any(name in shown.by for name in _SUBJECT):
-        return []
-    return [(_request(row), style)]
 
 
 def _request(row: Row) -> Content:

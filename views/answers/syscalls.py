@@ -11,8 +11,7 @@ from coral.views.answers.contract import (
     Shown,
     change,
     count_text,
-    place_cells,
-    places,
+    leading,
     text_of,
     time_cell,
     verdict_cell,
@@ -20,7 +19,8 @@ from coral.views.answers.contract import (
 from coral.views.sheet import Column, Sheet
 from coral.views.text import bar, format_ns, format_rate, format_share
 
-_SUBJECT: Final = ("syscall",)
+_PARTS: Final = ("syscall",)
+_SUBJECT: Final = Column("SYSCALL", right=False, fits=True, room=15)
 _BAR_WIDTH: Final = 16
 
 
@@ -30,12 +30,10 @@ def sheets(shown: Shown) -> Iterator[Sheet]:
 
 
 def _table(shown: Shown) -> Sheet:
-    columns, names = places(shown, _SUBJECT)
-    of_call = [Column("SYSCALL", right=False, fits=True, room=15)] if "syscall" in shown.by else []
+    lead = leading(shown, _PARTS, _SUBJECT)
     sheet = Sheet(
         (
-            *columns,
-            *of_call,
+            *lead.columns,
             Column("CALLS"),
             Column("CALLS/S", spare=4),
             Column("ERRORS"),
@@ -51,8 +49,7 @@ def _table(shown: Shown) -> Sheet:
     for row in shown.rows:
         share = row["total_ns"] / all_ns
         sheet.add(
-            *place_cells(row, names),
-            *([text_of(row["syscall"])] if of_call else []),
+            *lead.cells(row, text_of(row.get("syscall"))),
             count_text(row["calls"]),
             format_rate(row["calls"], shown.seconds) if shown.seconds else "",
             (count_text(row["errors"]), "" if row["errors"] else "dim"),
@@ -67,12 +64,10 @@ def _table(shown: Shown) -> Sheet:
 
 
 def _compared(shown: Shown) -> Sheet:
-    columns, names = places(shown, _SUBJECT)
-    of_call = [Column("SYSCALL", right=False, fits=True, room=15)] if "syscall" in shown.by else []
+    lead = leading(shown, _PARTS, _SUBJECT)
     sheet = Sheet(
         (
-            *columns,
-            *of_call,
+            *lead.columns,
             Column("NOW", right=False),
             Column("CALLS", spare=1),
             Column("ERRORS", spare=2),
@@ -82,8 +77,7 @@ def _compared(shown: Shown) -> Sheet:
     )
     for row in shown.rows:
         sheet.add(
-            *place_cells(row, names),
-            *([text_of(row["syscall"])] if of_call else []),
+            *lead.cells(row, text_of(row.get("syscall"))),
             verdict_cell(row),
             change(row, "calls", count_text),
             (change(row, "errors", count_text), BAD if row["verdict"] == "failing" else ""),

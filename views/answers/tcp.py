@@ -10,21 +10,20 @@ from coral.views.answers.contract import (
     BAD,
     WARNING,
     AnswerView,
-    Cell,
     Row,
     Shown,
     bytes_text,
     change,
     count_text,
-    place_cells,
-    places,
+    leading,
     time_cell,
     verdict_cell,
 )
-from coral.views.sheet import Column, Sheet, bytes_cell
+from coral.views.sheet import Column, Content, Sheet, bytes_cell
 from coral.views.text import fitting, format_ns, format_share, shorten, times
 
-_SUBJECT: Final = ("role", "remote_address", "port")
+_PARTS: Final = ("role", "remote_address", "port")
+_SUBJECT: Final = Column("PEER", right=False, fits=True, room=18, comfort=28)
 _US: Final = 1000
 
 
@@ -34,11 +33,10 @@ def sheets(shown: Shown) -> Iterator[Sheet]:
 
 
 def _table(shown: Shown) -> Sheet:
-    columns, names = places(shown, _SUBJECT)
+    lead = leading(shown, _PARTS, _SUBJECT)
     sheet = Sheet(
         (
-            *columns,
-            *_subject_columns(shown),
+            *lead.columns,
             Column("OPENED", spare=4),
             Column("FAILED"),
             Column("OUT"),
@@ -53,8 +51,7 @@ def _table(shown: Shown) -> Sheet:
     for row in shown.rows:
         style = BAD if row["failed"] or row["listen_drops"] else ""
         sheet.add(
-            *place_cells(row, names),
-            *_subject_cells(row, shown, style),
+            *lead.cells(row, (_peer_cell(row), style)),
             count_text(row["opened"]),
             (count_text(row["failed"]), BAD if row["failed"] else "dim"),
             bytes_cell(row["bytes_sent"]),
@@ -69,11 +66,10 @@ def _table(shown: Shown) -> Sheet:
 
 
 def _compared(shown: Shown) -> Sheet:
-    columns, names = places(shown, _SUBJECT)
+    lead = leading(shown, _PARTS, _SUBJECT)
     sheet = Sheet(
         (
-            *columns,
-            *_subject_columns(shown),
+            *lead.columns,
             Column("NOW", right=False),
             Column("OPENED", spare=4),
             Column("FAILED", spare=2),
@@ -84,8 +80,7 @@ def _compared(shown: Shown) -> Sheet:
     )
     for row in shown.rows:
         sheet.add(
-            *place_cells(row, names),
-            *_subject_cells(row, shown, ""),
+            *lead.cells(row, (_peer_cell(row), "")),
             verdict_cell(row),
             change(row, "opened", count_text),
             change(row, "failed", count_text),
@@ -96,17 +91,9 @@ def _compared(shown: Shown) -> Sheet:
     return sheet
 
 
-def _subject_columns(shown: Shown) -> list[Column]:
-    if not any(name in shown.by for name in _SUBJECT):
-        return []
-    return [Column("PEER", right=False, fits=True, room=18, comfort=28)]
-
-
-def _subject_cells(row: Row, shown: Shown, style: str) -> list[Cell]:
-    if not any(name in shown.by for name in _SUBJECT):
-        return []
+def _peer_cell(row: Row) -> Content:
     text = _peer(row)
-    return [(lambda width: shorten(text, width, width // 2), style)]
+    return lambda width: shorten(text, width, width // 2)
 
 
 def _peer(row: Row) -> str:

@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> object:
-    import yaml  # noqa: PLC0415  a megabyte that an agent without a file never needs
+    import yaml  # noqa: PLC0415  a megabyte that a process without a file never needs
 
     try:
         return yaml.load(text, _loader())  # noqa: S506  a subclass of SafeLoader

@@ -2,8 +2,8 @@
 /*
  * One idiom: HTTP/1.0 and 1.1, read byte by byte (RFC 9112). The state of a connection holds
  * everything that was read, so that the answer is the same however the bytes are cut. It copies
- * nothing but the path, and looks at no header but those of headers.bpf.h; where a session wants more
- * of a request, see details.bpf.h.
+ * nothing but the path, and looks at no header but those of headers.bpf.h; where a session wants
+ * more of a request, see details.bpf.h.
  *
  * The parser knows of no socket, no map and no clock, and is compiled in user space too, for tests.
  * Whoever includes it says what to do when the oldest exchange is over (with OUTCOME_COMPLETE or

@@ -10,7 +10,7 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
-from coral.colony.answers.query import literal, quoted
+from coral.colony.quoting import literal, quoted
 
 _HOT: Final = "hot_"
 

@@ -14,10 +14,10 @@ import duckdb
 import pyarrow as pa
 
 from coral.colony.answers.coverage import LOSSES
-from coral.colony.answers.query import quoted
 from coral.colony.answers.refusals import BusyError, RefusedError, unknown
 from coral.colony.answers.sources import Sources
 from coral.colony.answers.window import Window
+from coral.colony.quoting import quoted
 from coral.colony.tables import LEVELS, STACKS, TABLES
 
 BOOKS: Final = ("agents", "gaps", "ledger", "losses")

@@ -98,7 +98,9 @@ def test_every_request_is_in_its_row_on_both_sides(
         assert (bad["ERRORS"], bad["NOT 2xx"]) == ("3", f"503 {times(3)}")
         slow, late = (row(out, f"{arrow} GET /{name}/{{id}}") for name in ("slow", "late"))
         assert ms(slow["TTFB P50"]) >= WAIT_S * 1000 * 0.99
-        assert ms(late["P50"]) >= WAIT_S * 1000 * 0.99 > ms(late["TTFB P50"])
+        assert ms(late["P50"]) >= WAIT_S * 1000 * 0.99
+        if arrow == "←":  # a client may come late to the first byte
+            assert ms(late["TTFB P50"]) < ms(late["P50"])
         assert row(out, f"{arrow} POST /basket")["IN" if arrow == "←" else "OUT"] == "900B"
     assert "secret" not in out
     served, made = re.findall(r"^ +(SERVED|ANSWERED) IN  REQUESTS  p50 ", out, re.MULTILINE)

@@ -177,7 +177,7 @@ def test_a_closed_pipe_does_not_cost_the_file(agent: RunningAgent, tmp_path: Pat
         puppet.begin("while True: pass")
         running = subprocess.Popen(
             coral(
-                "tap", "--agent", agent.address, "--cpu-profile", f"pid:{puppet.pid}", "-d", "2s",
+                "tap", "--agent", agent.address, "--cpu-profile", f"pid:{puppet.pid}", "-d", "50s",
                 "-i", "500ms",
                 "-o", path,
             ),
@@ -187,7 +187,7 @@ def test_a_closed_pipe_does_not_cost_the_file(agent: RunningAgent, tmp_path: Pat
         assert running.stderr
         assert running.stdout.readline() == "\n"
         running.stdout.close()
-        assert running.wait(30) == 128 + signal.SIGPIPE
+        assert running.wait(60) == 128 + signal.SIGPIPE
         assert running.stderr.read() == ""
         running.stderr.close()
     assert folded_samples(path) > 0

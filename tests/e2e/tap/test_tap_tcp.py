@@ -58,6 +58,7 @@ def test_totals_are_what_the_programs_sent(
         send(server, "s", client, "c", 6_780)
         client.do("c.close()")
         server.do("s.recv(1); s.close()")
+        wait_until(lambda: not ss(None, port))  # the last goodbye is answered a little later
         out = tap.finish()
     heading, total, ends, *_ = out[out.index("totals of ") :].splitlines()
     assert heading.endswith("s, stopped")
@@ -86,6 +87,7 @@ def test_data_is_one_object_a_row_and_adds_up(
             send(client, "c", server, "s", count)
         client.do("c.close()")
         server.do("s.recv(1); s.close()")
+        wait_until(lambda: not ss(None, port))  # the last goodbye is answered a little later
         out = tap.finish()
     *rows, end = map(json.loads, out.splitlines())
     assert end["end"] == "stopped"

@@ -72,7 +72,7 @@ def serve(raw: socket.socket, port: int, context: ssl.SSLContext) -> None:
                 it.sendall(answer)
                 if path.startswith("/to-close/"):
                     rest = it.unwrap()  # says that no more comes
-                    time.sleep(0.2)
+                    time.sleep(1)
                     rest.close()
                     return
 

@@ -21,7 +21,7 @@
 enum kind { BPF = 1, PERF_EVENT, MMAP, IOCTL, EPOLL, PIDFD, THREAD };
 
 #define ANY	   0xffff
-#define KEPT	   256
+#define KEPT	   1024
 #define KIND(call) ((call) >> 16)
 
 /* A call is the system call in the upper half, and its operation in the lower. */
