@@ -171,8 +171,7 @@ class Symbolizer:
         self._process(tgid, born).begin_program(time_ns, perf_map)
 
     def copied(self, tgid: int, born: int, parent: tuple[int, int]) -> None:
-        """A process is a copy of its PARENT (id and birth): what the parent's runtime had compiled
-        by then is in its memory too, and told in the parent's perf map alone."""
+        """A process is a copy of PARENT (id and birth), whose perf map tells of what both have."""
         self._process(tgid, born).copy_of = parent
 
     def read_told(self, tgid: int, born: int = 0) -> None:

@@ -53,7 +53,7 @@ def test_the_agents_id_is_the_nodes_name(running: Cluster) -> None:
 
 def test_the_doctor_finds_everything_in_order_in_the_pod(running: Cluster) -> None:
     checks = json.loads(running.kubectl(*EXEC, "coral", "doctor", "--json"))["checks"]
-    assert [it for it in checks if it["status"] == "FAIL"] == []
+    assert [it for it in checks if it["status"] == "fail"] == []
     found = {it["check"]: it["found"] for it in checks}
     assert found["http_latency, summaries"].startswith("200 of 200 requests")
 
