@@ -8,13 +8,17 @@ from typing import Final
 from coral.collectors.procfs import is_hidden, process_of, thread_group_of
 
 PIDS: Final = "process ids, such as 1234 or 1234,5678"
-_PID: Final = re.compile(r"[0-9]{1,7}")
+_NUMBER: Final = re.compile(r"[0-9]+")
+_MOST_PIDS: Final = 1 << 22  # PID_MAX_LIMIT: the kernel gives lower numbers alone
+_MOST_DIGITS: Final = 7
 
 
 def pid_anywhere(value: str) -> int:
     """A number that can be the id of a process."""
-    if not _PID.fullmatch(value) or not 0 < int(value) < 1 << 22:
+    if not _NUMBER.fullmatch(value):
         raise ValueError(PIDS)
+    if len(value) > _MOST_DIGITS or not 0 < int(value) < _MOST_PIDS:
+        raise ValueError(f"{PIDS}, from 1 to {_MOST_PIDS - 1}")
     return int(value)
 
 

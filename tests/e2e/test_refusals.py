@@ -196,7 +196,7 @@ def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(
         ("scope", "world", "host"),
         ("comm", "sixteen-bytes-xx", "a command name of at most 15 bytes"),
         ("pid", "self", "process ids, such as 1234 or 1234,5678"),
-        ("pid", "0", "process ids, such as 1234 or 1234,5678"),
+        ("pid", "0", "process ids, such as 1234 or 1234,5678, from 1 to 4194303"),
         (
             "include",
             "openat,opennot",
