@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import ssl
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -218,8 +218,10 @@ class ApiServer:
     and the key in two files."""
 
     def __init__(self, certificate: tuple[Path, Path] | None = None) -> None:
-        self.items: list[Mapping[str, Any]] = []
-        self.events: list[Mapping[str, Any]] = []  # of watches that are open, and to come
+        self.items: list[Any] = []
+        self.events: list[Any] = []  # of watches that are open, and to come; bytes are a line
+        self.first: list[Any] = []  # events with which each watch begins
+        self.ends_watches = False  # once they have said what there is
         self.requests: list[str] = []
         self.tokens: list[str] = []
         self._stopping = Event()
@@ -249,11 +251,11 @@ class ApiServer:
                 self.send_response(200)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
-                while not api._stopping.wait(0.01):
-                    while api.events:
-                        line = json.dumps(api.events.pop(0)).encode() + b"\n"
-                        self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
-                        self.wfile.flush()
+                for line in api._lines():
+                    self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+                    self.wfile.flush()
+                if api.ends_watches:
+                    self.wfile.write(b"0\r\n\r\n")
                 self.close_connection = True
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -265,6 +267,18 @@ class ApiServer:
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
         self._thread = Thread(target=self._server.serve_forever, args=(0.01,))
+
+    def _lines(self) -> Iterator[bytes]:
+        """Of one watch, up to its end."""
+        events = list(self.first)
+        while True:
+            for event in events:
+                yield (event if isinstance(event, bytes) else json.dumps(event).encode()) + b"\n"
+            if self.ends_watches and not self.events:
+                return
+            if self._stopping.wait(0.01):
+                return
+            events = [self.events.pop(0)] if self.events else []
 
     def __enter__(self) -> Self:
         self._thread.start()
