@@ -193,6 +193,14 @@ def test_addresses_beyond_the_most_are_left_out_and_told_once() -> None:
     assert len(logged) == 2
 
 
+def test_ten_thousand_addresses_of_one_source_are_followed() -> None:
+    many = frozenset(f"10.0.{number >> 8}.{number & 255}:1" for number in range(10_001))
+    assert len(Seen("agents:1", gone_after_s=60).after(many, 0)) == 10_000
+    slices = Slices("coral/agents")
+    slices.put(Slice("a", many))
+    assert len(slices.addresses()) == 10_000
+
+
 def test_names_that_answer_in_turns_count_up_to_the_most() -> None:
     seen = Seen("agents:1", gone_after_s=60, most=3)
     assert seen.after("ab", 0) == {"a", "b"}
