@@ -183,7 +183,7 @@ def test_wrong_questions_are_answered_in_the_users_words(asked: Asked) -> None:
         (
             ("tcp", "--where", "role=foo"),
             2,
-            "--where role=foo: give role as one of client, server, lis",
+            "--where role=foo: give role as one of client, serv",
         ),
         (("sql", "COPY x TO '/tmp/y'"), 2, "coral: sql: give one SELECT statement"),
         (("sql", "SELECT * FROM http"), 2, "coral: sql: no such table: 'http'; did you mean http_"),
