@@ -1,9 +1,9 @@
 """Structured logs on standard error: lines for people, or JSON for machines.
 
 One record is one line, whatever its values hold; only the tracebacks that people read have more,
-each of which is indented. Writing never blocks, raises or ends anything (log_writer.py). Python's
-own warnings and uncaught exceptions, what libraries log, and what C code writes to descriptor 2
-(gRPC, libbpf) become records too.
+each of which is indented. Writing never blocks, raises or ends anything (wire/log_writer.py).
+Python's own warnings and uncaught exceptions, what libraries log, and what C code writes to
+descriptor 2 (gRPC, libbpf) become records too.
 
 Refusals of one kind, and what libraries say, are logged ten at once and then once a second, with
 how many were left out (repeats.py). Starts and stops are always logged.
@@ -22,9 +22,10 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from coral.agent.log_writer import LogWriter
 from coral.agent.repeats import RepeatLimit
+from coral.wire.log_writer import Lines, LogWriter
 from coral.wire.text import safe_lines
+from coral.wire.uncaught import log_uncaught
 
 _STDERR: Final = 2
 _CLOSE_S: Final = 0.5
@@ -134,13 +135,12 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
         ),
-        logger_factory=lambda *_: _Lines(writer),
+        logger_factory=lambda *_: Lines(writer),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_LibraryRecords()], level=logging.WARNING, force=True)
     logging.captureWarnings(capture=True)
-    threading.excepthook = _on_thread_exception
-    sys.unraisablehook = _on_unraisable
+    log_uncaught(log)
 
 
 def start() -> None:
@@ -181,16 +181,6 @@ def tell_left_out() -> None:
         _logging.tell_left_out()
 
 
-class _Lines:
-    """What structlog logs to."""
-
-    def __init__(self, writer: LogWriter) -> None:
-        self.msg = writer.put
-
-    def __getattr__(self, _level: str) -> Any:  # noqa: ANN401  as structlog's own loggers
-        return self.msg
-
-
 class _LibraryRecords(logging.Handler):
     """Hands what libraries log with the standard library's `logging` on."""
 
@@ -211,17 +201,6 @@ class _LibraryRecords(logging.Handler):
                     exc_info=record.exc_info,
                     **more,
                 )
-
-
-def _on_thread_exception(arguments: threading.ExceptHookArgs) -> None:
-    if arguments.exc_value and not isinstance(arguments.exc_value, SystemExit):
-        thread = arguments.thread.name if arguments.thread else ""
-        log.error("thread failed", thread=thread, exc_info=arguments.exc_value)
-
-
-def _on_unraisable(arguments: sys.UnraisableHookArgs) -> None:
-    # Not the object: a finalizer may have left it half destroyed.
-    log.error(arguments.err_msg or "exception ignored", exc_info=arguments.exc_value)
 
 
 class _NativeLines:

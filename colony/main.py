@@ -22,7 +22,7 @@ from coral.colony.assembly import Parts, Running, assembled
 from coral.colony.config import Config, ConfigError, load
 from coral.colony.delivery import EndedError
 from coral.colony.follow.discovery.addresses import host_and_port, joined
-from coral.colony.monitoring import Lag, build_info, lag_families, pages
+from coral.colony.monitoring import Lag, build_info, lag_families, log_families, pages
 from coral.colony.pages import Pages, serving
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
@@ -59,6 +59,8 @@ def main(config_path: Path | None, flags: dict[str, object]) -> int:
         else:
             log.exception("the colony failed unexpectedly")
         return _EXIT_FAILED
+    finally:
+        logs.close()
     return 0
 
 
@@ -110,7 +112,10 @@ async def _serve(config: Config) -> None:
             return
         addresses = await _serve_answers(stack, config, parts)
         build = build_info()
-        makers = (*parts.families, lambda: lag_families(lag), lambda: (build,))
+        makers = (
+            *parts.families, lambda: lag_families(lag),
+            lambda: log_families(logs.lines_dropped()), lambda: (build,),
+        )  # fmt: skip
         metrics = await _serve_pages(stack, config, pages(makers, parts.obstacles))
         log.info(
             "listening", grpc=addresses, metrics=metrics or None,

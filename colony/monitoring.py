@@ -103,6 +103,15 @@ def lag_families(lag: Lag) -> Iterator[Metric]:
     )
 
 
+def log_families(lines_dropped: int) -> Iterator[Metric]:
+    """How many lines the log has lost."""
+    yield CounterMetricFamily(
+        "coral_colony_log_lines_dropped",
+        "Lines of the colony's log that could not be written, or not in time.",
+        value=lines_dropped,
+    )
+
+
 def build_info() -> Metric:
     """What this process is made of. Make it once: it reads the files of installed packages."""
     values = {

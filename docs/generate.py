@@ -30,7 +30,13 @@ from coral.colony.config import Agents
 from coral.colony.export.exporter import Exporter
 from coral.colony.export.settings import ExportSettings, Receiver
 from coral.colony.follow.fleet import Fleet
-from coral.colony.monitoring import Lag, build_info, following_families, lag_families
+from coral.colony.monitoring import (
+    Lag,
+    build_info,
+    following_families,
+    lag_families,
+    log_families,
+)
 from coral.colony.monitoring_bus import exported, published, read
 from coral.colony.store import Settings, Store
 from coral.colony.store.figures import families
@@ -107,6 +113,7 @@ def _of_a_colony() -> Iterator[Metric]:
     yield from following_families(Fleet(store, (), connecting(Agents())))
     yield from families(store.figures)
     yield from lag_families(Lag())
+    yield from log_families(0)
     yield build_info()
     yield from published(Publisher(bus))
     yield from read(Consumer(bus, store))

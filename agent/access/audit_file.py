@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from coral.agent.log_writer import LogWriter
+from coral.wire.log_writer import LogWriter
 
 # Never waits for the reader of a FIFO, nor follows a link that somebody else put there.
 _FLAGS: Final = (

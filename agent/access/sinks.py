@@ -11,7 +11,7 @@ from pathlib import Path
 from coral.agent.access.audit_file import AuditFile
 from coral.agent.config import ConfigError
 from coral.agent.config_access import Audit
-from coral.agent.log_writer import LogWriter
+from coral.wire.log_writer import LogWriter
 
 
 def audit_sinks(config: Audit) -> Sequence[LogWriter]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from coral.colony.answers.chosen import check_value
 from coral.colony.answers.named import TIME, Named, Source, Times, Value, summed
 from coral.colony.answers.refusals import RefusedError, unknown
 from coral.colony.answers.repeats import Repeat
@@ -61,6 +62,8 @@ class Asked:
                 raise RefusedError(f"where: {unknown('column', name, known)}")
         if any("\0" in text for text in (*self.services, *self.where.values())):
             raise RefusedError("where: a value has a NUL byte")
+        for name, text in self.where.items():
+            check_value(self.named, name, text)
         if self.against_ns and not self.named.can_compare:
             raise RefusedError(f"against: {self.named.name} compares no windows")
         if self.against_ns and TIME in self.by:

@@ -27,7 +27,6 @@ class BusyError(RefusedError):
 def unknown(what: str, name: str, known: Iterable[str]) -> NotFoundError:
     """NAME is no WHAT: names the nearest of those that are, or all of them if these are few."""
     known = sorted(set(known))
-    shown = name if len(name) <= _MOST_TEXT else f"{name[:_MOST_TEXT]}..."
     near = nearest(name, known)
     if near:
         hint = f"; did you mean {_listed(near)}?"
@@ -35,7 +34,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> NotFoundError:
         hint = f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
     else:
         hint = ""
-    return NotFoundError(f"no such {what}: {shown!r}{hint}")
+    return NotFoundError(f"no such {what}: {shortened(name)!r}{hint}")
+
+
+def shortened(text: str) -> str:
+    """TEXT, which a caller gave, as far as a refusal shows it."""
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:

@@ -99,6 +99,8 @@ class Exporter:
         target = settings.remote_write
         self._poster = Poster(target.endpoint, target.headers, target.ca) if target else None
         self._posting = Request(b"", 0)
+        self._newest: ExportMetricsServiceRequest | None = None  # for OTLP, not sent yet
+        self._newer = asyncio.Event()
 
     @property
     def counts(self) -> ExportCounts:
@@ -126,9 +128,11 @@ class Exporter:
             async with asyncio.TaskGroup() as group:
                 if self._poster:
                     group.create_task(self._post_all(self._poster))
+                if transport:
+                    group.create_task(self._send_newest(transport))
                 while True:
                     await asyncio.sleep(self.settings.interval_s)
-                    await self._export(transport)
+                    await self._export()
         finally:
             samples = self._backlog.samples + self._posting.samples
             self._counts.lost[REMOTE_WRITE] += samples
@@ -148,14 +152,30 @@ class Exporter:
             return Grpc(target.endpoint, target.headers, target.ca)
         return Http(target.endpoint, target.headers, target.ca, in_thread)
 
-    async def _export(self, transport: Transport | None) -> None:
-        """What there is now, to each receiver."""
-        request, posts = await asyncio.to_thread(self._made, time.time_ns(), transport is not None)
+    async def _export(self) -> None:
+        """Makes what there is now ready for each receiver."""
+        has_otlp = self.settings.otlp is not None
+        request, posts = await asyncio.to_thread(self._made, time.time_ns(), has_otlp)
         for post in posts:
             self._counts.lost[REMOTE_WRITE] += self._backlog.add(post)
         self._some.set()
-        if not transport or not request:
-            return
+        if request:
+            if self._newest:  # its successor has everything again
+                self._counts.lost[OTLP] += metrics.points_in(self._newest)
+            self._newest = request
+            self._newer.set()
+
+    async def _send_newest(self, transport: Transport) -> None:
+        """Sends by OTLP, one request after the other: a receiver that takes longer than the
+        interval misses some, and delays nothing but the next one."""
+        while True:
+            await self._newer.wait()
+            self._newer.clear()
+            request, self._newest = self._newest, None
+            if request:
+                await self._send(transport, request)
+
+    async def _send(self, transport: Transport, request: ExportMetricsServiceRequest) -> None:
         points = metrics.points_in(request)
         try:
             rejected, reason = await transport.send(request, self.settings.timeout_s)

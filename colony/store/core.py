@@ -70,6 +70,8 @@ class Core:
         self.rows: Rows = WithLosses(rows)
         self._pending: Commit | None = None
         self._next_generation = 1
+        self._retiring_ns = 0
+        self._retiring: Sequence[Segment] = ()  # in a transaction that is not known to have failed
         self._closed: list[tuple[Generation, str]] = []  # in the transaction that is under way
         self._until_ns: Mapping[int, int] = {}
         self._found: Found | None = None
@@ -142,6 +144,7 @@ class Core:
         self.database.close()
         self.database.open()
         self._load_catalog()
+        self._note_retired()
         pending = self._pending
         if pending and load_marks(self.database.writer)["transaction"] >= pending.number:
             self._done(pending)
@@ -197,11 +200,11 @@ class Core:
         gone = self.catalog.to_retire(self.settings, now_ns, self.database.size_bytes + lingering)
         if gone:
             numbers = [it.generation for it in gone]
+            self._retiring, self._retiring_ns = gone, now_ns
             with self._transaction() as database:
                 database.execute("DELETE FROM segments WHERE generation IN ?", [numbers])
             self.catalog.segments = [it for it in self.catalog.segments if it not in gone]
-            epoch = self.database.next_epoch()
-            self.retired += [Retired(it, now_ns, epoch) for it in gone]
+            self._note_retired()
         return gone
 
     def forget(self, now_ns: int) -> None:
@@ -329,6 +332,15 @@ class Core:
         found = self._found = found_in(segments)
         add_ledger_lines(database, ledger_lines(found.numbered))
         set_marks(database, {it: found.watermark_ns(width) for width, it in UNTIL_NS.items()})
+
+    def _note_retired(self) -> None:
+        """Those of the segments in the last transaction of `retire` that the catalog does not have
+        any more: their files go, and count until then."""
+        kept = {it.generation for it in self.catalog.segments}
+        gone, self._retiring = [it for it in self._retiring if it.generation not in kept], ()
+        if gone:
+            epoch = self.database.next_epoch()
+            self.retired += [Retired(it, self._retiring_ns, epoch) for it in gone]
 
     def _delete_retired(self, now_ns: int) -> None:
         oldest = self.database.oldest_epoch

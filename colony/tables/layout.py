@@ -89,6 +89,8 @@ class Column:
     type: pa.DataType
     role: Role = Role.DROPPED
     word: Word | None = None
+    words: tuple[str, ...] = ()
+    """All words of the contract's enumeration, "" among them; none where that is not known."""
 
     @property
     def is_text(self) -> bool:
@@ -266,10 +268,12 @@ def _of_row(it: Any, hint: FieldDescriptor | None, words: Words) -> Column:  # n
     if is_string_index(it):
         return Column(name, name, Form.TEXT, pa.string(), key)
     word = words.words.get(name)
+    words_of_enum: tuple[str, ...] = ()
     if word is None and hint and hint.enum_type:
         word = word_of(hint.enum_type)
+        words_of_enum = tuple(word(value.number) for value in hint.enum_type.values)
     if word:
-        return Column(name, name, Form.WORD, pa.string(), key, word)
+        return Column(name, name, Form.WORD, pa.string(), key, word, words_of_enum)
     if hint and hint.type == FieldDescriptor.TYPE_BOOL:
         return Column(name, name, Form.TRUTH, pa.bool_(), key)
     return Column(name, name, Form.NUMBER, _number_type(it), _role(it, words))

@@ -179,6 +179,12 @@ def test_wrong_questions_are_answered_in_the_users_words(asked: Asked) -> None:
     for arguments, status, why in (
         (("http", "shpo"), 1, "coral: no such service: 'shpo'; did you mean shop?"),
         (("http", "--by", "rout"), 2, "coral: --by rout: no such column: 'rout'; did you mean rou"),
+        (("http", "--where", "status=abc"), 2, "--where status=abc: give status as a whole number"),
+        (
+            ("tcp", "--where", "role=foo"),
+            2,
+            "--where role=foo: give role as one of client, serv",
+        ),
         (("sql", "COPY x TO '/tmp/y'"), 2, "coral: sql: give one SELECT statement"),
         (("sql", "SELECT * FROM http"), 2, "coral: sql: no such table: 'http'; did you mean http_"),
         (("tables", "nothing"), 1, "coral: there is no table nothing; there are agents"),

@@ -159,6 +159,25 @@ async def test_samples_wait_for_their_receiver_within_a_bound() -> None:
     assert exporter.counts.lost[REMOTE_WRITE] >= waiting
 
 
+async def test_an_otlp_receiver_that_does_not_answer_delays_no_remote_write() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stalled:
+        settings = ExportSettings(
+            "east", otlp=Receiver(f"http://127.0.0.1:{stalled.getsockname()[1]}"),
+            otlp_protocol="http", remote_write=Receiver("http://127.0.0.1:1/api/v1/write"),
+            interval_s=0.05, queue_bytes=3_000, timeout_s=3600.0,
+        )  # fmt: skip
+        exporter = Exporter(settings)
+        exporter.observe(of_all_kinds())
+        async with exporting(exporter):
+            connection, _ = await asyncio.to_thread(stalled.accept)
+            before = exporter.counts.lost.copy()
+            # Later exports go on: more samples give way, and OTLP's own are counted.
+            await until(lambda: exporter.counts.lost[REMOTE_WRITE] > before[REMOTE_WRITE])
+            await until(lambda: exporter.counts.lost[OTLP] > before[OTLP])
+            assert exporter.counts.failures[OTLP] == 0
+        connection.close()
+
+
 def test_the_end_does_not_wait_for_receivers_that_do_not_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as stalled, capture_logs() as logged:
         url = f"http://127.0.0.1:{stalled.getsockname()[1]}"

@@ -265,10 +265,10 @@ class CountingClient(AgentClient):
 async def test_a_stream_outlives_its_connections_and_has_every_event_once(
     tmp_path: Path, calls: Callable[..., Calls]
 ) -> None:
-    made = 6_000
+    made = 5_000
     running = calls("nanosleep", made)
     # A slow machine makes many small batches, and each takes room of its own.
-    limits = {**LIMITS, "connection_age": "2s", "replay_bytes": "8MiB", "ended_bytes": "16MiB"}
+    limits = {**LIMITS, "connection_age": "1s", "replay_bytes": "8MiB", "ended_bytes": "16MiB"}
     with running_agent(tmp_path / "agent", {"limits": limits}) as agent:
         async with CountingClient(agent.address) as client:
             session = await start_events(

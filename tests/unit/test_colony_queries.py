@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -192,6 +193,31 @@ def test_requests_that_cannot_be_answered_name_what_is_there(reads: PlainReads) 
         ask(reads, HTTP, where={"x": "1"})
     with pytest.raises(NotFoundError, match="no such service: 'chekout'; did you mean checkout"):
         ask(reads, HTTP, services=("chekout",))
+
+
+@pytest.mark.parametrize(
+    ("named", "column", "wrong", "accepted", "right"),
+    [
+        (HTTP, "status", ("abc", "", "-1", "0503", "5x*"), "a whole number", ("503", "5*")),
+        (TCP, "port", ("https", "4.0"), "a whole number", ("443", "*", "0")),
+        (SYSCALLS, "pid", ("self",), "a whole number", ("7", "1*7")),
+        (PROFILE, "tgid", ("x",), "a whole number", ("7",)),
+        (HTTP, "role", ("foo", "listener"), "one of client, server", ("client", "s*", "")),
+        (TCP, "role", ("foo",), "one of client, server, listener", ("listener",)),
+        (HTTP, "method", ("get",), "one of GET, HEAD, POST", ("GET", "_OTHER")),
+        (HTTP, "tls", ("yes",), "true or false", ("true", "false", "t*")),
+        (HTTP, "route", (), "", ("anything",)),
+    ],
+)
+def test_a_value_that_a_column_never_has_is_refused(
+    named: Named, column: str, wrong: tuple[str, ...], accepted: str, right: tuple[str, ...]
+) -> None:
+    for text in right:
+        Asked(named, Window(NOON, NOW), where={column: text}).checked()
+    for text in wrong:
+        words = f"where: {column}={text!r} is not accepted; give {column} as {accepted}"
+        with pytest.raises(RefusedError, match=re.escape(words)):
+            Asked(named, Window(NOON, NOW), where={column: text}).checked()
 
 
 def test_a_service_that_is_known_has_an_empty_answer(reads: PlainReads) -> None:

@@ -18,6 +18,7 @@ import pytest
 from coral.colony.store import HOUR_NS, MINUTE_NS, Settings, Sources, StoreError, Tier
 from coral.colony.store.catalog import Catalog, Segment
 from coral.colony.store.core import Core
+from coral.colony.store.database import Database
 from tests.colony_store import BEGIN_NS, SECOND_NS, TABLE, PlainRows, Sender, minutes
 
 
@@ -248,6 +249,40 @@ def test_a_retired_segment_is_read_to_the_end_and_its_file_deleted_after(bench: 
     assert len(it.files()) == 1
     it.core.retire(it.clock.now_ns)
     assert it.files() == []
+
+
+class LateToFail:
+    """A connection whose COMMIT is durable, and raises all the same."""
+
+    def __init__(self, real: duckdb.DuckDBPyConnection) -> None:
+        self._real = real
+
+    def execute(self, statement: str, *parameters: object) -> duckdb.DuckDBPyConnection:
+        done = self._real.execute(statement, *parameters)
+        if statement == "COMMIT":
+            raise duckdb.IOException("the log could not be synced")
+        return done
+
+
+def test_a_segment_whose_retiring_failed_late_counts_until_its_file_is_deleted(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = bench(seal_rows=1)
+    it.core.commit([Sender().next(1000)])
+    segment = it.seal()
+    it.clock.now_ns += 7 * HOUR_NS
+    failing = LateToFail(it.core.database.writer)
+    with monkeypatch.context() as patched:
+        patched.setattr(Database, "writer", failing)
+        with pytest.raises(duckdb.IOException):
+            it.core.retire(it.clock.now_ns)
+    assert it.core.must_recover
+    it.core.recover()
+    assert it.core.catalog.segments == []
+    assert [each.segment for each in it.core.retired] == [segment]
+    assert len(it.files()) == 1
+    it.core.retire(it.clock.now_ns)
+    assert (it.files(), it.core.retired) == ([], [])
 
 
 def test_what_a_question_spills_is_no_reason_to_retire_rows(bench: Make) -> None:

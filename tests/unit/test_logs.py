@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from coral.agent.log_writer import LogWriter
 from coral.agent.repeats import OTHERS, RepeatLimit
+from coral.wire.log_writer import LogWriter
 from tests.support import wait_until
 
 # F_SETPIPE_SZ rounds up to a page.

@@ -461,7 +461,16 @@ def test_what_was_compiled_before_a_fork_has_its_name_in_the_copy(symbolizer: Sy
             wanted[0] = "of both"
             wait_until(lambda: named(symbolizer, copy, places) == wanted)
             in_first = ["of both", "of the first", unnamed[1]]
-            wait_until(lambda: named(symbolizer, first.pid, places) == in_first)
+            # /proc tells the time of the copy in ticks: what is told within two may be before it.
+            begun_ns = symbolizer.maps(copy).started_ns
+            assert begun_ns
+            known_ns = begun_ns + 10**9  # by then the map was read, and read again
+            wait_until(
+                lambda: (
+                    named(symbolizer, first.pid, places) == in_first
+                    and time.monotonic_ns() > known_ns
+                )
+            )
             first.stdin.write("\n")
             first.stdin.flush()
             first.stdout.readline()

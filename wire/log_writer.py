@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 _MOST_WAITING_BYTES: Final = 1 << 20
 
@@ -106,3 +106,13 @@ class LogWriter:
         except OSError:  # nobody reads it, or the disk is full
             return False
         return True
+
+
+class Lines:
+    """What structlog logs to: WRITER queues each line, whatever its level."""
+
+    def __init__(self, writer: LogWriter) -> None:
+        self.msg = writer.put
+
+    def __getattr__(self, _level: str) -> Any:  # noqa: ANN401  as structlog's own loggers
+        return self.msg
