@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -262,6 +262,9 @@ def test_a_slice_has_the_port_of_that_name_or_number(
 
 
 NO_ADDRESS: Final = "an endpoint has no address"
+NO_ENDPOINTS: Final[Sequence[object]] = (
+    None, {}, {"addresses": []}, {"addresses": [5]}, {"addresses": [""]},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,7 @@ NO_ADDRESS: Final = "an endpoint has no address"
                 {**endpoints("a"), "endpoints": [bad, {"addresses": ["10.0.0.1"]}]},
                 Slice("a", frozenset({"10.0.0.1:9001"}), NO_ADDRESS),
             )
-            for bad in (None, {}, {"addresses": []}, {"addresses": [5]}, {"addresses": [""]})
+            for bad in NO_ENDPOINTS
         ),
     ],
 )

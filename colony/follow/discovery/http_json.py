@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Server:
             raise HttpError(f"{self.url}: the answer is no object")
         return answer
 
-    async def lines(self, path: str, idle_s: float) -> AsyncIterator[bytes]:
+    async def lines(self, path: str, idle_s: float) -> AsyncGenerator[bytes, None]:
         """Each line of an answer that goes on, until the server ends it, or says nothing for
         IDLE_S. Raises `HttpError`."""
         rest = b""
