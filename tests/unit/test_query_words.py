@@ -33,9 +33,11 @@ def test_a_number_of_rows() -> None:
             )
 
 
-def test_a_wrong_address_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+def test_a_wrong_address_is_refused_before_anything_is_opened(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
-    status, text = typed("colony", "--data", str(data), "--listen", "x")
+    status, _ = typed("colony", "--data", str(data), "--listen", "x")
     assert (status, data.exists()) == (2, False)
     words = "coral colony: --listen: listen: 'x' is not accepted; give HOST:PORT or unix:PATH"
-    assert words in text
+    assert words in capfd.readouterr().err
