@@ -58,9 +58,13 @@ class Follower:
         self._failed = False
 
     async def run(self) -> None:
-        """Follows."""
+        """Follows until it is cancelled."""
+        task = asyncio.current_task()
         while True:
             pause_s = await self._follow_once()
+            # A TaskGroup that ends for an error forgets a cancellation that comes meanwhile.
+            if task and task.cancelling():
+                raise asyncio.CancelledError
             self._failed = True
             self._shared.counts.failures += 1
             await asyncio.sleep(pause_s)

@@ -3,6 +3,7 @@ connections break, agents die and colonies start again."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from coral.client import Kind
 from coral.colony.agents import connecting
 from coral.colony.config import Agents, AgentsTls
 from coral.colony.delivery import AGENT_LOST
+from coral.colony.follow import visit
 from coral.colony.follow.status import State
 from coral.colony.follow.wanted import Wanted
 from tests.certificates import Authority, put
@@ -180,6 +182,41 @@ async def test_a_follower_reads_on_only_while_there_is_room(
     standing = shelf.of(session)
     assert standing
     assert standing.produced == standing.stored + sum(standing.lost.values()) == 50_000
+
+
+class Lingering(Shelf):
+    """Whoever waits for room, and is cancelled, leaves when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaving, self.let_go = asyncio.Event(), asyncio.Event()
+
+    async def room(self) -> None:
+        try:
+            await super().room()
+        except asyncio.CancelledError:
+            self.leaving.set()
+            await self.let_go.wait()
+            raise
+
+
+async def test_a_fleet_that_ends_while_a_connection_does_ends(
+    tmp_path: Path, calls: Callable[..., Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visit, "_LAST_WORDS_S", 0.1)
+    shelf, running = Lingering(), calls("getppid", 1_000)
+    with running_agent(tmp_path / "agent", CONFIG) as agent:
+        async with asyncio.timeout(60), following(shelf, agent.address):
+            async with connected(agent) as client:
+                session = await start_events(client, running.pid, include="getppid")
+            await until(lambda: shelf.of(session))
+            shelf.open.clear()
+            running.go()
+            await until(lambda: (it := shelf.of(session)) and it.last_seq)
+            agent.process.kill()
+            await shelf.leaving.wait()
+            # The fleet ends first.
+            asyncio.get_running_loop().call_later(0.1, shelf.let_go.set)
 
 
 async def test_an_agent_at_two_addresses_is_followed_at_one(agent: RunningAgent) -> None:
