@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -19,6 +18,7 @@ from prometheus_client.registry import Collector
 from coral.colony.follow.fleet import Fleet
 from coral.colony.follow.status import State
 from coral.colony.pages import Page, Pages
+from coral.colony.versions import version_of
 
 Families = Callable[[], Iterable[Metric]]
 Obstacle = Callable[[], str]
@@ -115,9 +115,9 @@ def log_families(lines_dropped: int) -> Iterator[Metric]:
 def build_info() -> Metric:
     """What this process is made of. Make it once: it reads the files of installed packages."""
     values = {
-        "version": _version("coral-ebpf-agent"),
+        "version": version_of("coral-ebpf-agent"),
         "python": platform.python_version(),
-        "duckdb": _version("duckdb"),
+        "duckdb": version_of("duckdb"),
         "architecture": platform.machine(),
     }
     family = GaugeMetricFamily(
@@ -125,13 +125,6 @@ def build_info() -> Metric:
     )
     family.add_metric(tuple(values.values()), 1)
     return family
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a copy of the sources
-        return ""
 
 
 class _AtScrape(Collector):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Protocol
 
 import duckdb
@@ -32,6 +31,7 @@ from coral.colony.answers.window import Window
 from coral.colony.clock import now_ns
 from coral.colony.delivery import Away
 from coral.colony.tables import TABLES, base_of
+from coral.colony.versions import version_of
 from coral.mesh.colony.v1 import colony_pb2 as pb
 from coral.wire.text import safe
 
@@ -148,7 +148,7 @@ class Service:
             return found
 
         columns = await self._snapshot(caller, work)
-        return described(columns, _version(), self._clock())
+        return described(columns, version_of("coral-ebpf-agent"), self._clock())
 
     async def query(
         self, request: pb.QueryRequest, caller: Caller
@@ -349,10 +349,3 @@ def _collected(outcome: Outcome) -> pb.Collected:
 
 def _bytes(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-def _version() -> str:
-    try:
-        return version("coral-ebpf-agent")
-    except PackageNotFoundError:
-        return ""

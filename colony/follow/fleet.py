@@ -20,11 +20,12 @@ from coral.colony.follow.counts import Counts
 from coral.colony.follow.discovery.source import Source
 from coral.colony.follow.follower import Follower
 from coral.colony.follow.gate import Gate
-from coral.colony.follow.kept import LEASE_S, Kept, Renewal
+from coral.colony.follow.kept import Kept, Renewal
 from coral.colony.follow.sink import Sink
 from coral.colony.follow.status import Connect, Shared, State, Status
 from coral.colony.follow.visit import TRANSIENT
 from coral.colony.follow.wanted import Wanted
+from coral.wire.leases import MAX_LEASE_S
 
 log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("coral.colony")
 
@@ -135,7 +136,7 @@ class Fleet:
         now the answer says why. It is followed as all others, and ends after DURATION_S, by default
         with the lease that the agent gives it. A longer one than agents' leases is renewed by this
         fleet, and by no other: when the fleet or the agent ends, so does the collector."""
-        lease_s = None if duration_s is None else min(duration_s, LEASE_S)
+        lease_s = None if duration_s is None else min(duration_s, MAX_LEASE_S)
 
         async def start(agent_id: str, client: AgentClient) -> Asked:
             started = await client.start(
@@ -162,7 +163,7 @@ class Fleet:
         # A renewal may have been under way.
         self.kept.forget(agent_id, collector_id)
         if asked.error and was_kept:
-            more = f"; it is not renewed any more, and ends within {LEASE_S:.0f} s"
+            more = f"; it is not renewed any more, and ends within {MAX_LEASE_S:.0f} s"
             return replace(asked, error=asked.error + more)
         return asked
 

@@ -9,8 +9,6 @@ from typing import Final
 
 from coral.wire.leases import MAX_LEASE_S
 
-LEASE_S: Final = MAX_LEASE_S
-"""Without the colony a collector ends that soon."""
 _AGAIN_S: Final = 5.0
 MOST: Final = 100_000
 """Beyond this, what is asked for ends with its first lease."""
@@ -45,17 +43,17 @@ class Kept:
         return len(self._kept)
 
     def started(self, agent_id: str, collector_id: str, duration_s: float, now_s: float) -> None:
-        """A collector was started with a lease of LEASE_S, and is to live for DURATION_S."""
-        if duration_s > LEASE_S and len(self._kept) < MOST:
+        """A collector was started with a lease of MAX_LEASE_S, and is to live for DURATION_S."""
+        if duration_s > MAX_LEASE_S and len(self._kept) < MOST:
             self._kept[agent_id, collector_id] = _Kept(
-                now_s + duration_s, now_s + LEASE_S / 3, now_s + LEASE_S
+                now_s + duration_s, now_s + MAX_LEASE_S / 3, now_s + MAX_LEASE_S
             )
 
     def due(self, now_s: float) -> Sequence[Renewal]:
         """What to renew now. Those whose leases have run out are forgotten."""
         self._kept = {key: it for key, it in self._kept.items() if it.expires_s > now_s}
         return [
-            Renewal(*key, min(it.until_s - now_s, LEASE_S), it.until_s - now_s <= LEASE_S)
+            Renewal(*key, min(it.until_s - now_s, MAX_LEASE_S), it.until_s - now_s <= MAX_LEASE_S)
             for key, it in self._kept.items()
             if it.due_s <= now_s
         ]
@@ -66,7 +64,7 @@ class Kept:
         if renewal.is_last:
             self._kept.pop(key, None)
         elif kept := self._kept.get(key):
-            kept.due_s, kept.expires_s = now_s + LEASE_S / 3, now_s + LEASE_S
+            kept.due_s, kept.expires_s = now_s + MAX_LEASE_S / 3, now_s + MAX_LEASE_S
 
     def failed(self, renewal: Renewal, now_s: float) -> None:
         """The agent did not answer: it is asked again, until the lease has run out."""
